@@ -1,0 +1,44 @@
+# `make demo` and `make test` are all the set-up there is: each makes the environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TESTS ?= -m "not slow and not gpu"
+DEMO ?=
+
+.PHONY: demo test check format test-compat setup gl clean
+.DEFAULT_GOAL := help
+help:                ## show what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(VENV)/ready ## make the environment
+$(VENV)/ready: pyproject.toml constraints.txt scripts/find_python.sh
+	$$(PYTHON=$(PYTHON) sh scripts/find_python.sh) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,demo]"
+	touch $@
+
+gl:                  ## check for the libraries that headless rendering needs
+	@sh scripts/install_gl.sh
+
+demo: setup gl       ## a VLA on real LIBERO tasks, dense and with reuse; table and report
+	$(BIN)/lac demo $(DEMO)
+
+test: setup gl       ## everything that runs in minutes on a CPU
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python -m pytest $(TESTS)
+
+check: setup         ## the linters alone
+	$(BIN)/ruff check src tests scripts && $(BIN)/ruff format --check src tests scripts && $(BIN)/mypy && $(BIN)/codespell
+
+format: setup        ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix src tests scripts && $(BIN)/ruff format src tests scripts
+
+test-compat:         ## the engine with the oldest and the newest transformers, each in its own environment
+	PYTHON=$(PYTHON) sh scripts/test_compat.sh
+
+clean:
+	rm -rf $(VENV) .venv-compat-* .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,136 @@
+"""The ``lac`` command: thin verbs over the library, one function each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from lac_vla.errors import LacError
+
+console = Console()
+
+
+def _flat(**options: Any) -> Any:
+    """A config dataclass whose fields are options of the command itself."""
+    return tyro.conf.arg(name="", **options)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Errors that the user can act on are shown without a traceback."""
+    if arguments is not None:
+        sys.argv = ["lac", *arguments]
+    try:
+        tyro.extras.subcommand_cli_from_dict(_verbs(), prog="lac", description=_DESCRIPTION)
+    except LacError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise SystemExit(130) from None
+
+
+_DESCRIPTION = """Visual token caching for Vision-Language-Action policies.
+
+Start with `lac demo`: the bundled VLA solves real LIBERO tasks on a CPU, dense and with reuse.
+`lac VERB --help` explains each verb."""
+
+
+def _verbs() -> dict[str, Callable[..., Any]]:
+    """Verb → function. What a verb needs is imported here, so that no verb pays for another's dependencies."""
+    from lac_vla.bench import BenchConfig, bench_tables, run_bench
+    from lac_vla.evaluation.runner import EvalConfig
+    from lac_vla.sims.collect import CollectConfig
+    from lac_vla.training.pretrain import PretrainConfig
+
+    def evaluate(config: Annotated[EvalConfig, _flat()]) -> None:
+        """Closed-loop episodes on LIBERO, every policy on the same initial states; resumable; ends with a report."""
+        from lac_vla.evaluation.runner import evaluate as run
+
+        run(config)
+        report(config.out)
+
+    def demo(
+        out: Path = Path("outputs/demo"),
+        tasks: tuple[int, ...] = (0, 4, 7),
+        episodes: int = 2,
+        policies: tuple[str, ...] = ("dense", "motion:ratio=0.5", "motion:ratio=0.7"),
+        workers: int = 1,
+    ) -> None:
+        """The bundled VLA on real LIBERO tasks, dense and with reuse; a table and an HTML report with videos.
+
+        Args:
+            out: Folder of the run; the same command goes on where it stopped.
+            tasks: Tasks of libero_spatial.
+            episodes: Initial states per task, from those that no demonstration used.
+            policies: Methods to compare.
+            workers: Processes.
+        """
+        from lac_vla.bundled import MINI
+        from lac_vla.evaluation.runner import FIRST_HELD_OUT, evaluate as run
+
+        states = (FIRST_HELD_OUT, FIRST_HELD_OUT + episodes)
+        config = EvalConfig(str(MINI), out, policies, tasks=tasks, init_states=states, workers=workers)
+        run(config)
+        report(out)
+
+    def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+        """Show a run's table, and write its report: one self-contained HTML page.
+
+        Args:
+            run: Folder of a run of `lac eval` or `lac demo`.
+            out: The page; by default `report.html` in the run's folder.
+        """
+        from lac_vla.evaluation.records import read_episodes
+        from lac_vla.evaluation.summary import summarize
+        from lac_vla.evaluation.table import terminal_table
+        from lac_vla.report import build_report
+
+        console.print(terminal_table(summarize(read_episodes(run / "episodes.jsonl"))))
+        page = build_report([run], out or run / "report.html")
+        console.print(f"report: {page}")
+
+    def bench(config: Annotated[BenchConfig, _flat()]) -> None:
+        """Where the milliseconds of a frame go: three windows, every stage, interleaved with the stock model."""
+        for table in bench_tables(run_bench(config)):
+            console.print(table)
+
+    def collect(config: Annotated[CollectConfig, _flat()], dataset: Path | None = None) -> None:
+        """Demonstrations by a scripted expert with privileged state, packed as a LeRobot v3 dataset.
+
+        Args:
+            config: What to collect.
+            dataset: Folder of the dataset; by default `<out>-lerobot`.
+        """
+        from lac_vla.datasets.staging import from_staging
+        from lac_vla.sims.collect import collect as run
+
+        run(config)
+        packed = from_staging(config.out, dataset or config.out.with_name(config.out.name + "-lerobot"), overwrite=True)
+        console.print(f"{len(packed)} episodes, {packed.total_frames} frames: {packed.root}")
+
+    def pretrain(config: Annotated[PretrainConfig, _flat()], minutes: float = 0) -> None:
+        """Train the bundled VLA from scratch on demonstrations. Run it again to go on.
+
+        Args:
+            config: The run.
+            minutes: Stop, resumably, after this time; 0 for no limit.
+        """
+        from lac_vla.training.pretrain import pretrain as run
+
+        console.print(f"model: {run(config, max_seconds=60 * minutes if minutes else float('inf'))}")
+
+    return {
+        "demo": demo,
+        "eval": evaluate,
+        "bench": bench,
+        "report": report,
+        "collect": collect,
+        "pretrain": pretrain,
+    }
+
+

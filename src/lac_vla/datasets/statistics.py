@@ -1,0 +1,91 @@
+"""Statistics as LeRobot's ``stats.json`` holds them: min, max, mean, std, count and five quantiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from lac_vla.types import UInt8Image
+
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+SAMPLED_FRAMES = 32
+"""Frames of an episode that image statistics look at, evenly spread."""
+
+FeatureStats: TypeAlias = dict[str, npt.NDArray[Any]]
+
+
+def vector_stats(values: npt.NDArray[Any]) -> FeatureStats:
+    """Exact statistics over frames.
+
+    Args:
+        values: Shape (T,) or (T, n), any numeric or bool dtype.
+
+    Returns:
+        ``min``, ``max``, ``mean``, ``std`` (population) and quantiles, float64 (n,); ``count``, int64 (1,).
+    """
+    rows = values.reshape(len(values), -1).astype(np.float64)
+    stats: FeatureStats = {
+        "min": rows.min(axis=0),
+        "max": rows.max(axis=0),
+        "mean": rows.mean(axis=0),
+        "std": rows.std(axis=0),
+        "count": np.array([len(rows)], dtype=np.int64),
+    }
+    for name, value in zip(QUANTILES, np.quantile(rows, list(QUANTILES.values()), axis=0), strict=True):
+        stats[name] = value
+    return stats
+
+
+class ImageHistogram:
+    """Counts of the 256 values of each colour channel: exact statistics of any number of images."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((3, 256), dtype=np.int64)
+        self.frames = 0
+
+    def add(self, images: UInt8Image) -> ImageHistogram:
+        """Count an episode's images, uint8 (T, H, W, 3), or ``SAMPLED_FRAMES`` of them, evenly spread."""
+        picked = np.linspace(0, len(images) - 1, min(len(images), SAMPLED_FRAMES)).round().astype(int)
+        for index in picked:
+            for channel in range(3):
+                self.counts[channel] += np.bincount(images[index, :, :, channel].reshape(-1), minlength=256)
+        self.frames += len(picked)
+        return self
+
+    def merge(self, other: ImageHistogram) -> None:
+        """Add another histogram's counts."""
+        self.counts += other.counts
+        self.frames += other.frames
+
+    def stats(self) -> FeatureStats:
+        """Statistics of the values scaled to [0, 1], float64 (3, 1, 1); ``count``, the frames, int64 (1,)."""
+        levels = np.arange(256) / 255.0
+        total = self.counts.sum(axis=1, keepdims=True)
+        mean = (self.counts * levels).sum(axis=1, keepdims=True) / total
+        variance = (self.counts * (levels - mean) ** 2).sum(axis=1, keepdims=True) / total
+        seen = self.counts > 0
+        cumulative = self.counts.cumsum(axis=1) / total
+        stats: FeatureStats = {
+            "min": levels[seen.argmax(axis=1)],
+            "max": levels[255 - seen[:, ::-1].argmax(axis=1)],
+            "mean": mean[:, 0],
+            "std": np.sqrt(variance[:, 0]),
+        }
+        for name, quantile in QUANTILES.items():
+            stats[name] = levels[(cumulative >= quantile).argmax(axis=1)]
+        stats = {name: value.reshape(3, 1, 1) for name, value in stats.items()}
+        stats["count"] = np.array([self.frames], dtype=np.int64)
+        return stats
+
+
+def to_lists(stats: Mapping[str, FeatureStats]) -> dict[str, dict[str, Any]]:
+    """The statistics as nested lists, for JSON."""
+    return {key: {name: value.tolist() for name, value in entry.items()} for key, entry in stats.items()}
+
+
+def from_lists(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, FeatureStats]:
+    """The inverse of :func:`to_lists`."""
+    return {key: {name: np.asarray(value) for name, value in entry.items()} for key, entry in stats.items()}

@@ -1,0 +1,176 @@
+"""Videos of datasets: H.264 files that hold the frames of several episodes, one behind the other."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lac_vla.datasets.layout import VIDEO_FILE_MB, VIDEO_PATH, DatasetError, next_file
+from lac_vla.errors import MissingExtraError
+from lac_vla.types import UInt8Image
+
+try:
+    import av
+    from av.video.frame import PictureType
+    from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+except ModuleNotFoundError as error:
+    raise MissingExtraError("data", "Reading and writing datasets") from error
+
+_EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+"""Without these, conversion between RGB and YUV darkens images by one grey level."""
+ENCODE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INP | _EXACT
+DECODE = Interpolation.BILINEAR | _EXACT
+
+
+class VideoWriter:
+    """Writes the episodes of one camera into as few files as the size limit allows.
+
+    Every episode begins with a key frame, so that it can be read without those before it. There are no
+    B-frames: frames come out of the decoder in the order in which they went in.
+
+    Args:
+        root: The dataset's folder.
+        key: The camera's feature, e.g. ``observation.images.agentview``.
+        fps: Frames per second.
+        height: Of the images, even.
+        width: Of the images, even.
+        crf: x264's quality; 16 is visually lossless.
+        gop: Frames from key frame to key frame.
+        limit_mb: A new file begins before one grows beyond this.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        key: str,
+        fps: int,
+        height: int,
+        width: int,
+        *,
+        crf: int = 16,
+        gop: int = 5,
+        limit_mb: float = VIDEO_FILE_MB,
+    ) -> None:
+        self._root, self._key, self._fps = root, key, fps
+        self._size = (height, width)
+        self._options = {"crf": str(crf), "g": str(gop), "bf": "0", "preset": "veryfast", "forced-idr": "1"}
+        self._limit = limit_mb * 1024**2
+        self._chunk, self._file = 0, 0
+        self._to_yuv = VideoReformatter()
+        self._container: Any = None
+        self._stream: Any = None
+        self._frames = 0
+        self._bytes = 0
+
+    def add(self, images: UInt8Image) -> dict[str, int | float]:
+        """Append an episode.
+
+        Args:
+            images: uint8, (T, H, W, 3), of the size given at the start.
+
+        Returns:
+            ``chunk_index``, ``file_index``; ``from_timestamp``, ``to_timestamp`` (seconds within the file).
+        """
+        if self._container is not None and self._bytes + self._expected(len(images)) > self._limit:
+            self.close()
+            self._chunk, self._file = next_file(self._chunk, self._file)
+        if self._container is None:
+            self._open()
+        first = self._frames
+        for offset, image in enumerate(images):
+            frame = self._to_yuv.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"),
+                format="yuv420p",
+                src_colorspace=Colorspace.ITU601,
+                dst_colorspace=Colorspace.ITU601,
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=ENCODE,
+                threads=1,
+            )
+            frame.pts = first + offset
+            frame.time_base = Fraction(1, self._fps)
+            frame.pict_type = PictureType.I if offset == 0 else PictureType.NONE
+            self._mux(frame)
+        self._frames += len(images)
+        return {
+            "chunk_index": self._chunk,
+            "file_index": self._file,
+            "from_timestamp": first / self._fps,
+            "to_timestamp": self._frames / self._fps,
+        }
+
+    def close(self) -> None:
+        """Finish the file that is being written."""
+        if self._container is None:
+            return
+        self._mux(None)
+        self._container.close()
+        self._container, self._stream = None, None
+
+    def _open(self) -> None:
+        name = VIDEO_PATH.format(video_key=self._key, chunk_index=self._chunk, file_index=self._file)
+        path = self._root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = av.open(str(path), "w")
+        stream = self._container.add_stream("libx264", rate=self._fps, options=self._options)
+        stream.height, stream.width = self._size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.colorspace = Colorspace.ITU601
+        stream.codec_context.color_range = ColorRange.MPEG
+        self._stream = stream
+        self._frames, self._bytes = 0, 0
+
+    def _expected(self, frames: int) -> float:
+        return self._bytes / max(1, self._frames) * frames
+
+    def _mux(self, frame: Any) -> None:
+        for packet in self._stream.encode(frame):
+            self._bytes += packet.size
+            self._container.mux(packet)
+
+
+def read_frames(path: Path, start: float, count: int, fps: float) -> UInt8Image:
+    """Decode consecutive frames.
+
+    Args:
+        path: The video file.
+        start: Timestamp of the first frame, seconds.
+        count: How many frames.
+        fps: Frames per second.
+
+    Returns:
+        uint8, (count, H, W, 3), RGB.
+
+    Raises:
+        DatasetError: If the file is missing or damaged, or has no such frames.
+    """
+    first = round(start * fps)
+    to_rgb = VideoReformatter()  # one for all frames: setting one up costs more than converting a frame
+    images: list[UInt8Image] = []
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "SLICE"
+            base = stream.time_base or Fraction(1, round(fps))
+            container.seek(int(first / fps / base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts is None or round(float(frame.pts * base) * fps) < first:
+                    continue
+                rgb = to_rgb.reformat(frame, format="rgb24", interpolation=DECODE, threads=1)
+                images.append(np.asarray(rgb.to_ndarray(), dtype=np.uint8))
+                if len(images) == count:
+                    break
+    except FileNotFoundError:
+        raise DatasetError(f"{path} is missing: copy the dataset again, all of it") from None
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise DatasetError(f"{path} cannot be decoded ({error}): copy the dataset again") from error
+    if len(images) < count:
+        raise DatasetError(
+            f"{path} has {len(images)} of the {count} frames from {start:.3f} s on: it is cut short or "
+            "belongs to another dataset; copy the dataset again"
+        )
+    return np.stack(images)

@@ -1,0 +1,27 @@
+"""The errors a user can act on. Every message says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class LacError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class InputError(LacError, ValueError):
+    """An observation, action or argument that cannot be used; nothing has changed state when it is raised."""
+
+
+class CheckpointError(LacError, ValueError):
+    """A checkpoint or policy folder that is missing, truncated, or of another model."""
+
+
+class MissingExtraError(LacError, ImportError):
+    """An optional dependency is needed for what was asked.
+
+    Args:
+        extra: Name of the extra in ``pyproject.toml``.
+        what: What needs it, as the subject of a sentence.
+    """
+
+    def __init__(self, extra: str, what: str) -> None:
+        super().__init__(f'{what} needs the optional dependencies "{extra}": pip install "lac-vla[{extra}]"')

@@ -1,0 +1,116 @@
+"""One closed-loop episode: a session drives a simulated robot, and everything that it did is written down."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import defaultdict
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lac_vla.cost import CostModel
+from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.types import Frame
+from lac_vla.vla import Session, Step
+
+
+class Simulator(Protocol):
+    """What an evaluation needs of a simulated task."""
+
+    suite: str
+    task: int
+
+    @property
+    def instruction(self) -> str: ...  # noqa: D102
+    @property
+    def horizon(self) -> int: ...  # noqa: D102
+
+    def reset(self, init_state: int, seed: int = 0) -> Frame:
+        """Start an episode from one of the task's initial states."""
+        ...
+
+    def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
+        """Execute an action: the next observation, and whether the task is solved."""
+        ...
+
+
+class Recorder(Protocol):
+    """Watches an episode, e.g. to make a video of it."""
+
+    def add(self, frame: Frame, step: Step) -> None:
+        """See one observation and what the session did with it."""
+        ...
+
+
+def rollout(
+    env: Simulator,
+    session: Session,
+    method: str,
+    init_state: int,
+    *,
+    seed: int = 0,
+    cost: CostModel | None = None,
+    recorder: Recorder | None = None,
+) -> EpisodeRecord:
+    """Run one episode until the task is solved or its horizon reached.
+
+    Args:
+        env: The task.
+        session: The robot's session; it is reset with ``seed``.
+        method: Name of the method, for the record.
+        init_state: Initial state.
+        seed: Of the session's generator.
+        cost: Counts multiply-accumulates.
+        recorder: Watches.
+    """
+    frame = env.reset(init_state)
+    session.reset(seed)
+    effective: list[float] = []
+    nominal: list[float | None] = []
+    oldest: list[int] = []
+    macs: list[float] = []
+    latency: defaultdict[str, list[float]] = defaultdict(list)
+    success = False
+    while len(effective) < env.horizon and not success:
+        action = np.atleast_2d(session.act(frame))[0]
+        step = session.last
+        if step is None:  # pragma: no cover - act always leaves a step
+            raise RuntimeError("the session did not report its step")
+        effective.append(step.ratio)
+        nominal.append(step.decision.nominal_ratio)
+        oldest.append(int(step.age.max()))
+        if cost is not None:
+            macs.append(float(sum(cost.frame(step.layout, step.decision).values())))
+        for name, value in {**step.timings, **step.stages}.items():
+            latency[name].append(round(value, 4))
+        if recorder is not None:
+            recorder.add(frame, step)
+        frame, success = env.step(action)
+    return EpisodeRecord(
+        method=method,
+        suite=env.suite,
+        task=env.task,
+        instruction=env.instruction,
+        init_state=init_state,
+        seed=seed,
+        success=success,
+        steps=len(effective),
+        horizon=env.horizon,
+        ratio_effective=effective,
+        ratio_nominal=nominal,
+        oldest_age=oldest,
+        macs=macs,
+        latency_ms=dict(latency),
+        peak_memory_mb=peak_memory_mb(session.vla.backbone.device),
+    )
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far: of the accelerator's allocator, or of this process, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

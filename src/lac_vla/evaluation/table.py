@@ -1,0 +1,91 @@
+"""How the numbers of a summary are written, and the terminal's table of them."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from lac_vla.evaluation.stats import Percentiles
+from lac_vla.evaluation.summary import WINDOWS, MethodRow, Paired, Summary
+
+NONE = "-"
+"""Written where a number does not exist."""
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share, e.g. 0.25 → ``25.0 %``."""
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, with its sign, e.g. -0.02 → ``−2.0``."""
+    return "±0.0" if round(100 * value, 1) == 0 else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def p_value(value: float) -> str:
+    """A p-value to three digits, e.g. ``0.125``; very small ones as ``<0.001``."""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def count(value: float | None) -> str:
+    """A number of operations with its prefix, e.g. 2.5e9 → ``2.50 G``."""
+    if value is None:
+        return NONE
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.2f} {prefix}"
+    return f"{value:.0f}"
+
+
+def milliseconds(value: float) -> str:
+    """Milliseconds with three digits, e.g. ``8.25``, ``82.5``, ``825``."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def latency(value: Percentiles | None) -> str:
+    """Median and 95th percentile, milliseconds, e.g. ``82.5 / 101``."""
+    return NONE if value is None else f"{milliseconds(value.p50)} / {milliseconds(value.p95)}"
+
+
+def memory(value: float | None) -> str:
+    """Megabytes, e.g. ``812 MB``."""
+    return NONE if value is None else f"{value:.0f} MB"
+
+
+def paired(value: Paired | None) -> str:
+    """Difference to dense in percentage points and its p-value, e.g. ``−2.0 (p 0.125)``."""
+    return NONE if value is None else f"{points(value.difference)} (p {p_value(value.p)})"
+
+
+def success(row: MethodRow) -> str:
+    """Successes, trials, rate and interval, e.g. ``45/50  90.0 % [78.6, 95.7]``."""
+    low, high = row.interval
+    return f"{row.successes}/{row.trials}  {percent(row.rate)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def ratio(row: MethodRow) -> str:
+    """Cache ratio, nominal and effective."""
+    return f"{percent(row.ratio_nominal, 0)} / {percent(row.ratio_effective)}"
+
+
+def terminal_table(summary: Summary, title: str | None = None) -> Table:
+    """The success table for the terminal.
+
+    Args:
+        summary: The run.
+        title: Above the table.
+
+    Returns:
+        A rich table, one row per method.
+    """
+    table = Table(
+        title=title, caption="latency: p50 / p95 in ms over all frames; p: McNemar, exact, against dense"
+    )
+    headings = ["success [95 %]", "vs dense, points", "ratio nom. / eff.", "MACs", "FLOPs"]
+    table.add_column("method", no_wrap=True)
+    for heading in [*headings, *(window.replace("_", " ") for window in WINDOWS), "peak memory"]:
+        table.add_column(heading, justify="right")
+    for row in summary.methods:
+        windows = [latency(row.latency.get(window)) for window in WINDOWS]
+        cells = [success(row), paired(row.paired), ratio(row), count(row.macs), count(row.flops)]
+        table.add_row(row.method, *cells, *windows, memory(row.peak_memory_mb))
+    return table

@@ -1,0 +1,111 @@
+"""A Hugging Face ``LlamaForCausalLM``, cut into the ``DecoderLayer``s that the engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lac_vla.models.base import DecoderShape, Rotary
+
+
+def build_llama(text_config: Mapping[str, Any]) -> LlamaForCausalLM:
+    """Make a language model (on the current default device) from ``LlamaConfig``'s arguments."""
+    arguments = {key: value for key, value in text_config.items() if key != "model_type"}
+    return LlamaForCausalLM(LlamaConfig(**arguments))
+
+
+def reset_rotary(model: LlamaForCausalLM, device: torch.device) -> None:
+    """Compute the rotary frequencies anew, float32, on ``device``: a model from ``meta`` has none."""
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config).to(device)
+
+
+def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate queries or keys, (..., heads, rows, head_dim), by their positions (half-split convention)."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class LlamaLayer:
+    """A Hugging Face Llama block as a :class:`lac_vla.models.base.DecoderLayer`; no weights of its own.
+
+    Both methods also take leading batch dimensions.
+
+    Args:
+        block: A ``LlamaDecoderLayer``.
+        head_dim: Width of a head.
+    """
+
+    def __init__(self, block: nn.Module, head_dim: int) -> None:
+        parts = cast(Any, block)
+        self._attention = parts.self_attn
+        self._mlp = parts.mlp
+        self._norm_in = parts.input_layernorm
+        self._norm_out = parts.post_attention_layernorm
+        self._head_dim = head_dim
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(*x.shape[:-1], -1, self._head_dim).transpose(-3, -2)
+
+    def qkv(self, hidden: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalise and project rows; see :meth:`lac_vla.models.base.DecoderLayer.qkv`."""
+        normed = self._norm_in(hidden)
+        queries = rotate(self._heads(self._attention.q_proj(normed)), rotary)
+        keys = rotate(self._heads(self._attention.k_proj(normed)), rotary)
+        return queries, keys, self._heads(self._attention.v_proj(normed))
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Output projection, residual, feed-forward; see :meth:`lac_vla.models.base.DecoderLayer.finish`."""
+        hidden = hidden + self._attention.o_proj(attended.transpose(-3, -2).flatten(-2))
+        return cast(torch.Tensor, hidden + self._mlp(self._norm_out(hidden)))
+
+
+class LlamaDecoder:
+    """The engine's view of a whole language model: layers, positions, embeddings, logits.
+
+    Args:
+        model: The language model.
+
+    Attributes:
+        layers: The decoder blocks.
+        shape: Their sizes.
+        kv_heads: Key/value heads of a block.
+        head_dim: Width of a head.
+    """
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        config = model.config
+        self._model = model
+        self.head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads or config.num_attention_heads
+        self.shape = DecoderShape(
+            layers=int(config.num_hidden_layers),
+            width=int(config.hidden_size),
+            kv_width=self.kv_heads * self.head_dim,
+            ffn=int(config.intermediate_size),
+            vocabulary=int(config.vocab_size),
+        )
+        self.layers = tuple(LlamaLayer(block, self.head_dim) for block in model.model.layers)
+
+    def rotary(self, positions: torch.Tensor) -> Rotary:
+        """Cosine and sine, each (rows, head_dim), of int64 positions (rows,)."""
+        like = self._model.lm_head.weight[:0].detach()
+        cos, sin = self._model.model.rotary_emb(like, positions[None])
+        return cos[0], sin[0]
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final normalisation."""
+        return cast(torch.Tensor, self._model.model.norm(hidden))
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of token ids: (n,) → (n, width)."""
+        return cast(torch.Tensor, self._model.model.embed_tokens(ids))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores of all tokens: (n, width) → (n, vocabulary)."""
+        return cast(torch.Tensor, self._model.lm_head(hidden))

@@ -1,0 +1,136 @@
+"""Actions as tokens, and the statistics that map them to the robot's own units.
+
+Source: OpenVLA (Kim et al., 2024), section 3.2 and its released rule of decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lac_vla.errors import CheckpointError, InputError
+from lac_vla.types import BoolArray, FloatArray, IntArray
+
+PROPRIO_LIMIT = 1.5
+"""Normalised proprioception is clipped to ± this: beyond the 1 % and 99 % quantiles, yet bounded."""
+
+
+@dataclass(frozen=True)
+class ActionTokenizer:
+    """Maps values in [-1, 1] to the last ``n_bins`` tokens of a vocabulary, and back to the bins' centres.
+
+    Attributes:
+        vocab_size: Size V of the vocabulary; token V − i means bin edge i.
+        n_bins: Edges, evenly spaced over [-1, 1]; they enclose ``n_bins`` − 1 bins.
+    """
+
+    vocab_size: int
+    n_bins: int = 256
+
+    @property
+    def edges(self) -> npt.NDArray[np.float64]:
+        """The edges of the bins, (n_bins,)."""
+        return np.linspace(-1.0, 1.0, self.n_bins)
+
+    @property
+    def centers(self) -> npt.NDArray[np.float64]:
+        """The values that tokens decode to, (n_bins − 1,)."""
+        edges = self.edges
+        return (edges[:-1] + edges[1:]) / 2.0
+
+    def encode(self, values: npt.ArrayLike) -> IntArray:
+        """Token ids of values (clipped to [-1, 1]), any shape, int64."""
+        bins = np.digitize(np.clip(np.asarray(values, dtype=np.float64), -1.0, 1.0), self.edges)
+        return (self.vocab_size - bins).astype(np.int64)
+
+    def decode(self, ids: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Values of token ids, any shape. Ids that mean no action decode to the nearest bin."""
+        index = np.clip(self.vocab_size - np.asarray(ids, dtype=np.int64) - 1, 0, self.n_bins - 2)
+        return self.centers[index]
+
+
+@dataclass(frozen=True, eq=False)
+class Range:
+    """A vector's 1 % and 99 % quantiles in a data set, which [-1, 1] stands for.
+
+    Attributes:
+        q01: 1 % quantiles, (dim,).
+        q99: 99 % quantiles, (dim,).
+        mask: Dimensions that are scaled at all, (dim,); the others pass through.
+    """
+
+    q01: npt.NDArray[np.float64]
+    q99: npt.NDArray[np.float64]
+    mask: BoolArray
+
+    @classmethod
+    def of(cls, stats: Mapping[str, Any], kind: str) -> Range:
+        """Read one data set's ``kind`` (``"action"``, ``"proprio"``) statistics.
+
+        Raises:
+            CheckpointError: If they are missing or their lengths differ.
+        """
+        if kind not in stats or not {"q01", "q99"} <= set(stats[kind]):
+            raise CheckpointError(f'the data set\'s statistics hold no "q01" and "q99" of "{kind}"')
+        q01 = np.asarray(stats[kind]["q01"], dtype=np.float64)
+        q99 = np.asarray(stats[kind]["q99"], dtype=np.float64)
+        mask = np.asarray(stats[kind].get("mask", np.ones(q01.shape, dtype=bool)), dtype=bool)
+        shapes = (q01.shape, q99.shape, mask.shape)
+        if q01.ndim != 1 or len(set(shapes)) != 1:
+            raise CheckpointError(
+                f'q01, q99 and mask of "{kind}" must be vectors of one length, not {shapes}'
+            )
+        return cls(q01, q99, mask)
+
+    @property
+    def dim(self) -> int:
+        """Length of the vector."""
+        return int(self.q01.size)
+
+    def normalize(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Units of the data set → [-1, 1] between the quantiles, (..., dim); 0 where these are equal."""
+        raw = np.asarray(values, dtype=np.float64)
+        span = self.q99 - self.q01
+        scaled = np.where(span > 0, 2.0 * (raw - self.q01) / np.where(span > 0, span, 1.0) - 1.0, 0.0)
+        return np.where(self.mask, scaled, raw)
+
+    def unnormalize(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """[-1, 1] → units of the data set, (..., dim)."""
+        scaled = np.asarray(values, dtype=np.float64)
+        return np.where(self.mask, 0.5 * (scaled + 1.0) * (self.q99 - self.q01) + self.q01, scaled)
+
+
+def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
+    """Pick the statistics of one data set.
+
+    Args:
+        norm_stats: Data set → statistics.
+        key: Name of the data set; the suffix ``_no_noops`` of LIBERO's may be left out. ``None`` is enough if
+            there is only one.
+
+    Raises:
+        InputError: If the key is unknown, or is missing though there are several; the message lists the keys.
+    """
+    if key is None and len(norm_stats) == 1:
+        key = next(iter(norm_stats))
+    for name in () if key is None else (key, f"{key}_no_noops"):
+        if name in norm_stats:
+            stats: Mapping[str, Any] = norm_stats[name]
+            return stats
+    what = "unnorm_key is missing" if key is None else f"unknown unnorm_key '{key}'"
+    raise InputError(f"{what}: choose one of {sorted(norm_stats)}")
+
+
+def libero_gripper(action: FloatArray) -> FloatArray:
+    """Turn the last value of OpenVLA's LIBERO actions, 0 closed .. 1 open, into LIBERO's −1 open, +1 closed.
+
+    Args:
+        action: (..., dim), float32; not modified.
+    """
+    action = action.copy()
+    action[..., -1] = -np.sign(2.0 * action[..., -1] - 1.0)
+    return action

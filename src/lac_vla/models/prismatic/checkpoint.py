@@ -1,0 +1,113 @@
+"""Prismatic checkpoints in the official layout: configuration, weights, statistics, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lac_vla.models.llama import reset_rotary
+from lac_vla.models.prismatic.backbone import PrismaticBackbone
+from lac_vla.models.prismatic.config import PrismaticConfig
+from lac_vla.models.prismatic.model import PrismaticVLA
+from lac_vla.models.prismatic.prompt import TOKENIZER, Encode, FileTokenizer, WordHash, load_tokenizer
+from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.models.weights import WEIGHTS, load_weights, read_json
+
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+STATISTICS = "dataset_statistics.json"
+PARTIAL = "model.safetensors.partial"
+
+
+def load_prismatic(
+    folder: Path,
+    data: Mapping[str, Any],
+    *,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    unnorm_key: str | None = None,
+    cameras: Sequence[str] | None = None,
+    image_pipeline: str | None = None,
+    encode: Encode | None = None,
+) -> PrismaticBackbone:
+    """Load a checkpoint whose ``config.json`` holds ``data``; see :func:`lac_vla.models.load_vla`."""
+    config = PrismaticConfig.from_json(data)
+    if (folder / STATISTICS).is_file():
+        config = replace(config, norm_stats=read_json(folder / STATISTICS))
+    if (folder / PREPROCESSOR).is_file():
+        towers = _normalised_as(config.vit_towers, read_json(folder / PREPROCESSOR))
+        config = replace(config, vit_towers=towers)
+    encode = encode or load_tokenizer(folder)
+    with torch.device("meta"):
+        model = PrismaticVLA(config)
+    backbone = PrismaticBackbone(
+        model, encode, name=name, unnorm_key=unnorm_key, cameras=cameras, image_pipeline=image_pipeline
+    )
+    load_weights(model, folder, dtype=dtype, device=device, unused=_unused(config))
+    reset_rotary(model.language_model, device)
+    model.eval()
+    return backbone
+
+
+def save_prismatic(backbone: PrismaticBackbone, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model in the official layout; see :func:`lac_vla.models.save_vla`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = backbone.model.config
+    state = backbone.model.state_dict()
+    weights = {key: value.to("cpu", dtype).contiguous() for key, value in state.items()}
+    save_file(weights, folder / PARTIAL, metadata={"format": "pt"})
+    (folder / PARTIAL).replace(folder / WEIGHTS)  # never half a file under the final name
+    (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
+    (folder / STATISTICS).write_text(json.dumps(config.norm_stats, indent=2) + "\n", encoding="utf-8")
+    if isinstance(backbone.encode, FileTokenizer):
+        backbone.encode.tokenizer.save(str(folder / TOKENIZER))
+
+
+def random_prismatic(
+    config: PrismaticConfig, *, name: str, seed: int, dtype: torch.dtype, device: torch.device
+) -> PrismaticBackbone:
+    """Make a model with random weights in place; see :func:`lac_vla.models.random_vla`.
+
+    Matrices and kernels are normal with a variance of 1 / inputs, gains one, offsets zero.
+    """
+    with torch.device("meta"):
+        model = PrismaticVLA(config).to(dtype)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        reset_rotary(model.language_model, device)
+        generator = torch.Generator(device).manual_seed(seed)
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if weight.ndim > 1:
+                    weight.normal_(0.0, weight[0].numel() ** -0.5, generator=generator)
+                else:
+                    weight.fill_(0.0 if key.endswith("bias") else 1.0)
+    model.eval()
+    return PrismaticBackbone(model, WordHash(config.vocab_size - config.n_action_bins), name=name)
+
+
+def _unused(config: PrismaticConfig) -> re.Pattern[str]:
+    """Official weights that no output depends on: the towers' last blocks and heads, rotary frequencies."""
+    names = [r".*\.rotary_emb\.inv_freq"]
+    for part, tower in zip(("featurizer", "fused_featurizer"), config.vit_towers, strict=False):
+        names.append(rf"vision_backbone\.{part}\.(blocks\.{tower.depth - 1}|norm|fc_norm|attn_pool|head)\..*")
+    return re.compile("|".join(names))
+
+
+def _normalised_as(towers: tuple[ViTConfig, ...], preprocessor: Mapping[str, Any]) -> tuple[ViTConfig, ...]:
+    """Take means and deviations from the official image processor: the published are rounded to bfloat16."""
+    given = preprocessor.get("tvf_normalize_params", [])
+    if len(given) != len(towers):
+        return towers
+    return tuple(
+        replace(tower, mean=tuple(values["mean"]), std=tuple(values["std"]))
+        for tower, values in zip(towers, given, strict=True)
+    )

@@ -1,0 +1,188 @@
+"""Configuration of the Prismatic family: OpenVLA's official ``config.json``, and optional fields beyond it.
+
+An official file needs none of the optional fields. They let the same code describe small models: several
+cameras, convolutional towers, a proprioception token, another prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lac_vla.errors import CheckpointError
+from lac_vla.models.prismatic.towers import ConvTowerConfig, ViTConfig, towers_of
+
+OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+VICUNA_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions. "
+    "USER: What action should the robot take to {instruction}? ASSISTANT:"
+)
+OPENVLA_PROMPT_END = 29871
+"""Llama 2's token of a lone space, the last token of every prompt that OpenVLA was trained with."""
+
+
+@dataclass(frozen=True)
+class CameraConfig:
+    """One camera of the model, in token order.
+
+    Attributes:
+        name: Key of its image in ``Frame.images``; no dots (it becomes part of parameter names).
+        image_size: Side of the square image that the tower sees, pixels.
+        tower: The camera's own convolutional tower; ``None`` if all cameras share the vision transformers.
+    """
+
+    name: str
+    image_size: int
+    tower: ConvTowerConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Check the name, and that the tokens tile the image."""
+        if not self.name or "." in self.name:
+            raise CheckpointError(f"camera name {self.name!r} must not be empty or hold a dot")
+        if self.tower is not None and self.image_size % self.tower.stride:
+            raise CheckpointError(
+                f"camera '{self.name}': {self.image_size} pixels, no multiple of stride {self.tower.stride}"
+            )
+
+
+@dataclass(frozen=True)
+class PrismaticConfig:
+    """What ``config.json`` says about a Prismatic VLA. Names are those of the file.
+
+    Attributes:
+        text_config: Arguments of ``transformers.LlamaConfig``; what is absent is Llama 2 7B's.
+        norm_stats: Data set → ``action`` / ``proprio`` → ``q01``, ``q99``, ``mask`` (lists of numbers).
+        vision_backbone_id: ``"conv"``, or an official name of vision transformers.
+        vit_towers: The vision transformers (one, or two whose features are concatenated).
+        cameras: Cameras in token order.
+        projector_hidden: Hidden widths of the projector.
+        image_resize_strategy: A key of :data:`lac_vla.models.prismatic.images.PIPELINES`.
+        prompt_template: Holds ``{instruction}``.
+        prompt_end_id: Token that ends every prompt; ``None`` for none.
+        proprio_dim: Length of the proprioception vector; ``None`` if the model takes none.
+        n_action_bins: Edges of the bins that an action dimension is divided by.
+        pad_to_multiple_of: Rows of the embedding beyond the tokenizer's vocabulary.
+        llm_max_length: Longest prompt, tokens.
+        llm_backbone_id: Official name of the language model.
+        model_type: Always ``"openvla"``.
+
+    Raises:
+        CheckpointError: If the parts contradict each other.
+    """
+
+    text_config: Mapping[str, Any]
+    norm_stats: Mapping[str, Any]
+    vision_backbone_id: str
+    vit_towers: tuple[ViTConfig, ...]
+    cameras: tuple[CameraConfig, ...]
+    projector_hidden: tuple[int, ...]
+    image_resize_strategy: str = "resize-naive"
+    prompt_template: str = OPENVLA_PROMPT
+    prompt_end_id: int | None = OPENVLA_PROMPT_END
+    proprio_dim: int | None = None
+    n_action_bins: int = 256
+    pad_to_multiple_of: int = 64
+    llm_max_length: int = 2048
+    llm_backbone_id: str = "llama2-7b-pure"
+    model_type: str = field(default="openvla", init=False)
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together."""
+        conv = [camera.tower for camera in self.cameras if camera.tower is not None]
+        if self.vision_backbone_id == "conv":
+            if len(conv) != len(self.cameras) or self.vit_towers:
+                raise CheckpointError('vision_backbone_id "conv" wants a tower per camera and no vit_towers')
+            if len({tower.widths[-1] for tower in conv}) != 1:
+                raise CheckpointError("the towers of all cameras must end in the same width")
+        else:
+            if conv or not 1 <= len(self.vit_towers) <= 2:
+                raise CheckpointError("vision transformers: 1 or 2 vit_towers, and cameras without towers")
+            if (
+                len({(camera.image_size, vit.patch) for camera in self.cameras for vit in self.vit_towers})
+                != 1
+            ):
+                raise CheckpointError("vision transformers must have one image_size and one size of patches")
+        names = [camera.name for camera in self.cameras]
+        if not names or len(set(names)) != len(names):
+            raise CheckpointError(f"camera names {names}: give at least one, each once")
+        if self.text_config.get("model_type", "llama") != "llama":
+            raise CheckpointError(
+                f"language model '{self.text_config['model_type']}' is not supported, only llama"
+            )
+        if "{instruction}" not in self.prompt_template:
+            raise CheckpointError("prompt_template does not hold {instruction}")
+
+    @property
+    def features(self) -> int:
+        """Width of the visual features that the projector takes."""
+        conv = self.cameras[0].tower
+        return conv.widths[-1] if conv is not None else sum(tower.width for tower in self.vit_towers)
+
+    @property
+    def width(self) -> int:
+        """Width of the decoder."""
+        return int(self.text_config.get("hidden_size", 4096))
+
+    @property
+    def vocab_size(self) -> int:
+        """Size V of the tokenizer's vocabulary; the last ``n_action_bins`` of it mean actions."""
+        return int(self.text_config.get("vocab_size", 32000)) - self.pad_to_multiple_of
+
+    @property
+    def bos_id(self) -> int:
+        """Token that starts every prompt."""
+        return int(self.text_config.get("bos_token_id", 1))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PrismaticConfig:
+        """Read the contents of a ``config.json``, official or ours.
+
+        Raises:
+            CheckpointError: If something without a default is missing, or is not supported.
+        """
+        backbone = str(data.get("vision_backbone_id", "dinosiglip-vit-so-224px"))
+        llm = str(data.get("llm_backbone_id", "llama2-7b-pure"))
+        if any(data.get("timm_override_act_layers") or ()):
+            raise CheckpointError(f'vision backbone "{backbone}" overrides activations: not supported')
+        try:
+            vit = () if backbone == "conv" else towers_of(data)
+            cameras = tuple(_camera(camera) for camera in data.get("cameras") or ()) or _official_camera(data)
+            hidden = tuple(data.get("projector_hidden") or _official_projector(data["text_config"], vit))
+            config: dict[str, Any] = {"norm_stats": {}, "prompt_template": _official_prompt(llm)}
+            config |= {f.name: data[f.name] for f in fields(cls) if f.init and f.name in data}
+            config |= {"vision_backbone_id": backbone, "llm_backbone_id": llm}
+            config |= {"vit_towers": vit, "cameras": cameras, "projector_hidden": hidden}
+            return cls(**config)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"config.json does not describe a Prismatic VLA: {error!r}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data, for ``config.json``; :meth:`from_json` reads it back."""
+        data = asdict(self)
+        data["image_sizes"] = [camera.image_size for camera in self.cameras]
+        data["use_fused_vision_backbone"] = len(self.vit_towers) == 2
+        return data
+
+
+def _camera(data: Mapping[str, Any]) -> CameraConfig:
+    tower = data.get("tower")
+    conv = None if tower is None else ConvTowerConfig(**{**tower, "widths": tuple(tower["widths"])})
+    return CameraConfig(data["name"], int(data["image_size"]), conv)
+
+
+def _official_camera(data: Mapping[str, Any]) -> tuple[CameraConfig, ...]:
+    sizes = data.get("image_sizes", [224])
+    if len(set(sizes)) != 1:
+        raise CheckpointError(f"image_sizes {sizes}: the towers must see the same size")
+    return (CameraConfig("agentview", int(sizes[0])),)
+
+
+def _official_prompt(llm_backbone_id: str) -> str:
+    return VICUNA_PROMPT if llm_backbone_id.startswith("vicuna") else OPENVLA_PROMPT
+
+
+def _official_projector(text_config: Mapping[str, Any], towers: tuple[ViTConfig, ...]) -> tuple[int, ...]:
+    width = int(text_config.get("hidden_size", 4096))
+    return (width,) if len(towers) == 1 else (4 * sum(tower.width for tower in towers), width)

@@ -1,0 +1,62 @@
+"""A small convolutional vision tower whose output positions are the visual tokens."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from lac_vla.models.prismatic.towers import ConvTowerConfig
+
+Keep: TypeAlias = tuple[int, int, int]
+"""Row offset, column offset and stride of a regular subset of a token grid."""
+
+
+class ConvTower(nn.Module):
+    """Strided convolutions over RGB and two coordinate channels, one feature vector per patch.
+
+    The first convolution (4×4) and all further ones (3×3) but the last halve the resolution; the last (3×3,
+    stride 1) mixes each token with its neighbours. Inner convolutions are followed by group normalisation.
+    """
+
+    def __init__(self, config: ConvTowerConfig) -> None:
+        super().__init__()
+        first, *inner, last = config.widths
+        stages: list[nn.Module] = [nn.Conv2d(5, first, 4, stride=2, padding=1), nn.GELU()]
+        before = first
+        for width in inner:
+            stages.append(nn.Conv2d(before, width, 3, stride=2, padding=1))
+            if config.norm_groups:
+                stages.append(nn.GroupNorm(config.norm_groups, width))
+            stages.append(nn.GELU())
+            before = width
+        self.stem = nn.Sequential(*stages)
+        self.head = nn.Conv2d(before, last, 3, padding=1)
+
+    def forward(
+        self, pixels: torch.Tensor, keep: Keep | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute the tokens of a batch of images.
+
+        Args:
+            pixels: RGB in [-1, 1], (B, 3, H, W).
+            keep: Compute only the tokens at rows ``keep[0]::keep[2]`` and columns ``keep[1]::keep[2]``.
+            shift: Pixels by which an augmentation moved the content down and right, (B, 2): the coordinates
+                move along, so that every pixel keeps its own.
+
+        Returns:
+            Features in raster order, (B, tokens, widths[-1]).
+        """
+        batch, _, height, width = pixels.shape
+        y = torch.linspace(-1.0, 1.0, height, device=pixels.device, dtype=pixels.dtype)
+        x = torch.linspace(-1.0, 1.0, width, device=pixels.device, dtype=pixels.dtype)
+        place = torch.stack(torch.meshgrid(x, y, indexing="xy")).expand(batch, -1, -1, -1)
+        if shift is not None:
+            step = torch.tensor([2 / (width - 1), 2 / (height - 1)], device=pixels.device, dtype=pixels.dtype)
+            place = place - (shift.flip(1).to(pixels.dtype) * step)[:, :, None, None]
+        features: torch.Tensor = self.stem(torch.cat((pixels, place), dim=1))
+        row, column, stride = keep or (0, 0, 1)
+        padded = F.pad(features, (1, 1, 1, 1))[:, :, row:, column:]
+        return F.conv2d(padded, self.head.weight, self.head.bias, stride=stride).flatten(2).transpose(1, 2)

@@ -1,0 +1,115 @@
+"""Vision transformers (DINOv2 with registers, SigLIP) under the parameter names of timm and OpenVLA."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from lac_vla.models.prismatic.towers import ViTConfig
+
+LAYER_NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Images → one row per patch."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) → (B, patches, width), raster order."""
+        embedded: torch.Tensor = self.proj(pixels)
+        return embedded.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, tokens, width) → the same."""
+        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+        out: torch.Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) → the same."""
+        out: torch.Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale_factor = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) → the same."""
+        return x * self.scale_factor
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and added to its input."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config.width) if config.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.mlp = FeedForward(config)
+        self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, tokens, width) → the same."""
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        out: torch.Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        return out
+
+
+class ViT(nn.Module):
+    """A vision transformer up to its last but one block, whose patch tokens are the features (no final norm).
+
+    Args:
+        config: Its shape.
+        image_size: Side of its images, pixels.
+    """
+
+    def __init__(self, config: ViTConfig, image_size: int) -> None:
+        super().__init__()
+        width, registers = config.width, config.registers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // config.patch) ** 2, config.width))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth - 1))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised images, (B, 3, H, W) → features, (B, patches, width)."""
+        x = self.patch_embed(pixels) + self.pos_embed
+        patches = x.shape[1]
+        extra = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        x = torch.cat([*(token.expand(len(x), -1, -1) for token in extra), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        features: torch.Tensor = x[:, -patches:]
+        return features

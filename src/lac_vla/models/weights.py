@@ -1,0 +1,136 @@
+"""Checkpoint folders: finding them, and reading safetensors into a model that was built on ``meta``.
+
+Nothing is ever unpickled, and no code of a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lac_vla.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_FILES = ("*.json", "*.safetensors")
+LISTED = 4
+"""How many names an error message lists at most."""
+
+
+def find_folder(path_or_hub_id: str | Path) -> Path:
+    """The local folder of a checkpoint; one on the Hugging Face hub is downloaded, or taken from its cache.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(str(path_or_hub_id)):
+        raise CheckpointError(f"'{path_or_hub_id}' is neither a folder nor a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(f"'{path_or_hub_id}' is no local folder, and the hub says: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read an object from a JSON file.
+
+    Raises:
+        CheckpointError: If it is missing or holds something else.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: is the checkpoint's folder complete?") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} is damaged: it does not hold a JSON object")
+    return data
+
+
+def load_weights(
+    model: nn.Module, folder: Path, *, dtype: torch.dtype, device: torch.device, unused: re.Pattern[str]
+) -> None:
+    """Put a folder's weights into a model on ``meta``, file by file; names and shapes are checked first.
+
+    Args:
+        model: Its parameters and persistent buffers are replaced.
+        folder: Holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+        dtype: Of the weights in memory.
+        device: Where to put them.
+        unused: Names that a checkpoint may hold although the model does not use them.
+
+    Raises:
+        CheckpointError: If a file is missing or truncated, or names or shapes are not the model's.
+    """
+    wanted = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
+    files = _files(folder)
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        found |= _shapes(file)
+    _compare(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
+    copy = device.type == "cpu"  # there, what is read is a view of the file, and badly aligned
+    for file in files:
+        with safe_open(file, framework="pt", device=str(device)) as shard:
+            keys = wanted.keys() & shard.keys()
+            part = {key: shard.get_tensor(key).to(dtype, copy=copy) for key in keys}
+        model.load_state_dict(part, strict=False, assign=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise CheckpointError(f"{folder / INDEX} is damaged: it has no weight_map")
+        files = [folder / name for name in sorted(set(index.values()))]
+    else:
+        files = [folder / WEIGHTS]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is incomplete: {_some(missing)} missing (pickled weights are not read)"
+        )
+    return files
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, from the header alone; the file's length is checked against it."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            return {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged ({error}): fetch it again") from error
+
+
+def _compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    wrong = [
+        f"{key} {found[key]} instead of {shape}"
+        for key, shape in wanted.items()
+        if key in found and found[key] != shape
+    ]
+    faults = [
+        f"{len(names)} {what}: {_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if names
+    ]
+    if faults:
+        raise CheckpointError("the weights are not those of the model in config.json; " + "; ".join(faults))
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:LISTED]) + (", …" if len(ordered) > LISTED else "")

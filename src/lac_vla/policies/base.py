@@ -1,0 +1,70 @@
+"""What every caching policy is: a frozen set of hyper-parameters and a pure function of the view."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lac_vla.errors import InputError
+from lac_vla.types import BoolArray, Decision, View, Watch
+
+
+class CachePolicy(ABC):
+    """Decides, frame by frame, which visual tokens are computed and which are reused or pruned.
+
+    A policy holds no state of a session: all that it may depend on is in the view, chance included (``view.rng``).
+    The engine never asks it about the first frame, and raises its decision to the session's maximum age.
+
+    Attributes:
+        uses_flow: Whether it reads ``view.flow``; without, no session spends time on optical flow.
+    """
+
+    uses_flow: ClassVar[bool] = False
+
+    @property
+    def watch(self) -> Watch | None:
+        """Attention to compute aside, for :attr:`View.attention` of the next frame and for :meth:`refine`."""
+        return None
+
+    @abstractmethod
+    def decide(self, view: View) -> Decision:
+        """Decide about a frame before its forward pass."""
+
+    def refine(self, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
+        """Change the decision in mid-forward, after a watched layer.
+
+        Args:
+            layer: The layer just computed.
+            attention: Its watched attention, mean over heads, (rows, keys).
+            decision: The decision so far.
+
+        Returns:
+            A decision that differs at most in the depth of tokens still computed; at least ``layer + 1`` for those.
+        """
+        return decision
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse a cache ratio outside [0, 1]."""
+    if not 0.0 <= ratio <= 1.0:
+        raise InputError(f"a cache ratio is the share of tokens reused, in 0..1; got {ratio}")
+
+
+def cache_lowest(scores: npt.NDArray[np.floating], ratio: float) -> BoolArray:
+    """Cache the ``floor(N·ratio + ½)`` tokens with the lowest scores; ties go to the lower index.
+
+    Args:
+        scores: How much every token wants to be recomputed, (N,).
+        ratio: Share of the tokens to cache, in [0, 1].
+
+    Returns:
+        bool, (N,): the cached tokens.
+    """
+    count = int(np.floor(scores.size * ratio + 0.5))
+    cached = np.zeros(scores.size, dtype=np.bool_)
+    cached[np.argsort(scores, kind="stable")[:count]] = True
+    return cached

@@ -1,0 +1,46 @@
+"""Motion: what did not move is reused. The obvious rule, without learning and without attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import cv2
+import numpy as np
+
+from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
+from lac_vla.types import Decision, View
+
+
+@dataclass(frozen=True)
+class Motion(CachePolicy):
+    """Reuse the tokens whose patches changed least since *their slot* was computed.
+
+    The score is the mean absolute pixel change against the slot's own reference pixels (in 0..1, so slow drift adds
+    up until it is noticed) plus the mean flow magnitude in units of the patch size.
+
+    Attributes:
+        ratio: Share of the visual tokens reused, in [0, 1].
+    """
+
+    ratio: float = 0.5
+    uses_flow: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+
+    def decide(self, view: View) -> Decision:
+        """See :meth:`CachePolicy.decide`."""
+        change = {
+            camera: cv2.absdiff(image, view.reference[camera]).sum(axis=2, dtype=np.float32) / (3 * 255)
+            for camera, image in view.pixels.items()
+        }
+        score = view.layout.patch_mean(change)
+        if view.flow:
+            speed = {
+                camera.name: np.hypot(*cv2.split(view.flow[camera.name]))
+                * (camera.rows / view.pixels[camera.name].shape[0])
+                for camera in view.layout.cameras
+            }
+            score = score + view.layout.patch_mean(speed)
+        return Decision.reuse(cache_lowest(score, self.ratio), view.n_layers, nominal_ratio=self.ratio)

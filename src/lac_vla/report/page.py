@@ -1,0 +1,273 @@
+"""One self-contained HTML page from the folders of evaluations: nothing is loaded from anywhere else."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from lac_vla.errors import InputError, MissingExtraError
+from lac_vla.evaluation import table as write
+from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.evaluation.summary import DENSE, WINDOWS, MethodRow
+from lac_vla.report import plots
+from lac_vla.report.overlay import RECOMPUTED, RECOVERED, filmstrip
+from lac_vla.report.runs import Run
+from lac_vla.report.video import sample_frames
+
+COLOURS = 7
+"""Colours of the page's palette; the first is dense's."""
+
+VIDEO_TRIALS = 6
+VIDEO_MB = 40
+"""At most so many trials are shown as videos, and so much of them."""
+
+WINDOW_NAMES = {
+    "decoder_prefill": "Decoder prefill",
+    "model_call": "Model call",
+    "observation_to_action": "Observation → action",
+}
+WINDOW_MEANING = {
+    "decoder_prefill": "the language model reading the prompt: the part that caching shortens",
+    "model_call": "camera image to action inside the model: vision tower, prefill, action tokens",
+    "observation_to_action": "everything between an observation and its action, caching's own work included",
+}
+
+
+def build_report(run_dirs: Sequence[str | Path], out_html: str | Path, *, title: str | None = None) -> Path:
+    """Write the report of one or several runs.
+
+    Args:
+        run_dirs: Folders of runs: ``episodes.jsonl``, ``summary.json``, ``videos/``.
+        out_html: The page to write; its folder is created.
+        title: Heading of the page.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: If a folder is no run, or the page cannot be written.
+        MissingExtraError: If jinja2 or PyAV is not installed.
+    """
+    try:
+        import jinja2
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("report", "The HTML report") from error
+    if not run_dirs:
+        raise InputError("no run is given: name at least one folder of 'lac eval'")
+    runs = [Run.read(folder) for folder in run_dirs]
+    source = resources.files("lac_vla.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(source).render(
+        title=title or "Visual token caching: evaluation report",
+        runs=[_run(run, number) for number, run in enumerate(runs)],
+        windows=[
+            {"key": key, "name": WINDOW_NAMES[key], "meaning": WINDOW_MEANING[key]} for key in WINDOWS
+        ],
+        recomputed=_css(RECOMPUTED),
+        recovered=_css(RECOVERED),
+    )
+    out = Path(out_html)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, out)
+    except OSError as error:
+        raise InputError(f"cannot write {out} ({error}): choose another place") from error
+    return out
+
+
+def _run(run: Run, number: int) -> dict[str, Any]:
+    rows = run.summary.methods
+    colours = _colours([row.method for row in rows])
+    dense = run.summary.row(DENSE)
+    suites = sorted({episode.suite for episode in run.episodes})
+    trials = run.recorded()
+    shown = _shown(run, trials)
+    return {
+        "id": f"run{number}",
+        "name": run.folder.name,
+        "suites": ", ".join(suites),
+        "facts": _facts(run),
+        "setting": _setting(run),
+        "altered": run.altered,
+        "rendering": run.rendering,
+        "notes": [str(note) for note in run.facts.get("notes", [])],
+        "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
+        "tasks": _tasks(run),
+        "names": [{"name": row.method, "colour": colours[row.method]} for row in rows],
+        "latency": [
+            {
+                "name": WINDOW_NAMES[window],
+                "meaning": WINDOW_MEANING[window],
+                "svg": plots.latency_panel(_samples(run, window, colours), f"latency of {window}"),
+            }
+            for window in WINDOWS
+        ],
+        "ratio": _ratio(run, colours),
+        "trials": [_trial(run, group, colours) for group in shown],
+        "recorded": len(trials),
+        "dense": dense is not None,
+        "frames": sum(row.frames for row in rows),
+        "episodes": len(run.episodes),
+        "horizons": ", ".join(str(value) for value in sorted({e.horizon for e in run.episodes})),
+        "seeds": ", ".join(str(value) for value in sorted({e.seed for e in run.episodes})),
+    }
+
+
+def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> dict[str, Any]:
+    described = run.facts.get("methods", {}).get(row.method, {})
+    whole = row.latency.get("observation_to_action")
+    before = dense.latency.get("observation_to_action") if dense is not None and dense is not row else None
+    faster = before.p50 / whole.p50 if whole and before and whole.p50 > 0 else None
+    saved = 1 - row.macs / dense.macs if dense and dense is not row and row.macs and dense.macs else None
+    low, high = row.interval
+    return {
+        "name": row.method,
+        "colour": colour,
+        "policy": described.get("policy", "") if isinstance(described, Mapping) else str(described),
+        "successes": row.successes,
+        "trials": row.trials,
+        "rate": write.percent(row.rate),
+        "interval": f"{100 * low:.1f} to {100 * high:.1f}",
+        "bar": plots.interval_bar(row.rate, low, high, dense.rate if dense and dense is not row else None),
+        "paired": row.paired,
+        "difference": write.points(row.paired.difference) if row.paired else write.NONE,
+        "p": write.p_value(row.paired.p) if row.paired else write.NONE,
+        "nominal": write.percent(row.ratio_nominal, 0),
+        "effective": write.percent(row.ratio_effective),
+        "oldest": write.NONE if row.oldest_age is None else row.oldest_age,
+        "macs": write.count(row.macs),
+        "flops": write.count(row.flops),
+        "latency": [write.latency(row.latency.get(window)) for window in WINDOWS],
+        "median": write.NONE if whole is None else f"{write.milliseconds(whole.p50)} ms",
+        "faster": None if faster is None else f"{faster:.2f}×",
+        "saved": None if saved is None else write.percent(saved, 0),
+        "memory": write.memory(row.peak_memory_mb),
+        "frames": row.frames,
+    }
+
+
+def _tasks(run: Run) -> list[dict[str, Any]]:
+    names = [row.method for row in run.summary.methods]
+    rows = []
+    for task in run.summary.tasks:
+        outcomes = [task.outcomes.get(name) for name in names]
+        cells = [
+            {"text": f"{outcome[0]}/{outcome[1]}", "share": outcome[0] / outcome[1]} if outcome else None
+            for outcome in outcomes
+        ]
+        rows.append({"suite": task.suite, "task": task.task, "text": task.instruction, "cells": cells})
+    return rows
+
+
+def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tuple[str, list[float]]]:
+    samples: dict[str, tuple[str, list[float]]] = {name: (colour, []) for name, colour in colours.items()}
+    for episode in run.episodes:
+        samples[episode.method][1].extend(episode.latency_ms.get(window, ()))
+    return samples
+
+
+def _ratio(run: Run, colours: Mapping[str, str]) -> str:
+    cached = [name for name in colours if name != DENSE]
+    effective = {
+        name: (colours[name], [e.ratio_effective for e in run.episodes if e.method == name]) for name in cached
+    }
+    nominal = {name: [e.ratio_nominal for e in run.episodes if e.method == name] for name in cached}
+    return plots.ratio_chart(effective, nominal)
+
+
+def _facts(run: Run) -> list[dict[str, Any]]:
+    """The groups of ``summary.json`` as rows of name and value."""
+    facts = run.facts
+    groups: dict[str, Any] = {
+        "Run": {key: facts.get(key) for key in ("command", "created", "commit") if facts.get(key)},
+        "Model": facts.get("model"),
+        "Simulator": facts.get("simulator"),
+        "Hardware": facts.get("hardware"),
+        "Versions": facts.get("versions"),
+    }
+    return [{"name": name, "rows": _pairs(group)} for name, group in groups.items() if group]
+
+
+def _setting(run: Run) -> str:
+    """What the numbers hold for, in one line under the table."""
+    hardware = run.facts.get("hardware")
+    known = hardware if isinstance(hardware, Mapping) else {}
+    parts = [str(known[key]) for key in ("accelerator", "processor") if known.get(key)]
+    parts += [f"{known[key]} {key}" for key in ("cores", "threads") if known.get(key)]
+    return ", ".join(parts)
+
+
+def _pairs(group: Any) -> list[tuple[str, str]]:
+    if not isinstance(group, Mapping):
+        return [("", str(group))]
+    return [(str(key).replace("_", " "), _text(value)) for key, value in group.items() if value is not None]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+
+def _shown(run: Run, trials: Sequence[list[EpisodeRecord]]) -> list[list[EpisodeRecord]]:
+    shown, room = [], VIDEO_MB * 1e6
+    for group in trials[:VIDEO_TRIALS]:
+        room -= sum((run.folder / str(episode.video)).stat().st_size for episode in group)
+        if room < 0 and shown:
+            break
+        shown.append(group)
+    return shown
+
+
+def _trial(run: Run, group: Sequence[EpisodeRecord], colours: Mapping[str, str]) -> dict[str, Any]:
+    first = group[0]
+    return {
+        "suite": first.suite,
+        "task": first.task,
+        "instruction": first.instruction,
+        "init_state": first.init_state,
+        "seed": first.seed,
+        "episodes": [_clip(run, episode, colours[episode.method]) for episode in group],
+    }
+
+
+def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
+    path = run.folder / str(episode.video)
+    frames = sample_frames(path, 4)
+    strip = cv2.resize(filmstrip(frames, 4), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    _, jpeg = cv2.imencode(".jpg", strip[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])
+    ratio = float(np.mean(episode.ratio_effective)) if len(episode.ratio_effective) else None
+    return {
+        "method": episode.method,
+        "colour": colour,
+        "success": episode.success,
+        "steps": episode.steps,
+        "horizon": episode.horizon,
+        "ratio": write.percent(ratio, 0),
+        "video": base64.b64encode(path.read_bytes()).decode(),
+        "strip": base64.b64encode(jpeg.tobytes()).decode(),
+        "width": frames[0].shape[1],
+        "height": frames[0].shape[0],
+    }
+
+
+def _colours(methods: Sequence[str]) -> dict[str, str]:
+    """Method → CSS colour: dense is grey, the others take the palette's in turn."""
+    cached = [method for method in methods if method != DENSE]
+    numbers = {method: 1 + index % (COLOURS - 1) for index, method in enumerate(cached)}
+    return {method: f"var(--m{numbers.get(method, 0)})" for method in methods}
+
+
+def _css(colour: tuple[int, int, int]) -> str:
+    return "rgb({}, {}, {})".format(*colour)

@@ -1,0 +1,79 @@
+"""A run's folder, read for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lac_vla.errors import InputError
+from lac_vla.evaluation.records import EpisodeRecord, Trial, read_episodes
+from lac_vla.evaluation.summary import Summary, summarize
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation on disk.
+
+    Attributes:
+        folder: Where it is.
+        facts: ``summary.json``: command, versions, hardware, model, simulator, methods, notes.
+        episodes: The finished ones.
+        summary: Their numbers.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    episodes: list[EpisodeRecord]
+    summary: Summary
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Run:
+        """Read a run's folder.
+
+        Raises:
+            InputError: If it is none, or has no finished episode.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder}: give the folder of a run of 'lac eval'")
+        path = folder / "summary.json"
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}): resume the run, it writes it again") from error
+        if not isinstance(facts, dict):
+            raise InputError(f"{path} holds no JSON object: resume the run, it writes it again")
+        episodes = read_episodes(folder / "episodes.jsonl")
+        return cls(folder, facts, episodes, summarize(episodes))
+
+    @property
+    def rendering(self) -> str:
+        """Rendering mode of the simulator; empty if the run does not say."""
+        simulator = self.facts.get("simulator")
+        return str(simulator.get("rendering", "")) if isinstance(simulator, dict) else ""
+
+    @property
+    def altered(self) -> bool:
+        """Whether the images are known not to be the benchmark's own."""
+        return self.rendering not in ("", "official")
+
+    def recorded(self) -> list[list[EpisodeRecord]]:
+        """Trials with videos, each with its episodes in the order of the methods.
+
+        Those on which methods disagree come first, then one of each task, then the rest.
+        """
+        order = {row.method: index for index, row in enumerate(self.summary.methods)}
+        trials: dict[Trial, list[EpisodeRecord]] = {}
+        for episode in self.episodes:
+            if episode.video is not None and (self.folder / episode.video).is_file():
+                trials.setdefault(episode.trial, []).append(episode)
+        groups = [sorted(group, key=lambda e: order[e.method]) for _, group in sorted(trials.items())]
+        first = {group[0].task: group[0].trial for group in reversed(groups)}
+        return sorted(groups, key=lambda group: (_agree(group), first[group[0].task] != group[0].trial))
+
+
+def _agree(group: Sequence[EpisodeRecord]) -> bool:
+    return len({episode.success for episode in group}) == 1

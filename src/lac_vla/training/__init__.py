@@ -1,0 +1,1 @@
+"""Training: the bundled VLA from demonstrations (:mod:`lac_vla.training.pretrain`)."""

@@ -1,0 +1,170 @@
+"""Demonstration frames in memory: images at the model's size, and what a behaviour-cloning step asks of a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from lac_vla.datasets.lerobot import LeRobotDataset
+from lac_vla.errors import InputError
+from lac_vla.types import BoolArray, FloatArray, IntArray, UInt8Image
+
+GRIPPER = 6
+"""Index of the gripper in an action; positive closes."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrameBank:
+    """All frames of a dataset, episode after episode.
+
+    Attributes:
+        images: Camera → uint8, (F, size, size, 3).
+        state: Proprioception, float32, (F, S): end-effector position in metres first.
+        action: float32, (F, A).
+        start: First frame of every episode, (E,); an episode ends where the next begins.
+        stop: One past the last frame of every episode, (E,).
+        task: Index into ``instructions`` of every episode, (E,).
+        instructions: The tasks' texts.
+    """
+
+    images: dict[str, npt.NDArray[np.uint8]]
+    state: FloatArray
+    action: FloatArray
+    start: IntArray
+    stop: IntArray
+    task: IntArray
+    instructions: tuple[str, ...]
+
+    @classmethod
+    def load(cls, root: Path, sizes: dict[str, int], resize: Callable[[UInt8Image, int], UInt8Image]) -> FrameBank:
+        """Decode a LeRobot dataset.
+
+        Args:
+            root: Its folder.
+            sizes: Camera → side of the square images wanted, pixels.
+            resize: The model's own image geometry: image, side → image.
+
+        Raises:
+            InputError: If a camera is missing or the dataset is empty.
+        """
+        dataset = LeRobotDataset(root)
+        if not len(dataset):
+            raise InputError(f"{root} holds no episodes: collect some first (lac collect)")
+        images: dict[str, list[npt.NDArray[np.uint8]]] = {camera: [] for camera in sizes}
+        states, actions, lengths, texts = [], [], [], []
+        for index in tqdm(range(len(dataset)), desc="decoding demonstrations", unit="episode"):
+            episode = dataset.episode(index)
+            for camera, size in sizes.items():
+                if camera not in episode.images:
+                    raise InputError(f"{root} has no camera '{camera}'; it has {sorted(episode.images)}")
+                images[camera].append(np.stack([resize(image, size) for image in episode.images[camera]]))
+            states.append(episode.state)
+            actions.append(episode.action)
+            lengths.append(len(episode.action))
+            texts.append(episode.instruction)
+        stop = np.cumsum(lengths).astype(np.int64)
+        instructions = tuple(sorted(set(texts)))
+        return cls(
+            {camera: np.concatenate(parts) for camera, parts in images.items()},
+            np.concatenate(states).astype(np.float32),
+            np.concatenate(actions).astype(np.float32),
+            (stop - np.asarray(lengths)).astype(np.int64),
+            stop,
+            np.asarray([instructions.index(text) for text in texts], dtype=np.int64),
+            instructions,
+        )
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    @property
+    def episode(self) -> IntArray:
+        """Episode of every frame, (F,)."""
+        return np.repeat(np.arange(len(self.start)), self.stop - self.start)
+
+    def split(self, held_out: float, seed: int) -> tuple[IntArray, IntArray]:
+        """Frames for training and for validation, divided by episode.
+
+        Args:
+            held_out: Share of the episodes kept for validation.
+            seed: Of the choice.
+        """
+        episodes = np.random.default_rng(seed).permutation(len(self.start))
+        chosen = np.isin(self.episode, episodes[: round(held_out * len(episodes))])
+        return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+    def chunks(self, horizon: int) -> FloatArray:
+        """The actions that follow every frame, the last one repeated past the episode's end, (F, horizon, A)."""
+        last = self.stop[self.episode] - 1
+        steps = np.minimum(np.arange(len(self))[:, None] + np.arange(horizon), last[:, None])
+        return self.action[steps]
+
+    def hindsight(self) -> tuple[FloatArray, BoolArray]:
+        """Where the hand is now, where it will close and where it will open again: read off the recording.
+
+        Returns:
+            Positions in metres, (F, 3, 3), and which of them lie ahead or now, bool, (F, 3). What lies behind is no
+            target: it cannot be seen any more.
+        """
+        targets = np.repeat(self.state[:, None, :3], 3, axis=1)
+        ahead = np.zeros((len(self), 3), dtype=np.bool_)
+        ahead[:, 0] = True
+        for start, stop in zip(self.start, self.stop, strict=True):
+            closed = self.action[start:stop, GRIPPER] > 0
+            if not closed.any():
+                continue
+            close = start + int(np.argmax(closed))
+            reopened = ~closed[close - start :]
+            targets[start : close + 1, 1] = self.state[close, :3]
+            ahead[start : close + 1, 1] = True
+            if reopened.any():
+                release = close + int(np.argmax(reopened))
+                targets[start : release + 1, 2] = self.state[release, :3]
+                ahead[start : release + 1, 2] = True
+        return targets.astype(np.float32), ahead
+
+
+def shift_images(
+    images: npt.NDArray[np.uint8], shifts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint8]:
+    """Move every image by whole pixels, repeating its border.
+
+    Args:
+        images: uint8, (B, H, W, 3).
+        shifts: Rows and columns by which the content moves down and right, (B, 2).
+    """
+    margin = int(np.abs(shifts).max(initial=0))
+    if not margin:
+        return images
+    height, width = images.shape[1:3]
+    moved = np.empty_like(images)
+    for target, image, (down, right) in zip(moved, images, shifts, strict=True):
+        padded = cv2.copyMakeBorder(image, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
+        target[:] = padded[margin - down : margin - down + height, margin - right : margin - right + width]
+    return moved
+
+
+def quantiles(values: FloatArray, columns: Sequence[int] | None = None) -> dict[str, list[float] | list[bool]]:
+    """Statistics in the layout of OpenVLA's ``dataset_statistics.json``.
+
+    Args:
+        values: (F, D).
+        columns: Columns that are normalised; all by default. The others keep their raw values (the gripper).
+    """
+    mask = np.ones(values.shape[1], dtype=np.bool_) if columns is None else np.isin(range(values.shape[1]), columns)
+    table: dict[str, list[float] | list[bool]] = {
+        "q01": np.quantile(values, 0.01, axis=0).tolist(),
+        "q99": np.quantile(values, 0.99, axis=0).tolist(),
+        "mean": values.mean(axis=0).tolist(),
+        "std": values.std(axis=0).tolist(),
+        "min": values.min(axis=0).tolist(),
+        "max": values.max(axis=0).tolist(),
+        "mask": mask.tolist(),
+    }
+    return table

@@ -1,0 +1,332 @@
+"""Trains the bundled VLA from scratch by behaviour cloning: ``lac pretrain``.
+
+Two phases, coarse to fine. In the coarse phase the decoder sees a regular quarter of the first camera's visual tokens
+(at their own positions, at a random phase), which makes a step several times cheaper; in the fine phase it sees all.
+A run is resumable: it saves its whole state at every evaluation, and the model as ``load_vla`` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from lac_vla.errors import CheckpointError, InputError
+from lac_vla.models import PrismaticBackbone, save_vla
+from lac_vla.models.prismatic.images import area
+from lac_vla.models.prismatic.model import PrismaticVLA
+from lac_vla.models.prismatic.presets import MINI
+from lac_vla.models.prismatic.prompt import FileTokenizer, Prompt, train_tokenizer
+from lac_vla.provenance import provenance
+from lac_vla.training.frames import GRIPPER, FrameBank, quantiles, shift_images
+from lac_vla.training.objective import Batch, Objective
+from lac_vla.types import IntArray
+
+STATISTICS_KEY = "libero"
+"""Key of the bundled model's normalisation statistics."""
+CARD = "lac.json"
+"""Beside the weights: how the model was made, for the reports of evaluations."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What a pretraining run depends on.
+
+    Attributes:
+        dataset: LeRobot dataset with the demonstrations.
+        out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
+        coarse_samples: Frames shown in the coarse phase.
+        fine_samples: Frames shown in the fine phase.
+        batch: Frames a step.
+        lr: Peak learning rate of AdamW; held, then taken linearly to zero over the last fifth of the run.
+        weight_decay: Of AdamW.
+        warmup: Steps to the peak.
+        ema: Decay of the averaged weights, which are the ones saved.
+        sigma: Width of the soft action targets at the start and at the end, in bins.
+        noise: Share of teacher-forced action tokens replaced by chance.
+        shift: Augmentation: images move by up to this share of their side.
+        proprio_noise: Standard deviation of the noise on the normalised proprioception.
+        proprio_dropout: Share of the frames whose proprioception is blanked.
+        chunk: Actions that the training-only chunk head predicts.
+        held_out: Share of the episodes kept for validation.
+        every: Samples between two validations (and saved states).
+        seed: Of everything.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    dataset: Path
+    out: Path
+    coarse_samples: int = 320_000
+    fine_samples: int = 60_000
+    batch: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: int = 300
+    ema: float = 0.998
+    sigma: tuple[float, float] = (6.0, 1.5)
+    noise: float = 0.3
+    shift: float = 0.03
+    proprio_noise: float = 0.03
+    proprio_dropout: float = 0.1
+    chunk: int = 8
+    held_out: float = 0.03
+    every: int = 20_000
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def samples(self) -> int:
+        """Frames shown in all."""
+        return self.coarse_samples + self.fine_samples
+
+
+def describe(config: PretrainConfig) -> dict[str, Any]:
+    """A configuration as plain data; of folders only the names."""
+    return {key: value.name if isinstance(value, Path) else value for key, value in asdict(config).items()}
+
+
+class Pretraining:
+    """One run: data, model, optimiser and where it stands.
+
+    Args:
+        config: The run.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        torch.manual_seed(config.seed)
+        self.rng = np.random.default_rng(config.seed)
+        self.noise_rng = torch.Generator().manual_seed(config.seed)
+        sizes = {camera.name: camera.image_size for camera in MINI.cameras}
+        self.bank = FrameBank.load(config.dataset, sizes, area)
+        dims = range(self.bank.action.shape[1])
+        self.statistics: dict[str, Any] = {
+            STATISTICS_KEY: {
+                "action": quantiles(self.bank.action, [dim for dim in dims if dim != GRIPPER]),
+                "proprio": quantiles(self.bank.state),
+            }
+        }
+        self.plan = replace(MINI, norm_stats=self.statistics)
+        words = self.plan.vocab_size - self.plan.n_action_bins
+        self.encode = FileTokenizer(train_tokenizer(self.bank.instructions, words))
+        self.objective = Objective(PrismaticVLA(self.plan), config.chunk).to(config.device)
+        self.average = AveragedModel(self.objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.optimiser = torch.optim.AdamW(
+            self.objective.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        )
+        self.seen = 0
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Derive every frame's targets once."""
+        bank, vla = self.bank, self.backbone(self.objective)
+        self.train_frames, self.held_frames = bank.split(self.config.held_out, self.config.seed)
+        normal = vla.action_range.normalize(bank.action)
+        self.ids = np.maximum(vla.actions.encode(normal), self.objective.last_id - self.objective.n_bins + 1)
+        self.chunks = vla.action_range.normalize(bank.chunks(self.config.chunk)).clip(-1, 1).astype(np.float32)
+        self.proprio = vla.normalize_proprio(bank.state)
+        hindsight, self.ahead = bank.hindsight()
+        self.centre, self.scale = hindsight.mean(axis=(0, 1)), hindsight.std(axis=(0, 1))
+        self.hindsight = (hindsight - self.centre) / self.scale
+        prompt = Prompt.of(self.plan, self.encode)
+        prompts = [prompt.ids(text)[1:] for text in bank.instructions]
+        self.text_length = np.asarray([len(ids) for ids in prompts])
+        self.text = np.zeros((len(prompts), self.text_length.max()), dtype=np.int64)
+        for row, ids in zip(self.text, prompts, strict=True):
+            row[: len(ids)] = ids
+        self.text_of = bank.task[bank.episode]
+
+    def backbone(self, objective: Objective) -> PrismaticBackbone:
+        """The model of an objective, as the engine takes it."""
+        return PrismaticBackbone(objective.model, self.encode, name="mini")
+
+    def batch(self, frames: IntArray, *, augment: bool) -> Batch:
+        """Assemble frames; with ``augment``, shift and tint the images and disturb the proprioception."""
+        bank, rng, count = self.bank, self.rng, len(frames)
+        images, shifts = {}, {}
+        for camera, stored in bank.images.items():
+            chosen = stored[frames]
+            limit = round(self.config.shift * chosen.shape[1]) if augment else 0
+            moved = rng.integers(-limit, limit + 1, size=(count, 2))
+            pixels = torch.from_numpy(shift_images(chosen, moved)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            if augment:
+                gain, offset = rng.uniform(0.85, 1.15, (count, 3, 1, 1)), rng.uniform(-0.1, 0.1, (count, 1, 1, 1))
+                pixels = pixels * torch.from_numpy(gain).float() + torch.from_numpy(offset).float()
+                pixels = pixels + 0.02 * torch.randn(pixels.shape, generator=self.noise_rng)
+            images[camera] = pixels.to(self.config.device)
+            shifts[camera] = torch.from_numpy(moved)
+        proprio = self.proprio[frames]
+        if augment:
+            proprio = proprio + rng.normal(0, self.config.proprio_noise, proprio.shape)
+            proprio = proprio * (rng.random((count, 1)) >= self.config.proprio_dropout)
+        task = self.text_of[frames]
+        longest = self.text_length[task].max()
+        return Batch(
+            images=images,
+            shifts=shifts,
+            proprio=torch.from_numpy(np.asarray(proprio, dtype=np.float32)),
+            text=torch.from_numpy(self.text[task, :longest]),
+            text_length=torch.from_numpy(self.text_length[task]),
+            action=torch.from_numpy(self.ids[frames]),
+            chunk=torch.from_numpy(self.chunks[frames]),
+            hindsight=torch.from_numpy(np.asarray(self.hindsight[frames], dtype=np.float32)),
+            ahead=torch.from_numpy(self.ahead[frames].astype(np.float32)),
+        )
+
+    def lr_factor(self) -> float:
+        """Warm up, hold, and go linearly to zero over the last fifth."""
+        warm = min(1.0, (self.seen // self.config.batch + 1) / self.config.warmup)
+        left = (self.config.samples - self.seen) / self.config.samples
+        return warm * min(1.0, left / 0.2)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the run is in its coarse phase."""
+        return self.seen < self.config.coarse_samples
+
+    def step(self) -> dict[str, float]:
+        """Show one batch.
+
+        Raises:
+            InputError: If the loss is not finite; the last saved state is untouched.
+        """
+        config = self.config
+        frames = self.rng.choice(self.train_frames, size=config.batch)
+        keep = (int(self.rng.integers(2)), int(self.rng.integers(2)), 2) if self.coarse else None
+        progress = self.seen / config.samples
+        sigma = config.sigma[0] * (config.sigma[1] / config.sigma[0]) ** min(1.0, progress / 0.9)
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.lr * self.lr_factor()
+        self.objective.train()
+        with torch.autocast(config.device, dtype=torch.bfloat16):
+            losses = self.objective(self.batch(frames, augment=True), keep, sigma, config.noise, self.noise_rng)
+        total = losses["tokens"] + losses["chunk"] + losses["hindsight"]
+        if not torch.isfinite(total):
+            raise InputError(
+                f"the loss became {total.item()} after {self.seen} samples; the state of the last validation is kept: "
+                "resume with a lower --lr"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
+        self.optimiser.step()
+        self.average.update_parameters(self.objective)
+        self.seen += config.batch
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Losses of the averaged weights on a fixed choice of held-out frames, without noise or augmentation."""
+        chosen = np.random.default_rng(0).permutation(self.held_frames)[: 8 * self.config.batch]
+        keep = (0, 0, 2) if self.coarse else None
+        self.average.eval()
+        rows = []
+        for frames in np.array_split(chosen, max(1, len(chosen) // self.config.batch)):
+            losses = self.average(self.batch(frames, augment=False), keep, 1.5, 0.0, self.noise_rng)
+            rows.append({name: float(value) for name, value in losses.items()})
+        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+    def save(self) -> None:
+        """Write the state to resume from, then the averaged model."""
+        out = self.config.out
+        state = {
+            "seen": torch.tensor(self.seen),
+            "objective": self.objective.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "noise_rng": self.noise_rng.get_state(),
+            "rng": json.dumps(self.rng.bit_generator.state),
+        }
+        torch.save(state, out / "state.tmp")
+        (out / "state.tmp").replace(out / "state.pt")
+        save_vla(self.backbone(self.average.module), out / "model")
+        (out / "model" / CARD).write_text(json.dumps(self.card(), indent=2) + "\n", encoding="utf-8")
+
+    def card(self) -> dict[str, Any]:
+        """How the model came about, as plain data."""
+        model = self.objective.model
+        return {
+            "description": "small VLA trained from scratch by behaviour cloning of a scripted expert",
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "visual_tokens": self.objective.layout.n_visual,
+            "episodes": len(self.bank.start),
+            "frames": len(self.bank),
+            "samples_shown": self.seen,
+            "samples_planned": self.config.samples,
+            "training": describe(self.config),
+            "trained_with": provenance(),
+        }
+
+    def resume(self) -> None:
+        """Go on from the saved state.
+
+        Raises:
+            CheckpointError: If it is of another model.
+        """
+        path = self.config.out / "state.pt"
+        state = torch.load(path, weights_only=True, map_location=self.config.device)
+        try:
+            self.objective.load_state_dict(state["objective"])
+            self.average.load_state_dict(state["average"])
+            self.optimiser.load_state_dict(state["optimiser"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a state of this run; give another --out: {error}") from error
+        self.noise_rng.set_state(state["noise_rng"])
+        self.rng.bit_generator.state = json.loads(state["rng"])
+        self.seen = int(state["seen"])
+
+
+def pretrain(config: PretrainConfig, *, max_seconds: float = math.inf) -> Path:
+    """Train, or go on training, until all samples are shown or the time is up.
+
+    Args:
+        config: The run. Should ``config.out`` hold a state, it is resumed.
+        max_seconds: Stop (resumably) after this time.
+
+    Returns:
+        Folder of the saved model.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    run = Pretraining(config)
+    if (config.out / "state.pt").exists():
+        run.resume()
+    (config.out / "config.json").write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
+    start = time.monotonic()
+    with (config.out / "metrics.jsonl").open("a") as log, tqdm(
+        total=config.samples, initial=run.seen, unit="frame", desc="pretraining"
+    ) as bar:
+        for metrics in _steps(run, start, max_seconds):
+            metrics = {"samples": run.seen, "seconds": time.monotonic() - start, "coarse": run.coarse, **metrics}
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            bar.set_postfix({key: f"{value:.3g}" for key, value in metrics.items() if isinstance(value, float)})
+            bar.update(run.seen - bar.n)
+    return config.out / "model"
+
+
+def _steps(run: Pretraining, start: float, max_seconds: float) -> Iterator[dict[str, Any]]:
+    """Train, yielding metrics every 50 steps and at every validation (which saves)."""
+    recent: list[dict[str, float]] = []
+    while run.seen < run.config.samples:
+        recent.append(run.step())
+        done = run.seen >= run.config.samples or time.monotonic() - start > max_seconds
+        if len(recent) == 50 or done:
+            yield {name: float(np.mean([row[name] for row in recent])) for name in recent[0]}
+            recent = []
+        if run.seen % run.config.every < run.config.batch or done:
+            scores = run.validate()
+            run.save()
+            yield {f"held_out_{name}": value for name, value in scores.items()}
+        if done:
+            return
+
+

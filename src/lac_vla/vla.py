@@ -1,0 +1,248 @@
+"""A policy beside a frozen VLA, and the session that runs them on one robot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lac_vla.cache import VisualKVCache
+from lac_vla.errors import InputError
+from lac_vla.flow import estimate, make_flow
+from lac_vla.models.base import Backbone
+from lac_vla.policies import CachePolicy, Dense
+from lac_vla.prefill import extend, partial_prefill
+from lac_vla.timing import Stopwatch, windows
+from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View
+
+
+@dataclass(frozen=True)
+class CachedVLA:
+    """A backbone and a caching policy: stateless, shared by any number of sessions.
+
+    Attributes:
+        backbone: The frozen model.
+        policy: What decides which visual tokens are recomputed.
+        flow: Optical flow for policies that use it: ``"dis"`` or ``"none"``.
+        max_age: No slot is reused once it is this many frames old, ≥ 1.
+        scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
+    """
+
+    backbone: Backbone
+    policy: CachePolicy = field(default_factory=Dense)
+    flow: str = "dis"
+    max_age: int = 16
+    scene_cut: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.max_age < 1:
+            raise InputError(f"max_age is {self.max_age}; a slot must be allowed to grow at least 1 frame old")
+        if not 0 < self.scene_cut <= 1:
+            raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
+        make_flow(self.flow)
+
+    def session(self, seed: int = 0) -> Session:
+        """Start with one robot.
+
+        Args:
+            seed: Of everything that this session leaves to chance.
+        """
+        return Session(self, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the last call of :meth:`Session.act` did.
+
+    Attributes:
+        layout: Where the tokens were.
+        decision: How deep every visual token was computed.
+        forced: bool, (N,): tokens that the policy would have cached, recomputed because of their age.
+        age: Age of every slot after the frame, in frames, int64, (N,).
+        dense_because: Why the policy was not asked (``"first frame"``, ``"scene cut"``, …); ``None`` if it was.
+        stages: Milliseconds by stage, see :data:`lac_vla.timing.STAGES`.
+        info: What the backbone says about its action (token ids, …).
+        pixels: Camera → what the model saw.
+    """
+
+    layout: TokenLayout
+    decision: Decision
+    forced: BoolArray
+    age: IntArray
+    dense_because: str | None
+    stages: Mapping[str, float]
+    info: Mapping[str, Any]
+    pixels: Mapping[str, UInt8Image]
+
+    @property
+    def ratio(self) -> float:
+        """Effective cache ratio, in [0, 1]."""
+        return self.decision.ratio
+
+    @property
+    def active(self) -> BoolArray:
+        """Visual tokens computed in every layer, bool, (N,)."""
+        return self.decision.active
+
+    @property
+    def cached(self) -> BoolArray:
+        """Visual tokens reused or pruned in at least one layer, bool, (N,)."""
+        return ~self.active
+
+    @property
+    def recovered(self) -> BoolArray:
+        """Visual tokens recomputed by recovery or because of their age, bool, (N,)."""
+        recovered = self.decision.recovered
+        return self.forced if recovered is None else recovered | self.forced
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Milliseconds in the three windows, see :data:`lac_vla.timing.WINDOWS`."""
+        return windows(self.stages)
+
+
+class Session:
+    """The state of one robot in one episode: it owns the cache. Make it with :meth:`CachedVLA.session`.
+
+    Args:
+        vla: Backbone and policy.
+        seed: Of the session's generator.
+    """
+
+    def __init__(self, vla: CachedVLA, seed: int = 0) -> None:
+        self.vla = vla
+        self.seed = seed
+        self.last: Step | None = None
+        backbone = vla.backbone
+        self._cache = VisualKVCache(
+            len(backbone.layers), backbone.kv_heads, backbone.head_dim, backbone.dtype, backbone.device
+        )
+        self._flow = make_flow(vla.flow) if vla.policy.uses_flow else None
+        self._shapes: Mapping[str, tuple[int, int]] | None = None
+        self._rng = np.random.default_rng(seed)
+
+    def reset(self, seed: int | None = None) -> None:
+        """Begin a new episode: forget every slot, and start chance anew.
+
+        Args:
+            seed: A new seed; ``None`` keeps the session's own, so that every episode draws the same.
+        """
+        self.seed = self.seed if seed is None else seed
+        self._cache.drop()
+        self._shapes = None
+        self._rng = np.random.default_rng(self.seed)
+        self.last = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cached keys and values, in bytes."""
+        return self._cache.nbytes
+
+    @torch.inference_mode()
+    def act(self, frame: Frame) -> FloatArray:
+        """Answer an observation with an action.
+
+        Args:
+            frame: The observation.
+
+        Returns:
+            The action in the robot's own units, float32; its shape is the backbone's.
+
+        Raises:
+            InputError: If the frame does not fit the model or this episode. Nothing has changed then.
+        """
+        backbone, policy, cache = self.vla.backbone, self.vla.policy, self._cache
+        clock = Stopwatch(backbone.device)
+        with clock.stage("preprocess"):
+            self._check(frame)
+            pixels = backbone.pixels(frame)
+            layout = backbone.layout(frame)
+            prefix, suffix = backbone.prefix(frame), backbone.suffix(frame)
+        with clock.stage("bookkeeping"):
+            dense_because = self._cold(frame, layout, pixels)
+        decision, forced = self._decide(frame, layout, pixels, dense_because, clock)
+        with clock.stage("bookkeeping"):
+            cache.begin(layout, backbone.max_new_tokens)
+        with clock.stage("tower"):
+            features = backbone.see(pixels)
+        with clock.stage("projector"):
+            computed = torch.from_numpy(decision.depth > 0).to(backbone.device)
+            visual = backbone.project(features if decision.depth.all() else features[computed])
+            embeddings = torch.cat([prefix, visual, suffix])
+        with clock.stage("prefill"):
+            refine = policy.refine if dense_because is None else None
+            prompt = partial_prefill(backbone, cache, layout, decision, embeddings, policy.watch, refine)
+        with clock.stage("decode"):
+            action, info = backbone.act(frame, prompt.hidden, lambda new: extend(backbone, cache, prompt, new))
+        with clock.stage("bookkeeping"):
+            cache.commit(layout, pixels, frame.instruction, prompt.decision)
+            self._shapes = frame.shapes
+        self.last = Step(
+            layout, prompt.decision, forced, cache.age.copy(), dense_because, clock.stages, info, pixels
+        )
+        return action
+
+    def _check(self, frame: Frame) -> None:
+        if self._shapes is not None and frame.shapes != self._shapes:
+            raise InputError(
+                f"the cameras changed in mid-episode from {dict(self._shapes)} to {frame.shapes} (height, width); "
+                "call session.reset() if this is a new episode"
+            )
+
+    def _cold(self, frame: Frame, layout: TokenLayout, pixels: Mapping[str, UInt8Image]) -> str | None:
+        """Why nothing of the cache may be reused, or ``None`` if it may."""
+        cache = self._cache
+        if not cache.warm or cache.layout is None:
+            return "first frame"
+        if cache.layout.grids != layout.grids:
+            return "other cameras"
+        if not self.vla.backbone.causal and frame.instruction != cache.instruction:
+            return "new instruction"
+        for camera, image in pixels.items():
+            change = np.abs(image.astype(np.int16) - cache.pixels[camera]).mean() / 255
+            if change > self.vla.scene_cut:
+                return "scene cut"
+        return None
+
+    def _decide(
+        self,
+        frame: Frame,
+        layout: TokenLayout,
+        pixels: Mapping[str, UInt8Image],
+        dense_because: str | None,
+        clock: Stopwatch,
+    ) -> tuple[Decision, BoolArray]:
+        """The policy's decision, held to the maximum age; and the tokens where that overruled it."""
+        cache, n_layers = self._cache, len(self.vla.backbone.layers)
+        if dense_because is not None:
+            return Decision.dense(layout.n_visual, n_layers), np.zeros(layout.n_visual, dtype=np.bool_)
+        with clock.stage("flow"):
+            flow = estimate(self._flow, cache.pixels, pixels) if self._flow is not None else {}
+        with clock.stage("policy"):
+            view = View(
+                layout=layout,
+                n_layers=n_layers,
+                instruction=frame.instruction,
+                pixels=pixels,
+                previous=cache.pixels,
+                reference=cache.reference,
+                flow=flow,
+                age=cache.age,
+                rng=self._rng,
+                attention=cache.attention,
+            )
+            decision = self.vla.policy.decide(view)
+            if decision.depth.shape != (layout.n_visual,) or decision.n_layers != n_layers:
+                raise InputError(
+                    f"{type(self.vla.policy).__name__} decided about {decision.depth.shape[0]} tokens in "
+                    f"{decision.n_layers} layers; the model has {layout.n_visual} in {n_layers}"
+                )
+            forced = np.zeros(layout.n_visual, dtype=np.bool_)
+            if decision.beyond is Beyond.REUSE:
+                forced = (cache.age >= self.vla.max_age) & ~decision.active
+                if forced.any():
+                    decision = decision.with_active(forced)
+        return decision, forced

@@ -1,0 +1,70 @@
+"""Frames, policies and a tiny model that the engine's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lac_vla.policies import POLICIES, CachePolicy, cache_lowest
+from lac_vla.types import Beyond, Decision, Frame, View, Watch
+
+
+def frame(seed: int = 0, instruction: str = "pick up the bowl", cameras: tuple[str, ...] = ("agentview", "wrist")) -> Frame:
+    """Smooth random pictures: neighbouring seeds differ a little, not by a scene cut."""
+    base, change = np.random.default_rng(7), np.random.default_rng(1000 + seed)
+    images = {}
+    for camera in cameras:
+        picture = base.integers(60, 190, (64, 64, 3)) + change.integers(-25, 26, (64, 64, 3))
+        images[camera] = picture.astype(np.uint8)
+    return Frame(images, instruction)
+
+
+@dataclass(frozen=True)
+class Staircase(CachePolicy):
+    """Tokens leave the computation at a random layer (as in VLA-Cache's layer schedule)."""
+
+    def decide(self, view: View) -> Decision:
+        depth = view.rng.integers(0, view.n_layers + 1, view.layout.n_visual)
+        return Decision(depth.astype(np.int64), view.n_layers)
+
+
+@dataclass(frozen=True)
+class Pruner(CachePolicy):
+    """Half of the tokens disappear after the first layer, the least attended ones (as in FastV)."""
+
+    @property
+    def watch(self) -> Watch:
+        return Watch((0,), "last")
+
+    def decide(self, view: View) -> Decision:
+        return Decision(np.full(view.layout.n_visual, view.n_layers), view.n_layers, Beyond.PRUNE)
+
+    def refine(self, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
+        n = decision.depth.size
+        lowest = cache_lowest(attention[-1, 1 : 1 + n].numpy(), 0.5)
+        return Decision(np.where(lowest, layer + 1, decision.depth), decision.n_layers, Beyond.PRUNE)
+
+
+@dataclass(frozen=True)
+class Watcher(CachePolicy):
+    """Reuses what the last frame's text attended to least (as VLA-Cache protects what it attends to most)."""
+
+    @property
+    def watch(self) -> Watch:
+        return Watch((1,), "suffix")
+
+    def decide(self, view: View) -> Decision:
+        seen = view.attention[1].mean(dim=0)[view.layout.visual].numpy() if view.attention else np.zeros(view.layout.n_visual)
+        return Decision.reuse(cache_lowest(seen, 0.5), view.n_layers)
+
+
+ALL_POLICIES: dict[str, Callable[[], CachePolicy]] = {
+    **POLICIES,
+    "staircase": Staircase,
+    "pruner": Pruner,
+    "watcher": Watcher,
+}
+REUSING = sorted(set(ALL_POLICIES) - {"pruner"})

@@ -1,0 +1,274 @@
+"""The invariants of the engine, over every policy and every kind of frame, on a tiny random model in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from lac_vla import CachedVLA, Decision, Dense, Frame, InputError, PrismaticBackbone, Random, Session, random_vla
+from lac_vla.policies import CachePolicy
+from lac_vla.types import Beyond, View
+from tests.engine.reference import ReferenceDecoder
+from tests.engine.scenes import ALL_POLICIES, REUSING, frame
+
+SEQUENCES: dict[str, list[Frame]] = {
+    "first frame": [frame(0)],
+    "unchanged frame": [frame(0), frame(0), frame(0)],
+    "changed frame": [frame(i) for i in range(5)],
+    "new instruction": [frame(0), frame(1), frame(2, "put the mug on the plate, then stop"), frame(3, "stop")],
+}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> PrismaticBackbone:
+    return random_vla("tiny", seed=3)
+
+
+def reference(backbone: PrismaticBackbone) -> ReferenceDecoder:
+    config = backbone.model.language_model.config
+    return ReferenceDecoder(
+        dict(backbone.model.language_model.state_dict()), config.num_attention_heads, config.num_key_value_heads
+    )
+
+
+def stock_logits(backbone: PrismaticBackbone, observation: Frame, tokens: list[int]) -> torch.Tensor:
+    """Logits before every action token by transformers' own forward pass, uncached, (7, vocabulary)."""
+    with torch.inference_mode():
+        visual = backbone.project(backbone.see(backbone.pixels(observation)))
+        prompt = torch.cat([backbone.prefix(observation), visual, backbone.suffix(observation)])
+        taught = backbone.model.language_model.get_input_embeddings()(torch.tensor(tokens[:-1]))
+        out = backbone.model.language_model(inputs_embeds=torch.cat([prompt, taught])[None], use_cache=False)
+    return out.logits[0, prompt.shape[0] - 1 :]
+
+
+def run(session: Session, frames: list[Frame]) -> list[list[int]]:
+    tokens = []
+    for observation in frames:
+        session.act(observation)
+        assert session.last is not None
+        tokens.append(session.last.info["tokens"])
+    return tokens
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES)
+def test_dense_equals_the_stock_model(backbone: PrismaticBackbone, sequence: str) -> None:
+    session = CachedVLA(backbone, Dense()).session()
+    for observation in SEQUENCES[sequence]:
+        session.act(observation)
+        assert session.last is not None
+        tokens = session.last.info["tokens"]
+        assert stock_logits(backbone, observation, tokens).argmax(-1).tolist() == tokens
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES)
+@pytest.mark.parametrize("name", ALL_POLICIES)
+def test_sparse_equals_the_reference(backbone: PrismaticBackbone, name: str, sequence: str) -> None:
+    """Invariant 3, and 1 for its first frames: hidden states of the suffix, and every decoding step."""
+    session = CachedVLA(backbone, ALL_POLICIES[name]()).session(seed=5)
+    expected = reference(backbone)
+    sparse = 0
+    for observation in SEQUENCES[sequence]:
+        captured = capture_hidden(session, observation)
+        step = session.last
+        assert step is not None
+        with torch.inference_mode():
+            visual = backbone.project(backbone.see(backbone.pixels(observation)))
+            embed = backbone.model.language_model.get_input_embeddings()
+            rows = [backbone.prefix(observation), visual, backbone.suffix(observation)]
+            rows.append(embed(torch.tensor(step.info["tokens"][:-1])))
+        hidden = expected.run(torch.cat(rows), step.layout.n_prefix, step.decision)[step.layout.suffix.start :]
+        torch.testing.assert_close(captured.double(), hidden, rtol=1e-5, atol=1e-5)
+        sparse += int(step.ratio > 0)
+    assert sparse == (0 if name == "dense" else len(SEQUENCES[sequence]) - 1)
+
+
+def capture_hidden(session: Session, observation: Frame) -> torch.Tensor:
+    """Act, and return the hidden states of suffix and appended tokens as the backbone received them."""
+    backbone = session.vla.backbone
+    seen: list[torch.Tensor] = []
+    original = backbone.act
+
+    def spy(frame: Frame, hidden: torch.Tensor, extend):  # type: ignore[no-untyped-def]
+        seen.append(hidden)
+        return original(frame, hidden, lambda new: seen.append(extend(new)) or seen[-1])
+
+    backbone.act = spy  # type: ignore[method-assign]
+    try:
+        session.act(observation)
+    finally:
+        del backbone.act
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("name", REUSING)
+def test_unchanged_frame_is_exact_under_reuse(backbone: PrismaticBackbone, name: str) -> None:
+    """Invariant 2."""
+    session = CachedVLA(backbone, ALL_POLICIES[name]()).session()
+    dense = CachedVLA(backbone, Dense()).session()
+    dense_hidden = capture_hidden(dense, frame(4))
+    for _ in range(3):
+        torch.testing.assert_close(capture_hidden(session, frame(4)), dense_hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_pruning_nothing_is_exact(backbone: PrismaticBackbone) -> None:
+    """Invariant 2 for pruning within the frame."""
+
+    @dataclass(frozen=True)
+    class PruneNothing(CachePolicy):
+        def decide(self, view: View) -> Decision:
+            return Decision(np.full(view.layout.n_visual, view.n_layers), view.n_layers, Beyond.PRUNE)
+
+    session, dense = CachedVLA(backbone, PruneNothing()).session(), CachedVLA(backbone, Dense()).session()
+    for i in range(3):
+        torch.testing.assert_close(capture_hidden(session, frame(i)), capture_hidden(dense, frame(i)))
+
+
+@pytest.mark.parametrize("name", REUSING)
+def test_no_slot_outlives_max_age(backbone: PrismaticBackbone, name: str) -> None:
+    """Invariant 6, with a policy's rule against it."""
+    session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3).session()
+    ages = np.zeros(0)
+    for i in range(12):
+        session.act(frame(i % 2))
+        assert session.last is not None
+        ages = session.last.age
+        assert ages.max() <= 3
+    if name != "dense":
+        assert ages.max() > 0
+
+
+def test_forced_tokens_are_the_old_ones(backbone: PrismaticBackbone) -> None:
+    @dataclass(frozen=True)
+    class ReuseAll(CachePolicy):
+        def decide(self, view: View) -> Decision:
+            return Decision.reuse(np.ones(view.layout.n_visual, dtype=bool), view.n_layers)
+
+    session = CachedVLA(backbone, ReuseAll(), max_age=2).session()
+    forced = []
+    for _ in range(7):
+        session.act(frame(0))
+        assert session.last is not None
+        forced.append(int(session.last.forced.sum()))
+    n = session.last.layout.n_visual
+    assert forced == [0, 0, 0, n, 0, 0, n]
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL_POLICIES) - {"dense"}))
+def test_reset_makes_the_next_frame_dense_and_the_episode_repeatable(backbone: PrismaticBackbone, name: str) -> None:
+    """Invariant 5: reset; and determinism."""
+    session = CachedVLA(backbone, ALL_POLICIES[name]()).session(seed=11)
+    frames = [frame(i) for i in range(4)]
+    first = run(session, frames)
+    session.reset()
+    session.act(frames[0])
+    assert session.last is not None
+    assert session.last.ratio == 0
+    assert session.last.dense_because == "first frame"
+    session.reset()
+    assert run(session, frames) == first
+
+
+def test_scene_cut_drops_the_cache(backbone: PrismaticBackbone) -> None:
+    session = CachedVLA(backbone, Random(0.5)).session()
+    session.act(frame(0))
+    black = Frame({camera: np.zeros_like(image) for camera, image in frame(0).images.items()}, "pick up the bowl")
+    session.act(black)
+    assert session.last is not None
+    assert session.last.dense_because == "scene cut"
+    assert session.last.ratio == 0
+    session.act(black)
+    assert session.last.ratio > 0
+
+
+def test_new_instruction_drops_the_cache_of_a_bidirectional_model(backbone: PrismaticBackbone) -> None:
+    class Bidirectional(PrismaticBackbone):
+        causal = False
+
+        def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            return torch.ones(len(queries), len(keys), dtype=torch.bool)
+
+    both = Bidirectional(backbone.model, backbone.encode)
+    session = CachedVLA(both, Random(0.5)).session()
+    session.act(frame(0))
+    session.act(frame(1))
+    assert session.last is not None
+    assert session.last.dense_because is None
+    session.act(frame(2, "something else"))
+    assert session.last.dense_because == "new instruction"
+
+
+def test_other_image_size_is_refused_until_reset(backbone: PrismaticBackbone) -> None:
+    session = CachedVLA(backbone, Random(0.5)).session()
+    session.act(frame(0))
+    before = session.act(frame(1))
+    larger = Frame({camera: np.zeros((80, 80, 3), np.uint8) for camera in ("agentview", "wrist")}, "pick up the bowl")
+    with pytest.raises(InputError, match="session.reset"):
+        session.act(larger)
+    assert session.last is not None
+    assert session.last.ratio > 0  # the last good step is still there
+    session.act(frame(2))
+    assert session.last.dense_because is None  # and the cache was not lost
+    session.reset()
+    session.act(larger)
+    assert session.last.dense_because == "first frame"
+    assert np.isfinite(before).all()
+
+
+def test_sessions_share_nothing(backbone: PrismaticBackbone) -> None:
+    vla = CachedVLA(backbone, Random(0.5))
+    alone = run(vla.session(seed=1), [frame(i) for i in range(5)])
+    one, other = vla.session(seed=1), vla.session(seed=2)
+    mixed = []
+    for i in range(5):
+        mixed += run(one, [frame(i)])
+        run(other, [frame(100 + i, "do something else")])
+    assert mixed == alone
+
+
+@pytest.mark.parametrize("stage", ["see", "project", "act"])
+def test_after_an_exception_the_next_frame_is_dense_and_right(backbone: PrismaticBackbone, stage: str) -> None:
+    """Invariant 5: a frame that fails half way is never built upon."""
+    session = CachedVLA(backbone, Random(0.5)).session()
+    session.act(frame(0))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("device lost")
+
+    setattr(backbone, stage, fail)
+    try:
+        with pytest.raises(RuntimeError, match="device lost"):
+            session.act(frame(1))
+    finally:
+        delattr(backbone, stage)
+    hidden = capture_hidden(session, frame(2))
+    assert session.last is not None
+    assert session.last.dense_because == "first frame"
+    torch.testing.assert_close(hidden, capture_hidden(CachedVLA(backbone, Dense()).session(), frame(2)))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (Frame({"agentview": np.zeros((64, 64, 3), np.uint8)}, "go"), "wrist"),
+    ],
+)
+def test_bad_frames_leave_the_session_as_it_was(backbone: PrismaticBackbone, bad: Frame, message: str) -> None:
+    session = CachedVLA(backbone, Random(0.5)).session()
+    session.act(frame(0))
+    with pytest.raises(InputError, match=message):
+        session.act(bad)
+    session.act(frame(1))
+    assert session.last is not None
+    assert session.last.dense_because is None
+
+
+def test_memory_of_a_session_is_flat(backbone: PrismaticBackbone) -> None:
+    session = CachedVLA(backbone, Random(0.5)).session()
+    session.act(frame(0, "a much longer instruction than the ones that follow it"))
+    size = session.nbytes
+    for i in range(30):
+        session.act(frame(i))
+    assert session.nbytes == size

@@ -1,0 +1,129 @@
+"""Paired runs: resumable, repeatable, and refusing what does not fit; on a fake simulator and a tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lac_vla import Frame, InputError, random_vla, save_vla
+from lac_vla.evaluation import runner
+from lac_vla.evaluation.records import read_episodes
+from lac_vla.evaluation.runner import EvalConfig, evaluate, method_name
+from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+from tests.engine.scenes import frame
+
+
+class FakeEnv:
+    """A task that is solved after as many steps as its initial state's number; the pictures follow the actions."""
+
+    horizon = 6
+    instruction = "pick up the bowl"
+    made = 0
+
+    def __init__(self, suite: str, task: int, **_: Any) -> None:
+        self.suite, self.task = suite, task
+        FakeEnv.made += 1
+
+    def reset(self, init_state: int, seed: int = 0) -> Frame:
+        self.state, self.steps = init_state, 0
+        return self._frame()
+
+    def step(self, action: np.ndarray) -> tuple[Frame, bool]:
+        assert action.shape == (7,)
+        self.steps += 1
+        return self._frame(), self.steps == self.state
+
+    def _frame(self) -> Frame:
+        return frame(100 * self.task + 10 * self.state + self.steps)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
+    monkeypatch.setattr(runner, "LiberoEnv", FakeEnv)
+    backbone = random_vla("tiny")
+    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
+    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
+    save_vla(backbone, tmp_path / "model")
+    return EvalConfig(
+        str(tmp_path / "model"),
+        tmp_path / "run",
+        ("dense", "random:ratio=0.5"),
+        tasks=(0, 3),
+        init_states=(4, 8),
+        videos=0,
+    )
+
+
+def outcomes(run: Path) -> list[Any]:
+    """What an evaluation decides; not how long it took."""
+    return [
+        (e.method, e.trial, e.success, e.steps, list(e.ratio_effective), list(e.oldest_age), list(e.macs))
+        for e in sorted(read_episodes(run / "episodes.jsonl"), key=lambda e: (e.method, e.trial))
+    ]
+
+
+def test_every_method_runs_on_the_same_states(config: EvalConfig) -> None:
+    episodes = read_episodes(evaluate(config) / "episodes.jsonl")
+    trials = {method: {e.trial for e in episodes if e.method == method} for method in ("dense", "random-0.5")}
+    assert trials["dense"] == trials["random-0.5"]
+    assert len(trials["dense"]) == 8
+    for episode in episodes:
+        assert episode.success == (episode.init_state <= FakeEnv.horizon)
+        assert episode.steps == min(episode.init_state, FakeEnv.horizon)
+        assert len(episode.latency_ms["observation_to_action"]) == episode.steps
+        assert episode.ratio_effective[0] == 0
+    reused = [e for e in episodes if e.method == "random-0.5"]
+    assert np.mean([r for e in reused for r in e.ratio_effective[1:]]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([m for e in reused for m in e.macs]) < np.mean([m for e in episodes if e not in reused for m in e.macs])
+
+
+def test_a_killed_run_goes_on_without_losing_or_repeating(config: EvalConfig, tmp_path: Path) -> None:
+    whole = outcomes(evaluate(config))
+    log = config.out / "episodes.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:5]) + lines[5][:40])  # killed in the middle of writing the sixth
+    evaluate(config)
+    assert outcomes(config.out) == whole
+    assert log.read_text().startswith("".join(lines[:5]))
+    evaluate(config)
+    assert outcomes(config.out) == whole
+
+
+def test_other_settings_do_not_mix(config: EvalConfig) -> None:
+    evaluate(replace(config, tasks=(0,), init_states=(4, 5)))
+    with pytest.raises(InputError, match=r"other .*seed.*another --out"):
+        evaluate(replace(config, tasks=(0,), init_states=(4, 5), seed=1))
+    evaluate(replace(config, tasks=(0,), init_states=(4, 5), threads=1))
+
+
+def test_summary_says_what_was_altered(config: EvalConfig) -> None:
+    summary = json.loads((evaluate(config) / "summary.json").read_text())
+    assert any("Altered rendering" in note for note in summary["notes"])
+    assert any("2 of 10 tasks" in note for note in summary["notes"])
+    assert {"versions", "hardware", "command", "model", "methods"} <= set(summary)
+
+
+def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="another --out"):
+        evaluate(replace(config, out=tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"suite": "libero"}, {"init_states": (5, 5)}, {"init_states": (40, 60)}, {"policies": ("x",)}, {"workers": 0}]
+)
+def test_bad_settings(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        EvalConfig("model", Path("out"), **wrong)
+
+
+def test_method_name() -> None:
+    assert [method_name(spec) for spec in ("dense", "motion:ratio=0.5")] == ["dense", "motion-0.5"]

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lac_vla.errors import InputError
+from lac_vla.evaluation.stats import Percentiles, mcnemar, percentiles, wilson
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_gives_the_published_intervals(successes: int, trials: int, low: float, high: float) -> None:
+    assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_by_hand() -> None:
+    # z = 2, 1 of 4: centre (1/4 + 1/2) / 2 = 3/8, half width 2 sqrt(3/64 + 1/16) / 2 = sqrt(7) / 8
+    assert wilson(1, 4, z=2) == pytest.approx(((3 - math.sqrt(7)) / 8, (3 + math.sqrt(7)) / 8))
+
+
+def test_wilson_is_symmetric_and_reaches_its_ends() -> None:
+    low, high = wilson(7, 10)
+    assert wilson(3, 10) == pytest.approx((1 - high, 1 - low))
+    assert wilson(0, 5).low == 0.0
+    assert wilson(5, 5).high == 1.0
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 4), (5, 4)])
+def test_wilson_refuses_nonsense(successes: int, trials: int) -> None:
+    with pytest.raises(InputError, match="successes"):
+        wilson(successes, trials)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [
+        (0, 0, 1.0),
+        (4, 4, 1.0),
+        (0, 1, 1.0),
+        (0, 5, 2 / 32),
+        (1, 9, 2 * (1 + 10) / 1024),
+        (2, 10, 2 * (1 + 12 + 66) / 4096),
+    ],
+)
+def test_mcnemar_by_hand(first: int, second: int, p: float) -> None:
+    assert mcnemar(first, second) == pytest.approx(p)
+    assert mcnemar(second, first) == pytest.approx(p)
+
+
+def test_mcnemar_with_many_pairs_stays_a_probability() -> None:
+    assert 0 < mcnemar(1000, 1400) < 1e-10
+
+
+def test_mcnemar_refuses_negative_counts() -> None:
+    with pytest.raises(InputError, match="negative"):
+        mcnemar(-1, 2)
+
+
+def test_percentiles_by_hand() -> None:
+    assert percentiles(range(1, 102)) == Percentiles(51.0, 96.0, 101)
+    assert percentiles([3.0]) == Percentiles(3.0, 3.0, 1)
+    assert percentiles([1.0, 2.0]) == pytest.approx((1.5, 1.95, 2))
+    assert percentiles([]) is None
+
+
+def test_percentiles_refuse_what_is_not_finite() -> None:
+    with pytest.raises(InputError, match="NaN"):
+        percentiles([1.0, float("nan")])

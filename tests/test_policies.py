@@ -1,0 +1,92 @@
+"""The rules themselves, on inputs small enough to compute by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lac_vla import InputError, Motion, Random, TokenLayout, View
+from lac_vla.flow import DISFlow, make_flow
+from lac_vla.policies import Dense, cache_lowest, parse_policy
+
+LAYOUT = TokenLayout.of({"a": (2, 2)}, 1, 1)
+GREY = np.full((8, 8, 3), 100, np.uint8)
+
+
+def view(pixels: np.ndarray, reference: np.ndarray, flow: np.ndarray | None = None, seed: int = 0) -> View:
+    return View(
+        layout=LAYOUT,
+        n_layers=3,
+        instruction="go",
+        pixels={"a": pixels},
+        previous={"a": GREY},
+        reference={"a": reference},
+        flow={} if flow is None else {"a": flow},
+        age=np.zeros(4, np.int64),
+        rng=np.random.default_rng(seed),
+    )
+
+
+def changed(**patches: int) -> np.ndarray:
+    """A grey picture whose patches p0..p3 (raster order) are brighter by a value."""
+    image = GREY.copy()
+    for name, value in patches.items():
+        row, col = divmod(int(name[1]), 2)
+        image[4 * row : 4 * row + 4, 4 * col : 4 * col + 4] += value
+    return image
+
+
+def test_motion_reuses_what_changed_least_since_its_slot_was_computed() -> None:
+    decision = Motion(0.5).decide(view(changed(p0=30, p1=5, p2=90, p3=10), GREY))
+    assert decision.depth.tolist() == [3, 0, 3, 0]
+
+
+def test_motion_compares_with_the_slots_own_pixels_not_with_the_previous_frame() -> None:
+    """A slow drift: nothing changed since the last frame, everything since the slot of token 2 was computed."""
+    now = changed(p2=40)
+    decision = Motion(0.75).decide(view(now, GREY))
+    assert decision.depth.tolist() == [0, 0, 3, 0]
+
+
+def test_motion_counts_flow() -> None:
+    flow = np.zeros((8, 8, 2), np.float32)
+    flow[:4, 4:] = (3, 4)  # patch 1 moves by 5 pixels
+    assert Motion(0.75).decide(view(GREY, GREY, flow)).depth.tolist() == [0, 3, 0, 0]
+
+
+def test_ties_go_to_the_lower_index_and_half_counts_up() -> None:
+    assert cache_lowest(np.zeros(5), 0.5).tolist() == [True, True, True, False, False]
+    assert cache_lowest(np.array([2.0, 1.0, 1.0]), 1 / 3).tolist() == [False, True, False]
+    assert cache_lowest(np.zeros(3), 0).sum() == 0
+    assert cache_lowest(np.zeros(3), 1).sum() == 3
+
+
+def test_random_draws_from_the_views_generator() -> None:
+    picks = [Random(0.5).decide(view(GREY, GREY, seed=seed)).depth.tolist() for seed in (1, 1, 2, 3, 4)]
+    assert picks[0] == picks[1]
+    assert len({tuple(pick) for pick in picks}) > 1
+    assert all(sorted(pick) == [0, 0, 3, 3] for pick in picks)
+
+
+def test_parse() -> None:
+    assert parse_policy("motion:ratio=0.7") == Motion(0.7)
+    assert parse_policy("dense") == Dense()
+
+
+@pytest.mark.parametrize("spec", ["nothing", "motion:ratio", "motion:ratio=x", "motion:speed=1", "motion:ratio=1.5"])
+def test_parse_refuses(spec: str) -> None:
+    with pytest.raises(InputError):
+        parse_policy(spec)
+
+
+def test_dis_flow_follows_a_moving_picture() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (16, 16), dtype=np.uint8)
+    large = np.kron(picture, np.ones((8, 8), np.uint8))[..., None].repeat(3, axis=2)
+    flow = DISFlow()(large, np.roll(large, 3, axis=1))
+    assert np.median(flow[16:-16, 16:-16, 0]) == pytest.approx(3, abs=0.3)
+    assert np.median(flow[16:-16, 16:-16, 1]) == pytest.approx(0, abs=0.3)
+
+
+def test_unknown_flow() -> None:
+    with pytest.raises(InputError, match="raft"):
+        make_flow("raft")
