@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TESTS ?= -m "not slow and not gpu"
 DEMO ?=
 
-.PHONY: demo test check format test-compat setup gl clean
+.PHONY: help demo test check format test-compat setup gl browser clean
 .DEFAULT_GOAL := help
 help:                ## show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -24,7 +24,10 @@ gl:                  ## check for the libraries that headless rendering needs
 demo: setup gl       ## a VLA on real LIBERO tasks, dense and with reuse; table and report
 	$(BIN)/lac demo $(DEMO)
 
-test: setup gl       ## everything that runs in minutes on a CPU
+browser:             ## the report's test opens it in Chromium
+	@sh scripts/install_browser.sh
+
+test: setup gl browser ## everything that runs in minutes on a CPU
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/ruff format --check src tests scripts
 	$(BIN)/mypy

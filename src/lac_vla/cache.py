@@ -33,9 +33,7 @@ class VisualKVCache:
         warm: Whether the visual slots may be reused.
     """
 
-    def __init__(
-        self, n_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, n_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.empty(n_layers, kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.layout: TokenLayout | None = None

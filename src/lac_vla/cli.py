@@ -1,8 +1,8 @@
-"""The ``lac`` command: thin verbs over the library, one function each."""
+"""The ``lac`` command: thin verbs over the library, one function each.
 
-from __future__ import annotations
+Without postponed annotations: tyro reads the verbs' types, and those are imported where the verbs are made.
+"""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,11 +21,13 @@ def _flat(**options: Any) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Errors that the user can act on are shown without a traceback."""
-    if arguments is not None:
-        sys.argv = ["lac", *arguments]
+    """Run the command line. Errors that the user can act on are shown without a traceback.
+
+    Args:
+        arguments: Words behind ``lac``; by default those of the process.
+    """
     try:
-        tyro.extras.subcommand_cli_from_dict(_verbs(), prog="lac", description=_DESCRIPTION)
+        tyro.extras.subcommand_cli_from_dict(_verbs(), prog="lac", description=_DESCRIPTION, args=arguments)
     except LacError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from error
@@ -45,7 +47,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
     from lac_vla.bench import BenchConfig, bench_tables, run_bench
     from lac_vla.evaluation.runner import EvalConfig
     from lac_vla.sims.collect import CollectConfig
-    from lac_vla.training.pretrain import PretrainConfig
+    from lac_vla.training.config import PretrainConfig
 
     def evaluate(config: Annotated[EvalConfig, _flat()]) -> None:
         """Closed-loop episodes on LIBERO, every policy on the same initial states; resumable; ends with a report."""
@@ -71,7 +73,8 @@ def _verbs() -> dict[str, Callable[..., Any]]:
             workers: Processes.
         """
         from lac_vla.bundled import MINI
-        from lac_vla.evaluation.runner import FIRST_HELD_OUT, evaluate as run
+        from lac_vla.evaluation.runner import FIRST_HELD_OUT
+        from lac_vla.evaluation.runner import evaluate as run
 
         states = (FIRST_HELD_OUT, FIRST_HELD_OUT + episodes)
         config = EvalConfig(str(MINI), out, policies, tasks=tasks, init_states=states, workers=workers)
@@ -132,5 +135,3 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         "collect": collect,
         "pretrain": pretrain,
     }
-
-

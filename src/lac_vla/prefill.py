@@ -21,7 +21,6 @@ from lac_vla.errors import InputError
 from lac_vla.models.base import Backbone, Rotary
 from lac_vla.types import Beyond, BoolArray, Decision, TokenLayout, Watch
 
-
 Refine: TypeAlias = Callable[[int, torch.Tensor, Decision], Decision]
 
 

@@ -218,7 +218,7 @@ class Decision:
     @property
     def active(self) -> BoolArray:
         """Tokens computed in every layer, bool, (N,)."""
-        return self.depth == self.n_layers
+        return np.asarray(self.depth == self.n_layers)
 
     @property
     def ratio(self) -> float:

@@ -180,9 +180,7 @@ class Session:
         with clock.stage("bookkeeping"):
             cache.commit(layout, pixels, frame.instruction, prompt.decision)
             self._shapes = frame.shapes
-        self.last = Step(
-            layout, prompt.decision, forced, cache.age.copy(), dense_because, clock.stages, info, pixels
-        )
+        self.last = Step(layout, prompt.decision, forced, cache.age.copy(), dense_because, clock.stages, info, pixels)
         return action
 
     def _check(self, frame: Frame) -> None:

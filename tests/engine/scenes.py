@@ -12,7 +12,9 @@ from lac_vla.policies import POLICIES, CachePolicy, cache_lowest
 from lac_vla.types import Beyond, Decision, Frame, View, Watch
 
 
-def frame(seed: int = 0, instruction: str = "pick up the bowl", cameras: tuple[str, ...] = ("agentview", "wrist")) -> Frame:
+def frame(
+    seed: int = 0, instruction: str = "pick up the bowl", cameras: tuple[str, ...] = ("agentview", "wrist")
+) -> Frame:
     """Smooth random pictures: neighbouring seeds differ a little, not by a scene cut."""
     base, change = np.random.default_rng(7), np.random.default_rng(1000 + seed)
     images = {}
@@ -57,7 +59,11 @@ class Watcher(CachePolicy):
         return Watch((1,), "suffix")
 
     def decide(self, view: View) -> Decision:
-        seen = view.attention[1].mean(dim=0)[view.layout.visual].numpy() if view.attention else np.zeros(view.layout.n_visual)
+        seen = (
+            view.attention[1].mean(dim=0)[view.layout.visual].numpy()
+            if view.attention
+            else np.zeros(view.layout.n_visual)
+        )
         return Decision.reuse(cache_lowest(seen, 0.5), view.n_layers)
 
 

@@ -205,7 +205,7 @@ def test_other_image_size_is_refused_until_reset(backbone: PrismaticBackbone) ->
     session.act(frame(0))
     before = session.act(frame(1))
     larger = Frame({camera: np.zeros((80, 80, 3), np.uint8) for camera in ("agentview", "wrist")}, "pick up the bowl")
-    with pytest.raises(InputError, match="session.reset"):
+    with pytest.raises(InputError, match=r"session\.reset"):
         session.act(larger)
     assert session.last is not None
     assert session.last.ratio > 0  # the last good step is still there

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.engine.scenes import frame
 
 from lac_vla import Frame, InputError, random_vla, save_vla
 from lac_vla.evaluation import runner
 from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import EvalConfig, evaluate, method_name
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
-from tests.engine.scenes import frame
 
 
 class FakeEnv:
@@ -82,7 +82,9 @@ def test_every_method_runs_on_the_same_states(config: EvalConfig) -> None:
         assert episode.ratio_effective[0] == 0
     reused = [e for e in episodes if e.method == "random-0.5"]
     assert np.mean([r for e in reused for r in e.ratio_effective[1:]]) == pytest.approx(0.5, abs=0.05)
-    assert np.mean([m for e in reused for m in e.macs]) < np.mean([m for e in episodes if e not in reused for m in e.macs])
+    assert np.mean([m for e in reused for m in e.macs]) < np.mean(
+        [m for e in episodes if e not in reused for m in e.macs]
+    )
 
 
 def test_a_killed_run_goes_on_without_losing_or_repeating(config: EvalConfig, tmp_path: Path) -> None:
@@ -118,7 +120,8 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"suite": "libero"}, {"init_states": (5, 5)}, {"init_states": (40, 60)}, {"policies": ("x",)}, {"workers": 0}]
+    "wrong",
+    [{"suite": "libero"}, {"init_states": (5, 5)}, {"init_states": (40, 60)}, {"policies": ("x",)}, {"workers": 0}],
 )
 def test_bad_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):

@@ -86,9 +86,7 @@ def test_a_missing_gl_library_is_answered_with_the_command_that_installs_it(
     _no_gl(monkeypatch)
     monkeypatch.setenv("MUJOCO_GL", chosen)
     monkeypatch.setenv("PYOPENGL_PLATFORM", "untouched")
-    with pytest.raises(
-        RenderingLibraryError, match="apt-get install --no-install-recommends libosmesa6 libegl1"
-    ):
+    with pytest.raises(RenderingLibraryError, match="apt-get install --no-install-recommends libosmesa6 libegl1"):
         choose_gl_backend()
 
 
@@ -254,9 +252,7 @@ def env() -> Iterator[LiberoEnv]:
 @pytest.fixture(scope="module")
 def official() -> Iterator[LiberoEnv]:
     pytest.importorskip("libero")
-    with LiberoEnv(
-        "libero_spatial", 0, resolution=64, rendering="official", image_convention="openvla"
-    ) as environment:
+    with LiberoEnv("libero_spatial", 0, resolution=64, rendering="official", image_convention="openvla") as environment:
         yield environment
 
 
@@ -322,23 +318,24 @@ def test_two_environments_do_not_disturb_each_other(env: LiberoEnv, official: Li
 
 @sim
 def test_official_frames_are_the_benchmarks_own(official: LiberoEnv) -> None:
-    official.restart(0)
-    for name, observable in official.domain._observables.items():
-        if name.endswith("_image"):
-            observable.set_enabled(True)
-            observable.set_active(True)
-    try:
-        for action in (NO_OP, (0.5, 0.5, -0.5, 0.0, 0.0, 0.1, 1.0)):
-            frame, _ = official.step(action)
-        theirs = official._observation
-        assert theirs is not None
-        np.testing.assert_array_equal(frame.images["agentview"], theirs["agentview_image"][::-1, ::-1])
-        np.testing.assert_array_equal(frame.images["wrist"], theirs["robot0_eye_in_hand_image"][::-1, ::-1])
-    finally:
-        for name, observable in official.domain._observables.items():
-            if name.endswith("_image"):
-                observable.set_enabled(False)
-                observable.set_active(False)
+    from libero.libero.envs import OffScreenRenderEnv
+
+    actions = [NO_OP, (0.5, 0.5, -0.5, 0.0, 0.0, 0.1, 1.0), (0.5, -0.5, -0.5, 0.2, 0.0, 0.0, 1.0)]
+    demonstrate(official, 1, images=False, max_steps=5)
+    frames = [official.reset(0), *(official.step(action)[0] for action in actions)]
+    theirs = OffScreenRenderEnv(bddl_file_name=official.domain.bddl_file_name, camera_heights=64, camera_widths=64)
+    theirs.seed(0)
+    theirs.reset()
+    theirs.set_init_state(official._init_states[0])
+    for _ in range(10):
+        obs = theirs.step(list(NO_OP))[0]
+    observations = [obs, *(theirs.step(list(action))[0] for action in actions)]
+    for frame, obs in zip(frames, observations, strict=True):
+        np.testing.assert_array_equal(frame.images["agentview"], obs["agentview_image"][::-1, ::-1])
+        np.testing.assert_array_equal(frame.images["wrist"], obs["robot0_eye_in_hand_image"][::-1, ::-1])
+        assert frame.proprio is not None
+        np.testing.assert_array_equal(frame.proprio[:3], obs["robot0_eef_pos"].astype(np.float32))
+    theirs.close()
 
 
 @sim
@@ -367,14 +364,10 @@ def test_frames_follow_the_convention(env: LiberoEnv) -> None:
 
 
 @sim
-def test_hiding_what_a_camera_cannot_see_changes_no_pixel(
-    env: LiberoEnv, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hiding_what_a_camera_cannot_see_changes_no_pixel(env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     frame = env.reset(6)
     assert env._out_of_view("robot0_eye_in_hand").sum() > 50
-    monkeypatch.setattr(
-        LiberoEnv, "_out_of_view", lambda self, camera: np.zeros(self.model.ngeom, dtype=bool)
-    )
+    monkeypatch.setattr(LiberoEnv, "_out_of_view", lambda self, camera: np.zeros(self.model.ngeom, dtype=bool))
     everything = env.observe()
     for camera in frame.images:
         np.testing.assert_array_equal(frame.images[camera], everything.images[camera])

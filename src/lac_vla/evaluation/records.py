@@ -93,18 +93,14 @@ def read_episodes(path: str | Path) -> list[EpisodeRecord]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}): give the folder of a run of 'lac eval'"
-        ) from error
+        raise InputError(f"{path} cannot be read ({error}): give the folder of a run of 'lac eval'") from error
     records: list[EpisodeRecord] = []
     seen: set[tuple[str, Trial]] = set()
     for number, line in _lines(text):
         try:
             record = EpisodeRecord.from_json(json.loads(line))
         except (json.JSONDecodeError, AttributeError, TypeError, InputError) as error:
-            raise InputError(
-                f"{path}, line {number}: {error}; take the line away and resume the run"
-            ) from error
+            raise InputError(f"{path}, line {number}: {error}; take the line away and resume the run") from error
         if (record.method, record.trial) in seen:
             raise InputError(f"{path}, line {number}: this episode stands there twice; take one away")
         seen.add((record.method, record.trial))

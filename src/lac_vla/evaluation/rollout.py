@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.types import Frame
+from lac_vla.types import FloatArray, Frame
 from lac_vla.vla import Session, Step
 
 
@@ -54,6 +55,7 @@ def rollout(
     seed: int = 0,
     cost: CostModel | None = None,
     recorder: Recorder | None = None,
+    to_robot: Callable[[FloatArray], FloatArray] | None = None,
 ) -> EpisodeRecord:
     """Run one episode until the task is solved or its horizon reached.
 
@@ -65,6 +67,7 @@ def rollout(
         seed: Of the session's generator.
         cost: Counts multiply-accumulates.
         recorder: Watches.
+        to_robot: Turns the model's action into the simulator's units, if they differ.
     """
     frame = env.reset(init_state)
     session.reset(seed)
@@ -88,7 +91,7 @@ def rollout(
             latency[name].append(round(value, 4))
         if recorder is not None:
             recorder.add(frame, step)
-        frame, success = env.step(action)
+        frame, success = env.step(action if to_robot is None else to_robot(action))
     return EpisodeRecord(
         method=method,
         suite=env.suite,

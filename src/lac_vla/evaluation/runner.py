@@ -18,6 +18,7 @@ from lac_vla.errors import InputError
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.models import load_vla
+from lac_vla.models.prismatic.actions import libero_gripper
 from lac_vla.policies import parse_policy
 from lac_vla.provenance import provenance
 from lac_vla.report.overlay import EpisodeVideo
@@ -46,7 +47,9 @@ class EvalConfig:
         flow: Optical flow: ``dis`` or ``none``.
         max_age: No slot is reused once it is this old, frames.
         rendering: ``fast`` (altered pixels, for models trained on them) or ``official``.
-        image_convention: ``upright`` for our own models, ``openvla`` for OpenVLA's checkpoints.
+        convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints, whose images are rotated by
+            180° and whose gripper runs from 0, closed, to 1, open.
+        image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
         videos: Per method and task, how many episodes get an overlay video.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
@@ -64,7 +67,8 @@ class EvalConfig:
     flow: str = "dis"
     max_age: int = 16
     rendering: Literal["fast", "official"] = "fast"
-    image_convention: Literal["upright", "openvla"] = "upright"
+    convention: Literal["upright", "openvla"] = "upright"
+    image_pipeline: str | None = None
     videos: int = 1
     unnorm_key: str | None = None
     device: str = "cpu"
@@ -76,7 +80,9 @@ class EvalConfig:
             raise InputError(f"unknown suite {self.suite!r}; choose one of {sorted(SUITES)}")
         first, stop = self.init_states
         if not 0 <= first < stop <= SUITES[self.suite].trials:
-            raise InputError(f"init_states {self.init_states}: give first and one-past-last in 0..{SUITES[self.suite].trials}")
+            raise InputError(
+                f"init_states {self.init_states}: give first and one-past-last in 0..{SUITES[self.suite].trials}"
+            )
         if self.workers < 1:
             raise InputError(f"workers is {self.workers}; give at least 1")
         for spec in self.policies:
@@ -112,7 +118,13 @@ class Worker:
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
-        backbone = load_vla(config.model, device=config.device, dtype="auto", unnorm_key=config.unnorm_key)
+        backbone = load_vla(
+            config.model,
+            device=config.device,
+            dtype="auto",
+            unnorm_key=config.unnorm_key,
+            image_pipeline=config.image_pipeline,
+        )
         self.sessions = {
             method_name(spec): CachedVLA(
                 backbone, parse_policy(spec), flow=config.flow, max_age=config.max_age
@@ -126,9 +138,7 @@ class Worker:
         if self._env is None or self._env.task != task:
             if self._env is not None:
                 self._env.close()
-            self._env = LiberoEnv(
-                config.suite, task, rendering=config.rendering, image_convention=config.image_convention
-            )
+            self._env = LiberoEnv(config.suite, task, rendering=config.rendering, image_convention=config.convention)
         return self._env
 
     def run(self, method: str, task: int, init_state: int) -> EpisodeRecord:
@@ -141,7 +151,14 @@ class Worker:
         if init_state - config.init_states[0] < config.videos:
             video = EpisodeVideo(config.out / "videos" / f"{method}_task{task:02d}_init{init_state:02d}.mp4", method)
         record = rollout(
-            env, session, method, init_state, seed=config.seed, cost=self._cost, recorder=video
+            env,
+            session,
+            method,
+            init_state,
+            seed=config.seed,
+            cost=self._cost,
+            recorder=video,
+            to_robot=libero_gripper if config.convention == "openvla" else None,
         )
         if video is not None:
             video.close(success=record.success)
@@ -186,7 +203,10 @@ def evaluate(config: EvalConfig) -> Path:
         if (missing := tuple(m for m in methods if (m, task, init_state) not in done))
     ]
     total = sum(len(job[2]) for job in jobs)
-    with (config.out / EPISODES).open("a", encoding="utf-8") as log, tqdm(total=total, unit="episode", desc="rollouts") as bar:
+    with (
+        (config.out / EPISODES).open("a", encoding="utf-8") as log,
+        tqdm(total=total, unit="episode", desc="rollouts") as bar,
+    ):
         solved: dict[str, list[bool]] = {method: [] for method in methods}
         for record in _records(config, jobs):
             log.write(json.dumps(asdict(record)) + "\n")
@@ -265,7 +285,7 @@ def _summary(config: EvalConfig) -> dict[str, Any]:
             "horizon": suite.horizon,
             "settle_steps": suite.settle_steps,
             "rendering": config.rendering,
-            "image_convention": config.image_convention,
+            "convention": config.convention,
         },
         "methods": {method_name(spec): {"policy": spec, "seed": config.seed} for spec in config.policies},
         "notes": notes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,7 @@ def check_ratio(ratio: float) -> None:
         raise InputError(f"a cache ratio is the share of tokens reused, in 0..1; got {ratio}")
 
 
-def cache_lowest(scores: npt.NDArray[np.floating], ratio: float) -> BoolArray:
+def cache_lowest(scores: npt.NDArray[np.floating[Any]], ratio: float) -> BoolArray:
     """Cache the ``floor(N·ratio + ½)`` tokens with the lowest scores; ties go to the lower index.
 
     Args:

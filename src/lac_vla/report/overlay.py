@@ -46,8 +46,8 @@ def overlay(
 ) -> UInt8Image:
     """Show which tokens of one camera were computed.
 
-    Reused tokens are grey and dim. Recomputed ones keep their colours, within a thin blue outline. Recovered ones
-    (recomputed although the policy would have reused them) are tinted orange within an orange outline.
+    Reused tokens are grey and dim. Recomputed ones keep their colours, within a thin blue outline. Recovered
+    ones (recomputed although the policy would have reused them) are tinted orange, with an orange outline.
 
     Args:
         image: uint8, H×W×3, what the model saw.
@@ -200,7 +200,7 @@ class EpisodeVideo:
         self._steps += 1
 
     def close(self, *, success: bool) -> None:
-        """Hold the last picture for a second, framed green if the task was solved, else red; finish the file."""
+        """Hold the last picture for a second, framed green if the task was solved, else red; finish."""
         if self._last is not None:
             framed = self._last.copy()
             colour = (0, 158, 115) if success else (213, 60, 60)
@@ -221,7 +221,7 @@ def _outline(mask: BoolArray, thickness: int = 2) -> BoolArray:
     size = 2 * thickness + 1
     kernel = np.ones((size, size), dtype=np.uint8)
     inner = cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    return mask & (np.asarray(inner) == 0)
+    return np.logical_and(mask, np.asarray(inner) == 0)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from lac_vla.report import plots
 from lac_vla.report.overlay import RECOMPUTED, RECOVERED, filmstrip
 from lac_vla.report.runs import Run
 from lac_vla.report.video import sample_frames
+from lac_vla.types import UInt8Image
 
 COLOURS = 7
 """Colours of the page's palette; the first is dense's."""
@@ -67,9 +68,7 @@ def build_report(run_dirs: Sequence[str | Path], out_html: str | Path, *, title:
     page = environment.from_string(source).render(
         title=title or "Visual token caching: evaluation report",
         runs=[_run(run, number) for number, run in enumerate(runs)],
-        windows=[
-            {"key": key, "name": WINDOW_NAMES[key], "meaning": WINDOW_MEANING[key]} for key in WINDOWS
-        ],
+        windows=[{"key": key, "name": WINDOW_NAMES[key], "meaning": WINDOW_MEANING[key]} for key in WINDOWS],
         recomputed=_css(RECOMPUTED),
         recovered=_css(RECOVERED),
     )
@@ -99,7 +98,7 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         "setting": _setting(run),
         "altered": run.altered,
         "rendering": run.rendering,
-        "notes": [str(note) for note in run.facts.get("notes", [])],
+        "notes": _notes(run),
         "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
         "tasks": _tasks(run),
         "names": [{"name": row.method, "colour": colours[row.method]} for row in rows],
@@ -125,19 +124,20 @@ def _run(run: Run, number: int) -> dict[str, Any]:
 def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> dict[str, Any]:
     described = run.facts.get("methods", {}).get(row.method, {})
     whole = row.latency.get("observation_to_action")
-    before = dense.latency.get("observation_to_action") if dense is not None and dense is not row else None
-    faster = before.p50 / whole.p50 if whole and before and whole.p50 > 0 else None
-    saved = 1 - row.macs / dense.macs if dense and dense is not row and row.macs and dense.macs else None
+    reference = dense if dense is not row else None
+    before = reference.latency.get("observation_to_action") if reference else None
+    policy = described.get("policy", "") if isinstance(described, Mapping) else str(described)
     low, high = row.interval
     return {
         "name": row.method,
         "colour": colour,
-        "policy": described.get("policy", "") if isinstance(described, Mapping) else str(described),
+        "policy": policy,
+        "meaning": "computes everything in every frame" if row.method == DENSE else policy,
         "successes": row.successes,
         "trials": row.trials,
         "rate": write.percent(row.rate),
         "interval": f"{100 * low:.1f} to {100 * high:.1f}",
-        "bar": plots.interval_bar(row.rate, low, high, dense.rate if dense and dense is not row else None),
+        "bar": plots.interval_bar(row.rate, low, high, reference.rate if reference else None),
         "paired": row.paired,
         "difference": write.points(row.paired.difference) if row.paired else write.NONE,
         "p": write.p_value(row.paired.p) if row.paired else write.NONE,
@@ -148,11 +148,26 @@ def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> d
         "flops": write.count(row.flops),
         "latency": [write.latency(row.latency.get(window)) for window in WINDOWS],
         "median": write.NONE if whole is None else f"{write.milliseconds(whole.p50)} ms",
-        "faster": None if faster is None else f"{faster:.2f}×",
-        "saved": None if saved is None else write.percent(saved, 0),
+        "latency_change": _change(whole.p50 if whole else None, before.p50 if before else None),
+        "macs_change": _change(row.macs, reference.macs if reference else None),
         "memory": write.memory(row.peak_memory_mb),
         "frames": row.frames,
     }
+
+
+def _change(value: float | None, reference: float | None) -> str:
+    """Relative change in whole percent, with its sign; empty where there is nothing to compare."""
+    if value is None or not reference:
+        return ""
+    return f"{100 * (value / reference - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def _notes(run: Run) -> list[str]:
+    notes = run.facts.get("notes", [])
+    known = [str(note) for note in notes] if isinstance(notes, list) else [str(notes)]
+    if run.altered and not any("rendering" in note.lower() for note in known):
+        known.insert(0, f"Altered rendering ({run.rendering}): these are not the benchmark's own pixels.")
+    return known
 
 
 def _tasks(run: Run) -> list[dict[str, Any]]:
@@ -178,7 +193,8 @@ def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tup
 def _ratio(run: Run, colours: Mapping[str, str]) -> str:
     cached = [name for name in colours if name != DENSE]
     effective = {
-        name: (colours[name], [e.ratio_effective for e in run.episodes if e.method == name]) for name in cached
+        name: (colours[name], [e.ratio_effective for e in run.episodes if e.method == name])
+        for name in cached
     }
     nominal = {name: [e.ratio_nominal for e in run.episodes if e.method == name] for name in cached}
     return plots.ratio_chart(effective, nominal)
@@ -221,7 +237,8 @@ def _text(value: Any) -> str:
 
 
 def _shown(run: Run, trials: Sequence[list[EpisodeRecord]]) -> list[list[EpisodeRecord]]:
-    shown, room = [], VIDEO_MB * 1e6
+    shown: list[list[EpisodeRecord]] = []
+    room = VIDEO_MB * 1e6
     for group in trials[:VIDEO_TRIALS]:
         room -= sum((run.folder / str(episode.video)).stat().st_size for episode in group)
         if room < 0 and shown:
@@ -244,9 +261,8 @@ def _trial(run: Run, group: Sequence[EpisodeRecord], colours: Mapping[str, str])
 
 def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
     path = run.folder / str(episode.video)
-    frames = sample_frames(path, 4)
-    strip = cv2.resize(filmstrip(frames, 4), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    _, jpeg = cv2.imencode(".jpg", strip[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])
+    frames = sample_frames(path, 4)  # the first is dense with every method: nothing to see
+    strip = filmstrip(frames[1:] or frames, 3)
     ratio = float(np.mean(episode.ratio_effective)) if len(episode.ratio_effective) else None
     return {
         "method": episode.method,
@@ -256,10 +272,17 @@ def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
         "horizon": episode.horizon,
         "ratio": write.percent(ratio, 0),
         "video": base64.b64encode(path.read_bytes()).decode(),
-        "strip": base64.b64encode(jpeg.tobytes()).decode(),
+        "strip": _jpeg(cv2.resize(strip, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)),
+        "poster": _jpeg(frames[len(frames) // 2]),
         "width": frames[0].shape[1],
         "height": frames[0].shape[0],
     }
+
+
+def _jpeg(image: UInt8Image) -> str:
+    """As JPEG, base64."""
+    _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 82])
+    return base64.b64encode(data.tobytes()).decode()
 
 
 def _colours(methods: Sequence[str]) -> dict[str, str]:

@@ -25,14 +25,11 @@ def interval_bar(rate: float, low: float, high: float, reference: float | None) 
         SVG.
     """
     x = [4 + 112 * value for value in (rate, low, high)]
-    parts = [
-        '<line class="axis" x1="4" x2="116" y1="9" y2="9"/>',
-        f'<line class="range" x1="{x[1]:.1f}" x2="{x[2]:.1f}" y1="9" y2="9"/>',
-        f'<circle class="dot" cx="{x[0]:.1f}" cy="9" r="4"/>',
-    ]
+    parts = [_line("axis", 4, 116, 9, 9)]
     if reference is not None:
         at = 4 + 112 * reference
-        parts.insert(1, f'<line class="reference" x1="{at:.1f}" x2="{at:.1f}" y1="1" y2="17"/>')
+        parts.append(_line("reference", at, at, 1, 17))
+    parts += [_line("range", x[1], x[2], 9, 9), f'<circle class="dot" cx="{x[0]:.1f}" cy="9" r="4"/>']
     label = f"{100 * rate:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
     return _svg(120, 18, parts, label, "bar")
 
@@ -47,44 +44,40 @@ def latency_panel(samples: Mapping[str, tuple[str, Sequence[float]]], label: str
     Returns:
         SVG; empty if there are no samples.
     """
-    known = {name: (colour, np.asarray(values)) for name, (colour, values) in samples.items() if len(values)}
+    known = [
+        (name, colour, np.asarray(values), found)
+        for name, (colour, values) in samples.items()
+        if (found := percentiles(values)) is not None
+    ]
     if not known:
         return ""
-    limit = max(float(np.quantile(values, 0.995)) for _, values in known.values()) * 1.05
+    limit = max(float(np.quantile(values, 0.995)) for _, _, values, _ in known) * 1.05
     left, width, top, row = 8, 344, 4, 58
     scale = width / limit if limit > 0 else 1.0
-    bottom = top + row * len(known)
+    bottom, right = top + row * len(known), left + width
     parts = []
     for tick in ticks(limit):
         x = left + tick * scale
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:g}</text>')
-    for index, (name, (colour, values)) in enumerate(known.items()):
+        parts += [_line("grid", x, x, top, bottom), _label("tick", x, bottom + 15, f"{tick:g}", "middle")]
+    for index, (name, colour, values, found) in enumerate(known):
         base = top + row * (index + 1)
         counts, edges = np.histogram(values, bins=72, range=(0, limit))
         smooth = np.convolve(counts, [1, 2, 3, 2, 1], mode="same")
         heights = (row - 22) * smooth / max(1, smooth.max())
         centres = left + scale * (edges[:-1] + edges[1:]) / 2
         points = " ".join(f"{x:.1f},{base - y:.1f}" for x, y in zip(centres, heights, strict=True))
-        shape = f'{left},{base} {points} {left + width},{base}'
+        shape = f"{left},{base} {points} {right},{base}"
         parts.append(f'<polygon class="density" style="--c:{colour}" points="{shape}"/>')
-        found = percentiles(values)
-        if found is None:
-            continue
         for kind, value in (("p50", found.p50), ("p95", found.p95)):
             x = left + scale * min(value, limit)
-            parts.append(
-                f'<line class="{kind}" style="--c:{colour}" x1="{x:.1f}" x2="{x:.1f}" '
-                f'y1="{base - row + 20}" y2="{base}"/>'
-            )
+            parts.append(_line(kind, x, x, base - row + 20, base, colour))
         note = f"{milliseconds(found.p50)} / {milliseconds(found.p95)}"
-        parts.append(f'<text class="name" x="{left + 2}" y="{base - row + 15}">{escape(name)}</text>')
-        end = left + width
-        parts.append(f'<text class="note" x="{end}" y="{base - row + 15}" text-anchor="end">{note}</text>')
-    parts.append(f'<line class="axis" x1="{left}" x2="{left + width}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(
-        f'<text class="tick" x="{left + width / 2}" y="{bottom + 31}" text-anchor="middle">milliseconds</text>'
-    )
+        parts += [
+            _label("name", left + 2, base - row + 15, name),
+            _label("note", right, base - row + 15, note, "end"),
+        ]
+    parts.append(_line("axis", left, right, bottom, bottom))
+    parts.append(_label("tick", left + width / 2, bottom + 31, "milliseconds", "middle"))
     return _svg(360, bottom + 36, parts, label, "panel")
 
 
@@ -92,7 +85,7 @@ def ratio_chart(
     effective: Mapping[str, tuple[str, Sequence[Sequence[float]]]],
     nominal: Mapping[str, Sequence[Sequence[float | None]]],
 ) -> str:
-    """Effective cache ratio against time: the mean over the episodes that still run, and 10th to 90th percentile.
+    """Effective cache ratio over time: mean, and 10th to 90th percentile, of the episodes that still run.
 
     Args:
         effective: Method → its colour (CSS), and per episode the ratio of every step, in [0, 1].
@@ -104,7 +97,7 @@ def ratio_chart(
     steps = max((len(run) for _, runs in effective.values() for run in runs), default=0)
     if steps < 2:
         return ""
-    left, top, width, height = 46, 8, 844, 220
+    left, top, width, height = 46, 8, 1106, 240
     span = steps - 1
 
     def point(step: float, ratio: float) -> str:
@@ -113,15 +106,17 @@ def ratio_chart(
     parts = []
     for share in (0, 25, 50, 75, 100):
         y = top + height * (1 - share / 100)
-        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{share} %</text>')
+        parts += [
+            _line("grid", left, left + width, y, y),
+            _label("tick", left - 6, y + 4, f"{share} %", "end"),
+        ]
     for tick in ticks(span):
-        x = left + width * tick / span
-        text = f'<text class="tick" x="{x:.1f}" y="{top + height + 16}" text-anchor="middle">{tick:g}</text>'
-        parts.append(text)
+        parts.append(_label("tick", left + width * tick / span, top + height + 16, f"{tick:g}", "middle"))
     for name, (colour, runs) in effective.items():
         mean, low, high = _over_time(runs)
-        band = [point(t, r) for t, r in enumerate(high)] + [point(t, low[t]) for t in reversed(range(len(low)))]
+        band = [point(t, r) for t, r in enumerate(high)] + [
+            point(t, low[t]) for t in reversed(range(len(low)))
+        ]
         style = f'style="--c:{colour}"'
         parts.append(f'<polygon class="band" {style} points="{" ".join(band)}"/>')
         aimed, _, _ = _over_time(nominal.get(name, ()))
@@ -129,11 +124,8 @@ def ratio_chart(
             drawn = " ".join(point(t, r) for t, r in enumerate(line) if not math.isnan(r))
             if drawn:
                 parts.append(f'<polyline class="{kind}" {style} points="{drawn}"/>')
-    middle = left + width / 2
-    parts.append(
-        f'<text class="tick" x="{middle}" y="{top + height + 33}" text-anchor="middle">step of the episode</text>'
-    )
-    return _svg(900, top + height + 38, parts, "share of the computation that is reused, over time", "wide")
+    parts.append(_label("tick", left + width / 2, top + height + 33, "step of the episode", "middle"))
+    return _svg(1160, top + height + 38, parts, "share of the computation that is reused, over time", "wide")
 
 
 def ticks(limit: float, wanted: int = 5) -> list[float]:
@@ -155,6 +147,15 @@ def _over_time(runs: Sequence[Sequence[float | None]]) -> tuple[list[float], lis
         low.append(float(np.quantile(known, 0.1)) if known else math.nan)
         high.append(float(np.quantile(known, 0.9)) if known else math.nan)
     return mean, low, high
+
+
+def _line(kind: str, x1: float, x2: float, y1: float, y2: float, colour: str | None = None) -> str:
+    style = f' style="--c:{colour}"' if colour else ""
+    return f'<line class="{kind}"{style} x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+
+
+def _label(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _svg(width: float, height: float, parts: Sequence[str], label: str, kind: str) -> str:

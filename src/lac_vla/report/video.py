@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from lac_vla.types import UInt8Image
 class VideoFile:
     """Writes a video frame by frame. The file appears under its name only when it is whole.
 
+    It is encoded in the calling thread, so that nothing runs behind what is timed between two frames.
+
     Args:
         path: Of the ``.mp4`` file; its folder is created.
         fps: Frames per second.
@@ -27,8 +28,10 @@ class VideoFile:
     def __init__(self, path: str | Path, fps: int, crf: int = 24) -> None:
         self._av = _av()
         self.path = Path(path)
-        self._partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        self._fps, self._crf = fps, crf
+        self._partial = self.path.with_suffix(".partial")
+        self._fps = fps
+        self._to_yuv = self._av.video.reformatter.VideoReformatter()
+        self._options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
         self._container: Any = None
         self._stream: Any = None
         self._size = (0, 0)
@@ -45,7 +48,8 @@ class VideoFile:
             raise InputError(f"a frame of {frame.shape[:2]} in a video of {self._size}: give one size")
         height, width = self._size
         padded = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        self._mux(self._av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24"))
+        rgb = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
+        self._mux(self._to_yuv.reformat(rgb, format="yuv420p", threads=1))
 
     def close(self) -> None:
         """Finish the file; without frames, there is none."""
@@ -64,7 +68,7 @@ class VideoFile:
         except OSError as error:
             raise InputError(f"cannot write {self.path} ({error}): choose another folder") from error
         self._size = (height, width)
-        stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": str(self._crf)})
+        stream = self._container.add_stream("libx264", rate=self._fps, options=self._options)
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         self._stream = stream
@@ -128,10 +132,8 @@ def sample_frames(path: str | Path, n: int) -> list[UInt8Image]:
         raise InputError(f"{path} cannot be decoded ({error}): delete it, the report does without") from error
 
 
-@functools.cache
-def _av() -> ModuleType:
+def _av() -> Any:
     try:
-        import av
+        return importlib.import_module("av")
     except ModuleNotFoundError as error:
         raise MissingExtraError("report", "Making videos") from error
-    return av

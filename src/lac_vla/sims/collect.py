@@ -183,9 +183,7 @@ def load_episode(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any
         parts = np.split(arrays.pop(f"encoded.{camera}"), np.cumsum(arrays.pop(f"lengths.{camera}"))[:-1])
         images = [cv2.imdecode(part, cv2.IMREAD_COLOR) for part in parts]
         if any(image is None for image in images):
-            raise LacError(
-                f"{path} holds an image of {camera} that cannot be decoded: delete the file, collect again"
-            )
+            raise LacError(f"{path} holds an image of {camera} that cannot be decoded: delete the file, collect again")
         arrays[f"images.{camera}"] = np.stack([image[..., ::-1] for image in images if image is not None])
     return arrays, meta
 
@@ -306,9 +304,7 @@ def _work(config: CollectConfig, jobs: list[tuple[int, int]], reports: Queue[_Re
     for task, init_state in jobs:
         try:
             if task not in envs:
-                envs[task] = LiberoEnv(
-                    config.suite, task, resolution=config.resolution, rendering=config.rendering
-                )
+                envs[task] = LiberoEnv(config.suite, task, resolution=config.resolution, rendering=config.rendering)
             env = envs[task]
             demo = demonstrate(env, init_state, seed=config.seed, noise=config.noise)
             if demo.solved:

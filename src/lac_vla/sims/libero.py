@@ -58,6 +58,11 @@ CAMERAS: Final[dict[str, str]] = {"agentview": "agentview", "robot0_eye_in_hand"
 """LIBERO's camera name → name of the image in a :class:`~lac_vla.types.Frame`."""
 HIDDEN_GROUP: Final = 5
 """A geom group that the renderer leaves out."""
+RENDERED_POSES: Final = (
+    *("xpos", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
+    *("cam_xpos", "cam_xmat", "light_xpos", "light_xdir"),
+)
+"""Fields of ``MjData`` that a picture is made of."""
 NO_OP: Final[tuple[float, ...]] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
 
@@ -240,9 +245,7 @@ def check_action(action: npt.ArrayLike) -> FloatArray:
     except (TypeError, ValueError) as error:
         raise InputError(f"the action is not numeric: {error}") from error
     if array.shape != (ACTION_DIM,):
-        raise InputError(
-            f"the action has shape {array.shape}; give (7,): xyz, axis-angle, gripper (-1 open, +1 close)"
-        )
+        raise InputError(f"the action has shape {array.shape}; give (7,): xyz, axis-angle, gripper (-1 open, +1 close)")
     if not np.isfinite(array).all():
         raise InputError(f"the action is not finite: {array.tolist()}")
     return array
@@ -293,9 +296,7 @@ class LiberoEnv:
         if rendering not in get_args(Rendering):
             raise InputError(f"unknown rendering {rendering!r}; one of {', '.join(get_args(Rendering))}")
         if image_convention not in get_args(ImageConvention):
-            raise InputError(
-                f"unknown image convention {image_convention!r}; one of {get_args(ImageConvention)}"
-            )
+            raise InputError(f"unknown image convention {image_convention!r}; one of {get_args(ImageConvention)}")
         if not cameras or not set(cameras) <= set(CAMERAS):
             raise InputError(f"unknown cameras {tuple(cameras)}; one or both of {', '.join(CAMERAS)}")
         if not 16 <= resolution <= 2048:
@@ -312,11 +313,7 @@ class LiberoEnv:
             bench = self._lib.benchmark.get_benchmark(suite)()
             definition = bench.get_task(task)
             self._init_states = np.asarray(bench.get_task_init_states(task), dtype=np.float64)
-            bddl = (
-                Path(self._lib.get_libero_path("bddl_files"))
-                / definition.problem_folder
-                / definition.bddl_file
-            )
+            bddl = Path(self._lib.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
             wrapper = self._lib.envs.OffScreenRenderEnv(
                 bddl_file_name=str(bddl),
                 camera_heights=resolution,
@@ -328,6 +325,7 @@ class LiberoEnv:
         self._env: Any = wrapper.env
         self._seed: int | None = None
         self._pristine: dict[str, FloatArray] = {}
+        self._poses: dict[str, FloatArray] = {}
         self._observation: dict[str, Any] | None = None
         self._steps = 0
 
@@ -411,9 +409,7 @@ class LiberoEnv:
         state = self._init_states[init_state]
         model, data = self.model, self.data
         if state.shape != (1 + model.nq + model.nv,):
-            raise LacError(
-                f"the initial states of {self.suite} task {self.task} do not fit the installed simulator"
-            )
+            raise LacError(f"the initial states of {self.suite} task {self.task} do not fit the installed simulator")
         data.time, data.qpos[:], data.qvel[:] = state[0], state[1 : 1 + model.nq], state[1 + model.nq :]
         env.sim.forward()
         env._post_process()
@@ -456,8 +452,10 @@ class LiberoEnv:
         self._open()
         if self._observation is None:
             raise InputError("reset the environment before looking at it")
+        with self._at_sampling_instant():
+            images = {CAMERAS[name]: self._render(name) for name in self.cameras}
         return Frame(
-            images={CAMERAS[name]: self._render(name) for name in self.cameras},
+            images=images,
             instruction=self.instruction,
             proprio=self.proprio(),
             timestamp=self._steps / CONTROL_HZ,
@@ -523,10 +521,11 @@ class LiberoEnv:
         self._seed = None
         self._free_renderer()
         with _quiet(), _numpy_seed(seed):
-            for name, observable in self._env._observables.items():
-                if name.endswith("_image"):  # rendered by `_render`, only when somebody looks
-                    observable.set_enabled(False)
-                    observable.set_active(False)
+            images = [obs for name, obs in self._env._observables.items() if name.endswith("_image")]
+            for observable in images[1:]:
+                observable.set_enabled(False)
+            for observable in images:
+                observable.set_active(False)
             for attempt in range(100):
                 try:
                     self._env.reset()
@@ -534,6 +533,7 @@ class LiberoEnv:
                 except self._lib.randomization_error:  # no free place was drawn: LIBERO draws again
                     if attempt == 99:
                         raise
+        images[0]._sensor = self._note_poses
         model, data = self.model, self.data
         self._pristine = {
             "body_pos": model.body_pos.copy(),
@@ -567,6 +567,29 @@ class LiberoEnv:
             observable.reset()
         data.ctrl[:] = self._pristine["ctrl"]
         data.qacc_warmstart[:] = self._pristine["qacc_warmstart"]
+        env._update_observables(force=True)  # as at the end of robosuite's reset: it sets the sampling instant
+
+    def _note_poses(self, cache: dict[str, Any]) -> FloatArray:
+        """Stand in for an image sensor: note what is where at the instant when the benchmark would render.
+
+        That is not the end of a control step but up to two physics steps earlier. Rendering is left to
+        :meth:`observe`, which nobody may call; the pixels are the same.
+        """
+        self._poses = {name: getattr(self.data, name).copy() for name in RENDERED_POSES}
+        return np.zeros(1)
+
+    @contextlib.contextmanager
+    def _at_sampling_instant(self) -> Iterator[None]:
+        """Put the poses that :meth:`_note_poses` noted in place, and the present ones back."""
+        data = self.data
+        present = {name: getattr(data, name).copy() for name in RENDERED_POSES}
+        try:
+            for name, value in self._poses.items():
+                getattr(data, name)[:] = value
+            yield
+        finally:
+            for name, value in present.items():
+                getattr(data, name)[:] = value
 
     def _make_renderer_cheap(self) -> None:
         """Turn reflections and multisampling off, which needs a MuJoCo rendering context of our own."""
@@ -609,12 +632,8 @@ class LiberoEnv:
         """
         model, data = self.model, self.data
         k = model.camera(camera).id
-        towards = (data.geom_xpos - data.cam_xpos[k]) @ data.cam_xmat[k].reshape(
-            3, 3
-        )  # x right, y up, z backwards
+        towards = (data.geom_xpos - data.cam_xpos[k]) @ data.cam_xmat[k].reshape(3, 3)  # x right, y up, z backwards
         half = np.deg2rad(model.cam_fovy[k]) / 2.0
-        beyond = np.abs(towards[:, :2]) * np.cos(half) + towards[:, 2:] * np.sin(
-            half
-        )  # of the nearer side plane
+        beyond = np.abs(towards[:, :2]) * np.cos(half) + towards[:, 2:] * np.sin(half)  # of the nearer side plane
         radius = np.where(model.geom_rbound > 0, model.geom_rbound, np.inf)  # planes have none
         return np.asarray((beyond.max(axis=1) > radius) | (towards[:, 2] > radius))

@@ -38,6 +38,8 @@ WRIST_HEIGHT = 0.21
 """Height (m) of the wrist above the fingertips."""
 EASY_REACH = 0.645
 """Distance (m) from shoulder to wrist beyond which the elbow nears its limit and the arm gets stuck."""
+PATIENCE = 3 * STABLE_STEPS
+"""Steps after the release in which success must have become stable."""
 RETREAT = 0.08
 """Height (m) above the point of release at which the gripper counts as retreated."""
 
@@ -297,11 +299,7 @@ class ScriptedExpert:
 
     def place_position(self) -> FloatArray:
         """Position of what the object is put on or into, (3,) m."""
-        return (
-            self.scene.position(self.place)
-            if self.place in self.scene.body_of
-            else self.scene.site(self.place)
-        )
+        return self.scene.position(self.place) if self.place in self.scene.body_of else self.scene.site(self.place)
 
     # ---- phases
 
@@ -337,10 +335,7 @@ class ScriptedExpert:
         hover = self._hover(scene.eef, self.destination() - held, lowest=0.06, below=below + 0.03)
         into = self.place not in scene.body_of
         for _ in range(150):
-            if (
-                np.linalg.norm(scene.position(self.object) - scene.eef - held) > 0.05
-                or scene.opening < 0.0015
-            ):
+            if np.linalg.norm(scene.position(self.object) - scene.eef - held) > 0.05 or scene.opening < 0.0015:
                 return False
             goal = self.destination() + scene.eef - scene.position(self.object)
             error = goal - scene.eef
@@ -391,10 +386,7 @@ class ScriptedExpert:
         side = np.array([-ahead[1], ahead[0]])
         distances = np.arange(-0.04, length + 0.02, 0.02)
         surface = [
-            max(
-                self.scene.height(b[:2] + ahead * s + side * w, self._own)
-                for w in (-0.06, -0.03, 0.0, 0.03, 0.06)
-            )
+            max(self.scene.height(b[:2] + ahead * s + side * w, self._own) for w in (-0.06, -0.03, 0.0, 0.03, 0.06))
             for s in distances
         ]
         needed = np.maximum.accumulate(np.array(surface)) + below - b[2]
@@ -425,9 +417,7 @@ class ScriptedExpert:
         for degrees in self.CANDIDATES:
             angle = np.deg2rad(degrees)
             out = np.array([np.cos(angle), np.sin(angle)])
-            turn = (
-                angle - np.pi / 2 + np.pi / 2
-            ) % np.pi - np.pi / 2  # fingers are alike: modulo half a turn
+            turn = (angle - np.pi / 2 + np.pi / 2) % np.pi - np.pi / 2  # fingers are alike: modulo half a turn
             cost = abs(turn) + 0.02 * (out[1] > 1e-6) + 0.01 * (turn > 1e-6)
             spot = np.array([*(centre + out * radius), tip])
             cost += 10.0 * self._blocked(spot[:2], out, tip)
@@ -441,9 +431,7 @@ class ScriptedExpert:
         """Share of the hand's footprint at a rim point that other things occupy, 0..1; the palm may touch."""
         across = np.array([-out[1], out[0]])
         finger = [(r, w, tip - 0.006) for r in (0.025, 0.04, 0.055) for w in (-0.012, 0.0, 0.012)]
-        palm = [
-            (r, w, tip + 0.05) for r in (-0.11, -0.09, -0.06, 0.06, 0.09, 0.11) for w in (-0.03, 0.0, 0.03)
-        ]
+        palm = [(r, w, tip + 0.05) for r in (-0.11, -0.09, -0.06, 0.06, 0.09, 0.11) for w in (-0.03, 0.0, 0.03)]
 
         def hits(samples: list[tuple[float, float, float]]) -> int:
             return sum(self.scene.height(spot + out * r + across * w, self._own) > z for r, w, z in samples)
@@ -524,7 +512,7 @@ def demonstrate(
     demo = Demonstration(sigma=float(rng.uniform(*noise)))
     env.restart(init_state, seed)
     expert = ScriptedExpert(env)
-    stable, top = 0, -np.inf
+    stable, retreating, top = 0, 0, -np.inf
     for clean in expert.actions():
         if len(demo) >= (max_steps or env.horizon):
             break
@@ -544,8 +532,11 @@ def demonstrate(
             if top == -np.inf:
                 top = expert.scene.eef[2] + RETREAT
             stable = stable + 1 if demo.success[-1] else 0
+            retreating += 1
             if stable >= STABLE_STEPS and expert.scene.eef[2] >= top:
                 demo.solved = True
+                break
+            if retreating > PATIENCE:
                 break
     return demo
 
@@ -553,7 +544,5 @@ def demonstrate(
 def stack_frames(frames: list[Frame]) -> dict[str, Any]:
     """Camera → images of an episode, uint8, (T, H, W, 3)."""
     return (
-        {camera: np.stack([frame.images[camera] for frame in frames]) for camera in frames[0].images}
-        if frames
-        else {}
+        {camera: np.stack([frame.images[camera] for frame in frames]) for camera in frames[0].images} if frames else {}
     )

@@ -103,7 +103,7 @@ class FrameBank:
         """The actions that follow every frame, the last one repeated past the episode's end, (F, horizon, A)."""
         last = self.stop[self.episode] - 1
         steps = np.minimum(np.arange(len(self))[:, None] + np.arange(horizon), last[:, None])
-        return self.action[steps]
+        return np.asarray(self.action[steps])
 
     def hindsight(self) -> tuple[FloatArray, BoolArray]:
         """Where the hand is now, where it will close and where it will open again: read off the recording.
@@ -130,9 +130,7 @@ class FrameBank:
         return targets.astype(np.float32), ahead
 
 
-def shift_images(
-    images: npt.NDArray[np.uint8], shifts: npt.NDArray[np.int64]
-) -> npt.NDArray[np.uint8]:
+def shift_images(images: npt.NDArray[np.uint8], shifts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """Move every image by whole pixels, repeating its border.
 
     Args:

@@ -18,7 +18,6 @@ from lac_vla.models.prismatic.conv import Keep
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.types import TokenLayout
 
-
 ACTION_DIMS = 7
 HINDSIGHT_VALUES = 9  # three positions
 
@@ -140,11 +139,14 @@ class Objective(nn.Module):
         """The causal decoder over whole sequences, (B, length, width) → same."""
         decoder = LlamaDecoder(self.model.language_model)
         rotary = decoder.rotary(positions)
+        grouped = decoder.shape.kv_width != decoder.shape.width
         hidden = inputs
         for layer in decoder.layers:
             query, key, value = layer.qkv(hidden, rotary)
             # In float32: on a CPU the backward pass of attention is several times slower in bfloat16.
             with torch.autocast(hidden.device.type, enabled=False):
-                attended = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True)
+                attended = F.scaled_dot_product_attention(
+                    query.float(), key.float(), value.float(), is_causal=True, enable_gqa=grouped
+                )
             hidden = layer.finish(hidden, attended)
         return decoder.norm(hidden)

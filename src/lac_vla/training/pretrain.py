@@ -11,9 +11,9 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.presets import MINI
 from lac_vla.models.prismatic.prompt import FileTokenizer, Prompt, train_tokenizer
 from lac_vla.provenance import provenance
+from lac_vla.training.config import PretrainConfig, describe
 from lac_vla.training.frames import GRIPPER, FrameBank, quantiles, shift_images
 from lac_vla.training.objective import Batch, Objective
 from lac_vla.types import IntArray
@@ -35,63 +36,6 @@ STATISTICS_KEY = "libero"
 """Key of the bundled model's normalisation statistics."""
 CARD = "lac.json"
 """Beside the weights: how the model was made, for the reports of evaluations."""
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """What a pretraining run depends on.
-
-    Attributes:
-        dataset: LeRobot dataset with the demonstrations.
-        out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
-        coarse_samples: Frames shown in the coarse phase.
-        fine_samples: Frames shown in the fine phase.
-        batch: Frames a step.
-        lr: Peak learning rate of AdamW; held, then taken linearly to zero over the last fifth of the run.
-        weight_decay: Of AdamW.
-        warmup: Steps to the peak.
-        ema: Decay of the averaged weights, which are the ones saved.
-        sigma: Width of the soft action targets at the start and at the end, in bins.
-        noise: Share of teacher-forced action tokens replaced by chance.
-        shift: Augmentation: images move by up to this share of their side.
-        proprio_noise: Standard deviation of the noise on the normalised proprioception.
-        proprio_dropout: Share of the frames whose proprioception is blanked.
-        chunk: Actions that the training-only chunk head predicts.
-        held_out: Share of the episodes kept for validation.
-        every: Samples between two validations (and saved states).
-        seed: Of everything.
-        device: ``cpu`` or ``cuda``.
-    """
-
-    dataset: Path
-    out: Path
-    coarse_samples: int = 320_000
-    fine_samples: int = 60_000
-    batch: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: int = 300
-    ema: float = 0.998
-    sigma: tuple[float, float] = (6.0, 1.5)
-    noise: float = 0.3
-    shift: float = 0.03
-    proprio_noise: float = 0.03
-    proprio_dropout: float = 0.1
-    chunk: int = 8
-    held_out: float = 0.03
-    every: int = 20_000
-    seed: int = 0
-    device: str = "cpu"
-
-    @property
-    def samples(self) -> int:
-        """Frames shown in all."""
-        return self.coarse_samples + self.fine_samples
-
-
-def describe(config: PretrainConfig) -> dict[str, Any]:
-    """A configuration as plain data; of folders only the names."""
-    return {key: value.name if isinstance(value, Path) else value for key, value in asdict(config).items()}
 
 
 class Pretraining:
@@ -119,7 +63,7 @@ class Pretraining:
         words = self.plan.vocab_size - self.plan.n_action_bins
         self.encode = FileTokenizer(train_tokenizer(self.bank.instructions, words))
         self.objective = Objective(PrismaticVLA(self.plan), config.chunk).to(config.device)
-        self.average = AveragedModel(self.objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.average = AveragedModel(self.objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
         self.optimiser = torch.optim.AdamW(
             self.objective.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
         )
@@ -216,7 +160,7 @@ class Pretraining:
                 "resume with a lower --lr"
             )
         self.optimiser.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         torch.nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
         self.optimiser.step()
         self.average.update_parameters(self.objective)
@@ -248,7 +192,8 @@ class Pretraining:
         }
         torch.save(state, out / "state.tmp")
         (out / "state.tmp").replace(out / "state.pt")
-        save_vla(self.backbone(self.average.module), out / "model")
+        average = cast(Objective, self.average.module)
+        save_vla(self.backbone(average), out / "model")
         (out / "model" / CARD).write_text(json.dumps(self.card(), indent=2) + "\n", encoding="utf-8")
 
     def card(self) -> dict[str, Any]:
@@ -301,9 +246,10 @@ def pretrain(config: PretrainConfig, *, max_seconds: float = math.inf) -> Path:
         run.resume()
     (config.out / "config.json").write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
     start = time.monotonic()
-    with (config.out / "metrics.jsonl").open("a") as log, tqdm(
-        total=config.samples, initial=run.seen, unit="frame", desc="pretraining"
-    ) as bar:
+    with (
+        (config.out / "metrics.jsonl").open("a") as log,
+        tqdm(total=config.samples, initial=run.seen, unit="frame", desc="pretraining") as bar,
+    ):
         for metrics in _steps(run, start, max_seconds):
             metrics = {"samples": run.seen, "seconds": time.monotonic() - start, "coarse": run.coarse, **metrics}
             log.write(json.dumps(metrics) + "\n")
@@ -328,5 +274,3 @@ def _steps(run: Pretraining, start: float, max_seconds: float) -> Iterator[dict[
             yield {f"held_out_{name}": value for name, value in scores.items()}
         if done:
             return
-
-

@@ -1,0 +1,87 @@
+"""What ``lac bench`` is told to measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from lac_vla.bench.shapes import SHAPES
+from lac_vla.errors import InputError
+from lac_vla.flow import make_flow
+from lac_vla.policies import parse_policy
+
+Section: TypeAlias = Literal["engine", "frame", "memory"]
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """A benchmark.
+
+    Attributes:
+        out: Folder that ``bench.json`` is written to.
+        sections: ``engine``, a decoder's prefill; ``frame``, whole observations; ``memory``, a long session.
+        model: Checkpoint folder or hub id; by default a model with random weights, which costs the same.
+        random_weights: Size of that model: ``mini``, ``tiny`` or ``openvla-7b``.
+        unnorm_key: Statistics key of the checkpoint, if it has several.
+        device: ``cpu`` or ``cuda``.
+        dtype: Of the weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+        threads: CPU threads of torch and of OpenCV; 0 leaves it to them.
+        shape: Decoder of the section ``engine``: ``llama-8x512`` (that of the targets) or ``llama-32x4096``.
+        active: Shares of the visual tokens that the section ``engine`` recomputes, in (0, 1).
+        rounds: How often the section ``engine`` runs every variant.
+        policies: Methods of the section ``frame``, beside the two dense ones.
+        frames: Observations of the section ``frame``.
+        warmup: Rounds, or observations, that are run first and not counted.
+        replay: Folder of a LeRobot dataset whose frames are replayed; by default a synthetic scene.
+        flow: Optical flow: ``dis`` or ``none``.
+        max_age: No slot is reused once it is this old, frames.
+        memory_policy: Method of the section ``memory``.
+        memory_frames: Observations of the section ``memory``.
+        seed: Of weights, scene, orders and sessions.
+
+    Raises:
+        InputError: If a setting makes no sense.
+    """
+
+    out: Path = Path("outputs/bench")
+    sections: tuple[Section, ...] = ("engine", "frame", "memory")
+    model: str | None = None
+    random_weights: str = "mini"
+    unnorm_key: str | None = None
+    device: str = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = 0
+    shape: str = "llama-8x512"
+    active: tuple[float, ...] = (0.5, 0.25, 0.1)
+    rounds: int = 50
+    policies: tuple[str, ...] = ("motion:ratio=0.5", "motion:ratio=0.7")
+    frames: int = 200
+    warmup: int = 5
+    replay: Path | None = None
+    flow: str = "dis"
+    max_age: int = 16
+    memory_policy: str = "motion:ratio=0.5"
+    memory_frames: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every setting that can be checked before anything is loaded."""
+        if not self.sections:
+            raise InputError("there is no section to measure: give engine, frame or memory")
+        if self.shape not in SHAPES:
+            raise InputError(f"unknown shape {self.shape!r}; choose one of {sorted(SHAPES)}")
+        for name in ("rounds", "frames", "memory_frames"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.warmup < 1:
+            raise InputError(f"warmup is {self.warmup}; give at least 1: a first frame is always dense")
+        if self.threads < 0:
+            raise InputError(f"threads is {self.threads}; give a number of threads, or 0 for the default")
+        if not self.active or not all(0 < share < 1 for share in self.active):
+            raise InputError(f"active is {self.active}; give shares of the visual tokens in (0, 1)")
+        if not self.policies:
+            raise InputError("there is no policy to measure: give at least one, e.g. motion:ratio=0.5")
+        for spec in (*self.policies, self.memory_policy):
+            parse_policy(spec)
+        make_flow(self.flow)

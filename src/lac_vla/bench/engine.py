@@ -1,0 +1,175 @@
+"""The section ``engine``: one decoder, one prompt, prefilled by the stock code and by ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lac_vla.bench.config import BenchConfig
+from lac_vla.bench.measure import Ratio, Target, measured, milliseconds, take_turns
+from lac_vla.bench.model import open_random
+from lac_vla.bench.shapes import LAYOUT, SHAPES, decoder_config
+from lac_vla.bench.stock import STOCK, stock_prefill
+from lac_vla.cache import VisualKVCache
+from lac_vla.cost import prefill_macs
+from lac_vla.evaluation.stats import Percentiles
+from lac_vla.models import PrismaticBackbone
+from lac_vla.prefill import partial_prefill
+from lac_vla.types import Decision
+
+DENSE = "dense"
+OVERHEAD = 1.10
+"""Most that a dense prefill may take, times the stock one."""
+SPEEDUP = {0.5: 1.7, 0.25: 2.5}
+"""Share of active visual tokens → least speed-up over our dense prefill."""
+TARGET_SHAPE = "llama-8x512"
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """One way to prefill.
+
+    Attributes:
+        name: ``dense stock``, ``dense``, or how much is active.
+        active: Share of the visual tokens that is recomputed.
+        rows: Rows of the prompt that are computed.
+        latency_ms: Of the prefill.
+        macs: Multiply-accumulates.
+        flops: Two per multiply-accumulate.
+        faster_than_stock: Stock latency over this one.
+        faster_than_dense: Our dense latency over this one.
+    """
+
+    name: str
+    active: float
+    rows: int
+    latency_ms: Percentiles
+    macs: int
+    flops: int
+    faster_than_stock: Ratio
+    faster_than_dense: Ratio
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """The section ``engine``.
+
+    Attributes:
+        shape: Name of the decoder.
+        text_config: Its ``LlamaConfig`` arguments.
+        tokens: Of the prompt.
+        visual_tokens: Of them.
+        attention: Implementation that the stock model runs, e.g. ``sdpa``.
+        rows: Stock first, then ours.
+        targets: Where there are any for this shape and device.
+    """
+
+    shape: str
+    text_config: dict[str, Any]
+    tokens: int
+    visual_tokens: int
+    attention: str
+    rows: tuple[EngineRow, ...]
+    targets: tuple[Target, ...]
+
+
+class Prefills:
+    """The ways to prefill one random prompt, over a cache that holds it already.
+
+    Args:
+        backbone: The model.
+        seed: Of the prompt and of the active tokens.
+    """
+
+    def __init__(self, backbone: PrismaticBackbone, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        embeddings = torch.randn(LAYOUT.length, backbone.shape.width, generator=generator)
+        self._backbone = backbone
+        self._embeddings = embeddings.to(backbone.device, backbone.dtype)
+        self._rng = np.random.default_rng(seed)
+        self._cache = VisualKVCache(
+            len(backbone.layers), backbone.kv_heads, backbone.head_dim, backbone.dtype, backbone.device
+        )
+        self._cache.begin(LAYOUT, backbone.max_new_tokens)
+        self.ours(self.decision(1.0))()
+
+    def decision(self, active: float) -> Decision:
+        """Recompute a new random choice of ``active`` · N visual tokens."""
+        cached = np.ones(LAYOUT.n_visual, dtype=np.bool_)
+        cached[self._rng.permutation(cached.size)[: round(active * cached.size)]] = False
+        return Decision.reuse(cached, len(self._backbone.layers))
+
+    def ours(self, decision: Decision) -> Callable[[], torch.Tensor]:
+        """Prepare the engine's prefill; the call returns the suffix's hidden states, (n_suffix, width)."""
+        computed = np.ones(LAYOUT.length, dtype=np.bool_)
+        computed[LAYOUT.visual] = decision.active
+        rows = self._embeddings[torch.from_numpy(computed).to(self._embeddings.device)]
+        return lambda: partial_prefill(self._backbone, self._cache, LAYOUT, decision, rows).hidden
+
+    def stock(self) -> torch.Tensor:
+        """The stock prefill; returns the suffix's hidden states, (n_suffix, width)."""
+        out = stock_prefill(self._backbone, self._embeddings)
+        hidden: torch.Tensor = out.last_hidden_state[0, LAYOUT.suffix]
+        return hidden
+
+
+@torch.inference_mode()
+def measure_engine(config: BenchConfig) -> EngineResult:
+    """Run the section.
+
+    Raises:
+        InputError: If the decoder does not fit into memory.
+    """
+    backbone = open_random(decoder_config(SHAPES[config.shape]), config)
+    prefills = Prefills(backbone, config.seed)
+    shares = {DENSE: 1.0, **{f"{100 * share:g} % active": share for share in config.active}}
+    times: dict[str, list[float]] = {name: [] for name in (STOCK, *shares)}
+    for index, order in take_turns(list(times), config.warmup + config.rounds, config.seed, "engine"):
+        for name in order:
+            work = prefills.stock if name == STOCK else prefills.ours(prefills.decision(shares[name]))
+            elapsed = milliseconds(work, backbone.device)
+            if index >= config.warmup:
+                times[name].append(elapsed)
+    rows = tuple(_row(backbone, name, prefills.decision(shares.get(name, 1.0)), times) for name in times)
+    return EngineResult(
+        shape=config.shape,
+        text_config=dict(SHAPES[config.shape]),
+        tokens=LAYOUT.length,
+        visual_tokens=LAYOUT.n_visual,
+        attention=str(backbone.model.language_model.config._attn_implementation),
+        rows=rows,
+        targets=_targets(rows) if (config.shape, backbone.device.type) == (TARGET_SHAPE, "cpu") else (),
+    )
+
+
+def _row(backbone: PrismaticBackbone, name: str, decision: Decision, times: dict[str, list[float]]) -> EngineRow:
+    macs = prefill_macs(backbone.shape, LAYOUT, decision)
+    active = int(decision.active.sum())
+    return EngineRow(
+        name=name,
+        active=active / LAYOUT.n_visual,
+        rows=LAYOUT.length - LAYOUT.n_visual + active,
+        latency_ms=measured(times[name]),
+        macs=macs,
+        flops=2 * macs,
+        faster_than_stock=Ratio.of(times[STOCK], times[name]),
+        faster_than_dense=Ratio.of(times[DENSE], times[name]),
+    )
+
+
+def _targets(rows: tuple[EngineRow, ...]) -> tuple[Target, ...]:
+    """The targets that these rows can be held to."""
+    targets = []
+    for row in rows:
+        if row.name == DENSE:
+            inverse = row.faster_than_stock
+            overhead = Ratio(1 / inverse.value, 1 / inverse.high, 1 / inverse.low)
+            targets.append(Target.at_most("dense prefill, times stock", overhead, OVERHEAD))
+        elif row.active in SPEEDUP:
+            what = f"prefill with {row.name}, faster than dense"
+            targets.append(Target.at_least(what, row.faster_than_dense, SPEEDUP[row.active]))
+    return tuple(targets)

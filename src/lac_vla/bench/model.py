@@ -1,0 +1,75 @@
+"""The model that is measured: a checkpoint, or random weights; refused if it cannot fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lac_vla.bench.config import BenchConfig
+from lac_vla.errors import InputError
+from lac_vla.models import PrismaticBackbone, PrismaticConfig, load_vla, random_vla
+
+
+def open_model(config: BenchConfig) -> PrismaticBackbone:
+    """The model of the sections ``frame`` and ``memory``.
+
+    Raises:
+        InputError: If there is no such model or device, or it does not fit into memory.
+        CheckpointError: If the checkpoint cannot be used.
+    """
+    if config.model is None:
+        return open_random(config.random_weights, config)
+    backbone = load_vla(config.model, dtype=_dtype(config), device=_device(config), unnorm_key=config.unnorm_key)
+    if not isinstance(backbone, PrismaticBackbone):
+        raise InputError(f"{backbone.name} is no Prismatic model: there is no stock baseline to time against")
+    return backbone
+
+
+def open_random(model: PrismaticConfig | str, config: BenchConfig) -> PrismaticBackbone:
+    """A model with random weights, by name or configuration.
+
+    Raises:
+        InputError: If there is no such model or device, or it does not fit into memory.
+    """
+    device, dtype = _device(config), _dtype(config)
+    _check_memory(random_vla(model, dtype=dtype, device="meta"), device)
+    return random_vla(model, seed=config.seed, dtype=dtype, device=device)
+
+
+def _device(config: BenchConfig) -> torch.device:
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {config.device!r}: give cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {config.device!r} cannot be timed: give cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("torch sees no CUDA device here: give cpu, or install a CUDA build of torch")
+    return device
+
+
+def _dtype(config: BenchConfig) -> torch.dtype | str:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return dtypes.get(config.dtype, config.dtype)
+
+
+def _check_memory(model: PrismaticBackbone, device: torch.device) -> None:
+    """Refuse weights that are larger than the free memory, before a single one is made."""
+    needed = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    if free is not None and needed > free:
+        raise InputError(
+            f"{model.name}: its weights take {needed / 1e9:.1f} GB as {model.dtype}, and {free / 1e9:.1f} GB "
+            f"are free on {device}: give another dtype or device, or a smaller model"
+        )
+
+
+def _free_memory() -> int | None:
+    """Memory that can be had without swapping, bytes; ``None`` where Linux's ``/proc`` is missing."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(size[1]) * 1024 for size in sizes), None)

@@ -1,0 +1,172 @@
+"""The whole benchmark, and its ``bench.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import cv2
+import torch
+
+from lac_vla.bench.config import BenchConfig
+from lac_vla.bench.engine import EngineResult, measure_engine
+from lac_vla.bench.frame import FrameResult, measure_frames
+from lac_vla.bench.measure import Target
+from lac_vla.bench.memory import MemoryResult, measure_memory
+from lac_vla.bench.model import open_model
+from lac_vla.bench.scene import make_scene
+from lac_vla.errors import InputError
+from lac_vla.evaluation.stats import Percentiles
+from lac_vla.provenance import provenance
+
+Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult]
+
+RESULT = "bench.json"
+UNITS = {
+    "*_ms": "milliseconds: median p50, 95th percentile p95, of n measurements",
+    "*_mb": "10^6 bytes",
+    "macs": "multiply-accumulates",
+    "flops": "floating-point operations: 2 per multiply-accumulate",
+    "faster_than_*": "ratio of medians value, quartiles low and high of the ratios within the rounds",
+    "bookkeeping": "as faster_than_*: flow + policy + bookkeeping over the model call of 'dense'",
+    "load": "processes that wanted a core, mean of a minute, before and after",
+}
+"""What the numbers in the file mean."""
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was measured, under which conditions.
+
+    Attributes:
+        config: What was asked for.
+        provenance: Versions, hardware, command, commit.
+        load: Load average of the last minute, before and after; one of our threads counts 1.
+        engine: The section, if it ran.
+        frame: The section, if it ran.
+        memory: The section, if it ran.
+    """
+
+    config: BenchConfig
+    provenance: Mapping[str, Any]
+    load: tuple[float, float]
+    engine: EngineResult | None = None
+    frame: FrameResult | None = None
+    memory: MemoryResult | None = None
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Of all sections."""
+        ran = [part for part in (self.engine, self.frame, self.memory) if part is not None]
+        return tuple(target for part in ran for target in part.targets)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        content: dict[str, Any] = {**self.provenance, "units": UNITS, **plain(self)}
+        del content["provenance"]
+        return content
+
+
+def run_bench(config: BenchConfig) -> BenchResult:
+    """Measure section after section; after each, ``bench.json`` in ``config.out`` holds all there is so far.
+
+    Raises:
+        InputError: If the model, the device or the dataset does not fit, or the folder cannot be written.
+        CheckpointError: If the checkpoint cannot be used.
+        DatasetError: If the dataset cannot be read.
+    """
+    _check_folder(config.out)
+    with _threads(config.threads):
+        result = BenchResult(config, provenance(), (os.getloadavg()[0],) * 2)
+        for section, measure in _sections(config).items():
+            part: Any = {section: measure()}
+            result = replace(result, load=(result.load[0], os.getloadavg()[0]), **part)
+            write_result(result, config.out)
+    return result
+
+
+def _sections(config: BenchConfig) -> dict[str, Measure]:
+    """The wanted sections in order. What they need is opened here, so that faults show before all measuring."""
+    sections: dict[str, Measure] = {}
+    if "engine" in config.sections:
+        sections["engine"] = partial(measure_engine, config)
+    if {"frame", "memory"} & set(config.sections):
+        backbone = open_model(config)
+        scene = make_scene(backbone, config.replay, config.warmup + config.frames, config.seed)
+        if "frame" in config.sections:
+            sections["frame"] = partial(measure_frames, backbone, scene, config)
+        if "memory" in config.sections:
+            sections["memory"] = partial(measure_memory, backbone, scene, config)
+    return sections
+
+
+def write_result(result: BenchResult, folder: Path) -> Path:
+    """Write ``bench.json``, never half of it.
+
+    Args:
+        result: The result, or what there is of it.
+        folder: Must exist.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
+    path = folder / RESULT
+    unfinished = path.with_suffix(".partial")
+    try:
+        text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return path
+
+
+def _check_folder(folder: Path) -> None:
+    """Make the folder; see that files can be written there before minutes are spent on them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write to {folder} ({error}); give another --out")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Run the block with so many CPU threads; 0 changes nothing."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    if count:
+        torch.set_num_threads(count)
+        cv2.setNumThreads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as what JSON knows."""
+    if isinstance(value, Percentiles):
+        return value._asdict()
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,139 @@
+"""What the models look at: a synthetic moving scene, or the recorded frames of a robot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from lac_vla.errors import InputError
+from lac_vla.models import PrismaticBackbone
+from lac_vla.types import FloatArray, Frame, UInt8Image
+
+INSTRUCTION = "pick up the black bowl next to the plate and place it on the plate"
+SIDE = 256
+"""Of the synthetic images, pixels."""
+OBJECT_SIDE = 56
+NOISE = 2.0
+"""Standard deviation of the synthetic sensor noise, in grey levels of 255."""
+PERIOD = 80
+"""Frames after which the synthetic object is back where it was."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Frames to replay.
+
+    Attributes:
+        source: Where they come from, in words.
+        frames: In order of time.
+        starts: Numbers of the frames that begin an episode.
+    """
+
+    source: str
+    frames: tuple[Frame, ...]
+    starts: frozenset[int]
+
+
+def make_scene(backbone: PrismaticBackbone, replay: Path | None, length: int, seed: int) -> Scene:
+    """Frames that fit a model.
+
+    Args:
+        backbone: The model.
+        replay: Folder of a LeRobot dataset; ``None`` for a synthetic scene.
+        length: Number of frames wanted; a dataset may have fewer.
+        seed: Of the synthetic scene.
+
+    Raises:
+        InputError: If the dataset lacks a camera or the state that the model needs, or cannot be read.
+    """
+    cameras = tuple(camera.name for camera in backbone.model.config.cameras)
+    state = backbone.model.config.proprio_dim
+    if replay is None:
+        return synthetic(cameras, state, length, seed)
+    return replayed(replay, cameras, state, length)
+
+
+def synthetic(cameras: tuple[str, ...], state: int | None, length: int, seed: int) -> Scene:
+    """A textured background that stands still, a textured object that goes round before it, and sensor noise.
+
+    Args:
+        cameras: Each sees its own scene.
+        state: Length of the proprioception vector, or ``None``.
+        length: Number of frames.
+        seed: Of everything.
+    """
+    rng = np.random.default_rng(seed)
+    backgrounds = {camera: _texture(rng, SIDE) for camera in cameras}
+    thing = _texture(rng, OBJECT_SIDE)
+    frames = []
+    for index in range(length):
+        angle = 2 * np.pi * index / PERIOD
+        images = {camera: _shot(rng, background, thing, angle) for camera, background in backgrounds.items()}
+        proprio = None if state is None else np.sin(angle + np.arange(state)).astype(np.float32)
+        frames.append(Frame(images, INSTRUCTION, proprio))
+    source = f"synthetic: static background, moving object, noise of {NOISE:g}/255; {SIDE}×{SIDE} per camera"
+    return Scene(source, tuple(frames), frozenset({0}))
+
+
+def _texture(rng: np.random.Generator, side: int) -> UInt8Image:
+    """A smooth random pattern with fine grain, uint8, side × side × 3."""
+    coarse = rng.uniform(30, 220, (max(4, side // 16), max(4, side // 16), 3)).astype(np.float32)
+    smooth = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
+    return np.asarray(np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255), dtype=np.uint8)
+
+
+def _shot(rng: np.random.Generator, background: UInt8Image, thing: UInt8Image, angle: float) -> UInt8Image:
+    """One camera's image, uint8, H×W×3."""
+    room = (SIDE - OBJECT_SIDE) / 2
+    top, left = (round(room * (1 + 0.8 * wave(angle))) for wave in (np.sin, np.cos))
+    image = background.astype(np.float32)
+    image[top : top + OBJECT_SIDE, left : left + OBJECT_SIDE] = thing
+    image += NOISE * rng.standard_normal(image.shape, dtype=np.float32)
+    return np.asarray(np.clip(image, 0, 255), dtype=np.uint8)
+
+
+def replayed(folder: Path, cameras: tuple[str, ...], state: int | None, length: int) -> Scene:
+    """The first frames of a LeRobot dataset.
+
+    Args:
+        folder: The dataset.
+        cameras: That the model needs.
+        state: Length of the proprioception that the model needs, or ``None``.
+        length: Most frames to read.
+
+    Raises:
+        InputError: If the dataset lacks a camera or the state.
+        DatasetError: If it cannot be read.
+    """
+    from lac_vla.datasets import LeRobotDataset  # needs an optional dependency
+
+    dataset = LeRobotDataset(folder)
+    missing = [camera for camera in cameras if camera not in dataset.cameras]
+    if missing:
+        raise InputError(
+            f"the model needs the cameras {list(cameras)}, and {missing} are missing from {folder}, "
+            f"which has {list(dataset.cameras)}"
+        )
+    frames: list[Frame] = []
+    starts = set()
+    for index in range(len(dataset)):
+        if len(frames) >= length:
+            break
+        starts.add(len(frames))
+        episode = dataset.episode(index)
+        count = min(len(episode), length - len(frames))
+        images = {camera: episode.images.window(camera, 0, count) for camera in cameras}
+        for step in range(count):
+            proprio = None if state is None else _state(episode.state[step], state, folder)
+            shot = {camera: clip[step] for camera, clip in images.items()}
+            frames.append(Frame(shot, episode.instruction, proprio))
+    return Scene(f"{folder.name}: {len(starts)} episodes", tuple(frames), frozenset(starts))
+
+
+def _state(values: FloatArray, wanted: int, folder: Path) -> FloatArray:
+    if values.size != wanted:
+        raise InputError(f"the model needs {wanted} values of proprioception; {folder} has {values.size}")
+    return values

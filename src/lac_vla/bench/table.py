@@ -1,0 +1,151 @@
+"""The benchmark in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from lac_vla.bench.engine import EngineResult
+from lac_vla.bench.frame import FrameResult
+from lac_vla.bench.measure import Ratio, Target
+from lac_vla.bench.memory import MemoryResult
+from lac_vla.bench.run import BenchResult
+from lac_vla.evaluation.table import NONE, count, latency, memory, percent
+from lac_vla.timing import STAGES, WINDOWS
+
+
+def bench_tables(result: BenchResult) -> list[Table]:
+    """All sections that ran, then the targets with the conditions that they were measured under."""
+    tables = []
+    if result.engine is not None:
+        tables.append(engine_table(result.engine))
+    if result.frame is not None:
+        tables += [frame_table(result.frame), cost_table(result.frame), stage_table(result.frame)]
+    if result.memory is not None:
+        tables.append(memory_table(result.memory))
+    return [*tables, target_table(result)]
+
+
+def engine_table(result: EngineResult) -> Table:
+    """Prefill latencies."""
+    table = _table(
+        f"engine: prefill of {result.tokens} tokens, {result.visual_tokens} of them visual, {result.shape}",
+        "stock: transformers' LlamaModel, "
+        f"{result.attention} attention, use_cache=True (its keys and values are kept for decoding)\n"
+        "faster: ratio of medians [quartiles of the ratios within the rounds]",
+        "rows", "MACs", "FLOPs", "p50 / p95 ms", "faster than stock", "faster than dense",
+    )  # fmt: skip
+    for row in result.rows:
+        cells = [str(row.rows), count(row.macs), count(row.flops), latency(row.latency_ms)]
+        table.add_row(row.name, *cells, ratio(row.faster_than_stock), ratio(row.faster_than_dense))
+    return table
+
+
+def frame_table(result: FrameResult) -> Table:
+    """Latencies of whole observations in the three windows."""
+    table = _table(
+        f"frame: {result.model}, {result.dtype}, {result.visual_tokens} visual tokens",
+        f"{result.frames} frames, {result.source}\n"
+        "dense stock: the same model through transformers' LlamaForCausalLM, SDPA, DynamicCache, greedy\n"
+        "p50 / p95 in ms; faster: observation to action, ratio of medians [quartiles within the frames]",
+        "ratio nom. / eff.",
+        *(window.replace("_", " ") for window in WINDOWS),
+        "faster than stock",
+        "faster than dense",
+    )
+    for row in result.rows:
+        window = "observation_to_action"
+        table.add_row(
+            row.name,
+            f"{percent(row.ratio_nominal, 0)} / {percent(row.ratio_effective)}",
+            *(latency(row.windows_ms[name]) for name in WINDOWS),
+            ratio(row.faster_than_stock[window]),
+            ratio(row.faster_than_dense[window]),
+        )
+    return table
+
+
+def cost_table(result: FrameResult) -> Table:
+    """Operations and memory per frame."""
+    table = _table(
+        "cost of a frame",
+        "cache: keys and values that outlive a frame; stock's tokens: action tokens equal to the stock model's\n"
+        f"peak memory of all methods together: {memory(result.peak_memory_mb)}",
+        "MACs",
+        "FLOPs",
+        "cache MB",
+        "peak memory",
+        "stock's tokens",
+    )
+    for row in result.rows:
+        cache = NONE if row.cache_mb is None else f"{row.cache_mb:.2f}"
+        cells = [count(sum(row.macs.values())), count(row.flops), cache, memory(row.peak_memory_mb)]
+        table.add_row(row.name, *cells, percent(row.same_tokens))
+    return table
+
+
+def stage_table(result: FrameResult) -> Table:
+    """Where the milliseconds go."""
+    caption = "p50 / p95 in ms; bookkeeping share: flow + policy + bookkeeping, of the model call of dense"
+    table = _table("stages of a frame", caption, *STAGES, "bookkeeping share")
+    for row in result.rows:
+        share = percent(row.bookkeeping.value)
+        table.add_row(row.name, *(latency(row.stages_ms[stage]) for stage in STAGES), share)
+    return table
+
+
+def memory_table(result: MemoryResult) -> Table:
+    """Memory over a long session."""
+    caption = f"{result.policy}, {result.model}; grown by {result.growth_mb:+.2f} MB in all"
+    headings = ("process MB", "cache MB", "accelerator MB")
+    table = _table("memory of one session", caption, *headings, first="frame")
+    for point in result.points:
+        accelerator = NONE if point.accelerator_mb is None else f"{point.accelerator_mb:.2f}"
+        table.add_row(str(point.frame), f"{point.process_mb:.2f}", f"{point.cache_mb:.3f}", accelerator)
+    return table
+
+
+def target_table(result: BenchResult) -> Table:
+    """What had to be reached, and whether it was."""
+    table = _table("targets", conditions(result), "measured", "target", "reached", first="what")
+    for target in result.targets:
+        sign = "≤" if target.bound == "at most" else "≥"
+        reached = "[green]yes[/]" if target.reached else "[red]no[/]"
+        table.add_row(target.what, measured(target), f"{sign} {target.limit:g} {target.unit}", reached)
+    return table
+
+
+def conditions(result: BenchResult) -> str:
+    """Hardware, versions, and whether the machine was busy with something else."""
+    hardware: Mapping[str, Any] = result.provenance["hardware"]
+    versions: Mapping[str, Any] = result.provenance["versions"]
+    where = hardware.get("accelerator") if result.config.device != "cpu" else None
+    text = (
+        f"{where or hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads; "
+        f"torch {versions.get('torch')}, transformers {versions.get('transformers')}"
+    )
+    load = result.load[0]
+    if load > hardware["cores"] / 2:
+        text += f"\nthe machine was busy before the run (load {load:.1f}): absolute times mean little"
+    return text
+
+
+def ratio(value: Ratio) -> str:
+    """A ratio and its quartiles, e.g. ``2.93× [2.73, 3.09]``."""
+    return f"{value.value:.2f}× [{value.low:.2f}, {value.high:.2f}]"
+
+
+def measured(target: Target) -> str:
+    """What was measured for a target, e.g. ``2.93 × [2.73, 3.09]``."""
+    spread = "" if target.low is None or target.high is None else f" [{target.low:.2f}, {target.high:.2f}]"
+    return f"{target.value:.2f} {target.unit}{spread}"
+
+
+def _table(title: str, caption: str, *headings: str, first: str = "method") -> Table:
+    table = Table(title=title, caption=caption)
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lac_vla.errors import InputError
+from lac_vla.report import build_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,900 --virtual-time-budget=8000"
+).split()
+
+
+class Page(HTMLParser):
+    """Rows of the tables as lists of cells' texts, all text, and every address that the page refers to."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self._open: str | None = None
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._open = tag if tag in ("script", "style") else None
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "poster", "srcset")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self._open is None:
+            self.text += data
+            if self.rows and self.rows[-1]:
+                self.rows[-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = None
+        if tag == "table":
+            self.rows.append([])
+
+    def row(self, first: str) -> list[str]:
+        """The first row whose first cell is ``first``; spaces within cells made single."""
+        rows = [[" ".join(cell.split()) for cell in row] for row in self.rows]
+        return next(row for row in rows if row and row[0] == first)
+
+
+@pytest.fixture(scope="module")
+def html(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_report([run_dir], tmp_path_factory.mktemp("report") / "deep" / "report.html")
+
+
+@pytest.fixture(scope="module")
+def page(html: Path) -> Page:
+    return Page(html.read_text(encoding="utf-8"))
+
+
+def test_the_table_shows_the_numbers_added_up_by_hand(page: Page) -> None:
+    minus = "\N{MINUS SIGN}"
+    assert page.row("dense") == [
+        "dense",
+        "3/4",
+        "75.0 %",
+        "30.1 to 95.4",
+        "-",
+        "-",
+        "0 %",
+        "0.0 %",
+        "2.00 G",
+        "4.00 G",
+        "4.00 / 4.00",
+        "20.0 / 30.0",
+        "12.0 / 12.0",
+        "100 MB",
+    ]
+    assert page.row("motion-0.5") == [
+        "motion-0.5",
+        "2/4",
+        "50.0 %",
+        "15.0 to 85.0",
+        f"{minus}25.0",
+        "1.000",
+        "50 %",
+        "40.0 %",
+        "1.20 G",
+        "2.40 G",
+        "1.50 / 1.50",
+        "8.00 / 8.00",
+        "6.00 / 7.00",
+        "121 MB",
+    ]
+    assert page.row("0")[2:] == ["2/2", "1/2"]
+    assert page.row("1")[2:] == ["1/2", "1/2"]
+    assert f"{minus}50 %" in page.text, "the median latency is halved"
+    assert f"{minus}40 %" in page.text, "1.2 of 2 GMACs"
+
+
+def test_what_was_run_is_said(page: Page) -> None:
+    text = " ".join(page.text.split())
+    for part in ("lac eval mini --policies", "A Processor", "2 threads", "2.13.0", "9,876,543", "2 of 10 tasks.", "seed 7"):
+        assert part in text
+
+
+def test_altered_rendering_stands_in_the_same_table(page: Page) -> None:
+    foot = next(" ".join(row[0].split()) for row in page.rows if row and row[0].strip().startswith("Rendering"))
+    assert foot.startswith("Rendering: fast. Altered")
+
+
+def test_official_rendering_is_not_called_altered(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    facts = json.loads((run_dir / "summary.json").read_text())
+    facts["simulator"]["rendering"] = "official"
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(facts))
+    text = build_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "official" in text
+    assert "ltered" not in text
+
+
+def test_nothing_is_loaded_from_elsewhere(html: Path, page: Page) -> None:
+    assert page.addresses
+    assert [address[:60] for address in page.addresses if not address.startswith(("data:", "#"))] == []
+    assert "link" not in page.tags or page.addresses[0] == "data:,"
+    source = re.sub(r'"data:[^"]*"', '""', html.read_text(encoding="utf-8"))
+    for loader in ("http://", "https://", "@import", "url(", "fetch(", "XMLHttpRequest", "import("):
+        assert loader not in source
+
+
+def test_words_of_a_run_cannot_become_markup(page: Page) -> None:
+    assert page.row("1")[1] == 'open the <b>drawer</b> & "wait"'
+
+
+def test_trials_with_videos_are_shown_and_disagreement_first(page: Page) -> None:
+    assert page.tags.count("video") == 4
+    assert "2 of 2 recorded trials" in " ".join(page.text.split())
+
+
+def test_a_run_without_videos_dense_or_facts(run_dir: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "episodes.jsonl").read_text().splitlines()]
+    bare = [
+        {key: value for key, value in line.items() if key not in (*COSTS, "video")}
+        for line in lines
+        if line["method"] != "dense"
+    ]
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bare))
+    page = Page(build_report([tmp_path], tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.row("motion-0.5")[4:] == ["-", "-", "- ", *["-"] * 7][:2] + ["-"] * 8
+    assert "video" not in page.tags
+    assert "Dense was not run" in page.text
+
+
+COSTS = ("ratio_effective", "ratio_nominal", "oldest_age", "macs", "latency_ms", "peak_memory_mb")
+
+
+def test_several_runs_on_one_page(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "second-run")
+    page = Page(build_report([run_dir, tmp_path / "second-run"], tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.tags.count("article") == 2
+    assert "second-run" in page.text
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no folder"):
+        build_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    with pytest.raises(InputError, match=r"episodes\.jsonl cannot be read"):
+        build_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(InputError, match="no run is given"):
+        build_report([], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_an_unwritable_place_is_named(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        build_report([run_dir], tmp_path / "file" / "report.html")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+def test_a_browser_shows_the_table_and_plays_the_videos(html: Path, tmp_path: Path) -> None:
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", html.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    page = Page(done.stdout)
+    assert page.row("motion-0.5")[1] == "2/4"
+    marks = re.findall(r'<figure[^>]*data-video="(\w+)"', done.stdout)
+    assert marks == ["playable"] * 4
+    assert re.search(r'<html[^>]*data-overflow="false"', done.stdout), "the page is wider than 1280 pixels"
