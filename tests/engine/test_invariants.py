@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
 from lac_vla import CachedVLA, Decision, Dense, Frame, InputError, PrismaticBackbone, Random, Session, random_vla
+from lac_vla.models.prismatic.presets import MINI, TINY
 from lac_vla.policies import CachePolicy
 from lac_vla.types import Beyond, View
 from tests.engine.reference import ReferenceDecoder
@@ -22,9 +23,9 @@ SEQUENCES: dict[str, list[Frame]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def backbone() -> PrismaticBackbone:
-    return random_vla("tiny", seed=3)
+@pytest.fixture(scope="module", params=[2, 1], ids=["two cameras", "one camera"])
+def backbone(request: pytest.FixtureRequest) -> PrismaticBackbone:
+    return random_vla(replace(TINY, cameras=TINY.cameras[: request.param]), seed=3)
 
 
 def reference(backbone: PrismaticBackbone) -> ReferenceDecoder:
@@ -249,18 +250,20 @@ def test_after_an_exception_the_next_frame_is_dense_and_right(backbone: Prismati
     torch.testing.assert_close(hidden, capture_hidden(CachedVLA(backbone, Dense()).session(), frame(2)))
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (Frame({"agentview": np.zeros((64, 64, 3), np.uint8)}, "go"), "wrist"),
-    ],
-)
-def test_bad_frames_leave_the_session_as_it_was(backbone: PrismaticBackbone, bad: Frame, message: str) -> None:
+@pytest.mark.parametrize("name", ["camera", "proprio"])
+def test_bad_frames_leave_the_session_as_it_was(name: str) -> None:
+    backbone = random_vla(replace(TINY, proprio_dim=8, norm_stats=MINI.norm_stats))
+    proprio = np.zeros(8, np.float32)
+    good = [Frame(frame(i).images, "go", proprio) for i in range(2)]
+    bad = {
+        "camera": Frame({"agentview": good[0].images["agentview"]}, "go", proprio),
+        "proprio": Frame(good[0].images, "go", proprio[:6]),
+    }
     session = CachedVLA(backbone, Random(0.5)).session()
-    session.act(frame(0))
-    with pytest.raises(InputError, match=message):
-        session.act(bad)
-    session.act(frame(1))
+    session.act(good[0])
+    with pytest.raises(InputError, match="wrist|cameras" if name == "camera" else "8 values"):
+        session.act(bad[name])
+    session.act(good[1])
     assert session.last is not None
     assert session.last.dense_because is None
 

@@ -153,7 +153,7 @@ def test_an_episodes_video_ends_with_its_outcome(tmp_path: Path, success: bool, 
     frames = sample_frames(video.path, 100)
     assert len(frames) == 4 + 5
     np.testing.assert_allclose(frames[-1][200, 2], shade, atol=25)
-    np.testing.assert_allclose(frames[0][100, 200], step(0).pixels["agentview"][0, 0], atol=80)
+    np.testing.assert_allclose(frames[0][30 + 48, 96 + 48], COLOUR, atol=25)
 
 
 def test_an_episode_without_steps_leaves_no_video(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def engine_table(result: EngineResult) -> Table:
         f"engine: prefill of {result.tokens} tokens, {result.visual_tokens} of them visual, {result.shape}",
         "stock: transformers' LlamaModel, "
         f"{result.attention} attention, use_cache=True (its keys and values are kept for decoding)\n"
-        "faster: ratio of medians [quartiles of the ratios within the rounds]",
+        "faster: ratio of medians, and quartiles of the ratios within the rounds",
         "rows", "MACs", "FLOPs", "p50 / p95 ms", "faster than stock", "faster than dense",
     )  # fmt: skip
     for row in result.rows:
@@ -49,7 +49,7 @@ def frame_table(result: FrameResult) -> Table:
         f"frame: {result.model}, {result.dtype}, {result.visual_tokens} visual tokens",
         f"{result.frames} frames, {result.source}\n"
         "dense stock: the same model through transformers' LlamaForCausalLM, SDPA, DynamicCache, greedy\n"
-        "p50 / p95 in ms; faster: observation to action, ratio of medians [quartiles within the frames]",
+        "p50 / p95 in ms; faster: observation to action, ratio of medians, and quartiles of the ratios frame by frame",
         "ratio nom. / eff.",
         *(window.replace("_", " ") for window in WINDOWS),
         "faster than stock",

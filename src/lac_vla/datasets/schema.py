@@ -39,9 +39,7 @@ def video_feature(camera: str, images: UInt8Image, length: int, fps: int) -> dic
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[::3] != (length, 3):
-        raise DatasetError(
-            f"images of '{camera}' are {images.dtype} {images.shape}; give uint8 ({length}, H, W, 3)"
-        )
+        raise DatasetError(f"images of '{camera}' are {images.dtype} {images.shape}; give uint8 ({length}, H, W, 3)")
     height, width = images.shape[1:3]
     if height % 2 or width % 2 or not height or not width:
         raise DatasetError(f"images of '{camera}' are {height}×{width}; H.264 needs even sides: pad or crop")
@@ -164,9 +162,7 @@ def data_table(vectors: Mapping[str, npt.NDArray[Any]]) -> Any:
 
 def tasks_table(tasks: Mapping[str, int]) -> Any:
     """The task table, which LeRobot reads as a pandas frame whose index is the task's text."""
-    table = pa.table(
-        {"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks, pa.string())}
-    )
+    table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks, pa.string())})
     types = {"task_index": ("int64", "int64"), "task": ("unicode", "object")}
     pandas = {
         "index_columns": ["task"],

@@ -208,9 +208,7 @@ class DatasetWriter:
     def _video(self, key: str) -> VideoWriter:
         if key not in self._videos:
             height, width, _ = self.features[key]["shape"]
-            self._videos[key] = VideoWriter(
-                self._folder, key, self.fps, height, width, crf=self._crf, gop=self._gop
-            )
+            self._videos[key] = VideoWriter(self._folder, key, self.fps, height, width, crf=self._crf, gop=self._gop)
         return self._videos[key]
 
     def _write_data(self, table: Any) -> tuple[int, int]:

@@ -77,9 +77,7 @@ def terminal_table(summary: Summary, title: str | None = None) -> Table:
     Returns:
         A rich table, one row per method.
     """
-    table = Table(
-        title=title, caption="latency: p50 / p95 in ms over all frames; p: McNemar, exact, against dense"
-    )
+    table = Table(title=title, caption="latency: p50 / p95 in ms over all frames; p: McNemar, exact, against dense")
     headings = ["success [95 %]", "vs dense, points", "ratio nom. / eff.", "MACs", "FLOPs"]
     table.add_column("method", no_wrap=True)
     for heading in [*headings, *(window.replace("_", " ") for window in WINDOWS), "peak memory"]:

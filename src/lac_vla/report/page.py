@@ -193,8 +193,7 @@ def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tup
 def _ratio(run: Run, colours: Mapping[str, str]) -> str:
     cached = [name for name in colours if name != DENSE]
     effective = {
-        name: (colours[name], [e.ratio_effective for e in run.episodes if e.method == name])
-        for name in cached
+        name: (colours[name], [e.ratio_effective for e in run.episodes if e.method == name]) for name in cached
     }
     nominal = {name: [e.ratio_nominal for e in run.episodes if e.method == name] for name in cached}
     return plots.ratio_chart(effective, nominal)

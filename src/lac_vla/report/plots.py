@@ -114,9 +114,7 @@ def ratio_chart(
         parts.append(_label("tick", left + width * tick / span, top + height + 16, f"{tick:g}", "middle"))
     for name, (colour, runs) in effective.items():
         mean, low, high = _over_time(runs)
-        band = [point(t, r) for t, r in enumerate(high)] + [
-            point(t, low[t]) for t in reversed(range(len(low)))
-        ]
+        band = [point(t, r) for t, r in enumerate(high)] + [point(t, low[t]) for t in reversed(range(len(low)))]
         style = f'style="--c:{colour}"'
         parts.append(f'<polygon class="band" {style} points="{" ".join(band)}"/>')
         aimed, _, _ = _over_time(nominal.get(name, ()))
@@ -161,6 +159,5 @@ def _label(kind: str, x: float, y: float, text: str, anchor: str = "start") -> s
 def _svg(width: float, height: float, parts: Sequence[str], label: str, kind: str) -> str:
     body = "".join(parts)
     return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
-        f"{body}</svg>"
+        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
     )

@@ -43,9 +43,7 @@ class Run:
         try:
             facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"{path} cannot be read ({error}): resume the run, it writes it again"
-            ) from error
+            raise InputError(f"{path} cannot be read ({error}): resume the run, it writes it again") from error
         if not isinstance(facts, dict):
             raise InputError(f"{path} holds no JSON object: resume the run, it writes it again")
         episodes = read_episodes(folder / "episodes.jsonl")
