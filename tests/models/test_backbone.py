@@ -41,9 +41,7 @@ def test_shapes_agree_with_the_layout(config: PrismaticConfig, frame: Frame) -> 
     assert list(pixels) == list(layout.grids)
     for camera in layout.cameras:
         assert pixels[camera.name].shape[0] % camera.rows == pixels[camera.name].shape[1] % camera.cols == 0
-    assert layout.patch_mean({name: image[..., 0] for name, image in pixels.items()}).shape == (
-        layout.n_visual,
-    )
+    assert layout.patch_mean({name: image[..., 0] for name, image in pixels.items()}).shape == (layout.n_visual,)
 
 
 @torch.inference_mode()

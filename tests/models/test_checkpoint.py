@@ -45,9 +45,7 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["checkpoint", "sharded"])
-def test_weights_are_those_of_the_file(
-    request: pytest.FixtureRequest, golden_weights: Weights, layout: str
-) -> None:
+def test_weights_are_those_of_the_file(request: pytest.FixtureRequest, golden_weights: Weights, layout: str) -> None:
     backbone = load(request.getfixturevalue(layout))
     state = backbone.model.state_dict()
     assert all(torch.equal(weight, golden_weights[key]) for key, weight in state.items())
@@ -68,9 +66,7 @@ def test_dtype(checkpoint: Path, frame: Frame) -> None:
         load(checkpoint, dtype="fp16")
 
 
-def test_rotary_frequencies_in_a_file_are_ignored(
-    golden_weights: Weights, write: Write, tmp_path: Path
-) -> None:
+def test_rotary_frequencies_in_a_file_are_ignored(golden_weights: Weights, write: Write, tmp_path: Path) -> None:
     old = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     load(write(tmp_path / "old", golden_weights | old))
 
@@ -96,9 +92,7 @@ def test_truncated_shard(sharded: Path, tmp_path: Path) -> None:
     for size in (shard.stat().st_size - 1, 40, 0):
         with shard.open("r+b") as file:
             file.truncate(size)
-        with pytest.raises(
-            CheckpointError, match=r"model-00002-of-00003\.safetensors is truncated or damaged"
-        ):
+        with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is truncated or damaged"):
             load(folder)
     shard.unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors missing"):

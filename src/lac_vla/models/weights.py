@@ -100,9 +100,7 @@ def _files(folder: Path) -> list[Path]:
         files = [folder / WEIGHTS]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(
-            f"{folder} is incomplete: {_some(missing)} missing (pickled weights are not read)"
-        )
+        raise CheckpointError(f"{folder} is incomplete: {_some(missing)} missing (pickled weights are not read)")
     return files
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from lac_vla.errors import InputError, MissingExtraError
@@ -30,7 +31,6 @@ class VideoFile:
         self.path = Path(path)
         self._partial = self.path.with_suffix(".partial")
         self._fps = fps
-        self._to_yuv = self._av.video.reformatter.VideoReformatter()
         self._options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
         self._container: Any = None
         self._stream: Any = None
@@ -48,8 +48,8 @@ class VideoFile:
             raise InputError(f"a frame of {frame.shape[:2]} in a video of {self._size}: give one size")
         height, width = self._size
         padded = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        rgb = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
-        self._mux(self._to_yuv.reformat(rgb, format="yuv420p", threads=1))
+        planes = cv2.cvtColor(np.ascontiguousarray(padded), cv2.COLOR_RGB2YUV_I420)
+        self._mux(self._av.VideoFrame.from_ndarray(planes, format="yuv420p"))
 
     def close(self) -> None:
         """Finish the file; without frames, there is none."""

@@ -81,9 +81,7 @@ class Range:
         mask = np.asarray(stats[kind].get("mask", np.ones(q01.shape, dtype=bool)), dtype=bool)
         shapes = (q01.shape, q99.shape, mask.shape)
         if q01.ndim != 1 or len(set(shapes)) != 1:
-            raise CheckpointError(
-                f'q01, q99 and mask of "{kind}" must be vectors of one length, not {shapes}'
-            )
+            raise CheckpointError(f'q01, q99 and mask of "{kind}" must be vectors of one length, not {shapes}')
         return cls(q01, q99, mask)
 
     @property

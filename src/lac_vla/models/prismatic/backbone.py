@@ -181,9 +181,7 @@ class PrismaticBackbone:
             raise InputError(f"{self.name} takes no proprioception")
         if proprio is None or proprio.shape[-1] != self.proprio_range.dim:
             given = "none" if proprio is None else proprio.shape[-1]
-            raise InputError(
-                f"{self.name} needs {self.proprio_range.dim} values in Frame.proprio, got {given}"
-            )
+            raise InputError(f"{self.name} needs {self.proprio_range.dim} values in Frame.proprio, got {given}")
         normal = np.clip(self.proprio_range.normalize(proprio), -PROPRIO_LIMIT, PROPRIO_LIMIT)
         return normal.astype(np.float32)
 

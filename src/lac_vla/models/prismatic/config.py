@@ -99,18 +99,13 @@ class PrismaticConfig:
         else:
             if conv or not 1 <= len(self.vit_towers) <= 2:
                 raise CheckpointError("vision transformers: 1 or 2 vit_towers, and cameras without towers")
-            if (
-                len({(camera.image_size, vit.patch) for camera in self.cameras for vit in self.vit_towers})
-                != 1
-            ):
+            if len({(camera.image_size, vit.patch) for camera in self.cameras for vit in self.vit_towers}) != 1:
                 raise CheckpointError("vision transformers must have one image_size and one size of patches")
         names = [camera.name for camera in self.cameras]
         if not names or len(set(names)) != len(names):
             raise CheckpointError(f"camera names {names}: give at least one, each once")
         if self.text_config.get("model_type", "llama") != "llama":
-            raise CheckpointError(
-                f"language model '{self.text_config['model_type']}' is not supported, only llama"
-            )
+            raise CheckpointError(f"language model '{self.text_config['model_type']}' is not supported, only llama")
         if "{instruction}" not in self.prompt_template:
             raise CheckpointError("prompt_template does not hold {instruction}")
 

@@ -67,9 +67,7 @@ class Prompt:
         if self.end is not None and ids[-1] != self.end:
             ids = [*ids, self.end]
         if len(ids) > self.max_length:
-            raise InputError(
-                f"the instruction makes a prompt of {len(ids)} tokens, more than {self.max_length}"
-            )
+            raise InputError(f"the instruction makes a prompt of {len(ids)} tokens, more than {self.max_length}")
         if max(ids) >= self.vocab_size:
             raise CheckpointError(f"token {max(ids)} is not in the model's vocabulary of {self.vocab_size}")
         return ids

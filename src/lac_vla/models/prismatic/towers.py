@@ -28,9 +28,7 @@ class ConvTowerConfig:
         if len(self.widths) < 3:
             raise CheckpointError(f"a convolutional tower needs at least 3 widths, got {self.widths}")
         if self.norm_groups and any(width % self.norm_groups for width in self.widths[1:-1]):
-            raise CheckpointError(
-                f"widths {self.widths[1:-1]} are no multiples of norm_groups {self.norm_groups}"
-            )
+            raise CheckpointError(f"widths {self.widths[1:-1]} are no multiples of norm_groups {self.norm_groups}")
 
     @property
     def stride(self) -> int:
@@ -88,9 +86,7 @@ def towers_of(config: Mapping[str, Any]) -> tuple[ViTConfig, ...]:
     """
     if config.get("vit_towers"):
         return tuple(_tower(tower) for tower in config["vit_towers"])
-    names = config.get(
-        "timm_model_ids", ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
-    )
+    names = config.get("timm_model_ids", ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"])
     unknown = [name for name in names if name not in TIMM_TOWERS]
     if unknown:
         raise CheckpointError(
@@ -101,7 +97,5 @@ def towers_of(config: Mapping[str, Any]) -> tuple[ViTConfig, ...]:
 
 
 def _tower(data: Mapping[str, Any]) -> ViTConfig:
-    plain: dict[str, Any] = {
-        key: tuple(value) if key in ("mean", "std") else value for key, value in data.items()
-    }
+    plain: dict[str, Any] = {key: tuple(value) if key in ("mean", "std") else value for key, value in data.items()}
     return ViTConfig(**plain)

@@ -100,7 +100,6 @@ class ConvBackbone(nn.Module):
         """
         subsets, shifts = keep or {}, shift or {}
         features = [
-            tower(pixel_values[name], subsets.get(name), shifts.get(name))
-            for name, tower in self.towers.items()
+            tower(pixel_values[name], subsets.get(name), shifts.get(name)) for name, tower in self.towers.items()
         ]
         return torch.cat(features, dim=1)
