@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
@@ -90,3 +91,14 @@ def test_dis_flow_follows_a_moving_picture() -> None:
 def test_unknown_flow() -> None:
     with pytest.raises(InputError, match="raft"):
         make_flow("raft")
+
+
+def test_flow_of_one_size_does_not_depend_on_images_of_another() -> None:
+    rng = np.random.default_rng(1)
+    large, small = (
+        [cv2.GaussianBlur(rng.integers(0, 255, (n, n, 3), np.uint8), (9, 9), 3) for _ in "ab"] for n in (112, 64)
+    )
+    flow = DISFlow()
+    before = flow(*large)
+    flow(*small)
+    assert (flow(*large) == before).all()

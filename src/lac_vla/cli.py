@@ -90,10 +90,11 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         """
         from lac_vla.evaluation.records import read_episodes
         from lac_vla.evaluation.summary import summarize
-        from lac_vla.evaluation.table import terminal_table
+        from lac_vla.evaluation.table import terminal_tables
         from lac_vla.report import build_report
 
-        console.print(terminal_table(summarize(read_episodes(run / "episodes.jsonl"))))
+        for table in terminal_tables(summarize(read_episodes(run / "episodes.jsonl"))):
+            console.print(table)
         page = build_report([run], out or run / "report.html")
         console.print(f"report: {page}")
 

@@ -40,13 +40,17 @@ class DISFlow:
             raise InputError(f"unknown DIS preset {self.preset!r}; choose one of {sorted(_DIS_PRESETS)}")
 
     @cached_property
-    def _engine(self) -> cv2.DISOpticalFlow:
-        return cv2.DISOpticalFlow.create(_DIS_PRESETS[self.preset])
+    def _engines(self) -> dict[tuple[int, ...], cv2.DISOpticalFlow]:
+        """One per image size: OpenCV's estimator fits its pyramid to a small image and keeps it for larger ones."""
+        return {}
 
     def __call__(self, previous: UInt8Image, current: UInt8Image) -> FloatArray:
         """See :class:`Flow`."""
         first, second = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (previous, current))
-        return np.asarray(self._engine.calc(first, second, None), dtype=np.float32)
+        engine = self._engines.get(first.shape)
+        if engine is None:
+            engine = self._engines[first.shape] = cv2.DISOpticalFlow.create(_DIS_PRESETS[self.preset])
+        return np.asarray(engine.calc(first, second, None), dtype=np.float32)
 
 
 _DIS_PRESETS = {

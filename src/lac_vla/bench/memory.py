@@ -19,7 +19,7 @@ from lac_vla.policies import parse_policy
 from lac_vla.vla import CachedVLA, Session
 
 CHECKPOINTS = 10
-FLAT_MB = 4.0
+FLAT_MB = 2.0
 """Most that the process may grow from the first checkpoint to the last."""
 
 

@@ -130,7 +130,7 @@ def replayed(folder: Path, cameras: tuple[str, ...], state: int | None, length: 
             proprio = None if state is None else _state(episode.state[step], state, folder)
             shot = {camera: clip[step] for camera, clip in images.items()}
             frames.append(Frame(shot, episode.instruction, proprio))
-    return Scene(f"{folder.name}: {len(starts)} episodes", tuple(frames), frozenset(starts))
+    return Scene(f"{folder.name}: {len(starts)} episode(s)", tuple(frames), frozenset(starts))
 
 
 def _state(values: FloatArray, wanted: int, folder: Path) -> FloatArray:

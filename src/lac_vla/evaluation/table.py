@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 
 from lac_vla.evaluation.stats import Percentiles
@@ -67,23 +68,19 @@ def ratio(row: MethodRow) -> str:
     return f"{percent(row.ratio_nominal, 0)} / {percent(row.ratio_effective)}"
 
 
-def terminal_table(summary: Summary, title: str | None = None) -> Table:
-    """The success table for the terminal.
-
-    Args:
-        summary: The run.
-        title: Above the table.
-
-    Returns:
-        A rich table, one row per method.
-    """
-    table = Table(title=title, caption="latency: p50 / p95 in ms over all frames; p: McNemar, exact, against dense")
-    headings = ["success [95 %]", "vs dense, points", "ratio nom. / eff.", "MACs", "FLOPs"]
-    table.add_column("method", no_wrap=True)
-    for heading in [*headings, *(window.replace("_", " ") for window in WINDOWS), "peak memory"]:
-        table.add_column(heading, justify="right")
+def terminal_tables(summary: Summary) -> tuple[Table, Table]:
+    """The run for the terminal: what was solved, and what it cost; one row per method in each."""
+    solved = Table(box=box.SIMPLE, caption="95 % Wilson intervals; p: McNemar, exact, paired against dense")
+    cost = Table(box=box.SIMPLE, caption="latency: p50 / p95 in ms over all frames; FLOPs = 2 x MACs, per frame")
+    for table, headings in (
+        (solved, ("success", "vs dense, points", "ratio nom. / eff.")),
+        (cost, ("MACs", "FLOPs", *(window.replace("_", " ") for window in WINDOWS), "peak memory")),
+    ):
+        table.add_column("method", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right")
     for row in summary.methods:
+        solved.add_row(row.method, success(row), paired(row.paired), ratio(row))
         windows = [latency(row.latency.get(window)) for window in WINDOWS]
-        cells = [success(row), paired(row.paired), ratio(row), count(row.macs), count(row.flops)]
-        table.add_row(row.method, *cells, *windows, memory(row.peak_memory_mb))
-    return table
+        cost.add_row(row.method, count(row.macs), count(row.flops), *windows, memory(row.peak_memory_mb))
+    return solved, cost

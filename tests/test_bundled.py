@@ -1,0 +1,49 @@
+"""The bundled model: what it must be, and that it closes the loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lac_vla import CachedVLA, Dense, Frame, Motion, load_vla
+from lac_vla.bundled import MINI
+from lac_vla.cost import CostModel
+from lac_vla.evaluation.rollout import rollout
+from lac_vla.evaluation.runner import FIRST_HELD_OUT
+from lac_vla.sims.libero import LiberoEnv
+
+
+def black() -> Frame:
+    images = {camera: np.zeros((256, 256, 3), np.uint8) for camera in ("agentview", "wrist")}
+    return Frame(images, "pick up the black bowl on the stove and place it on the plate", np.zeros(8, np.float32))
+
+
+def test_it_is_worth_caching() -> None:
+    """At least 128 visual tokens, and the decoder the larger part of the cost."""
+    backbone = load_vla(MINI)
+    session = CachedVLA(backbone).session()
+    action = session.act(black())
+    assert action.shape == (7,)
+    assert np.abs(action).max() <= 1.01
+    step = session.last
+    assert step is not None
+    assert step.layout.n_visual >= 128
+    macs = CostModel.of(backbone, black()).frame(step.layout, step.decision)
+    assert macs["prefill"] > 0.5 * sum(macs.values())
+
+
+def test_it_is_small_and_documented() -> None:
+    files = {path.name: path.stat().st_size for path in MINI.iterdir()}
+    assert sum(files.values()) < 20e6
+    assert {"README.md", "config.json", "model.safetensors", "dataset_statistics.json", "tokenizer.json"} <= set(files)
+
+
+@pytest.mark.sim
+def test_it_solves_a_task_dense_and_with_reuse() -> None:
+    """Initial states that no demonstration used; two tries each, as another processor rounds otherwise."""
+    backbone = load_vla(MINI)
+    with LiberoEnv("libero_spatial", 0) as env:
+        for policy in (Dense(), Motion(0.5)):
+            session = CachedVLA(backbone, policy).session()
+            records = (rollout(env, session, "any", FIRST_HELD_OUT + k) for k in range(2))
+            assert any(record.success for record in records)
