@@ -58,7 +58,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
 
     def demo(
         out: Path = Path("outputs/demo"),
-        tasks: tuple[int, ...] = (0, 4, 7),
+        tasks: tuple[int, ...] = (0, 5, 9),
         episodes: int = 2,
         policies: tuple[str, ...] = ("dense", "motion:ratio=0.5", "motion:ratio=0.7"),
         workers: int = 1,
