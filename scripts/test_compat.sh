@@ -2,7 +2,7 @@
 # The engine and the model family with both ends of the supported transformers versions.
 set -e
 python=$(sh "$(dirname "$0")/find_python.sh")
-for version in 4.57.0 5.23.0; do
+for version in 4.57.6 5.23.0; do
     env=.venv-compat-$version
     echo "== transformers $version"
     if [ ! -e "$env/ready" ]; then
