@@ -60,7 +60,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         out: Path = Path("outputs/demo"),
         tasks: tuple[int, ...] = (0, 5, 9),
         episodes: int = 2,
-        policies: tuple[str, ...] = ("dense", "motion:ratio=0.5", "motion:ratio=0.7"),
+        policies: tuple[str, ...] = ("dense", "motion:ratio=0.5"),
         workers: int = 1,
     ) -> None:
         """The bundled VLA on real LIBERO tasks, dense and with reuse; a table and an HTML report with videos.
