@@ -81,16 +81,16 @@ class VisualKVCache:
     ) -> None:
         """Close a frame: its slots may be reused by the next one."""
         active = decision.active
-        fresh = self.layout is None or self.layout.grids != layout.grids
-        self.age = np.where(active, 0, 0 if fresh else self.age + 1).astype(np.int64)
+        if self.layout is None or self.layout.grids != layout.grids:  # all is active then
+            self.age = np.zeros(layout.n_visual, dtype=np.int64)
+            self.reference = {}
+        self.age = np.where(active, 0, self.age + 1).astype(np.int64)
         for camera in layout.cameras:
             image = pixels[camera.name]
-            if fresh or active[camera.tokens].all():
+            if active[camera.tokens].all():
                 self.reference[camera.name] = image.copy()
             else:
                 copy_patches(self.reference[camera.name], image, active[camera.tokens], camera)
-        if fresh:
-            self.reference = {camera.name: self.reference[camera.name] for camera in layout.cameras}
         self.layout, self.pixels, self.instruction, self.warm = layout, dict(pixels), instruction, True
 
 

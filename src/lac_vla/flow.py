@@ -1,6 +1,6 @@
 """Optical flow between adjacent frames: the motion channels of a policy's input (paper: RAFT-small).
 
-DIS is the default: on a CPU it costs well under a millisecond at 224 px, where RAFT-small takes hundreds.
+DIS is the default: on a CPU it costs a small part of what RAFT-small does; `lac bench` shows it as a stage of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DISFlow:
     """Dense Inverse Search flow (Kroeger et al., ECCV 2016, arXiv 1603.03590), by OpenCV.
 
     Attributes:
-        preset: ``"ultrafast"``, ``"fast"`` or ``"medium"``: 0.3 / 0.7 / 3.7 ms at 224 px on two CPU threads.
+        preset: ``"ultrafast"``, ``"fast"`` or ``"medium"``, from the cheapest to the finest.
     """
 
     preset: str = "fast"

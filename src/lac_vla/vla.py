@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -200,8 +201,7 @@ class Session:
         if not self.vla.backbone.causal and frame.instruction != cache.instruction:
             return "new instruction"
         for camera, image in pixels.items():
-            change = np.abs(image.astype(np.int16) - cache.pixels[camera]).mean() / 255
-            if change > self.vla.scene_cut:
+            if cv2.absdiff(image, cache.pixels[camera]).mean() / 255 > self.vla.scene_cut:
                 return "scene cut"
         return None
 

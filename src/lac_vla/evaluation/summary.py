@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla import timing
 from lac_vla.errors import InputError
 from lac_vla.evaluation.records import EpisodeRecord, Trial
 from lac_vla.evaluation.stats import Interval, Percentiles, mcnemar, percentiles, wilson
@@ -16,7 +17,7 @@ from lac_vla.evaluation.stats import Interval, Percentiles, mcnemar, percentiles
 DENSE = "dense"
 """The method that the others are compared with."""
 
-WINDOWS = ("decoder_prefill", "model_call", "observation_to_action")
+WINDOWS = tuple(timing.WINDOWS)
 """The latency windows that are always reported together, from the narrowest to the widest."""
 
 
