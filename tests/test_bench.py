@@ -23,6 +23,7 @@ from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.bench.shapes import LAYOUT, decoder_config
 from lac_vla.bench.stock import StockSession
 from lac_vla.datasets import DatasetWriter
+from lac_vla.policies import POLICIES, Random
 from lac_vla.timing import STAGES, WINDOWS
 
 SMALL = {
@@ -143,6 +144,14 @@ def test_the_file_says_under_which_conditions(content: dict[str, Any]) -> None:
     assert content["hardware"]["threads"] == 1
 
 
+def test_the_file_holds_no_folders_of_policies(result: BenchResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, "learned", lambda path: Random())
+    spec = "learned:path=/some/where/full"
+    changed = replace(result, config=replace(result.config, policies=(spec,), memory_policy=spec))
+    content = changed.to_json()["config"]
+    assert (content["policies"], content["memory_policy"]) == (["learned:path=full"], "learned:path=full")
+
+
 def test_the_file_holds_the_engine(content: dict[str, Any]) -> None:
     section = content["engine"]
     assert (section["tokens"], section["visual_tokens"], section["attention"]) == (282, 256, "sdpa")
@@ -227,6 +236,9 @@ def test_memory_of_the_process_is_read() -> None:
         ({"warmup": 0}, "warmup"),
         ({"threads": -1}, "threads"),
         ({"flow": "raft"}, "raft"),
+        ({"policies": ("motion", "motion")}, "two policies are called 'motion'"),
+        ({"policies": ("lac",)}, "lac:path=FOLDER"),
+        ({"memory_policy": "lac"}, "lac:path=FOLDER"),
     ],
 )
 def test_settings_without_sense_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

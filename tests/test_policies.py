@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import pytest
 
 from lac_vla import InputError, Motion, Random, TokenLayout, View
-from lac_vla.flow import DISFlow, make_flow
-from lac_vla.policies import Dense, cache_lowest, parse_policy
+from lac_vla.policies import Dense, PolicySpec, cache_lowest, parse_policy, paths_by_name
 
 LAYOUT = TokenLayout.of({"a": (2, 2)}, 1, 1)
 GREY = np.full((8, 8, 3), 100, np.uint8)
@@ -74,31 +72,58 @@ def test_parse() -> None:
     assert parse_policy("dense") == Dense()
 
 
-@pytest.mark.parametrize("spec", ["nothing", "motion:ratio", "motion:ratio=x", "motion:speed=1", "motion:ratio=1.5"])
+def test_values_are_numbers_truths_or_text() -> None:
+    spec = PolicySpec.parse("short@lac:path=outputs/my.lac,recovery=0,ratio=.5,extended=true")
+    assert spec.name == "lac"
+    assert spec.label == "short"
+    assert spec.values == {"path": "outputs/my.lac", "recovery": 0.0, "ratio": 0.5, "extended": True}
+    assert spec.values["extended"] is True
+
+
+def test_a_label_ends_before_the_options() -> None:
+    spec = PolicySpec.parse("lac:path=runs@home/lac")
+    assert (spec.name, spec.label, spec.options) == ("lac", "", {"path": "runs@home/lac"})
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("dense", "dense"),
+        ("motion:ratio=0.5", "motion-0.5"),
+        ("lac:path=outputs/lac/full/,recovery=0", "lac-full-0"),
+        ("lac:path=/somewhere/full", "lac-full"),
+        ("no-recovery@lac:path=full,recovery=0", "no-recovery"),
+    ],
+)
+def test_method_names(spec: str, name: str) -> None:
+    assert PolicySpec.parse(spec).method == name
+
+
+def test_results_hold_paths_by_name_alone() -> None:
+    assert paths_by_name("a@lac:path=/some/where/full/,recovery=0") == "a@lac:path=full,recovery=0"
+    assert paths_by_name("raft_small:C\\weights.pt") == "raft_small:weights.pt"
+    assert paths_by_name("motion:ratio=0.5") == "motion:ratio=0.5"
+
+
+def test_flow_is_the_policys_own() -> None:
+    assert (Dense().flow, Random().flow, Motion().flow) == ("none", "none", "dis")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "nothing",
+        "motion:ratio",
+        "motion:ratio=",
+        "motion:=1",
+        "motion:ratio=x",
+        "motion:ratio=0.5,ratio=0.6",
+        "motion:speed=1",
+        "motion:ratio=1.5",
+        "@dense",
+        "a/b@dense",
+    ],
+)
 def test_parse_refuses(spec: str) -> None:
     with pytest.raises(InputError):
         parse_policy(spec)
-
-
-def test_dis_flow_follows_a_moving_picture() -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (16, 16), dtype=np.uint8)
-    large = np.kron(picture, np.ones((8, 8), np.uint8))[..., None].repeat(3, axis=2)
-    flow = DISFlow()(large, np.roll(large, 3, axis=1))
-    assert np.median(flow[16:-16, 16:-16, 0]) == pytest.approx(3, abs=0.3)
-    assert np.median(flow[16:-16, 16:-16, 1]) == pytest.approx(0, abs=0.3)
-
-
-def test_unknown_flow() -> None:
-    with pytest.raises(InputError, match="raft"):
-        make_flow("raft")
-
-
-def test_flow_of_one_size_does_not_depend_on_images_of_another() -> None:
-    rng = np.random.default_rng(1)
-    large, small = (
-        [cv2.GaussianBlur(rng.integers(0, 255, (n, n, 3), np.uint8), (9, 9), 3) for _ in "ab"] for n in (112, 64)
-    )
-    flow = DISFlow()
-    before = flow(*large)
-    flow(*small)
-    assert (flow(*large) == before).all()

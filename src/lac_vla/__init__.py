@@ -2,7 +2,7 @@
 
 from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
 from lac_vla.models import PrismaticBackbone, load_vla, random_vla, save_vla
-from lac_vla.policies import CachePolicy, Dense, Motion, Random, make_policy
+from lac_vla.policies import CachePolicy, Dense, LACConfig, LACPolicy, Motion, Random, make_policy
 from lac_vla.types import Decision, Frame, TokenLayout, View
 from lac_vla.vla import CachedVLA, Session, Step
 
@@ -16,6 +16,8 @@ __all__ = [
     "Dense",
     "Frame",
     "InputError",
+    "LACConfig",
+    "LACPolicy",
     "LacError",
     "MissingExtraError",
     "Motion",

@@ -3,6 +3,7 @@
 Without postponed annotations: tyro reads the verbs' types, and those are imported where the verbs are made.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from lac_vla.errors import LacError
+from lac_vla.errors import InputError, LacError, MissingExtraError
 
 console = Console()
 
@@ -47,7 +48,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
     from lac_vla.bench import BenchConfig, bench_tables, run_bench
     from lac_vla.evaluation.runner import EvalConfig
     from lac_vla.sims.collect import CollectConfig
-    from lac_vla.training.config import PretrainConfig
+    from lac_vla.training.config import PretrainConfig, TrainConfig
 
     def evaluate(config: Annotated[EvalConfig, _flat()]) -> None:
         """Closed-loop episodes on LIBERO, every policy on the same initial states; resumable; ends with a report."""
@@ -85,17 +86,18 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         """Show a run's table, and write its report: one self-contained HTML page.
 
         Args:
-            run: Folder of a run of `lac eval` or `lac demo`.
+            run: Folder of a run of `lac eval`, `lac demo` or `lac train`.
             out: The page; by default `report.html` in the run's folder.
         """
-        from lac_vla.evaluation.records import read_episodes
-        from lac_vla.evaluation.summary import summarize
-        from lac_vla.evaluation.table import terminal_tables
-        from lac_vla.report import build_report
-
-        for table in terminal_tables(summarize(read_episodes(run / "episodes.jsonl"))):
-            console.print(table)
-        page = build_report([run], out or run / "report.html")
+        if (run / "episodes.jsonl").exists():
+            page = _report_evaluation(run, out or run / "report.html")
+        elif (run / "metrics.jsonl").exists():
+            page = _report_training(run, out or run / "report.html")
+        else:
+            raise InputError(
+                f"{run} holds neither episodes.jsonl (of 'lac eval' or 'lac demo') nor metrics.jsonl (of 'lac train'): "
+                "give the folder of a run"
+            )
         console.print(f"report: {page}")
 
     def bench(config: Annotated[BenchConfig, _flat()]) -> None:
@@ -128,11 +130,52 @@ def _verbs() -> dict[str, Callable[..., Any]]:
 
         console.print(f"model: {run(config, max_seconds=60 * minutes if minutes else float('inf'))}")
 
+    def train(config: Annotated[TrainConfig, _flat()], minutes: float = 0) -> None:
+        """Train a LAC policy beside a frozen VLA, on demonstrations or plain logs; ends with a report.
+
+        Run it again to go on.
+
+        Args:
+            config: The run.
+            minutes: Stop, resumably, after this time; 0 for no limit.
+        """
+        from lac_vla.training.train import train as run
+
+        policy = run(config, max_seconds=60 * minutes if minutes else float("inf"))
+        if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun, one speaks
+            return
+        console.print(f"policy: {policy}")
+        try:
+            console.print(f"report: {_report_training(config.out, config.out / 'report.html')}")
+        except MissingExtraError as error:  # the policy is there all the same
+            console.print(f"no report: {error}", markup=False, highlight=False, soft_wrap=True)
+
     return {
         "demo": demo,
         "eval": evaluate,
         "bench": bench,
         "report": report,
         "collect": collect,
+        "train": train,
         "pretrain": pretrain,
     }
+
+
+def _report_evaluation(run: Path, out: Path) -> Path:
+    from lac_vla.evaluation.records import read_episodes
+    from lac_vla.evaluation.summary import summarize
+    from lac_vla.evaluation.table import terminal_tables
+    from lac_vla.report import build_report
+
+    for table in terminal_tables(summarize(read_episodes(run / "episodes.jsonl"))):
+        console.print(table)
+    return build_report([run], out)
+
+
+def _report_training(run: Path, out: Path) -> Path:
+    from lac_vla.report import build_training_report
+    from lac_vla.report.training import training_table
+    from lac_vla.report.training_run import TrainingRun
+
+    console.print(training_table(TrainingRun.read(run)))
+    return build_training_report(run, out)

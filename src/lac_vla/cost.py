@@ -2,8 +2,9 @@
 
 The decoder is counted analytically, as in the paper's equations 13-14, from the decision that was really taken: every
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
-the paper's formula has two) and 2·D·slots for attention, which counts the masked half of a causal square too. Towers
-and projectors are counted by torch's own counter, once.
+the paper's formula has two) and 2·D·slots for attention, which counts the masked half of a causal square too. In the
+last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Towers and
+projectors are counted by torch's own counter, once.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from lac_vla.models.base import Backbone, DecoderShape
 from lac_vla.types import Beyond, Decision, Frame, TokenLayout
 
 
-def layer_macs(shape: DecoderShape, rows: int, slots: int) -> int:
-    """MACs of one block for ``rows`` rows that attend to ``slots`` slots."""
-    weights = 2 * shape.width**2 + 2 * shape.width * shape.kv_width + 3 * shape.width * shape.ffn
-    return rows * (weights + 2 * shape.width * slots)
+def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = None) -> int:
+    """MACs of one block for ``rows`` rows, of which ``asking`` (all by default) attend to ``slots`` slots."""
+    weights = 2 * shape.width**2 + 3 * shape.width * shape.ffn
+    asking = rows if asking is None else asking
+    return rows * 2 * shape.width * shape.kv_width + asking * (weights + 2 * shape.width * slots)
 
 
 def prefill_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision) -> int:
@@ -31,7 +33,7 @@ def prefill_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision) -
     total = 0
     for index in range(shape.layers):
         computed, slots = _rows_and_slots(layout, decision, index)
-        total += layer_macs(shape, computed, slots)
+        total += layer_macs(shape, computed, slots, layout.n_suffix if index == shape.layers - 1 else None)
     return total
 
 

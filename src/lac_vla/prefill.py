@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -32,8 +32,10 @@ class Rows:
         positions: Their slots in the sequence, int64, (rows,).
         rotary: Their position embedding.
         slots: The slots they may look at, int64, (slots,); ``None`` for all of the prompt.
-        mask: bool, (rows, slots); ``None`` where the kernel's own causal mask says the same.
+        mask: bool, (asking, slots); ``None`` where the kernel's own causal mask says the same.
         complete: Whether these are all rows of the prompt.
+        asking: How many of them, the last ones, attend; the others leave no more than their keys and values. ``None``
+            for all.
     """
 
     positions: torch.Tensor
@@ -41,6 +43,7 @@ class Rows:
     slots: torch.Tensor | None
     mask: torch.Tensor | None
     complete: bool
+    asking: int | None = None
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Prompt:
     Attributes:
         hidden: Normalised last hidden states of the suffix, (n_suffix, width).
         decision: What was computed, after refinement.
+        rotary: Position embedding of every slot, those of tokens yet to be appended included.
         length: Tokens of the prompt.
         appended: Tokens behind it so far.
         slots: Per layer, the prompt's slots that exist there; ``None`` for all of them.
@@ -57,6 +61,7 @@ class Prompt:
 
     hidden: torch.Tensor
     decision: Decision
+    rotary: Rotary
     length: int
     appended: int = 0
     slots: list[torch.Tensor | None] = field(default_factory=list)
@@ -92,19 +97,22 @@ def partial_prefill(
     alive = _alive(layout, decision.depth > 0)
     if embeddings.shape[0] != int(alive.sum()):
         raise InputError(f"{embeddings.shape[0]} embeddings for {int(alive.sum())} tokens to compute")
-    prompt = Prompt(embeddings, decision, layout.length)
+    every = torch.arange(layout.length + backbone.max_new_tokens, device=embeddings.device)
+    prompt = Prompt(embeddings, decision, backbone.rotary(every), layout.length)
     hidden = embeddings
-    rows = _rows(backbone, layout, alive, decision, 0, hidden.device)
+    rows = _rows(backbone, layout, alive, decision, prompt.rotary)
     for index, layer in enumerate(backbone.layers):
         if index and (decision.depth == index).any():  # tokens whose computation ends here
             still = _alive(layout, decision.depth > index)
             hidden = hidden[torch.from_numpy(still[alive]).to(hidden.device)]
             alive = still
-            rows = _rows(backbone, layout, alive, decision, index, hidden.device)
-        query, key, value = layer.qkv(hidden, rows.rotary)
+            rows = _rows(backbone, layout, alive, decision, prompt.rotary)
+        if index == len(backbone.layers) - 1 and not _watches_all(watch, index):
+            rows = _suffix_asks(backbone, layout, rows)
+        query, key, value = layer.qkv(hidden, rows.rotary, rows.asking)
         cache.write(index, slice(0, layout.length) if rows.complete else rows.positions, key, value)
         keys, values = _read(cache, index, layout.length, rows.slots)
-        hidden = layer.finish(hidden, _attend(query, keys, values, rows.mask))
+        hidden = layer.finish(hidden[-query.shape[1] :], _attend(query, keys, values, rows.mask))
         prompt.slots.append(rows.slots)
         if watch is not None and index in watch.layers:
             cache.attention[index] = _watched(watch, layout, query, keys, rows, backbone)
@@ -129,11 +137,13 @@ def extend(backbone: Backbone, cache: VisualKVCache, prompt: Prompt, embeddings:
     """
     start = prompt.length + prompt.appended
     stop = start + embeddings.shape[0]
-    every = torch.arange(stop, device=embeddings.device)
-    positions = every[start:]
-    rotary = backbone.rotary(positions)
+    cos, sin = prompt.rotary
+    rotary = cos[start:stop], sin[start:stop]
     # A single new token sees all that exists: no mask to build, and the kernel's fast path.
-    visible = backbone.visible(positions, every) if embeddings.shape[0] > 1 else None
+    visible: torch.Tensor | None = None
+    if embeddings.shape[0] > 1:
+        every = torch.arange(stop, device=embeddings.device)
+        visible = backbone.visible(every[start:], every)
     hidden = embeddings
     for index, layer in enumerate(backbone.layers):
         query, key, value = layer.qkv(hidden, rotary)
@@ -141,7 +151,7 @@ def extend(backbone: Backbone, cache: VisualKVCache, prompt: Prompt, embeddings:
         slots = prompt.slots[index]
         mask = visible
         if slots is not None:
-            slots = torch.cat([slots, every[prompt.length :]])
+            slots = torch.cat([slots, torch.arange(prompt.length, stop, device=slots.device)])
             mask = visible[:, slots] if visible is not None else None
         keys, values = _read(cache, index, stop, slots)
         hidden = layer.finish(hidden, _attend(query, keys, values, mask, causal=False))
@@ -156,20 +166,33 @@ def _alive(layout: TokenLayout, visual: BoolArray) -> BoolArray:
     return alive
 
 
-def _rows(
-    backbone: Backbone, layout: TokenLayout, alive: BoolArray, decision: Decision, layer: int, device: torch.device
-) -> Rows:
-    """Plan the rows of all layers from ``layer`` until the next token stops."""
-    every = torch.arange(layout.length, device=device)
+def _rows(backbone: Backbone, layout: TokenLayout, alive: BoolArray, decision: Decision, rotary: Rotary) -> Rows:
+    """Plan the rows of all layers until the next token stops."""
+    cos, sin = rotary
+    every = torch.arange(layout.length, device=cos.device)
     complete = bool(alive.all())
-    positions = every if complete else torch.from_numpy(np.flatnonzero(alive)).to(device)
+    positions = every if complete else torch.from_numpy(np.flatnonzero(alive)).to(cos.device)
     slots = None
     if decision.beyond is Beyond.PRUNE and not complete:
         slots = positions  # what is pruned is gone; everything else is computed
     mask: torch.Tensor | None = None
     if not (backbone.causal and (complete or slots is not None)):
         mask = backbone.visible(positions, every if slots is None else slots)
-    return Rows(positions, backbone.rotary(positions), slots, mask, complete)
+    return Rows(positions, (cos[positions], sin[positions]), slots, mask, complete)
+
+
+def _watches_all(watch: Watch | None, layer: int) -> bool:
+    """Whether a policy wants to see the attention of every row in a layer."""
+    return watch is not None and watch.rows == "all" and layer in watch.layers
+
+
+def _suffix_asks(backbone: Backbone, layout: TokenLayout, rows: Rows) -> Rows:
+    """The last layer's rows: its hidden states are read at the suffix only."""
+    n = layout.n_suffix
+    if rows.mask is not None:
+        return replace(rows, mask=rows.mask[-n:], asking=n)
+    slots = rows.positions if rows.slots is None else rows.slots
+    return replace(rows, mask=backbone.visible(rows.positions[-n:], slots), asking=n)
 
 
 def _read(

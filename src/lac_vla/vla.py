@@ -27,14 +27,18 @@ class CachedVLA:
     Attributes:
         backbone: The frozen model.
         policy: What decides which visual tokens are recomputed.
-        flow: Optical flow for policies that use it: ``"dis"`` or ``"none"``.
+        flow: Optical flow for a policy that reads it, by name; ``None`` for the one that it was made for.
         max_age: No slot is reused once it is this many frames old, ≥ 1.
         scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
+
+    Raises:
+        InputError: If a setting makes no sense, or the policy was made for another token layout.
+        CheckpointError: If the flow has weights, and they cannot be read.
     """
 
     backbone: Backbone
     policy: CachePolicy = field(default_factory=Dense)
-    flow: str = "dis"
+    flow: str | None = None
     max_age: int = 16
     scene_cut: float = 0.25
 
@@ -43,7 +47,13 @@ class CachedVLA:
             raise InputError(f"max_age is {self.max_age}; a slot must be allowed to grow at least 1 frame old")
         if not 0 < self.scene_cut <= 1:
             raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
-        make_flow(self.flow)
+        self.policy.check_layout(self.backbone.grids)
+        make_flow(self.flow or self.policy.flow)
+
+    @property
+    def flow_used(self) -> str:
+        """Name of the estimator in its sessions; ``"none"`` for a policy that reads no flow, whatever ``flow`` says."""
+        return "none" if self.policy.flow == "none" else self.flow or self.policy.flow
 
     def session(self, seed: int = 0) -> Session:
         """Start with one robot.
@@ -121,7 +131,7 @@ class Session:
         self._cache = VisualKVCache(
             len(backbone.layers), backbone.kv_heads, backbone.head_dim, backbone.dtype, backbone.device
         )
-        self._flow = make_flow(vla.flow) if vla.policy.uses_flow else None
+        self._flow = make_flow(vla.flow_used)
         self._shapes: Mapping[str, tuple[int, int]] | None = None
         self._rng = np.random.default_rng(seed)
 

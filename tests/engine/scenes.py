@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lac_vla.policies import POLICIES, CachePolicy, cache_lowest
+from lac_vla.policies import CachePolicy, Dense, LACConfig, LACPolicy, Motion, Random, cache_lowest
 from lac_vla.types import Beyond, Decision, Frame, View, Watch
 
 
@@ -67,8 +67,29 @@ class Watcher(CachePolicy):
         return Decision.reuse(cache_lowest(seen, 0.5), view.n_layers)
 
 
+@dataclass(frozen=True)
+class UntrainedLAC(CachePolicy):
+    """LAC with random weights, for whatever layout comes; its predictor has no preference, so the ratio is fixed."""
+
+    inputs: str = "extended"
+    language: bool = False
+
+    @property
+    def flow(self) -> str:
+        return "dis"
+
+    def decide(self, view: View) -> Decision:
+        torch.manual_seed(0)
+        config = LACConfig(grids=view.layout.grids, inputs=self.inputs, language=self.language, recovery=0.2)
+        return LACPolicy(config, ratio=0.7).decide(view)
+
+
 ALL_POLICIES: dict[str, Callable[[], CachePolicy]] = {
-    **POLICIES,
+    "dense": Dense,
+    "random": Random,
+    "motion": Motion,
+    "lac": UntrainedLAC,
+    "lac-paper": lambda: UntrainedLAC("paper", language=True),
     "staircase": Staircase,
     "pruner": Pruner,
     "watcher": Watcher,

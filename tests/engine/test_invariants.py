@@ -11,7 +11,7 @@ import torch
 from lac_vla import CachedVLA, Decision, Dense, Frame, InputError, PrismaticBackbone, Random, Session, random_vla
 from lac_vla.models.prismatic.presets import MINI, TINY
 from lac_vla.policies import CachePolicy
-from lac_vla.types import Beyond, View
+from lac_vla.types import Beyond, View, Watch
 from tests.engine.reference import ReferenceDecoder
 from tests.engine.scenes import ALL_POLICIES, REUSING, frame
 
@@ -102,6 +102,25 @@ def capture_hidden(session: Session, observation: Frame) -> torch.Tensor:
     finally:
         del backbone.act
     return torch.cat(seen)
+
+
+def test_watching_every_row_of_every_layer_changes_nothing(backbone: PrismaticBackbone) -> None:
+    """The last layer computes the suffix only, unless somebody looks at the other rows."""
+
+    @dataclass(frozen=True)
+    class All(Random):
+        @property
+        def watch(self) -> Watch:
+            return Watch(tuple(range(len(backbone.layers))), "all")
+
+    session, watched = (CachedVLA(backbone, policy).session() for policy in (Random(0.5), All(0.5)))
+    for i in range(3):
+        torch.testing.assert_close(capture_hidden(watched, frame(i)), capture_hidden(session, frame(i)))
+        assert watched.last is not None
+        layout, rows = watched.last.layout, int(watched.last.active.sum())
+        shape = (layout.n_prefix + rows + layout.n_suffix, layout.length)
+        assert {tuple(seen.shape) for seen in watched._cache.attention.values()} == {shape}
+        assert all(torch.allclose(seen.sum(dim=1), torch.ones(shape[0])) for seen in watched._cache.attention.values())
 
 
 @pytest.mark.parametrize("name", REUSING)

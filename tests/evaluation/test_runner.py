@@ -14,8 +14,9 @@ from tests.engine.scenes import frame
 from lac_vla import Frame, InputError, random_vla, save_vla
 from lac_vla.evaluation import runner
 from lac_vla.evaluation.records import read_episodes
-from lac_vla.evaluation.runner import EvalConfig, evaluate, method_name
+from lac_vla.evaluation.runner import EvalConfig, evaluate
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+from lac_vla.policies import POLICIES, Random
 
 
 class FakeEnv:
@@ -113,6 +114,20 @@ def test_summary_says_what_was_altered(config: EvalConfig) -> None:
     assert {"versions", "hardware", "command", "model", "methods"} <= set(summary)
 
 
+def test_results_name_methods_and_no_folders(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, "learned", lambda path, ratio: Random(ratio))
+    policies = ("chance@random:ratio=0.5", "learned:path=/some/where/full,ratio=0.25")
+    out = evaluate(replace(config, policies=policies, tasks=(0,), init_states=(4, 5)))
+    assert {e.method for e in read_episodes(out / "episodes.jsonl")} == {"chance", "learned-full-0.25"}
+    settings, summary = (json.loads((out / name).read_text()) for name in ("config.json", "summary.json"))
+    assert settings["policies"] == ["chance@random:ratio=0.5", "learned:path=full,ratio=0.25"]
+    assert settings["flow"] is None
+    assert summary["methods"]["learned-full-0.25"]["policy"] == "learned:path=full,ratio=0.25"
+    for name in ("config.json", "summary.json"):
+        assert "/some/where" not in (out / name).read_text()
+        assert str(config.out.parent) not in (out / name).read_text()
+
+
 def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="another --out"):
@@ -121,12 +136,18 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"suite": "libero"}, {"init_states": (5, 5)}, {"init_states": (40, 60)}, {"policies": ("x",)}, {"workers": 0}],
+    [
+        {"suite": "libero"},
+        {"init_states": (5, 5)},
+        {"init_states": (40, 60)},
+        {"policies": ("x",)},
+        {"policies": ("dense", "dense")},
+        {"policies": ("a@dense", "a@random")},
+        {"policies": ("lac",)},
+        {"flow": "raft"},
+        {"workers": 0},
+    ],
 )
 def test_bad_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         EvalConfig("model", Path("out"), **wrong)
-
-
-def test_method_name() -> None:
-    assert [method_name(spec) for spec in ("dense", "motion:ratio=0.5")] == ["dense", "motion-0.5"]

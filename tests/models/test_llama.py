@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lac_vla.models.llama import LlamaDecoder, build_llama, reset_rotary
+from lac_vla.models.llama import LlamaDecoder, build_llama, reset_rotary, rms_norm
 
 CONFIG = {
     "hidden_size": 32,
@@ -57,6 +57,26 @@ def test_layers_equal_hugging_face(config: dict[str, Any]) -> None:
         17,
         cut.head_dim,
     )
+
+
+@torch.no_grad()
+def test_rows_that_do_not_ask_leave_keys_and_values() -> None:
+    _, cut = decoder(num_key_value_heads=2)
+    rotary = cut.rotary(torch.arange(17))
+    for hidden in (torch.randn(17, 32), torch.randn(2, 17, 32)):
+        queries, keys, values = cut.layers[1].qkv(hidden, rotary)
+        some = cut.layers[1].qkv(hidden, rotary, asking=3)
+        torch.testing.assert_close(some, (queries[..., -3:, :], keys, values))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_equals_hugging_face(dtype: torch.dtype) -> None:
+    model, _ = decoder()
+    norm = model.model.norm.to(dtype)
+    norm.weight.copy_(torch.randn(32))
+    x = (3 * torch.randn(17, 32)).to(dtype)
+    torch.testing.assert_close(rms_norm(x, norm), norm(x))
 
 
 @torch.no_grad()

@@ -97,6 +97,29 @@ def test_side_by_side_and_filmstrip() -> None:
         draw.filmstrip([], 3)
 
 
+def test_heat_is_brighter_where_the_score_is_higher_and_bounded_by_its_scale() -> None:
+    scores = np.array([[0.0, 0.5], [1.0, 9.0]], np.float32)
+    drawn = draw.heat(picture(), scores, (0.0, 1.0), height=100)
+    assert drawn.shape == (100, 100, 3)
+    dark, middle, bright, beyond = (drawn[y, x].astype(int).sum() for y, x in ((25, 25), (25, 75), (75, 25), (75, 75)))
+    assert dark < middle < bright == beyond
+    np.testing.assert_array_equal(
+        draw.heat(picture(), scores * 0, (0.3, 0.3)), draw.heat(picture(), scores * 0, (0, 1))
+    )
+    assert draw.heat_colours(3)[0] < draw.heat_colours(3)[-1]
+
+
+def test_a_saliency_strip_has_three_rows_and_a_column_per_frame() -> None:
+    images = np.stack([picture(), picture()])
+    active = np.zeros((2, 4, 4), dtype=bool)
+    active[1] = True
+    strip = draw.saliency_strip(images, active.astype(np.float32), active, (0.0, 1.0), height=80)
+    assert strip.shape == (30 + 3 * 80 + 2 * 6, 2 * 80 + 6, 3)
+    np.testing.assert_array_equal(strip[30 + 40, 40], COLOUR)
+    np.testing.assert_array_equal(strip[30 + 2 * 86 + 40, 86 + 40], COLOUR)
+    assert strip[30 + 2 * 86 + 40, 40].mean() < 0.6 * np.mean(COLOUR)
+
+
 def test_video_is_h264_with_even_sides_and_all_frames(tmp_path: Path) -> None:
     frames = [np.full((33, 47, 3), 20 * t, dtype=np.uint8) for t in range(10)]
     path = draw.write_video(tmp_path / "deep" / "film.mp4", frames, fps=20)

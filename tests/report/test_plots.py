@@ -45,3 +45,34 @@ def test_ratio_chart_averages_the_episodes_that_still_run() -> None:
 )
 def test_ticks_are_round(limit: float, expected: list[float]) -> None:
     assert plots.ticks(limit) == pytest.approx(expected)
+
+
+def test_curve_chart_places_its_points() -> None:
+    curves = [
+        plots.Curve("a<b", "red", [(10, 0.0), (20, 1.0)]),
+        plots.Curve("held out", "blue", [(20, 0.5)], measured=True),
+    ]
+    svg = plots.curve_chart(curves, "ratio", steps=(10, 20), height=100, share=True, level=("target", 0.75))
+    tree = ElementTree.fromstring(svg)
+    lines = {line.get("class"): line.get("points") for line in tree.iter("polyline")}
+    assert lines == {"trace": "52.0,110.0 552.0,10.0", "line": "552.0,60.0"}
+    assert [mark.find("title").text for mark in tree.iter("circle")] == ["held out, step 20: 0.5"]
+    assert [line.get("y1") for line in tree.iter("line") if line.get("class") == "reference"] == ["35.0"]
+    assert plots.curve_chart([plots.Curve("none", "red", [])], "nothing", steps=(0, 0)) == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.01, 10.0], ["0.01", "0.1", "1", "10"]),
+        ([0.02, 0.3], ["0.02", "0.05", "0.1", "0.2"]),
+        ([0.0, 10.0], ["0", "2", "4", "6", "8", "10"]),
+        ([3.0], ["0", "1", "2", "3"]),
+        ([0.0], ["0"]),
+    ],
+)
+def test_curve_chart_is_logarithmic_over_a_decade_of_positive_values(values: list[float], expected: list[str]) -> None:
+    points = [(float(step), value) for step, value in enumerate(values)]
+    svg = plots.curve_chart([plots.Curve("loss", "red", points)], "loss", steps=(0, 1))
+    labels = [text.text for text in ElementTree.fromstring(svg).iter("text") if text.get("text-anchor") == "end"]
+    assert labels == expected

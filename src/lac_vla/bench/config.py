@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 from lac_vla.bench.shapes import SHAPES
 from lac_vla.errors import InputError
+from lac_vla.evaluation.methods import make_methods, resolve
 from lac_vla.flow import make_flow
-from lac_vla.policies import parse_policy
 
 Section: TypeAlias = Literal["engine", "frame", "memory"]
 
@@ -34,7 +34,8 @@ class BenchConfig:
         frames: Observations of the section ``frame``.
         warmup: Rounds, or observations, that are run first and not counted.
         replay: Folder of a LeRobot dataset whose frames are replayed; by default a synthetic scene.
-        flow: Optical flow: ``dis`` or ``none``.
+        flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
+            has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.
         memory_policy: Method of the section ``memory``.
         memory_frames: Observations of the section ``memory``.
@@ -59,7 +60,7 @@ class BenchConfig:
     frames: int = 200
     warmup: int = 5
     replay: Path | None = None
-    flow: str = "dis"
+    flow: str | None = None
     max_age: int = 16
     memory_policy: str = "motion:ratio=0.5"
     memory_frames: int = 2000
@@ -82,6 +83,6 @@ class BenchConfig:
             raise InputError(f"active is {self.active}; give shares of the visual tokens in (0, 1)")
         if not self.policies:
             raise InputError("there is no policy to measure: give at least one, e.g. motion:ratio=0.5")
-        for spec in (*self.policies, self.memory_policy):
-            parse_policy(spec)
-        make_flow(self.flow)
+        make_methods(self.policies, self.model)
+        resolve(self.memory_policy, self.model)
+        make_flow(self.flow or "none")

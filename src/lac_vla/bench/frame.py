@@ -15,10 +15,11 @@ from lac_vla.bench.scene import Scene
 from lac_vla.bench.stock import STOCK, StockSession
 from lac_vla.cost import CostModel
 from lac_vla.errors import InputError
+from lac_vla.evaluation.methods import resolve
 from lac_vla.evaluation.rollout import peak_memory_mb
 from lac_vla.evaluation.stats import Percentiles
 from lac_vla.models import PrismaticBackbone
-from lac_vla.policies import parse_policy
+from lac_vla.policies import paths_by_name
 from lac_vla.timing import STAGES, WINDOWS
 from lac_vla.types import FloatArray, Frame
 from lac_vla.vla import CachedVLA, Session, Step
@@ -192,8 +193,8 @@ def _robots(backbone: PrismaticBackbone, config: BenchConfig) -> dict[str, Robot
     """Method → session on the same model."""
     robots: dict[str, Robot] = {STOCK: StockSession(backbone)}
     for spec in (DENSE, *config.policies):
-        vla = CachedVLA(backbone, parse_policy(spec), flow=config.flow, max_age=config.max_age)
-        robots[spec] = vla.session(config.seed)
+        vla = CachedVLA(backbone, resolve(spec, config.model), flow=config.flow, max_age=config.max_age)
+        robots[paths_by_name(spec)] = vla.session(config.seed)
     return robots
 
 

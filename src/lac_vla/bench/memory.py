@@ -13,9 +13,10 @@ from tqdm import tqdm
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Target
 from lac_vla.bench.scene import Scene
+from lac_vla.evaluation.methods import resolve
 from lac_vla.evaluation.rollout import peak_memory_mb
 from lac_vla.models import PrismaticBackbone
-from lac_vla.policies import parse_policy
+from lac_vla.policies import paths_by_name
 from lac_vla.vla import CachedVLA, Session
 
 CHECKPOINTS = 10
@@ -71,7 +72,7 @@ def measure_memory(backbone: PrismaticBackbone, scene: Scene, config: BenchConfi
         scene: Frames to go round in.
         config: The benchmark.
     """
-    vla = CachedVLA(backbone, parse_policy(config.memory_policy), flow=config.flow, max_age=config.max_age)
+    vla = CachedVLA(backbone, resolve(config.memory_policy, config.model), flow=config.flow, max_age=config.max_age)
     session = vla.session(config.seed)
     steps = np.linspace(0, config.memory_frames, CHECKPOINTS + 1)[1:]
     checkpoints = set(np.ceil(steps).astype(int).tolist())
@@ -83,7 +84,7 @@ def measure_memory(backbone: PrismaticBackbone, scene: Scene, config: BenchConfi
     growth = points[-1].process_mb - points[0].process_mb
     return MemoryResult(
         model=backbone.name,
-        policy=config.memory_policy,
+        policy=paths_by_name(config.memory_policy),
         source=scene.source,
         points=tuple(points),
         growth_mb=growth,

@@ -24,6 +24,7 @@ from lac_vla.bench.model import open_model
 from lac_vla.bench.scene import make_scene
 from lac_vla.errors import InputError
 from lac_vla.evaluation.stats import Percentiles
+from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
 
 Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult]
@@ -71,6 +72,12 @@ class BenchResult:
         """Everything as plain data."""
         content: dict[str, Any] = {**self.provenance, "units": UNITS, **plain(self)}
         del content["provenance"]
+        config = self.config
+        content["config"] |= {
+            "policies": [paths_by_name(spec) for spec in config.policies],
+            "memory_policy": paths_by_name(config.memory_policy),
+            "flow": config.flow and paths_by_name(config.flow),
+        }
         return content
 
 

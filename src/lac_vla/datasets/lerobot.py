@@ -70,7 +70,7 @@ class Episode:
         fps: Frames per second.
         images: Camera → uint8, (T, H, W, 3), decoded on access.
         state: float32, (T, S); S is 0 if the dataset has none.
-        action: float32, (T, A).
+        action: float32, (T, A); A is 0 if the dataset has none (plain observation logs).
         columns: All other columns, (T,) or (T, n).
         metadata: What the writer noted about the episode.
     """
@@ -156,8 +156,9 @@ class LeRobotDataset:
         path = self._data_path(row)
         rows = self._rows(path, row)
         columns = {name: _numpy(rows.column(name)) for name in rows.column_names}
-        action = columns.pop(layout.ACTION).astype(np.float32)
-        state = columns.pop(layout.STATE, np.zeros((len(action), 0))).astype(np.float32)
+        nothing = np.zeros((rows.num_rows, 0))
+        action = columns.pop(layout.ACTION, nothing).astype(np.float32)
+        state = columns.pop(layout.STATE, nothing).astype(np.float32)
         if action.ndim != 2:
             action = action.reshape(len(action), -1)
         task_index = int(columns["task_index"][0])

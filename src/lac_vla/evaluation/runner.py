@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from lac_vla.cost import CostModel
 from lac_vla.errors import InputError
+from lac_vla.evaluation.methods import make_methods, method_name
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.rollout import rollout
+from lac_vla.flow import make_flow
 from lac_vla.models import load_vla
 from lac_vla.models.prismatic.actions import libero_gripper
-from lac_vla.policies import parse_policy
+from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
 from lac_vla.report.overlay import EpisodeVideo
 from lac_vla.sims.libero import SUITES, LiberoEnv
@@ -39,12 +41,14 @@ class EvalConfig:
     Attributes:
         model: Checkpoint folder or hub id.
         out: Folder of the run. If it holds a run with the same settings, that run goes on.
-        policies: Methods, e.g. ``dense``, ``motion:ratio=0.5``.
+        policies: Methods, e.g. ``dense``, ``motion:ratio=0.5``, ``lac`` (the policy that comes with the model),
+            ``lac:path=FOLDER,recovery=0``; ``NAME@`` before one names it in tables.
         suite: LIBERO suite.
         tasks: Task ids; empty for all ten.
         init_states: First and one-past-last initial state of every task.
         seed: Of every session.
-        flow: Optical flow: ``dis`` or ``none``.
+        flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
+            has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.
         rendering: ``fast`` (altered pixels, for models trained on them) or ``official``.
         convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints, whose images are rotated by
@@ -64,7 +68,7 @@ class EvalConfig:
     tasks: tuple[int, ...] = ()
     init_states: tuple[int, int] = (FIRST_HELD_OUT, 50)
     seed: int = 0
-    flow: str = "dis"
+    flow: str | None = None
     max_age: int = 16
     rendering: Literal["fast", "official"] = "fast"
     convention: Literal["upright", "openvla"] = "upright"
@@ -85,19 +89,13 @@ class EvalConfig:
             )
         if self.workers < 1:
             raise InputError(f"workers is {self.workers}; give at least 1")
-        for spec in self.policies:
-            parse_policy(spec)
+        make_methods(self.policies, self.model)
+        make_flow(self.flow or "none")
 
     @property
     def task_ids(self) -> tuple[int, ...]:
         """The tasks to run."""
         return self.tasks or tuple(range(SUITES[self.suite].n_tasks))
-
-
-def method_name(spec: str) -> str:
-    """``motion:ratio=0.5`` → ``motion-0.5``."""
-    name, _, options = spec.partition(":")
-    return "-".join([name, *(item.partition("=")[2].strip() for item in options.split(",") if item)])
 
 
 @dataclass
@@ -126,10 +124,8 @@ class Worker:
             image_pipeline=config.image_pipeline,
         )
         self.sessions = {
-            method_name(spec): CachedVLA(
-                backbone, parse_policy(spec), flow=config.flow, max_age=config.max_age
-            ).session(config.seed)
-            for spec in config.policies
+            name: CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age).session(config.seed)
+            for name, policy in make_methods(config.policies, config.model).items()
         }
 
     def environment(self, task: int) -> LiberoEnv:
@@ -261,6 +257,10 @@ def _open(config: EvalConfig) -> set[tuple[str, int, int]]:
 
 def _settings(config: EvalConfig) -> dict[str, Any]:
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    if Path(config.model).is_absolute():
+        plain["model"] = Path(config.model).name
+    plain["policies"] = [paths_by_name(spec) for spec in config.policies]
+    plain["flow"] = config.flow and paths_by_name(config.flow)
     settings: dict[str, Any] = json.loads(json.dumps(plain))
     return {key: value for key, value in settings.items() if key != "out"}
 
@@ -287,7 +287,9 @@ def _summary(config: EvalConfig) -> dict[str, Any]:
             "rendering": config.rendering,
             "convention": config.convention,
         },
-        "methods": {method_name(spec): {"policy": spec, "seed": config.seed} for spec in config.policies},
+        "methods": {
+            method_name(spec): {"policy": paths_by_name(spec), "seed": config.seed} for spec in config.policies
+        },
         "notes": notes,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -11,7 +11,7 @@ import torch
 from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
 
 Rotary: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-"""Cosine and sine, each (rows, head_dim)."""
+"""Cosine and sine, each (rows, head_dim), signed and ordered as the model's own layers take them."""
 
 Extend: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Runs embeddings (n, width) behind everything in the cache and returns their last hidden states (n, width)."""
@@ -39,15 +39,18 @@ class DecoderShape:
 class DecoderLayer(Protocol):
     """One decoder block, cut where the cache comes in: between the projections and the attention."""
 
-    def qkv(self, hidden: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def qkv(
+        self, hidden: torch.Tensor, rotary: Rotary, asking: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normalise and project rows.
 
         Args:
             hidden: Residual stream of the rows, (rows, width).
             rotary: Position embedding of the rows.
+            asking: How many rows, the last ones, need queries at all; ``None`` for every row.
 
         Returns:
-            Queries (heads, rows, head_dim), keys and values (kv_heads, rows, head_dim); queries and keys rotated.
+            Queries (heads, asking, head_dim), keys and values (kv_heads, rows, head_dim); queries and keys rotated.
         """
         ...
 
@@ -55,7 +58,7 @@ class DecoderLayer(Protocol):
         """Output projection, residual, feed-forward.
 
         Args:
-            hidden: The same rows that went into :meth:`qkv`, (rows, width).
+            hidden: The rows of :meth:`qkv` that have queries, (rows, width).
             attended: Attention output, (heads, rows, head_dim).
 
         Returns:
@@ -78,6 +81,7 @@ class Backbone(Protocol):
         causal: Whether every token sees just the tokens up to itself. If not, the visual tokens' keys and values
             depend on the text behind them, and a new instruction drops the cache.
         max_new_tokens: How many tokens ``act`` appends at most.
+        grids: Camera → (rows, cols) of its visual tokens, in token order.
     """
 
     @property
@@ -98,6 +102,8 @@ class Backbone(Protocol):
     def causal(self) -> bool: ...  # noqa: D102
     @property
     def max_new_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def grids(self) -> Mapping[str, tuple[int, int]]: ...  # noqa: D102
 
     def pixels(self, frame: Frame) -> dict[str, UInt8Image]:
         """The cameras' images in the model's crop and size (geometry only), uint8, H×W×3; checks the cameras."""

@@ -8,11 +8,18 @@ from typing import Any
 from lac_vla.errors import InputError
 from lac_vla.policies.base import CachePolicy, cache_lowest
 from lac_vla.policies.dense import Dense
+from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.policies.motion import Motion
 from lac_vla.policies.random import Random
+from lac_vla.policies.spec import PolicySpec, paths_by_name
 
-POLICIES: dict[str, Callable[..., CachePolicy]] = {"dense": Dense, "random": Random, "motion": Motion}
-"""Name → factory; the keyword arguments are the policy's fields."""
+POLICIES: dict[str, Callable[..., CachePolicy]] = {
+    "dense": Dense,
+    "random": Random,
+    "motion": Motion,
+    "lac": LACPolicy.from_pretrained,
+}
+"""Name → factory; the keyword arguments are the policy's fields, and ``path`` of a trained one."""
 
 
 def make_policy(name: str, **options: Any) -> CachePolicy:
@@ -30,26 +37,39 @@ def make_policy(name: str, **options: Any) -> CachePolicy:
     try:
         return POLICIES[name](**options)
     except TypeError as error:
-        raise InputError(f"policy {name!r} does not take {sorted(options)}: {error}") from error
+        raise InputError(f"policy {name!r} cannot be made with {options}: {error}") from error
 
 
-def parse_policy(spec: str) -> CachePolicy:
-    """Build a policy from a short text: ``dense``, ``motion``, ``motion:ratio=0.7``, ``random:ratio=.5``.
+def build_policy(spec: PolicySpec) -> CachePolicy:
+    """Build the policy of a spec.
 
     Raises:
-        InputError: If the text cannot be read.
+        InputError: As :func:`make_policy` does.
     """
-    name, _, rest = spec.partition(":")
-    options: dict[str, float] = {}
-    for item in filter(None, rest.split(",")):
-        key, separator, value = item.partition("=")
-        try:
-            options[key.strip()] = float(value)
-        except ValueError:
-            separator = ""
-        if not separator:
-            raise InputError(f"cannot read {item!r} in policy {spec!r}; write name:option=number,option=number")
-    return make_policy(name, **options)
+    return make_policy(spec.name, **spec.values)
 
 
-__all__ = ["POLICIES", "CachePolicy", "Dense", "Motion", "Random", "cache_lowest", "make_policy", "parse_policy"]
+def parse_policy(text: str) -> CachePolicy:
+    """Build a policy from a short text: ``dense``, ``motion:ratio=0.7``, ``lac:path=outputs/my-lac,recovery=0``.
+
+    Raises:
+        InputError: If the text cannot be read, or :func:`make_policy` refuses.
+    """
+    return build_policy(PolicySpec.parse(text))
+
+
+__all__ = [
+    "POLICIES",
+    "CachePolicy",
+    "Dense",
+    "LACConfig",
+    "LACPolicy",
+    "Motion",
+    "PolicySpec",
+    "Random",
+    "build_policy",
+    "cache_lowest",
+    "make_policy",
+    "parse_policy",
+    "paths_by_name",
+]

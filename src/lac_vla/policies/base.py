@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +19,30 @@ class CachePolicy(ABC):
 
     A policy holds no state of a session: all that it may depend on is in the view, chance included (``view.rng``).
     The engine never asks it about the first frame, and raises its decision to the session's maximum age.
-
-    Attributes:
-        uses_flow: Whether it reads ``view.flow``; without, no session spends time on optical flow.
     """
 
-    uses_flow: ClassVar[bool] = False
+    @property
+    def flow(self) -> str:
+        """The estimator of ``view.flow`` that it was made for, a key of :data:`lac_vla.flow.FLOWS`.
+
+        A policy of ``"none"`` reads no flow, and no session spends time on any.
+        """
+        return "none"
 
     @property
     def watch(self) -> Watch | None:
         """Attention to compute aside, for :attr:`View.attention` of the next frame and for :meth:`refine`."""
         return None
+
+    def check_layout(self, grids: Mapping[str, tuple[int, int]]) -> None:  # noqa: B027 - most policies take any layout
+        """Refuse a model whose visual tokens are not those that this policy was made for.
+
+        Args:
+            grids: Camera → (rows, cols) of its tokens, in token order.
+
+        Raises:
+            InputError: If it was made for another layout.
+        """
 
     @abstractmethod
     def decide(self, view: View) -> Decision:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -24,10 +23,14 @@ class Motion(CachePolicy):
     """
 
     ratio: float = 0.5
-    uses_flow: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
+
+    @property
+    def flow(self) -> str:
+        """See :attr:`CachePolicy.flow`."""
+        return "dis"
 
     def decide(self, view: View) -> Decision:
         """See :meth:`CachePolicy.decide`."""

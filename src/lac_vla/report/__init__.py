@@ -1,5 +1,6 @@
-"""Reports of evaluations: overlay pictures, videos, and one self-contained HTML page."""
+"""Reports of evaluations and training runs: overlay pictures, videos, and self-contained HTML pages."""
 
-from lac_vla.report.page import build_report
+from lac_vla.report.evaluation import build_report
+from lac_vla.report.training import build_training_report
 
-__all__ = ["build_report"]
+__all__ = ["build_report", "build_training_report"]

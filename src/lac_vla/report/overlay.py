@@ -1,4 +1,4 @@
-"""Pictures of what a frame cost: recomputed, reused and recovered visual tokens over the camera image."""
+"""Pictures over the camera image: recomputed, reused and recovered visual tokens, and their saliency."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lac_vla.errors import InputError
 from lac_vla.report.video import VideoFile, write_video
-from lac_vla.types import BoolArray, Frame, UInt8Image
+from lac_vla.types import BoolArray, FloatArray, Frame, UInt8Image
 from lac_vla.vla import Step
 
 __all__ = [
     "EpisodeVideo",
     "caption",
     "filmstrip",
+    "heat",
+    "heat_colours",
     "overlay",
+    "saliency_strip",
     "side_by_side",
+    "stacked",
     "step_picture",
     "write_video",
 ]
@@ -68,20 +72,76 @@ def overlay(
         raise InputError(f"image is {image.dtype} {image.shape}; give uint8, H×W×3")
     if active.shape != (rows * cols,) or recovered.shape != (rows * cols,):
         raise InputError(f"{rows}×{cols} tokens, but masks of {active.shape} and {recovered.shape}")
-    cell = -(-height // rows)
-    cell_width = max(1, round(cell * rows / cols * image.shape[1] / image.shape[0]))
-    size = (cols * cell_width, rows * cell)
-    enlarged = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+    enlarged = _enlarged(image, grid, height)
+    size = (enlarged.shape[1], enlarged.shape[0])
     recovered = recovered & active
-    shown = _enlarge(active, grid, size)
-    tinted = _enlarge(recovered, grid, size)
-    grey = cv2.cvtColor(cv2.cvtColor(enlarged, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    dim = 0.42 * (0.85 * grey + 0.15 * enlarged)
+    shown = _spread(active, grid, size)
+    tinted = _spread(recovered, grid, size)
+    dim = 0.42 * (0.85 * _grey(enlarged) + 0.15 * enlarged)
     picture = np.where(shown[..., None], enlarged, dim)
     picture = np.where(tinted[..., None], 0.72 * picture + 0.28 * np.array(RECOVERED), picture)
     picture[_outline(shown & ~tinted)] = RECOMPUTED
     picture[_outline(tinted)] = RECOVERED
     return np.clip(picture.round(), 0, 255).astype(np.uint8)
+
+
+def heat(image: UInt8Image, scores: FloatArray, scale: tuple[float, float], *, height: int = HEIGHT) -> UInt8Image:
+    """Lay a score of every token of one camera over the grey image, dark to bright.
+
+    Args:
+        image: uint8, H×W×3, what the model saw.
+        scores: (rows, cols).
+        scale: The scores that are darkest and brightest; beyond them nothing changes.
+        height: Least height of the picture, pixels.
+
+    Returns:
+        uint8, of the size of :func:`overlay`.
+    """
+    enlarged = _enlarged(image, scores.shape, height)
+    low, high = scale
+    levels = np.clip((scores - low) / (high - low if high > low else 1.0), 0, 1)
+    cells = _paint((255 * levels).round().astype(np.uint8))
+    size = (enlarged.shape[1], enlarged.shape[0])
+    painted = cv2.resize(cells, size, interpolation=cv2.INTER_NEAREST)
+    return np.asarray((0.4 * _grey(enlarged) + 0.6 * painted).round(), dtype=np.uint8)
+
+
+def heat_colours(n: int = 8) -> list[tuple[int, int, int]]:
+    """The colours of :func:`heat` from darkest to brightest, RGB."""
+    ramp = _paint(np.linspace(0, 255, n).round().astype(np.uint8)[None])[0]
+    return [(int(red), int(green), int(blue)) for red, green, blue in ramp]
+
+
+def saliency_strip(
+    images: UInt8Image, scores: FloatArray, active: BoolArray, scale: tuple[float, float], *, height: int = 224
+) -> UInt8Image:
+    """Consecutive frames of one camera, a column each: the image, its saliency, and what is recomputed.
+
+    Args:
+        images: uint8, (n, H, W, 3), n at least 1.
+        scores: (n, rows, cols).
+        active: Recomputed, (n, rows, cols).
+        scale: As in :func:`heat`.
+        height: Least height of every picture, pixels.
+
+    Returns:
+        uint8, H×W×3.
+    """
+    columns = []
+    for number, (image, score, mask) in enumerate(zip(images, scores, active, strict=True), start=1):
+        pictures = [
+            _enlarged(image, score.shape, height),
+            heat(image, score, scale, height=height),
+            overlay(image, score.shape, mask.reshape(-1), height=height),
+        ]
+        columns.append(caption(stacked(pictures), f"frame {number}", f"reused {100 * (1 - mask.mean()):.0f} %"))
+    return side_by_side(columns)
+
+
+def stacked(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
+    """As :func:`side_by_side`, from top to bottom."""
+    turned = side_by_side([picture.swapaxes(0, 1) for picture in pictures], gap)
+    return np.ascontiguousarray(turned.swapaxes(0, 1))
 
 
 def side_by_side(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
@@ -211,7 +271,24 @@ class EpisodeVideo:
         self._file.close()
 
 
-def _enlarge(mask: BoolArray, grid: tuple[int, int], size: tuple[int, int]) -> BoolArray:
+def _enlarged(image: UInt8Image, grid: tuple[int, ...], height: int) -> UInt8Image:
+    """The image at ``height`` or a little more: a whole number of pixels per token, both ways."""
+    rows, cols = grid
+    cell = -(-height // rows)
+    cell_width = max(1, round(cell * rows / cols * image.shape[1] / image.shape[0]))
+    return np.asarray(cv2.resize(image, (cols * cell_width, rows * cell), interpolation=cv2.INTER_CUBIC))
+
+
+def _grey(image: UInt8Image) -> UInt8Image:
+    return np.asarray(cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
+
+
+def _paint(levels: UInt8Image) -> UInt8Image:
+    """0..255, (rows, cols) → colours, RGB."""
+    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1])
+
+
+def _spread(mask: BoolArray, grid: tuple[int, int], size: tuple[int, int]) -> BoolArray:
     cells = mask.reshape(grid).astype(np.uint8)
     return np.asarray(cv2.resize(cells, size, interpolation=cv2.INTER_NEAREST), dtype=np.bool_)
 

@@ -1,11 +1,10 @@
-"""One self-contained HTML page from the folders of evaluations: nothing is loaded from anywhere else."""
+"""What the reports share: a self-contained HTML page is written, with pictures, facts and colours in it."""
 
 from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +12,35 @@ import cv2
 import numpy as np
 
 from lac_vla.errors import InputError, MissingExtraError
-from lac_vla.evaluation import table as write
-from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.evaluation.summary import DENSE, WINDOWS, MethodRow
-from lac_vla.report import plots
-from lac_vla.report.overlay import RECOMPUTED, RECOVERED, filmstrip
-from lac_vla.report.runs import Run
-from lac_vla.report.video import sample_frames
 from lac_vla.types import UInt8Image
 
-COLOURS = 7
-"""Colours of the page's palette; the first is dense's."""
 
-VIDEO_TRIALS = 6
-VIDEO_MB = 40
-"""At most so many trials are shown as videos, and so much of them."""
-
-WINDOW_NAMES = {
-    "decoder_prefill": "Decoder prefill",
-    "model_call": "Model call",
-    "observation_to_action": "Observation → action",
-}
-WINDOW_MEANING = {
-    "decoder_prefill": "the language model reading the prompt: the part that caching shortens",
-    "model_call": "camera image to action inside the model: vision tower, prefill, action tokens",
-    "observation_to_action": "everything between an observation and its action, caching's own work included",
-}
-
-
-def build_report(run_dirs: Sequence[str | Path], out_html: str | Path, *, title: str | None = None) -> Path:
-    """Write the report of one or several runs.
+def write_page(template: str, out_html: str | Path, **context: Any) -> Path:
+    """Fill a template and write the page; it appears under its name only when it is whole.
 
     Args:
-        run_dirs: Folders of runs: ``episodes.jsonl``, ``summary.json``, ``videos/``.
-        out_html: The page to write; its folder is created.
-        title: Heading of the page.
+        template: File name in ``templates``.
+        out_html: The page; its folder is created.
+        context: What the template shows.
 
     Returns:
         The page's path.
 
     Raises:
-        InputError: If a folder is no run, or the page cannot be written.
-        MissingExtraError: If jinja2 or PyAV is not installed.
+        InputError: If the page cannot be written.
+        MissingExtraError: If jinja2 is not installed.
     """
     try:
         import jinja2
     except ModuleNotFoundError as error:
         raise MissingExtraError("report", "The HTML report") from error
-    if not run_dirs:
-        raise InputError("no run is given: name at least one folder of 'lac eval'")
-    runs = [Run.read(folder) for folder in run_dirs]
-    source = resources.files("lac_vla.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(source).render(
-        title=title or "Visual token caching: evaluation report",
-        runs=[_run(run, number) for number, run in enumerate(runs)],
-        windows=[{"key": key, "name": WINDOW_NAMES[key], "meaning": WINDOW_MEANING[key]} for key in WINDOWS],
-        recomputed=_css(RECOMPUTED),
-        recovered=_css(RECOVERED),
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lac_vla.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
+    page = environment.get_template(template).render(**context)
     out = Path(out_html)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
@@ -83,125 +52,8 @@ def build_report(run_dirs: Sequence[str | Path], out_html: str | Path, *, title:
     return out
 
 
-def _run(run: Run, number: int) -> dict[str, Any]:
-    rows = run.summary.methods
-    colours = _colours([row.method for row in rows])
-    dense = run.summary.row(DENSE)
-    suites = sorted({episode.suite for episode in run.episodes})
-    trials = run.recorded()
-    shown = _shown(run, trials)
-    return {
-        "id": f"run{number}",
-        "name": run.folder.name,
-        "suites": ", ".join(suites),
-        "facts": _facts(run),
-        "setting": _setting(run),
-        "altered": run.altered,
-        "rendering": run.rendering,
-        "notes": _notes(run),
-        "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
-        "tasks": _tasks(run),
-        "names": [{"name": row.method, "colour": colours[row.method]} for row in rows],
-        "latency": [
-            {
-                "name": WINDOW_NAMES[window],
-                "meaning": WINDOW_MEANING[window],
-                "svg": plots.latency_panel(_samples(run, window, colours), f"latency of {window}"),
-            }
-            for window in WINDOWS
-        ],
-        "ratio": _ratio(run, colours),
-        "trials": [_trial(run, group, colours) for group in shown],
-        "recorded": len(trials),
-        "dense": dense is not None,
-        "frames": sum(row.frames for row in rows),
-        "episodes": len(run.episodes),
-        "horizons": ", ".join(str(value) for value in sorted({e.horizon for e in run.episodes})),
-        "seeds": ", ".join(str(value) for value in sorted({e.seed for e in run.episodes})),
-    }
-
-
-def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> dict[str, Any]:
-    described = run.facts.get("methods", {}).get(row.method, {})
-    whole = row.latency.get("observation_to_action")
-    reference = dense if dense is not row else None
-    before = reference.latency.get("observation_to_action") if reference else None
-    policy = described.get("policy", "") if isinstance(described, Mapping) else str(described)
-    low, high = row.interval
-    return {
-        "name": row.method,
-        "colour": colour,
-        "policy": policy,
-        "meaning": "computes everything in every frame" if row.method == DENSE else policy,
-        "successes": row.successes,
-        "trials": row.trials,
-        "rate": write.percent(row.rate),
-        "interval": f"{100 * low:.1f} to {100 * high:.1f}",
-        "bar": plots.interval_bar(row.rate, low, high, reference.rate if reference else None),
-        "paired": row.paired,
-        "difference": write.points(row.paired.difference) if row.paired else write.NONE,
-        "p": write.p_value(row.paired.p) if row.paired else write.NONE,
-        "nominal": write.percent(row.ratio_nominal, 0),
-        "effective": write.percent(row.ratio_effective),
-        "oldest": write.NONE if row.oldest_age is None else row.oldest_age,
-        "macs": write.count(row.macs),
-        "flops": write.count(row.flops),
-        "latency": [write.latency(row.latency.get(window)) for window in WINDOWS],
-        "median": write.NONE if whole is None else f"{write.milliseconds(whole.p50)} ms",
-        "latency_change": _change(whole.p50 if whole else None, before.p50 if before else None),
-        "macs_change": _change(row.macs, reference.macs if reference else None),
-        "memory": write.memory(row.peak_memory_mb),
-        "frames": row.frames,
-    }
-
-
-def _change(value: float | None, reference: float | None) -> str:
-    """Relative change in whole percent, with its sign; empty where there is nothing to compare."""
-    if value is None or not reference:
-        return ""
-    return f"{100 * (value / reference - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
-
-
-def _notes(run: Run) -> list[str]:
-    notes = run.facts.get("notes", [])
-    known = [str(note) for note in notes] if isinstance(notes, list) else [str(notes)]
-    if run.altered and not any("rendering" in note.lower() for note in known):
-        known.insert(0, f"Altered rendering ({run.rendering}): these are not the benchmark's own pixels.")
-    return known
-
-
-def _tasks(run: Run) -> list[dict[str, Any]]:
-    names = [row.method for row in run.summary.methods]
-    rows = []
-    for task in run.summary.tasks:
-        outcomes = [task.outcomes.get(name) for name in names]
-        cells = [
-            {"text": f"{outcome[0]}/{outcome[1]}", "share": outcome[0] / outcome[1]} if outcome else None
-            for outcome in outcomes
-        ]
-        rows.append({"suite": task.suite, "task": task.task, "text": task.instruction, "cells": cells})
-    return rows
-
-
-def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tuple[str, list[float]]]:
-    samples: dict[str, tuple[str, list[float]]] = {name: (colour, []) for name, colour in colours.items()}
-    for episode in run.episodes:
-        samples[episode.method][1].extend(episode.latency_ms.get(window, ()))
-    return samples
-
-
-def _ratio(run: Run, colours: Mapping[str, str]) -> str:
-    cached = [name for name in colours if name != DENSE]
-    effective = {
-        name: (colours[name], [e.ratio_effective for e in run.episodes if e.method == name]) for name in cached
-    }
-    nominal = {name: [e.ratio_nominal for e in run.episodes if e.method == name] for name in cached}
-    return plots.ratio_chart(effective, nominal)
-
-
-def _facts(run: Run) -> list[dict[str, Any]]:
-    """The groups of ``summary.json`` as rows of name and value."""
-    facts = run.facts
+def fact_groups(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was recorded of a run, in groups of rows of name and value."""
     groups: dict[str, Any] = {
         "Run": {key: facts.get(key) for key in ("command", "created", "commit") if facts.get(key)},
         "Model": facts.get("model"),
@@ -212,13 +64,24 @@ def _facts(run: Run) -> list[dict[str, Any]]:
     return [{"name": name, "rows": _pairs(group)} for name, group in groups.items() if group]
 
 
-def _setting(run: Run) -> str:
-    """What the numbers hold for, in one line under the table."""
-    hardware = run.facts.get("hardware")
+def setting(facts: Mapping[str, Any]) -> str:
+    """The machine that numbers hold for, in one line."""
+    hardware = facts.get("hardware")
     known = hardware if isinstance(hardware, Mapping) else {}
     parts = [str(known[key]) for key in ("accelerator", "processor") if known.get(key)]
     parts += [f"{known[key]} {key}" for key in ("cores", "threads") if known.get(key)]
     return ", ".join(parts)
+
+
+def jpeg(image: UInt8Image) -> str:
+    """As JPEG, base64."""
+    _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 82])
+    return base64.b64encode(data.tobytes()).decode()
+
+
+def css(colour: tuple[int, int, int]) -> str:
+    """An RGB colour for a style sheet."""
+    return "rgb({}, {}, {})".format(*colour)
 
 
 def _pairs(group: Any) -> list[tuple[str, str]]:
@@ -233,63 +96,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_text(item) for item in value)
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
-
-
-def _shown(run: Run, trials: Sequence[list[EpisodeRecord]]) -> list[list[EpisodeRecord]]:
-    shown: list[list[EpisodeRecord]] = []
-    room = VIDEO_MB * 1e6
-    for group in trials[:VIDEO_TRIALS]:
-        room -= sum((run.folder / str(episode.video)).stat().st_size for episode in group)
-        if room < 0 and shown:
-            break
-        shown.append(group)
-    return shown
-
-
-def _trial(run: Run, group: Sequence[EpisodeRecord], colours: Mapping[str, str]) -> dict[str, Any]:
-    first = group[0]
-    return {
-        "suite": first.suite,
-        "task": first.task,
-        "instruction": first.instruction,
-        "init_state": first.init_state,
-        "seed": first.seed,
-        "episodes": [_clip(run, episode, colours[episode.method]) for episode in group],
-    }
-
-
-def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
-    path = run.folder / str(episode.video)
-    frames = sample_frames(path, 4)  # the first is dense with every method: nothing to see
-    strip = filmstrip(frames[1:] or frames, 3)
-    ratio = float(np.mean(episode.ratio_effective)) if len(episode.ratio_effective) else None
-    return {
-        "method": episode.method,
-        "colour": colour,
-        "success": episode.success,
-        "steps": episode.steps,
-        "horizon": episode.horizon,
-        "ratio": write.percent(ratio, 0),
-        "video": base64.b64encode(path.read_bytes()).decode(),
-        "strip": _jpeg(cv2.resize(strip, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)),
-        "poster": _jpeg(frames[len(frames) // 2]),
-        "width": frames[0].shape[1],
-        "height": frames[0].shape[0],
-    }
-
-
-def _jpeg(image: UInt8Image) -> str:
-    """As JPEG, base64."""
-    _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 82])
-    return base64.b64encode(data.tobytes()).decode()
-
-
-def _colours(methods: Sequence[str]) -> dict[str, str]:
-    """Method → CSS colour: dense is grey, the others take the palette's in turn."""
-    cached = [method for method in methods if method != DENSE]
-    numbers = {method: 1 + index % (COLOURS - 1) for index, method in enumerate(cached)}
-    return {method: f"var(--m{numbers.get(method, 0)})" for method in methods}
-
-
-def _css(colour: tuple[int, int, int]) -> str:
-    return "rgb({}, {}, {})".format(*colour)

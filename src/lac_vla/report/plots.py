@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -124,6 +125,116 @@ def ratio_chart(
                 parts.append(f'<polyline class="{kind}" {style} points="{drawn}"/>')
     parts.append(_label("tick", left + width / 2, top + height + 33, "step of the episode", "middle"))
     return _svg(1160, top + height + 38, parts, "share of the computation that is reused, over time", "wide")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a :func:`curve_chart`.
+
+    Attributes:
+        name: What it shows.
+        colour: CSS.
+        points: (step, value), by step.
+        measured: Drawn strong, with a mark at every point; otherwise thin.
+    """
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float]]
+    measured: bool = False
+
+
+def curve_chart(
+    curves: Sequence[Curve],
+    label: str,
+    *,
+    steps: tuple[float, float],
+    height: float = 220,
+    share: bool = False,
+    level: tuple[str, float] | None = None,
+    border: tuple[str, float] | None = None,
+) -> str:
+    """Metrics over the steps of a training run. The axis is logarithmic where positive values span a decade.
+
+    Args:
+        curves: The lines.
+        label: What the chart shows, for readers who cannot see it.
+        steps: First and last step shown.
+        height: Of the plotting area.
+        share: The values are shares: the axis goes from 0 to 100 %.
+        level: Name and value of a level aimed at.
+        border: Name and step of a mark between two parts of the run.
+
+    Returns:
+        SVG; empty if there are no points.
+    """
+    values = [value for curve in curves for _, value in curve.points]
+    if not values:
+        return ""
+    left, top, width = 52.0, 10.0, 500.0
+    bottom, right = top + height, left + width
+    axis = _Axis.of([0.0, 1.0] if share else values, wanted=max(2, round(height / 45)), logarithmic=not share)
+    first, last = steps
+    span = max(1.0, last - first)
+
+    def x(step: float) -> float:
+        return left + width * (step - first) / span
+
+    def y(value: float) -> float:
+        return bottom - height * axis.place(value)
+
+    parts = []
+    for tick in axis.ticks:
+        text = f"{100 * tick:g} %" if share else f"{tick:g}"
+        parts += [_line("grid", left, right, y(tick), y(tick)), _label("tick", left - 6, y(tick) + 4, text, "end")]
+    every = ticks(span)[-1] / max(1, len(ticks(span)) - 1)
+    for number in range(math.ceil(first / every), math.floor(last / every) + 1):
+        parts.append(_label("tick", x(number * every), bottom + 16, f"{number * every:g}", "middle"))
+    if level is not None:
+        at = y(level[1])
+        parts += [_line("reference", left, right, at, at), _label("tick", right - 4, at - 5, level[0], "end")]
+    if border is not None and first < border[1] < last:
+        at = x(border[1])
+        parts += [_line("reference", at, at, top, bottom), _label("tick", at + 5, top + 10, border[0])]
+    for curve in curves:
+        style = f'style="--c:{curve.colour}"'
+        drawn = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.points)
+        parts.append(f'<polyline class="{"line" if curve.measured else "trace"}" {style} points="{drawn}"/>')
+        if curve.measured or len(curve.points) == 1:
+            parts += [
+                f'<circle class="dot" {style} cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5">'
+                f"<title>{escape(curve.name)}, step {step:g}: {value:.4g}</title></circle>"
+                for step, value in curve.points
+            ]
+    parts.append(_label("tick", left + width / 2, bottom + 32, "step", "middle"))
+    return _svg(right + 8, bottom + 38, parts, label, "panel")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """An upright axis: from a value to its place in [0, 1]."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    logarithmic: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float], *, wanted: int, logarithmic: bool) -> _Axis:
+        low, high = min(values), max(values)
+        if logarithmic and low > 0 and high >= 10 * low:
+            low, high = low / 1.2, high * 1.2
+            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+            factors = ((1, 2, 5), (1, 3), (1,))
+            marks = [[f * 10.0**d for d in decades for f in some if low <= f * 10.0**d <= high] for some in factors]
+            return cls(low, high, next((few for few in marks if len(few) <= wanted + 1), marks[-1]), True)
+        low = min(0.0, low)
+        return cls(low, high if high > low else low + 1, ticks(max(high, 0.0), wanted), False)
+
+    def place(self, value: float) -> float:
+        if self.logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
 
 
 def ticks(limit: float, wanted: int = 5) -> list[float]:

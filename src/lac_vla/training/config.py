@@ -1,10 +1,12 @@
-"""What a pretraining run depends on."""
+"""What a training run depends on: of a policy (``lac train``), of the bundled VLA (``lac pretrain``)."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from lac_vla.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,91 @@ class PretrainConfig:
         return self.coarse_samples + self.fine_samples
 
 
-def describe(config: PretrainConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TrainConfig:
+    """Two-stage training of a LAC policy beside a frozen VLA.
+
+    Attributes:
+        vla: Checkpoint folder or hub id.
+        dataset: LeRobot v3 dataset: demonstrations, or (with ``--loss distill``) plain observation logs.
+        out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``policy/`` (for ``--policies lac:path=``).
+        loss: Task loss of stage II. ``distill``: divergence from the dense pass of the same model; ``demo``: the
+            model's native loss on the recorded actions.
+        lam: λ, the weight of the reward for a high expected cache ratio (eq. 7).
+        target_ratio: If > 0, λ is steered so that the expected ratio settles here; ``lam`` is where it begins. Ours.
+        stage1_steps: Steps of stage I, attention alignment; 0 leaves it out.
+        stage2_steps: Steps of stage II, joint training on windows.
+        stage1_batch: Frames a step in stage I.
+        batch: Windows a step in stage II.
+        window: T, consecutive frames; the first is dense, the others inherit the policy's own mixed cache.
+        lr: Peak learning rate of AdamW, in both stages; it falls to a tenth along a cosine.
+        tau_ratio: Gumbel-Softmax temperature τ at the start and the end of stage II (eq. 9).
+        tau_score: Threshold sigmoid temperature τ_s at the start and the end of stage II (eq. 11).
+        ratios: R, the candidate cache ratios.
+        fixed_ratio: Train the selector alone at this cache ratio; 0 trains the predictor too.
+        inputs: ``paper``: [image; flow]. ``extended``: also the change against every slot's own pixels, and its age.
+        flow: Optical flow: ``dis``, ``raft_small`` or ``none``.
+        language: Let both networks read the instruction.
+        recovery: Chance of a cached token to be recomputed at inference.
+        width: Channels of the networks.
+        episodes: How many episodes to use, evenly spread; 0 for all.
+        held_out: Share of them kept for validation.
+        store: Folder of the stored embeddings; by default ``<out>/store``. Runs may share one.
+        every: Steps between two validations (and saved states).
+        unnorm_key: Statistics key of the checkpoint, if it has several.
+        tensorboard: Also write TensorBoard's event files, if it is installed.
+        seed: Of everything.
+        device: ``cpu`` or ``cuda``; under ``torchrun`` every process takes its own.
+    """
+
+    vla: str
+    dataset: Path
+    out: Path
+    loss: Literal["distill", "demo"] = "distill"
+    lam: float = 0.1
+    target_ratio: float = 0.0
+    stage1_steps: int = 100
+    stage2_steps: int = 160
+    stage1_batch: int = 32
+    batch: int = 8
+    window: int = 6
+    lr: float = 1e-3
+    tau_ratio: tuple[float, float] = (1.0, 0.5)
+    tau_score: tuple[float, float] = (0.1, 0.05)
+    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9)
+    fixed_ratio: float = 0.0
+    inputs: Literal["extended", "paper"] = "extended"
+    flow: str = "dis"
+    language: bool = False
+    recovery: float = 0.05
+    width: int = 48
+    episodes: int = 0
+    held_out: float = 0.1
+    store: Path | None = None
+    every: int = 50
+    unnorm_key: str | None = None
+    tensorboard: bool = False
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise InputError(f"window is {self.window}; caching is learned from at least 2 consecutive frames")
+        if min(self.stage1_batch, self.batch, self.every) < 1 or min(self.stage1_steps, self.stage2_steps) < 0:
+            raise InputError("batches and --every must be at least 1, steps at least 0")
+        if self.lam < 0 or not 0 <= self.target_ratio < 1 or not 0 <= self.fixed_ratio <= 1:
+            raise InputError("lam must be at least 0, target_ratio and fixed_ratio shares of the tokens")
+        if not 0 < self.held_out < 1:
+            raise InputError(f"held_out is {self.held_out}; give a share of the episodes between 0 and 1")
+        if min(*self.tau_ratio, *self.tau_score) <= 0:
+            raise InputError("temperatures must be above 0")
+
+    @property
+    def steps(self) -> int:
+        """Steps of both stages."""
+        return self.stage1_steps + self.stage2_steps
+
+
+def describe(config: PretrainConfig | TrainConfig) -> dict[str, Any]:
     """A configuration as plain data; of folders only the names."""
     return {key: value.name if isinstance(value, Path) else value for key, value in asdict(config).items()}

@@ -74,8 +74,7 @@ class Pretraining:
         """Derive every frame's targets once."""
         bank, vla = self.bank, self.backbone(self.objective)
         self.train_frames, self.held_frames = bank.split(self.config.held_out, self.config.seed)
-        normal = vla.action_range.normalize(bank.action)
-        self.ids = np.maximum(vla.actions.encode(normal), self.objective.last_id - self.objective.n_bins + 1)
+        self.ids = vla.actions.encode(vla.action_range.normalize(bank.action))
         self.chunks = vla.action_range.normalize(bank.chunks(self.config.chunk)).clip(-1, 1).astype(np.float32)
         self.proprio = vla.normalize_proprio(bank.state)
         hindsight, self.ahead = bank.hindsight()

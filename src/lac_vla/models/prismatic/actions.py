@@ -26,10 +26,12 @@ class ActionTokenizer:
     Attributes:
         vocab_size: Size V of the vocabulary; token V − i means bin edge i.
         n_bins: Edges, evenly spaced over [-1, 1]; they enclose ``n_bins`` − 1 bins.
+        edge_token: Whether +1, the upper edge itself, has a token of its own; else it is that of the highest bin.
     """
 
     vocab_size: int
     n_bins: int = 256
+    edge_token: bool = True
 
     @property
     def edges(self) -> npt.NDArray[np.float64]:
@@ -45,7 +47,8 @@ class ActionTokenizer:
     def encode(self, values: npt.ArrayLike) -> IntArray:
         """Token ids of values (clipped to [-1, 1]), any shape, int64."""
         bins = np.digitize(np.clip(np.asarray(values, dtype=np.float64), -1.0, 1.0), self.edges)
-        return (self.vocab_size - bins).astype(np.int64)
+        highest = self.n_bins if self.edge_token else self.n_bins - 1
+        return (self.vocab_size - np.minimum(bins, highest)).astype(np.int64)
 
     def decode(self, ids: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Values of token ids, any shape. Ids that mean no action decode to the nearest bin."""

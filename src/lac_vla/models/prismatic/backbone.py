@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -65,7 +65,7 @@ class PrismaticBackbone:
         stats = choose_stats(config.norm_stats, unnorm_key)
         self.model = model
         self.encode = encode
-        self.actions = ActionTokenizer(config.vocab_size, config.n_action_bins)
+        self.actions = ActionTokenizer(config.vocab_size, config.n_action_bins, config.edge_token)
         self.action_range = Range.of(stats, "action")
         self.proprio_range = None if config.proprio_dim is None else Range.of(stats, "proprio")
         if self.proprio_range is not None and self.proprio_range.dim != config.proprio_dim:
@@ -120,6 +120,11 @@ class PrismaticBackbone:
     def max_new_tokens(self) -> int:
         """One token per action dimension."""
         return self.action_range.dim
+
+    @property
+    def grids(self) -> Mapping[str, tuple[int, int]]:
+        """Camera → (rows, cols) of its visual tokens, in token order."""
+        return self._grids
 
     def pixels(self, frame: Frame) -> dict[str, UInt8Image]:
         """Crop and resize every camera's image to what its tower sees.
@@ -196,6 +201,14 @@ class PrismaticBackbone:
     def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Causal: (rows,) and (slots,) positions → bool, (rows, slots)."""
         return keys[None, :] <= queries[:, None]
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of token ids: (...) → (..., width)."""
+        return self._decoder.embed(ids)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores of all tokens: normalised hidden states (..., width) → (..., vocabulary)."""
+        return self._decoder.logits(hidden)
 
     def act(self, frame: Frame, hidden: torch.Tensor, extend: Extend) -> tuple[FloatArray, dict[str, Any]]:
         """Decode one token per action dimension, greedily.

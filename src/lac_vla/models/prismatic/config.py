@@ -63,6 +63,8 @@ class PrismaticConfig:
         prompt_end_id: Token that ends every prompt; ``None`` for none.
         proprio_dim: Length of the proprioception vector; ``None`` if the model takes none.
         n_action_bins: Edges of the bins that an action dimension is divided by.
+        edge_token: Whether the value +1 has a token of its own, as OpenVLA's tokenizer gives it one (it decodes to the
+            highest bin all the same).
         pad_to_multiple_of: Rows of the embedding beyond the tokenizer's vocabulary.
         llm_max_length: Longest prompt, tokens.
         llm_backbone_id: Official name of the language model.
@@ -83,6 +85,7 @@ class PrismaticConfig:
     prompt_end_id: int | None = OPENVLA_PROMPT_END
     proprio_dim: int | None = None
     n_action_bins: int = 256
+    edge_token: bool = True
     pad_to_multiple_of: int = 64
     llm_max_length: int = 2048
     llm_backbone_id: str = "llama2-7b-pure"

@@ -39,6 +39,7 @@ MINI = PrismaticConfig(
     prompt_template="{instruction}",
     prompt_end_id=2,
     proprio_dim=8,
+    edge_token=False,
     llm_backbone_id="llama",
 )
 

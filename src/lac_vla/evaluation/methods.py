@@ -1,0 +1,52 @@
+"""The methods of a run: policies by the names that its records and tables call them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lac_vla.errors import InputError
+from lac_vla.policies import CachePolicy, PolicySpec, build_policy
+
+BUNDLED = "policy"
+"""Sub-folder of a checkpoint that holds the LAC policy trained for it."""
+
+
+def method_name(spec: str) -> str:
+    """``motion:ratio=0.5`` → ``motion-0.5``; ``lac:path=outputs/full,recovery=0`` → ``lac-full-0``; or the label."""
+    return PolicySpec.parse(spec).method
+
+
+def resolve(spec: str, model: str | None) -> CachePolicy:
+    """Make the policy of a spec; ``lac`` without a path is the one that comes with the model.
+
+    Args:
+        spec: See :class:`PolicySpec`.
+        model: Checkpoint folder or hub id; ``None`` if there is no checkpoint.
+
+    Raises:
+        InputError: If the spec cannot be read, or the model comes without a policy.
+    """
+    parsed = PolicySpec.parse(spec)
+    if parsed.name == "lac" and "path" not in parsed.options:
+        folder = None if model is None else Path(model) / BUNDLED
+        if folder is None or not folder.is_dir():
+            raise InputError(f"{spec!r}: the model comes without a policy; give its folder as lac:path=FOLDER")
+        parsed = replace(parsed, options={**parsed.options, "path": str(folder)})
+    return build_policy(parsed)
+
+
+def make_methods(specs: Sequence[str], model: str | None) -> dict[str, CachePolicy]:
+    """Make the policies of a run, by name.
+
+    Raises:
+        InputError: As :func:`resolve` does, or if two of them have the same name.
+    """
+    methods: dict[str, CachePolicy] = {}
+    for spec in specs:
+        name = method_name(spec)
+        if name in methods:
+            raise InputError(f"two policies are called {name!r}; name one of them otherwise, e.g. other@{spec}")
+        methods[name] = resolve(spec, model)
+    return methods

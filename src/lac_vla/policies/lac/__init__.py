@@ -1,0 +1,7 @@
+"""LAC, the learned policy (arXiv 2602.00686): :class:`LACPolicy`, its configuration and its two networks."""
+
+from lac_vla.policies.lac.config import LACConfig
+from lac_vla.policies.lac.networks import Predictor, Selector
+from lac_vla.policies.lac.policy import LACPolicy
+
+__all__ = ["LACConfig", "LACPolicy", "Predictor", "Selector"]

@@ -1,0 +1,104 @@
+"""What the two networks see: the motion-aware input V = [I; O] (paper, Notation), and ours beyond it.
+
+Training and inference build it with the same function, from the same resized images.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lac_vla.policies.lac.config import LACConfig
+from lac_vla.types import FloatArray, View
+
+FLOW_LIMIT = 2.0
+"""Flow is clipped to this many patches per frame: beyond, all that matters is that a patch moved."""
+FLOW_GAIN = 2.0
+WORDS = 512
+"""Buckets that the words of an instruction are hashed into."""
+
+
+def resize(image: npt.NDArray[Any], rows: int, cols: int, patch_pixels: int) -> npt.NDArray[Any]:
+    """Resize an H×W×C image by area to ``patch_pixels`` pixels per token side."""
+    size = (cols * patch_pixels, rows * patch_pixels)
+    if (image.shape[1], image.shape[0]) == size:
+        return image
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+
+
+def flow_in_patches(flow: FloatArray, rows: int, cols: int, patch_pixels: int) -> FloatArray:
+    """Flow in pixels, H×W×2 → in token sides, resized as the images are; float32."""
+    height, width = flow.shape[:2]
+    scaled = flow * np.asarray([cols / width, rows / height], dtype=np.float32)
+    return np.asarray(resize(scaled, rows, cols, patch_pixels), dtype=np.float32)
+
+
+def compose(
+    config: LACConfig,
+    image: torch.Tensor,
+    flow: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    age: torch.Tensor | None,
+) -> torch.Tensor:
+    """One camera's input for both networks.
+
+    Args:
+        config: Which channels there are.
+        image: Pixels, uint8, (B, H, W, 3), H = rows · patch_pixels.
+        flow: In token sides, (B, H, W, 2); read if ``config.flow`` is not ``"none"``.
+        reference: Pixels that the slots were computed from, uint8, (B, H, W, 3); read if inputs are ``"extended"``.
+        age: Of the slots, in frames, (B, rows, cols); as ``reference``.
+
+    Returns:
+        float32, (B, channels, H, W).
+    """
+    pixels = image.permute(0, 3, 1, 2).float() / 255
+    parts = [2 * pixels - 1]
+    if config.flow != "none":
+        if flow is None:
+            raise ValueError("a policy with flow channels was given no flow")
+        parts.append(FLOW_GAIN * flow.permute(0, 3, 1, 2).float().clamp(-FLOW_LIMIT, FLOW_LIMIT))
+    if config.inputs == "extended":
+        if reference is None or age is None:
+            raise ValueError("a policy with extended inputs was given no reference or no age")
+        change = (image.short() - reference.short()).abs().permute(0, 3, 1, 2).float()
+        parts.append(change.log1p() / math.log(256))  # most change is faint: one grey level must still be seen
+        old = (age[:, None].float() / config.max_age).clamp(max=1)
+        parts.append(old.repeat_interleave(config.patch_pixels, 2).repeat_interleave(config.patch_pixels, 3))
+    return torch.cat(parts, dim=1)
+
+
+def from_view(config: LACConfig, view: View) -> list[torch.Tensor]:
+    """The input of every camera, each (1, channels, H, W), from what a session shows."""
+    inputs = []
+    for camera in view.layout.cameras:
+        shape = (camera.rows, camera.cols, config.patch_pixels)
+        image = _batch(resize(view.pixels[camera.name], *shape))
+        flow = reference = age = None
+        if config.flow != "none":
+            flow = _batch(flow_in_patches(view.flow[camera.name], *shape))
+        if config.inputs == "extended":
+            reference = _batch(resize(view.reference[camera.name], *shape))
+            age = _batch(view.age[camera.tokens].reshape(camera.rows, camera.cols))
+        inputs.append(compose(config, image, flow, reference, age))
+    return inputs
+
+
+def words(instructions: Sequence[str]) -> torch.Tensor:
+    """Bag of hashed words of every instruction, rows that sum to 1, float32, (B, WORDS)."""
+    bags = torch.zeros(len(instructions), WORDS)
+    for row, text in enumerate(instructions):
+        for word in text.lower().split():
+            bags[row, zlib.crc32(word.encode()) % WORDS] += 1
+    return bags / bags.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _batch(array: npt.NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))[None]

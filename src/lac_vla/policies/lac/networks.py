@@ -1,0 +1,112 @@
+"""The two small networks of LAC (paper, eqs. 4-5): one scores every visual token, one chooses how many to reuse.
+
+Both begin with a convolution as large and as wide-stepped as a patch, so that all further work is at the resolution of
+the token grid: cheap enough for a CPU that also runs the model. Cameras share the weights; an offset tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from lac_vla.policies.lac.config import LACConfig
+from lac_vla.policies.lac.inputs import WORDS
+
+HIDDEN = 64
+"""Width of the predictor's read-out."""
+AFFINE_GAIN = 10.0
+"""The selector's scale and shift learn this much faster than a weight."""
+SHIFT = -2.5
+"""Where the shift begins: a frame's scaled attention, which stage I imitates, is near 0 for most of the tokens."""
+LOGIT_LIMIT = 3.0
+"""The predictor's logits stay within ± this: beyond, Gumbel-Softmax never samples another ratio, and its gradient,
+and with it all learning, is gone."""
+
+
+class Trunk(nn.Module):
+    """Images of all cameras → features at their token grids.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: LACConfig) -> None:
+        super().__init__()
+        width, side = config.width, config.patch_pixels
+        self.stem = nn.Conv2d(config.channels, width, side, side)
+        self.camera = nn.Parameter(torch.zeros(len(config.grids), width))
+        self.text = nn.Linear(WORDS, width, bias=False) if config.language else None
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(config.depth))
+
+    def forward(self, inputs: Sequence[torch.Tensor], words: torch.Tensor | None) -> list[torch.Tensor]:
+        """Compute the features of every camera.
+
+        Args:
+            inputs: Per camera, (B, channels, rows · patch_pixels, cols · patch_pixels).
+            words: Bags of words, (B, WORDS); read if the configuration says ``language``.
+
+        Returns:
+            Per camera, (B, width, rows, cols).
+        """
+        features = []
+        for image, offset in zip(inputs, self.camera, strict=True):
+            x = self.stem(image) + offset[:, None, None]
+            if self.text is not None:
+                if words is None:
+                    raise ValueError("a policy that reads the instruction was given none")
+                x = x + self.text(words)[:, :, None, None]
+            x = F.gelu(x)
+            for block in self.blocks:
+                x = x + F.gelu(block(x))
+            features.append(x)
+        return features
+
+
+class Selector(nn.Module):
+    """Cached Token Selector, eq. 4: S = f_sel(V), a saliency in [0, 1] for every visual token; high: recompute.
+
+    Before the sigmoid the values are standardised over the frame's tokens, then scaled and shifted by two learned
+    numbers. Their order, which is all that inference reads, stays; but no token can run into saturation with all others.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: LACConfig) -> None:
+        super().__init__()
+        self.trunk = Trunk(config)
+        self.head = nn.Conv2d(config.width, 1, 1)
+        self.scale = nn.Parameter(torch.ones(()) / AFFINE_GAIN)
+        self.shift = nn.Parameter(torch.full((), SHIFT / AFFINE_GAIN))
+
+    def forward(self, inputs: Sequence[torch.Tensor], words: torch.Tensor | None = None) -> torch.Tensor:
+        """Score the tokens: inputs as in :meth:`Trunk.forward` → (B, N) in [0, 1]."""
+        values = torch.cat([self.head(x).flatten(1) for x in self.trunk(inputs, words)], dim=1)
+        standard = F.layer_norm(values, values.shape[1:])
+        return (AFFINE_GAIN * (self.scale * standard + self.shift)).sigmoid()
+
+
+class Predictor(nn.Module):
+    """Cache Ratio Predictor, eq. 5: L = f_pred(V), logits over the candidate ratios R.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: LACConfig) -> None:
+        super().__init__()
+        self.trunk = Trunk(config)
+        self.hidden = nn.Linear(2 * config.width * len(config.grids), HIDDEN)
+        self.head = nn.Linear(HIDDEN, len(config.ratios))
+        nn.init.zeros_(self.head.weight)  # training begins without a preference
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, inputs: Sequence[torch.Tensor], words: torch.Tensor | None = None) -> torch.Tensor:
+        """Rate the ratios: inputs as in :meth:`Trunk.forward` → (B, C)."""
+        features = self.trunk(inputs, words)
+        pooled = [part for x in features for part in (x.mean(dim=(2, 3)), x.amax(dim=(2, 3)))]
+        logits: torch.Tensor = self.head(F.gelu(self.hidden(torch.cat(pooled, dim=1))))
+        return LOGIT_LIMIT * (logits / LOGIT_LIMIT).tanh()

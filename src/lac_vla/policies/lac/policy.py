@@ -1,0 +1,182 @@
+"""LAC: learned adaptive caching (*Learning to Accelerate Vision-Language-Action Models through Adaptive Visual Token
+Caching*, arXiv 2602.00686).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lac_vla.errors import CheckpointError, InputError
+from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
+from lac_vla.policies.lac.config import LACConfig
+from lac_vla.policies.lac.inputs import from_view, words
+from lac_vla.policies.lac.networks import Predictor, Selector
+from lac_vla.types import Decision, View
+
+CONFIG, WEIGHTS, CARD = "config.json", "policy.safetensors", "README.md"
+RUN_POLICY = "policy"
+"""Where a training run's folder, or a model's, keeps its policy."""
+MODEL_TYPE = "lac-policy"
+
+
+class LACPolicy(CachePolicy):
+    """A selector scores the visual tokens, a predictor chooses the share to reuse; chance refreshes some of the rest.
+
+    Inference (paper): the ratio r by argmax, without noise; the round(N·r) tokens with the lowest saliency are
+    cached; each of these is recomputed anyway with the probability ``recovery``, drawn from the session's generator.
+    The session's maximum age bounds every slot's age besides.
+
+    Args:
+        config: Its shape.
+        selector: Trained weights; new ones by default.
+        predictor: As ``selector``.
+        ratio: A fixed cache ratio in place of ``config.ratio`` and of the predictor's choice.
+        recovery: In place of ``config.recovery``; 0 switches recovery off.
+
+    Attributes:
+        config: Its shape.
+        selector: Cached Token Selector, eq. 4.
+        predictor: Cache Ratio Predictor, eq. 5.
+
+    Raises:
+        InputError: If ``ratio`` or ``recovery`` lies outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        config: LACConfig,
+        selector: Selector | None = None,
+        predictor: Predictor | None = None,
+        *,
+        ratio: float | None = None,
+        recovery: float | None = None,
+    ) -> None:
+        if ratio is not None:
+            check_ratio(ratio)
+        if recovery is not None and not 0 <= recovery <= 1:
+            raise InputError(f"recovery is the chance of a cached token to be recomputed, in 0..1; got {recovery}")
+        self.config = config
+        self.selector = Selector(config) if selector is None else selector
+        self.predictor = Predictor(config) if predictor is None else predictor
+        self.ratio = config.ratio if ratio is None else ratio
+        self.recovery = config.recovery if recovery is None else recovery
+
+    @property
+    def flow(self) -> str:
+        """The flow it was trained with."""
+        return self.config.flow
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights of both networks together."""
+        return sum(weight.numel() for net in (self.selector, self.predictor) for weight in net.parameters())
+
+    def check_layout(self, grids: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse a model with other token grids than those it was made for; cameras may have other names.
+
+        Raises:
+            InputError: If they differ.
+        """
+        if list(grids.values()) != list(self.config.grids.values()):
+            raise InputError(
+                f"this policy was made for the token grids {dict(self.config.grids)}, the model has {dict(grids)}: "
+                "train one for this model (lac train)"
+            )
+
+    @torch.inference_mode()
+    def decide(self, view: View) -> Decision:
+        """See :meth:`CachePolicy.decide`.
+
+        Raises:
+            InputError: If the view's layout is not that of the policy, or it lacks the flow.
+        """
+        self.check_layout(view.layout.grids)
+        if self.config.flow != "none" and not view.flow:
+            raise InputError(
+                f"this policy reads optical flow ({self.config.flow}), the session estimates none: "
+                "leave CachedVLA's `flow` unset"
+            )
+        inputs = from_view(self.config, view)
+        text = words([view.instruction]) if self.config.language else None
+        ratio = self.ratio
+        if ratio is None:
+            ratio = self.config.ratios[int(self.predictor(inputs, text)[0].argmax())]
+        scores = self.selector(inputs, text)[0].numpy()
+        cached = cache_lowest(scores, ratio)
+        recovered = cached & (view.rng.random(cached.size) < self.recovery)
+        return Decision.reuse(cached & ~recovered, view.n_layers, recovered=recovered, nominal_ratio=ratio)
+
+    def save_pretrained(self, folder: str | Path, *, card: str = "", about: Mapping[str, Any] | None = None) -> None:
+        """Write configuration, weights (safetensors) and model card.
+
+        Args:
+            folder: Made if need be; files of these names in it are replaced.
+            card: The model card, Markdown.
+            about: How the policy came about, plain data; kept in the configuration under ``about``.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": MODEL_TYPE, **self.config.to_json(), "about": dict(about or {})}
+        state = {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, net in (("selector", self.selector), ("predictor", self.predictor))
+            for key, value in net.state_dict().items()
+        }
+        partial = folder / f"{WEIGHTS}.partial"
+        save_file(state, partial, metadata={"format": "pt"})
+        partial.replace(folder / WEIGHTS)  # never half a file under the final name
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(card or _CARD, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, ratio: float | None = None, recovery: float | None = None
+    ) -> LACPolicy:
+        """Read what :meth:`save_pretrained` wrote. Nothing is unpickled.
+
+        Args:
+            path: The folder, or one that holds it as ``policy``, as a training run's does.
+            ratio: See :class:`LACPolicy`.
+            recovery: See :class:`LACPolicy`.
+
+        Raises:
+            CheckpointError: If a file is missing or damaged, or is something else.
+        """
+        folder = Path(path)
+        if (folder / RUN_POLICY / CONFIG).is_file():
+            folder = folder / RUN_POLICY
+        try:
+            data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"there is no policy at {folder}: {CONFIG} cannot be read ({error})") from error
+        except ValueError as error:
+            raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
+        if not isinstance(data, dict) or data.pop("model_type", None) != MODEL_TYPE:
+            raise CheckpointError(f"{folder} does not hold a LAC policy: give the folder that `lac train` wrote")
+        data.pop("about", None)
+        try:
+            policy = cls(LACConfig.from_json(data), ratio=ratio, recovery=recovery)
+            state = load_file(folder / WEIGHTS)
+            for name, net in (("selector", policy.selector), ("predictor", policy.predictor)):
+                part = {key.removeprefix(f"{name}."): state[key] for key in state if key.startswith(f"{name}.")}
+                net.load_state_dict(part)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{folder / WEIGHTS} is missing, damaged or of another shape: {error}") from error
+        policy.selector.eval()
+        policy.predictor.eval()
+        return policy
+
+
+_CARD = """# A LAC caching policy
+
+Chooses which visual tokens of a frozen Vision-Language-Action model are recomputed
+(*Learning to Accelerate Vision-Language-Action Models through Adaptive Visual Token Caching*, arXiv 2602.00686).
+Made with `lac train`; `config.json` says for which token layout. Load it with `LACPolicy.from_pretrained(folder)`.
+"""

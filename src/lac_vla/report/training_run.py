@@ -1,0 +1,188 @@
+"""The folder of a training run, read for its report."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lac_vla.errors import InputError
+from lac_vla.types import BoolArray, FloatArray, UInt8Image
+
+METRICS, CONFIG, POLICY, SALIENCY = "metrics.jsonl", "config.json", "policy/config.json", "saliency.npz"
+
+Row = Mapping[str, float]
+"""One line of ``metrics.jsonl``: ``step``, ``stage``, ``seconds``, and what was measured there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Saliency:
+    """What the policy would do on consecutive held-out frames.
+
+    Attributes:
+        images: Camera → uint8, (n, H, W, 3).
+        scores: Camera → the selector's score of every token, (n, rows, cols).
+        active: Camera → recomputed, (n, rows, cols).
+    """
+
+    images: Mapping[str, UInt8Image]
+    scores: Mapping[str, FloatArray]
+    active: Mapping[str, BoolArray]
+
+    @classmethod
+    def read(cls, path: Path) -> Saliency:
+        """Read ``saliency.npz``.
+
+        Raises:
+            InputError: If it is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                cameras = [name.removeprefix("image_") for name in found.files if name.startswith("image_")]
+                images, scores, active = ({c: found[f"{kind}_{c}"] for c in cameras} for kind in _KINDS)
+        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is damaged ({error}): resume the run, it writes it again") from error
+        for camera, score in scores.items():
+            if score.ndim != 3 or active[camera].shape != score.shape or len(images[camera]) != len(score):
+                raise InputError(f"{path}: the arrays of camera {camera} do not fit each other")
+        return cls(images, scores, active)
+
+    @property
+    def frames(self) -> int:
+        """How many there are."""
+        return max((len(score) for score in self.scores.values()), default=0)
+
+    @property
+    def reused(self) -> float | None:
+        """Share of all tokens of all frames that is reused; ``None`` without frames."""
+        counts = [(mask.size, int(mask.sum())) for mask in self.active.values()]
+        total = sum(size for size, _ in counts)
+        return 1 - sum(active for _, active in counts) / total if total else None
+
+
+_KINDS = ("image", "score", "mask")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """One run of ``lac train`` on disk, finished or not.
+
+    Attributes:
+        folder: Where it is.
+        config: Its settings.
+        about: What was saved with the policy: frames, episodes, provenance; empty before the first save.
+        rows: The metrics, by step.
+        saliency: Pictures of the last saved policy, or ``None``.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    about: Mapping[str, Any]
+    rows: list[Row]
+    saliency: Saliency | None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> TrainingRun:
+        """Read a run's folder.
+
+        Raises:
+            InputError: If it is none, or a file in it is damaged.
+        """
+        folder = Path(folder)
+        config = _object(folder / CONFIG)
+        if "stage2_steps" not in config:
+            raise InputError(f"{folder / CONFIG} holds no settings of 'lac train': give the folder of such a run")
+        about = _object(folder / POLICY).get("about", {}) if (folder / POLICY).exists() else {}
+        pictures = folder / SALIENCY
+        return cls(
+            folder,
+            config,
+            about if isinstance(about, dict) else {},
+            read_metrics(folder / METRICS),
+            Saliency.read(pictures) if pictures.exists() else None,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps of both stages, as planned."""
+        return int(self.config.get("stage1_steps", 0)) + int(self.config["stage2_steps"])
+
+    @property
+    def step(self) -> int:
+        """The last step that was noted."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of training so far, all resumes together."""
+        return self.last("seconds")
+
+    def curve(self, name: str, stage: int | None = None) -> list[tuple[float, float]]:
+        """(step, value) wherever the metric was noted, in one stage or both."""
+        return [
+            (row["step"], row[name]) for row in self.rows if name in row and (stage is None or row["stage"] == stage)
+        ]
+
+    def last(self, name: str) -> float | None:
+        """The metric's last value; ``None`` if it was never noted."""
+        values = self.curve(name)
+        return values[-1][1] if values else None
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Read ``metrics.jsonl``: at most one training row and one validation row a step.
+
+    A resumed run begins at its last saved step and writes what follows once more: where the steps fall back, the
+    rows from there on are superseded. A last line without its end is what a killed run leaves: it is not counted.
+
+    Raises:
+        InputError: If the file cannot be read, or another line is damaged.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give the folder of a run of 'lac train'") from error
+    rows: dict[tuple[float, bool], Row] = {}
+    whole, _, _ = text.rpartition("\n")
+    for number, line in enumerate(whole.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _row(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {error}; take the line away") from error
+        step = row["step"]
+        if rows and next(reversed(rows))[0] > step:
+            rows = {key: kept for key, kept in rows.items() if key[0] <= step}
+        rows[step, any(name.startswith("held_out_") for name in row)] = row
+    return list(rows.values())
+
+
+def _row(line: Any) -> Row:
+    """The numbers of a line. What is not finite was not measured: it is left out."""
+    if not isinstance(line, dict):
+        raise ValueError("no JSON object")
+    for name, value in line.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name} is {value!r}, no number")
+    row = {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
+    if "step" not in row or row.get("stage") not in (1, 2):
+        raise ValueError("no step, or no stage 1 or 2")
+    return row
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give the folder of a run of 'lac train'") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object: resume the run, it writes it again")
+    return found

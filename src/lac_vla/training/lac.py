@@ -1,0 +1,251 @@
+"""``lac train``: both networks of LAC, trained beside a frozen VLA in two stages (paper, eqs. 6-8).
+
+Stage I aligns the selector with the attention of dense passes. Stage II trains selector and predictor end to end on
+windows of consecutive frames, each frame on the stale cache that the policy's own decisions left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from lac_vla.models.base import Backbone
+from lac_vla.policies.lac import LACConfig, LACPolicy
+from lac_vla.policies.lac.inputs import compose, words
+from lac_vla.training.mixed import Forward, Slots, alignment_teacher, mixed_forward, upper_half
+from lac_vla.training.relaxation import (
+    bridge,
+    candidate_masks,
+    gumbel_noise,
+    ratio_reward,
+    soft_ratio,
+    straight_through,
+)
+from lac_vla.training.store import FrameStore
+from lac_vla.training.task import Task
+from lac_vla.types import IntArray
+
+
+@dataclass(frozen=True)
+class Temperatures:
+    """τ of the ratio (eq. 9) and τ_s of the mask (eq. 11)."""
+
+    ratio: float
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What the two networks decided about a batch of frames.
+
+    Attributes:
+        mask: M, 1 = active, (B, N).
+        scores: S, (B, N).
+        probabilities: p̃ over the ratios, (B, C); ``None`` for a fixed ratio.
+    """
+
+    mask: torch.Tensor
+    scores: torch.Tensor
+    probabilities: torch.Tensor | None
+
+
+class Learner:
+    """The losses of both stages: a frozen backbone, stored frames and a policy whose networks have gradients.
+
+    Args:
+        backbone: The frozen model; its weights are told to want no gradient.
+        task: Its task loss.
+        store: The frames.
+        policy: What is trained.
+        loss: ``"distill"`` or ``"demo"``.
+    """
+
+    def __init__(self, backbone: Backbone, task: Task, store: FrameStore, policy: LACPolicy, loss: str) -> None:
+        policy.check_layout(store.grids)
+        self.backbone, self.task, self.store, self.policy, self.loss = backbone, task, store, policy, loss
+        self.config: LACConfig = policy.config
+        self.device = backbone.device
+        self.ratios = torch.tensor(self.config.ratios, device=self.device)
+        policy.selector.to(self.device)
+        policy.predictor.to(self.device)
+        self.episode = np.repeat(np.arange(len(store.start)), store.stop - store.start)
+        self._words = words(list(store.instructions)).to(self.device) if self.config.language else None
+
+    def alignment(self, frames: IntArray) -> torch.Tensor:
+        """Stage I, eq. 6: L_align = MSE(S, S_VLA), a scalar. ``frames``: not the first of their episodes."""
+        with torch.no_grad():
+            dense = self.decode(frames, watch=upper_half(len(self.backbone.layers)))
+            if dense.attention is None:  # pragma: no cover - it was asked for
+                raise RuntimeError("the dense pass left no attention")
+            teacher = alignment_teacher(dense.attention)
+        grids = self.store.grids.items()
+        previous = [self._pixels(name, frames - 1) for name in self.store.grids]
+        young = [torch.zeros(len(frames), *grid, device=self.device) for _, grid in grids]
+        scores = self.policy.selector(self.inputs(frames, previous, young), self._text(frames))
+        return F.mse_loss(scores, teacher)
+
+    def window(
+        self,
+        first: IntArray,
+        length: int,
+        temperatures: Temperatures,
+        generator: torch.Generator | None,
+        *,
+        lam: float,
+        task_weight: float = 1.0,
+        learn: bool = True,
+    ) -> dict[str, float]:
+        """Stage II, eqs. 7-8, on windows of consecutive frames; with ``learn``, gradients are accumulated.
+
+        The cache is detached between frames, so every frame is differentiated by itself, and memory does not grow with
+        the window.
+
+        Args:
+            first: First frame of every window, (B,).
+            length: T.
+            temperatures: Of both relaxations.
+            generator: Of the Gumbel noise; ``None`` for argmax without noise, as inference does.
+            lam: λ.
+            task_weight: Of the task loss (0 in a test: the ratio reward alone).
+            learn: Whether to differentiate.
+
+        Returns:
+            Means over frames and windows: ``task``, ``expected_ratio`` (by p̃), ``chosen_ratio`` (nominal),
+            ``agreement`` (share of the head's rows whose answer is the dense one; with ``distill`` only).
+        """
+        size = len(first)
+        every = first[None, :] + np.arange(length)[:, None]  # (T, B)
+        with torch.no_grad():  # dense: all frames to distil from them, the first alone otherwise
+            dense = self.decode(every.reshape(-1) if self.loss == "distill" else first)
+        old = Slots([part[:size] for part in dense.slots.keys], [part[:size] for part in dense.slots.values])
+        reference = [self._pixels(name, first) for name in self.store.grids]
+        age = [torch.zeros(size, *grid, device=self.device) for grid in self.store.grids.values()]
+        sums: dict[str, float] = {}
+        for index, frames in enumerate(every[1:], 1):
+            with torch.set_grad_enabled(learn):
+                choice = self.choose(frames, reference, age, temperatures, generator)
+                result = self.decode(frames, mask=choice.mask, old=old)
+                teacher = dense.hidden[index * size : (index + 1) * size] if self.loss == "distill" else None
+                task = self._task(result.hidden, frames, teacher)
+                loss = task_weight * task.mean()
+                if choice.probabilities is not None:
+                    loss = loss + lam * ratio_reward(choice.probabilities, self.ratios).mean()
+            if learn:
+                (loss / (length - 1)).backward()  # type: ignore[no-untyped-call]
+            old = result.slots
+            active = choice.mask.detach() > 0.5
+            reference, age = self._refresh(frames, active, reference, age)
+            row = {"loss": float(loss.detach()), "task": float(task.detach().mean())}
+            row["chosen_ratio"] = 1 - float(active.float().mean())
+            if choice.probabilities is not None:
+                row["expected_ratio"] = -float(ratio_reward(choice.probabilities.detach(), self.ratios).mean())
+            for name, value in row.items():
+                sums[name] = sums.get(name, 0.0) + value / (length - 1)
+        return sums
+
+    def choose(
+        self,
+        frames: IntArray,
+        reference: Sequence[torch.Tensor],
+        age: Sequence[torch.Tensor],
+        temperatures: Temperatures,
+        generator: torch.Generator | None,
+    ) -> Choice:
+        """Decide about a batch of frames, through the relaxations."""
+        inputs, text = self.inputs(frames, reference, age), self._text(frames)
+        scores = self.policy.selector(inputs, text)
+        if self.policy.ratio is not None:
+            return Choice(candidate_masks(scores, (self.policy.ratio,), temperatures.score)[:, 0], scores, None)
+        logits = self.policy.predictor(inputs, text)
+        noise = 0.0 if generator is None else gumbel_noise(logits.shape, generator, self.device)
+        probabilities = soft_ratio(logits, noise, temperatures.ratio)
+        masks = candidate_masks(scores, self.config.ratios, temperatures.score)
+        return Choice(bridge(straight_through(probabilities), masks), scores, probabilities)
+
+    def decode(
+        self,
+        frames: IntArray,
+        mask: torch.Tensor | None = None,
+        old: Slots | None = None,
+        watch: tuple[int, ...] = (),
+    ) -> Forward:
+        """Run the decoder over the prompts of some frames and their forced action tokens."""
+        store, dtype = self.store, self.backbone.dtype
+        order = np.asarray(frames)
+        visual = self._load(store.visual, order).to(dtype)
+        suffix = self._load(store.suffix, order).to(dtype)
+        lengths = torch.from_numpy(store.suffix_length[order]).to(self.device)
+        with torch.no_grad():
+            answer = self.task.continuation(self._load(store.targets, order))
+            prefix = torch.from_numpy(store.prefix).to(self.device, dtype).expand(len(order), -1, -1)
+            # [prefix | visual | suffix | forced tokens | padding]: under a causal mask padding changes nothing.
+            tail = F.pad(suffix, (0, 0, 0, answer.shape[1]))
+            places = lengths[:, None] + torch.arange(answer.shape[1], device=self.device)
+            tail = tail.scatter(1, places[..., None].expand_as(answer), answer.to(dtype))
+            embeddings = torch.cat([prefix, visual, tail], dim=1)
+        slots = store.layout.visual
+        rows = slots.stop + lengths[:, None] - 1 + torch.arange(self.task.n_rows, device=self.device)
+        with _autocast(self.device):
+            return mixed_forward(self.backbone, embeddings, slots, rows, mask=mask, old=old, watch=watch)
+
+    def inputs(
+        self, frames: IntArray, reference: Sequence[torch.Tensor], age: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The networks' inputs of every camera; see :func:`lac_vla.policies.lac.inputs.compose`."""
+        composed = []
+        for name, pixels, old in zip(self.store.grids, reference, age, strict=True):
+            flow = self._load(self.store.flow[name], frames) if self.config.flow != "none" else None
+            composed.append(compose(self.config, self._pixels(name, frames), flow, pixels, old))
+        return composed
+
+    def _refresh(
+        self, frames: IntArray, active: torch.Tensor, reference: list[torch.Tensor], age: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Reference pixels and ages as the session keeps them."""
+        pixels, ages, side = [], [], self.config.patch_pixels
+        for camera, before, old in zip(self.store.layout.cameras, reference, age, strict=True):
+            fresh = active[:, camera.tokens].view(-1, camera.rows, camera.cols)
+            large = fresh.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None]
+            pixels.append(torch.where(large, self._pixels(camera.name, frames), before))
+            ages.append(torch.where(fresh, torch.zeros_like(old), old + 1))
+        return pixels, ages
+
+    def _task(self, hidden: torch.Tensor, frames: IntArray, dense: torch.Tensor | None) -> torch.Tensor:
+        if dense is not None:
+            return self.task.distill(hidden, dense)
+        return self.task.demo(hidden, self._load(self.store.targets, frames))
+
+    def _text(self, frames: IntArray) -> torch.Tensor | None:
+        return None if self._words is None else self._words[self.episode[frames]]
+
+    def _pixels(self, camera: str, frames: IntArray) -> torch.Tensor:
+        return self._load(self.store.images[camera], frames)
+
+    def _load(self, array: Any, frames: IntArray) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(array[frames])).to(self.device)
+
+
+def annealed(ends: tuple[float, float], progress: float) -> float:
+    """Geometric path from the first to the last value, ``progress`` in 0..1."""
+    return float(ends[0] * (ends[1] / ends[0]) ** min(1.0, max(0.0, progress)))
+
+
+def cosine(progress: float) -> float:
+    """Learning rate factor: from 1 down to 0.1."""
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
+
+
+def _autocast(device: torch.device) -> Any:
+    """bfloat16 products where a float32 CPU model profits; a model on a GPU has its own dtype already."""
+    return torch.autocast("cpu", dtype=torch.bfloat16) if device.type == "cpu" and AUTOCAST else nullcontext()
+
+
+AUTOCAST: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether this CPU computes bfloat16 products in hardware."""

@@ -1,0 +1,315 @@
+"""Stored embeddings: what the frozen tower and projector say about every frame, computed once, memory-mapped.
+
+Training touches the decoder only. A store is a folder of ``.npy`` files and ``store.json``; it is filled episode by
+episode under another name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numpy.lib.format import open_memmap
+from tqdm import tqdm
+
+from lac_vla.datasets.lerobot import Episode, LeRobotDataset
+from lac_vla.errors import InputError
+from lac_vla.flow import make_flow
+from lac_vla.models.base import Backbone
+from lac_vla.policies.lac.inputs import flow_in_patches, resize
+from lac_vla.training.task import Task, task_of
+from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout
+from lac_vla.vla import CachedVLA
+
+META = "store.json"
+
+
+@dataclass(frozen=True, eq=False)
+class FrameStore:
+    """Frames of a dataset as training reads them. F frames, N visual tokens, width D, S the longest suffix.
+
+    Attributes:
+        grids: Camera → (rows, cols).
+        visual: Projected visual tokens, float16, (F, N, D).
+        prefix: Embeddings before them, float32, (n_prefix, D).
+        suffix: Embeddings behind them, right-padded, float32, (F, S, D).
+        suffix_length: (F,).
+        targets: What the action head is to answer, int64, (F, n).
+        images: Camera → uint8, (F, H, W, 3), at the resolution of the policy's networks.
+        flow: Camera → flow from the preceding frame in token sides, float16, (F, H, W, 2); empty without flow.
+        instructions: Of every episode.
+        start: First frame of every episode, (E,).
+        stop: One past its last frame, (E,).
+        has_actions: Whether the targets are recorded actions, not the model's own answers.
+    """
+
+    grids: Mapping[str, tuple[int, int]]
+    visual: npt.NDArray[np.float16]
+    prefix: FloatArray
+    suffix: FloatArray
+    suffix_length: IntArray
+    targets: IntArray
+    images: Mapping[str, npt.NDArray[np.uint8]]
+    flow: Mapping[str, npt.NDArray[np.float16]]
+    instructions: Sequence[str]
+    start: IntArray
+    stop: IntArray
+    has_actions: bool
+
+    def __len__(self) -> int:
+        return len(self.visual)
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The layout of a prompt without its suffix."""
+        return TokenLayout.of(self.grids, len(self.prefix), 0)
+
+    def windows(self, episodes: IntArray, length: int) -> tuple[IntArray, IntArray]:
+        """All windows of ``length`` consecutive frames within some episodes.
+
+        Returns:
+            First frame and episode of every window.
+
+        Raises:
+            InputError: If no episode is long enough.
+        """
+        firsts = [np.arange(self.start[e], self.stop[e] - length + 1) for e in episodes]
+        first = np.concatenate([*firsts, np.zeros(0, dtype=np.int64)])
+        if not first.size:
+            longest = int((self.stop - self.start).max())
+            raise InputError(
+                f"no episode has {length} consecutive frames, the longest has {longest}: caching is learned between "
+                "frames that follow one another; give another dataset or a smaller --window"
+            )
+        return first.astype(np.int64), np.repeat(episodes, [len(part) for part in firsts])
+
+    @classmethod
+    def build(
+        cls,
+        backbone: Backbone,
+        dataset: Path,
+        folder: Path,
+        *,
+        flow: str,
+        patch_pixels: int,
+        episodes: int = 0,
+        labels: bool = False,
+    ) -> FrameStore:
+        """Open the store in ``folder``; compute it first unless it is there already.
+
+        Args:
+            backbone: The frozen model.
+            dataset: LeRobot v3 dataset: demonstrations, or plain observation logs.
+            folder: Of the store.
+            flow: Estimator, see :data:`lac_vla.flow.FLOWS`.
+            patch_pixels: Pixels per token side that the policy's networks see.
+            episodes: How many episodes to use, evenly spread over the dataset; 0 for all.
+            labels: Whether recorded actions are needed. Without, the model's own answers stand in where there are none.
+
+        Raises:
+            InputError: If the dataset does not fit the model, lacks what is needed, or the disk is too small; or if
+                the folder holds a store of something else.
+        """
+        source = LeRobotDataset(dataset)
+        if not len(source):
+            raise InputError(f"{dataset} holds no episodes")
+        count = len(source) if not episodes else min(episodes, len(source))
+        chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
+        about = {
+            "dataset": dataset.name,
+            "frames": source.total_frames,
+            "episodes": chosen,
+            "model": fingerprint(backbone),
+            "flow": flow,
+            "patch_pixels": patch_pixels,
+        }
+        meta = folder / META
+        if meta.is_file():
+            found = json.loads(meta.read_text(encoding="utf-8"))["about"]
+            different = [key for key in about if found.get(key) != about[key]]
+            if different and not (flow == "none" and different == ["flow"]):  # flow that is there can be left unread
+                raise InputError(f"{folder} holds stored embeddings of other {different}; give another --store")
+        else:
+            _Builder(backbone, source, chosen, flow, patch_pixels).write(folder, about)
+        store = cls.open(folder)
+        if labels and not store.has_actions:
+            raise InputError(f"{dataset} records no actions, which --loss demo needs; use --loss distill")
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> FrameStore:
+        """Map a finished store."""
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+
+        def read(name: str) -> npt.NDArray[Any]:
+            array: npt.NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            return array
+
+        grids = {name: (int(rows), int(cols)) for name, (rows, cols) in meta["grids"].items()}
+        return cls(
+            grids=grids,
+            visual=read("visual"),
+            prefix=np.array(read("prefix")),
+            suffix=read("suffix"),
+            suffix_length=np.array(read("suffix_length")),
+            targets=np.array(read("targets")),
+            images={name: read(f"image_{index}") for index, name in enumerate(grids)},
+            flow={name: read(f"flow_{index}") for index, name in enumerate(grids)} if meta["has_flow"] else {},
+            instructions=meta["instructions"],
+            start=np.asarray(meta["start"], dtype=np.int64),
+            stop=np.asarray(meta["stop"], dtype=np.int64),
+            has_actions=meta["has_actions"],
+        )
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """Name of a model by its answers: a checksum of its first layer's output on fixed rows."""
+    rows = torch.linspace(-1, 1, backbone.shape.width, device=backbone.device, dtype=backbone.dtype)[None]
+    with torch.inference_mode():
+        answers = [part.float().cpu().numpy() for part in backbone.layers[-1].qkv(rows, backbone.rotary(_zero(rows)))]
+    return hashlib.sha256(b"".join(part.tobytes() for part in answers)).hexdigest()[:16]
+
+
+def _zero(like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.long, device=like.device)
+
+
+class _Builder:
+    """Fills a store."""
+
+    def __init__(
+        self, backbone: Backbone, source: LeRobotDataset, chosen: list[int], flow: str, patch_pixels: int
+    ) -> None:
+        self.backbone, self.source, self.chosen = backbone, source, chosen
+        self.task: Task = task_of(backbone)
+        self.flow = make_flow(flow)
+        self.patch_pixels = patch_pixels
+        self.dense = CachedVLA(backbone).session()
+
+    def write(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Compute everything, then give the folder its name."""
+        backbone, side = self.backbone, self.patch_pixels
+        first = self.source.episode(self.chosen[0])
+        frame = self._frame(first, 0)
+        layout = backbone.layout(frame)
+        lengths = [int(self.source.episodes[index]["length"]) for index in self.chosen]
+        total, width = sum(lengths), backbone.shape.width
+        texts = {self.source.episode(index).instruction for index in self.chosen}
+        longest = max(backbone.suffix(self._frame(first, 0, text)).shape[0] for text in texts)
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "visual": ((total, layout.n_visual, width), np.float16),
+            "suffix": ((total, longest, width), np.float32),
+            "suffix_length": ((total,), np.int64),
+            "targets": ((total, self._targets(first, self._frames(first)[:1]).shape[1]), np.int64),
+        }
+        for index, camera in enumerate(layout.cameras):
+            size = (total, camera.rows * side, camera.cols * side)
+            shapes[f"image_{index}"] = ((*size, 3), np.uint8)
+            if self.flow is not None:
+                shapes[f"flow_{index}"] = ((*size, 2), np.float16)
+        partial = folder.with_name(f"{folder.name}.incomplete")
+        self._check_disk(folder, shapes)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        arrays = {
+            name: open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
+            for name, (shape, dtype) in shapes.items()
+        }
+        with torch.inference_mode():
+            np.save(partial / "prefix.npy", backbone.prefix(frame).float().cpu().numpy())
+        start, labelled = 0, True
+        with tqdm(total=total, desc="storing embeddings", unit="frame") as bar:
+            for index in self.chosen:
+                episode = self.source.episode(index)
+                labelled &= episode.action.shape[1] > 0
+                self._episode(episode, arrays, start, layout, bar)
+                start += len(episode)
+        for array in arrays.values():
+            array.flush()
+        stop = np.cumsum(lengths)
+        meta = {
+            "about": dict(about),
+            "grids": {name: list(grid) for name, grid in layout.grids.items()},
+            "instructions": [self.source.episode(index).instruction for index in self.chosen],
+            "start": (stop - lengths).tolist(),
+            "stop": stop.tolist(),
+            "has_flow": self.flow is not None,
+            "has_actions": labelled,
+        }
+        (partial / META).write_text(json.dumps(meta), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    @torch.inference_mode()
+    def _episode(
+        self, episode: Episode, arrays: Mapping[str, npt.NDArray[Any]], start: int, layout: TokenLayout, bar: Any
+    ) -> None:
+        step = np.diff(episode.columns["frame_index"]) if "frame_index" in episode.columns else np.ones(1)
+        if (step != 1).any():
+            raise InputError(
+                f"episode {episode.index} skips frames: caching is learned between consecutive ones; split it there"
+            )
+        frames = self._frames(episode)
+        arrays["targets"][start : start + len(frames)] = self._targets(episode, frames)
+        previous: Mapping[str, Any] | None = None
+        for at, frame in enumerate(frames, start):
+            pixels = self.backbone.pixels(frame)
+            visual = self.backbone.project(self.backbone.see(pixels)).float().cpu().numpy().astype(np.float16)
+            if not np.isfinite(visual).all():
+                raise InputError(f"episode {episode.index}: embeddings are not finite in half precision")
+            suffix = self.backbone.suffix(frame).float().cpu().numpy()
+            arrays["visual"][at] = visual
+            arrays["suffix"][at, : len(suffix)] = suffix
+            arrays["suffix_length"][at] = len(suffix)
+            for number, camera in enumerate(layout.cameras):
+                shape = (camera.rows, camera.cols, self.patch_pixels)
+                image = pixels[camera.name]
+                arrays[f"image_{number}"][at] = resize(image, *shape)
+                if self.flow is not None and previous is not None:
+                    flow = self.flow(previous[camera.name], image)
+                    arrays[f"flow_{number}"][at] = flow_in_patches(flow, *shape)
+            previous = pixels
+            bar.update()
+
+    def _frame(self, episode: Episode, at: int, instruction: str | None = None) -> Frame:
+        images = {camera: episode.images.window(camera, at, at + 1)[0] for camera in episode.images}
+        return Frame(images, instruction or episode.instruction, self._proprio(episode, at))
+
+    def _frames(self, episode: Episode) -> list[Frame]:
+        return [
+            Frame(
+                {camera: episode.images[camera][at] for camera in episode.images},
+                episode.instruction,
+                self._proprio(episode, at),
+            )
+            for at in range(len(episode))
+        ]
+
+    def _proprio(self, episode: Episode, at: int) -> FloatArray | None:
+        return episode.state[at] if episode.state.shape[1] else None
+
+    def _targets(self, episode: Episode, frames: list[Frame]) -> IntArray:
+        """Recorded actions as the head's answers; without any, what the dense model answers itself."""
+        actions = episode.action[: len(frames)]
+        if not actions.shape[1]:
+            self.dense.reset()
+            actions = np.stack([np.atleast_2d(self.dense.act(frame))[0] for frame in frames])
+        return self.task.targets(actions)
+
+    def _check_disk(self, folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
+        needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+        place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise InputError(
+                f"the stored embeddings need {needed / 1e9:.1f} GB, {folder.name}'s disk has {free / 1e9:.1f} GB free: "
+                "make room, give another --store, or use fewer --episodes"
+            )

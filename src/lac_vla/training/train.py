@@ -1,0 +1,341 @@
+"""The run behind ``lac train``: data, optimiser, checkpoints, exact resume, metrics; on one process or several."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from lac_vla.errors import CheckpointError, InputError, MissingExtraError
+from lac_vla.models import load_vla
+from lac_vla.models.base import Backbone
+from lac_vla.policies.lac import LACConfig, LACPolicy
+from lac_vla.provenance import provenance
+from lac_vla.training.config import TrainConfig, describe
+from lac_vla.training.lac import Learner, Temperatures, annealed, cosine
+from lac_vla.training.store import FrameStore
+from lac_vla.training.task import task_of
+from lac_vla.types import IntArray
+
+STATE, METRICS, CONFIG, POLICY, PICTURES = "state.pt", "metrics.jsonl", "config.json", "policy", "saliency.npz"
+VALIDATION_WINDOWS = 32
+STEERING = 0.02
+"""How fast λ follows a target ratio: log λ moves by this times the ratio's distance, in units of 0.1, per step."""
+CLIP = 1.0
+
+
+class Training:
+    """One run: what is trained, on what, and where it stands.
+
+    Args:
+        config: The run.
+        backbone: The frozen model.
+        store: The frames.
+        world: Number of processes that train together, and this one's rank.
+    """
+
+    def __init__(
+        self, config: TrainConfig, backbone: Backbone, store: FrameStore, world: tuple[int, int] = (1, 0)
+    ) -> None:
+        self.config, self.backbone, self.store, self.world = config, backbone, store, world
+        torch.manual_seed(config.seed)
+        shape = LACConfig(
+            grids=dict(store.grids),
+            ratios=config.ratios,
+            inputs=config.inputs,
+            flow=config.flow,
+            language=config.language,
+            ratio=config.fixed_ratio or None,
+            recovery=config.recovery,
+            width=config.width,
+        )
+        self.policy = LACPolicy(shape)
+        self.learner = Learner(backbone, task_of(backbone), store, self.policy, config.loss)
+        self.networks = nn.ModuleDict({"selector": self.policy.selector, "predictor": self.policy.predictor})
+        self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
+        self.step, self.lam, self.seconds = 0, config.lam, 0.0
+        chosen = np.random.default_rng(config.seed).permutation(len(store.start))
+        held = max(1, round(config.held_out * len(chosen)))
+        if held >= len(chosen):
+            raise InputError(f"{len(chosen)} episode(s) cannot be divided into training and validation: use at least 2")
+        self.first, _ = store.windows(np.sort(chosen[held:]), config.window)
+        self.held_first, _ = store.windows(np.sort(chosen[:held]), config.window)
+
+    @property
+    def stage(self) -> int:
+        """1 or 2."""
+        return 1 if self.step < self.config.stage1_steps else 2
+
+    @property
+    def temperatures(self) -> Temperatures:
+        """Of this step."""
+        config = self.config
+        progress = (self.step - config.stage1_steps) / max(1, config.stage2_steps)
+        return Temperatures(annealed(config.tau_ratio, progress), annealed(config.tau_score, progress))
+
+    def advance(self) -> dict[str, float]:
+        """Take one step of whichever stage it is.
+
+        All chance of a step comes from (seed, step, rank), so a resumed run draws what an unbroken one draws.
+
+        Returns:
+            Its metrics.
+
+        Raises:
+            InputError: If the loss is not finite; the last saved state is untouched.
+        """
+        config, (size, rank) = self.config, self.world
+        rng = np.random.default_rng([config.seed, self.step, rank])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        begin, steps = (0, config.stage1_steps) if self.stage == 1 else (config.stage1_steps, config.stage2_steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.lr * cosine((self.step - begin) / steps)
+        self.networks.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.stage == 1:
+            frames = rng.choice(self.first, config.stage1_batch) + 1
+            loss = self.learner.alignment(frames)
+            loss.backward()  # type: ignore[no-untyped-call]
+            metrics = {"loss": float(loss.detach())}
+        else:
+            first = rng.choice(self.first, config.batch)
+            metrics = self.learner.window(first, config.window, self.temperatures, generator, lam=self.lam)
+            metrics["lam"] = self.lam
+        if not math.isfinite(metrics["loss"]):
+            raise InputError(
+                f"the loss became {metrics['loss']} at step {self.step}; the last saved state is kept: "
+                "resume with a lower --lr"
+            )
+        if size > 1:
+            self._average()
+        metrics["gradient"] = float(nn.utils.clip_grad_norm_(self._touched(), CLIP))
+        self.optimiser.step()
+        if config.target_ratio and self.stage == 2 and "expected_ratio" in metrics:
+            self.lam *= math.exp(STEERING * (config.target_ratio - metrics["expected_ratio"]) / 0.1)
+        self.step += 1
+        return metrics
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Losses on held-out windows, with the decisions of inference (argmax, no noise)."""
+        rng = np.random.default_rng(0)
+        self.networks.eval()
+        rows = []
+        windows = rng.permutation(self.held_first)[:VALIDATION_WINDOWS]
+        for first in np.array_split(windows, max(1, math.ceil(len(windows) / self.config.batch))):
+            row = {}
+            if self.stage == 2 or not self.config.stage2_steps:
+                row = self.learner.window(first, self.config.window, self.temperatures, None, lam=self.lam, learn=False)
+                row.pop("loss")
+            row["alignment"] = float(self.learner.alignment(first + 1))
+            rows.append(row)
+        return {f"held_out_{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+    @torch.no_grad()
+    def pictures(self, length: int = 6) -> dict[str, Any]:
+        """Saliency over consecutive held-out frames: images and scores of every camera, and the chosen ratios."""
+        first = int(self.held_first[len(self.held_first) // 2])
+        count = min(length, int(self.store.stop[self.learner.episode[first]]) - first - 1)
+        frames: IntArray = first + 1 + np.arange(count)
+        shown = {name: torch.from_numpy(np.asarray(self.store.images[name][frames - 1])) for name in self.store.grids}
+        reference = [image.to(self.backbone.device) for image in shown.values()]
+        age = [torch.zeros(count, *grid, device=self.backbone.device) for grid in self.store.grids.values()]
+        self.networks.eval()
+        choice = self.learner.choose(frames, reference, age, self.temperatures, None)
+        found: dict[str, Any] = {"ratio": 1 - choice.mask.mean(dim=1).cpu().numpy()}
+        for camera in self.store.layout.cameras:
+            shape = (count, camera.rows, camera.cols)
+            found[f"image_{camera.name}"] = np.asarray(self.store.images[camera.name][frames])
+            found[f"score_{camera.name}"] = choice.scores[:, camera.tokens].view(shape).cpu().numpy()
+            found[f"mask_{camera.name}"] = choice.mask[:, camera.tokens].view(shape).cpu().numpy() > 0.5
+        return found
+
+    def save(self) -> None:
+        """Write the state to resume from, then the policy and its pictures."""
+        out = self.config.out
+        state = {
+            "step": self.step,
+            "lam": self.lam,
+            "seconds": self.seconds,
+            "networks": self.networks.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        torch.save(state, out / f"{STATE}.partial")
+        (out / f"{STATE}.partial").replace(out / STATE)
+        about = {
+            "training": describe(self.config),
+            "steps": self.step,
+            "seconds": round(self.seconds),
+            "lam": self.lam,
+            "frames": len(self.store),
+            "episodes": len(self.store.start),
+            "trained_with": provenance(),
+        }
+        self.policy.save_pretrained(out / POLICY, about=about)
+        np.savez_compressed(out / PICTURES, **self.pictures())
+
+    def resume(self) -> None:
+        """Go on from the saved state.
+
+        Raises:
+            CheckpointError: If it is damaged, or of another run.
+        """
+        path = self.config.out / STATE
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.backbone.device)
+            self.networks.load_state_dict(state["networks"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.lam, self.seconds = int(state["step"]), float(state["lam"]), float(state["seconds"])
+        except (KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or not a state of this run; give another --out: {error}"
+            ) from error
+
+    def _touched(self) -> list[nn.Parameter]:
+        return [weight for weight in self.networks.parameters() if weight.grad is not None]
+
+    def _average(self) -> None:
+        """Make the gradient the mean over all processes. The networks are small: no overlap is worth its machinery."""
+        for weight in self.networks.parameters():
+            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            dist.all_reduce(grad)
+            weight.grad = grad / self.world[0]
+
+
+def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
+    """Train, or go on training, until all steps are done or the time is up.
+
+    Under ``torchrun`` every process takes its own windows and its own GPU, and gradients are averaged.
+
+    Args:
+        config: The run. Should ``config.out`` hold a state, it is resumed.
+        max_seconds: Stop (resumably) after this time.
+
+    Returns:
+        Folder of the saved policy.
+
+    Raises:
+        InputError: If dataset and model do not fit, or the loss is not finite.
+    """
+    size, rank = _join(config)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
+    backbone = load_vla(config.vla, device=device, dtype="auto", unnorm_key=config.unnorm_key)
+    _freeze(backbone)
+    config.out.mkdir(parents=True, exist_ok=True)
+    store = _store(config, backbone, rank)
+    run = Training(config, backbone, store, (size, rank))
+    if (config.out / STATE).exists():
+        _check_settings(config)
+        run.resume()
+    if rank == 0:
+        (config.out / CONFIG).write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
+    _loop(run, rank, max_seconds)
+    if size > 1:
+        dist.destroy_process_group()
+    return config.out / POLICY
+
+
+def _loop(run: Training, rank: int, max_seconds: float) -> None:
+    config = run.config
+    board = _board(config) if rank == 0 and config.tensorboard else None
+    with (
+        (config.out / (METRICS if rank == 0 else os.devnull)).open("a", encoding="utf-8") as log,
+        tqdm(total=config.steps, initial=run.step, unit="step", desc="training", disable=rank != 0) as bar,
+    ):
+        for metrics in _steps(run, rank, max_seconds):
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            shown = {key: f"{value:.3g}" for key, value in metrics.items() if isinstance(value, float)}
+            bar.set_postfix(shown)
+            bar.update(run.step - bar.n)
+            if board is not None:
+                for name, value in metrics.items():
+                    board.add_scalar(name, value, run.step)
+
+
+def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, Any]]:
+    """Train, yielding metrics every 10 steps and at every validation (which saves)."""
+    before, start = run.seconds, time.monotonic()
+    recent: list[dict[str, float]] = []
+    while run.step < run.config.steps:
+        stage, temperatures = run.stage, run.temperatures
+        recent.append(run.advance())
+        run.seconds = before + time.monotonic() - start
+        done = run.step == run.config.steps or time.monotonic() - start > max_seconds
+        if run.step % 10 == 0 or run.step == run.config.stage1_steps or done:
+            means = {name: float(np.mean([row[name] for row in recent])) for name in recent[0]}
+            note = {"step": run.step, "stage": stage, "seconds": round(run.seconds, 1)}
+            if stage == 2:
+                note |= {"tau_ratio": temperatures.ratio, "tau_score": temperatures.score}
+            yield {**note, **means}
+            recent = []
+        if rank == 0 and (run.step % run.config.every == 0 or run.step == run.config.stage1_steps or done):
+            scores = run.validate()
+            run.save()
+            yield {"step": run.step, "stage": stage, "seconds": round(run.seconds, 1), **scores}
+        if done:
+            return
+
+
+def _freeze(backbone: Backbone) -> None:
+    model = getattr(backbone, "model", None)
+    if isinstance(model, nn.Module):
+        model.requires_grad_(False)
+
+
+def _join(config: TrainConfig) -> tuple[int, int]:
+    """Number of processes and this one's rank, as ``torchrun`` set them."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+    return size, int(os.environ.get("RANK", "0"))
+
+
+def _store(config: TrainConfig, backbone: Backbone, rank: int) -> FrameStore:
+    folder = config.store or config.out / "store"
+
+    def build() -> FrameStore:
+        return FrameStore.build(
+            backbone,
+            config.dataset,
+            folder,
+            flow=config.flow,
+            patch_pixels=LACConfig.patch_pixels,
+            episodes=config.episodes,
+            labels=config.loss == "demo",
+        )
+
+    if not dist.is_initialized():
+        return build()
+    store = build() if rank == 0 else None  # one process fills it, the others wait
+    dist.barrier()
+    return store or FrameStore.open(folder)
+
+
+def _check_settings(config: TrainConfig) -> None:
+    """Refuse to resume a run with other settings; only where it stops to look at itself may change."""
+    path = config.out / CONFIG
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    now = json.loads(json.dumps(describe(config)))
+    changeable = ("every", "tensorboard", "device", "store", "out")
+    different = [key for key in now if key not in changeable and key in before and before[key] != now[key]]
+    if different:
+        raise InputError(f"{config.out} holds a run with other {different}; give another --out")
+
+
+def _board(config: TrainConfig) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("tensorboard", "TensorBoard's event files") from error
+    return SummaryWriter(str(config.out / "tensorboard"))

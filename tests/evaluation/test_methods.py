@@ -1,0 +1,56 @@
+"""Methods by name: told apart, and found beside their model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lac_vla import InputError, Motion, Random
+from lac_vla.evaluation.methods import make_methods, method_name, resolve
+from lac_vla.policies import POLICIES
+
+
+@dataclass(frozen=True)
+class Learned(Random):
+    """Stands for a policy with a folder."""
+
+    path: str = ""
+    recovery: float | None = None
+
+
+@pytest.fixture(autouse=True)
+def learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(path: str, **options: Any) -> Learned:
+        return Learned(path=path, **options)
+
+    monkeypatch.setitem(POLICIES, "lac", from_pretrained)
+
+
+def test_method_name() -> None:
+    assert [method_name(spec) for spec in ("dense", "motion:ratio=0.5")] == ["dense", "motion-0.5"]
+
+
+def test_lac_without_a_path_is_the_models_own(tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    model = str(tmp_path)
+    assert resolve("lac", model) == Learned(path=str(tmp_path / "policy"))
+    assert resolve("plain@lac:recovery=0", model) == Learned(path=str(tmp_path / "policy"), recovery=0)
+    assert resolve("lac:path=other/full", model) == Learned(path="other/full")
+    assert resolve("motion:ratio=0.7", model) == Motion(0.7)
+
+
+@pytest.mark.parametrize("model", [None, "nowhere", "owner/name"])
+def test_lac_without_a_path_or_a_policy_beside_the_model(model: str | None) -> None:
+    with pytest.raises(InputError, match="lac:path=FOLDER"):
+        resolve("lac", model)
+    assert resolve("lac:path=full", model) == Learned(path="full")
+
+
+def test_methods_keep_their_order_and_have_different_names() -> None:
+    specs = ("motion", "a@lac:path=x/full", "b@lac:path=y/full", "lac:path=x/full")
+    assert list(make_methods(specs, None)) == ["motion", "a", "b", "lac-full"]
+    with pytest.raises(InputError, match=r"two policies are called 'lac-full'.*other@lac:path=y/full"):
+        make_methods(("lac:path=x/full", "lac:path=y/full"), None)

@@ -1,0 +1,287 @@
+"""``lac train`` as a user runs it, on a tiny model: the saved policy, resuming, several processes, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from lac_vla import CachedVLA, CheckpointError, Frame, InputError, LACPolicy, load_vla, random_vla, save_vla
+from lac_vla.datasets.writer import DatasetWriter
+from lac_vla.models.prismatic.presets import TINY
+from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+from lac_vla.training import store as store_module
+from lac_vla.training.config import TrainConfig
+from lac_vla.training.store import FrameStore
+from lac_vla.training.train import STATE, Training, train
+
+CAMERAS = ("agentview", "wrist")
+
+
+def write_dataset(root: Path, episodes: int = 4, length: int = 9, cameras: tuple[str, ...] = CAMERAS) -> Path:
+    rng = np.random.default_rng(0)
+    with DatasetWriter(root, 20) as writer:
+        for episode in range(episodes):
+            still = {camera: rng.integers(0, 255, (64, 64, 3)) for camera in cameras}
+            images = {
+                camera: np.stack([np.roll(image, at, axis=1) for at in range(length)]).astype(np.uint8)
+                for camera, image in still.items()
+            }
+            action = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
+            state = np.zeros((length, 2), np.float32)
+            writer.add_episode(images, state, action, "pick up the bowl" if episode % 2 else "put it down")
+    return root
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "demos")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    backbone = random_vla("tiny")
+    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
+    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
+    folder = tmp_path_factory.mktemp("vla") / "tiny"
+    save_vla(backbone, folder)
+    return folder
+
+
+@pytest.fixture
+def config(model: Path, dataset: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        str(model),
+        dataset,
+        tmp_path / "run",
+        stage1_steps=2,
+        stage2_steps=4,
+        stage1_batch=4,
+        batch=2,
+        window=3,
+        held_out=0.25,
+        every=2,
+        width=8,
+    )
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loss", ["distill", "demo"])
+@pytest.mark.parametrize(
+    "options", [{}, {"inputs": "paper", "language": True}, {"flow": "none"}, {"fixed_ratio": 0.5}, {"stage1_steps": 0}]
+)
+def test_a_trained_policy_drives_the_model(config: TrainConfig, loss: str, options: dict[str, object]) -> None:
+    config = replace(config, loss=loss, recovery=0.0, **options)  # type: ignore[arg-type]
+    policy = LACPolicy.from_pretrained(train(config))
+    session = CachedVLA(load_vla(config.vla), policy).session()
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    frame = Frame({camera: image for camera in CAMERAS}, "pick up the bowl")
+    for _ in range(3):
+        session.act(frame)
+    assert session.last is not None
+    assert session.last.decision.nominal_ratio in config.ratios
+    if config.fixed_ratio:
+        assert session.last.ratio == pytest.approx(0.5, abs=0.02)
+    scored = [row for row in rows(config.out) if "held_out_task" in row]
+    assert scored
+    assert all(np.isfinite(list(row.values())).all() for row in rows(config.out))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / STATE, weights_only=True)["networks"]  # type: ignore[no-any-return]
+
+
+def test_resume_equals_an_unbroken_run(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, target_ratio=0.6)
+    train(config)
+    broken = replace(config, out=tmp_path / "broken", store=config.out / "store")
+    for _ in range(20):  # every call stops at the first step after its time is up
+        train(broken, max_seconds=0.0)
+    whole, pieced = weights(config.out), weights(broken.out)
+    assert whole.keys() == pieced.keys()
+    for key in whole:
+        torch.testing.assert_close(whole[key], pieced[key], rtol=0, atol=0)
+    states = [torch.load(out / STATE, weights_only=True) for out in (config.out, broken.out)]
+    assert states[0]["lam"] == states[1]["lam"] != config.lam
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = Training.advance
+
+    def broken(self: Training) -> dict[str, float]:
+        if self.step == 5:
+            with torch.no_grad():
+                next(iter(self.policy.selector.parameters())).fill_(float("nan"))
+        return window(self)
+
+    monkeypatch.setattr(Training, "advance", broken)
+    with pytest.raises(InputError, match="last saved state is kept"):
+        train(config)
+    assert all(torch.isfinite(value).all() for value in weights(config.out).values())
+    LACPolicy.from_pretrained(config.out / "policy")
+    monkeypatch.undo()
+    train(config)
+    assert torch.load(config.out / STATE, weights_only=True)["step"] == 6
+
+
+def test_other_settings_do_not_mix(config: TrainConfig) -> None:
+    train(config)
+    with pytest.raises(InputError, match="other .*lam.*another --out"):
+        train(replace(config, lam=0.7))
+    with pytest.raises(InputError, match="stored embeddings of other .*episodes"):
+        train(replace(config, out=config.out.with_name("second"), store=config.out / "store", episodes=2))
+
+
+def test_a_damaged_state_is_an_error(config: TrainConfig) -> None:
+    train(config)
+    (config.out / STATE).write_bytes((config.out / STATE).read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(config)
+
+
+def strip_actions(root: Path) -> None:
+    for path in (root / "data").rglob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(["action"]), path)
+    info = json.loads((root / "meta" / "info.json").read_text())
+    info["features"].pop("action")
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+
+
+def test_plain_logs_can_be_distilled_but_not_imitated(config: TrainConfig, tmp_path: Path) -> None:
+    logs = write_dataset(tmp_path / "logs", episodes=2, length=6)
+    strip_actions(logs)
+    config = replace(config, dataset=logs, held_out=0.5)
+    store = FrameStore.open(train(config).parent / "store")
+    backbone = load_vla(config.vla)
+    assert not store.has_actions
+    session = CachedVLA(backbone).session()
+    images = {name: np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8) for name in CAMERAS}
+    session.act(Frame(images, "put it down"))
+    assert store.targets.min() >= 0
+    assert store.targets.shape == (12, 7)
+    with pytest.raises(InputError, match=r"records no actions.*distill"):
+        train(replace(config, loss="demo", out=tmp_path / "demo"))
+
+
+def damaged(root: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    for path in (root / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        columns = {"frame_index": table.column("frame_index").to_numpy().copy()}
+        change(columns)
+        index = table.column_names.index("frame_index")
+        import pyarrow as pa
+
+        pq.write_table(table.set_column(index, "frame_index", pa.array(columns["frame_index"])), path)
+
+
+def test_frames_that_do_not_follow_one_another_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    short = write_dataset(tmp_path / "short", length=2)
+    with pytest.raises(InputError, match=r"no episode has 3 consecutive frames"):
+        train(replace(config, dataset=short))
+    skipping = write_dataset(tmp_path / "skipping")
+    damaged(skipping, lambda columns: columns["frame_index"].__imul__(2))
+    with pytest.raises(InputError, match="skips frames"):
+        train(replace(config, dataset=skipping, out=tmp_path / "second"))
+
+
+def test_a_missing_camera_is_named(config: TrainConfig, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "other", cameras=("agentview", "front"))
+    with pytest.raises(InputError, match=r"wrist.*missing"):
+        train(replace(config, dataset=other))
+
+
+def test_actions_in_other_units_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    root = tmp_path / "millimetres"
+    rng = np.random.default_rng(0)
+    with DatasetWriter(root, 20) as writer:
+        images = {camera: rng.integers(0, 255, (6, 64, 64, 3), dtype=np.uint8) for camera in CAMERAS}
+        for _ in range(2):
+            writer.add_episode(images, np.zeros((6, 1), np.float32), 100 * np.ones((6, 7), np.float32), "go")
+    with pytest.raises(InputError, match=r"outside the model's range.*--unnorm-key"):
+        train(replace(config, dataset=root))
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(config.dataset)._replace(free=1000)
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(InputError, match=r"need 0\.0 GB.*fewer --episodes"):
+        train(config)
+    assert not (config.out / "store").exists()
+    assert not (config.out / "store.incomplete").exists()
+
+
+def test_settings_out_of_range_are_refused(config: TrainConfig) -> None:
+    for change in ({"window": 1}, {"lam": -1.0}, {"held_out": 1.0}, {"tau_score": (0.0, 0.1)}, {"ratios": (0.5,)}):
+        with pytest.raises(InputError):
+            train(replace(config, **change))  # type: ignore[arg-type]
+
+
+def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
+    train(config)
+    store = FrameStore.open(config.out / "store")
+    backbone = load_vla(config.vla)
+    from lac_vla.datasets import LeRobotDataset
+
+    episode = LeRobotDataset(config.dataset).episode(1)
+    frame = Frame({c: episode.images[c][4] for c in CAMERAS}, episode.instruction)
+    at = int(store.start[1]) + 4
+    with torch.inference_mode():
+        expected = backbone.project(backbone.see(backbone.pixels(frame))).numpy()
+        suffix = backbone.suffix(frame).numpy()
+    np.testing.assert_allclose(store.visual[at].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(store.suffix[at, : store.suffix_length[at]], suffix)
+    assert np.array_equal(
+        store.targets[at], backbone.actions.encode(backbone.action_range.normalize(episode.action[4]))
+    )
+    assert TINY.cameras[0].image_size == store.images["agentview"].shape[1]
+
+
+def test_two_processes_train_one_policy(config: TrainConfig, tmp_path: Path) -> None:
+    """As under torchrun: gradients are averaged, so both processes end with the same weights."""
+    FrameStore.build(load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=8)
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from lac_vla.training import train as module\n"
+        "from lac_vla.training.config import TrainConfig\n"
+        "kept = []\n"
+        "loop = module._loop\n"
+        "module._loop = lambda run, rank, limit: (loop(run, rank, limit), kept.append(run))[0]\n"
+        f"c = TrainConfig({config.vla!r}, Path({str(config.dataset)!r}), Path({str(tmp_path / 'two')!r}), stage1_steps=1,"
+        f" stage2_steps=2, stage1_batch=4, batch=2, window=3, held_out=0.25, width=8, store=Path({str(tmp_path / 'store')!r}))\n"
+        "module.train(c)\n"
+        "print('sum', float(sum(w.double().abs().sum() for w in kept[0].networks.parameters())))\n"
+    )
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ends = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    sums = [out.strip().splitlines()[-1] for out, _ in ends]
+    assert sums[0] == sums[1]
+    assert sums[0].startswith("sum")
