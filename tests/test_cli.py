@@ -8,7 +8,7 @@ import pytest
 
 from lac_vla.cli import main
 
-VERBS = ("demo", "eval", "bench", "report", "collect", "pretrain")
+VERBS = ("demo", "eval", "bench", "report", "collect", "train", "pretrain")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

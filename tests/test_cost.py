@@ -36,7 +36,7 @@ def test_analytic_count_equals_torchs(name: str) -> None:
         counted = count_macs(lambda: session.act(frame(1)))
     step = session.last
     assert step is not None
-    analytic = CostModel.of(backbone, frame(0)).frame(step.layout, step.decision)
+    analytic = CostModel.of(backbone, frame(0)).frame(step.layout, step.decision, step.policy_macs)
     assert sum(analytic.values()) == pytest.approx(counted, rel=0.01)
 
 

@@ -127,3 +127,16 @@ def test_flow_is_the_policys_own() -> None:
 def test_parse_refuses(spec: str) -> None:
     with pytest.raises(InputError):
         parse_policy(spec)
+
+
+def test_motion_keeps_a_camera_while_the_ratio_leaves_room() -> None:
+    layout = TokenLayout.of({"agentview": (2, 2), "wrist": (1, 2)}, 1, 3)
+    still = {"agentview": np.full((4, 4, 3), 9, np.uint8), "wrist": np.full((2, 4, 3), 9, np.uint8)}
+    changed = {name: image.copy() for name, image in still.items()}
+    changed["agentview"][:2, :2], changed["agentview"][:2, 2:], changed["agentview"][2:, :2] = 200, 50, 100
+    seen = View(layout, 2, "go", changed, still, still, {}, np.zeros(6, np.int64), np.random.default_rng(0))
+    assert Motion(ratio=0.5, keep="wrist").decide(seen).active.tolist() == [True, False, False, False, True, True]
+    assert Motion(ratio=0.5).decide(seen).active.tolist() == [True, True, True, False, False, False]
+    assert Motion(ratio=1.0, keep="wrist").decide(seen).active.sum() == 0
+    with pytest.raises(InputError, match="keep the camera 'hand'"):
+        Motion(keep="hand").decide(seen)

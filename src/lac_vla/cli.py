@@ -55,16 +55,16 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         from lac_vla.evaluation.runner import evaluate as run
 
         run(config)
-        report(config.out)
+        report((config.out,))
 
     def demo(
         out: Path = Path("outputs/demo"),
         tasks: tuple[int, ...] = (0, 5, 9),
         episodes: int = 2,
-        policies: tuple[str, ...] = ("dense", "motion:ratio=0.5"),
+        policies: tuple[str, ...] = ("dense", "lac"),
         workers: int = 1,
     ) -> None:
-        """The bundled VLA on real LIBERO tasks, dense and with reuse; a table and an HTML report with videos.
+        """The bundled VLA on real LIBERO tasks, dense and with learned reuse; a table, and an HTML report with videos.
 
         Args:
             out: Folder of the run; the same command goes on where it stopped.
@@ -80,23 +80,27 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         states = (FIRST_HELD_OUT, FIRST_HELD_OUT + episodes)
         config = EvalConfig(str(MINI), out, policies, tasks=tasks, init_states=states, workers=workers)
         run(config)
-        report(out)
+        report((out,))
 
-    def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+    def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
         """Show a run's table, and write its report: one self-contained HTML page.
 
         Args:
-            run: Folder of a run of `lac eval`, `lac demo` or `lac train`.
-            out: The page; by default `report.html` in the run's folder.
+            runs: Folder of a run of `lac train`; or of one or several runs of `lac eval` or `lac demo`, whose methods
+                then stand in one table.
+            out: The page; by default `report.html` in the first run's folder.
         """
-        if (run / "episodes.jsonl").exists():
-            page = _report_evaluation(run, out or run / "report.html")
-        elif (run / "metrics.jsonl").exists():
-            page = _report_training(run, out or run / "report.html")
+        if not runs:
+            raise InputError("give the folder of a run")
+        page = out or runs[0] / "report.html"
+        if all((run / "episodes.jsonl").exists() for run in runs):
+            _report_evaluation(runs, page)
+        elif len(runs) == 1 and (runs[0] / "metrics.jsonl").exists():
+            _report_training(runs[0], page)
         else:
             raise InputError(
-                f"{run} holds neither episodes.jsonl (of 'lac eval' or 'lac demo') nor metrics.jsonl (of 'lac train'): "
-                "give the folder of a run"
+                f"{', '.join(map(str, runs))}: neither episodes.jsonl (of 'lac eval' or 'lac demo') in each nor "
+                "metrics.jsonl (of 'lac train') in one: give folders of runs"
             )
         console.print(f"report: {page}")
 
@@ -161,15 +165,16 @@ def _verbs() -> dict[str, Callable[..., Any]]:
     }
 
 
-def _report_evaluation(run: Path, out: Path) -> Path:
+def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
     from lac_vla.evaluation.records import read_episodes
     from lac_vla.evaluation.summary import summarize
     from lac_vla.evaluation.table import terminal_tables
     from lac_vla.report import build_report
 
-    for table in terminal_tables(summarize(read_episodes(run / "episodes.jsonl"))):
+    episodes = [episode for run in runs for episode in read_episodes(run / "episodes.jsonl")]
+    for table in terminal_tables(summarize(episodes)):
         console.print(table)
-    return build_report([run], out)
+    return build_report(runs, out)
 
 
 def _report_training(run: Path, out: Path) -> Path:

@@ -85,9 +85,10 @@ class CostModel:
         projector = count_macs(lambda: backbone.project(features)) // features.shape[0]
         return cls(backbone.shape, tower, projector, backbone.max_new_tokens)
 
-    def frame(self, layout: TokenLayout, decision: Decision) -> dict[str, int]:
-        """MACs by stage: ``tower``, ``projector``, ``prefill``, ``decode``."""
+    def frame(self, layout: TokenLayout, decision: Decision, policy: int = 0) -> dict[str, int]:
+        """MACs by stage: ``policy`` (its own networks, as given), ``tower``, ``projector``, ``prefill``, ``decode``."""
         return {
+            "policy": policy,
             "tower": self.tower,
             "projector": self.projector * int(np.count_nonzero(decision.depth)),
             "prefill": prefill_macs(self.decoder, layout, decision),

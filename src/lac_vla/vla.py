@@ -77,6 +77,7 @@ class Step:
         stages: Milliseconds by stage, see :data:`lac_vla.timing.STAGES`.
         info: What the backbone says about its action (token ids, …).
         pixels: Camera → what the model saw.
+        policy_macs: Multiply-accumulates of the policy's own networks.
     """
 
     layout: TokenLayout
@@ -87,6 +88,7 @@ class Step:
     stages: Mapping[str, float]
     info: Mapping[str, Any]
     pixels: Mapping[str, UInt8Image]
+    policy_macs: int = 0
 
     @property
     def ratio(self) -> float:
@@ -191,7 +193,10 @@ class Session:
         with clock.stage("bookkeeping"):
             cache.commit(layout, pixels, frame.instruction, prompt.decision)
             self._shapes = frame.shapes
-        self.last = Step(layout, prompt.decision, forced, cache.age.copy(), dense_because, clock.stages, info, pixels)
+        asked = 0 if dense_because else policy.macs
+        self.last = Step(
+            layout, prompt.decision, forced, cache.age.copy(), dense_because, clock.stages, info, pixels, asked
+        )
         return action
 
     def _check(self, frame: Frame) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 
 from lac_vla.policies import CachePolicy, Dense, LACConfig, LACPolicy, Motion, Random, cache_lowest
 from lac_vla.types import Beyond, Decision, Frame, View, Watch
+
+TINY_GRIDS = {"agentview": (6, 6), "wrist": (4, 4)}
 
 
 def frame(
@@ -78,10 +80,17 @@ class UntrainedLAC(CachePolicy):
     def flow(self) -> str:
         return "dis"
 
-    def decide(self, view: View) -> Decision:
+    @property
+    def macs(self) -> int:
+        return self.policy(TINY_GRIDS).macs
+
+    def policy(self, grids: Mapping[str, tuple[int, int]]) -> LACPolicy:
         torch.manual_seed(0)
-        config = LACConfig(grids=view.layout.grids, inputs=self.inputs, language=self.language, recovery=0.2)
-        return LACPolicy(config, ratio=0.7).decide(view)
+        config = LACConfig(grids=grids, inputs=self.inputs, language=self.language, recovery=0.2)
+        return LACPolicy(config, ratio=0.7)
+
+    def decide(self, view: View) -> Decision:
+        return self.policy(view.layout.grids).decide(view)
 
 
 ALL_POLICIES: dict[str, Callable[[], CachePolicy]] = {

@@ -141,9 +141,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(
 
 def test_other_settings_do_not_mix(config: TrainConfig) -> None:
     train(config)
-    with pytest.raises(InputError, match="other .*lam.*another --out"):
+    with pytest.raises(InputError, match=r"other .*lam.*another --out"):
         train(replace(config, lam=0.7))
-    with pytest.raises(InputError, match="stored embeddings of other .*episodes"):
+    with pytest.raises(InputError, match=r"stored embeddings of other .*episodes"):
         train(replace(config, out=config.out.with_name("second"), store=config.out / "store", episodes=2))
 
 
@@ -253,22 +253,25 @@ def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
     assert TINY.cameras[0].image_size == store.images["agentview"].shape[1]
 
 
+TWO = """
+import torch
+from pathlib import Path
+from lac_vla.training import train as module
+from lac_vla.training.config import TrainConfig
+
+torch.set_num_threads(1)
+kept, loop = [], module._loop
+module._loop = lambda run, rank, limit: (loop(run, rank, limit), kept.append(run))[0]
+module.train({config})
+print("sum", float(sum(weight.double().abs().sum() for weight in kept[0].networks.parameters())))
+"""
+
+
 def test_two_processes_train_one_policy(config: TrainConfig, tmp_path: Path) -> None:
     """As under torchrun: gradients are averaged, so both processes end with the same weights."""
     FrameStore.build(load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=8)
-    code = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\n"
-        "from lac_vla.training import train as module\n"
-        "from lac_vla.training.config import TrainConfig\n"
-        "kept = []\n"
-        "loop = module._loop\n"
-        "module._loop = lambda run, rank, limit: (loop(run, rank, limit), kept.append(run))[0]\n"
-        f"c = TrainConfig({config.vla!r}, Path({str(config.dataset)!r}), Path({str(tmp_path / 'two')!r}), stage1_steps=1,"
-        f" stage2_steps=2, stage1_batch=4, batch=2, window=3, held_out=0.25, width=8, store=Path({str(tmp_path / 'store')!r}))\n"
-        "module.train(c)\n"
-        "print('sum', float(sum(w.double().abs().sum() for w in kept[0].networks.parameters())))\n"
-    )
+    run = replace(config, stage1_steps=1, stage2_steps=2, out=tmp_path / "two", store=tmp_path / "store")
+    code = TWO.format(config=repr(run).replace("PosixPath", "Path"))
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
     processes = [
         subprocess.Popen(

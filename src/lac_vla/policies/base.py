@@ -30,6 +30,11 @@ class CachePolicy(ABC):
         return "none"
 
     @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the policy's own networks per decision; 0 for a rule."""
+        return 0
+
+    @property
     def watch(self) -> Watch | None:
         """Attention to compute aside, for :attr:`View.attention` of the next frame and for :meth:`refine`."""
         return None

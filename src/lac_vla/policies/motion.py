@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from lac_vla.errors import InputError
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
 from lac_vla.types import Decision, View
 
@@ -20,9 +21,12 @@ class Motion(CachePolicy):
 
     Attributes:
         ratio: Share of the visual tokens reused, in [0, 1].
+        keep: Cameras whose tokens are recomputed in any case as long as the ratio leaves room, joined by ``+``: a
+            robot's own wrist camera moves with all that it does.
     """
 
     ratio: float = 0.5
+    keep: str = ""
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -46,4 +50,9 @@ class Motion(CachePolicy):
                 for camera in view.layout.cameras
             }
             score = score + view.layout.patch_mean(speed)
+        grids = {camera.name: camera for camera in view.layout.cameras}
+        for name in filter(None, self.keep.split("+")):
+            if name not in grids:
+                raise InputError(f"motion is to keep the camera '{name}'; the model has {sorted(grids)}")
+            score[grids[name].tokens] = np.inf
         return Decision.reuse(cache_lowest(score, self.ratio), view.n_layers, nominal_ratio=self.ratio)

@@ -117,8 +117,8 @@ class Learner:
             learn: Whether to differentiate.
 
         Returns:
-            Means over frames and windows: ``task``, ``expected_ratio`` (by p̃), ``chosen_ratio`` (nominal),
-            ``agreement`` (share of the head's rows whose answer is the dense one; with ``distill`` only).
+            Means over frames and windows: ``loss``, ``task``, ``chosen_ratio``, ``expected_ratio`` (by p̃; not for a
+            fixed ratio).
         """
         size = len(first)
         every = first[None, :] + np.arange(length)[:, None]  # (T, B)

@@ -59,20 +59,25 @@ def compose(
     Returns:
         float32, (B, channels, H, W).
     """
-    pixels = image.permute(0, 3, 1, 2).float() / 255
-    parts = [2 * pixels - 1]
+    batch, height, width, _ = image.shape
+    out = torch.empty(batch, config.channels, height, width, device=image.device)
+    out[:, :3] = image.permute(0, 3, 1, 2)
+    out[:, :3].mul_(2 / 255).sub_(1)
     if config.flow != "none":
         if flow is None:
             raise ValueError("a policy with flow channels was given no flow")
-        parts.append(FLOW_GAIN * flow.permute(0, 3, 1, 2).float().clamp(-FLOW_LIMIT, FLOW_LIMIT))
+        out[:, 3:5] = flow.permute(0, 3, 1, 2)
+        out[:, 3:5].clamp_(-FLOW_LIMIT, FLOW_LIMIT).mul_(FLOW_GAIN)
     if config.inputs == "extended":
         if reference is None or age is None:
             raise ValueError("a policy with extended inputs was given no reference or no age")
-        change = (image.short() - reference.short()).abs().permute(0, 3, 1, 2).float()
-        parts.append(change.log1p() / math.log(256))  # most change is faint: one grey level must still be seen
-        old = (age[:, None].float() / config.max_age).clamp(max=1)
-        parts.append(old.repeat_interleave(config.patch_pixels, 2).repeat_interleave(config.patch_pixels, 3))
-    return torch.cat(parts, dim=1)
+        change, old = out[:, -4:-1], out[:, -1]
+        change.copy_((image.short() - reference.short()).abs_().permute(0, 3, 1, 2))
+        change.log1p_().mul_(1 / math.log(256))  # most change is faint: one grey level must still be seen
+        rows, cols, side = age.shape[1], age.shape[2], config.patch_pixels
+        by_patch = old.view(batch, rows, side, cols, side)
+        by_patch.copy_((age.float() / config.max_age).clamp_(max=1)[:, :, None, :, None])
+    return out
 
 
 def from_view(config: LACConfig, view: View) -> list[torch.Tensor]:

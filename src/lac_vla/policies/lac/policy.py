@@ -1,5 +1,6 @@
-"""LAC: learned adaptive caching (*Learning to Accelerate Vision-Language-Action Models through Adaptive Visual Token
-Caching*, arXiv 2602.00686).
+"""LAC: learned adaptive caching.
+
+*Learning to Accelerate Vision-Language-Action Models through Adaptive Visual Token Caching*, arXiv 2602.00686.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
 from lac_vla.policies.lac.config import LACConfig
-from lac_vla.policies.lac.inputs import from_view, words
-from lac_vla.policies.lac.networks import Predictor, Selector
+from lac_vla.policies.lac.inputs import WORDS, from_view, words
+from lac_vla.policies.lac.networks import HIDDEN, Predictor, Selector, together
 from lac_vla.types import Decision, View
 
 CONFIG, WEIGHTS, CARD = "config.json", "policy.safetensors", "README.md"
@@ -78,6 +79,19 @@ class LACPolicy(CachePolicy):
         """Weights of both networks together."""
         return sum(weight.numel() for net in (self.selector, self.predictor) for weight in net.parameters())
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of both networks per decision."""
+        config = self.config
+        stem = config.channels * config.patch_pixels**2 * config.width
+        trunk = config.n_visual * (stem + config.depth * 9 * config.width**2)
+        text = WORDS * config.width if config.language else 0
+        selector = trunk + text + config.n_visual * config.width
+        if self.ratio is not None:
+            return selector
+        readout = HIDDEN * (2 * config.width * len(config.grids) + len(config.ratios))
+        return selector + trunk + text + readout
+
     def check_layout(self, grids: Mapping[str, tuple[int, int]]) -> None:
         """Refuse a model with other token grids than those it was made for; cameras may have other names.
 
@@ -105,10 +119,12 @@ class LACPolicy(CachePolicy):
             )
         inputs = from_view(self.config, view)
         text = words([view.instruction]) if self.config.language else None
-        ratio = self.ratio
-        if ratio is None:
-            ratio = self.config.ratios[int(self.predictor(inputs, text)[0].argmax())]
-        scores = self.selector(inputs, text)[0].numpy()
+        if self.ratio is None:
+            seen, felt = together(self.selector.trunk, self.predictor.trunk, inputs, text)
+            ratio = self.config.ratios[int(self.predictor.rate(felt)[0].argmax())]
+        else:
+            seen, ratio = self.selector.trunk(inputs, text), self.ratio
+        scores = self.selector.score(seen)[0].numpy()
         cached = cache_lowest(scores, ratio)
         recovered = cached & (view.rng.random(cached.size) < self.recovery)
         return Decision.reuse(cached & ~recovered, view.n_layers, recovered=recovered, nominal_ratio=ratio)

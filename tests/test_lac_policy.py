@@ -1,0 +1,282 @@
+"""The learned policy by itself: what it decides, its bounds, and its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lac_vla import (
+    CachedVLA,
+    CheckpointError,
+    InputError,
+    LACConfig,
+    LACPolicy,
+    TokenLayout,
+    View,
+    cli,
+    load_vla,
+    make_policy,
+    random_vla,
+)
+from lac_vla.bundled import MINI
+from lac_vla.cost import count_macs
+from lac_vla.models.prismatic.presets import TINY
+from lac_vla.policies.lac import Predictor, Selector
+from lac_vla.policies.lac.inputs import compose, flow_in_patches, from_view, resize, words
+from lac_vla.policies.lac.networks import together
+from tests.engine.scenes import frame
+
+GRIDS = {"agentview": (6, 6), "wrist": (4, 4)}
+SIZES = {"agentview": 48, "wrist": 64}
+
+
+def view(seed: int = 0, instruction: str = "pick up the bowl", age: int = 3) -> View:
+    rng = np.random.default_rng(seed)
+
+    def images() -> dict[str, np.ndarray]:
+        return {name: rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for name, size in SIZES.items()}
+
+    return View(
+        layout=TokenLayout.of(GRIDS, 1, 5),
+        n_layers=2,
+        instruction=instruction,
+        pixels=images(),
+        previous=images(),
+        reference=images(),
+        flow={name: rng.normal(size=(size, size, 2)).astype(np.float32) for name, size in SIZES.items()},
+        age=np.full(52, age),
+        rng=np.random.default_rng(7),
+    )
+
+
+def random_policy(seed: int = 0, *, fixed: float | None = None, **options: object) -> LACPolicy:
+    torch.manual_seed(seed)
+    policy = LACPolicy(LACConfig(grids=GRIDS, **{"width": 16, **options}), ratio=fixed)  # type: ignore[arg-type]
+    torch.nn.init.normal_(policy.predictor.head.weight)
+    return policy
+
+
+def test_the_default_size_is_small() -> None:
+    for options in ({}, {"language": True}, {"inputs": "paper"}):
+        config = LACConfig(grids={"agentview": (16, 16), "wrist": (16, 16)}, **options)  # type: ignore[arg-type]
+        assert LACPolicy(config).n_parameters <= 300_000
+
+
+@pytest.mark.parametrize("fixed", [None, 0.5])
+@pytest.mark.parametrize("language", [False, True])
+def test_its_own_cost_is_counted(fixed: float | None, language: bool) -> None:
+    policy = random_policy(fixed=fixed, language=language)
+    assert policy.macs == count_macs(lambda: policy.decide(view()))
+
+
+def test_paper_inputs_are_five_channels() -> None:
+    shown = from_view(LACConfig(grids=GRIDS, inputs="paper"), view())
+    assert [tuple(part.shape) for part in shown] == [(1, 5, 48, 48), (1, 5, 32, 32)]
+    assert [part.shape[1] for part in from_view(LACConfig(grids=GRIDS, flow="none"), view())] == [7, 7]
+
+
+def test_extended_inputs_see_faint_change_and_age() -> None:
+    config = LACConfig(grids={"c": (2, 2)})
+    image = torch.full((1, 16, 16, 3), 100, dtype=torch.uint8)
+    other = image.clone()
+    other[:, :8, :8] += 1
+    flow, age = torch.zeros(1, 16, 16, 2), torch.tensor([[[0, 4], [8, 99]]])
+    out = compose(config, image, flow, other, age)
+    assert (out[0, 5:8, :8, :8] > 0.1).all()
+    assert (out[0, 5:8, 8:] == 0).all()
+    assert [float(out[0, 8, y, x]) for y, x in ((0, 0), (0, 15), (15, 0), (15, 15))] == [0, 0.25, 0.5, 1]
+
+
+def test_flow_is_counted_in_token_sides() -> None:
+    flow = np.tile(np.float32([7, -14]), (28, 28, 1))
+    scaled = flow_in_patches(flow, 2, 4, 8)
+    assert scaled.shape == (16, 32, 2)
+    np.testing.assert_allclose(scaled[0, 0], [1, -1])
+    image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    assert resize(image, 2, 2, 8) is image
+
+
+def test_a_patch_is_resized_from_its_own_pixels_alone() -> None:
+    """So that a reference image put together from patches of several frames means the same after resizing."""
+    image = np.zeros((224, 224, 3), np.uint8)
+    image[14:28, 28:42] = 200
+    small = resize(image, 16, 16, 8)
+    assert (small[8:16, 16:24] == 200).all()
+    assert small.sum() == 200 * 3 * 64
+
+
+def test_saliency_lies_in_0_1_and_keeps_its_order_at_any_scale() -> None:
+    config = LACConfig(grids=GRIDS, width=16)
+    net = Selector(config)
+    shown = from_view(config, view())
+    scores = net(shown)
+    assert scores.shape == (1, 52)
+    assert 0 <= scores.min().item() < scores.max().item() <= 1
+    with torch.no_grad():
+        net.shift += 0.1
+    assert torch.equal(net(shown).argsort(), scores.argsort())
+
+
+def test_ratio_logits_never_leave_the_range_where_they_can_learn() -> None:
+    config = LACConfig(grids=GRIDS, width=16)
+    net = Predictor(config)
+    torch.nn.init.normal_(net.head.weight, std=1e3)
+    logits = net(from_view(config, view()))
+    assert logits.shape == (1, 6)
+    assert logits.abs().max().item() <= 3
+
+
+def test_the_lowest_scores_are_cached_at_the_chosen_ratio() -> None:
+    policy = random_policy(recovery=0.0)
+    seen = view()
+    decision = policy.decide(seen)
+    shown = from_view(policy.config, seen)
+    with torch.no_grad():
+        ratio = policy.config.ratios[int(policy.predictor(shown).argmax())]
+        scores = policy.selector(shown)[0].numpy()
+    assert decision.nominal_ratio == ratio
+    cached = ~decision.active
+    assert cached.sum() == int(52 * ratio + 0.5)
+    if cached.any() and not cached.all():
+        assert scores[cached].max() <= scores[~cached].min()
+
+
+@pytest.mark.parametrize("language", [False, True])
+def test_both_networks_together_are_each_by_itself(language: bool) -> None:
+    policy = random_policy(language=language)
+    shown, text = from_view(policy.config, view()), words(["open the drawer"]) if language else None
+    seen, felt = together(policy.selector.trunk, policy.predictor.trunk, shown, text)
+    torch.testing.assert_close(policy.selector.score(seen), policy.selector(shown, text))
+    torch.testing.assert_close(policy.predictor.rate(felt), policy.predictor(shown, text))
+
+
+def test_decisions_are_reproducible_and_recovery_draws_from_the_session() -> None:
+    policy = random_policy(fixed=0.9, recovery=0.3)
+    first, again = policy.decide(view()), policy.decide(view())
+    assert np.array_equal(first.depth, again.depth)
+    other = policy.decide(replace(view(), rng=np.random.default_rng(8)))
+    assert not np.array_equal(first.depth, other.depth)
+    assert first.recovered is not None
+    assert first.recovered.sum() == pytest.approx(0.3 * 47, abs=10)
+    assert first.active[first.recovered].all()
+    assert (~first.active).sum() + first.recovered.sum() == int(52 * 0.9 + 0.5)
+
+
+def test_the_instruction_matters_with_language_only() -> None:
+    for language in (False, True):
+        policy = random_policy(fixed=0.5, language=language, recovery=0.0)
+        if language:
+            torch.nn.init.normal_(policy.selector.trunk.text.weight, std=3)  # type: ignore[union-attr]
+        depths = [policy.decide(view(instruction=text)).depth for text in ("pick up the bowl", "open the drawer")]
+        assert np.array_equal(*depths) != language
+    assert torch.equal(words(["Pick up"]), words(["pick UP"]))
+    assert float(words(["a b c d"]).sum()) == 1
+
+
+@pytest.mark.parametrize("recovery", [0.0, 0.2])
+def test_no_age_exceeds_the_maximum(recovery: float) -> None:
+    backbone = random_vla(TINY)
+    torch.manual_seed(0)
+    policy = LACPolicy(LACConfig(grids=dict(backbone.grids), recovery=recovery, width=16), ratio=0.9)
+    session = CachedVLA(backbone, policy, max_age=4).session()
+    oldest = 0
+    for seed in range(14):
+        session.act(frame(seed % 3))
+        assert session.last is not None
+        oldest = max(oldest, int(session.last.age.max()))
+    assert 3 <= oldest <= 4
+
+
+def test_files_give_the_same_policy_back(tmp_path: Path) -> None:
+    policy = random_policy(language=True, inputs="paper", recovery=0.1)
+    policy.save_pretrained(tmp_path / "p", about={"seconds": 3})
+    back = LACPolicy.from_pretrained(tmp_path / "p")
+    assert back.config == policy.config
+    assert np.array_equal(back.decide(view()).depth, policy.decide(view()).depth)
+    assert json.loads((tmp_path / "p" / "config.json").read_text())["about"] == {"seconds": 3}
+    assert (tmp_path / "p" / "README.md").read_text().startswith("#")
+    overridden = make_policy("lac", path=str(tmp_path / "p"), ratio=0.25, recovery=0.0)
+    assert overridden.decide(view()).nominal_ratio == 0.25
+    (tmp_path / "run").mkdir()
+    (tmp_path / "p").rename(tmp_path / "run" / "policy")
+    assert LACPolicy.from_pretrained(tmp_path / "run").config == policy.config
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no policy at"):
+        LACPolicy.from_pretrained(tmp_path / "nowhere")
+    random_policy().save_pretrained(tmp_path)
+    weights = tmp_path / "policy.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="missing, damaged"):
+        LACPolicy.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"width": 24}, "another shape"),
+        ({"model_type": "llama"}, "does not hold a LAC policy"),
+        ({"colour": 1}, "another version"),
+        ({"grids": [1]}, "no settings"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            LACPolicy.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        LACPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratios": (0.25, 0.5)},
+        {"ratios": (0.0, 0.9, 0.5)},
+        {"ratios": (0.0, 1.5)},
+        {"inputs": "both"},
+        {"recovery": 2.0},
+        {"ratio": -0.5},
+        {"width": 0},
+        {"grids": {}},
+    ],
+)
+def test_configurations_out_of_range_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        LACConfig(**{"grids": GRIDS, **options})  # type: ignore[arg-type]
+
+
+def test_another_layout_is_refused_before_anything_changes() -> None:
+    backbone = random_vla(TINY)
+    with pytest.raises(InputError, match=r"made for the token grids.*lac train"):
+        CachedVLA(backbone, LACPolicy(LACConfig(grids={"agentview": (16, 16)})))
+
+
+def test_a_policy_that_reads_flow_is_not_run_without() -> None:
+    backbone = random_vla(TINY)
+    policy = LACPolicy(LACConfig(grids=dict(backbone.grids), width=16))
+    session = CachedVLA(backbone, policy, flow="none").session()
+    session.act(frame(0))
+    with pytest.raises(InputError, match="reads optical flow"):
+        session.act(frame(1))
+
+
+def test_the_bundled_policy_fits_the_bundled_model() -> None:
+    policy = LACPolicy.from_pretrained(MINI)
+    backbone = load_vla(MINI)
+    CachedVLA(backbone, policy)
+    assert policy.config.flow == "dis"
+    assert policy.n_parameters <= 300_000
+    about = json.loads((MINI / "policy" / "config.json").read_text())["about"]
+    assert about["seconds"] <= 30 * 60
+    assert "lac train" in about["trained_with"]["command"]
+
+
+def test_train_is_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "target-ratio" in capsys.readouterr().out
