@@ -56,7 +56,7 @@ def view(seed: int = 0, instruction: str = "pick up the bowl", age: int = 3) -> 
 
 def random_policy(seed: int = 0, *, fixed: float | None = None, **options: object) -> LACPolicy:
     torch.manual_seed(seed)
-    policy = LACPolicy(LACConfig(grids=GRIDS, **{"width": 16, **options}), ratio=fixed)  # type: ignore[arg-type]
+    policy = LACPolicy(LACConfig(grids=GRIDS, **{"width": 16, "depth": 2, **options}), ratio=fixed)  # type: ignore[arg-type]
     torch.nn.init.normal_(policy.predictor.head.weight)
     return policy
 
@@ -76,12 +76,12 @@ def test_its_own_cost_is_counted(fixed: float | None, language: bool) -> None:
 
 def test_paper_inputs_are_five_channels() -> None:
     shown = from_view(LACConfig(grids=GRIDS, inputs="paper"), view())
-    assert [tuple(part.shape) for part in shown] == [(1, 5, 48, 48), (1, 5, 32, 32)]
+    assert [tuple(part.shape) for part in shown] == [(1, 5, 24, 24), (1, 5, 16, 16)]
     assert [part.shape[1] for part in from_view(LACConfig(grids=GRIDS, flow="none"), view())] == [7, 7]
 
 
 def test_extended_inputs_see_faint_change_and_age() -> None:
-    config = LACConfig(grids={"c": (2, 2)})
+    config = LACConfig(grids={"c": (2, 2)}, patch_pixels=8)
     image = torch.full((1, 16, 16, 3), 100, dtype=torch.uint8)
     other = image.clone()
     other[:, :8, :8] += 1

@@ -18,7 +18,6 @@ import torch
 
 from lac_vla import CachedVLA, CheckpointError, Frame, InputError, LACPolicy, load_vla, random_vla, save_vla
 from lac_vla.datasets.writer import DatasetWriter
-from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.training import store as store_module
 from lac_vla.training.config import TrainConfig
@@ -250,7 +249,7 @@ def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
     assert np.array_equal(
         store.targets[at], backbone.actions.encode(backbone.action_range.normalize(episode.action[4]))
     )
-    assert TINY.cameras[0].image_size == store.images["agentview"].shape[1]
+    assert store.images["agentview"].shape[1:] == (6 * config.patch_pixels, 6 * config.patch_pixels, 3)
 
 
 TWO = """
@@ -269,7 +268,7 @@ print("sum", float(sum(weight.double().abs().sum() for weight in kept[0].network
 
 def test_two_processes_train_one_policy(config: TrainConfig, tmp_path: Path) -> None:
     """As under torchrun: gradients are averaged, so both processes end with the same weights."""
-    FrameStore.build(load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=8)
+    FrameStore.build(load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels)
     run = replace(config, stage1_steps=1, stage2_steps=2, out=tmp_path / "two", store=tmp_path / "store")
     code = TWO.format(config=repr(run).replace("PosixPath", "Path"))
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}

@@ -88,6 +88,8 @@ class TrainConfig:
         language: Let both networks read the instruction.
         recovery: Chance of a cached token to be recomputed at inference.
         width: Channels of the networks.
+        depth: Residual convolutions of the networks.
+        patch_pixels: Pixels per token side that the networks see.
         episodes: How many episodes to use, evenly spread; 0 for all.
         held_out: Share of them kept for validation.
         store: Folder of the stored embeddings; by default ``<out>/store``. Runs may share one.
@@ -118,7 +120,9 @@ class TrainConfig:
     flow: str = "dis"
     language: bool = False
     recovery: float = 0.05
-    width: int = 48
+    width: int = 32
+    depth: int = 1
+    patch_pixels: int = 4
     episodes: int = 0
     held_out: float = 0.1
     store: Path | None = None

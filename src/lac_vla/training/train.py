@@ -58,6 +58,8 @@ class Training:
             ratio=config.fixed_ratio or None,
             recovery=config.recovery,
             width=config.width,
+            depth=config.depth,
+            patch_pixels=config.patch_pixels,
         )
         self.policy = LACPolicy(shape)
         self.learner = Learner(backbone, task_of(backbone), store, self.policy, config.loss)
@@ -310,7 +312,7 @@ def _store(config: TrainConfig, backbone: Backbone, rank: int) -> FrameStore:
             config.dataset,
             folder,
             flow=config.flow,
-            patch_pixels=LACConfig.patch_pixels,
+            patch_pixels=config.patch_pixels,
             episodes=config.episodes,
             labels=config.loss == "demo",
         )

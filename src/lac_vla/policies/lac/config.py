@@ -41,9 +41,9 @@ class LACConfig:
     language: bool = False
     ratio: float | None = None
     recovery: float = 0.05
-    patch_pixels: int = 8
-    width: int = 48
-    depth: int = 2
+    patch_pixels: int = 4
+    width: int = 32
+    depth: int = 1
     max_age: int = 16
 
     def __post_init__(self) -> None:
