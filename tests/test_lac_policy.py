@@ -56,7 +56,7 @@ def view(seed: int = 0, instruction: str = "pick up the bowl", age: int = 3) -> 
 
 def random_policy(seed: int = 0, *, fixed: float | None = None, **options: object) -> LACPolicy:
     torch.manual_seed(seed)
-    policy = LACPolicy(LACConfig(grids=GRIDS, **{"width": 16, "depth": 2, **options}), ratio=fixed)  # type: ignore[arg-type]
+    policy = LACPolicy(LACConfig(grids=GRIDS, **{"width": 16, **options}), ratio=fixed)  # type: ignore[arg-type]
     torch.nn.init.normal_(policy.predictor.head.weight)
     return policy
 

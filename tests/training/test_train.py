@@ -268,7 +268,9 @@ print("sum", float(sum(weight.double().abs().sum() for weight in kept[0].network
 
 def test_two_processes_train_one_policy(config: TrainConfig, tmp_path: Path) -> None:
     """As under torchrun: gradients are averaged, so both processes end with the same weights."""
-    FrameStore.build(load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels)
+    FrameStore.build(
+        load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels
+    )
     run = replace(config, stage1_steps=1, stage2_steps=2, out=tmp_path / "two", store=tmp_path / "store")
     code = TWO.format(config=repr(run).replace("PosixPath", "Path"))
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}

@@ -79,5 +79,5 @@ def learner_of(
     backbone: PrismaticBackbone, store: FrameStore, loss: str = "distill", *, seed: int = 0, **options: object
 ) -> Learner:
     torch.manual_seed(seed)
-    config = LACConfig(grids=store.grids, **{"width": 16, "depth": 2, "patch_pixels": SIDE, **options})  # type: ignore[arg-type]
+    config = LACConfig(grids=store.grids, **{"width": 16, "patch_pixels": SIDE, **options})  # type: ignore[arg-type]
     return Learner(backbone, task_of(backbone), store, LACPolicy(config), loss)

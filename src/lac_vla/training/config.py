@@ -121,7 +121,7 @@ class TrainConfig:
     language: bool = False
     recovery: float = 0.05
     width: int = 32
-    depth: int = 1
+    depth: int = 2
     patch_pixels: int = 4
     episodes: int = 0
     held_out: float = 0.1

@@ -43,7 +43,7 @@ class LACConfig:
     recovery: float = 0.05
     patch_pixels: int = 4
     width: int = 32
-    depth: int = 1
+    depth: int = 2
     max_age: int = 16
 
     def __post_init__(self) -> None:
