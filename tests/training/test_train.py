@@ -226,6 +226,15 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     assert not (config.out / "store.incomplete").exists()
 
 
+def test_a_folder_of_something_else_is_left_alone(config: TrainConfig, tmp_path: Path) -> None:
+    keep = tmp_path / "holiday" / "picture.png"
+    keep.parent.mkdir()
+    keep.write_bytes(b"beach")
+    with pytest.raises(InputError, match="something else than stored embeddings"):
+        train(replace(config, store=keep.parent))
+    assert keep.read_bytes() == b"beach"
+
+
 def test_settings_out_of_range_are_refused(config: TrainConfig) -> None:
     for change in ({"window": 1}, {"lam": -1.0}, {"held_out": 1.0}, {"tau_score": (0.0, 0.1)}, {"ratios": (0.5,)}):
         with pytest.raises(InputError):

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from lac_vla.errors import InputError
 from lac_vla.policies import CachePolicy, PolicySpec, build_policy
-
-BUNDLED = "policy"
-"""Sub-folder of a checkpoint that holds the LAC policy trained for it."""
+from lac_vla.policies.lac import SUBFOLDER
 
 
 def method_name(spec: str) -> str:
@@ -30,7 +28,7 @@ def resolve(spec: str, model: str | None) -> CachePolicy:
     """
     parsed = PolicySpec.parse(spec)
     if parsed.name == "lac" and "path" not in parsed.options:
-        folder = None if model is None else Path(model) / BUNDLED
+        folder = None if model is None else Path(model) / SUBFOLDER
         if folder is None or not folder.is_dir():
             raise InputError(f"{spec!r}: the model comes without a policy; give its folder as lac:path=FOLDER")
         parsed = replace(parsed, options={**parsed.options, "path": str(folder)})

@@ -60,7 +60,7 @@ class Learner:
     """The losses of both stages: a frozen backbone, stored frames and a policy whose networks have gradients.
 
     Args:
-        backbone: The frozen model; its weights are told to want no gradient.
+        backbone: The frozen model; its weights should want no gradient.
         task: Its task loss.
         store: The frames.
         policy: What is trained.

@@ -171,7 +171,7 @@ class FrameStore:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Name of a model by its answers: a checksum of its first layer's output on fixed rows."""
+    """Name of a model by its answers: a checksum of what its last layer projects fixed rows to."""
     rows = torch.linspace(-1, 1, backbone.shape.width, device=backbone.device, dtype=backbone.dtype)[None]
     with torch.inference_mode():
         answers = [part.float().cpu().numpy() for part in backbone.layers[-1].qkv(rows, backbone.rotary(_zero(rows)))]
@@ -208,13 +208,15 @@ class _Builder:
             "visual": ((total, layout.n_visual, width), np.float16),
             "suffix": ((total, longest, width), np.float32),
             "suffix_length": ((total,), np.int64),
-            "targets": ((total, self._targets(first, self._frames(first)[:1]).shape[1]), np.int64),
+            "targets": ((total, self._targets(first, [frame]).shape[1]), np.int64),
         }
         for index, camera in enumerate(layout.cameras):
             size = (total, camera.rows * side, camera.cols * side)
             shapes[f"image_{index}"] = ((*size, 3), np.uint8)
             if self.flow is not None:
                 shapes[f"flow_{index}"] = ((*size, 2), np.float16)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} holds something else than stored embeddings; give another --store")
         partial = folder.with_name(f"{folder.name}.incomplete")
         self._check_disk(folder, shapes)
         shutil.rmtree(partial, ignore_errors=True)
@@ -245,8 +247,7 @@ class _Builder:
             "has_actions": labelled,
         }
         (partial / META).write_text(json.dumps(meta), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        partial.replace(folder)
 
     @torch.inference_mode()
     def _episode(

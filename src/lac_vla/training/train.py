@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lac_vla.errors import CheckpointError, InputError, MissingExtraError
 from lac_vla.models import load_vla
 from lac_vla.models.base import Backbone
-from lac_vla.policies.lac import LACConfig, LACPolicy
+from lac_vla.policies.lac import SUBFOLDER, LACConfig, LACPolicy
 from lac_vla.provenance import provenance
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.lac import Learner, Temperatures, annealed, cosine
@@ -27,7 +27,7 @@ from lac_vla.training.store import FrameStore
 from lac_vla.training.task import task_of
 from lac_vla.types import IntArray
 
-STATE, METRICS, CONFIG, POLICY, PICTURES = "state.pt", "metrics.jsonl", "config.json", "policy", "saliency.npz"
+STATE, METRICS, CONFIG, PICTURES = "state.pt", "metrics.jsonl", "config.json", "saliency.npz"
 VALIDATION_WINDOWS = 32
 STEERING = 0.02
 """How fast λ follows a target ratio: log λ moves by this times the ratio's distance, in units of 0.1, per step."""
@@ -183,7 +183,7 @@ class Training:
             "episodes": len(self.store.start),
             "trained_with": provenance(),
         }
-        self.policy.save_pretrained(out / POLICY, about=about)
+        self.policy.save_pretrained(out / SUBFOLDER, about=about)
         np.savez_compressed(out / PICTURES, **self.pictures())
 
     def resume(self) -> None:
@@ -244,7 +244,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
     _loop(run, rank, max_seconds)
     if size > 1:
         dist.destroy_process_group()
-    return config.out / POLICY
+    return config.out / SUBFOLDER
 
 
 def _loop(run: Training, rank: int, max_seconds: float) -> None:

@@ -2,6 +2,6 @@
 
 from lac_vla.policies.lac.config import LACConfig
 from lac_vla.policies.lac.networks import Predictor, Selector
-from lac_vla.policies.lac.policy import LACPolicy
+from lac_vla.policies.lac.policy import SUBFOLDER, LACPolicy
 
-__all__ = ["LACConfig", "LACPolicy", "Predictor", "Selector"]
+__all__ = ["SUBFOLDER", "LACConfig", "LACPolicy", "Predictor", "Selector"]

@@ -22,7 +22,7 @@ from lac_vla.policies.lac.networks import HIDDEN, Predictor, Selector, together
 from lac_vla.types import Decision, View
 
 CONFIG, WEIGHTS, CARD = "config.json", "policy.safetensors", "README.md"
-RUN_POLICY = "policy"
+SUBFOLDER = "policy"
 """Where a training run's folder, or a model's, keeps its policy."""
 MODEL_TYPE = "lac-policy"
 
@@ -166,8 +166,8 @@ class LACPolicy(CachePolicy):
             CheckpointError: If a file is missing or damaged, or is something else.
         """
         folder = Path(path)
-        if (folder / RUN_POLICY / CONFIG).is_file():
-            folder = folder / RUN_POLICY
+        if (folder / SUBFOLDER / CONFIG).is_file():
+            folder = folder / SUBFOLDER
         try:
             data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         except OSError as error:
