@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
+import numpy as np
 import pytest
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation.stats import Percentiles, mcnemar, percentiles, wilson
+from lac_vla.evaluation.stats import Percentiles, bootstrap, mcnemar, percentiles, wilson
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,38 @@ def test_mcnemar_with_many_pairs_stays_a_probability() -> None:
 def test_mcnemar_refuses_negative_counts() -> None:
     with pytest.raises(InputError, match="negative"):
         mcnemar(-1, 2)
+
+
+def test_bootstrap_agrees_with_all_resamples() -> None:
+    pairs = [(True, False), (True, False), (False, True), (True, True), (False, False)]
+    differences = [method - reference for reference, method in pairs]
+    exact = [sum(drawn) / 5 for drawn in product(differences, repeat=5)]
+    low, high = np.percentile(exact, [2.5, 97.5])
+    assert bootstrap([pairs]) == pytest.approx((low, high))
+
+
+def test_bootstrap_draws_within_tasks() -> None:
+    lost, kept = [(True, False)] * 20, [(True, True)] * 19 + [(False, True)]
+    within, together = bootstrap([lost, kept]), bootstrap([lost + kept])
+    assert within is not None
+    assert together is not None
+    assert (within.low, within.high) == pytest.approx((-0.5, -0.425))
+    assert together.low < -0.6
+    assert together.high > -0.35
+
+
+def test_bootstrap_of_single_trials_pools_the_tasks() -> None:
+    interval = bootstrap([[(True, task < 2)] for task in range(10)])
+    assert interval is not None
+    assert interval.low < -0.8 < interval.high
+
+
+def test_bootstrap_does_not_depend_on_the_order_and_claims_no_certainty() -> None:
+    first, second = [(True, False), (True, True)] * 5, [(False, True), (True, True), (True, True)] * 3
+    assert bootstrap([first, second]) == bootstrap([second[::-1], first])
+    assert bootstrap([first, second], seed=1) == pytest.approx(bootstrap([first, second]), abs=0.06)
+    assert bootstrap([[(True, False)] * 9, [(True, True)] * 9, [(True, True)] * 3]) is None
+    assert bootstrap([]) is None
 
 
 def test_percentiles_by_hand() -> None:

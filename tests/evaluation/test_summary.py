@@ -85,7 +85,13 @@ def test_terminal_table_shows_the_numbers() -> None:
     out = io.StringIO()
     Console(file=out, width=100).print(*write.terminal_tables(summarize(episodes())))
     text = out.getvalue()
-    for part in ("motion-0.6", "3/6  50.0 %", "\N{MINUS SIGN}20.0 (p 1.000)", "60 % / 25.0 %", "15.0 / 20.0"):
+    for part in (
+        "motion-0.6",
+        "3/6  50.0 %",
+        "\N{MINUS SIGN}20.0 [\N{MINUS SIGN}80.0, +40.0] (p 1.000)",
+        "60 % / 25.0 %",
+        "15.0 / 20.0",
+    ):
         assert part in text
 
 

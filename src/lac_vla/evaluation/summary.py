@@ -12,7 +12,7 @@ import numpy as np
 from lac_vla import timing
 from lac_vla.errors import InputError
 from lac_vla.evaluation.records import EpisodeRecord, Trial
-from lac_vla.evaluation.stats import Interval, Percentiles, mcnemar, percentiles, wilson
+from lac_vla.evaluation.stats import Interval, Percentiles, bootstrap, mcnemar, percentiles, wilson
 
 DENSE = "dense"
 """The method that the others are compared with."""
@@ -31,6 +31,8 @@ class Paired:
         only_dense: Solved by dense alone.
         only_method: Solved by the method alone.
         difference: Success rate of the method minus that of dense, over the pairs, in [-1, 1].
+        interval: 95 % bootstrap interval of the difference, stratified by task; ``None`` if no pair differs
+            from another of its task.
         p: McNemar's exact two-sided test.
     """
 
@@ -39,6 +41,7 @@ class Paired:
     only_dense: int
     only_method: int
     difference: float
+    interval: Interval | None
     p: float
 
 
@@ -112,6 +115,8 @@ class Summary:
         for row in self.methods:
             content = dataclasses.asdict(row)
             content |= {"rate": row.rate, "flops": row.flops, "interval": row.interval._asdict()}
+            if row.paired is not None and row.paired.interval is not None:
+                content["paired"]["interval"] = row.paired.interval._asdict()
             content["latency"] = {name: value._asdict() for name, value in row.latency.items()}
             rows.append(content)
         return {"methods": rows, "tasks": [dataclasses.asdict(task) for task in self.tasks]}
@@ -171,7 +176,12 @@ def _method_row(name: str, episodes: Sequence[EpisodeRecord], dense: dict[Trial,
 
 
 def _pair(episodes: Sequence[EpisodeRecord], dense: dict[Trial, bool]) -> Paired | None:
-    pairs = [(dense[episode.trial], episode.success) for episode in episodes if episode.trial in dense]
+    by_task: dict[tuple[str, int], list[tuple[bool, bool]]] = {}
+    for episode in episodes:
+        if episode.trial in dense:
+            pair = (dense[episode.trial], episode.success)
+            by_task.setdefault((episode.suite, episode.task), []).append(pair)
+    pairs = [pair for task in by_task.values() for pair in task]
     if not pairs:
         return None
     only_dense = sum(first and not second for first, second in pairs)
@@ -182,6 +192,7 @@ def _pair(episodes: Sequence[EpisodeRecord], dense: dict[Trial, bool]) -> Paired
         only_dense=only_dense,
         only_method=only_method,
         difference=(only_method - only_dense) / len(pairs),
+        interval=bootstrap(by_task.values()),
         p=mcnemar(only_dense, only_method),
     )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from lac_vla.evaluation.stats import Percentiles
+from lac_vla.evaluation.stats import Interval, Percentiles
 from lac_vla.evaluation.summary import WINDOWS, MethodRow, Paired, Summary
 
 NONE = "-"
 """Written where a number does not exist."""
+
+CAPTION = "95 % intervals: Wilson; of a difference, paired bootstrap by task. p: McNemar, exact, against dense"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -52,9 +54,17 @@ def memory(value: float | None) -> str:
     return NONE if value is None else f"{value:.0f} MB"
 
 
+def range_of_points(value: Interval | None) -> str:
+    """An interval of a difference in percentage points, e.g. ``[−8.0, +4.0]``."""
+    return NONE if value is None else f"[{points(value.low)}, {points(value.high)}]"
+
+
 def paired(value: Paired | None) -> str:
-    """Difference to dense in percentage points and its p-value, e.g. ``−2.0 (p 0.125)``."""
-    return NONE if value is None else f"{points(value.difference)} (p {p_value(value.p)})"
+    """Difference to dense in percentage points, interval and p-value, e.g. ``−2.0 [−8.0, +4.0] (p 0.125)``."""
+    if value is None:
+        return NONE
+    parts = [points(value.difference), range_of_points(value.interval), f"(p {p_value(value.p)})"]
+    return " ".join(part for part in parts if part != NONE)
 
 
 def success(row: MethodRow) -> str:
@@ -70,7 +80,7 @@ def ratio(row: MethodRow) -> str:
 
 def terminal_tables(summary: Summary) -> tuple[Table, Table]:
     """The run for the terminal: what was solved, and what it cost; one row per method in each."""
-    solved = Table(box=box.SIMPLE, caption="95 % Wilson intervals; p: McNemar, exact, paired against dense")
+    solved = Table(box=box.SIMPLE, caption=CAPTION)
     cost = Table(box=box.SIMPLE, caption="latency: p50 / p95 in ms over all frames; FLOPs = 2 x MACs, per frame")
     for table, headings in (
         (solved, ("success", "vs dense, points", "ratio nom. / eff.")),

@@ -125,6 +125,7 @@ def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> d
         "bar": plots.interval_bar(row.rate, low, high, reference.rate if reference else None),
         "paired": row.paired,
         "difference": write.points(row.paired.difference) if row.paired else write.NONE,
+        "difference_interval": write.range_of_points(row.paired.interval) if row.paired else write.NONE,
         "p": write.p_value(row.paired.p) if row.paired else write.NONE,
         "nominal": write.percent(row.ratio_nominal, 0),
         "effective": write.percent(row.ratio_effective),
