@@ -8,8 +8,8 @@ import pytest
 from lac_vla import CachedVLA, Dense, Frame, Motion, load_vla
 from lac_vla.bundled import MINI
 from lac_vla.cost import CostModel
+from lac_vla.evaluation.config import FIRST_HELD_OUT
 from lac_vla.evaluation.rollout import rollout
-from lac_vla.evaluation.runner import FIRST_HELD_OUT
 from lac_vla.sims.libero import LiberoEnv
 
 

@@ -46,7 +46,7 @@ Start with `lac demo`: the bundled VLA solves real LIBERO tasks on a CPU, dense 
 def _verbs() -> dict[str, Callable[..., Any]]:
     """Verb → function. What a verb needs is imported here, so that no verb pays for another's dependencies."""
     from lac_vla.bench import BenchConfig, bench_tables, run_bench
-    from lac_vla.evaluation.runner import EvalConfig
+    from lac_vla.evaluation.config import EvalConfig
     from lac_vla.sims.collect import CollectConfig
     from lac_vla.training.config import PretrainConfig, TrainConfig
 
@@ -74,7 +74,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
             workers: Processes.
         """
         from lac_vla.bundled import MINI
-        from lac_vla.evaluation.runner import FIRST_HELD_OUT
+        from lac_vla.evaluation.config import FIRST_HELD_OUT
         from lac_vla.evaluation.runner import evaluate as run
 
         states = (FIRST_HELD_OUT, FIRST_HELD_OUT + episodes)

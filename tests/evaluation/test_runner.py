@@ -12,9 +12,10 @@ import pytest
 from tests.engine.scenes import frame
 
 from lac_vla import Frame, InputError, random_vla, save_vla
-from lac_vla.evaluation import runner
+from lac_vla.evaluation import worker
+from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.records import read_episodes
-from lac_vla.evaluation.runner import EvalConfig, evaluate
+from lac_vla.evaluation.runner import evaluate
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.policies import POLICIES, Random
 
@@ -35,7 +36,7 @@ class FakeEnv:
         return self._frame()
 
     def step(self, action: np.ndarray) -> tuple[Frame, bool]:
-        assert action.shape == (7,)
+        assert np.shape(action) == (7,)
         self.steps += 1
         return self._frame(), self.steps == self.state
 
@@ -48,7 +49,8 @@ class FakeEnv:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
-    monkeypatch.setattr(runner, "LiberoEnv", FakeEnv)
+    monkeypatch.setattr(worker, "LiberoEnv", FakeEnv)
+    monkeypatch.setattr(worker, "instructions", lambda suite: ("pick up the bowl", "open the drawer"))
     backbone = random_vla("tiny")
     words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
     backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
@@ -107,6 +109,36 @@ def test_other_settings_do_not_mix(config: EvalConfig) -> None:
     evaluate(replace(config, tasks=(0,), init_states=(4, 5), threads=1))
 
 
+def test_a_run_grows_by_policies_and_initial_states(config: EvalConfig) -> None:
+    small = replace(config, policies=("dense",), init_states=(4, 6))
+    before = outcomes(evaluate(small))
+    grown = outcomes(evaluate(config))
+    assert [line for line in grown if line[0] == "dense" and line[1][2] < 6] == before
+    assert grown == outcomes(evaluate(replace(config, out=config.out.with_name("at once"))))
+    evaluate(small)
+    settings = json.loads((config.out / "config.json").read_text())
+    assert (settings["policies"], settings["init_states"]) == (["dense", "random:ratio=0.5"], [4, 8])
+    assert set(json.loads((config.out / "summary.json").read_text())["methods"]) == {"dense", "random-0.5"}
+    assert outcomes(config.out) == grown
+    for wrong in ({"policies": ("dense@random",)}, {"init_states": (5, 8)}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            evaluate(replace(config, **wrong))  # type: ignore[arg-type]
+
+
+def test_stress_is_recorded_and_changes_what_the_robot_sees(config: EvalConfig) -> None:
+    config = replace(config, tasks=(0,), init_states=(4, 5))
+    calm = outcomes(evaluate(config))
+    with pytest.raises(InputError, match=r"other .*stress"):
+        evaluate(replace(config, stress="shake"))
+    held = replace(config, out=config.out.with_name("held"), stress="long")
+    summary = json.loads((evaluate(held) / "summary.json").read_text())
+    assert summary["simulator"]["stress"] == json.loads((held.out / "config.json").read_text())["stress"] == "long"
+    assert any("Stress 'long' (hold 150)" in note for note in summary["notes"])
+    assert all(e.horizon == FakeEnv.horizon + 150 for e in read_episodes(held.out / "episodes.jsonl"))
+    told = replace(config, out=config.out.with_name("told"), stress="instruction")
+    assert outcomes(evaluate(told)) == calm, "the other instruction comes after these short episodes"
+
+
 def test_summary_says_what_was_altered(config: EvalConfig) -> None:
     summary = json.loads((evaluate(config) / "summary.json").read_text())
     assert any("Altered rendering" in note for note in summary["notes"])
@@ -145,6 +177,7 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
         {"policies": ("a@dense", "a@random")},
         {"policies": ("lac",)},
         {"flow": "raft"},
+        {"stress": "earthquake"},
         {"workers": 0},
     ],
 )

@@ -3,179 +3,27 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from lac_vla.cost import CostModel
 from lac_vla.errors import InputError
-from lac_vla.evaluation.methods import make_methods, method_name
-from lac_vla.evaluation.records import EpisodeRecord, read_episodes
-from lac_vla.evaluation.rollout import rollout
-from lac_vla.flow import make_flow
-from lac_vla.models import load_vla
-from lac_vla.models.prismatic.actions import libero_gripper
+from lac_vla.evaluation.config import EvalConfig
+from lac_vla.evaluation.methods import method_name
+from lac_vla.evaluation.records import read_episodes
+from lac_vla.evaluation.stress import describe_stress
+from lac_vla.evaluation.worker import run_jobs
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
-from lac_vla.report.overlay import EpisodeVideo
-from lac_vla.sims.libero import SUITES, LiberoEnv
-from lac_vla.vla import CachedVLA, Session
+from lac_vla.sims.libero import SUITES
 
 EPISODES, CONFIG, SUMMARY = "episodes.jsonl", "config.json", "summary.json"
-FIRST_HELD_OUT = 40
-"""First initial state of every task that no demonstration used: demonstrations start from states 0 to 39."""
 CHANGEABLE = ("workers", "threads", "videos")
 """Settings that may differ when a run is resumed: they change no result."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """A paired evaluation.
-
-    Attributes:
-        model: Checkpoint folder or hub id.
-        out: Folder of the run. If it holds a run with the same settings, that run goes on.
-        policies: Methods, e.g. ``dense``, ``motion:ratio=0.5``, ``lac`` (the policy that comes with the model),
-            ``lac:path=FOLDER,recovery=0``; ``NAME@`` before one names it in tables.
-        suite: LIBERO suite.
-        tasks: Task ids; empty for all ten.
-        init_states: First and one-past-last initial state of every task.
-        seed: Of every session.
-        flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
-            has the one that it was made for.
-        max_age: No slot is reused once it is this old, frames.
-        rendering: ``fast`` (altered pixels, for models trained on them) or ``official``.
-        convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints, whose images are rotated by
-            180° and whose gripper runs from 0, closed, to 1, open.
-        image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
-        videos: Per method and task, how many episodes get an overlay video.
-        unnorm_key: Statistics key of the checkpoint, if it has several.
-        device: ``cpu`` or ``cuda``.
-        workers: Processes. Latencies are only worth reporting from one.
-        threads: CPU threads of torch per process; 0 leaves it to torch.
-    """
-
-    model: str
-    out: Path
-    policies: tuple[str, ...] = ("dense", "motion:ratio=0.5")
-    suite: str = "libero_spatial"
-    tasks: tuple[int, ...] = ()
-    init_states: tuple[int, int] = (FIRST_HELD_OUT, 50)
-    seed: int = 0
-    flow: str | None = None
-    max_age: int = 16
-    rendering: Literal["fast", "official"] = "fast"
-    convention: Literal["upright", "openvla"] = "upright"
-    image_pipeline: str | None = None
-    videos: int = 1
-    unnorm_key: str | None = None
-    device: str = "cpu"
-    workers: int = 1
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        if self.suite not in SUITES:
-            raise InputError(f"unknown suite {self.suite!r}; choose one of {sorted(SUITES)}")
-        first, stop = self.init_states
-        if not 0 <= first < stop <= SUITES[self.suite].trials:
-            raise InputError(
-                f"init_states {self.init_states}: give first and one-past-last in 0..{SUITES[self.suite].trials}"
-            )
-        if self.workers < 1:
-            raise InputError(f"workers is {self.workers}; give at least 1")
-        make_methods(self.policies, self.model)
-        make_flow(self.flow or "none")
-
-    @property
-    def task_ids(self) -> tuple[int, ...]:
-        """The tasks to run."""
-        return self.tasks or tuple(range(SUITES[self.suite].n_tasks))
-
-
-@dataclass
-class Worker:
-    """One process's model, sessions and simulator.
-
-    Attributes:
-        config: The evaluation.
-        sessions: Method → session.
-    """
-
-    config: EvalConfig
-    sessions: dict[str, Session] = field(init=False)
-    _env: LiberoEnv | None = field(init=False, default=None)
-    _cost: CostModel | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        config = self.config
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        backbone = load_vla(
-            config.model,
-            device=config.device,
-            dtype="auto",
-            unnorm_key=config.unnorm_key,
-            image_pipeline=config.image_pipeline,
-        )
-        self.sessions = {
-            name: CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age).session(config.seed)
-            for name, policy in make_methods(config.policies, config.model).items()
-        }
-
-    def environment(self, task: int) -> LiberoEnv:
-        """The simulator of a task; the last one is kept open."""
-        config = self.config
-        if self._env is None or self._env.task != task:
-            if self._env is not None:
-                self._env.close()
-            self._env = LiberoEnv(config.suite, task, rendering=config.rendering, image_convention=config.convention)
-        return self._env
-
-    def run(self, method: str, task: int, init_state: int) -> EpisodeRecord:
-        """Run one episode."""
-        config, session = self.config, self.sessions[method]
-        env = self.environment(task)
-        if self._cost is None:
-            self._cost = CostModel.of(session.vla.backbone, env.reset(init_state))
-        video = None
-        if init_state - config.init_states[0] < config.videos:
-            video = EpisodeVideo(config.out / "videos" / f"{method}_task{task:02d}_init{init_state:02d}.mp4", method)
-        record = rollout(
-            env,
-            session,
-            method,
-            init_state,
-            seed=config.seed,
-            cost=self._cost,
-            recorder=video,
-            to_robot=libero_gripper if config.convention == "openvla" else None,
-        )
-        if video is not None:
-            video.close(success=record.success)
-            record = EpisodeRecord(**{**asdict(record), "video": str(video.path.relative_to(config.out))})
-        return record
-
-
-Job = tuple[int, int, tuple[str, ...]]
-"""Task, initial state, methods still to run on it."""
-
-_WORKER: list[Worker] = []
-"""This process's worker, made once by :func:`_start`."""
-
-
-def _start(config: EvalConfig) -> None:
-    _WORKER.append(Worker(config))
-
-
-def _work(job: Job) -> list[EpisodeRecord]:
-    task, init_state, methods = job
-    return [_WORKER[0].run(method, task, init_state) for method in methods]
 
 
 def evaluate(config: EvalConfig) -> Path:
@@ -183,6 +31,8 @@ def evaluate(config: EvalConfig) -> Path:
 
     Every finished episode is on disk before the next one begins; a killed run goes on where it stopped, without
     losing or repeating an episode.
+
+    A run may grow: more policies, and more initial states behind those that it has. What it holds is kept.
 
     Returns:
         The run's folder: ``config.json``, ``episodes.jsonl``, ``summary.json``, ``videos/``.
@@ -204,7 +54,7 @@ def evaluate(config: EvalConfig) -> Path:
         tqdm(total=total, unit="episode", desc="rollouts") as bar,
     ):
         solved: dict[str, list[bool]] = {method: [] for method in methods}
-        for record in _records(config, jobs):
+        for record in run_jobs(config, jobs):
             log.write(json.dumps(asdict(record)) + "\n")
             log.flush()
             os.fsync(log.fileno())
@@ -214,21 +64,6 @@ def evaluate(config: EvalConfig) -> Path:
     return config.out
 
 
-def _records(config: EvalConfig, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
-    if not jobs:
-        return
-    if config.workers == 1:
-        worker = Worker(config)
-        for task, init_state, methods in jobs:
-            for method in methods:
-                yield worker.run(method, task, init_state)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(config.workers, initializer=_start, initargs=(config,)) as pool:
-        for records in pool.imap_unordered(_work, jobs):
-            yield from records
-
-
 def _open(config: EvalConfig) -> set[tuple[str, int, int]]:
     """Prepare the run's folder; which (method, task, initial state) it already holds."""
     settings = _settings(config)
@@ -236,12 +71,9 @@ def _open(config: EvalConfig) -> set[tuple[str, int, int]]:
     try:
         config.out.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            different = [key for key in settings if key not in CHANGEABLE and before.get(key) != settings[key]]
-            if different:
-                raise InputError(f"{config.out} holds a run with other {different}; give another --out")
+            settings = _grown(config.out, json.loads(path.read_text(encoding="utf-8")), settings)
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (config.out / SUMMARY).write_text(json.dumps(_summary(config), indent=2) + "\n", encoding="utf-8")
+        (config.out / SUMMARY).write_text(json.dumps(_summary(config, settings), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {config.out} ({error}); give another --out") from error
     log = config.out / EPISODES
@@ -255,6 +87,28 @@ def _open(config: EvalConfig) -> set[tuple[str, int, int]]:
     return {(record.method, record.task, record.init_state) for record in read_episodes(log)}
 
 
+def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that goes on: with all the policies and initial states that it ever had."""
+    specs = {method_name(spec): spec for spec in before.get("policies", [])}
+    more = {method_name(spec): spec for spec in settings["policies"]}
+    (first, stop), (new_first, new_stop) = before.get("init_states", (0, 0)), settings["init_states"]
+    grown = {
+        "policies": all(specs.get(name, spec) == spec for name, spec in more.items()),
+        "init_states": first == new_first,
+    }
+    different = [
+        key for key in settings if key not in CHANGEABLE and not grown.get(key, before.get(key) == settings[key])
+    ]
+    if different:
+        raise InputError(f"{out} holds a run with other {different}; give another --out")
+    return {
+        **settings,
+        "policies": list((specs | more).values()),
+        "init_states": [first, max(stop, new_stop)],
+        "workers": max(before.get("workers", 1), settings["workers"]),  # of its latencies, the worst
+    }
+
+
 def _settings(config: EvalConfig) -> dict[str, Any]:
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     if Path(config.model).is_absolute():
@@ -265,14 +119,16 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "out"}
 
 
-def _summary(config: EvalConfig) -> dict[str, Any]:
+def _summary(config: EvalConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     notes = []
     if config.rendering == "fast":
         notes.append("Altered rendering: reflections and multisampling are off. These are not the benchmark's pixels.")
-    if config.workers > 1:
-        notes.append(f"{config.workers} processes shared the machine: latencies are not worth comparing.")
+    if config.stress is not None:
+        notes.append(describe_stress(config.stress))
+    if settings["workers"] > 1:
+        notes.append(f"{settings['workers']} processes shared the machine: latencies are not worth comparing.")
     suite = SUITES[config.suite]
-    first, stop = config.init_states
+    first, stop = settings["init_states"]
     if len(config.task_ids) < suite.n_tasks or stop - first < suite.trials:
         notes.append(
             f"{len(config.task_ids)} of {suite.n_tasks} tasks, initial states {first} to {stop - 1} of {suite.trials}."
@@ -286,10 +142,9 @@ def _summary(config: EvalConfig) -> dict[str, Any]:
             "settle_steps": suite.settle_steps,
             "rendering": config.rendering,
             "convention": config.convention,
+            "stress": config.stress,
         },
-        "methods": {
-            method_name(spec): {"policy": paths_by_name(spec), "seed": config.seed} for spec in config.policies
-        },
+        "methods": {method_name(spec): {"policy": spec, "seed": config.seed} for spec in settings["policies"]},
         "notes": notes,
     }
 

@@ -251,6 +251,18 @@ def check_action(action: npt.ArrayLike) -> FloatArray:
     return array
 
 
+def instructions(suite: str) -> tuple[str, ...]:
+    """The instructions of all tasks of a suite, a key of :data:`SUITES`, in their order.
+
+    Raises:
+        MissingExtraError: If the extra ``libero`` is not installed.
+    """
+    backend = _backend()
+    with _quiet():
+        bench = backend.benchmark.get_benchmark(suite)()
+    return tuple(str(bench.get_task(task).language) for task in range(SUITES[suite].n_tasks))
+
+
 class LiberoEnv:
     """One LIBERO task.
 

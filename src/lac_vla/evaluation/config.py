@@ -1,0 +1,85 @@
+"""What a paired evaluation depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lac_vla.errors import InputError
+from lac_vla.evaluation.methods import make_methods
+from lac_vla.evaluation.stress import make_stress
+from lac_vla.flow import make_flow
+from lac_vla.sims.libero import SUITES
+
+FIRST_HELD_OUT = 40
+"""First initial state of every task that no demonstration used: demonstrations start from states 0 to 39."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """A paired evaluation.
+
+    Attributes:
+        model: Checkpoint folder or hub id.
+        out: Folder of the run. If it holds a run with the same settings, that run goes on.
+        policies: Methods, e.g. ``dense``, ``motion:ratio=0.5``, ``lac`` (the policy that comes with the model),
+            ``lac:path=FOLDER,recovery=0``; ``NAME@`` before one names it in tables.
+        suite: LIBERO suite.
+        tasks: Task ids; empty for all ten.
+        init_states: First and one-past-last initial state of every task.
+        seed: Of every session.
+        flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
+            has the one that it was made for.
+        max_age: No slot is reused once it is this old, frames.
+        stress: What disturbs every episode, the same for all methods: ``shake``, ``lighting``, ``drift``,
+            ``occlusion``, ``instruction``, ``drops`` or ``long``, see :mod:`lac_vla.evaluation.stress`.
+        rendering: ``fast`` (altered pixels, for models trained on them) or ``official``.
+        convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints, whose images are rotated by
+            180° and whose gripper runs from 0, closed, to 1, open.
+        image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
+        videos: Per method and task, how many episodes get an overlay video.
+        unnorm_key: Statistics key of the checkpoint, if it has several.
+        device: ``cpu`` or ``cuda``.
+        workers: Processes. Latencies are only worth reporting from one.
+        threads: CPU threads of torch per process; 0 leaves it to torch.
+    """
+
+    model: str
+    out: Path
+    policies: tuple[str, ...] = ("dense", "motion:ratio=0.5")
+    suite: str = "libero_spatial"
+    tasks: tuple[int, ...] = ()
+    init_states: tuple[int, int] = (FIRST_HELD_OUT, 50)
+    seed: int = 0
+    flow: str | None = None
+    max_age: int = 16
+    stress: str | None = None
+    rendering: Literal["fast", "official"] = "fast"
+    convention: Literal["upright", "openvla"] = "upright"
+    image_pipeline: str | None = None
+    videos: int = 1
+    unnorm_key: str | None = None
+    device: str = "cpu"
+    workers: int = 1
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.suite not in SUITES:
+            raise InputError(f"unknown suite {self.suite!r}; choose one of {sorted(SUITES)}")
+        first, stop = self.init_states
+        if not 0 <= first < stop <= SUITES[self.suite].trials:
+            raise InputError(
+                f"init_states {self.init_states}: give first and one-past-last in 0..{SUITES[self.suite].trials}"
+            )
+        if self.workers < 1:
+            raise InputError(f"workers is {self.workers}; give at least 1")
+        make_methods(self.policies, self.model)
+        make_flow(self.flow or "none")
+        if self.stress is not None:
+            make_stress(self.stress)
+
+    @property
+    def task_ids(self) -> tuple[int, ...]:
+        """The tasks to run."""
+        return self.tasks or tuple(range(SUITES[self.suite].n_tasks))

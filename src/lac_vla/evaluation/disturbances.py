@@ -1,0 +1,239 @@
+"""The kinds of disturbance: what cameras, networks and people do to a robot's observations.
+
+All that happens in an episode is drawn before its first frame, and depends on the number of the step alone: never on
+what a method did.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from lac_vla.errors import InputError
+from lac_vla.types import Frame, UInt8Image
+
+Disturbance: TypeAlias = Callable[[Frame, int], Frame]
+"""The observation that is shown at a step, from the true one; called once for every step, in order from 0."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a stress may know of an episode before it begins.
+
+    Attributes:
+        rng: The episode's own generator.
+        steps: Most observations that it can have.
+        others: Instructions of the suite's other tasks.
+    """
+
+    rng: np.random.Generator
+    steps: int
+    others: Sequence[str] = ()
+
+
+class Stress(ABC):
+    """A kind of disturbance; its strength in its fields."""
+
+    hold: int = 0
+    """Steps for which the robot is held still before its actions count; the horizon is that much longer."""
+
+    @abstractmethod
+    def begin(self, scene: Scene) -> Disturbance:
+        """Draw all that will happen in one episode."""
+
+
+@dataclass(frozen=True)
+class Shake(Stress):
+    """The cameras shake: every frame is shifted and turned a little, the same in all cameras.
+
+    Attributes:
+        shift: Standard deviation of the shift, as a share of the image's side.
+        turn: Standard deviation of the angle, degrees.
+        memory: Share of a displacement that is left one frame later, in [0, 1).
+    """
+
+    shift: float = 0.01
+    turn: float = 0.4
+    memory: float = 0.5
+
+    def begin(self, scene: Scene) -> Disturbance:
+        """See :meth:`Stress.begin`."""
+        moves = scene.rng.normal(size=(scene.steps, 3))
+        for t in range(1, scene.steps):
+            moves[t] = self.memory * moves[t - 1] + np.sqrt(1 - self.memory**2) * moves[t]
+
+        def shaken(image: UInt8Image, step: int) -> UInt8Image:
+            height, width = image.shape[:2]
+            matrix = cv2.getRotationMatrix2D((width / 2, height / 2), self.turn * moves[step, 2], 1.0)
+            matrix[:, 2] += self.shift * moves[step, :2] * (width, height)
+            return np.asarray(cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE))
+
+        return lambda frame, step: _images(frame, lambda image: shaken(image, step))
+
+
+@dataclass(frozen=True)
+class Lighting(Stress):
+    """A lamp goes off and on again: from one frame to the next, everything is darker and warmer.
+
+    Attributes:
+        gains: Factors of red, green and blue while it is off.
+        begins: It goes off at a step drawn from this range.
+        lasts: Steps until it is on again.
+    """
+
+    gains: tuple[float, float, float] = (0.7, 0.62, 0.52)
+    begins: tuple[int, int] = (10, 40)
+    lasts: int = 30
+
+    def begin(self, scene: Scene) -> Disturbance:
+        """See :meth:`Stress.begin`."""
+        first = int(scene.rng.integers(*self.begins))
+
+        def disturb(frame: Frame, step: int) -> Frame:
+            if not first <= step < first + self.lasts:
+                return frame
+            return _images(frame, lambda image: np.rint(image * np.array(self.gains)).astype(np.uint8))
+
+        return disturb
+
+
+@dataclass(frozen=True)
+class Drift(Stress):
+    """Brightness and hue rise and fall by less than a grey level per frame: no two adjacent frames differ much.
+
+    Levels are whole numbers: a fixed dither decides which pixels change a frame earlier than others, so that no
+    frame holds a jump of the whole image.
+
+    Attributes:
+        rate: Grey levels per frame, below 1.
+        reach: Furthest from the true level.
+    """
+
+    rate: float = 0.4
+    reach: float = 40.0
+
+    def begin(self, scene: Scene) -> Disturbance:
+        """See :meth:`Stress.begin`."""
+        direction = scene.rng.uniform(-1, 1, size=3)
+        direction /= np.abs(direction).max()
+        dithers: dict[str, npt.NDArray[np.float32]] = {}
+
+        def disturb(frame: Frame, step: int) -> Frame:
+            wave = self.reach - abs((self.reach + self.rate * step) % (4 * self.reach) - 2 * self.reach)
+            images = {}
+            for camera, image in frame.images.items():
+                if camera not in dithers:
+                    dithers[camera] = scene.rng.random(image.shape, dtype=np.float32)
+                level = image + (wave * direction).astype(np.float32) + dithers[camera]
+                images[camera] = np.clip(np.floor(level), 0, 255).astype(np.uint8)
+            return replace(frame, images=images)
+
+        return disturb
+
+
+@dataclass(frozen=True)
+class Occlusion(Stress):
+    """A plain patch crosses the first camera's view, as a hand or a tool would.
+
+    Attributes:
+        size: Side of the patch, as a share of the image's.
+        begins: It enters at a step drawn from this range.
+        lasts: Steps that it takes to cross.
+    """
+
+    size: float = 0.3
+    begins: tuple[int, int] = (10, 40)
+    lasts: int = 30
+
+    def begin(self, scene: Scene) -> Disturbance:
+        """See :meth:`Stress.begin`."""
+        first = int(scene.rng.integers(*self.begins))
+        top, leftwards = scene.rng.uniform(0, 1 - self.size), scene.rng.random() < 0.5
+        colour = scene.rng.integers(40, 216, size=3)
+
+        def disturb(frame: Frame, step: int) -> Frame:
+            way = (step - first) / self.lasts
+            if not 0 <= way < 1:
+                return frame
+            camera, image = next(iter(frame.images.items()))
+            height, width = image.shape[:2]
+            left = (1 + self.size) * (1 - way if leftwards else way) - self.size
+            rows = slice(round(top * height), round((top + self.size) * height))
+            covered = image.copy()
+            covered[rows, max(0, round(left * width)) : max(0, round((left + self.size) * width))] = colour
+            return replace(frame, images={**frame.images, camera: covered})
+
+        return disturb
+
+
+@dataclass(frozen=True)
+class Instruction(Stress):
+    """The robot is told another of the suite's tasks for some frames, and then its own again.
+
+    Attributes:
+        begins: The other instruction comes at a step drawn from this range.
+        lasts: Steps for which it stands.
+    """
+
+    begins: tuple[int, int] = (10, 40)
+    lasts: int = 15
+
+    def begin(self, scene: Scene) -> Disturbance:
+        """See :meth:`Stress.begin`."""
+        if not scene.others:
+            raise InputError("the stress 'instruction' needs a suite with at least two different instructions")
+        first, other = int(scene.rng.integers(*self.begins)), str(scene.rng.choice(list(scene.others)))
+        return lambda frame, step: replace(frame, instruction=other) if 0 <= step - first < self.lasts else frame
+
+
+@dataclass(frozen=True)
+class Drops(Stress):
+    """Frames are lost or late: the images of an earlier step are shown again, in all cameras. Proprioception is not.
+
+    Attributes:
+        chance: Of every frame after the first.
+        longest: An image shown again is 1 to this many steps old.
+    """
+
+    chance: float = 0.25
+    longest: int = 4
+
+    def begin(self, scene: Scene) -> Disturbance:
+        """See :meth:`Stress.begin`."""
+        delays = scene.rng.integers(1, self.longest + 1, size=scene.steps)
+        delays[scene.rng.random(scene.steps) >= self.chance] = 0
+        seen: deque[Frame] = deque(maxlen=self.longest + 1)
+
+        def disturb(frame: Frame, step: int) -> Frame:
+            seen.append(frame)
+            return replace(frame, images=seen[max(0, len(seen) - 1 - int(delays[step]))].images)
+
+        return disturb
+
+
+@dataclass(frozen=True)
+class Long(Stress):
+    """The robot is held still while the policy looks on and the cache ages; then it has its whole horizon.
+
+    Made for policies that reuse much, e.g. at a ratio of 0.9: what a cache gets wrong has time to add up.
+
+    Attributes:
+        hold: Steps for which actions do not count.
+    """
+
+    hold: int = 150
+
+    def begin(self, scene: Scene) -> Disturbance:
+        """See :meth:`Stress.begin`."""
+        return lambda frame, step: frame
+
+
+def _images(frame: Frame, change: Callable[[UInt8Image], UInt8Image]) -> Frame:
+    return replace(frame, images={camera: change(image) for camera, image in frame.images.items()})

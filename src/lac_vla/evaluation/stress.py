@@ -1,0 +1,90 @@
+"""Stress: a disturbance between the simulator and the session, the same for every method."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import numpy.typing as npt
+
+from lac_vla.errors import InputError
+from lac_vla.evaluation import disturbances as kinds
+from lac_vla.evaluation.rollout import Simulator
+from lac_vla.sims.libero import NO_OP
+from lac_vla.types import Frame
+
+STRESSES: dict[str, Callable[[], kinds.Stress]] = {
+    "shake": kinds.Shake,
+    "lighting": kinds.Lighting,
+    "drift": kinds.Drift,
+    "occlusion": kinds.Occlusion,
+    "instruction": kinds.Instruction,
+    "drops": kinds.Drops,
+    "long": kinds.Long,
+}
+"""Name → stress at its usual strength."""
+
+
+def make_stress(name: str) -> kinds.Stress:
+    """Make a stress by its name.
+
+    Raises:
+        InputError: If the name is unknown.
+    """
+    if name not in STRESSES:
+        raise InputError(f"unknown stress {name!r}; choose one of {', '.join(STRESSES)}")
+    return STRESSES[name]()
+
+
+def describe_stress(name: str) -> str:
+    """A stress in a sentence, with its strength."""
+    stress = make_stress(name)
+    sentence = (stress.__doc__ or "").split("\n", 1)[0]
+    settings = ", ".join(f"{key} {value}" for key, value in asdict(stress).items())  # type: ignore[call-overload]
+    return f"Stress '{name}' ({settings}): {sentence}"
+
+
+class Stressed:
+    """A simulated task under stress.
+
+    Args:
+        env: The task.
+        stress: What happens to its observations.
+        seed: Of the run: with suite, task and initial state, it decides about everything that happens.
+        instructions: Those of all tasks of the suite.
+    """
+
+    def __init__(self, env: Simulator, stress: kinds.Stress, seed: int, instructions: Sequence[str] = ()) -> None:
+        self.env, self.stress, self.seed = env, stress, seed
+        self.suite, self.task = env.suite, env.task
+        self._others = [text for text in instructions if text != env.instruction]
+        self._step = 0
+        self._disturb: kinds.Disturbance | None = None
+
+    @property
+    def instruction(self) -> str:
+        """The task in words: what counts, whatever the robot is told."""
+        return self.env.instruction
+
+    @property
+    def horizon(self) -> int:
+        """Control steps, those for which the robot is held among them."""
+        return self.env.horizon + self.stress.hold
+
+    def reset(self, init_state: int, seed: int = 0) -> Frame:
+        """Start an episode; see :class:`Simulator`."""
+        frame = self.env.reset(init_state, seed)
+        rng = np.random.default_rng([self.seed, zlib.crc32(self.suite.encode()), self.task, init_state])
+        self._disturb = self.stress.begin(kinds.Scene(rng, self.horizon + 1, self._others))
+        self._step = 0
+        return self._disturb(frame, 0)
+
+    def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
+        """Execute an action, unless the robot is held; see :class:`Simulator`."""
+        if self._disturb is None:
+            raise InputError("reset the environment before the first step")
+        frame, success = self.env.step(NO_OP if self._step < self.stress.hold else action)
+        self._step += 1
+        return self._disturb(frame, self._step), success

@@ -1,0 +1,125 @@
+"""Who runs the episodes: one process, or several, each with its own model and simulator."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+
+from lac_vla.cost import CostModel
+from lac_vla.evaluation.config import EvalConfig
+from lac_vla.evaluation.methods import make_methods
+from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.evaluation.rollout import Simulator, rollout
+from lac_vla.evaluation.stress import Stressed, make_stress
+from lac_vla.models import load_vla
+from lac_vla.models.prismatic.actions import libero_gripper
+from lac_vla.report.overlay import EpisodeVideo
+from lac_vla.sims.libero import LiberoEnv, instructions
+from lac_vla.vla import CachedVLA, Session
+
+
+@dataclass
+class Worker:
+    """One process's model, sessions and simulator.
+
+    Attributes:
+        config: The evaluation.
+        sessions: Method → session.
+    """
+
+    config: EvalConfig
+    sessions: dict[str, Session] = field(init=False)
+    _env: LiberoEnv | None = field(init=False, default=None)
+    _cost: CostModel | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        backbone = load_vla(
+            config.model,
+            device=config.device,
+            dtype="auto",
+            unnorm_key=config.unnorm_key,
+            image_pipeline=config.image_pipeline,
+        )
+        self.sessions = {
+            name: CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age).session(config.seed)
+            for name, policy in make_methods(config.policies, config.model).items()
+        }
+
+    def environment(self, task: int) -> LiberoEnv:
+        """The simulator of a task; the last one is kept open."""
+        config = self.config
+        if self._env is None or self._env.task != task:
+            if self._env is not None:
+                self._env.close()
+            self._env = LiberoEnv(config.suite, task, rendering=config.rendering, image_convention=config.convention)
+        return self._env
+
+    def run(self, method: str, task: int, init_state: int) -> EpisodeRecord:
+        """Run one episode."""
+        config, session = self.config, self.sessions[method]
+        env: Simulator = self.environment(task)
+        if self._cost is None:
+            self._cost = CostModel.of(session.vla.backbone, env.reset(init_state))
+        if config.stress is not None:
+            env = Stressed(env, make_stress(config.stress), config.seed, instructions(config.suite))
+        video = None
+        if init_state - config.init_states[0] < config.videos:
+            video = EpisodeVideo(config.out / "videos" / f"{method}_task{task:02d}_init{init_state:02d}.mp4", method)
+        record = rollout(
+            env,
+            session,
+            method,
+            init_state,
+            seed=config.seed,
+            cost=self._cost,
+            recorder=video,
+            to_robot=libero_gripper if config.convention == "openvla" else None,
+        )
+        if video is not None:
+            video.close(success=record.success)
+            record = replace(record, video=str(video.path.relative_to(config.out)))
+        return record
+
+
+Job: TypeAlias = tuple[int, int, tuple[str, ...]]
+"""Task, initial state, methods still to run on it."""
+
+_WORKER: list[Worker] = []
+"""This process's worker, made once by :func:`_start`."""
+
+
+def _start(config: EvalConfig) -> None:
+    _WORKER.append(Worker(config))
+
+
+def _work(job: Job) -> list[EpisodeRecord]:
+    task, init_state, methods = job
+    return [_WORKER[0].run(method, task, init_state) for method in methods]
+
+
+def run_jobs(config: EvalConfig, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
+    """Run the episodes of all jobs; several processes finish them in any order.
+
+    Args:
+        config: The evaluation.
+        jobs: What to run.
+    """
+    if not jobs:
+        return
+    if config.workers == 1:
+        worker = Worker(config)
+        for task, init_state, methods in jobs:
+            for method in methods:
+                yield worker.run(method, task, init_state)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(config.workers, initializer=_start, initargs=(config,)) as pool:
+        for records in pool.imap_unordered(_work, jobs):
+            yield from records
