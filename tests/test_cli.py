@@ -8,7 +8,7 @@ import pytest
 
 from lac_vla.cli import main
 
-VERBS = ("demo", "eval", "bench", "report", "collect", "train", "pretrain")
+VERBS = ("demo", "eval", "reproduce", "bench", "report", "collect", "train", "pretrain")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -37,6 +37,8 @@ def test_every_verb_explains_its_options(capsys: pytest.CaptureFixture[str], ver
         (("report", "nowhere"), "nowhere"),
         (("eval", "--model", "nowhere", "--out", "run", "--policies", "quick"), "unknown policy 'quick'"),
         (("eval", "--model", "nowhere", "--out", "run", "--suite", "libero_100"), "unknown suite"),
+        (("eval", "--model", "nowhere", "--out", "run", "--stress", "rain"), "choose one of shake, lighting"),
+        (("reproduce", "libero", "--policies", "quick"), "unknown policy 'quick'"),
         (("bench", "--random-weights", "llama", "--sections", "frame"), "llama"),
     ],
 )

@@ -6,12 +6,15 @@ Without postponed annotations: tyro reads the verbs' types, and those are import
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
+
+if TYPE_CHECKING:
+    from lac_vla.evaluation.reproduce import Reproduction
 
 console = Console()
 
@@ -47,6 +50,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
     """Verb → function. What a verb needs is imported here, so that no verb pays for another's dependencies."""
     from lac_vla.bench import BenchConfig, bench_tables, run_bench
     from lac_vla.evaluation.config import EvalConfig
+    from lac_vla.evaluation.reproduce import ReproduceConfig
     from lac_vla.sims.collect import CollectConfig
     from lac_vla.training.config import PretrainConfig, TrainConfig
 
@@ -56,6 +60,21 @@ def _verbs() -> dict[str, Callable[..., Any]]:
 
         run(config)
         report((config.out,))
+
+    def reproduce(
+        benchmark: tyro.conf.Positional[Literal["libero"]], config: Annotated[ReproduceConfig, _flat()]
+    ) -> None:
+        """The tables of the paper on one model: LAC, its peers and its ablations, on the same initial states.
+
+        Resumable: the same command goes on, and one that asks for more adds to what there is. Ends with a report.
+
+        Args:
+            benchmark: Whose tables.
+            config: What to run.
+        """
+        from lac_vla.evaluation.reproduce import reproduce as run
+
+        _report_reproduction(run(config))
 
     def demo(
         out: Path = Path("outputs/demo"),
@@ -87,7 +106,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
 
         Args:
             runs: Folder of a run of `lac train`; or of one or several runs of `lac eval` or `lac demo`, whose methods
-                then stand in one table.
+                then stand in one table, unless they have episodes in common.
             out: The page; by default `report.html` in the first run's folder.
         """
         if not runs:
@@ -157,6 +176,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
     return {
         "demo": demo,
         "eval": evaluate,
+        "reproduce": reproduce,
         "bench": bench,
         "report": report,
         "collect": collect,
@@ -171,10 +191,34 @@ def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
     from lac_vla.evaluation.table import terminal_tables
     from lac_vla.report import build_report
 
-    episodes = [episode for run in runs for episode in read_episodes(run / "episodes.jsonl")]
-    for table in terminal_tables(summarize(episodes)):
-        console.print(table)
+    by_run = {str(run): read_episodes(run / "episodes.jsonl") for run in runs}
+    episodes = [episode for found in by_run.values() for episode in found]
+    if len({(episode.method, episode.trial) for episode in episodes}) == len(episodes):
+        by_run = {"": episodes}  # else the runs differ in more than their methods, e.g. in their stress
+    for name, found in by_run.items():
+        if name:
+            console.print(name, style="bold", markup=False, highlight=False)
+        for table in terminal_tables(summarize(found)):
+            console.print(table)
     return build_report(runs, out)
+
+
+def _report_reproduction(done: "Reproduction") -> None:
+    from lac_vla.evaluation.paper_tables import paper_tables, statements
+    from lac_vla.evaluation.summary import summarize
+    from lac_vla.report import Opening, build_report, tradeoff
+
+    said, tables = statements(done), paper_tables(done)
+    for statement in said:
+        console.print(statement, style="bold", highlight=False, markup=False, soft_wrap=True)
+    for table in tables:
+        console.print(table.to_terminal())
+    specs = {row.method: row.spec for row in (*done.rows, *done.curve)}
+    curve = tradeoff(summarize(done.episodes), done.episodes, specs) if done.curve else None
+    runs = [done.config.folder(suite) for suite in done.config.suites]
+    title = "The paper's LIBERO tables on one model"
+    page = build_report(runs, done.config.out / "report.html", title=title, opening=Opening(said, tables, curve))
+    console.print(f"report: {page}")
 
 
 def _report_training(run: Path, out: Path) -> Path:

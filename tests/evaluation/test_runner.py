@@ -9,68 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.scenes import frame
+from tests.evaluation.worlds import FakeEnv, outcomes
 
-from lac_vla import Frame, InputError, random_vla, save_vla
-from lac_vla.evaluation import worker
+from lac_vla import InputError
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import evaluate
-from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.policies import POLICIES, Random
 
 
-class FakeEnv:
-    """A task that is solved after as many steps as its initial state's number; the pictures follow the actions."""
-
-    horizon = 6
-    instruction = "pick up the bowl"
-    made = 0
-
-    def __init__(self, suite: str, task: int, **_: Any) -> None:
-        self.suite, self.task = suite, task
-        FakeEnv.made += 1
-
-    def reset(self, init_state: int, seed: int = 0) -> Frame:
-        self.state, self.steps = init_state, 0
-        return self._frame()
-
-    def step(self, action: np.ndarray) -> tuple[Frame, bool]:
-        assert np.shape(action) == (7,)
-        self.steps += 1
-        return self._frame(), self.steps == self.state
-
-    def _frame(self) -> Frame:
-        return frame(100 * self.task + 10 * self.state + self.steps)
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
-    monkeypatch.setattr(worker, "LiberoEnv", FakeEnv)
-    monkeypatch.setattr(worker, "instructions", lambda suite: ("pick up the bowl", "open the drawer"))
-    backbone = random_vla("tiny")
-    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
-    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
-    save_vla(backbone, tmp_path / "model")
-    return EvalConfig(
-        str(tmp_path / "model"),
-        tmp_path / "run",
-        ("dense", "random:ratio=0.5"),
-        tasks=(0, 3),
-        init_states=(4, 8),
-        videos=0,
-    )
-
-
-def outcomes(run: Path) -> list[Any]:
-    """What an evaluation decides; not how long it took."""
-    return [
-        (e.method, e.trial, e.success, e.steps, list(e.ratio_effective), list(e.oldest_age), list(e.macs))
-        for e in sorted(read_episodes(run / "episodes.jsonl"), key=lambda e: (e.method, e.trial))
-    ]
+def config(model: str, tmp_path: Path) -> EvalConfig:
+    policies = ("dense", "random:ratio=0.5")
+    return EvalConfig(model, tmp_path / "run", policies, tasks=(0, 3), init_states=(4, 8), videos=0)
 
 
 def test_every_method_runs_on_the_same_states(config: EvalConfig) -> None:

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lac_vla.report import plots
+from lac_vla.report import plots, svg
 
 
 def test_interval_bar_places_its_marks() -> None:
@@ -44,7 +44,7 @@ def test_ratio_chart_averages_the_episodes_that_still_run() -> None:
     [(10, [0, 2, 4, 6, 8, 10]), (33, [0, 10, 20, 30]), (0.9, [0, 0.2, 0.4, 0.6, 0.8]), (0, [0])],
 )
 def test_ticks_are_round(limit: float, expected: list[float]) -> None:
-    assert plots.ticks(limit) == pytest.approx(expected)
+    assert svg.ticks(limit) == pytest.approx(expected)
 
 
 def test_curve_chart_places_its_points() -> None:

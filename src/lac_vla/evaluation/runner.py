@@ -135,7 +135,7 @@ def _summary(config: EvalConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         **provenance(),
-        "model": _describe(config.model),
+        "model": describe_model(config.model),
         "simulator": {
             "suite": config.suite,
             "horizon": suite.horizon,
@@ -149,7 +149,7 @@ def _summary(config: EvalConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe(model: str) -> dict[str, Any]:
+def describe_model(model: str) -> dict[str, Any]:
     """What the checkpoint says of itself in ``lac.json``, if it does."""
     path = Path(model) / "lac.json"
     described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

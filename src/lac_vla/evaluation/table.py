@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich import box
 from rich.table import Table
 
@@ -94,3 +96,30 @@ def terminal_tables(summary: Summary) -> tuple[Table, Table]:
         windows = [latency(row.latency.get(window)) for window in WINDOWS]
         cost.add_row(row.method, count(row.macs), count(row.flops), *windows, memory(row.peak_memory_mb))
     return solved, cost
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of texts, as the terminal and the report show it.
+
+    Attributes:
+        title: What it is.
+        headings: Of its columns.
+        rows: Cells, row by row.
+        notes: Below it.
+    """
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def to_terminal(self) -> Table:
+        """For the terminal."""
+        shown = Table(box=box.SIMPLE, title=self.title, title_justify="left", caption="\n".join(self.notes))
+        shown.caption_justify = "left"
+        for index, heading in enumerate(self.headings):
+            shown.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        for cells in self.rows:
+            shown.add_row(*cells)
+        return shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lac_vla.report import plots
 from lac_vla.report.overlay import RECOMPUTED, RECOVERED, filmstrip
 from lac_vla.report.page import css, fact_groups, jpeg, setting, write_page
 from lac_vla.report.runs import Run
+from lac_vla.report.tradeoff import tradeoff
 from lac_vla.report.video import sample_frames
 
 COLOURS = 7
@@ -39,13 +41,35 @@ WINDOW_MEANING = {
 }
 
 
-def build_report(run_dirs: Sequence[str | Path], out_html: str | Path, *, title: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Opening:
+    """What a page says before its runs.
+
+    Attributes:
+        statements: Sentences, shown first.
+        tables: Tables over all runs.
+        curve: The trade-off over all runs, see :func:`lac_vla.report.tradeoff.tradeoff`.
+    """
+
+    statements: Sequence[str] = ()
+    tables: Sequence[write.TextTable] = ()
+    curve: Mapping[str, Any] | None = None
+
+
+def build_report(
+    run_dirs: Sequence[str | Path],
+    out_html: str | Path,
+    *,
+    title: str | None = None,
+    opening: Opening | None = None,
+) -> Path:
     """Write the report of one or several runs.
 
     Args:
         run_dirs: Folders of runs: ``episodes.jsonl``, ``summary.json``, ``videos/``.
         out_html: The page to write; its folder is created.
         title: Heading of the page.
+        opening: What the page says first, if it is about more than the runs one by one.
 
     Returns:
         The page's path.
@@ -61,6 +85,7 @@ def build_report(run_dirs: Sequence[str | Path], out_html: str | Path, *, title:
         "evaluation.html.j2",
         out_html,
         title=title or "Visual token caching: evaluation report",
+        opening=opening or Opening(),
         runs=[_run(run, number) for number, run in enumerate(runs)],
         windows=[{"key": key, "name": WINDOW_NAMES[key], "meaning": WINDOW_MEANING[key]} for key in WINDOWS],
         recomputed=css(RECOMPUTED),
@@ -96,6 +121,7 @@ def _run(run: Run, number: int) -> dict[str, Any]:
             for window in WINDOWS
         ],
         "ratio": _ratio(run, colours),
+        "curve": tradeoff(run.summary, run.episodes, run.specs),
         "trials": [_trial(run, group, colours) for group in shown],
         "recorded": len(trials),
         "dense": dense is not None,
@@ -107,11 +133,10 @@ def _run(run: Run, number: int) -> dict[str, Any]:
 
 
 def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> dict[str, Any]:
-    described = run.facts.get("methods", {}).get(row.method, {})
     whole = row.latency.get("observation_to_action")
     reference = dense if dense is not row else None
     before = reference.latency.get("observation_to_action") if reference else None
-    policy = described.get("policy", "") if isinstance(described, Mapping) else str(described)
+    policy = run.specs.get(row.method, "")
     low, high = row.interval
     return {
         "name": row.method,

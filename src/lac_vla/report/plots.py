@@ -11,6 +11,7 @@ import numpy as np
 
 from lac_vla.evaluation.stats import percentiles
 from lac_vla.evaluation.table import milliseconds
+from lac_vla.report import svg
 
 
 def interval_bar(rate: float, low: float, high: float, reference: float | None) -> str:
@@ -26,13 +27,13 @@ def interval_bar(rate: float, low: float, high: float, reference: float | None) 
         SVG.
     """
     x = [4 + 112 * value for value in (rate, low, high)]
-    parts = [_line("axis", 4, 116, 9, 9)]
+    parts = [svg.line("axis", 4, 116, 9, 9)]
     if reference is not None:
         at = 4 + 112 * reference
-        parts.append(_line("reference", at, at, 1, 17))
-    parts += [_line("range", x[1], x[2], 9, 9), f'<circle class="dot" cx="{x[0]:.1f}" cy="9" r="4"/>']
+        parts.append(svg.line("reference", at, at, 1, 17))
+    parts += [svg.line("range", x[1], x[2], 9, 9), f'<circle class="dot" cx="{x[0]:.1f}" cy="9" r="4"/>']
     label = f"{100 * rate:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
-    return _svg(120, 18, parts, label, "bar")
+    return svg.picture(120, 18, parts, label, "bar")
 
 
 def latency_panel(samples: Mapping[str, tuple[str, Sequence[float]]], label: str) -> str:
@@ -57,9 +58,9 @@ def latency_panel(samples: Mapping[str, tuple[str, Sequence[float]]], label: str
     scale = width / limit if limit > 0 else 1.0
     bottom, right = top + row * len(known), left + width
     parts = []
-    for tick in ticks(limit):
+    for tick in svg.ticks(limit):
         x = left + tick * scale
-        parts += [_line("grid", x, x, top, bottom), _label("tick", x, bottom + 15, f"{tick:g}", "middle")]
+        parts += [svg.line("grid", x, x, top, bottom), svg.text("tick", x, bottom + 15, f"{tick:g}", "middle")]
     for index, (name, colour, values, found) in enumerate(known):
         base = top + row * (index + 1)
         counts, edges = np.histogram(values, bins=72, range=(0, limit))
@@ -71,15 +72,15 @@ def latency_panel(samples: Mapping[str, tuple[str, Sequence[float]]], label: str
         parts.append(f'<polygon class="density" style="--c:{colour}" points="{shape}"/>')
         for kind, value in (("p50", found.p50), ("p95", found.p95)):
             x = left + scale * min(value, limit)
-            parts.append(_line(kind, x, x, base - row + 20, base, colour))
+            parts.append(svg.line(kind, x, x, base - row + 20, base, colour))
         note = f"{milliseconds(found.p50)} / {milliseconds(found.p95)}"
         parts += [
-            _label("name", left + 2, base - row + 15, name),
-            _label("note", right, base - row + 15, note, "end"),
+            svg.text("name", left + 2, base - row + 15, name),
+            svg.text("note", right, base - row + 15, note, "end"),
         ]
-    parts.append(_line("axis", left, right, bottom, bottom))
-    parts.append(_label("tick", left + width / 2, bottom + 31, "milliseconds", "middle"))
-    return _svg(360, bottom + 36, parts, label, "panel")
+    parts.append(svg.line("axis", left, right, bottom, bottom))
+    parts.append(svg.text("tick", left + width / 2, bottom + 31, "milliseconds", "middle"))
+    return svg.picture(360, bottom + 36, parts, label, "panel")
 
 
 def ratio_chart(
@@ -108,11 +109,11 @@ def ratio_chart(
     for share in (0, 25, 50, 75, 100):
         y = top + height * (1 - share / 100)
         parts += [
-            _line("grid", left, left + width, y, y),
-            _label("tick", left - 6, y + 4, f"{share} %", "end"),
+            svg.line("grid", left, left + width, y, y),
+            svg.text("tick", left - 6, y + 4, f"{share} %", "end"),
         ]
-    for tick in ticks(span):
-        parts.append(_label("tick", left + width * tick / span, top + height + 16, f"{tick:g}", "middle"))
+    for tick in svg.ticks(span):
+        parts.append(svg.text("tick", left + width * tick / span, top + height + 16, f"{tick:g}", "middle"))
     for name, (colour, runs) in effective.items():
         mean, low, high = _over_time(runs)
         band = [point(t, r) for t, r in enumerate(high)] + [point(t, low[t]) for t in reversed(range(len(low)))]
@@ -123,8 +124,8 @@ def ratio_chart(
             drawn = " ".join(point(t, r) for t, r in enumerate(line) if not math.isnan(r))
             if drawn:
                 parts.append(f'<polyline class="{kind}" {style} points="{drawn}"/>')
-    parts.append(_label("tick", left + width / 2, top + height + 33, "step of the episode", "middle"))
-    return _svg(1160, top + height + 38, parts, "share of the computation that is reused, over time", "wide")
+    parts.append(svg.text("tick", left + width / 2, top + height + 33, "step of the episode", "middle"))
+    return svg.picture(1160, top + height + 38, parts, "share of the computation that is reused, over time", "wide")
 
 
 @dataclass(frozen=True)
@@ -186,16 +187,16 @@ def curve_chart(
     parts = []
     for tick in axis.ticks:
         text = f"{100 * tick:g} %" if share else f"{tick:g}"
-        parts += [_line("grid", left, right, y(tick), y(tick)), _label("tick", left - 6, y(tick) + 4, text, "end")]
-    every = ticks(span)[-1] / max(1, len(ticks(span)) - 1)
+        parts += [svg.line("grid", left, right, y(tick), y(tick)), svg.text("tick", left - 6, y(tick) + 4, text, "end")]
+    every = svg.ticks(span)[-1] / max(1, len(svg.ticks(span)) - 1)
     for number in range(math.ceil(first / every), math.floor(last / every) + 1):
-        parts.append(_label("tick", x(number * every), bottom + 16, f"{number * every:g}", "middle"))
+        parts.append(svg.text("tick", x(number * every), bottom + 16, f"{number * every:g}", "middle"))
     if level is not None:
         at = y(level[1])
-        parts += [_line("reference", left, right, at, at), _label("tick", right - 4, at - 5, level[0], "end")]
+        parts += [svg.line("reference", left, right, at, at), svg.text("tick", right - 4, at - 5, level[0], "end")]
     if border is not None and first < border[1] < last:
         at = x(border[1])
-        parts += [_line("reference", at, at, top, bottom), _label("tick", at + 5, top + 10, border[0])]
+        parts += [svg.line("reference", at, at, top, bottom), svg.text("tick", at + 5, top + 10, border[0])]
     for curve in curves:
         style = f'style="--c:{curve.colour}"'
         drawn = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.points)
@@ -206,8 +207,8 @@ def curve_chart(
                 f"<title>{escape(curve.name)}, step {step:g}: {value:.4g}</title></circle>"
                 for step, value in curve.points
             ]
-    parts.append(_label("tick", left + width / 2, bottom + 32, "step", "middle"))
-    return _svg(right + 8, bottom + 38, parts, label, "panel")
+    parts.append(svg.text("tick", left + width / 2, bottom + 32, "step", "middle"))
+    return svg.picture(right + 8, bottom + 38, parts, label, "panel")
 
 
 @dataclass(frozen=True)
@@ -229,22 +230,12 @@ class _Axis:
             marks = [[f * 10.0**d for d in decades for f in some if low <= f * 10.0**d <= high] for some in factors]
             return cls(low, high, next((few for few in marks if len(few) <= wanted + 1), marks[-1]), True)
         low = min(0.0, low)
-        return cls(low, high if high > low else low + 1, ticks(max(high, 0.0), wanted), False)
+        return cls(low, high if high > low else low + 1, svg.ticks(max(high, 0.0), wanted), False)
 
     def place(self, value: float) -> float:
         if self.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
-
-
-def ticks(limit: float, wanted: int = 5) -> list[float]:
-    """Round numbers from 0 to ``limit``, about ``wanted`` of them."""
-    if limit <= 0:
-        return [0.0]
-    rough = limit / wanted
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    return [round(index * step, 10) for index in range(int(limit / step + 1e-9) + 1)]
 
 
 def _over_time(runs: Sequence[Sequence[float | None]]) -> tuple[list[float], list[float], list[float]]:
@@ -256,19 +247,3 @@ def _over_time(runs: Sequence[Sequence[float | None]]) -> tuple[list[float], lis
         low.append(float(np.quantile(known, 0.1)) if known else math.nan)
         high.append(float(np.quantile(known, 0.9)) if known else math.nan)
     return mean, low, high
-
-
-def _line(kind: str, x1: float, x2: float, y1: float, y2: float, colour: str | None = None) -> str:
-    style = f' style="--c:{colour}"' if colour else ""
-    return f'<line class="{kind}"{style} x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
-
-
-def _label(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(width: float, height: float, parts: Sequence[str], label: str, kind: str) -> str:
-    body = "".join(parts)
-    return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
-    )

@@ -50,6 +50,14 @@ class Run:
         return cls(folder, facts, episodes, summarize(episodes))
 
     @property
+    def specs(self) -> dict[str, str]:
+        """Method → its policy, as on a command line; without those of which the run does not say it."""
+        methods = self.facts.get("methods")
+        described = methods.items() if isinstance(methods, dict) else ()
+        found = {name: facts.get("policy") if isinstance(facts, dict) else facts for name, facts in described}
+        return {str(name): str(policy) for name, policy in found.items() if policy}
+
+    @property
     def rendering(self) -> str:
         """Rendering mode of the simulator; empty if the run does not say."""
         simulator = self.facts.get("simulator")

@@ -1,0 +1,171 @@
+"""The layout of the paper's LIBERO tables, filled with a model's own figures; the terminal and the report show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from lac_vla.evaluation import table as write
+from lac_vla.evaluation.reproduce import LAC, Reproduction, Row
+from lac_vla.evaluation.runner import describe_model
+from lac_vla.evaluation.stress import describe_stress
+from lac_vla.evaluation.summary import DENSE, MethodRow, Summary, summarize
+from lac_vla.sims.libero import SUITES
+
+PREFILL, CALL, WHOLE = "decoder_prefill", "model_call", "observation_to_action"
+SMALL = 1e9
+"""Parameters below which a model is called small."""
+
+INTERVALS = f"{write.CAPTION}. Latency: p50 / p95 in ms. FLOPs = 2 x MACs, per frame"
+STAGES = (
+    "Latency: p50 / p95; faster: dense's p50 over it; flow, policy and bookkeeping: p50, part of the widest window; "
+    "peak memory: of the process so far, which all methods share"
+)
+
+Column: TypeAlias = tuple[str, Callable[[MethodRow, MethodRow | None], str]]
+"""A heading, and the cell of a method, next to dense."""
+
+PAIRED: tuple[Column, ...] = (
+    ("vs dense, points", lambda row, _: write.paired(row.paired)),
+    ("ratio nom. / eff.", lambda row, _: write.ratio(row)),
+)
+WORK: tuple[Column, ...] = (
+    ("MACs", lambda row, _: write.count(row.macs)),
+    ("FLOPs", lambda row, _: write.count(row.flops)),
+)
+
+
+def _window(name: str) -> Column:
+    return f"{name.replace('_', ' ')}, ms", lambda row, _: write.latency(row.latency.get(name))
+
+
+def _times_faster(name: str) -> Column:
+    def cell(row: MethodRow, dense: MethodRow | None) -> str:
+        own, reference = row.latency.get(name), dense.latency.get(name) if dense else None
+        return write.NONE if own is None or reference is None else f"{reference.p50 / own.p50:.2f} ×"
+
+    return f"{name.replace('_', ' ')}, faster", cell
+
+
+def _stage(name: str) -> Column:
+    def cell(row: MethodRow, _: MethodRow | None) -> str:
+        spent = row.latency.get(name)
+        return write.NONE if spent is None else write.milliseconds(spent.p50)
+
+    return f"{name}, ms", cell
+
+
+COST: tuple[Column, ...] = (
+    *(_window(name) for name in (PREFILL, CALL, WHOLE)),
+    *(_times_faster(name) for name in (PREFILL, WHOLE)),
+    *(_stage(name) for name in ("flow", "policy", "bookkeeping")),
+    ("oldest token", lambda row, _: write.NONE if row.oldest_age is None else str(row.oldest_age)),
+    ("peak memory", lambda row, _: write.memory(row.peak_memory_mb)),
+)
+
+
+def paper_tables(done: Reproduction) -> list[write.TextTable]:
+    """Fill the tables: 1; 2 and 5 in one, as far as their rows were run; and the cost that the paper leaves out."""
+    suites = {name: [e for e in done.episodes if e.suite == name] for name in done.config.suites}
+    by_suite = {name: summarize(episodes) for name, episodes in suites.items() if episodes}
+    everything = summarize(done.episodes)
+    success = [(f"{name.removeprefix('libero_')} solved", _success(by_suite.get(name))) for name in suites]
+    if len(suites) > 1:
+        success.append(("average", lambda row, _: _average(row.method, by_suite, len(suites))))
+    layouts: list[tuple[str, Sequence[Row], Sequence[Column], str]] = [
+        ("Table 1: success and cost", done.table_1, (*success, *PAIRED, *WORK, _window(PREFILL)), INTERVALS),
+        (
+            "Tables 2 and 5: LAC without its parts",
+            done.ablations,
+            (*success, *PAIRED, _window(PREFILL), _window(WHOLE)),
+            INTERVALS,
+        ),
+        ("What the paper leaves out: the whole cost", done.rows, COST, STAGES),
+    ]
+    return [_fill(title, rows, columns, done, everything, note) for title, rows, columns, note in layouts if rows]
+
+
+def _fill(
+    title: str, rows: Sequence[Row], columns: Sequence[Column], done: Reproduction, summary: Summary, note: str
+) -> write.TextTable:
+    dense, cells, incomplete = summary.row(DENSE), [], []
+    for row in rows:
+        found, wanted = summary.row(row.method), _wanted(row, done)
+        trials = found.trials if found else 0
+        mark = " *" if trials < wanted else ""
+        if mark:
+            incomplete.append(f"{row.label}: {trials} of {wanted} trials")
+        cells.append((row.label + mark, *(cell(found, dense) if found else write.NONE for _, cell in columns)))
+    notes = [note, *([f"* incomplete: {'; '.join(incomplete)}"] if incomplete else [])]
+    return write.TextTable(title, ("method", *(heading for heading, _ in columns)), tuple(cells), tuple(notes))
+
+
+def _wanted(row: Row, done: Reproduction) -> int:
+    """Trials that a row should have over all suites."""
+    config = done.config
+    states = min(row.trials or config.trials, config.trials)
+    return sum(states * (len(config.tasks) or SUITES[suite].n_tasks) for suite in config.suites)
+
+
+def _success(summary: Summary | None) -> Callable[[MethodRow, MethodRow | None], str]:
+    def cell(row: MethodRow, _: MethodRow | None) -> str:
+        found = summary.row(row.method) if summary else None
+        return write.success(found) if found else write.NONE
+
+    return cell
+
+
+def _average(method: str, by_suite: Mapping[str, Summary], suites: int) -> str:
+    """Mean of the suites' success rates, if all of them were run."""
+    rates = [row.rate for summary in by_suite.values() if (row := summary.row(method))]
+    return write.percent(sum(rates) / suites) if len(rates) == suites else write.NONE
+
+
+def statements(done: Reproduction) -> list[str]:
+    """What must be said before the numbers: who leads, whose figures these are, what was altered, what is missing."""
+    config = done.config
+    about = describe_model(config.model)
+    size = about.get("parameters")
+    small = f"our small model '{about['name']}' ({size / 1e6:.1f} M parameters)" if size and size < SMALL else None
+    said = verdict(done)
+    said.append(
+        f"These are figures of {small or about['name']}, never to be set beside the paper's, which are OpenVLA-7B's."
+    )
+    if config.rendering == "fast":
+        said.append("Altered rendering: reflections and multisampling are off. These are not the benchmark's pixels.")
+    if config.stress is not None:
+        said.append(describe_stress(config.stress))
+    summary = summarize(done.episodes)
+    rows = {row.method: row for row in (*done.rows, *done.curve)}.values()
+    missing = sum((found.trials if (found := summary.row(row.method)) else 0) < _wanted(row, done) for row in rows)
+    if missing:
+        said.append(f"{missing} rows are incomplete (marked *): the same command goes on with them.")
+    return said
+
+
+def verdict(done: Reproduction) -> list[str]:
+    """Whether LAC leads among the rows of Table 1, in success and in latency; by the numbers, chance or not."""
+    summary = summarize(done.episodes)
+    lac = summary.row(LAC.method)
+    others = [(row.label, found) for row in done.table_1 if (found := summary.row(row.method)) and found is not lac]
+    if lac is None or not others:
+        return ["LAC and another method are needed to say who leads."]
+    label, best = max(others, key=lambda other: other[1].rate)
+    own = f"LAC {lac.successes}/{lac.trials}"
+    if best.rate > lac.rate:
+        said = [f"LAC does not lead in success: {label} solved {best.successes}/{best.trials}, {own}."]
+    elif best.rate == lac.rate:
+        said = [f"LAC does not lead in success alone: {label} solved as much, {best.successes}/{best.trials}."]
+    else:
+        said = [f"LAC leads in success: {own}, next {label} {best.successes}/{best.trials}."]
+    timed = [(label, row, row.latency[WHOLE].p50) for label, row in others if WHOLE in row.latency]
+    if done.config.workers > 1 or not timed or WHOLE not in lac.latency:
+        return [*said, "Who leads in latency is not said: several processes shared the machine, or nothing was timed."]
+    label, row, best_ms = min(timed, key=lambda other: other[2])
+    own_ms = lac.latency[WHOLE].p50
+    names = f"{label} takes {write.milliseconds(best_ms)} ms (solving {row.successes}/{row.trials})"
+    lead = "leads" if own_ms < best_ms else "does not lead"
+    return [
+        *said,
+        f"LAC {lead} in latency from observation to action: {write.milliseconds(own_ms)} ms at the median; {names}.",
+    ]

@@ -1,0 +1,262 @@
+"""The paper's LIBERO tables on a model of one's own: which rows, on which episodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lac_vla.bundled import MINI
+from lac_vla.errors import InputError
+from lac_vla.evaluation.config import FIRST_HELD_OUT, EvalConfig
+from lac_vla.evaluation.methods import method_name
+from lac_vla.evaluation.records import EpisodeRecord, read_episodes
+from lac_vla.evaluation.runner import EPISODES, evaluate
+from lac_vla.policies import LACPolicy, PolicySpec
+from lac_vla.policies.lac import SUBFOLDER
+from lac_vla.policies.lac.policy import CONFIG
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        label: What it is called there.
+        spec: Its policy, as on a command line.
+        trials: Initial states per task at most; 0 for as many as are asked for.
+    """
+
+    label: str
+    spec: str
+    trials: int = 0
+
+    @property
+    def method(self) -> str:
+        """Its name in episode records."""
+        return method_name(self.spec)
+
+
+DENSE = Row("Dense", "dense")
+LAC = Row("LAC", "lac")
+
+TABLE_1 = (
+    DENSE,
+    Row("SparseVLM", "sparsevlm"),
+    Row("FastV", "fastv:ratio=0.5"),
+    Row("VLA-Cache, as published", "vla-cache:variant=paper"),
+    Row("VLA-Cache, as released", "vla-cache:variant=released"),
+    Row("Motion", "motion:ratio=0.8"),
+    Row("Motion, wrist camera kept", "motion-wrist@motion:ratio=0.85,keep=wrist"),
+    Row("Random", "random:ratio=0.8"),
+    LAC,
+)
+"""The methods of the paper's Table 1, and three that it leaves out: rules that cost nothing to think of."""
+
+ABLATIONS = (
+    DENSE,
+    Row("Selector at a fixed ratio", "lac-selector@lac:ratio=0.8,recovery=0"),
+    Row("Selector + predictor", "lac-predictor@lac:recovery=0"),
+    Row("Selector + predictor + recovery (LAC)", "lac"),
+)
+"""Parts of LAC switched off at inference; policies trained without a part are added by their folders."""
+
+CURVE = (
+    ("Random", "random:ratio={ratio:g}"),
+    ("Motion", "motion:ratio={ratio:g}"),
+    ("Motion, wrist camera kept", "motion:ratio={ratio:g},keep=wrist"),
+    ("FastV", "fastv:ratio={ratio:g}"),
+    ("LAC at a fixed ratio", "lac:ratio={ratio:g}"),
+)
+"""Methods whose ratio can be set: label and spec."""
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """The paper's LIBERO tables on a model of one's own, every method on the same initial states.
+
+    Attributes:
+        out: Folder of the runs; the same command goes on where it stopped, and may ask for more.
+        model: Checkpoint folder or hub id; by default the bundled VLA.
+        suites: LIBERO suites that the model knows.
+        tasks: Task ids; empty for all ten.
+        first: First initial state of every task; demonstrations of the bundled VLA used those before 40.
+        trials: Initial states per task.
+        policies: Only these rows, by method (``lac``), policy (``vla-cache``: both variants) or spec (of another
+            policy); dense always runs. Empty for all.
+        ablations: Folders of runs of ``lac train`` with something left out: a row each.
+        curve: Also run every method whose ratio can be set at each of ``ratios``, for the trade-off curve.
+        ratios: Nominal cache ratios of the curve.
+        stress: What disturbs every episode, see ``lac eval --help``.
+        seed: Of every session.
+        rendering: ``fast`` (altered pixels, those of the bundled VLA) or ``official``.
+        convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints.
+        image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
+        videos: Per method and task, how many episodes get an overlay video.
+        device: ``cpu`` or ``cuda``.
+        workers: Processes. Latencies are only worth reporting from one.
+        threads: CPU threads of torch per process; 0 leaves it to torch.
+    """
+
+    out: Path = Path("outputs/reproduce-libero")
+    model: str = str(MINI)
+    suites: tuple[str, ...] = ("libero_spatial",)
+    tasks: tuple[int, ...] = ()
+    first: int = FIRST_HELD_OUT
+    trials: int = 10
+    policies: tuple[str, ...] = ()
+    ablations: tuple[Path, ...] = ()
+    curve: bool = False
+    ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    stress: str | None = None
+    seed: int = 0
+    rendering: Literal["fast", "official"] = "fast"
+    convention: Literal["upright", "openvla"] = "upright"
+    image_pipeline: str | None = None
+    videos: int = 1
+    device: str = "cpu"
+    workers: int = 1
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or not self.suites or len(set(self.suites)) < len(self.suites):
+            raise InputError("give at least one trial, and every suite once")
+
+    def run(self, suite: str, rows: Sequence[Row], trials: int, *, curve: bool = False) -> EvalConfig:
+        """The evaluation of some rows on one suite."""
+        return EvalConfig(
+            self.model,
+            self.folder(suite, curve=curve),
+            tuple(row.spec for row in rows),
+            suite=suite,
+            tasks=self.tasks,
+            init_states=(self.first, self.first + trials),
+            seed=self.seed,
+            stress=self.stress,
+            rendering=self.rendering,
+            convention=self.convention,
+            image_pipeline=self.image_pipeline,
+            videos=0 if curve else self.videos,
+            device=self.device,
+            workers=self.workers,
+            threads=self.threads,
+        )
+
+    def folder(self, suite: str, *, curve: bool = False) -> Path:
+        """Where a suite's episodes are; those of the curve apart, so that a report of the others stays readable."""
+        return self.out / (f"{suite}-curve" if curve else suite)
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What was asked for, and what has been run of it.
+
+    Attributes:
+        config: The request.
+        table_1: Its rows.
+        ablations: Rows of tables 2 and 5.
+        curve: Rows that are run for the curve alone.
+        episodes: All episodes of all suites that belong to a row.
+    """
+
+    config: ReproduceConfig
+    table_1: tuple[Row, ...]
+    ablations: tuple[Row, ...]
+    curve: tuple[Row, ...]
+    episodes: list[EpisodeRecord]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Every row but the curve's, once."""
+        return _once((*self.table_1, *self.ablations))
+
+
+def plan(config: ReproduceConfig) -> Reproduction:
+    """Choose the rows; nothing is run yet.
+
+    Raises:
+        InputError: If a policy is unknown or cannot be made.
+        CheckpointError: If a folder of ``config.ablations`` holds no policy.
+    """
+    trained = tuple(ablation_row(folder) for folder in config.ablations)
+    table_1: tuple[Row, ...] = TABLE_1
+    ablations: tuple[Row, ...] = (*ABLATIONS, *trained)
+    if config.policies:
+        known = _once((*TABLE_1, *ABLATIONS))
+        chosen = _once((DENSE, *(row for word in config.policies for row in _chosen(word, known))))
+        methods = {row.method for row in chosen}
+        table_1 = (*(row for row in TABLE_1 if row.method in methods), *(row for row in chosen if row not in known))
+        ablations = (*(row for row in ABLATIONS if row.method in methods), *trained)
+        if {row.method for row in ablations} <= {row.method for row in table_1}:
+            ablations = ()
+    curve: tuple[Row, ...] = ()
+    if config.curve:
+        asked = {PolicySpec.parse(row.spec).name for row in table_1}
+        points = [
+            Row(f"{label}, {ratio:g}", spec.format(ratio=ratio)) for label, spec in CURVE for ratio in config.ratios
+        ]
+        there = {row.method for row in (*table_1, *ablations)}
+        curve = tuple(p for p in points if p.method not in there and PolicySpec.parse(p.spec).name in asked)
+    planned = Reproduction(config, table_1, ablations, curve, [])
+    for suite in config.suites:  # refuse what cannot be made before the first episode
+        config.run(suite, (*planned.rows, *curve), config.trials)
+    return planned
+
+
+def reproduce(config: ReproduceConfig) -> Reproduction:
+    """Run what is missing of the paper's tables.
+
+    Raises:
+        InputError: As :func:`plan` and :func:`lac_vla.evaluation.runner.evaluate` do.
+        CheckpointError: As :func:`plan` does.
+    """
+    planned = plan(config)
+    episodes: list[EpisodeRecord] = []
+    for suite in config.suites:
+        for rows, curve in ((planned.rows, False), (planned.curve, True)):
+            limits = {row.method: min(row.trials or config.trials, config.trials) for row in rows}
+            for trials in sorted(set(limits.values())):  # a run grows: first what all have, then what some have
+                evaluate(config.run(suite, [row for row in rows if limits[row.method] >= trials], trials, curve=curve))
+            if rows:
+                folder = config.folder(suite, curve=curve)
+                episodes += [e for e in read_episodes(folder / EPISODES) if e.method in limits]
+    return Reproduction(config, planned.table_1, planned.ablations, planned.curve, episodes)
+
+
+def ablation_row(folder: Path) -> Row:
+    """The row of a policy that was trained with something left out, named by what that is.
+
+    Raises:
+        CheckpointError: If the folder holds no policy.
+    """
+    config = LACPolicy.from_pretrained(folder).config
+    home = folder / SUBFOLDER if (folder / SUBFOLDER / CONFIG).is_file() else folder
+    about = json.loads((home / CONFIG).read_text(encoding="utf-8")).get("about", {})
+    steps = about.get("training", {}).get("stage1_steps")
+    told = {
+        "selector alone, trained": config.ratio is not None,
+        "without stage I": steps == 0,
+        "language-guided": config.language,
+        "without flow": config.flow == "none",
+        "the paper's inputs": config.inputs == "paper",
+    }
+    name = (folder.parent if folder.name == SUBFOLDER else folder).resolve().name
+    what = ", ".join(words for words, holds in told.items() if holds) or "all parts, trained anew"
+    alone = ",recovery=0" if config.ratio is not None else ""
+    return Row(f"{what[0].upper()}{what[1:]} ({name})", f"{name}@lac:path={folder}{alone}")
+
+
+def _chosen(word: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows that a word of ``--policies`` means."""
+    exact = [row for row in rows if word in (row.method, row.spec)]
+    return exact or [row for row in rows if PolicySpec.parse(row.spec).name == word] or [Row(method_name(word), word)]
+
+
+def _once(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows without those that run the same method as an earlier one."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(row.method, row)
+    return tuple(found.values())

@@ -1,0 +1,154 @@
+"""The trade-off curve: success and latency over the share of the computation that was really reused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from lac_vla.errors import InputError
+from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.evaluation.summary import DENSE, MethodRow, Summary
+from lac_vla.policies import PolicySpec
+from lac_vla.report import svg
+
+WINDOW = "observation_to_action"
+COLOURS = 6
+"""Of the page's palette, without dense's."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method.
+
+    Attributes:
+        name: The method's.
+        x: Effective cache ratio, in [0, 1].
+        y: What is shown over it.
+        low: Lower end of the error bar.
+        high: Its upper end.
+        nominal: The ratio asked for, if the method has one: such points are joined.
+    """
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    nominal: bool
+
+
+Family = tuple[str, str, list[Point]]
+"""Name, colour (CSS) and points of a method at several ratios."""
+
+
+def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping[str, str]) -> dict[str, Any] | None:
+    """The two charts of a run.
+
+    Args:
+        summary: Its numbers.
+        episodes: What they were made of.
+        specs: Method → its policy as on a command line: methods that differ in ``ratio`` alone are one line.
+
+    Returns:
+        ``families`` (name and colour), ``success`` and ``latency`` (SVG); ``None`` with fewer than two points.
+    """
+    reusing = [row for row in summary.methods if row.method != DENSE and row.ratio_effective is not None]
+    if len(reusing) < 2:
+        return None
+    dense = summary.row(DENSE)
+    grouped: dict[str, list[tuple[MethodRow, bool]]] = {}
+    for row in reusing:
+        name, nominal = _family(specs.get(row.method, row.method))
+        grouped.setdefault(name, []).append((row, nominal))
+    colours = {name: f"var(--m{1 + index % COLOURS})" for index, name in enumerate(grouped)}
+    success: list[Family] = []
+    latency: list[Family] = []
+    for name, rows in grouped.items():
+        success.append((name, colours[name], [_success(row, nominal) for row, nominal in rows]))
+        timed = [_latency(row, nominal, episodes) for row, nominal in rows]
+        latency.append((name, colours[name], [point for point in timed if point is not None]))
+    before = dense.latency.get(WINDOW) if dense else None
+    return {
+        "families": [{"name": name, "colour": colour} for name, colour in colours.items()],
+        "success": tradeoff_chart(success, "solved", share=True, dense=dense.rate if dense else None),
+        "latency": tradeoff_chart(latency, "ms", share=False, dense=before.p50 if before else None),
+    }
+
+
+def tradeoff_chart(families: Sequence[Family], unit: str, *, share: bool, dense: float | None) -> str:
+    """Points with error bars over the effective cache ratio; those of a family with a nominal ratio are joined.
+
+    Args:
+        families: The methods.
+        unit: What is shown.
+        share: The values are shares: the axis goes from 0 to 100 %.
+        dense: Dense's value, a dashed line; ``None`` leaves it out.
+
+    Returns:
+        SVG; empty if there are no points.
+    """
+    points = [point for _, _, family in families for point in family]
+    if not points:
+        return ""
+    left, top, width, height = 52.0, 10.0, 500.0, 260.0
+    limit = 1.0 if share else 1.08 * max([point.high for point in points] + ([dense] if dense else []))
+
+    def x(ratio: float) -> float:
+        return left + width * ratio
+
+    def y(value: float) -> float:
+        return top + height * (1 - value / (limit or 1.0))
+
+    parts = []
+    for tick in svg.ticks(limit):
+        words = f"{100 * tick:g} %" if share else f"{tick:g}"
+        parts.append(svg.line("grid", left, left + width, y(tick), y(tick)))
+        parts.append(svg.text("tick", left - 6, y(tick) + 4, words, "end"))
+    for tick in svg.ticks(1.0):
+        parts.append(svg.text("tick", x(tick), top + height + 16, f"{100 * tick:g} %", "middle"))
+    if dense is not None:
+        parts.append(svg.line("reference", left, left + width, y(dense), y(dense)))
+        parts.append(svg.text("tick", left + 4, y(dense) - 5, "dense"))
+    for name, colour, family in families:
+        style = f'style="--c:{colour}"'
+        joined = sorted((point for point in family if point.nominal), key=lambda point: point.x)
+        if len(joined) > 1:
+            drawn = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in joined)
+            parts.append(f'<polyline class="line" {style} points="{drawn}"/>')
+        for point in family:
+            at, words = x(point.x), f"{name}, {point.name}: {100 * point.x:.1f} % reused, "
+            words += f"{100 * point.y:.1f} %" if share else f"{point.y:.3g} {unit}"
+            parts.append(svg.line("whisker", at, at, y(point.low), y(point.high), colour))
+            parts.append(
+                f'<circle class="{"dot" if point.nominal else "dot own"}" {style} cx="{at:.1f}" '
+                f'cy="{y(point.y):.1f}" r="{4 if point.nominal else 5.5}"><title>{escape(words)}</title></circle>'
+            )
+    parts.append(svg.text("tick", left + width / 2, top + height + 32, "effective cache ratio", "middle"))
+    return svg.picture(left + width + 12, top + height + 38, parts, f"{unit} over the effective cache ratio", "panel")
+
+
+def _family(spec: str) -> tuple[str, bool]:
+    """A spec without its ratio, and whether it had one: ``motion:ratio=.5,keep=wrist`` → ``motion keep=wrist``, yes."""
+    try:
+        parsed = PolicySpec.parse(spec)
+    except InputError:  # a run of other software may describe its methods in words
+        return spec, False
+    rest = [f"{key}={value}" for key, value in parsed.options.items() if key != "ratio"]
+    return " ".join([parsed.name, *rest]), "ratio" in parsed.options
+
+
+def _success(row: MethodRow, nominal: bool) -> Point:
+    return Point(row.method, row.ratio_effective or 0.0, row.rate, row.interval.low, row.interval.high, nominal)
+
+
+def _latency(row: MethodRow, nominal: bool, episodes: Sequence[EpisodeRecord]) -> Point | None:
+    """Median over all frames, with the range of their middle half."""
+    samples = [ms for e in episodes if e.method == row.method for ms in e.latency_ms.get(WINDOW, ())]
+    if not samples:
+        return None
+    low, middle, high = np.percentile(samples, [25, 50, 75])
+    return Point(row.method, row.ratio_effective or 0.0, float(middle), float(low), float(high), nominal)

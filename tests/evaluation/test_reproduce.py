@@ -1,0 +1,207 @@
+"""The paper's tables: which rows, on which episodes, and what is said before the numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.evaluation.worlds import FakeEnv, outcomes
+
+from lac_vla import InputError, LACConfig, LACPolicy
+from lac_vla.bundled import MINI
+from lac_vla.errors import CheckpointError
+from lac_vla.evaluation.methods import resolve
+from lac_vla.evaluation.paper_tables import paper_tables, statements, verdict
+from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.evaluation.reproduce import (
+    ABLATIONS,
+    CURVE,
+    DENSE,
+    LAC,
+    TABLE_1,
+    ReproduceConfig,
+    Reproduction,
+    Row,
+    ablation_row,
+    plan,
+    reproduce,
+)
+from lac_vla.policies import POLICIES, PolicySpec, Random
+
+MOTION = next(row for row in TABLE_1 if row.method == "motion-0.8")
+
+
+@pytest.fixture
+def config(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReproduceConfig:
+    """Two tasks and two initial states; chance stands for the learned policy."""
+    (Path(model) / "policy").mkdir()
+    monkeypatch.setitem(POLICIES, "lac", lambda path, ratio=0.5, recovery=0.1: Random(ratio))
+    policies = ("lac", "random:ratio=0.25")
+    return ReproduceConfig(tmp_path / "out", model, tasks=(0, 3), first=4, trials=2, policies=policies, videos=0)
+
+
+@pytest.mark.parametrize("row", [*TABLE_1, *ABLATIONS], ids=lambda row: row.label)
+def test_every_row_of_a_known_policy_can_be_made(row: Row) -> None:
+    if PolicySpec.parse(row.spec).name in POLICIES:
+        resolve(row.spec, str(MINI))
+
+
+def test_the_methods_of_a_table_differ() -> None:
+    for rows in (TABLE_1, ABLATIONS):
+        assert len({row.method for row in rows}) == len(rows)
+        assert len({row.label for row in rows}) == len(rows)
+    assert DENSE in TABLE_1
+    assert LAC in TABLE_1
+
+
+def test_rows_are_chosen_by_method_policy_or_spec(config: ReproduceConfig) -> None:
+    def methods(*words: str) -> list[str]:
+        return [row.method for row in plan(replace(config, policies=words)).table_1]
+
+    assert methods("lac") == ["dense", "lac"]
+    assert methods("lac", "motion") == ["dense", "motion-0.8", "motion-wrist", "lac"]
+    assert methods("random:ratio=0.25", "motion-0.8") == ["dense", "motion-0.8", "random-0.25"]
+    assert plan(config).ablations == ()
+    parts = plan(replace(config, policies=("lac", "lac-predictor")))
+    assert [row.method for row in parts.ablations] == ["dense", "lac-predictor", "lac"]
+    assert [row.method for row in parts.rows] == ["dense", "lac", "lac-predictor"]
+    with pytest.raises(InputError, match="unknown policy 'quick'"):
+        plan(replace(config, policies=("quick",)))
+    assert not config.out.exists(), "refused before anything was run"
+
+
+def test_a_small_run_becomes_a_larger_one(config: ReproduceConfig) -> None:
+    small = reproduce(replace(config, trials=1))
+    assert {e.trial for e in small.episodes} == {("libero_spatial", task, 4, 0) for task in (0, 3)}
+    before = outcomes(config.folder("libero_spatial"))
+    done = reproduce(config)
+    assert len(done.episodes) == 3 * 2 * 2
+    assert [line for line in outcomes(config.folder("libero_spatial")) if line[1][2] == 4] == before
+    first, cost = paper_tables(done)
+    assert [cells[0] for cells in first.rows] == ["Dense", "LAC", "random-0.25"]
+    assert dict(zip(first.headings, first.rows[1], strict=True))["spatial solved"].startswith("4/4")
+    assert "incomplete" not in " ".join(first.notes)
+    reused = dict(zip(first.headings, first.rows[2], strict=True))["ratio nom. / eff."]
+    assert reused.endswith(" / 19.4 %"), "effective: 7 of 36 tokens and 4 of 16 in all frames but the first"
+    assert "1.00 ×" in cost.rows[0]
+    assert not any("incomplete" in text for text in statements(done))
+
+
+def test_incomplete_rows_are_marked(config: ReproduceConfig) -> None:
+    done = reproduce(replace(config, policies=("lac",)))
+    kept = [e for e in done.episodes if not (e.method == "lac" and e.task == 3)]
+    first = paper_tables(replace(done, episodes=kept))[0]
+    assert [cells[0] for cells in first.rows] == ["Dense", "LAC *"]
+    assert "* incomplete: LAC: 2 of 4 trials" in first.notes
+    assert any(text.startswith("1 rows are incomplete") for text in statements(replace(done, episodes=kept)))
+    never = replace(done, table_1=(*done.table_1, MOTION))
+    assert paper_tables(never)[0].rows[2][0] == "Motion *"
+    assert set(paper_tables(never)[0].rows[2][1:]) == {"-"}
+
+
+def test_a_row_may_have_fewer_trials(config: ReproduceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lac_vla.evaluation.reproduce.TABLE_1", (DENSE, replace(LAC, trials=1)))
+    done = reproduce(replace(config, policies=("lac",)))
+    assert sorted((e.method, e.init_state) for e in done.episodes if e.task == 0) == [
+        ("dense", 4),
+        ("dense", 5),
+        ("lac", 4),
+    ]
+    assert "incomplete" not in " ".join(paper_tables(done)[0].notes)
+
+
+def test_the_curve_runs_each_ratio_once_and_apart(config: ReproduceConfig) -> None:
+    config = replace(config, policies=("lac", "random:ratio=0.25"), trials=1, curve=True, ratios=(0.25, 0.5))
+    made = FakeEnv.made
+    done = reproduce(config)
+    assert [row.method for row in done.curve] == ["random-0.5", "lac-0.25", "lac-0.5"], "random-0.25 is a row already"
+    assert {e.method for e in done.episodes} == {"dense", "lac", "random-0.25", "random-0.5", "lac-0.25", "lac-0.5"}
+    methods = {line[0] for line in outcomes(config.folder("libero_spatial", curve=True))}
+    assert methods == {"random-0.5", "lac-0.25", "lac-0.5"}
+    assert FakeEnv.made > made
+    assert all("ratio" in spec for _, spec in CURVE)
+
+
+def record(method: str, init: int, success: bool, ms: float) -> EpisodeRecord:
+    return EpisodeRecord(
+        method, "libero_spatial", 0, "x", init, 0, success, 1, 220, latency_ms={"observation_to_action": [ms]}
+    )
+
+
+def race(workers: int = 1, **rows: tuple[int, float]) -> str:
+    """Of every row, how many of ten it solved and its latency; what is said of LAC."""
+    names = {"dense": DENSE, "lac": LAC, "motion": MOTION}
+    episodes = [
+        record(names[name].method, init, init < solved, ms) for name, (solved, ms) in rows.items() for init in range(10)
+    ]
+    config = ReproduceConfig(trials=1, workers=workers)
+    return " ".join(verdict(Reproduction(config, tuple(names[name] for name in rows), (), (), episodes)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            {"dense": (8, 20.0), "motion": (7, 11.0), "lac": (9, 10.0)},
+            ("leads in success: LAC 9/10", "leads in latency"),
+        ),
+        ({"dense": (8, 20.0), "motion": (9, 11.0), "lac": (8, 10.0)}, ("not lead in success: Motion solved 9/10",)),
+        ({"dense": (8, 20.0), "motion": (7, 9.0), "lac": (8, 10.0)}, ("not lead in success alone: Dense solved as",)),
+        ({"dense": (8, 20.0), "motion": (1, 9.0), "lac": (9, 10.0)}, ("not lead in latency", "9.00 ms (solving 1/10)")),
+        ({"dense": (8, 20.0)}, ("are needed",)),
+    ],
+)
+def test_whether_lac_leads_is_said(rows: dict[str, tuple[int, float]], said: tuple[str, ...]) -> None:
+    for part in said:
+        assert part in race(**rows)
+
+
+def test_latencies_of_several_processes_are_not_compared() -> None:
+    assert "not said" in race(workers=2, dense=(8, 20.0), lac=(9, 10.0))
+
+
+def test_whose_figures_these_are() -> None:
+    done = Reproduction(ReproduceConfig(), (DENSE, LAC), (), (), [record("dense", 0, True, 1.0)])
+    text = " ".join(statements(done))
+    assert "our small model 'mini' (2.9 M parameters)" in text
+    assert "never to be set beside the paper's" in text
+    assert "Altered rendering" in text
+    stressed = Reproduction(ReproduceConfig(stress="drift", rendering="official"), (DENSE, LAC), (), (), done.episodes)
+    text = " ".join(statements(stressed))
+    assert "Stress 'drift'" in text
+    assert "Altered" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage1", "label", "spec"),
+    [
+        ({}, 100, "All parts, trained anew (mine)", "mine@lac:path={}"),
+        ({}, 0, "Without stage I (mine)", "mine@lac:path={}"),
+        ({"language": True}, 100, "Language-guided (mine)", "mine@lac:path={}"),
+        ({"ratio": 0.8}, 100, "Selector alone, trained (mine)", "mine@lac:path={},recovery=0"),
+        ({"inputs": "paper", "flow": "none"}, 9, "Without flow, the paper's inputs (mine)", "mine@lac:path={}"),
+    ],
+)
+def test_trained_variants_are_named_by_what_they_lack(
+    tmp_path: Path, settings: dict[str, Any], stage1: int, label: str, spec: str
+) -> None:
+    policy = LACPolicy(LACConfig({"agentview": (2, 2)}, **settings))
+    policy.save_pretrained(tmp_path / "mine" / "policy", about={"training": {"stage1_steps": stage1}})
+    assert ablation_row(tmp_path / "mine") == Row(label, spec.format(tmp_path / "mine"))
+    assert ablation_row(tmp_path / "mine" / "policy").label == label
+
+
+def test_a_folder_without_a_policy(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no policy"):
+        plan(ReproduceConfig(ablations=(tmp_path,)))
+    with pytest.raises(InputError, match="trial"):
+        ReproduceConfig(trials=0)
+
+
+def test_nothing_of_the_machine_is_written(config: ReproduceConfig) -> None:
+    reproduce(replace(config, trials=1))
+    for path in config.out.rglob("*.json"):
+        assert str(config.out.parent) not in json.dumps(json.loads(path.read_text()))

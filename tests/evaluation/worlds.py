@@ -1,0 +1,47 @@
+"""A fake simulator, and what an evaluation on it decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tests.engine.scenes import frame
+
+from lac_vla import Frame
+from lac_vla.evaluation.records import read_episodes
+
+
+class FakeEnv:
+    """A task that is solved after as many steps as its initial state's number; the pictures follow the actions."""
+
+    horizon = 6
+    instruction = "pick up the bowl"
+    made = 0
+
+    def __init__(self, suite: str, task: int, **_: Any) -> None:
+        self.suite, self.task = suite, task
+        FakeEnv.made += 1
+
+    def reset(self, init_state: int, seed: int = 0) -> Frame:
+        self.state, self.steps = init_state, 0
+        return self._frame()
+
+    def step(self, action: np.ndarray) -> tuple[Frame, bool]:
+        assert np.shape(action) == (7,)
+        self.steps += 1
+        return self._frame(), self.steps == self.state
+
+    def _frame(self) -> Frame:
+        return frame(100 * self.task + 10 * self.state + self.steps)
+
+    def close(self) -> None:
+        pass
+
+
+def outcomes(run: Path) -> list[Any]:
+    """What an evaluation decides; not how long it took."""
+    return [
+        (e.method, e.trial, e.success, e.steps, list(e.ratio_effective), list(e.oldest_age), list(e.macs))
+        for e in sorted(read_episodes(run / "episodes.jsonl"), key=lambda e: (e.method, e.trial))
+    ]
