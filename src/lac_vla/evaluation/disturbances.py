@@ -88,7 +88,7 @@ class Lighting(Stress):
         lasts: Steps until it is on again.
     """
 
-    gains: tuple[float, float, float] = (0.7, 0.62, 0.52)
+    gains: tuple[float, float, float] = (0.85, 0.8, 0.72)
     begins: tuple[int, int] = (10, 40)
     lasts: int = 30
 

@@ -36,6 +36,7 @@ class EpisodeRecord:
         latency_ms: Window or stage → milliseconds per step.
         peak_memory_mb: Of the process, or of the accelerator.
         video: Path within the run's folder, or ``None``.
+        failure: Path of the picture of an episode that was not solved, within the run's folder, or ``None``.
     """
 
     method: str
@@ -54,6 +55,7 @@ class EpisodeRecord:
     latency_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     peak_memory_mb: float | None = None
     video: str | None = None
+    failure: str | None = None
 
     @property
     def trial(self) -> Trial:

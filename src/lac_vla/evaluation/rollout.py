@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -54,7 +54,7 @@ def rollout(
     *,
     seed: int = 0,
     cost: CostModel | None = None,
-    recorder: Recorder | None = None,
+    recorders: Sequence[Recorder] = (),
     to_robot: Callable[[FloatArray], FloatArray] | None = None,
 ) -> EpisodeRecord:
     """Run one episode until the task is solved or its horizon reached.
@@ -66,7 +66,7 @@ def rollout(
         init_state: Initial state.
         seed: Of the session's generator.
         cost: Counts multiply-accumulates.
-        recorder: Watches.
+        recorders: Watch.
         to_robot: Turns the model's action into the simulator's units, if they differ.
     """
     frame = env.reset(init_state)
@@ -89,7 +89,7 @@ def rollout(
             macs.append(float(sum(cost.frame(step.layout, step.decision, step.policy_macs).values())))
         for name, value in {**step.timings, **step.stages}.items():
             latency[name].append(round(value, 4))
-        if recorder is not None:
+        for recorder in recorders:
             recorder.add(frame, step)
         frame, success = env.step(action if to_robot is None else to_robot(action))
     return EpisodeRecord(

@@ -35,7 +35,7 @@ def evaluate(config: EvalConfig) -> Path:
     A run may grow: more policies, and more initial states behind those that it has. What it holds is kept.
 
     Returns:
-        The run's folder: ``config.json``, ``episodes.jsonl``, ``summary.json``, ``videos/``.
+        The run's folder: ``config.json``, ``episodes.jsonl``, ``summary.json``, ``videos/``, ``failures/``.
 
     Raises:
         InputError: If the folder cannot be written or holds a run with other settings.

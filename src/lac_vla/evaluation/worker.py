@@ -17,6 +17,7 @@ from lac_vla.evaluation.rollout import Simulator, rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
 from lac_vla.models import load_vla
 from lac_vla.models.prismatic.actions import libero_gripper
+from lac_vla.report.failures import FailurePicture
 from lac_vla.report.overlay import EpisodeVideo
 from lac_vla.sims.libero import LiberoEnv, instructions
 from lac_vla.vla import CachedVLA, Session
@@ -69,9 +70,11 @@ class Worker:
             self._cost = CostModel.of(session.vla.backbone, env.reset(init_state))
         if config.stress is not None:
             env = Stressed(env, make_stress(config.stress), config.seed, instructions(config.suite))
+        name = f"{method}_task{task:02d}_init{init_state:02d}"
+        failure = FailurePicture(config.out / "failures" / f"{name}.jpg", env.horizon, config.max_age)
         video = None
         if init_state - config.init_states[0] < config.videos:
-            video = EpisodeVideo(config.out / "videos" / f"{method}_task{task:02d}_init{init_state:02d}.mp4", method)
+            video = EpisodeVideo(config.out / "videos" / f"{name}.mp4", method)
         record = rollout(
             env,
             session,
@@ -79,13 +82,14 @@ class Worker:
             init_state,
             seed=config.seed,
             cost=self._cost,
-            recorder=video,
+            recorders=[failure] if video is None else [failure, video],
             to_robot=libero_gripper if config.convention == "openvla" else None,
         )
         if video is not None:
             video.close(success=record.success)
             record = replace(record, video=str(video.path.relative_to(config.out)))
-        return record
+        picture = failure.close(success=record.success)
+        return record if picture is None else replace(record, failure=str(picture.relative_to(config.out)))
 
 
 Job: TypeAlias = tuple[int, int, tuple[str, ...]]

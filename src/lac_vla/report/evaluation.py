@@ -16,7 +16,8 @@ from lac_vla.evaluation import table as write
 from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.summary import DENSE, WINDOWS, MethodRow
 from lac_vla.report import plots
-from lac_vla.report.overlay import RECOMPUTED, RECOVERED, filmstrip
+from lac_vla.report.failures import gallery
+from lac_vla.report.overlay import RECOMPUTED, RECOVERED, filmstrip, heat_colours
 from lac_vla.report.page import css, fact_groups, jpeg, setting, write_page
 from lac_vla.report.runs import Run
 from lac_vla.report.tradeoff import tradeoff
@@ -88,6 +89,7 @@ def build_report(
         opening=opening or Opening(),
         runs=[_run(run, number) for number, run in enumerate(runs)],
         windows=[{"key": key, "name": WINDOW_NAMES[key], "meaning": WINDOW_MEANING[key]} for key in WINDOWS],
+        ages=", ".join(css(colour) for colour in heat_colours()),
         recomputed=css(RECOMPUTED),
         recovered=css(RECOVERED),
     )
@@ -122,6 +124,7 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         ],
         "ratio": _ratio(run, colours),
         "curve": tradeoff(run.summary, run.episodes, run.specs),
+        "gallery": gallery(run, colours),
         "trials": [_trial(run, group, colours) for group in shown],
         "recorded": len(trials),
         "dense": dense is not None,
