@@ -43,6 +43,9 @@ class EvalConfig:
         device: ``cpu`` or ``cuda``.
         workers: Processes. Latencies are only worth reporting from one.
         threads: CPU threads of torch per process; 0 leaves it to torch.
+        ray: Run the workers on the Ray cluster at this address (``auto``, ``ray://HOST:PORT``; ``local`` for this
+            machine), whose nodes share the folders that are named here. The results do not depend on it, nor on the
+            number of workers, if ``threads`` is set.
     """
 
     model: str
@@ -63,6 +66,7 @@ class EvalConfig:
     device: str = "cpu"
     workers: int = 1
     threads: int = 0
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:

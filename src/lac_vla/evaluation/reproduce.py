@@ -98,6 +98,7 @@ class ReproduceConfig:
         device: ``cpu`` or ``cuda``.
         workers: Processes. Latencies are only worth reporting from one.
         threads: CPU threads of torch per process; 0 leaves it to torch.
+        ray: Run the workers on the Ray cluster at this address, see ``lac eval --help``.
     """
 
     out: Path = Path("outputs/reproduce-libero")
@@ -119,6 +120,7 @@ class ReproduceConfig:
     device: str = "cpu"
     workers: int = 1
     threads: int = 0
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         if self.trials < 1 or not self.suites or len(set(self.suites)) < len(self.suites):
@@ -142,6 +144,7 @@ class ReproduceConfig:
             device=self.device,
             workers=self.workers,
             threads=self.threads,
+            ray=self.ray,
         )
 
     def folder(self, suite: str, *, curve: bool = False) -> Path:

@@ -116,7 +116,7 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     plain["policies"] = [paths_by_name(spec) for spec in config.policies]
     plain["flow"] = config.flow and paths_by_name(config.flow)
     settings: dict[str, Any] = json.loads(json.dumps(plain))
-    return {key: value for key, value in settings.items() if key != "out"}
+    return {key: value for key, value in settings.items() if key not in ("out", "ray")}
 
 
 def _summary(config: EvalConfig, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""Who runs the episodes: one process, or several, each with its own model and simulator."""
+"""Who runs the episodes: one process, or several, here or on a cluster, each with its own model and simulator."""
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 import torch
 
 from lac_vla.cost import CostModel
+from lac_vla.evaluation.cluster import Job, run_on_ray
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.methods import make_methods
 from lac_vla.evaluation.records import EpisodeRecord
@@ -92,9 +92,6 @@ class Worker:
         return record if picture is None else replace(record, failure=str(picture.relative_to(config.out)))
 
 
-Job: TypeAlias = tuple[int, int, tuple[str, ...]]
-"""Task, initial state, methods still to run on it."""
-
 _WORKER: list[Worker] = []
 """This process's worker, made once by :func:`_start`."""
 
@@ -116,6 +113,9 @@ def run_jobs(config: EvalConfig, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]
         jobs: What to run.
     """
     if not jobs:
+        return
+    if config.ray is not None:
+        yield from run_on_ray(config.ray, Worker, config, jobs)
         return
     if config.workers == 1:
         worker = Worker(config)

@@ -1,0 +1,137 @@
+"""Episodes on Ray: those of one process, whatever the number of workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.evaluation.worlds import FakeEnv, outcomes
+
+from lac_vla import InputError
+from lac_vla.errors import LacError, MissingExtraError
+from lac_vla.evaluation import worker
+from lac_vla.evaluation.cluster import run_on_ray
+from lac_vla.evaluation.config import EvalConfig
+from lac_vla.evaluation.runner import evaluate
+
+ROOT = Path(__file__).parents[2]
+
+
+class ActorLostError(Exception):
+    """Stands for Ray's error of that kind."""
+
+
+class FakeRay:
+    """Ray in one process: work is done when it is asked for, and finishes last first."""
+
+    def __init__(self) -> None:
+        self.exceptions = SimpleNamespace(RayActorError=ActorLostError)
+        self.actors: list[Any] = []
+        self.up: dict[str, Any] | None = None
+
+    def init(self, **options: Any) -> None:
+        if options["address"] not in (None, "auto"):
+            raise ConnectionError("nobody answers")
+        self.up = options
+
+    def shutdown(self) -> None:
+        self.up = None
+
+    def remote(self, **resources: Any) -> Callable[[type], Any]:
+        def decorate(cls: type) -> Any:
+            def make(*arguments: Any) -> Any:
+                actor = cls(*arguments)
+                self.actors.append(actor)
+                work = SimpleNamespace(remote=lambda job: (len(self.actors), job, lambda: actor.work(job)))
+                return SimpleNamespace(work=work)
+
+            return SimpleNamespace(remote=make)
+
+        return decorate
+
+    def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return references[-1:], references[:-1]
+
+    def get(self, reference: Any) -> Any:
+        return reference[2]()
+
+
+@pytest.fixture
+def config(model: str, tmp_path: Path) -> EvalConfig:
+    policies = ("dense", "random:ratio=0.5")
+    return EvalConfig(model, tmp_path / "run", policies, tasks=(0, 3), init_states=(4, 8), videos=0, threads=1)
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)  # type: ignore[arg-type]
+    return fake
+
+
+@pytest.mark.parametrize("workers", [1, 3, 20])
+def test_the_results_are_those_of_one_process(config: EvalConfig, ray: FakeRay, workers: int) -> None:
+    here = outcomes(evaluate(config))
+    there = replace(config, out=config.out.with_name("there"), ray="local", workers=workers)
+    assert outcomes(evaluate(there)) == here
+    assert len(ray.actors) == min(workers, 8), "no more than there are jobs"
+    assert ray.up is None, "left behind"
+    assert "ray" not in (there.out / "config.json").read_text()
+
+
+def test_a_run_may_move_to_a_cluster_and_back(config: EvalConfig, ray: FakeRay) -> None:
+    evaluate(replace(config, init_states=(4, 6)))
+    whole = outcomes(evaluate(replace(config, ray="auto")))
+    assert len(whole) == 16
+    assert outcomes(evaluate(config)) == whole
+
+
+def test_a_lost_worker_stops_a_run_that_can_be_resumed(
+    config: EvalConfig, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = outcomes(evaluate(replace(config, out=config.out.with_name("whole"))))
+    get, calls = ray.get, []
+
+    def lose(reference: Any) -> Any:
+        calls.append(reference)
+        if len(calls) == 3:
+            raise ActorLostError("node died")
+        return get(reference)
+
+    monkeypatch.setattr(ray, "get", lose)
+    with pytest.raises(LacError, match=r"node died.*goes on"):
+        evaluate(replace(config, ray="local", workers=2))
+    assert ray.up is None
+    assert 0 < len(outcomes(config.out)) < len(whole)
+    assert outcomes(evaluate(replace(config, ray="local", workers=2))) == whole
+
+
+def test_no_cluster_and_no_ray(config: EvalConfig, ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"no Ray cluster at 'ray://nowhere:1'.*ray start"):
+        evaluate(replace(config, ray="ray://nowhere:1"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"lac-vla\[ray\]"):
+        evaluate(replace(config, ray="local"))
+
+
+def fake_worker(config: EvalConfig) -> worker.Worker:
+    """On a node: a worker on the fake simulator."""
+    worker.LiberoEnv = FakeEnv  # type: ignore[assignment, misc]
+    return worker.Worker(config)
+
+
+@pytest.mark.slow
+def test_on_ray_itself(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    here = outcomes(evaluate(config))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+    monkeypatch.setattr(worker, "run_on_ray", lambda address, _, *rest: run_on_ray(address, fake_worker, *rest))
+    for workers in (1, 2):
+        there = replace(config, out=config.out.with_name(f"there{workers}"), ray="local", workers=workers)
+        assert outcomes(evaluate(there)) == here
