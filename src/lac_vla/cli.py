@@ -206,6 +206,7 @@ def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
 def _report_reproduction(done: "Reproduction") -> None:
     from lac_vla.evaluation.paper_tables import paper_tables, statements
     from lac_vla.evaluation.summary import summarize
+    from lac_vla.policies import paths_by_name
     from lac_vla.report import Opening, build_report, tradeoff
 
     said, tables = statements(done), paper_tables(done)
@@ -213,7 +214,7 @@ def _report_reproduction(done: "Reproduction") -> None:
         console.print(statement, style="bold", highlight=False, markup=False, soft_wrap=True)
     for table in tables:
         console.print(table.to_terminal())
-    specs = {row.method: row.spec for row in (*done.rows, *done.curve)}
+    specs = {row.method: paths_by_name(row.spec) for row in (*done.rows, *done.curve)}
     curve = tradeoff(summarize(done.episodes), done.episodes, specs) if done.curve else None
     runs = [done.config.folder(suite) for suite in done.config.suites]
     title = "The paper's LIBERO tables on one model"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tests.evaluation.worlds import FakeEnv, outcomes
 
 from lac_vla import InputError, LACConfig, LACPolicy
@@ -80,14 +82,15 @@ def test_a_small_run_becomes_a_larger_one(config: ReproduceConfig) -> None:
     done = reproduce(config)
     assert len(done.episodes) == 3 * 2 * 2
     assert [line for line in outcomes(config.folder("libero_spatial")) if line[1][2] == 4] == before
-    first, cost = paper_tables(done)
+    first, cost, windows, overheads = paper_tables(done)
     assert [cells[0] for cells in first.rows] == ["Dense", "LAC", "random-0.25"]
     assert dict(zip(first.headings, first.rows[1], strict=True))["spatial solved"].startswith("4/4")
     assert "incomplete" not in " ".join(first.notes)
     reused = dict(zip(first.headings, first.rows[2], strict=True))["ratio nom. / eff."]
     assert reused.endswith(" / 19.4 %"), "effective: 7 of 36 tokens and 4 of 16 in all frames but the first"
-    assert "1.00 ×" in cost.rows[0]
-    assert not any("incomplete" in text for text in statements(done))
+    assert cost.rows[0][-1] == windows.rows[0][-1] == "1.00 ×"
+    assert [len(table.rows) for table in (cost, windows, overheads)] == [3, 3, 3]
+    assert not any("ncomplete" in text for text in statements(done))
 
 
 def test_incomplete_rows_are_marked(config: ReproduceConfig) -> None:
@@ -96,7 +99,7 @@ def test_incomplete_rows_are_marked(config: ReproduceConfig) -> None:
     first = paper_tables(replace(done, episodes=kept))[0]
     assert [cells[0] for cells in first.rows] == ["Dense", "LAC *"]
     assert "* incomplete: LAC: 2 of 4 trials" in first.notes
-    assert any(text.startswith("1 rows are incomplete") for text in statements(replace(done, episodes=kept)))
+    assert any(text.startswith("Incomplete rows, marked *: 1.") for text in statements(replace(done, episodes=kept)))
     never = replace(done, table_1=(*done.table_1, MOTION))
     assert paper_tables(never)[0].rows[2][0] == "Motion *"
     assert set(paper_tables(never)[0].rows[2][1:]) == {"-"}
@@ -149,7 +152,7 @@ def race(workers: int = 1, **rows: tuple[int, float]) -> str:
             ("leads in success: LAC 9/10", "leads in latency"),
         ),
         ({"dense": (8, 20.0), "motion": (9, 11.0), "lac": (8, 10.0)}, ("not lead in success: Motion solved 9/10",)),
-        ({"dense": (8, 20.0), "motion": (7, 9.0), "lac": (8, 10.0)}, ("not lead in success alone: Dense solved as",)),
+        ({"dense": (8, 20.0), "motion": (7, 9.0), "lac": (8, 10.0)}, ("not lead in success: Dense solved as many",)),
         ({"dense": (8, 20.0), "motion": (1, 9.0), "lac": (9, 10.0)}, ("not lead in latency", "9.00 ms (solving 1/10)")),
         ({"dense": (8, 20.0)}, ("are needed",)),
     ],
@@ -181,7 +184,7 @@ def test_whose_figures_these_are() -> None:
         ({}, 100, "All parts, trained anew (mine)", "mine@lac:path={}"),
         ({}, 0, "Without stage I (mine)", "mine@lac:path={}"),
         ({"language": True}, 100, "Language-guided (mine)", "mine@lac:path={}"),
-        ({"ratio": 0.8}, 100, "Selector alone, trained (mine)", "mine@lac:path={},recovery=0"),
+        ({"ratio": 0.8}, 100, "Selector alone (mine)", "mine@lac:path={},recovery=0"),
         ({"inputs": "paper", "flow": "none"}, 9, "Without flow, the paper's inputs (mine)", "mine@lac:path={}"),
     ],
 )
@@ -205,3 +208,13 @@ def test_nothing_of_the_machine_is_written(config: ReproduceConfig) -> None:
     reproduce(replace(config, trials=1))
     for path in config.out.rglob("*.json"):
         assert str(config.out.parent) not in json.dumps(json.loads(path.read_text()))
+
+
+def test_the_tables_fit_a_terminal(config: ReproduceConfig) -> None:
+    done = reproduce(replace(config, policies=("lac", "lac-predictor"), trials=1))
+    out = io.StringIO()
+    for table in paper_tables(done):
+        Console(file=out, width=80).print(table.to_terminal())
+    text = out.getvalue()
+    assert "…" not in text
+    assert all(row.label in text for row in done.rows)

@@ -58,19 +58,19 @@ def test_points_stand_where_their_numbers_are_and_ratios_of_one_method_are_joine
     assert len({family["colour"] for family in found["families"]}) == 3
     success = found["success"]
     assert [float(dot.get("cx")) for dot in marks(success, "dot")] == pytest.approx([102, 152, 202, 252])
-    assert {float(dot.get("cy")) for dot in marks(success, "dot")} == {140.0}, "half solved: half way up"
+    assert {float(dot.get("cy")) for dot in marks(success, "dot")} == {150.0}, "half solved: half way up"
     low, high = wilson(1, 2)
     ends = [(float(bar.get("y1")), float(bar.get("y2"))) for bar in marks(success, "whisker")]
-    assert ends == [pytest.approx((10 + 260 * (1 - low), 10 + 260 * (1 - high)), abs=0.1)] * 4
+    assert ends == [pytest.approx((20 + 260 * (1 - low), 20 + 260 * (1 - high)), abs=0.1)] * 4
     (joined,) = marks(success, "line")
-    assert joined.get("points") == "102.0,140.0 152.0,140.0", "the two ratios of motion, and nothing else"
+    assert joined.get("points") == "102.0,150.0 152.0,150.0", "the two ratios of motion, and nothing else"
     assert len(marks(success, "own")) == 1, "lac has no ratio to set"
     assert len(marks(success, "reference")) == 1
     latency = found["latency"]
     bar = marks(latency, "whisker")[0]
     middle, top = 11.5, 1.08 * 12.25
-    assert float(marks(latency, "dot")[0].get("cy")) == pytest.approx(10 + 260 * (1 - middle / top), abs=0.1)
-    assert float(bar.get("y1")) == pytest.approx(10 + 260 * (1 - 10.75 / top), abs=0.1)
+    assert float(marks(latency, "dot")[0].get("cy")) == pytest.approx(20 + 260 * (1 - middle / top), abs=0.1)
+    assert float(bar.get("y1")) == pytest.approx(20 + 260 * (1 - 10.75 / top), abs=0.1)
     assert "lac, lac: 40.0 % reused, 11.5 ms" in latency
 
 

@@ -16,35 +16,27 @@ PREFILL, CALL, WHOLE = "decoder_prefill", "model_call", "observation_to_action"
 SMALL = 1e9
 """Parameters below which a model is called small."""
 
-INTERVALS = f"{write.CAPTION}. Latency: p50 / p95 in ms. FLOPs = 2 x MACs, per frame"
+LATENCY = "Latency: p50 / p95 over all frames; faster: dense's p50 over it. FLOPs = 2 x MACs, per frame"
 STAGES = (
-    "Latency: p50 / p95; faster: dense's p50 over it; flow, policy and bookkeeping: p50, part of the widest window; "
-    "peak memory: of the process so far, which all methods share"
+    "Flow, policy, bookkeeping: p50 in ms, part of observation to action. "
+    "Peak memory: of the process so far, which all methods share"
 )
+
 
 Column: TypeAlias = tuple[str, Callable[[MethodRow, MethodRow | None], str]]
 """A heading, and the cell of a method, next to dense."""
-
-PAIRED: tuple[Column, ...] = (
-    ("vs dense, points", lambda row, _: write.paired(row.paired)),
-    ("ratio nom. / eff.", lambda row, _: write.ratio(row)),
-)
-WORK: tuple[Column, ...] = (
-    ("MACs", lambda row, _: write.count(row.macs)),
-    ("FLOPs", lambda row, _: write.count(row.flops)),
-)
 
 
 def _window(name: str) -> Column:
     return f"{name.replace('_', ' ')}, ms", lambda row, _: write.latency(row.latency.get(name))
 
 
-def _times_faster(name: str) -> Column:
+def _times_faster(name: str, heading: str = "faster") -> Column:
     def cell(row: MethodRow, dense: MethodRow | None) -> str:
         own, reference = row.latency.get(name), dense.latency.get(name) if dense else None
         return write.NONE if own is None or reference is None else f"{reference.p50 / own.p50:.2f} ×"
 
-    return f"{name.replace('_', ' ')}, faster", cell
+    return heading, cell
 
 
 def _stage(name: str) -> Column:
@@ -52,12 +44,22 @@ def _stage(name: str) -> Column:
         spent = row.latency.get(name)
         return write.NONE if spent is None else write.milliseconds(spent.p50)
 
-    return f"{name}, ms", cell
+    return name, cell
 
 
-COST: tuple[Column, ...] = (
-    *(_window(name) for name in (PREFILL, CALL, WHOLE)),
-    *(_times_faster(name) for name in (PREFILL, WHOLE)),
+PAIRED: tuple[Column, ...] = (
+    ("vs dense, points", lambda row, _: write.paired(row.paired).replace(" [", "\n[")),
+    ("ratio nom. / eff.", lambda row, _: write.ratio(row)),
+)
+WORK: tuple[Column, ...] = (
+    ("MACs", lambda row, _: write.count(row.macs)),
+    ("FLOPs", lambda row, _: write.count(row.flops)),
+    _window(PREFILL),
+    _times_faster(PREFILL),
+)
+PARTS: tuple[Column, ...] = (_window(PREFILL), _times_faster(PREFILL), _window(WHOLE), _times_faster(WHOLE))
+WINDOWS: tuple[Column, ...] = (_window(PREFILL), _window(CALL), _window(WHOLE), _times_faster(WHOLE))
+OVERHEADS: tuple[Column, ...] = (
     *(_stage(name) for name in ("flow", "policy", "bookkeeping")),
     ("oldest token", lambda row, _: write.NONE if row.oldest_age is None else str(row.oldest_age)),
     ("peak memory", lambda row, _: write.memory(row.peak_memory_mb)),
@@ -65,7 +67,7 @@ COST: tuple[Column, ...] = (
 
 
 def paper_tables(done: Reproduction) -> list[write.TextTable]:
-    """Fill the tables: 1; 2 and 5 in one, as far as their rows were run; and the cost that the paper leaves out."""
+    """Fill the tables that have rows. Each is narrow enough for a terminal: a table of the paper is two of ours."""
     suites = {name: [e for e in done.episodes if e.suite == name] for name in done.config.suites}
     by_suite = {name: summarize(episodes) for name, episodes in suites.items() if episodes}
     everything = summarize(done.episodes)
@@ -73,14 +75,12 @@ def paper_tables(done: Reproduction) -> list[write.TextTable]:
     if len(suites) > 1:
         success.append(("average", lambda row, _: _average(row.method, by_suite, len(suites))))
     layouts: list[tuple[str, Sequence[Row], Sequence[Column], str]] = [
-        ("Table 1: success and cost", done.table_1, (*success, *PAIRED, *WORK, _window(PREFILL)), INTERVALS),
-        (
-            "Tables 2 and 5: LAC without its parts",
-            done.ablations,
-            (*success, *PAIRED, _window(PREFILL), _window(WHOLE)),
-            INTERVALS,
-        ),
-        ("What the paper leaves out: the whole cost", done.rows, COST, STAGES),
+        ("Table 1: success", done.table_1, (*success, *PAIRED), write.CAPTION),
+        ("Table 1: cost", done.table_1, WORK, LATENCY),
+        ("Tables 2 and 5, LAC without its parts: success", done.ablations, (*success, *PAIRED), write.CAPTION),
+        ("Tables 2 and 5, LAC without its parts: latency", done.ablations, PARTS, LATENCY),
+        ("What the paper leaves out: three windows", done.rows, WINDOWS, LATENCY),
+        ("What the paper leaves out: overheads", done.rows, OVERHEADS, STAGES),
     ]
     return [_fill(title, rows, columns, done, everything, note) for title, rows, columns, note in layouts if rows]
 
@@ -110,7 +110,7 @@ def _wanted(row: Row, done: Reproduction) -> int:
 def _success(summary: Summary | None) -> Callable[[MethodRow, MethodRow | None], str]:
     def cell(row: MethodRow, _: MethodRow | None) -> str:
         found = summary.row(row.method) if summary else None
-        return write.success(found) if found else write.NONE
+        return write.success(found).replace(" [", "\n[").replace("  ", " ") if found else write.NONE
 
     return cell
 
@@ -139,7 +139,7 @@ def statements(done: Reproduction) -> list[str]:
     rows = {row.method: row for row in (*done.rows, *done.curve)}.values()
     missing = sum((found.trials if (found := summary.row(row.method)) else 0) < _wanted(row, done) for row in rows)
     if missing:
-        said.append(f"{missing} rows are incomplete (marked *): the same command goes on with them.")
+        said.append(f"Incomplete rows, marked *: {missing}. The same command goes on with them.")
     return said
 
 
@@ -155,7 +155,7 @@ def verdict(done: Reproduction) -> list[str]:
     if best.rate > lac.rate:
         said = [f"LAC does not lead in success: {label} solved {best.successes}/{best.trials}, {own}."]
     elif best.rate == lac.rate:
-        said = [f"LAC does not lead in success alone: {label} solved as much, {best.successes}/{best.trials}."]
+        said = [f"LAC does not lead in success: {label} solved as many, {best.successes}/{best.trials}."]
     else:
         said = [f"LAC leads in success: {own}, next {label} {best.successes}/{best.trials}."]
     timed = [(label, row, row.latency[WHOLE].p50) for label, row in others if WHOLE in row.latency]

@@ -49,7 +49,7 @@ TABLE_1 = (
     Row("VLA-Cache, as published", "vla-cache:variant=paper"),
     Row("VLA-Cache, as released", "vla-cache:variant=released"),
     Row("Motion", "motion:ratio=0.8"),
-    Row("Motion, wrist camera kept", "motion-wrist@motion:ratio=0.85,keep=wrist"),
+    Row("Motion, wrist kept", "motion-wrist@motion:ratio=0.85,keep=wrist"),
     Row("Random", "random:ratio=0.8"),
     LAC,
 )
@@ -57,16 +57,16 @@ TABLE_1 = (
 
 ABLATIONS = (
     DENSE,
-    Row("Selector at a fixed ratio", "lac-selector@lac:ratio=0.8,recovery=0"),
-    Row("Selector + predictor", "lac-predictor@lac:recovery=0"),
-    Row("Selector + predictor + recovery (LAC)", "lac"),
+    Row("Selector, fixed ratio", "lac-selector@lac:ratio=0.8,recovery=0"),
+    Row("+ predictor", "lac-predictor@lac:recovery=0"),
+    Row("+ recovery (LAC)", "lac"),
 )
 """Parts of LAC switched off at inference; policies trained without a part are added by their folders."""
 
 CURVE = (
     ("Random", "random:ratio={ratio:g}"),
     ("Motion", "motion:ratio={ratio:g}"),
-    ("Motion, wrist camera kept", "motion:ratio={ratio:g},keep=wrist"),
+    ("Motion, wrist kept", "motion:ratio={ratio:g},keep=wrist"),
     ("FastV", "fastv:ratio={ratio:g}"),
     ("LAC at a fixed ratio", "lac:ratio={ratio:g}"),
 )
@@ -239,7 +239,7 @@ def ablation_row(folder: Path) -> Row:
     about = json.loads((home / CONFIG).read_text(encoding="utf-8")).get("about", {})
     steps = about.get("training", {}).get("stage1_steps")
     told = {
-        "selector alone, trained": config.ratio is not None,
+        "selector alone": config.ratio is not None,
         "without stage I": steps == 0,
         "language-guided": config.language,
         "without flow": config.flow == "none",

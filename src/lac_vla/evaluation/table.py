@@ -119,7 +119,8 @@ class TextTable:
         shown = Table(box=box.SIMPLE, title=self.title, title_justify="left", caption="\n".join(self.notes))
         shown.caption_justify = "left"
         for index, heading in enumerate(self.headings):
-            shown.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+            word = max(map(len, heading.split()))
+            shown.add_column(heading, justify="right" if index else "left", no_wrap=index == 0, min_width=word)
         for cells in self.rows:
             shown.add_row(*cells)
         return shown

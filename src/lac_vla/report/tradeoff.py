@@ -94,7 +94,7 @@ def tradeoff_chart(families: Sequence[Family], unit: str, *, share: bool, dense:
     points = [point for _, _, family in families for point in family]
     if not points:
         return ""
-    left, top, width, height = 52.0, 10.0, 500.0, 260.0
+    left, top, width, height = 52.0, 20.0, 500.0, 260.0
     limit = 1.0 if share else 1.08 * max([point.high for point in points] + ([dense] if dense else []))
 
     def x(ratio: float) -> float:
@@ -112,7 +112,7 @@ def tradeoff_chart(families: Sequence[Family], unit: str, *, share: bool, dense:
         parts.append(svg.text("tick", x(tick), top + height + 16, f"{100 * tick:g} %", "middle"))
     if dense is not None:
         parts.append(svg.line("reference", left, left + width, y(dense), y(dense)))
-        parts.append(svg.text("tick", left + 4, y(dense) - 5, "dense"))
+        parts.append(svg.text("tick", left + 4, y(dense) - 6, "dense"))
     for name, colour, family in families:
         style = f'style="--c:{colour}"'
         joined = sorted((point for point in family if point.nominal), key=lambda point: point.x)
@@ -128,7 +128,7 @@ def tradeoff_chart(families: Sequence[Family], unit: str, *, share: bool, dense:
                 f'cy="{y(point.y):.1f}" r="{4 if point.nominal else 5.5}"><title>{escape(words)}</title></circle>'
             )
     parts.append(svg.text("tick", left + width / 2, top + height + 32, "effective cache ratio", "middle"))
-    return svg.picture(left + width + 12, top + height + 38, parts, f"{unit} over the effective cache ratio", "panel")
+    return svg.picture(left + width + 20, top + height + 38, parts, f"{unit} over the effective cache ratio", "panel")
 
 
 def _family(spec: str) -> tuple[str, bool]:
