@@ -105,8 +105,8 @@ def test_shake_moves_the_picture_without_moving_it_away() -> None:
 def test_another_instruction_for_a_while() -> None:
     told = [seen.instruction for seen in episode("instruction")]
     other = [step for step, text in enumerate(told) if text != OTHERS[0]]
-    assert len(other) == 15
-    assert other == list(range(other[0], other[0] + 15))
+    assert len(other) == 10
+    assert other == list(range(other[0], other[0] + 10))
     assert len({told[step] for step in other}) == 1
     with pytest.raises(InputError, match="two different instructions"):
         Stressed(Still(), make_stress("instruction"), 0, OTHERS[:1]).reset(0)

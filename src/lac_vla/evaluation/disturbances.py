@@ -183,7 +183,7 @@ class Instruction(Stress):
     """
 
     begins: tuple[int, int] = (10, 40)
-    lasts: int = 15
+    lasts: int = 10
 
     def begin(self, scene: Scene) -> Disturbance:
         """See :meth:`Stress.begin`."""
