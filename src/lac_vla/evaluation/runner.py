@@ -19,6 +19,7 @@ from lac_vla.evaluation.methods import make_methods, method_name
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.flow import make_flow
+from lac_vla.levers import Levers
 from lac_vla.models import load_vla
 from lac_vla.models.prismatic.actions import libero_gripper
 from lac_vla.policies import paths_by_name
@@ -50,6 +51,7 @@ class EvalConfig:
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.
+        levers: Levers beside caching, of all methods, dense included: ``default``, ``none``, ``exact``, ``draft+overlap``, …
         rendering: ``fast`` (altered pixels, for models trained on them) or ``official``.
         convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints, whose images are rotated by
             180° and whose gripper runs from 0, closed, to 1, open.
@@ -70,6 +72,7 @@ class EvalConfig:
     seed: int = 0
     flow: str | None = None
     max_age: int = 16
+    levers: str = "default"
     rendering: Literal["fast", "official"] = "fast"
     convention: Literal["upright", "openvla"] = "upright"
     image_pipeline: str | None = None
@@ -89,6 +92,7 @@ class EvalConfig:
             )
         if self.workers < 1:
             raise InputError(f"workers is {self.workers}; give at least 1")
+        Levers.parse(self.levers)
         make_methods(self.policies, self.model)
         make_flow(self.flow or "none")
 
@@ -124,7 +128,9 @@ class Worker:
             image_pipeline=config.image_pipeline,
         )
         self.sessions = {
-            name: CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age).session(config.seed)
+            name: CachedVLA(
+                backbone, policy, flow=config.flow, max_age=config.max_age, levers=Levers.parse(config.levers)
+            ).session(config.seed)
             for name, policy in make_methods(config.policies, config.model).items()
         }
 
