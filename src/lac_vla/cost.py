@@ -3,7 +3,8 @@
 The decoder is counted analytically, as in the paper's equations 13-14, from the decision that was really taken: every
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
 the paper's formula has two) and 2·D·slots for attention, which counts the masked half of a causal square too. In the
-last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Towers and
+last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Attention
+that a policy watches is computed aside, beside the kernel that computes the model: D·slots per watched row. Towers and
 projectors are counted by torch's own counter, once.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.models.base import Backbone, DecoderShape
-from lac_vla.types import Beyond, Decision, Frame, TokenLayout
+from lac_vla.types import Beyond, Decision, Frame, TokenLayout, Watch
 
 
 def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = None) -> int:
@@ -28,12 +29,25 @@ def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = 
     return rows * 2 * shape.width * shape.kv_width + asking * (weights + 2 * shape.width * slots)
 
 
-def prefill_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision) -> int:
-    """MACs of a prompt under a decision."""
+def prefill_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: Watch | None = None) -> int:
+    """MACs of a prompt under a decision; ``watch`` says whether somebody wants all rows of the last layer."""
     total = 0
     for index in range(shape.layers):
         computed, slots = _rows_and_slots(layout, decision, index)
-        total += layer_macs(shape, computed, slots, layout.n_suffix if index == shape.layers - 1 else None)
+        suffix_asks = index == shape.layers - 1 and not (watch and watch.rows == "all" and index in watch.layers)
+        total += layer_macs(shape, computed, slots, layout.n_suffix if suffix_asks else None)
+    return total
+
+
+def watch_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: Watch | None) -> int:
+    """MACs of the attention that is computed aside for a policy: watched rows × slots × width, per watched layer."""
+    if watch is None:
+        return 0
+    total = 0
+    for index in watch.layers:
+        computed, slots = _rows_and_slots(layout, decision, index)
+        rows = {"last": 1, "suffix": layout.n_suffix, "all": computed}[watch.rows]
+        total += rows * slots * shape.width
     return total
 
 
@@ -85,12 +99,24 @@ class CostModel:
         projector = count_macs(lambda: backbone.project(features)) // features.shape[0]
         return cls(backbone.shape, tower, projector, backbone.max_new_tokens)
 
-    def frame(self, layout: TokenLayout, decision: Decision, policy: int = 0) -> dict[str, int]:
-        """MACs by stage: ``policy`` (its own networks, as given), ``tower``, ``projector``, ``prefill``, ``decode``."""
+    def frame(
+        self, layout: TokenLayout, decision: Decision, policy: int = 0, watch: Watch | None = None
+    ) -> dict[str, int]:
+        """MACs by stage.
+
+        Args:
+            layout: Where the tokens are.
+            decision: How deep every visual token was computed.
+            policy: Of the policy's own networks.
+            watch: Attention that was computed aside for the policy.
+
+        Returns:
+            ``policy`` (its networks and what it watched), ``tower``, ``projector``, ``prefill``, ``decode``.
+        """
         return {
-            "policy": policy,
+            "policy": policy + watch_macs(self.decoder, layout, decision, watch),
             "tower": self.tower,
             "projector": self.projector * int(np.count_nonzero(decision.depth)),
-            "prefill": prefill_macs(self.decoder, layout, decision),
+            "prefill": prefill_macs(self.decoder, layout, decision, watch),
             "decode": decode_macs(self.decoder, layout, decision, self.action_tokens),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import cv2
@@ -17,7 +18,7 @@ from lac_vla.models.base import Backbone
 from lac_vla.policies import CachePolicy, Dense
 from lac_vla.prefill import extend, partial_prefill
 from lac_vla.timing import Stopwatch, windows
-from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View
+from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View, Watch
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Step:
         info: What the backbone says about its action (token ids, …).
         pixels: Camera → what the model saw.
         policy_macs: Multiply-accumulates of the policy's own networks.
+        watch: Attention that was computed aside for the policy.
     """
 
     layout: TokenLayout
@@ -89,6 +91,7 @@ class Step:
     info: Mapping[str, Any]
     pixels: Mapping[str, UInt8Image]
     policy_macs: int = 0
+    watch: Watch | None = None
 
     @property
     def ratio(self) -> float:
@@ -186,8 +189,9 @@ class Session:
             visual = backbone.project(features if decision.depth.all() else features[computed])
             embeddings = torch.cat([prefix, visual, suffix])
         with clock.stage("prefill"):
-            refine = policy.refine if dense_because is None else None
-            prompt = partial_prefill(backbone, cache, layout, decision, embeddings, policy.watch, refine)
+            watch = policy.watch(len(backbone.layers))
+            refine = partial(policy.refine, layout) if dense_because is None else None
+            prompt = partial_prefill(backbone, cache, layout, decision, embeddings, watch, refine)
         with clock.stage("decode"):
             action, info = backbone.act(frame, prompt.hidden, lambda new: extend(backbone, cache, prompt, new))
         with clock.stage("bookkeeping"):
@@ -195,7 +199,7 @@ class Session:
             self._shapes = frame.shapes
         asked = 0 if dense_because else policy.macs
         self.last = Step(
-            layout, prompt.decision, forced, cache.age.copy(), dense_because, clock.stages, info, pixels, asked
+            layout, prompt.decision, forced, cache.age.copy(), dense_because, clock.stages, info, pixels, asked, watch
         )
         return action
 

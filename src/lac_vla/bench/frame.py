@@ -137,7 +137,7 @@ class Log:
         self.nominal.append(step.decision.nominal_ratio)
         self.effective.append(step.ratio)
         self.tokens.append(list(step.info["tokens"]))
-        self.macs.append(cost.frame(step.layout, step.decision, step.policy_macs))
+        self.macs.append(cost.frame(step.layout, step.decision, step.policy_macs, step.watch))
 
     def window(self, name: str) -> list[float]:
         """A window's latency, ms, frame by frame."""
