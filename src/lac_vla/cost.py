@@ -3,7 +3,8 @@
 The decoder is counted analytically, as in the paper's equations 13-14, from the decision that was really taken: every
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
 the paper's formula has two) and 2·D·slots for attention, which counts the masked half of a causal square too. In the
-last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Towers and
+last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Attention
+that a policy watches is computed aside, beside the kernel that computes the model: D·slots per watched row. Towers and
 projectors are counted by torch's own counter, once.
 """
 
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.models.base import Backbone, DecoderShape
-from lac_vla.types import Beyond, BoolArray, Decision, Frame, TokenLayout
+from lac_vla.types import Beyond, BoolArray, Decision, Frame, TokenLayout, Watch
 from lac_vla.vla import Step
 
 
@@ -30,13 +31,35 @@ def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = 
     return rows * 2 * shape.width * shape.kv_width + asking * (weights + 2 * shape.width * slots)
 
 
-def prefill_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, draft: int = 0) -> int:
-    """MACs of a prompt under a decision, with ``draft`` tokens behind it."""
+def prefill_macs(
+    shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: Watch | None = None, draft: int = 0
+) -> int:
+    """MACs of a prompt under a decision.
+
+    Args:
+        shape: The decoder.
+        layout: Of the prompt.
+        decision: What of it is computed.
+        watch: Whether somebody wants all rows of the last layer.
+        draft: Tokens behind it that ride along.
+    """
     total = 0
     for index in range(shape.layers):
         computed, slots = _rows_and_slots(layout, decision, index)
-        asking = layout.n_suffix + draft if index == shape.layers - 1 else None
-        total += layer_macs(shape, computed + draft, slots + draft, asking)
+        suffix_asks = index == shape.layers - 1 and not (watch and watch.rows == "all" and index in watch.layers)
+        total += layer_macs(shape, computed + draft, slots + draft, layout.n_suffix + draft if suffix_asks else None)
+    return total
+
+
+def watch_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: Watch | None) -> int:
+    """MACs of the attention that is computed aside for a policy: watched rows × slots × width, per watched layer."""
+    if watch is None:
+        return 0
+    total = 0
+    for index in watch.layers:
+        computed, slots = _rows_and_slots(layout, decision, index)
+        rows = {"last": 1, "suffix": layout.n_suffix, "all": computed}[watch.rows]
+        total += rows * slots * shape.width
     return total
 
 
@@ -114,42 +137,19 @@ class CostModel:
         return cls(backbone.shape, every - n * token, token, projector)
 
     def step(self, step: Step) -> dict[str, int]:
-        """MACs of what a session did with a frame."""
-        return self.frame(
-            step.layout,
-            step.decision,
-            policy=step.policy_macs,
-            seen=step.layout.n_visual if step.seen is None else int(step.seen.sum()),
-            passes=step.passes,
-            draft=step.draft,
-        )
+        """MACs by stage of what a session did with a frame.
 
-    def frame(
-        self,
-        layout: TokenLayout,
-        decision: Decision,
-        *,
-        passes: Sequence[tuple[int, int]],
-        policy: int = 0,
-        seen: int | None = None,
-        draft: int = 0,
-    ) -> dict[str, int]:
-        """MACs by stage: ``policy``, ``tower``, ``projector``, ``prefill``, ``decode``.
-
-        Args:
-            layout: Where the tokens are.
-            decision: What was computed.
-            passes: See :func:`decode_macs`.
-            policy: Of the policy's own networks.
-            seen: Visual tokens whose features the tower computed; ``None`` for all.
-            draft: Tokens that rode along in the prefill.
+        Returns:
+            ``policy`` (its networks and what it watched), ``tower``, ``projector``, ``prefill``, ``decode``.
         """
+        layout, decision = step.layout, step.decision
+        seen = layout.n_visual if step.seen is None else int(step.seen.sum())
         return {
-            "policy": policy,
-            "tower": self.tower + self.token * (layout.n_visual if seen is None else seen),
+            "policy": step.policy_macs + watch_macs(self.decoder, layout, decision, step.watch),
+            "tower": self.tower + self.token * seen,
             "projector": self.projector * int(np.count_nonzero(decision.depth)),
-            "prefill": prefill_macs(self.decoder, layout, decision, draft),
-            "decode": decode_macs(self.decoder, layout, decision, passes, draft),
+            "prefill": prefill_macs(self.decoder, layout, decision, step.watch, step.draft),
+            "decode": decode_macs(self.decoder, layout, decision, step.passes, step.draft),
         }
 
 

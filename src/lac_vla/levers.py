@@ -1,7 +1,7 @@
 """The levers beside caching: ways to spend less time on the same frame, each of which can be switched.
 
-Caching shortens the prefill alone. These shorten the rest, for the dense model too; whoever claims what caching is worth
-gives them to both.
+Caching shortens the prefill alone. These shorten the rest, for the dense model too; whoever claims what caching is
+worth gives them to both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Levers:
 
     @classmethod
     def parse(cls, text: str) -> Levers:
-        """Pull the levers of a text: ``none``, ``default``, ``exact`` (all that change no number), or ``draft+overlap``.
+        """Pull the levers of a text: ``none``, ``default``, ``exact`` (all that change no number) or ``draft+overlap``.
 
         Raises:
             InputError: If there is no such lever.

@@ -20,7 +20,7 @@ from lac_vla.models.base import Backbone
 from lac_vla.policies import CachePolicy, Dense
 from lac_vla.prefill import extend, partial_prefill
 from lac_vla.timing import Stopwatch, windows
-from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View
+from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View, Watch
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Step:
         info: What the backbone says about its action (token ids, …).
         pixels: Camera → what the model saw.
         policy_macs: Multiply-accumulates of the policy's own networks.
+        watch: Attention that was computed aside for the policy.
         draft: Tokens that rode along in the prefill as a guess.
         passes: First and one-past-last appended token of every decoding pass behind the prefill.
         seen: Visual tokens whose features the vision tower computed, bool, (N,).
@@ -101,6 +102,7 @@ class Step:
     info: Mapping[str, Any]
     pixels: Mapping[str, UInt8Image]
     policy_macs: int = 0
+    watch: Watch | None = None
     draft: int = 0
     passes: tuple[tuple[int, int], ...] = ()
     seen: BoolArray | None = None
@@ -208,14 +210,15 @@ class Session:
             rows = [prefix, backbone.project(features), suffix]
             embeddings = torch.cat(rows if draft is None else [*rows, draft])
         with clock.stage("prefill"):
+            watch = policy.watch(len(backbone.layers))
             prompt = partial_prefill(
                 backbone,
                 cache,
                 layout,
                 decision,
                 embeddings,
-                policy.watch,
-                policy.refine if dense_because is None else None,
+                watch,
+                partial(policy.refine, layout) if dense_because is None else None,
                 draft=0 if draft is None else len(draft),
             )
         with clock.stage("decode"):
@@ -234,6 +237,7 @@ class Session:
             info=info,
             pixels=pixels,
             policy_macs=0 if dense_because else policy.macs,
+            watch=watch,
             draft=prompt.draft,
             passes=tuple(prompt.passes),
             seen=computed if partly else np.ones_like(computed),

@@ -51,7 +51,8 @@ class EvalConfig:
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.
-        levers: Levers beside caching, of all methods, dense included: ``default``, ``none``, ``exact``, ``draft+overlap``, …
+        levers: Levers beside caching, of all methods, dense included: ``default``, ``none``, ``exact``,
+            ``draft+overlap``, …
         rendering: ``fast`` (altered pixels, for models trained on them) or ``official``.
         convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints, whose images are rotated by
             180° and whose gripper runs from 0, closed, to 1, open.

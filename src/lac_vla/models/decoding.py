@@ -2,9 +2,9 @@
 
 A draft rides along behind the prompt. One pass tells what greedy decoding says behind every prefix of it, so the draft
 stands up to the first token that greedy decoding would not have chosen. From there on the model's own answers are the
-next draft, all remaining positions in one pass (Jacobi or fixed-point iteration: Song et al., arXiv 2002.03629; Santilli
-et al., arXiv 2305.10427). A pass settles at least one more token, so that it ends, and what is settled is what greedy
-decoding yields: every settled token was computed behind settled tokens alone.
+next draft, all remaining positions in one pass (Jacobi or fixed-point iteration: Song et al., arXiv 2002.03629;
+Santilli et al., arXiv 2305.10427). A pass settles at least one more token, so that it ends, and what is settled is what
+greedy decoding yields: every settled token was computed behind settled tokens alone.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class ViTBackbone(nn.Module):
             whole: Run the blocks, too: without a memory, they need all patches in any case.
         """
         pixels = torch.cat([pixel_values[name] for name in self.grids])
-        glance = [vit.embed(part) for vit, part in zip(self.vits, pixels.split(3, dim=1), strict=False)]
+        glance = [vit.embed(part) for vit, part in zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)]
         return [vit.encode(x) for vit, x in zip(self.vits, glance, strict=True)] if whole else glance
 
     def features(
@@ -101,7 +101,7 @@ class ViTBackbone(nn.Module):
             every = torch.cat(list(glance), dim=-1).flatten(0, 1)
             return every if wanted is None else every[wanted]
         sizes = [rows * cols for rows, cols in self.grids.values()]
-        parts = [None] * len(sizes) if wanted is None else list(wanted.split(sizes))
+        parts = [None] * len(sizes) if wanted is None else list(torch.split(wanted, sizes))
         cameras = []
         for camera, part in enumerate(parts):
             towers = [
@@ -122,7 +122,7 @@ class ViTBackbone(nn.Module):
         """
         pixels = torch.stack([pixel_values[name] for name in self.grids], dim=1)
         batch, pixels = len(pixels), pixels.flatten(0, 1)
-        parts = zip(self.vits, pixels.split(3, dim=1), strict=False)
+        parts = zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)
         features = torch.cat([vit(part) for vit, part in parts], dim=-1)
         return features.reshape(batch, -1, features.shape[-1])
 
@@ -172,7 +172,7 @@ class ConvBackbone(nn.Module):
             (n, F): the same numbers as in :meth:`forward`.
         """
         sizes = [rows * cols for rows, cols in self.grids.values()]
-        parts = [None] * len(sizes) if wanted is None else list(wanted.split(sizes))
+        parts = [None] * len(sizes) if wanted is None else list(torch.split(wanted, sizes))
         return torch.cat(
             [self._tower(name).tokens(x, part) for name, x, part in zip(self.grids, glance, parts, strict=True)]
         )
