@@ -28,7 +28,7 @@ def test_it_is_worth_caching() -> None:
     step = session.last
     assert step is not None
     assert step.layout.n_visual >= 128
-    macs = CostModel.of(backbone, black()).frame(step.layout, step.decision)
+    macs = CostModel.of(backbone, black()).step(step)
     assert macs["prefill"] > 0.5 * sum(macs.values())
 
 

@@ -67,15 +67,6 @@ class VisualKVCache:
             keys[:, :, :capacity], values[:, :, :capacity] = self.keys, self.values
             self.keys, self.values = keys, values
 
-    def write(self, layer: int, positions: torch.Tensor | slice, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put the rows' keys and values, each (kv_heads, rows, head_dim), into their slots."""
-        if isinstance(positions, slice):
-            self.keys[layer, :, positions] = keys
-            self.values[layer, :, positions] = values
-        else:
-            self.keys[layer].index_copy_(1, positions, keys)
-            self.values[layer].index_copy_(1, positions, values)
-
     def commit(
         self, layout: TokenLayout, pixels: Mapping[str, UInt8Image], instruction: str, decision: Decision
     ) -> None:
@@ -92,6 +83,20 @@ class VisualKVCache:
             else:
                 copy_patches(self.reference[camera.name], image, active[camera.tokens], camera)
         self.layout, self.pixels, self.instruction, self.warm = layout, dict(pixels), instruction, True
+
+
+def write(slots: torch.Tensor, positions: torch.Tensor | int, rows: torch.Tensor) -> None:
+    """Put one layer's new keys, or values, into their slots.
+
+    Args:
+        slots: That layer's buffer, (kv_heads, capacity, head_dim).
+        positions: Slots of the rows, int64, (rows,); or the first of them, if they stand in a row.
+        rows: (kv_heads, rows, head_dim).
+    """
+    if isinstance(positions, torch.Tensor):
+        slots.index_copy_(1, positions, rows)
+    else:
+        slots[:, positions : positions + rows.shape[1]] = rows
 
 
 def copy_patches(target: UInt8Image, source: UInt8Image, tokens: BoolArray, camera: CameraGrid) -> None:

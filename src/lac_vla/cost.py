@@ -3,22 +3,25 @@
 The decoder is counted analytically, as in the paper's equations 13-14, from the decision that was really taken: every
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
 the paper's formula has two) and 2·D·slots for attention, which counts the masked half of a causal square too. In the
-last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Towers and
+last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Attention
+that a policy watches is computed aside, beside the kernel that computes the model: D·slots per watched row. Towers and
 projectors are counted by torch's own counter, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.models.base import Backbone, DecoderShape
-from lac_vla.types import Beyond, Decision, Frame, TokenLayout
+from lac_vla.types import Beyond, BoolArray, Decision, Frame, TokenLayout, Watch
+from lac_vla.vla import Step
 
 
 def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = None) -> int:
@@ -28,21 +31,55 @@ def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = 
     return rows * 2 * shape.width * shape.kv_width + asking * (weights + 2 * shape.width * slots)
 
 
-def prefill_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision) -> int:
-    """MACs of a prompt under a decision."""
+def prefill_macs(
+    shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: Watch | None = None, draft: int = 0
+) -> int:
+    """MACs of a prompt under a decision.
+
+    Args:
+        shape: The decoder.
+        layout: Of the prompt.
+        decision: What of it is computed.
+        watch: Whether somebody wants all rows of the last layer.
+        draft: Tokens behind it that ride along.
+    """
     total = 0
     for index in range(shape.layers):
         computed, slots = _rows_and_slots(layout, decision, index)
-        total += layer_macs(shape, computed, slots, layout.n_suffix if index == shape.layers - 1 else None)
+        suffix_asks = index == shape.layers - 1 and not (watch and watch.rows == "all" and index in watch.layers)
+        total += layer_macs(shape, computed + draft, slots + draft, layout.n_suffix + draft if suffix_asks else None)
     return total
 
 
-def decode_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, n_tokens: int) -> int:
-    """MACs of ``n_tokens`` greedy tokens behind a prompt; the first comes from the prompt's own last row."""
-    total = n_tokens * shape.width * shape.vocabulary
+def watch_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: Watch | None) -> int:
+    """MACs of the attention that is computed aside for a policy: watched rows × slots × width, per watched layer."""
+    if watch is None:
+        return 0
+    total = 0
+    for index in watch.layers:
+        computed, slots = _rows_and_slots(layout, decision, index)
+        rows = {"last": 1, "suffix": layout.n_suffix, "all": computed}[watch.rows]
+        total += rows * slots * shape.width
+    return total
+
+
+def decode_macs(
+    shape: DecoderShape, layout: TokenLayout, decision: Decision, passes: Sequence[tuple[int, int]], draft: int = 0
+) -> int:
+    """MACs of the decoding passes behind a prompt, and of the logits of all rows from its last one on.
+
+    Args:
+        shape: The decoder.
+        layout: Of the prompt.
+        decision: What of it was computed.
+        passes: First and one-past-last appended token of every pass.
+        draft: Appended tokens that were part of the prefill: here, their logits count.
+    """
+    rows = [stop - start for start, stop in passes]
+    total = (1 + draft + sum(rows)) * shape.width * shape.vocabulary
     for index in range(shape.layers):
         _, slots = _rows_and_slots(layout, decision, index)
-        total += sum(layer_macs(shape, 1, slots + step) for step in range(1, n_tokens))
+        total += sum(layer_macs(shape, stop - start, slots + stop) for start, stop in passes)
     return total
 
 
@@ -54,7 +91,8 @@ def _rows_and_slots(layout: TokenLayout, decision: Decision, layer: int) -> tupl
 
 def count_macs(work: Callable[[], Any]) -> int:
     """MACs of anything, by torch's operator counter."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    plain = sdpa_kernel(SDPBackend.MATH)  # the attention kernel that the counter can see into
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), plain:
         work()
     return int(counter.get_total_flops()) // 2
 
@@ -65,32 +103,56 @@ class CostModel:
 
     Attributes:
         decoder: Sizes of its decoder.
-        tower: MACs of the vision tower per frame.
+        tower: MACs of the vision tower per frame, whatever the decision.
+        token: MACs of the tower per visual token whose features are computed.
         projector: MACs of the projector per visual token.
-        action_tokens: Tokens decoded per action.
     """
 
     decoder: DecoderShape
     tower: int
+    token: int
     projector: int
-    action_tokens: int
 
     @classmethod
-    def of(cls, backbone: Backbone, frame: Frame) -> CostModel:
-        """Measure the parts that do not depend on a decision, on one frame."""
-        pixels = backbone.pixels(frame)
-        tower = count_macs(lambda: backbone.see(pixels))
-        with torch.inference_mode():
-            features = backbone.see(pixels)
-        projector = count_macs(lambda: backbone.project(features)) // features.shape[0]
-        return cls(backbone.shape, tower, projector, backbone.max_new_tokens)
+    def of(cls, backbone: Backbone, frame: Frame, *, tower_reuse: bool = False) -> CostModel:
+        """Measure the parts whose cost is proportional to a number of tokens, on one frame.
 
-    def frame(self, layout: TokenLayout, decision: Decision, policy: int = 0) -> dict[str, int]:
-        """MACs by stage: ``policy`` (its own networks, as given), ``tower``, ``projector``, ``prefill``, ``decode``."""
+        Args:
+            backbone: The model.
+            frame: Any observation that it takes.
+            tower_reuse: Whether the tower computes the active tokens alone, see :class:`lac_vla.levers.Levers`.
+        """
+        pixels = backbone.pixels(frame)
+        memory = backbone.tower_memory() if tower_reuse else None
+
+        def tower(computed: BoolArray | None) -> torch.Tensor:
+            return backbone.features(backbone.look(pixels, memory), computed, memory)
+
+        with torch.inference_mode():
+            features = tower(None)
+        n = len(features)
+        every = count_macs(lambda: tower(None))
+        token = (every - count_macs(lambda: tower(np.arange(n) == 0))) // (n - 1)
+        projector = count_macs(lambda: backbone.project(features)) // n
+        return cls(backbone.shape, every - n * token, token, projector)
+
+    def step(self, step: Step) -> dict[str, int]:
+        """MACs by stage of what a session did with a frame.
+
+        Returns:
+            ``policy`` (its networks and what it watched), ``tower``, ``projector``, ``prefill``, ``decode``.
+        """
+        layout, decision = step.layout, step.decision
+        seen = layout.n_visual if step.seen is None else int(step.seen.sum())
         return {
-            "policy": policy,
-            "tower": self.tower,
+            "policy": step.policy_macs + watch_macs(self.decoder, layout, decision, step.watch),
+            "tower": self.tower + self.token * seen,
             "projector": self.projector * int(np.count_nonzero(decision.depth)),
-            "prefill": prefill_macs(self.decoder, layout, decision),
-            "decode": decode_macs(self.decoder, layout, decision, self.action_tokens),
+            "prefill": prefill_macs(self.decoder, layout, decision, step.watch, step.draft),
+            "decode": decode_macs(self.decoder, layout, decision, step.passes, step.draft),
         }
+
+
+def one_by_one(n_tokens: int) -> tuple[tuple[int, int], ...]:
+    """The passes of greedy decoding: the first token comes from the prompt's own last row."""
+    return tuple((i, i + 1) for i in range(n_tokens - 1))

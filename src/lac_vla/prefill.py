@@ -8,7 +8,7 @@ cached ones included (paper, inference). Nothing of transformers is patched: a l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lac_vla.cache import VisualKVCache
+from lac_vla.cache import VisualKVCache, write
 from lac_vla.errors import InputError
-from lac_vla.models.base import Backbone, Rotary
+from lac_vla.models.base import Backbone, DecoderLayer, Rotary
 from lac_vla.types import Beyond, BoolArray, Decision, TokenLayout, Watch
 
 Refine: TypeAlias = Callable[[int, torch.Tensor, Decision], Decision]
@@ -30,20 +30,20 @@ class Rows:
 
     Attributes:
         positions: Their slots in the sequence, int64, (rows,).
-        rotary: Their position embedding.
-        slots: The slots they may look at, int64, (slots,); ``None`` for all of the prompt.
-        mask: bool, (asking, slots); ``None`` where the kernel's own causal mask says the same.
         complete: Whether these are all rows of the prompt.
-        asking: How many of them, the last ones, attend; the others leave no more than their keys and values. ``None``
-            for all.
+        rotary: Their position embedding.
+        slots: The slots they may look at, int64, (slots,); ``None`` for all.
+        mask: bool, (rows, slots); ``None`` where the kernel's own causal mask says the same.
+        last: Mask of the rows at the end that alone ask in the last of the layers, bool, (asking, slots); the others
+            leave no more than their keys and values there. ``None`` if all ask.
     """
 
     positions: torch.Tensor
+    complete: bool
     rotary: Rotary
     slots: torch.Tensor | None
     mask: torch.Tensor | None
-    complete: bool
-    asking: int | None = None
+    last: torch.Tensor | None = None
 
 
 @dataclass
@@ -51,20 +51,71 @@ class Prompt:
     """A prompt in the cache, open for more tokens.
 
     Attributes:
-        hidden: Normalised last hidden states of the suffix, (n_suffix, width).
+        hidden: Normalised last hidden states of the suffix, and of the draft behind it, (n_suffix + draft, width).
         decision: What was computed, after refinement.
         rotary: Position embedding of every slot, those of tokens yet to be appended included.
         length: Tokens of the prompt.
+        draft: Tokens behind it that were part of the prefill.
         appended: Tokens behind it so far.
         slots: Per layer, the prompt's slots that exist there; ``None`` for all of them.
+        passes: First and one-past-last appended token of every :func:`extend` so far.
     """
 
     hidden: torch.Tensor
     decision: Decision
     rotary: Rotary
     length: int
+    draft: int = 0
     appended: int = 0
     slots: list[torch.Tensor | None] = field(default_factory=list)
+    passes: list[tuple[int, int]] = field(default_factory=list)
+
+
+def run_layers(
+    layers: Sequence[DecoderLayer],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    hidden: torch.Tensor,
+    rotary: Rotary,
+    positions: torch.Tensor | int,
+    length: int,
+    slots: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    last: torch.Tensor | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run consecutive layers on the same rows: tensors in, tensors out.
+
+    Args:
+        layers: The decoder blocks.
+        keys: Their part of the cache, (layers, kv_heads, capacity, head_dim); the rows' own are written into it.
+        values: As ``keys``.
+        hidden: Residual stream of the rows, (rows, width).
+        rotary: Their position embedding.
+        positions: Their slots, int64, (rows,); or the first of them, if they stand in a row.
+        length: The slots 0..length-1 are those that may be seen.
+        slots: Those of them that exist, int64, (slots,); ``None`` for all.
+        mask: See :class:`Rows`.
+        last: See :class:`Rows`.
+        causal: What is meant where there is no mask: that rows and slots are the same sequence, and every row sees
+            itself and what is before it; if not, every row sees every slot.
+
+    Returns:
+        The residual stream of the rows that ask in the last layer, (asking, width); and their queries there, (heads,
+        asking, head_dim).
+    """
+    query = hidden
+    for index, layer in enumerate(layers):
+        ends = index == len(layers) - 1 and last is not None
+        query, key, value = layer.qkv(hidden, rotary, last.shape[0] if ends and last is not None else None)
+        write(keys[index], positions, key)
+        write(values[index], positions, value)
+        seen_keys, seen_values = keys[index, :, :length], values[index, :, :length]
+        if slots is not None:
+            seen_keys, seen_values = seen_keys[:, slots], seen_values[:, slots]
+        attended = _attend(query, seen_keys, seen_values, last if ends else mask, causal=causal and not ends)
+        hidden = layer.finish(hidden[-query.shape[1] :], attended)
+    return hidden, query
 
 
 def partial_prefill(
@@ -75,6 +126,8 @@ def partial_prefill(
     embeddings: torch.Tensor,
     watch: Watch | None = None,
     refine: Refine | None = None,
+    *,
+    draft: int = 0,
 ) -> Prompt:
     """Compute the rows that ``decision`` keeps and leave every slot of the prompt valid in the cache.
 
@@ -83,10 +136,12 @@ def partial_prefill(
         cache: Opened by ``begin(layout, …)``; holds the previous frame's slots if the decision reuses any.
         layout: Where the tokens are.
         decision: How deep every visual token is computed.
-        embeddings: Of the prefix, of the visual tokens with depth > 0 and of the suffix, in order, (rows, width).
+        embeddings: Of the prefix, of the visual tokens with depth > 0, of the suffix, and of a draft of the tokens to
+            be appended, in order, (rows, width).
         watch: Attention to compute aside and to leave in ``cache.attention``.
         refine: Asked to refine the decision after every watched layer, see
             :meth:`lac_vla.policies.base.CachePolicy.refine`.
+        draft: How many of the rows, the last ones, are the draft.
 
     Returns:
         The prompt's hidden states, and the state that :func:`extend` goes on from.
@@ -94,82 +149,104 @@ def partial_prefill(
     Raises:
         InputError: If ``embeddings`` does not have one row for every token that is computed.
     """
-    alive = _alive(layout, decision.depth > 0)
+    alive = _alive(layout, decision.depth > 0, draft)
     if embeddings.shape[0] != int(alive.sum()):
         raise InputError(f"{embeddings.shape[0]} embeddings for {int(alive.sum())} tokens to compute")
     every = torch.arange(layout.length + backbone.max_new_tokens, device=embeddings.device)
-    prompt = Prompt(embeddings, decision, backbone.rotary(every), layout.length)
-    hidden = embeddings
-    rows = _rows(backbone, layout, alive, decision, prompt.rotary)
-    for index, layer in enumerate(backbone.layers):
-        if index and (decision.depth == index).any():  # tokens whose computation ends here
-            still = _alive(layout, decision.depth > index)
-            hidden = hidden[torch.from_numpy(still[alive]).to(hidden.device)]
-            alive = still
-            rows = _rows(backbone, layout, alive, decision, prompt.rotary)
-        if index == len(backbone.layers) - 1 and not _watches_all(watch, index):
-            rows = _suffix_asks(backbone, layout, rows)
-        query, key, value = layer.qkv(hidden, rows.rotary, rows.asking)
-        cache.write(index, slice(0, layout.length) if rows.complete else rows.positions, key, value)
-        keys, values = _read(cache, index, layout.length, rows.slots)
-        hidden = layer.finish(hidden[-query.shape[1] :], _attend(query, keys, values, rows.mask))
-        prompt.slots.append(rows.slots)
-        if watch is not None and index in watch.layers:
-            cache.attention[index] = _watched(watch, layout, query, keys, rows, backbone)
+    prompt = Prompt(embeddings, decision, backbone.rotary(every), layout.length, draft, draft)
+    n_layers, length, asking = len(backbone.layers), layout.length + draft, layout.n_suffix + draft
+    hidden, first = embeddings, 0
+    while first < n_layers:
+        still = _alive(layout, decision.depth > first, draft)
+        if not np.array_equal(still, alive):  # tokens whose computation ends here
+            hidden, alive = hidden[torch.from_numpy(still[alive]).to(hidden.device)], still
+        stop = _segment(decision, watch, first, n_layers)
+        rows = _rows(backbone, alive, decision, prompt.rotary)
+        if stop == n_layers and not _watches_all(watch, n_layers - 1):
+            rows = _suffix_asks(backbone, rows, asking)
+        keys, values = cache.keys[first:stop], cache.values[first:stop]
+        hidden, query = run_layers(
+            backbone.layers[first:stop], keys, values, hidden, rows.rotary, 0 if rows.complete else rows.positions,
+            length, rows.slots, rows.mask, rows.last, True,
+        )  # fmt: skip
+        kept = rows.slots[: len(rows.slots) - draft] if rows.slots is not None else None
+        prompt.slots += [kept] * (stop - first)
+        if watch is not None and stop - 1 in watch.layers:
+            cache.attention[stop - 1] = _watched(watch, layout, query, keys[-1], rows, backbone, draft)
             if refine is not None:
-                decision = refine(index, cache.attention[index], decision)
-    prompt.hidden = backbone.norm(hidden[-layout.n_suffix :])
+                decision = refine(stop - 1, cache.attention[stop - 1], decision)
+        first = stop
+    prompt.hidden = backbone.norm(hidden[-asking:])
     prompt.decision = decision
     return prompt
 
 
-def extend(backbone: Backbone, cache: VisualKVCache, prompt: Prompt, embeddings: torch.Tensor) -> torch.Tensor:
-    """Append tokens behind all that is in the sequence.
+def extend(
+    backbone: Backbone,
+    cache: VisualKVCache,
+    prompt: Prompt,
+    embeddings: torch.Tensor,
+    at: int | None = None,
+) -> torch.Tensor:
+    """Append tokens behind all that is in the sequence, or over a part of what was appended before.
 
     Args:
         backbone: The model.
         cache: Holds the prompt, with room for the new tokens.
         prompt: State of the sequence; it grows.
         embeddings: (n, width).
+        at: How many of the appended tokens to keep; the others are overwritten. ``None`` for all of them.
 
     Returns:
         Normalised last hidden states of the new tokens, (n, width).
     """
-    start = prompt.length + prompt.appended
+    kept = prompt.appended if at is None else at
+    start = prompt.length + kept
     stop = start + embeddings.shape[0]
     cos, sin = prompt.rotary
-    rotary = cos[start:stop], sin[start:stop]
     # A single new token sees all that exists: no mask to build, and the kernel's fast path.
     visible: torch.Tensor | None = None
     if embeddings.shape[0] > 1:
         every = torch.arange(stop, device=embeddings.device)
         visible = backbone.visible(every[start:], every)
-    hidden = embeddings
-    for index, layer in enumerate(backbone.layers):
-        query, key, value = layer.qkv(hidden, rotary)
-        cache.write(index, slice(start, stop), key, value)
-        slots = prompt.slots[index]
-        mask = visible
-        if slots is not None:
-            slots = torch.cat([slots, torch.arange(prompt.length, stop, device=slots.device)])
+    hidden, first = embeddings, 0
+    while first < len(backbone.layers):
+        exist = prompt.slots[first]
+        until = first + 1
+        while until < len(backbone.layers) and prompt.slots[until] is exist:
+            until += 1
+        slots, mask = exist, visible
+        if exist is not None:
+            slots = torch.cat([exist, torch.arange(prompt.length, stop, device=exist.device)])
             mask = visible[:, slots] if visible is not None else None
-        keys, values = _read(cache, index, stop, slots)
-        hidden = layer.finish(hidden, _attend(query, keys, values, mask, causal=False))
-    prompt.appended += embeddings.shape[0]
+        hidden, _ = run_layers(
+            backbone.layers[first:until], cache.keys[first:until], cache.values[first:until], hidden,
+            (cos[start:stop], sin[start:stop]), start, stop, slots, mask, None, False,
+        )  # fmt: skip
+        first = until
+    prompt.appended = kept + embeddings.shape[0]
+    prompt.passes.append((kept, prompt.appended))
     return backbone.norm(hidden)
 
 
-def _alive(layout: TokenLayout, visual: BoolArray) -> BoolArray:
-    """Which slots of the prompt are computed, given the visual ones, bool, (length,)."""
-    alive = np.ones(layout.length, dtype=np.bool_)
+def _alive(layout: TokenLayout, visual: BoolArray, draft: int) -> BoolArray:
+    """Which slots of prompt and draft are computed, given the visual ones, bool, (length + draft,)."""
+    alive = np.ones(layout.length + draft, dtype=np.bool_)
     alive[layout.visual] = visual
     return alive
 
 
-def _rows(backbone: Backbone, layout: TokenLayout, alive: BoolArray, decision: Decision, rotary: Rotary) -> Rows:
+def _segment(decision: Decision, watch: Watch | None, first: int, n_layers: int) -> int:
+    """One past the last layer, from ``first`` on, that has the same rows and needs no look in between."""
+    ends = [int(depth) for depth in np.unique(decision.depth) if depth > first]
+    ends += [layer + 1 for layer in (watch.layers if watch is not None else ()) if layer >= first]
+    return min([*ends, n_layers])
+
+
+def _rows(backbone: Backbone, alive: BoolArray, decision: Decision, rotary: Rotary) -> Rows:
     """Plan the rows of all layers until the next token stops."""
     cos, sin = rotary
-    every = torch.arange(layout.length, device=cos.device)
+    every = torch.arange(alive.size, device=cos.device)
     complete = bool(alive.all())
     positions = every if complete else torch.from_numpy(np.flatnonzero(alive)).to(cos.device)
     slots = None
@@ -178,7 +255,7 @@ def _rows(backbone: Backbone, layout: TokenLayout, alive: BoolArray, decision: D
     mask: torch.Tensor | None = None
     if not (backbone.causal and (complete or slots is not None)):
         mask = backbone.visible(positions, every if slots is None else slots)
-    return Rows(positions, (cos[positions], sin[positions]), slots, mask, complete)
+    return Rows(positions, complete, (cos[positions], sin[positions]), slots, mask)
 
 
 def _watches_all(watch: Watch | None, layer: int) -> bool:
@@ -186,25 +263,16 @@ def _watches_all(watch: Watch | None, layer: int) -> bool:
     return watch is not None and watch.rows == "all" and layer in watch.layers
 
 
-def _suffix_asks(backbone: Backbone, layout: TokenLayout, rows: Rows) -> Rows:
-    """The last layer's rows: its hidden states are read at the suffix only."""
-    n = layout.n_suffix
+def _suffix_asks(backbone: Backbone, rows: Rows, asking: int) -> Rows:
+    """Rows up to the last layer: its hidden states are read at the suffix and the draft only."""
     if rows.mask is not None:
-        return replace(rows, mask=rows.mask[-n:], asking=n)
+        return replace(rows, last=rows.mask[-asking:])
     slots = rows.positions if rows.slots is None else rows.slots
-    return replace(rows, mask=backbone.visible(rows.positions[-n:], slots), asking=n)
-
-
-def _read(
-    cache: VisualKVCache, layer: int, length: int, slots: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the slots that exist in a layer, each (kv_heads, slots, head_dim)."""
-    keys, values = cache.keys[layer, :, :length], cache.values[layer, :, :length]
-    return (keys, values) if slots is None else (keys[:, slots], values[:, slots])
+    return replace(rows, last=backbone.visible(rows.positions[-asking:], slots))
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, causal: bool = True
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, causal: bool
 ) -> torch.Tensor:
     """Scaled dot-product attention of (heads, rows, head_dim) over (kv_heads, slots, head_dim).
 
@@ -222,14 +290,28 @@ def _attend(
 
 
 def _watched(
-    watch: Watch, layout: TokenLayout, query: torch.Tensor, keys: torch.Tensor, rows: Rows, backbone: Backbone
+    watch: Watch,
+    layout: TokenLayout,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    rows: Rows,
+    backbone: Backbone,
+    draft: int,
 ) -> torch.Tensor:
-    """Attention of the watched rows, mean over heads, (rows, slots), beside the kernel that computes the model."""
-    first = {"last": -1, "suffix": -layout.n_suffix, "all": 0}[watch.rows]
-    positions = rows.positions[first:]
-    query = query[:, first:].float()
-    keys = keys.float().repeat_interleave(query.shape[0] // keys.shape[0], dim=0)
-    slots = torch.arange(layout.length, device=query.device) if rows.slots is None else rows.slots
+    """Attention of the watched rows, mean over heads, (rows, slots), beside the kernel that computes the model.
+
+    A draft is no part of the prompt: its rows are not watched, and nothing before them sees its slots.
+    """
+    asking = query.shape[1] - draft
+    first = asking - {"last": 1, "suffix": layout.n_suffix, "all": asking}[watch.rows]
+    positions = rows.positions[len(rows.positions) - draft - asking + first : len(rows.positions) - draft]
+    query = query[:, first:asking].float()
+    keys = keys[:, : layout.length].float()
+    if rows.slots is not None:
+        keys = keys[:, rows.slots[: len(rows.slots) - draft]]
+    keys = keys.repeat_interleave(query.shape[0] // keys.shape[0], dim=0)
+    every = torch.arange(layout.length, device=query.device)
+    slots = every if rows.slots is None else rows.slots[: len(rows.slots) - draft]
     scores = query @ keys.transpose(1, 2) / math.sqrt(query.shape[-1])
     scores = scores.masked_fill(~backbone.visible(positions, slots), -torch.inf)
     return scores.softmax(dim=-1).mean(dim=0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import cv2
@@ -13,11 +15,12 @@ import torch
 from lac_vla.cache import VisualKVCache
 from lac_vla.errors import InputError
 from lac_vla.flow import estimate, make_flow
+from lac_vla.levers import Levers
 from lac_vla.models.base import Backbone
 from lac_vla.policies import CachePolicy, Dense
 from lac_vla.prefill import extend, partial_prefill
 from lac_vla.timing import Stopwatch, windows
-from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View
+from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View, Watch
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class CachedVLA:
         flow: Optical flow for a policy that reads it, by name; ``None`` for the one that it was made for.
         max_age: No slot is reused once it is this many frames old, ≥ 1.
         scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
+        levers: What else is done to be fast.
 
     Raises:
         InputError: If a setting makes no sense, or the policy was made for another token layout.
@@ -41,6 +45,7 @@ class CachedVLA:
     flow: str | None = None
     max_age: int = 16
     scene_cut: float = 0.25
+    levers: Levers = field(default_factory=Levers)
 
     def __post_init__(self) -> None:
         if self.max_age < 1:
@@ -49,6 +54,10 @@ class CachedVLA:
             raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
         self.policy.check_layout(self.backbone.grids)
         make_flow(self.flow or self.policy.flow)
+        if self.levers.tower_reuse and self.backbone.tower_memory() is None:
+            raise InputError(
+                f"tower_reuse needs a vision transformer, and {self.backbone.name} sees by convolutions: leave it out"
+            )
 
     @property
     def flow_used(self) -> str:
@@ -78,6 +87,10 @@ class Step:
         info: What the backbone says about its action (token ids, …).
         pixels: Camera → what the model saw.
         policy_macs: Multiply-accumulates of the policy's own networks.
+        watch: Attention that was computed aside for the policy.
+        draft: Tokens that rode along in the prefill as a guess.
+        passes: First and one-past-last appended token of every decoding pass behind the prefill.
+        seen: Visual tokens whose features the vision tower computed, bool, (N,).
     """
 
     layout: TokenLayout
@@ -89,6 +102,10 @@ class Step:
     info: Mapping[str, Any]
     pixels: Mapping[str, UInt8Image]
     policy_macs: int = 0
+    watch: Watch | None = None
+    draft: int = 0
+    passes: tuple[tuple[int, int], ...] = ()
+    seen: BoolArray | None = None
 
     @property
     def ratio(self) -> float:
@@ -136,6 +153,8 @@ class Session:
         self._flow = make_flow(vla.flow_used)
         self._shapes: Mapping[str, tuple[int, int]] | None = None
         self._rng = np.random.default_rng(seed)
+        self._tower = backbone.tower_memory() if vla.levers.tower_reuse else None
+        self._aside = ThreadPoolExecutor(1, "decision") if vla.levers.overlap else None
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new episode: forget every slot, and start chance anew.
@@ -152,7 +171,7 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Memory of the cached keys and values, in bytes."""
-        return self._cache.nbytes
+        return self._cache.nbytes + (0 if self._tower is None else self._tower.nbytes)
 
     @torch.inference_mode()
     def act(self, frame: Frame) -> FloatArray:
@@ -167,7 +186,7 @@ class Session:
         Raises:
             InputError: If the frame does not fit the model or this episode. Nothing has changed then.
         """
-        backbone, policy, cache = self.vla.backbone, self.vla.policy, self._cache
+        backbone, policy, cache, levers = self.vla.backbone, self.vla.policy, self._cache, self.vla.levers
         clock = Stopwatch(backbone.device)
         with clock.stage("preprocess"):
             self._check(frame)
@@ -176,28 +195,80 @@ class Session:
             prefix, suffix = backbone.prefix(frame), backbone.suffix(frame)
         with clock.stage("bookkeeping"):
             dense_because = self._cold(frame, layout, pixels)
-        decision, forced = self._decide(frame, layout, pixels, dense_because, clock)
+            last = self.last.info if levers.draft and self.last is not None else None
+            draft = None if last is None else backbone.draft(last)
+        glance, decision, forced = self._look_and_decide(frame, layout, pixels, dense_because, clock)
         with clock.stage("bookkeeping"):
             cache.begin(layout, backbone.max_new_tokens)
         with clock.stage("tower"):
-            features = backbone.see(pixels)
+            computed = decision.depth > 0
+            partly = levers.partial_tower if self._tower is None else decision.beyond is Beyond.REUSE
+            features = backbone.features(glance, computed if partly else None, self._tower)
         with clock.stage("projector"):
-            computed = torch.from_numpy(decision.depth > 0).to(backbone.device)
-            visual = backbone.project(features if decision.depth.all() else features[computed])
-            embeddings = torch.cat([prefix, visual, suffix])
+            if not partly and not computed.all():
+                features = features[torch.from_numpy(computed).to(backbone.device)]
+            rows = [prefix, backbone.project(features), suffix]
+            embeddings = torch.cat(rows if draft is None else [*rows, draft])
         with clock.stage("prefill"):
-            refine = policy.refine if dense_because is None else None
-            prompt = partial_prefill(backbone, cache, layout, decision, embeddings, policy.watch, refine)
+            watch = policy.watch(len(backbone.layers))
+            prompt = partial_prefill(
+                backbone,
+                cache,
+                layout,
+                decision,
+                embeddings,
+                watch,
+                partial(policy.refine, layout) if dense_because is None else None,
+                draft=0 if draft is None else len(draft),
+            )
         with clock.stage("decode"):
-            action, info = backbone.act(frame, prompt.hidden, lambda new: extend(backbone, cache, prompt, new))
+            append = partial(extend, backbone, cache, prompt)
+            action, info = backbone.act(frame, prompt.hidden, append, last)
         with clock.stage("bookkeeping"):
             cache.commit(layout, pixels, frame.instruction, prompt.decision)
             self._shapes = frame.shapes
-        asked = 0 if dense_because else policy.macs
         self.last = Step(
-            layout, prompt.decision, forced, cache.age.copy(), dense_because, clock.stages, info, pixels, asked
+            layout=layout,
+            decision=prompt.decision,
+            forced=forced,
+            age=cache.age.copy(),
+            dense_because=dense_because,
+            stages=clock.stages,
+            info=info,
+            pixels=pixels,
+            policy_macs=0 if dense_because else policy.macs,
+            watch=watch,
+            draft=prompt.draft,
+            passes=tuple(prompt.passes),
+            seen=computed if partly else np.ones_like(computed),
         )
         return action
+
+    def _look_and_decide(
+        self,
+        frame: Frame,
+        layout: TokenLayout,
+        pixels: Mapping[str, UInt8Image],
+        dense_because: str | None,
+        clock: Stopwatch,
+    ) -> tuple[Any, Decision, BoolArray]:
+        """What the tower sees at a glance, and the decision: one after the other, or at the same time.
+
+        If at the same time, the stage ``policy`` is the time for which the tower had to wait.
+        """
+        backbone = self.vla.backbone
+        if self._aside is None or dense_because is not None:
+            decision, forced = self._decide(frame, layout, pixels, dense_because, clock)
+            with clock.stage("tower"):
+                return backbone.look(pixels, self._tower), decision, forced
+        pending = self._aside.submit(self._decide, frame, layout, pixels, None, Stopwatch(torch.device("cpu")))
+        try:
+            with clock.stage("tower"):
+                glance = backbone.look(pixels, self._tower)
+        finally:  # whatever happens, nothing of this frame goes on beside the next
+            with clock.stage("policy"):
+                decision, forced = pending.result()
+        return glance, decision, forced
 
     def _check(self, frame: Frame) -> None:
         if self._shapes is not None and frame.shapes != self._shapes:
@@ -220,6 +291,7 @@ class Session:
                 return "scene cut"
         return None
 
+    @torch.inference_mode()
     def _decide(
         self,
         frame: Frame,

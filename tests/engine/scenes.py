@@ -8,8 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lac_vla.policies import CachePolicy, Dense, LACConfig, LACPolicy, Motion, Random, cache_lowest
-from lac_vla.types import Beyond, Decision, Frame, View, Watch
+from lac_vla.policies import (
+    CachePolicy,
+    Dense,
+    FastV,
+    LACConfig,
+    LACPolicy,
+    Motion,
+    Random,
+    SparseVLM,
+    VLACache,
+    cache_lowest,
+)
+from lac_vla.types import Beyond, Decision, Frame, TokenLayout, View, Watch
+
+STATIC = 0.98
+"""Cosine similarity that most patches of neighbouring frames reach: they are noise, more than any camera's."""
 
 TINY_GRIDS = {"agentview": (6, 6), "wrist": (4, 4)}
 
@@ -39,16 +53,14 @@ class Staircase(CachePolicy):
 class Pruner(CachePolicy):
     """Half of the tokens disappear after the first layer, the least attended ones (as in FastV)."""
 
-    @property
-    def watch(self) -> Watch:
+    def watch(self, n_layers: int) -> Watch:
         return Watch((0,), "last")
 
     def decide(self, view: View) -> Decision:
         return Decision(np.full(view.layout.n_visual, view.n_layers), view.n_layers, Beyond.PRUNE)
 
-    def refine(self, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
-        n = decision.depth.size
-        lowest = cache_lowest(attention[-1, 1 : 1 + n].numpy(), 0.5)
+    def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
+        lowest = cache_lowest(attention[-1, layout.visual].numpy(), 0.5)
         return Decision(np.where(lowest, layer + 1, decision.depth), decision.n_layers, Beyond.PRUNE)
 
 
@@ -56,8 +68,7 @@ class Pruner(CachePolicy):
 class Watcher(CachePolicy):
     """Reuses what the last frame's text attended to least (as VLA-Cache protects what it attends to most)."""
 
-    @property
-    def watch(self) -> Watch:
+    def watch(self, n_layers: int) -> Watch:
         return Watch((1,), "suffix")
 
     def decide(self, view: View) -> Decision:
@@ -102,5 +113,13 @@ ALL_POLICIES: dict[str, Callable[[], CachePolicy]] = {
     "staircase": Staircase,
     "pruner": Pruner,
     "watcher": Watcher,
+    "vla-cache": lambda: VLACache(similarity=STATIC),
+    "vla-cache-suffix": lambda: VLACache(similarity=STATIC, rows="suffix"),
+    "vla-cache-paper": lambda: VLACache("paper", similarity=STATIC, gain=1000),  # random layers hardly differ
+    "fastv": FastV,
+    "sparsevlm": SparseVLM,
 }
-REUSING = sorted(set(ALL_POLICIES) - {"pruner"})
+PRUNING = ["fastv", "pruner", "sparsevlm"]
+HESITANT = {"vla-cache-paper"}
+"""Those that reuse nothing in some frames: two random layers differ too little for a schedule of their entropies."""
+REUSING = sorted(set(ALL_POLICIES) - set(PRUNING))

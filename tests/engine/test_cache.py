@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lac_vla import CachedVLA, Decision, Random, TokenLayout, random_vla
-from lac_vla.cache import VisualKVCache
+from lac_vla.cache import VisualKVCache, write
 from tests.engine.scenes import frame
 
 
@@ -38,7 +38,8 @@ def test_growing_keeps_the_visual_slots() -> None:
     cache.begin(short, 0)
     rows = torch.randn(1, 7, 4)
     for layer in range(2):
-        cache.write(layer, slice(0, 7), rows, -rows)
+        write(cache.keys[layer], 0, rows)
+        write(cache.values[layer], torch.arange(7), -rows)
     image = {"a": np.zeros((4, 4, 3), np.uint8)}
     cache.commit(short, image, "go", Decision.dense(4, 2))
     cache.begin(TokenLayout.of({"a": (2, 2)}, 1, 9), 3)

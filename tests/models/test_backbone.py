@@ -66,7 +66,7 @@ def test_act_is_greedy_and_extends_all_but_the_last_token(frame: Frame) -> None:
     hidden = head[[400, 500, 7]]
     seen: list[torch.Tensor] = []
 
-    def extend(embeddings: torch.Tensor) -> torch.Tensor:
+    def extend(embeddings: torch.Tensor, at: int | None = None) -> torch.Tensor:
         seen.append(embeddings)
         row: torch.Tensor = hidden[len(seen) % 3][None] * 100
         return row

@@ -240,7 +240,7 @@ def test_saved_model_acts_like_the_original(tmp_path: Path, frame: Frame) -> Non
         assert torch.equal(again.suffix(frame), original.suffix(frame))
         assert torch.equal(again.see(again.pixels(frame)), original.see(original.pixels(frame)))
         hidden = torch.randn(3, original.model.config.width)
-        actions = [vla.act(frame, hidden, lambda embeddings: embeddings)[0] for vla in (original, again)]
+        actions = [vla.act(frame, hidden, lambda embeddings, at=None: embeddings)[0] for vla in (original, again)]
     np.testing.assert_array_equal(actions[0], actions[1])
 
 

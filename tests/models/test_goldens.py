@@ -72,7 +72,7 @@ def test_greedy_tokens_and_action(checkpoint: Path, golden: Arrays, prompt: str)
         hidden: torch.Tensor = decoder(inputs_embeds=sequence).last_hidden_state[0]
         return hidden
 
-    def extend(embeddings: torch.Tensor) -> torch.Tensor:
+    def extend(embeddings: torch.Tensor, at: int | None = None) -> torch.Tensor:
         nonlocal sequence
         sequence = torch.cat([sequence, embeddings[None]], dim=1)
         return last_hidden()[-len(embeddings) :]

@@ -10,6 +10,7 @@ from lac_vla.bench.shapes import SHAPES
 from lac_vla.errors import InputError
 from lac_vla.evaluation.methods import make_methods, resolve
 from lac_vla.flow import make_flow
+from lac_vla.levers import Levers
 
 Section: TypeAlias = Literal["engine", "frame", "memory"]
 
@@ -31,6 +32,8 @@ class BenchConfig:
         active: Shares of the visual tokens that the section ``engine`` recomputes, in (0, 1).
         rounds: How often the section ``engine`` runs every variant.
         policies: Methods of the section ``frame``, beside the two dense ones.
+        levers: Sets of levers beside caching, each for dense and for every policy: ``none`` is the baseline and always
+            there; ``draft``, ``draft+overlap``, ``default``, ``exact`` (all that change no number), …
         frames: Observations of the section ``frame``.
         warmup: Rounds, or observations, that are run first and not counted.
         replay: Folder of a LeRobot dataset whose frames are replayed; by default a synthetic scene.
@@ -57,6 +60,7 @@ class BenchConfig:
     active: tuple[float, ...] = (0.5, 0.25, 0.1)
     rounds: int = 50
     policies: tuple[str, ...] = ("motion:ratio=0.5", "motion:ratio=0.7")
+    levers: tuple[str, ...] = ("none", "default")
     frames: int = 200
     warmup: int = 5
     replay: Path | None = None
@@ -83,6 +87,8 @@ class BenchConfig:
             raise InputError(f"active is {self.active}; give shares of the visual tokens in (0, 1)")
         if not self.policies:
             raise InputError("there is no policy to measure: give at least one, e.g. motion:ratio=0.5")
+        for levers in self.levers:
+            Levers.parse(levers)
         make_methods(self.policies, self.model)
         resolve(self.memory_policy, self.model)
         make_flow(self.flow or "none")

@@ -18,6 +18,7 @@ from lac_vla.errors import InputError
 from lac_vla.evaluation.methods import resolve
 from lac_vla.evaluation.rollout import peak_memory_mb
 from lac_vla.evaluation.stats import Percentiles
+from lac_vla.levers import Levers
 from lac_vla.models import PrismaticBackbone
 from lac_vla.policies import paths_by_name
 from lac_vla.timing import STAGES, WINDOWS
@@ -49,31 +50,39 @@ class FrameRow:
     """One method over the counted frames.
 
     Attributes:
-        name: ``dense stock``, ``dense``, or the policy.
+        name: ``dense stock``, ``dense`` or the policy; with the levers behind it, if any are pulled.
         ratio_nominal: Mean of the ratio aimed at; ``None`` if the method aims at none.
         ratio_effective: Mean share of (token, layer) pairs that were not computed.
         windows_ms: Window → latency, see :data:`lac_vla.timing.WINDOWS`.
         stages_ms: Stage → latency, see :data:`lac_vla.timing.STAGES`.
-        faster_than_dense: Window → latency of ``dense`` over this one.
+        levers: What is pulled; empty for none and for the stock model.
+        faster_than_dense: Window → latency of ``dense``, no lever pulled, over this one.
+        faster_than_equal: Window → latency of dense with the same levers over this one: the worth of caching itself.
         faster_than_stock: Window → latency of ``stock`` over this one.
         bookkeeping: Flow, policy and bookkeeping over the model call of ``dense``.
         macs: Stage → mean multiply-accumulates per frame.
         flops: Two per multiply-accumulate, all stages.
+        passes: Mean decoding passes behind the prefill.
+        accepted: Mean share of the drafted tokens that stood; ``None`` without drafts.
         same_tokens: Share of the action tokens that are the stock model's.
         cache_mb: Keys and values that outlive a frame; ``None`` for the stock model.
         peak_memory_mb: Of the accelerator, within a call of this method; ``None`` on a CPU.
     """
 
     name: str
+    levers: str
     ratio_nominal: float | None
     ratio_effective: float
     windows_ms: dict[str, Percentiles]
     stages_ms: dict[str, Percentiles]
     faster_than_dense: dict[str, Ratio]
+    faster_than_equal: dict[str, Ratio]
     faster_than_stock: dict[str, Ratio]
     bookkeeping: Ratio
     macs: dict[str, float]
     flops: float
+    passes: float
+    accepted: float | None
     same_tokens: float
     cache_mb: float | None
     peak_memory_mb: float | None
@@ -117,6 +126,8 @@ class Log:
         effective: Ratio reached.
         tokens: Action tokens.
         macs: Multiply-accumulates by stage.
+        passes: Decoding passes.
+        accepted: Share of the draft that stood, of the frames that had one.
         peaks_mb: Peak memory of the accelerator; empty on a CPU.
     """
 
@@ -126,6 +137,8 @@ class Log:
     effective: list[float] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     macs: list[dict[str, int]] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
     peaks_mb: list[float] = field(default_factory=list)
 
     def add(self, step: Step, peak_mb: float | None, cost: CostModel) -> None:
@@ -137,7 +150,10 @@ class Log:
         self.nominal.append(step.decision.nominal_ratio)
         self.effective.append(step.ratio)
         self.tokens.append(list(step.info["tokens"]))
-        self.macs.append(cost.frame(step.layout, step.decision, step.policy_macs))
+        self.macs.append(cost.step(step))
+        self.passes.append(len(step.passes))
+        if step.draft:
+            self.accepted.append((step.passes[0][0] if step.passes else step.draft) / step.draft)
 
     def window(self, name: str) -> list[float]:
         """A window's latency, ms, frame by frame."""
@@ -184,18 +200,29 @@ def measure_frames(backbone: PrismaticBackbone, scene: Scene, config: BenchConfi
         targets=tuple(
             Target.at_most(f"bookkeeping of {row.name}, of the dense model call", row.bookkeeping, SHARE)
             for row in rows
-            if row.name not in (STOCK, DENSE)
+            if not row.name.startswith(DENSE)
         ),
     )
 
 
 def _robots(backbone: PrismaticBackbone, config: BenchConfig) -> dict[str, Robot]:
-    """Method → session on the same model."""
+    """Method and levers → session on the same model."""
     robots: dict[str, Robot] = {STOCK: StockSession(backbone)}
-    for spec in (DENSE, *config.policies):
-        vla = CachedVLA(backbone, resolve(spec, config.model), flow=config.flow, max_age=config.max_age)
-        robots[paths_by_name(spec)] = vla.session(config.seed)
+    for levers in dict.fromkeys(("none", *config.levers)):
+        for spec in (DENSE, *config.policies):
+            vla = CachedVLA(
+                backbone,
+                resolve(spec, config.model),
+                flow=config.flow,
+                max_age=config.max_age,
+                levers=Levers.parse(levers),
+            )
+            robots[_name(paths_by_name(spec), levers)] = vla.session(config.seed)
     return robots
+
+
+def _name(method: str, levers: str) -> str:
+    return method if levers in ("", "none") else f"{method} +{levers}"
 
 
 def _turn(robot: Robot, scene: Scene, index: int, device: torch.device) -> tuple[Step, float | None]:
@@ -211,20 +238,25 @@ def _turn(robot: Robot, scene: Scene, index: int, device: torch.device) -> tuple
 
 
 def _row(name: str, robot: Robot, logs: dict[str, Log]) -> FrameRow:
-    log, dense, stock = logs[name], logs[DENSE], logs[STOCK]
+    levers = name.partition(" +")[2]
+    log, dense, stock, equal = logs[name], logs[DENSE], logs[STOCK], logs[_name(DENSE, levers)]
     nominal = [ratio for ratio in log.nominal if ratio is not None]
     macs = {stage: float(np.mean([macs[stage] for macs in log.macs])) for stage in log.macs[0]}
     return FrameRow(
         name=name,
+        levers=levers,
         ratio_nominal=float(np.mean(nominal)) if nominal else None,
         ratio_effective=float(np.mean(log.effective)),
         windows_ms={window: measured(log.window(window)) for window in WINDOWS},
         stages_ms={stage: measured([stages[stage] for stages in log.stages]) for stage in STAGES},
         faster_than_dense={w: Ratio.of(dense.window(w), log.window(w)) for w in WINDOWS},
+        faster_than_equal={w: Ratio.of(equal.window(w), log.window(w)) for w in WINDOWS},
         faster_than_stock={w: Ratio.of(stock.window(w), log.window(w)) for w in WINDOWS},
         bookkeeping=Ratio.of(log.bookkeeping, dense.window("model_call")),
         macs=macs,
         flops=2 * sum(macs.values()),
+        passes=float(np.mean(log.passes)),
+        accepted=float(np.mean(log.accepted)) if log.accepted else None,
         same_tokens=float(np.mean(np.asarray(log.tokens) == np.asarray(stock.tokens))),
         cache_mb=robot.nbytes / 1e6 if isinstance(robot, Session) else None,
         peak_memory_mb=max(log.peaks_mb, default=None),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lac_vla.cost import one_by_one
 from lac_vla.models import PrismaticBackbone
 from lac_vla.timing import Stopwatch
 from lac_vla.types import Decision, FloatArray, Frame
@@ -90,5 +91,6 @@ class StockSession:
             stages=clock.stages,
             info={"tokens": tokens},
             pixels=pixels,
+            passes=one_by_one(backbone.max_new_tokens),
         )
         return action

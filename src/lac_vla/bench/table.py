@@ -54,6 +54,7 @@ def frame_table(result: FrameResult) -> Table:
         *(window.replace("_", " ") for window in WINDOWS),
         "faster than stock",
         "faster than dense",
+        "than dense so equipped",
     )
     for row in result.rows:
         window = "observation_to_action"
@@ -63,6 +64,7 @@ def frame_table(result: FrameResult) -> Table:
             *(latency(row.windows_ms[name]) for name in WINDOWS),
             ratio(row.faster_than_stock[window]),
             ratio(row.faster_than_dense[window]),
+            ratio(row.faster_than_equal[window]),
         )
     return table
 
@@ -77,12 +79,15 @@ def cost_table(result: FrameResult) -> Table:
         "FLOPs",
         "cache MB",
         "peak memory",
+        "passes",
+        "draft kept",
         "stock's tokens",
     )
     for row in result.rows:
         cache = NONE if row.cache_mb is None else f"{row.cache_mb:.2f}"
         cells = [count(sum(row.macs.values())), count(row.flops), cache, memory(row.peak_memory_mb)]
-        table.add_row(row.name, *cells, percent(row.same_tokens))
+        decoding = [f"{row.passes:.1f}", percent(row.accepted)]
+        table.add_row(row.name, *cells, *decoding, percent(row.same_tokens))
     return table
 
 

@@ -10,6 +10,7 @@ from lac_vla.errors import InputError
 from lac_vla.evaluation.methods import make_methods
 from lac_vla.evaluation.stress import make_stress
 from lac_vla.flow import make_flow
+from lac_vla.levers import Levers
 from lac_vla.sims.libero import SUITES
 
 FIRST_HELD_OUT = 40
@@ -32,6 +33,8 @@ class EvalConfig:
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.
+        levers: Levers beside caching, of all methods, dense included: ``default``, ``none``, ``exact``,
+            ``draft+overlap``, …
         stress: What disturbs every episode, the same for all methods: ``shake``, ``lighting``, ``drift``,
             ``occlusion``, ``instruction``, ``drops`` or ``long``, see :mod:`lac_vla.evaluation.stress`.
         rendering: ``fast`` (altered pixels, for models trained on them) or ``official``.
@@ -57,6 +60,7 @@ class EvalConfig:
     seed: int = 0
     flow: str | None = None
     max_age: int = 16
+    levers: str = "default"
     stress: str | None = None
     rendering: Literal["fast", "official"] = "fast"
     convention: Literal["upright", "openvla"] = "upright"
@@ -78,6 +82,7 @@ class EvalConfig:
             )
         if self.workers < 1:
             raise InputError(f"workers is {self.workers}; give at least 1")
+        Levers.parse(self.levers)
         make_methods(self.policies, self.model)
         make_flow(self.flow or "none")
         if self.stress is not None:

@@ -89,6 +89,7 @@ class ReproduceConfig:
         ablations: Folders of runs of ``lac train`` with something left out: a row each.
         curve: Also run every method whose ratio can be set at each of ``ratios``, for the trade-off curve.
         ratios: Nominal cache ratios of the curve.
+        levers: Levers beside caching, of all methods, see ``lac eval --help``.
         stress: What disturbs every episode, see ``lac eval --help``.
         seed: Of every session.
         rendering: ``fast`` (altered pixels, those of the bundled VLA) or ``official``.
@@ -111,6 +112,7 @@ class ReproduceConfig:
     ablations: tuple[Path, ...] = ()
     curve: bool = False
     ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    levers: str = "default"
     stress: str | None = None
     seed: int = 0
     rendering: Literal["fast", "official"] = "fast"
@@ -136,6 +138,7 @@ class ReproduceConfig:
             tasks=self.tasks,
             init_states=(self.first, self.first + trials),
             seed=self.seed,
+            levers=self.levers,
             stress=self.stress,
             rendering=self.rendering,
             convention=self.convention,

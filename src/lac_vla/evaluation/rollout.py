@@ -86,7 +86,7 @@ def rollout(
         nominal.append(step.decision.nominal_ratio)
         oldest.append(int(step.age.max()))
         if cost is not None:
-            macs.append(float(sum(cost.frame(step.layout, step.decision, step.policy_macs).values())))
+            macs.append(float(sum(cost.step(step).values())))
         for name, value in {**step.timings, **step.stages}.items():
             latency[name].append(round(value, 4))
         for recorder in recorders:

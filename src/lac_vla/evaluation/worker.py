@@ -15,6 +15,7 @@ from lac_vla.evaluation.methods import make_methods
 from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.rollout import Simulator, rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
+from lac_vla.levers import Levers
 from lac_vla.models import load_vla
 from lac_vla.models.prismatic.actions import libero_gripper
 from lac_vla.report.failures import FailurePicture
@@ -49,7 +50,9 @@ class Worker:
             image_pipeline=config.image_pipeline,
         )
         self.sessions = {
-            name: CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age).session(config.seed)
+            name: CachedVLA(
+                backbone, policy, flow=config.flow, max_age=config.max_age, levers=Levers.parse(config.levers)
+            ).session(config.seed)
             for name, policy in make_methods(config.policies, config.model).items()
         }
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
+from lac_vla.types import BoolArray, FloatArray, Frame, TokenLayout, UInt8Image
 
 Rotary: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine, each (rows, head_dim), signed and ordered as the model's own layers take them."""
 
-Extend: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-"""Runs embeddings (n, width) behind everything in the cache and returns their last hidden states (n, width)."""
+
+class Extend(Protocol):
+    """Runs tokens behind the prompt."""
+
+    def __call__(self, embeddings: torch.Tensor, at: int | None = None) -> torch.Tensor:
+        """Append tokens.
+
+        Args:
+            embeddings: (n, width).
+            at: How many of the tokens appended before stay; the new ones take the place of the others. ``None``: all.
+
+        Returns:
+            Their last hidden states, (n, width).
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,15 @@ class DecoderLayer(Protocol):
         ...
 
 
+class TowerMemory(Protocol):
+    """What a vision tower keeps from one frame to the next; its content is the backbone's own affair."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, bytes."""
+        ...
+
+
 class Backbone(Protocol):
     """A frozen VLA, seen by the engine. Batch size is one: one robot, one frame.
 
@@ -113,7 +135,37 @@ class Backbone(Protocol):
         """Where the tokens of this frame's prompt are."""
         ...
 
-    def see(self, pixels: dict[str, UInt8Image]) -> torch.Tensor:
+    def tower_memory(self) -> TowerMemory | None:
+        """An empty memory of a session's frames for :meth:`features`; ``None`` if the tower cannot have one."""
+        ...
+
+    def look(self, pixels: Mapping[str, UInt8Image], memory: Any = None) -> Any:
+        """What the vision tower can compute before it is known which tokens matter.
+
+        Args:
+            pixels: See :meth:`pixels`.
+            memory: What :meth:`features` will be given.
+
+        Returns:
+            For :meth:`features`.
+        """
+        ...
+
+    def features(self, glance: Any, computed: BoolArray | None = None, memory: Any = None) -> torch.Tensor:
+        """Vision tower: features of the visual tokens that are computed.
+
+        Args:
+            glance: From :meth:`look`.
+            computed: Which, bool, (N,); ``None`` for all. A tower leaves out work that only the others need.
+            memory: From :meth:`tower_memory`: the tower computes these tokens alone, over what it remembers of the
+                others. ``None``: the features do not depend on what else is computed.
+
+        Returns:
+            (n, features).
+        """
+        ...
+
+    def see(self, pixels: Mapping[str, UInt8Image]) -> torch.Tensor:
         """Vision tower: features of every visual token, (N, features)."""
         ...
 
@@ -149,13 +201,27 @@ class Backbone(Protocol):
         """
         ...
 
-    def act(self, frame: Frame, hidden: torch.Tensor, extend: Extend) -> tuple[FloatArray, dict[str, Any]]:
+    def draft(self, last: Mapping[str, Any]) -> torch.Tensor | None:
+        """A guess at the tokens that :meth:`act` will append, to ride along in the prefill.
+
+        Args:
+            last: What :meth:`act` recorded about the preceding action.
+
+        Returns:
+            Embeddings, (n, width), n < ``max_new_tokens``; ``None`` for a head that appends nothing.
+        """
+        ...
+
+    def act(
+        self, frame: Frame, hidden: torch.Tensor, extend: Extend, last: Mapping[str, Any] | None = None
+    ) -> tuple[FloatArray, dict[str, Any]]:
         """Turn the prompt's last hidden states into an action.
 
         Args:
             frame: The observation (its images are no longer needed).
-            hidden: Normalised last hidden states of the suffix, (n_suffix, width).
+            hidden: Normalised last hidden states of the suffix, and of the draft behind it, (n_suffix + draft, width).
             extend: Appends tokens to the sequence (autoregressive decoding).
+            last: What the draft was made of; ``None`` if there is none. It never changes the action.
 
         Returns:
             The action in the robot's own units, float32, (action_dim,) or (horizon, action_dim); and what is worth

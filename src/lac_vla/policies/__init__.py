@@ -8,15 +8,21 @@ from typing import Any
 from lac_vla.errors import InputError
 from lac_vla.policies.base import CachePolicy, cache_lowest
 from lac_vla.policies.dense import Dense
+from lac_vla.policies.fastv import FastV
 from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.policies.motion import Motion
 from lac_vla.policies.random import Random
+from lac_vla.policies.sparse_vlm import SparseVLM
 from lac_vla.policies.spec import PolicySpec, paths_by_name
+from lac_vla.policies.vla_cache import VLACache
 
 POLICIES: dict[str, Callable[..., CachePolicy]] = {
     "dense": Dense,
     "random": Random,
     "motion": Motion,
+    "vla-cache": VLACache,
+    "fastv": FastV,
+    "sparsevlm": SparseVLM,
     "lac": LACPolicy.from_pretrained,
 }
 """Name → factory; the keyword arguments are the policy's fields, and ``path`` of a trained one."""
@@ -62,11 +68,14 @@ __all__ = [
     "POLICIES",
     "CachePolicy",
     "Dense",
+    "FastV",
     "LACConfig",
     "LACPolicy",
     "Motion",
     "PolicySpec",
     "Random",
+    "SparseVLM",
+    "VLACache",
     "build_policy",
     "cache_lowest",
     "make_policy",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from lac_vla.errors import InputError
-from lac_vla.types import BoolArray, Decision, View, Watch
+from lac_vla.types import BoolArray, Decision, TokenLayout, View, Watch
 
 
 class CachePolicy(ABC):
@@ -34,9 +34,12 @@ class CachePolicy(ABC):
         """Multiply-accumulates of the policy's own networks per decision; 0 for a rule."""
         return 0
 
-    @property
-    def watch(self) -> Watch | None:
-        """Attention to compute aside, for :attr:`View.attention` of the next frame and for :meth:`refine`."""
+    def watch(self, n_layers: int) -> Watch | None:
+        """Attention to compute aside, for :attr:`View.attention` of the next frame and for :meth:`refine`.
+
+        Args:
+            n_layers: Number of the model's decoder layers.
+        """
         return None
 
     def check_layout(self, grids: Mapping[str, tuple[int, int]]) -> None:  # noqa: B027 - most policies take any layout
@@ -53,12 +56,14 @@ class CachePolicy(ABC):
     def decide(self, view: View) -> Decision:
         """Decide about a frame before its forward pass."""
 
-    def refine(self, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
+    def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
         """Change the decision in mid-forward, after a watched layer.
 
         Args:
+            layout: Where the tokens are.
             layer: The layer just computed.
-            attention: Its watched attention, mean over heads, (rows, keys).
+            attention: Its watched attention, mean over heads, (rows, keys). Keys are all slots of the prompt, less the
+                visual tokens that are pruned so far.
             decision: The decision so far.
 
         Returns:
@@ -87,3 +92,16 @@ def cache_lowest(scores: npt.NDArray[np.floating[Any]], ratio: float) -> BoolArr
     cached = np.zeros(scores.size, dtype=np.bool_)
     cached[np.argsort(scores, kind="stable")[:count]] = True
     return cached
+
+
+def scale_count(released: float, of: int, size: int) -> int:
+    """A number of tokens published for ``of`` tokens, for ``size`` tokens: ``floor(released·size/of + ½)``."""
+    return int(np.floor(released * size / of + 0.5))
+
+
+def scale_layers(released: int, n_layers: int, of: int = 32) -> int:
+    """A number of layers published for a decoder of ``of`` layers, for one of ``n_layers``, rounded up.
+
+    Rounded up, so that what a method computes in full first, to look at its attention, is at least one layer.
+    """
+    return -(-released * n_layers // of)

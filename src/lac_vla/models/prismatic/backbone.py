@@ -11,12 +11,14 @@ import torch
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.base import DecoderShape, Extend, Rotary
+from lac_vla.models.decoding import decode
 from lac_vla.models.llama import LlamaDecoder, LlamaLayer
 from lac_vla.models.prismatic.actions import PROPRIO_LIMIT, ActionTokenizer, Range, choose_stats
 from lac_vla.models.prismatic.images import make_pipeline
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.prompt import Encode, Prompt
-from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
+from lac_vla.models.prismatic.vision import Glance, TowerMemory
+from lac_vla.types import BoolArray, FloatArray, Frame, TokenLayout, UInt8Image
 
 PROMPTS_REMEMBERED = 64
 
@@ -145,15 +147,29 @@ class PrismaticBackbone:
         n_proprio = self.proprio_range is not None
         return TokenLayout.of(self._grids, 1, len(self._ids(frame.instruction)) - 1 + n_proprio)
 
-    def see(self, pixels: dict[str, UInt8Image]) -> torch.Tensor:
-        """Features of every visual token, (N, features)."""
+    def tower_memory(self) -> TowerMemory | None:
+        """An empty memory for :meth:`features`; ``None`` if the towers are convolutions."""
+        return TowerMemory() if self.model.config.vit_towers else None
+
+    def look(self, pixels: Mapping[str, UInt8Image], memory: TowerMemory | None = None) -> Glance:
+        """What the towers can compute before it is known which tokens matter."""
         vision = self.model.vision_backbone
         normal = {
             camera.name: vision.normalize(torch.tensor(pixels[name], device=self.device)[None]).to(self.dtype)
             for name, camera in self._cameras.items()
         }
-        features: torch.Tensor = vision(normal)[0]
-        return features
+        return vision.look(normal, whole=memory is None)
+
+    def features(
+        self, glance: Glance, computed: BoolArray | None = None, memory: TowerMemory | None = None
+    ) -> torch.Tensor:
+        """Features of the visual tokens ``computed`` (all by default), (n, features)."""
+        wanted = None if computed is None or computed.all() else torch.from_numpy(computed).to(self.device)
+        return self.model.vision_backbone.features(glance, wanted, memory)
+
+    def see(self, pixels: Mapping[str, UInt8Image]) -> torch.Tensor:
+        """Features of every visual token, (N, features)."""
+        return self.features(self.look(pixels))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Projector, row by row: (n, features) → (n, width)."""
@@ -210,20 +226,21 @@ class PrismaticBackbone:
         """Scores of all tokens: normalised hidden states (..., width) → (..., vocabulary)."""
         return self._decoder.logits(hidden)
 
-    def act(self, frame: Frame, hidden: torch.Tensor, extend: Extend) -> tuple[FloatArray, dict[str, Any]]:
+    def draft(self, last: Mapping[str, Any]) -> torch.Tensor:
+        """Embeddings of the preceding action's tokens but the last, (action_dim - 1, width)."""
+        return self._embed(last["tokens"][:-1])
+
+    def act(
+        self, frame: Frame, hidden: torch.Tensor, extend: Extend, last: Mapping[str, Any] | None = None
+    ) -> tuple[FloatArray, dict[str, Any]]:
         """Decode one token per action dimension, greedily.
 
         Returns:
             The action in the units of the data set, float32, (action_dim,); and, as lists, the token ids
             (``tokens``) and the action in [-1, 1] (``normalized``).
         """
-        chosen: list[torch.Tensor] = []
-        last = hidden[-1:]
-        for _ in range(self.max_new_tokens):
-            if chosen:
-                last = extend(self._decoder.embed(chosen[-1]))
-            chosen.append(self._decoder.logits(last).argmax(dim=-1))
-        tokens: list[int] = torch.cat(chosen).tolist()
+        draft = [] if last is None else last["tokens"][:-1]
+        tokens = decode(self.embed, self.logits, hidden, extend, self.max_new_tokens, draft)
         normalized = self.actions.decode(tokens)
         action = self.action_range.unnormalize(normalized).astype(np.float32)
         return action, {"tokens": tokens, "normalized": normalized.tolist()}

@@ -49,6 +49,31 @@ class ConvTower(nn.Module):
         Returns:
             Features in raster order, (B, tokens, widths[-1]).
         """
+        features = self.surroundings(pixels, shift)
+        row, column, stride = keep or (0, 0, 1)
+        padded = F.pad(features, (1, 1, 1, 1))[:, :, row:, column:]
+        return F.conv2d(padded, self.head.weight, self.head.bias, stride=stride).flatten(2).transpose(1, 2)
+
+    def tokens(self, surroundings: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """The last convolution, for some tokens of one image alone.
+
+        Args:
+            surroundings: From :meth:`surroundings`, (1, C, rows, cols).
+            wanted: Which tokens, bool, (tokens,); ``None`` for all.
+
+        Returns:
+            Features in raster order, (n, widths[-1]).
+        """
+        if wanted is None:
+            every: torch.Tensor = self.head(surroundings)[0]
+            return every.flatten(1).T
+        patches = F.pad(surroundings[0], (1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # (C, rows, cols, 3, 3), a view
+        rows, cols = wanted.view(patches.shape[1:3]).nonzero(as_tuple=True)
+        chosen = patches[:, rows, cols].transpose(0, 1).flatten(1)  # (n, C · 9)
+        return F.linear(chosen, self.head.weight.flatten(1), self.head.bias)
+
+    def surroundings(self, pixels: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        """All but the last convolution: (B, 3, H, W) → (B, C, rows, cols); see :meth:`forward`."""
         batch, _, height, width = pixels.shape
         y = torch.linspace(-1.0, 1.0, height, device=pixels.device, dtype=pixels.dtype)
         x = torch.linspace(-1.0, 1.0, width, device=pixels.device, dtype=pixels.dtype)
@@ -57,6 +82,4 @@ class ConvTower(nn.Module):
             step = torch.tensor([2 / (width - 1), 2 / (height - 1)], device=pixels.device, dtype=pixels.dtype)
             place = place - (shift.flip(1).to(pixels.dtype) * step)[:, :, None, None]
         features: torch.Tensor = self.stem(torch.cat((pixels, place), dim=1))
-        row, column, stride = keep or (0, 0, 1)
-        padded = F.pad(features, (1, 1, 1, 1))[:, :, row:, column:]
-        return F.conv2d(padded, self.head.weight, self.head.bias, stride=stride).flatten(2).transpose(1, 2)
+        return features

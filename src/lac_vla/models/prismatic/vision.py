@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
 
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.conv import ConvTower, Keep
-from lac_vla.models.prismatic.vit import ViT
+from lac_vla.models.prismatic.vit import KeysValues, ViT
+
+Glance: TypeAlias = Sequence[torch.Tensor]
+"""A frame half seen: what a backbone's ``look`` returns and its ``features`` goes on from."""
+
+
+@dataclass
+class TowerMemory:
+    """Keys and values that the vision transformers keep from one frame to the next.
+
+    Attributes:
+        images: (Number of the transformer, number of the camera) → what it remembers.
+    """
+
+    images: dict[tuple[int, int], KeysValues] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take, bytes."""
+        return sum(image.nbytes for image in self.images.values())
+
+    def of(self, tower: int, camera: int) -> KeysValues:
+        """What a transformer remembers of a camera's image."""
+        return self.images.setdefault((tower, camera), KeysValues())
 
 
 class ViTBackbone(nn.Module):
@@ -29,6 +54,11 @@ class ViTBackbone(nn.Module):
         self._mean = [value for tower in config.vit_towers for value in tower.mean]
         self._std = [value for tower in config.vit_towers for value in tower.std]
 
+    @property
+    def vits(self) -> list[ViT]:
+        """The transformers, in the order of their features."""
+        return [self.featurizer] if self.fused_featurizer is None else [self.featurizer, self.fused_featurizer]
+
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Make pixel values of RGB images.
 
@@ -43,6 +73,44 @@ class ViTBackbone(nn.Module):
         std = torch.tensor(self._std, device=images.device).view(-1, 1, 1)
         return (pixels.repeat(1, len(self._mean) // 3, 1, 1) - mean) / std
 
+    def look(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Glance:
+        """What can be computed of one frame before it is known which tokens matter.
+
+        Args:
+            pixel_values: Camera → normalised images, (1, C, H, W).
+            whole: Run the blocks, too: without a memory, they need all patches in any case.
+        """
+        pixels = torch.cat([pixel_values[name] for name in self.grids])
+        glance = [vit.embed(part) for vit, part in zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)]
+        return [vit.encode(x) for vit, x in zip(self.vits, glance, strict=True)] if whole else glance
+
+    def features(
+        self, glance: Glance, wanted: torch.Tensor | None = None, memory: TowerMemory | None = None
+    ) -> torch.Tensor:
+        """Features of some tokens.
+
+        Args:
+            glance: From :meth:`look`; ``whole`` without a memory, and not with one.
+            wanted: Which tokens, bool, (N,); ``None`` for all.
+            memory: Keys and values of the other tokens; see :meth:`ViT.encode`.
+
+        Returns:
+            (n, F).
+        """
+        if memory is None:
+            every = torch.cat(list(glance), dim=-1).flatten(0, 1)
+            return every if wanted is None else every[wanted]
+        sizes = [rows * cols for rows, cols in self.grids.values()]
+        parts = [None] * len(sizes) if wanted is None else list(torch.split(wanted, sizes))
+        cameras = []
+        for camera, part in enumerate(parts):
+            towers = [
+                vit.encode(x[camera : camera + 1], memory.of(tower, camera), part)[0]
+                for tower, (vit, x) in enumerate(zip(self.vits, glance, strict=True))
+            ]
+            cameras.append(torch.cat(towers, dim=-1))
+        return torch.cat(cameras)
+
     def forward(self, pixel_values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Compute the features of all cameras.
 
@@ -54,9 +122,8 @@ class ViTBackbone(nn.Module):
         """
         pixels = torch.stack([pixel_values[name] for name in self.grids], dim=1)
         batch, pixels = len(pixels), pixels.flatten(0, 1)
-        features: torch.Tensor = self.featurizer(pixels[:, :3])
-        if self.fused_featurizer is not None:
-            features = torch.cat([features, self.fused_featurizer(pixels[:, 3:])], dim=-1)
+        parts = zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)
+        features = torch.cat([vit(part) for vit, part in parts], dim=-1)
         return features.reshape(batch, -1, features.shape[-1])
 
 
@@ -81,6 +148,37 @@ class ConvBackbone(nn.Module):
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Scale RGB images to [-1, 1]: uint8, (B, H, W, 3) → float32, (B, 3, H, W)."""
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+    def look(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Glance:
+        """All but the last convolution of one frame: what every token needs of its surroundings.
+
+        Args:
+            pixel_values: Camera → RGB in [-1, 1], (1, 3, H, W).
+            whole: No matter here: a convolution has no memory.
+        """
+        return [self._tower(name).surroundings(pixel_values[name]) for name in self.grids]
+
+    def features(
+        self, glance: Glance, wanted: torch.Tensor | None = None, memory: TowerMemory | None = None
+    ) -> torch.Tensor:
+        """Features of some tokens; the last convolution, about half of a tower's work, runs for these alone.
+
+        Args:
+            glance: From :meth:`look`.
+            wanted: Which tokens, bool, (N,); ``None`` for all.
+            memory: Never there.
+
+        Returns:
+            (n, F): the same numbers as in :meth:`forward`.
+        """
+        sizes = [rows * cols for rows, cols in self.grids.values()]
+        parts = [None] * len(sizes) if wanted is None else list(torch.split(wanted, sizes))
+        return torch.cat(
+            [self._tower(name).tokens(x, part) for name, x, part in zip(self.grids, glance, parts, strict=True)]
+        )
+
+    def _tower(self, camera: str) -> ConvTower:
+        return cast(ConvTower, self.towers[camera])
 
     def forward(
         self,

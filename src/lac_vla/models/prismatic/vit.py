@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
@@ -9,6 +11,29 @@ from torch import nn
 from lac_vla.models.prismatic.towers import ViTConfig
 
 LAYER_NORM_EPS = 1e-6
+
+
+@dataclass
+class KeysValues:
+    """What the blocks of a transformer remember of one image's tokens, each (1, heads, tokens, head_dim)."""
+
+    blocks: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take, bytes."""
+        return sum(part.numel() * part.element_size() for block in self.blocks for part in block)
+
+    def update(
+        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the ``rows`` (int64; ``None`` for all) in their places, and return the keys and values of all tokens."""
+        if rows is None:
+            self.blocks[block : block + 1] = [(keys, values)]
+        else:
+            for slots, new in zip(self.blocks[block], (keys, values), strict=True):
+                slots.index_copy_(2, rows, new)
+        return self.blocks[block]
 
 
 class PatchEmbed(nn.Module):
@@ -33,9 +58,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) → the same."""
+    def forward(
+        self, x: torch.Tensor, memory: KeysValues | None = None, block: int = 0, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, tokens, width) → the same; with a memory, ``x`` may be some ``rows`` of the tokens it remembers."""
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if memory is not None:
+            keys, values = memory.update(block, keys, values, rows)
         attended = F.scaled_dot_product_attention(queries, keys, values)
         out: torch.Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return out
@@ -79,9 +108,11 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) → the same."""
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(
+        self, x: torch.Tensor, memory: KeysValues | None = None, block: int = 0, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, tokens, width) → the same; see :class:`Attention`."""
+        x = x + self.ls1(self.attn(self.norm1(x), memory, block, rows))
         out: torch.Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out
 
@@ -105,11 +136,33 @@ class ViT(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised images, (B, 3, H, W) → features, (B, patches, width)."""
+        return self.encode(self.embed(pixels))
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised images, (B, 3, H, W) → the blocks' input, (B, class and register tokens + patches, width)."""
         x = self.patch_embed(pixels) + self.pos_embed
-        patches = x.shape[1]
         extra = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        x = torch.cat([*(token.expand(len(x), -1, -1) for token in extra), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        features: torch.Tensor = x[:, -patches:]
-        return features
+        return torch.cat([*(token.expand(len(x), -1, -1) for token in extra), x], dim=1)
+
+    def encode(
+        self, x: torch.Tensor, memory: KeysValues | None = None, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the blocks.
+
+        Args:
+            x: From :meth:`embed`, (B, tokens, width); B = 1 with a memory.
+            memory: Keys and values of the same image's predecessors: they stand for the patches that are not wanted,
+                and are brought up to date where they are. A new one is filled.
+            wanted: Patches to compute, bool, (patches,); ``None`` for all. Class and register tokens always are.
+
+        Returns:
+            Features of these patches, (B, patches, width).
+        """
+        extra = x.shape[1] - self.pos_embed.shape[1]
+        rows = None
+        if wanted is not None:
+            rows = torch.cat([wanted.new_ones(extra), wanted]).nonzero()[:, 0]
+            x = x[:, rows]
+        for index, block in enumerate(self.blocks):
+            x = block(x, memory, index, rows)
+        return x[:, extra:]
