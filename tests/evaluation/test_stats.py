@@ -74,6 +74,12 @@ def test_bootstrap_agrees_with_all_resamples() -> None:
     assert bootstrap([pairs]) == pytest.approx((low, high))
 
 
+def test_bootstrap_of_many_trials_is_the_normal_interval() -> None:
+    # 30 lost and 10 won of 100: mean -0.2, standard error sqrt(0.4 - 0.04) / 10 = 0.06
+    interval = bootstrap([[(True, False)] * 30 + [(False, True)] * 10 + [(True, True)] * 60])
+    assert interval == pytest.approx((-0.2 - 1.96 * 0.06, -0.2 + 1.96 * 0.06), abs=0.0101)
+
+
 def test_bootstrap_draws_within_tasks() -> None:
     lost, kept = [(True, False)] * 20, [(True, True)] * 19 + [(False, True)]
     within, together = bootstrap([lost, kept]), bootstrap([lost + kept])
