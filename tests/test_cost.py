@@ -11,7 +11,7 @@ from lac_vla.cost import CostModel, count_macs, layer_macs, prefill_macs
 from lac_vla.models.base import DecoderShape
 from tests.engine.scenes import ALL_POLICIES, frame
 
-LLAMA_7B = DecoderShape(layers=32, width=4096, kv_width=4096, ffn=11008, vocabulary=32064)
+LLAMA_7B = DecoderShape(layers=32, width=4096, kv_width=4096, ffn=11008)
 
 
 def test_dense_7b_prefill_is_the_published_figure() -> None:

@@ -3,8 +3,9 @@
 The decoder is counted analytically, as in the paper's equations 13-14, from the decision that was really taken: every
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
 the paper's formula has two) and 2·D·slots for attention, which counts the masked half of a causal square too. In the
-last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Towers and
-projectors are counted by torch's own counter, once.
+last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Towers,
+projectors and heads (what turns hidden states into the action: the output matrix for tokens; all steps of a diffusion
+head, guidance included) are counted by torch's own counter, once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.models.base import Backbone, DecoderShape
@@ -38,8 +40,8 @@ def prefill_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision) -
 
 
 def decode_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, n_tokens: int) -> int:
-    """MACs of ``n_tokens`` greedy tokens behind a prompt; the first comes from the prompt's own last row."""
-    total = n_tokens * shape.width * shape.vocabulary
+    """MACs of the layers for ``n_tokens`` tokens behind a prompt; the first comes from the prompt's own last row."""
+    total = 0
     for index in range(shape.layers):
         _, slots = _rows_and_slots(layout, decision, index)
         total += sum(layer_macs(shape, 1, slots + step) for step in range(1, n_tokens))
@@ -53,8 +55,11 @@ def _rows_and_slots(layout: TokenLayout, decision: Decision, layer: int) -> tupl
 
 
 def count_macs(work: Callable[[], Any]) -> int:
-    """MACs of anything, by torch's operator counter."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    """MACs of anything, by torch's operator counter.
+
+    Attention runs in matrix products meanwhile: there are kernels that the counter does not know, the CPU's for one.
+    """
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
         work()
     return int(counter.get_total_flops()) // 2
 
@@ -67,12 +72,14 @@ class CostModel:
         decoder: Sizes of its decoder.
         tower: MACs of the vision tower per frame.
         projector: MACs of the projector per visual token.
+        head: MACs from the hidden states to the action, the decoder's layers left out.
         action_tokens: Tokens decoded per action.
     """
 
     decoder: DecoderShape
     tower: int
     projector: int
+    head: int
     action_tokens: int
 
     @classmethod
@@ -81,16 +88,19 @@ class CostModel:
         pixels = backbone.pixels(frame)
         tower = count_macs(lambda: backbone.see(pixels))
         with torch.inference_mode():
-            features = backbone.see(pixels)
+            features, hidden = backbone.see(pixels), backbone.suffix(frame)
         projector = count_macs(lambda: backbone.project(features)) // features.shape[0]
-        return cls(backbone.shape, tower, projector, backbone.max_new_tokens)
+        chance = np.random.default_rng(0)
+        head = count_macs(lambda: backbone.act(frame, hidden, lambda new: new, chance))  # any rows of the right width
+        return cls(backbone.shape, tower, projector, head, backbone.max_new_tokens)
 
     def frame(self, layout: TokenLayout, decision: Decision, policy: int = 0) -> dict[str, int]:
-        """MACs by stage: ``policy`` (its own networks, as given), ``tower``, ``projector``, ``prefill``, ``decode``."""
+        """MACs by stage: ``policy`` (as given), ``tower``, ``projector``, ``prefill``, ``decode``, ``head``."""
         return {
             "policy": policy,
             "tower": self.tower,
             "projector": self.projector * int(np.count_nonzero(decision.depth)),
             "prefill": prefill_macs(self.decoder, layout, decision),
             "decode": decode_macs(self.decoder, layout, decision, self.action_tokens),
+            "head": self.head,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import cv2
@@ -135,7 +136,7 @@ class Session:
         )
         self._flow = make_flow(vla.flow_used)
         self._shapes: Mapping[str, tuple[int, int]] | None = None
-        self._rng = np.random.default_rng(seed)
+        self._rng, self._noise = _generators(seed)
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new episode: forget every slot, and start chance anew.
@@ -146,7 +147,7 @@ class Session:
         self.seed = self.seed if seed is None else seed
         self._cache.drop()
         self._shapes = None
-        self._rng = np.random.default_rng(self.seed)
+        self._rng, self._noise = _generators(self.seed)
         self.last = None
 
     @property
@@ -189,7 +190,8 @@ class Session:
             refine = policy.refine if dense_because is None else None
             prompt = partial_prefill(backbone, cache, layout, decision, embeddings, policy.watch, refine)
         with clock.stage("decode"):
-            action, info = backbone.act(frame, prompt.hidden, lambda new: extend(backbone, cache, prompt, new))
+            append = partial(extend, backbone, cache, prompt)
+            action, info = backbone.act(frame, prompt.hidden, append, self._noise)
         with clock.stage("bookkeeping"):
             cache.commit(layout, pixels, frame.instruction, prompt.decision)
             self._shapes = frame.shapes
@@ -259,3 +261,8 @@ class Session:
                 if forced.any():
                     decision = decision.with_active(forced)
         return decision, forced
+
+
+def _generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
+    """The policy's chance and the action head's: apart, so that every policy meets the same noise, frame by frame."""
+    return np.random.default_rng(seed), np.random.default_rng((seed, 1))

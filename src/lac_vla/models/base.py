@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
@@ -26,14 +27,12 @@ class DecoderShape:
         width: D, of the residual stream and of the queries.
         kv_width: D_kv, of the keys (kv_heads · head_dim).
         ffn: M, of the gated feed-forward network.
-        vocabulary: Rows of the output matrix.
     """
 
     layers: int
     width: int
     kv_width: int
     ffn: int
-    vocabulary: int
 
 
 class DecoderLayer(Protocol):
@@ -149,13 +148,16 @@ class Backbone(Protocol):
         """
         ...
 
-    def act(self, frame: Frame, hidden: torch.Tensor, extend: Extend) -> tuple[FloatArray, dict[str, Any]]:
+    def act(
+        self, frame: Frame, hidden: torch.Tensor, extend: Extend, rng: np.random.Generator
+    ) -> tuple[FloatArray, dict[str, Any]]:
         """Turn the prompt's last hidden states into an action.
 
         Args:
             frame: The observation (its images are no longer needed).
             hidden: Normalised last hidden states of the suffix, (n_suffix, width).
             extend: Appends tokens to the sequence (autoregressive decoding).
+            rng: The session's generator for actions that are sampled: the only source of chance.
 
         Returns:
             The action in the robot's own units, float32, (action_dim,) or (horizon, action_dim); and what is worth

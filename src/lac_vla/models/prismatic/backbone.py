@@ -210,8 +210,10 @@ class PrismaticBackbone:
         """Scores of all tokens: normalised hidden states (..., width) → (..., vocabulary)."""
         return self._decoder.logits(hidden)
 
-    def act(self, frame: Frame, hidden: torch.Tensor, extend: Extend) -> tuple[FloatArray, dict[str, Any]]:
-        """Decode one token per action dimension, greedily.
+    def act(
+        self, frame: Frame, hidden: torch.Tensor, extend: Extend, rng: np.random.Generator | None = None
+    ) -> tuple[FloatArray, dict[str, Any]]:
+        """Decode one token per action dimension, greedily: nothing is left to chance.
 
         Returns:
             The action in the units of the data set, float32, (action_dim,); and, as lists, the token ids
