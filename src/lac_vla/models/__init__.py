@@ -13,7 +13,8 @@ from lac_vla.models.base import Backbone, DecoderLayer, Extend, Rotary
 from lac_vla.models.cogact.backbone import CogACTBackbone
 from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, random_cogact
-from lac_vla.models.cogact.config import CogACTConfig
+from lac_vla.models.cogact.config import CogACTConfig, Sampling
+from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
 from lac_vla.models.prismatic.backbone import PrismaticBackbone
 from lac_vla.models.prismatic.checkpoint import CONFIG, load_prismatic, random_prismatic, save_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
@@ -22,6 +23,7 @@ from lac_vla.models.prismatic.prompt import Encode
 from lac_vla.models.weights import find_folder, read_json
 
 __all__ = [
+    "AdaptiveEnsemble",
     "Backbone",
     "CogACTBackbone",
     "CogACTConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "PrismaticBackbone",
     "PrismaticConfig",
     "Rotary",
+    "Sampling",
     "load_vla",
     "random_vla",
     "save_vla",
@@ -53,7 +56,8 @@ def load_vla(
 ) -> Backbone:
     """Load a VLA from a checkpoint in its official layout.
 
-    Weights are read from safetensors; CogACT's from its ``.pt`` file, of which tensors alone are unpickled.
+    Weights are read from safetensors; CogACT's from the ``.pt`` file of its run, of which tensors alone are unpickled.
+    A CogACT run holds no tokenizer: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
 
     Args:
         path_or_hub_id: A folder, or ``owner/name`` on the Hugging Face hub (downloaded once).
