@@ -103,6 +103,21 @@ def test_sampler_that_is_told_the_noise_finds_the_data(method: str) -> None:
     torch.testing.assert_close(found, data)
 
 
+def test_a_step_of_ddpm_has_the_official_mean_and_variance(expected: Arrays) -> None:
+    """DDPM's eqs. 6 and 7 with the official schedule, for a prediction and noise that are always 0.3 and 1."""
+    beta, variance = expected["betas"], expected["posterior_variance"]
+    left = np.cumprod(1 - beta)
+    x = 1.0
+    for t in reversed(range(100)):
+        before = left[t - 1] if t else 1.0
+        clean = (x - np.sqrt(1 - left[t]) * 0.3) / np.sqrt(left[t])
+        mean = np.sqrt(before) * beta[t] * clean + np.sqrt(1 - beta[t]) * (1 - before) * x
+        x = mean / (1 - left[t]) + np.sqrt(variance[t]) * (t > 0)
+    one = torch.ones((), dtype=torch.float64)
+    drawn = ddpm(lambda x, t: 0.3 * one, lambda: one, Schedule())
+    assert float(drawn) == pytest.approx(x, rel=1e-9)
+
+
 def test_ddpm_draws_from_the_distribution_of_the_data() -> None:
     """For normal data the best prediction of the noise is linear."""
     schedule, mean, deviation = Schedule(), 0.4, 0.6
