@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from lac_vla import CachedVLA, Dense, Random, load_vla, random_vla
 from lac_vla.errors import CheckpointError, InputError
@@ -151,6 +152,14 @@ def test_nothing_but_tensors_is_unpickled(parts: Parts, tmp_path: Path, write: W
     with pytest.raises(CheckpointError, match="more than tensors" if new_format else "no file of torch"):
         load(folder)
     assert not trace.exists()
+
+
+def test_torch_whose_restriction_is_broken_is_refused(
+    parts: Parts, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.5.1"))
+    with pytest.raises(CheckpointError, match=r"torch ≥ 2\.6, this is 2\.5\.1"):
+        load(write({"model": parts}))
 
 
 def without(part: str, key: str) -> Callable[[Parts], object]:

@@ -149,7 +149,7 @@ def test_ddpm_of_the_head_asks_for_noise_in_every_step(head: ActionHead, expecte
 
 @pytest.mark.parametrize(("name", "millions"), [("DiT-S", 13), ("DiT-B", 89), ("DiT-L", 308)])
 def test_published_heads_have_the_published_size(name: str, millions: int) -> None:
-    """Parameters as in CogACT's paper, table 5."""
+    """Parameters as CogACT reports them, in millions."""
     with torch.device("meta"):
         head = ActionHead(DIT[name])
     assert sum(weight.numel() for weight in head.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)

@@ -26,6 +26,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors")
+SAFE_TORCH = "2.6"
 LISTED = 4
 """How many names an error message lists at most."""
 
@@ -123,12 +124,16 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def read_torch(file: Path) -> dict[str, Any]:
     """Open a ``.pt`` file of ``torch.save``; its tensors stay on disk, mapped into memory, until they are copied.
 
-    Torch's restricted unpickler makes tensors and plain containers, and refuses everything else. Its format of before
-    1.6 is refused, too: for it, the restriction was broken up to torch 2.5 (CVE-2025-32434).
+    Torch's restricted unpickler makes tensors and plain containers, and refuses everything else. The restriction has
+    had holes: up to torch 2.5 code could be run (CVE-2025-32434), so that these versions are refused here; up to 2.9
+    memory could be corrupted (CVE-2026-24747): with those, read files of people you trust.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, of the old format, or holds anything else.
+        CheckpointError: If the file is missing, damaged, of torch's format of before 1.6 (which cannot be mapped), or
+            holds anything else; or if torch is too old.
     """
+    if torch.__version__ < SAFE_TORCH:
+        raise CheckpointError(f"{file}: .pt files are read with torch ≥ {SAFE_TORCH}, this is {torch.__version__}")
     if not zipfile.is_zipfile(file):
         raise CheckpointError(f"{file} is missing, truncated, or no file of torch ≥ 1.6: fetch it again")
     try:

@@ -1,6 +1,6 @@
 """CogACT's adaptive action ensemble: one action out of the overlapping chunks of the last frames.
 
-Source: CogACT (Li et al., 2024, arXiv 2411.19650), section 3.4, and its released evaluation.
+Source: CogACT (Li et al., 2024, arXiv 2411.19650) and its released evaluation.
 """
 
 from __future__ import annotations
