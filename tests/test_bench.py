@@ -171,17 +171,28 @@ def test_the_file_holds_the_frames(content: dict[str, Any]) -> None:
     section = content["frame"]
     assert (section["model"], section["frames"], section["warmup"]) == ("tiny", 4, 1)
     rows = {row["name"]: row for row in section["rows"]}
-    assert list(rows) == ["dense stock", "dense", "motion:ratio=0.5", "random:ratio=0.25"]
+    methods = ["dense", "motion:ratio=0.5", "random:ratio=0.25"]
+    assert list(rows) == ["dense stock", *methods, *(f"{method} +default" for method in methods)]
+    for method in methods:
+        plain, levered = rows[method], rows[f"{method} +default"]
+        assert plain["levers"] == ""
+        assert plain["accepted"] is None
+        assert plain["passes"] == 6 > levered["passes"]
+        assert 0 <= levered["accepted"] <= 1
+        assert levered["ratio_effective"] == plain["ratio_effective"]
+        assert levered["same_tokens"] == plain["same_tokens"]  # no lever changes an action
+    assert rows["dense +default"]["faster_than_equal"]["model_call"]["value"] == 1
     for row in rows.values():
         assert set(row["stages_ms"]) == set(STAGES)
         assert set(row["windows_ms"]) == set(row["faster_than_stock"]) == set(WINDOWS)
         assert all(value["n"] == 4 for value in row["windows_ms"].values())
         assert row["flops"] == 2 * sum(row["macs"].values())
     assert rows["dense"]["same_tokens"] == rows["dense stock"]["same_tokens"] == 1
+    assert rows["dense"]["macs"] == rows["dense stock"]["macs"]
     assert rows["dense"]["bookkeeping"]["value"] > rows["dense stock"]["bookkeeping"]["value"] == 0
     assert rows["motion:ratio=0.5"]["ratio_effective"] == rows["motion:ratio=0.5"]["ratio_nominal"] == 0.5
     assert rows["motion:ratio=0.5"]["flops"] < rows["random:ratio=0.25"]["flops"] < rows["dense"]["flops"]
-    assert [target["limit"] for target in section["targets"]] == [0.15, 0.15]
+    assert [target["limit"] for target in section["targets"]] == [0.15] * 4
 
 
 def test_the_file_holds_the_memory(content: dict[str, Any]) -> None:

@@ -9,12 +9,16 @@ import pytest
 
 from lac_vla import CachedVLA, Decision, TokenLayout, random_vla
 from lac_vla.cost import CostModel, count_macs, layer_macs, prefill_macs, watch_macs
+from lac_vla.models import CogACTConfig, PrismaticConfig
 from lac_vla.models.base import DecoderShape
+from lac_vla.models.cogact.config import COGACT_7B, TINY_COGACT, Sampling
+from lac_vla.models.prismatic.presets import TINY
+from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.policies.vla_cache import EXIT_LAYERS, damped_schedule, exit_depths
 from lac_vla.types import Beyond, Watch
 from tests.engine.scenes import ALL_POLICIES, frame
 
-LLAMA_7B = DecoderShape(layers=32, width=4096, kv_width=4096, ffn=11008, vocabulary=32064)
+LLAMA_7B = DecoderShape(layers=32, width=4096, kv_width=4096, ffn=11008)
 
 
 def test_dense_7b_prefill_is_the_published_figure() -> None:
@@ -69,7 +73,7 @@ def test_vla_caches_ratio_and_macs_agree_with_the_published_figures() -> None:
 
 def test_what_a_policy_watches_is_counted() -> None:
     layout = TokenLayout.of({"agentview": (2, 4)}, n_prefix=1, n_suffix=3)
-    shape = DecoderShape(layers=4, width=16, kv_width=8, ffn=32, vocabulary=10)
+    shape = DecoderShape(layers=4, width=16, kv_width=8, ffn=32)
     reuse = Decision(np.array([0, 2, 2, 4, 4, 4, 4, 4]), 4)
     assert watch_macs(shape, layout, reuse, None) == 0
     assert watch_macs(shape, layout, reuse, Watch((1, 2), "last")) == 2 * 12 * 16
@@ -91,8 +95,9 @@ def test_the_last_layer_is_for_the_suffix_only() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ALL_POLICIES))
-def test_analytic_count_equals_torchs(name: str) -> None:
-    backbone = random_vla("tiny")
+@pytest.mark.parametrize("model", [TINY, TINY_COGACT], ids=["openvla", "cogact"])
+def test_analytic_count_equals_torchs(model: PrismaticConfig | CogACTConfig, name: str) -> None:
+    backbone = random_vla(model)
     session = CachedVLA(backbone, ALL_POLICIES[name]()).session()
     session.act(frame(0))
     counted = count_macs(lambda: session.act(frame(1)))
@@ -107,3 +112,71 @@ def test_reuse_pays_per_row() -> None:
     dense = prefill_macs(LLAMA_7B, layout, Decision.dense(256, 32))
     half = prefill_macs(LLAMA_7B, layout, Decision.reuse(np.arange(256) < 128, 32))
     assert half / dense == pytest.approx(1 - 128 / 285, rel=0.01)
+
+
+def test_cogact_7b_is_the_published_figure() -> None:
+    """Paper, CogACT in SIMPLER, visual matching: 1.847 T.
+
+    Its accounting is OpenVLA's: every row of every decoder layer; neither tower nor projector nor action head. The
+    number of tokens is not given; 282 (BOS, 256 visual, 25 of text) are those of the figure. The engine computes less:
+    in its last layer the suffix alone.
+    """
+    shape = random_vla(COGACT_7B, device="meta").shape
+    layout = TokenLayout.of({"agentview": (16, 16)}, n_prefix=1, n_suffix=25)
+    assert shape.layers * layer_macs(shape, layout.length, layout.length) / 1e12 == pytest.approx(1.847, rel=0.001)
+    dense = prefill_macs(shape, layout, Decision.dense(256, shape.layers))
+    assert dense / 1e12 == pytest.approx(1.847, rel=0.03)
+    half = prefill_macs(shape, layout, Decision.reuse(np.arange(256) < 128, shape.layers))
+    assert half / dense == pytest.approx(1 - 128 / 282, rel=0.01)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance=1.0), Sampling(steps=5), Sampling("ddpm")])
+def test_a_diffusion_head_is_counted_with_its_steps_and_guidance(sampling: Sampling) -> None:
+    backbone = random_vla(TINY_COGACT)
+    backbone.sampling = sampling
+    dit = TINY_COGACT.head
+    tokens = 1 + dit.horizon
+    block = tokens * (12 * dit.width**2 + 2 * tokens * dit.width)
+    embeddings = (
+        2 * dit.horizon * dit.width * dit.action_dim + dit.width * dit.action_dim
+    )  # the condition's is not used
+    condition = dit.width * (256 + dit.width) + dit.condition * dit.width
+    passes = (100 if sampling.method == "ddpm" else sampling.steps) * (2 if sampling.guidance > 1 else 1)
+    cost = CostModel.of(backbone, frame(0))
+    assert cost.head == passes * (dit.depth * block + embeddings + condition)
+    session = CachedVLA(backbone).session()
+    session.act(frame(0))
+    assert session.last is not None
+    assert cost.step(session.last)["decode"] == 0
+    assert cost.step(session.last)["head"] == cost.head
+
+
+def test_a_token_head_is_the_output_matrix() -> None:
+    backbone = random_vla("tiny")
+    cost = CostModel.of(backbone, frame(0))
+    assert cost.head == 32 * (512 + 64)
+    session = CachedVLA(backbone).session()
+    session.act(frame(0))
+    assert session.last is not None
+    assert cost.step(session.last)["head"] == 7 * cost.head
+    session.act(frame(0))  # the draft is right: one row of the prompt and six of the draft
+    assert session.last.passes == ()
+    assert cost.step(session.last)["head"] == 7 * cost.head
+
+
+def test_a_tower_costs_what_it_computes() -> None:
+    """The convolution: all but its last layer on every frame, 9 · 32 · 48 MACs per token that is computed."""
+    cost = CostModel.of(random_vla("tiny"), frame(0))
+    widths = TINY.cameras[0].tower
+    assert widths is not None
+    assert cost.token == 9 * widths.widths[-2] * widths.widths[-1]
+
+
+def test_the_towers_attention_is_counted() -> None:
+    vit = ViTConfig(32, 3, 2, 64)
+    camera = replace(TINY.cameras[0], image_size=42, tower=None)
+    backbone = random_vla(replace(TINY, vision_backbone_id="siglip", vit_towers=(vit,), cameras=(camera,)))
+    blocks, patches = vit.depth - 1, 9
+    patch = 3 * vit.patch**2 * vit.width
+    block = 4 * vit.width**2 + 2 * vit.width * vit.mlp_width + 2 * patches * vit.width
+    assert CostModel.of(backbone, frame(0)).tower == patches * (patch + blocks * block)

@@ -4,8 +4,9 @@ The decoder is counted analytically, as in the paper's equations 13-14, from the
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
 the paper's formula has two) and 2·D·slots for attention, which counts the masked half of a causal square too. In the
 last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Attention
-that a policy watches is computed aside, beside the kernel that computes the model: D·slots per watched row. Towers and
-projectors are counted by torch's own counter, once.
+that a policy watches is computed aside, beside the kernel that computes the model: D·slots per watched row. Towers,
+projectors and heads (what turns hidden states into the action: the output matrix for tokens; all steps of a diffusion
+head, guidance included) are counted by torch's own counter, once.
 """
 
 from __future__ import annotations
@@ -63,20 +64,16 @@ def watch_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, wat
     return total
 
 
-def decode_macs(
-    shape: DecoderShape, layout: TokenLayout, decision: Decision, passes: Sequence[tuple[int, int]], draft: int = 0
-) -> int:
-    """MACs of the decoding passes behind a prompt, and of the logits of all rows from its last one on.
+def decode_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, passes: Sequence[tuple[int, int]]) -> int:
+    """MACs of the layers for the decoding passes behind a prompt.
 
     Args:
         shape: The decoder.
         layout: Of the prompt.
         decision: What of it was computed.
         passes: First and one-past-last appended token of every pass.
-        draft: Appended tokens that were part of the prefill: here, their logits count.
     """
-    rows = [stop - start for start, stop in passes]
-    total = (1 + draft + sum(rows)) * shape.width * shape.vocabulary
+    total = 0
     for index in range(shape.layers):
         _, slots = _rows_and_slots(layout, decision, index)
         total += sum(layer_macs(shape, stop - start, slots + stop) for start, stop in passes)
@@ -90,9 +87,11 @@ def _rows_and_slots(layout: TokenLayout, decision: Decision, layer: int) -> tupl
 
 
 def count_macs(work: Callable[[], Any]) -> int:
-    """MACs of anything, by torch's operator counter."""
-    plain = sdpa_kernel(SDPBackend.MATH)  # the attention kernel that the counter can see into
-    with FlopCounterMode(display=False) as counter, torch.inference_mode(), plain:
+    """MACs of anything, by torch's operator counter.
+
+    Attention runs in matrix products meanwhile: there are kernels that the counter does not know, the CPU's for one.
+    """
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
         work()
     return int(counter.get_total_flops()) // 2
 
@@ -106,12 +105,14 @@ class CostModel:
         tower: MACs of the vision tower per frame, whatever the decision.
         token: MACs of the tower per visual token whose features are computed.
         projector: MACs of the projector per visual token.
+        head: MACs from a hidden state to the action, or to one of its tokens; the decoder's layers left out.
     """
 
     decoder: DecoderShape
     tower: int
     token: int
     projector: int
+    head: int
 
     @classmethod
     def of(cls, backbone: Backbone, frame: Frame, *, tower_reuse: bool = False) -> CostModel:
@@ -129,27 +130,31 @@ class CostModel:
             return backbone.features(backbone.look(pixels, memory), computed, memory)
 
         with torch.inference_mode():
-            features = tower(None)
+            features, hidden = tower(None), backbone.suffix(frame)
         n = len(features)
         every = count_macs(lambda: tower(None))
         token = (every - count_macs(lambda: tower(np.arange(n) == 0))) // (n - 1)
         projector = count_macs(lambda: backbone.project(features)) // n
-        return cls(backbone.shape, every - n * token, token, projector)
+        chance = np.random.default_rng(0)
+        head = count_macs(lambda: backbone.act(frame, hidden, lambda new, at=None: new, chance))  # rows of any content
+        return cls(backbone.shape, every - n * token, token, projector, head // max(1, backbone.max_new_tokens))
 
     def step(self, step: Step) -> dict[str, int]:
         """MACs by stage of what a session did with a frame.
 
         Returns:
-            ``policy`` (its networks and what it watched), ``tower``, ``projector``, ``prefill``, ``decode``.
+            ``policy`` (its networks and what it watched), ``tower``, ``projector``, ``prefill``, ``decode``, ``head``.
         """
         layout, decision = step.layout, step.decision
         seen = layout.n_visual if step.seen is None else int(step.seen.sum())
+        read = 1 + step.draft + sum(stop - start for start, stop in step.passes)
         return {
             "policy": step.policy_macs + watch_macs(self.decoder, layout, decision, step.watch),
             "tower": self.tower + self.token * seen,
             "projector": self.projector * int(np.count_nonzero(decision.depth)),
             "prefill": prefill_macs(self.decoder, layout, decision, step.watch, step.draft),
-            "decode": decode_macs(self.decoder, layout, decision, step.passes, step.draft),
+            "decode": decode_macs(self.decoder, layout, decision, step.passes),
+            "head": self.head * read,
         }
 
 

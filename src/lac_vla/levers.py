@@ -47,7 +47,7 @@ class Levers:
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in names if name not in known]:
             raise InputError(
-                f"there are no levers {unknown} in {text!r}: join some of {known} by +, or none, default, exact"
+                f"there are no levers {unknown} in {text!r}: join some of {known} by +, or give none, default, exact"
             )
         return cls(**{name: name in names for name in known})
 

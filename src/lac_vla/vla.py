@@ -152,7 +152,7 @@ class Session:
         )
         self._flow = make_flow(vla.flow_used)
         self._shapes: Mapping[str, tuple[int, int]] | None = None
-        self._rng = np.random.default_rng(seed)
+        self._rng, self._noise = _generators(seed)
         self._tower = backbone.tower_memory() if vla.levers.tower_reuse else None
         self._aside = ThreadPoolExecutor(1, "decision") if vla.levers.overlap else None
 
@@ -165,7 +165,7 @@ class Session:
         self.seed = self.seed if seed is None else seed
         self._cache.drop()
         self._shapes = None
-        self._rng = np.random.default_rng(self.seed)
+        self._rng, self._noise = _generators(self.seed)
         self.last = None
 
     @property
@@ -223,7 +223,8 @@ class Session:
             )
         with clock.stage("decode"):
             append = partial(extend, backbone, cache, prompt)
-            action, info = backbone.act(frame, prompt.hidden, append, last)
+            drafted = None if draft is None else last
+            action, info = backbone.act(frame, prompt.hidden, append, self._noise, drafted)
         with clock.stage("bookkeeping"):
             cache.commit(layout, pixels, frame.instruction, prompt.decision)
             self._shapes = frame.shapes
@@ -331,3 +332,8 @@ class Session:
                 if forced.any():
                     decision = decision.with_active(forced)
         return decision, forced
+
+
+def _generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
+    """The policy's chance and the action head's: apart, so that every policy meets the same noise, frame by frame."""
+    return np.random.default_rng(seed), np.random.default_rng((seed, 1))

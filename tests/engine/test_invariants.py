@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lac_vla import CachedVLA, Decision, Dense, Frame, InputError, PrismaticBackbone, Random, Session, random_vla
+from lac_vla.models import CogACTBackbone
 from lac_vla.models.base import Extend
+from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.models.prismatic.presets import MINI, TINY
 from lac_vla.policies import CachePolicy, FastV, SparseVLM, VLACache
 from lac_vla.types import Beyond, View, Watch
@@ -25,50 +27,64 @@ SEQUENCES: dict[str, list[Frame]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 1], ids=["two cameras", "one camera"])
-def backbone(request: pytest.FixtureRequest) -> PrismaticBackbone:
-    return random_vla(replace(TINY, cameras=TINY.cameras[: request.param]), seed=3)
+MODELS = {
+    "two cameras": TINY,
+    "one camera": replace(TINY, cameras=TINY.cameras[:1]),
+    "cogact": TINY_COGACT,
+}
+Model = PrismaticBackbone | CogACTBackbone
 
 
-def reference(backbone: PrismaticBackbone) -> ReferenceDecoder:
+@pytest.fixture(scope="module", params=MODELS)
+def backbone(request: pytest.FixtureRequest) -> Model:
+    return random_vla(MODELS[request.param], seed=3)
+
+
+def reference(backbone: Model) -> ReferenceDecoder:
     config = backbone.model.language_model.config
     return ReferenceDecoder(
         dict(backbone.model.language_model.state_dict()), config.num_attention_heads, config.num_key_value_heads
     )
 
 
-def stock_logits(backbone: PrismaticBackbone, observation: Frame, tokens: list[int]) -> torch.Tensor:
-    """Logits before every action token by transformers' own forward pass, uncached, (7, vocabulary)."""
+def sequence_of(backbone: Model, observation: Frame, tokens: list[int]) -> torch.Tensor:
+    """Embeddings of the prompt and of the tokens that were fed back into the model, (length, width)."""
     with torch.inference_mode():
         visual = backbone.project(backbone.see(backbone.pixels(observation)))
-        prompt = torch.cat([backbone.prefix(observation), visual, backbone.suffix(observation)])
-        taught = backbone.model.language_model.get_input_embeddings()(torch.tensor(tokens[:-1]))
-        out = backbone.model.language_model(inputs_embeds=torch.cat([prompt, taught])[None], use_cache=False)
-    return out.logits[0, prompt.shape[0] - 1 :]
+        embed = backbone.model.language_model.get_input_embeddings()
+        appended = embed(torch.tensor(tokens[:-1], dtype=torch.long))
+        return torch.cat([backbone.prefix(observation), visual, backbone.suffix(observation), appended])
 
 
-def run(session: Session, frames: list[Frame]) -> list[list[int]]:
-    tokens = []
+def run(session: Session, frames: list[Frame]) -> list[object]:
+    """What the backbone says about its actions: token ids, normalised values."""
+    infos: list[object] = []
     for observation in frames:
         session.act(observation)
         assert session.last is not None
-        tokens.append(session.last.info["tokens"])
-    return tokens
+        infos.append(session.last.info)
+    return infos
 
 
 @pytest.mark.parametrize("sequence", SEQUENCES)
-def test_dense_equals_the_stock_model(backbone: PrismaticBackbone, sequence: str) -> None:
+def test_dense_equals_the_stock_model(backbone: Model, sequence: str) -> None:
+    """Transformers' own forward pass, uncached: hidden states and, where there are any, greedy tokens."""
     session = CachedVLA(backbone, Dense()).session()
     for observation in SEQUENCES[sequence]:
-        session.act(observation)
+        hidden = capture_hidden(session, observation)
         assert session.last is not None
-        tokens = session.last.info["tokens"]
-        assert stock_logits(backbone, observation, tokens).argmax(-1).tolist() == tokens
+        tokens, layout = session.last.info.get("tokens", []), session.last.layout
+        embeddings = sequence_of(backbone, observation, tokens)
+        with torch.inference_mode():
+            stock = backbone.model.language_model.model(inputs_embeds=embeddings[None], use_cache=False)
+            logits = backbone.model.language_model.lm_head(stock.last_hidden_state[0, layout.length - 1 :])
+        torch.testing.assert_close(hidden, stock.last_hidden_state[0, layout.suffix.start :], rtol=1e-5, atol=1e-5)
+        assert logits.argmax(-1).tolist() == tokens or not tokens
 
 
 @pytest.mark.parametrize("sequence", SEQUENCES)
 @pytest.mark.parametrize("name", ALL_POLICIES)
-def test_sparse_equals_the_reference(backbone: PrismaticBackbone, name: str, sequence: str) -> None:
+def test_sparse_equals_the_reference(backbone: Model, name: str, sequence: str) -> None:
     """Invariant 3, and 1 for its first frames: hidden states of the suffix, and every decoding step."""
     session = CachedVLA(backbone, ALL_POLICIES[name]()).session(seed=5)
     expected = reference(backbone)
@@ -77,12 +93,8 @@ def test_sparse_equals_the_reference(backbone: PrismaticBackbone, name: str, seq
         captured = capture_hidden(session, observation)
         step = session.last
         assert step is not None
-        with torch.inference_mode():
-            visual = backbone.project(backbone.see(backbone.pixels(observation)))
-            embed = backbone.model.language_model.get_input_embeddings()
-            rows = [backbone.prefix(observation), visual, backbone.suffix(observation)]
-            rows.append(embed(torch.tensor(step.info["tokens"][:-1])))
-        hidden = expected.run(torch.cat(rows), step.layout.n_prefix, step.decision)[step.layout.suffix.start :]
+        embeddings = sequence_of(backbone, observation, step.info.get("tokens", []))
+        hidden = expected.run(embeddings, step.layout.n_prefix, step.decision)[step.layout.suffix.start :]
         torch.testing.assert_close(captured.double(), hidden, rtol=1e-5, atol=1e-5)
         sparse += int(step.ratio > 0)
     expected_sparse = 0 if name == "dense" else len(SEQUENCES[sequence]) - 1
@@ -95,7 +107,7 @@ def capture_hidden(session: Session, observation: Frame) -> torch.Tensor:
     rows = torch.zeros(0)
     original = backbone.act
 
-    def spy(frame: Frame, hidden: torch.Tensor, extend: Extend, last: Any = None) -> Any:
+    def spy(frame: Frame, hidden: torch.Tensor, extend: Extend, rng: Any, last: Any = None) -> Any:
         nonlocal rows
         rows, n = hidden, backbone.layout(frame).n_suffix
 
@@ -104,7 +116,7 @@ def capture_hidden(session: Session, observation: Frame) -> torch.Tensor:
             rows = torch.cat([rows if at is None else rows[: n + at], extend(embeddings, at)])
             return rows[-len(embeddings) :]
 
-        return original(frame, hidden, spied, last)
+        return original(frame, hidden, spied, rng, last)
 
     backbone.act = spy  # type: ignore[method-assign]
     try:
@@ -114,7 +126,7 @@ def capture_hidden(session: Session, observation: Frame) -> torch.Tensor:
     return rows
 
 
-def test_watching_every_row_of_every_layer_changes_nothing(backbone: PrismaticBackbone) -> None:
+def test_watching_every_row_of_every_layer_changes_nothing(backbone: Model) -> None:
     """The last layer computes the suffix only, unless somebody looks at the other rows."""
 
     @dataclass(frozen=True)
@@ -133,7 +145,7 @@ def test_watching_every_row_of_every_layer_changes_nothing(backbone: PrismaticBa
 
 
 @pytest.mark.parametrize("name", REUSING)
-def test_unchanged_frame_is_exact_under_reuse(backbone: PrismaticBackbone, name: str) -> None:
+def test_unchanged_frame_is_exact_under_reuse(backbone: Model, name: str) -> None:
     """Invariant 2."""
     session = CachedVLA(backbone, ALL_POLICIES[name]()).session()
     dense = CachedVLA(backbone, Dense()).session()
@@ -151,7 +163,7 @@ class PruneNothing(CachePolicy):
 @pytest.mark.parametrize(
     "policy", [PruneNothing(), FastV(ratio=0), SparseVLM(keep="576+576+576")], ids=lambda policy: type(policy).__name__
 )
-def test_pruning_nothing_is_exact(backbone: PrismaticBackbone, policy: CachePolicy) -> None:
+def test_pruning_nothing_is_exact(backbone: Model, policy: CachePolicy) -> None:
     """Invariant 2 for pruning within the frame."""
     session, dense = CachedVLA(backbone, policy).session(), CachedVLA(backbone, Dense()).session()
     for i in range(3):
@@ -159,7 +171,7 @@ def test_pruning_nothing_is_exact(backbone: PrismaticBackbone, policy: CachePoli
 
 
 @pytest.mark.parametrize("name", REUSING)
-def test_no_slot_outlives_max_age(backbone: PrismaticBackbone, name: str) -> None:
+def test_no_slot_outlives_max_age(backbone: Model, name: str) -> None:
     """Invariant 6, with a policy's rule against it."""
     session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3).session()
     ages = np.zeros(0)
@@ -172,7 +184,7 @@ def test_no_slot_outlives_max_age(backbone: PrismaticBackbone, name: str) -> Non
         assert ages.max() > 0
 
 
-def test_protecting_everything_is_exact(backbone: PrismaticBackbone) -> None:
+def test_protecting_everything_is_exact(backbone: Model) -> None:
     """VLA-Cache with every token task-relevant recomputes every token, in every layer, on any frame."""
     session = CachedVLA(backbone, VLACache(similarity=0, protect=256)).session()
     dense = CachedVLA(backbone, Dense()).session()
@@ -180,7 +192,7 @@ def test_protecting_everything_is_exact(backbone: PrismaticBackbone) -> None:
         torch.testing.assert_close(capture_hidden(session, frame(i)), capture_hidden(dense, frame(i)))
 
 
-def test_forced_tokens_are_the_old_ones(backbone: PrismaticBackbone) -> None:
+def test_forced_tokens_are_the_old_ones(backbone: Model) -> None:
     @dataclass(frozen=True)
     class ReuseAll(CachePolicy):
         def decide(self, view: View) -> Decision:
@@ -197,7 +209,7 @@ def test_forced_tokens_are_the_old_ones(backbone: PrismaticBackbone) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(ALL_POLICIES) - {"dense"}))
-def test_reset_makes_the_next_frame_dense_and_the_episode_repeatable(backbone: PrismaticBackbone, name: str) -> None:
+def test_reset_makes_the_next_frame_dense_and_the_episode_repeatable(backbone: Model, name: str) -> None:
     """Invariant 5: reset; and determinism."""
     session = CachedVLA(backbone, ALL_POLICIES[name]()).session(seed=11)
     frames = [frame(i) for i in range(4)]
@@ -211,7 +223,7 @@ def test_reset_makes_the_next_frame_dense_and_the_episode_repeatable(backbone: P
     assert run(session, frames) == first
 
 
-def test_scene_cut_drops_the_cache(backbone: PrismaticBackbone) -> None:
+def test_scene_cut_drops_the_cache(backbone: Model) -> None:
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0))
     black = Frame({camera: np.zeros_like(image) for camera, image in frame(0).images.items()}, "pick up the bowl")
@@ -223,14 +235,15 @@ def test_scene_cut_drops_the_cache(backbone: PrismaticBackbone) -> None:
     assert session.last.ratio > 0
 
 
-def test_new_instruction_drops_the_cache_of_a_bidirectional_model(backbone: PrismaticBackbone) -> None:
+def test_new_instruction_drops_the_cache_of_a_bidirectional_model() -> None:
     class Bidirectional(PrismaticBackbone):
         causal = False
 
         def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
             return torch.ones(len(queries), len(keys), dtype=torch.bool)
 
-    both = Bidirectional(backbone.model, backbone.encode)
+    causal = random_vla(TINY)
+    both = Bidirectional(causal.model, causal.encode)
     session = CachedVLA(both, Random(0.5)).session()
     session.act(frame(0))
     session.act(frame(1))
@@ -240,7 +253,7 @@ def test_new_instruction_drops_the_cache_of_a_bidirectional_model(backbone: Pris
     assert session.last.dense_because == "new instruction"
 
 
-def test_other_image_size_is_refused_until_reset(backbone: PrismaticBackbone) -> None:
+def test_other_image_size_is_refused_until_reset(backbone: Model) -> None:
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0))
     before = session.act(frame(1))
@@ -257,7 +270,7 @@ def test_other_image_size_is_refused_until_reset(backbone: PrismaticBackbone) ->
     assert np.isfinite(before).all()
 
 
-def test_sessions_share_nothing(backbone: PrismaticBackbone) -> None:
+def test_sessions_share_nothing(backbone: Model) -> None:
     vla = CachedVLA(backbone, Random(0.5))
     alone = run(vla.session(seed=1), [frame(i) for i in range(5)])
     one, other = vla.session(seed=1), vla.session(seed=2)
@@ -269,7 +282,7 @@ def test_sessions_share_nothing(backbone: PrismaticBackbone) -> None:
 
 
 @pytest.mark.parametrize("stage", ["features", "project", "act"])
-def test_after_an_exception_the_next_frame_is_dense_and_right(backbone: PrismaticBackbone, stage: str) -> None:
+def test_after_an_exception_the_next_frame_is_dense_and_right(backbone: Model, stage: str) -> None:
     """Invariant 5: a frame that fails half way is never built upon."""
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0))
@@ -277,12 +290,10 @@ def test_after_an_exception_the_next_frame_is_dense_and_right(backbone: Prismati
     def fail(*_: object) -> None:
         raise RuntimeError("device lost")
 
-    setattr(backbone, stage, fail)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, stage, fail)
         with pytest.raises(RuntimeError, match="device lost"):
             session.act(frame(1))
-    finally:
-        delattr(backbone, stage)
     hidden = capture_hidden(session, frame(2))
     assert session.last is not None
     assert session.last.dense_because == "first frame"
@@ -307,7 +318,7 @@ def test_bad_frames_leave_the_session_as_it_was(name: str) -> None:
     assert session.last.dense_because is None
 
 
-def test_memory_of_a_session_is_flat(backbone: PrismaticBackbone) -> None:
+def test_memory_of_a_session_is_flat(backbone: Model) -> None:
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0, "a much longer instruction than the ones that follow it"))
     size = session.nbytes

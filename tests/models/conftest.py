@@ -37,6 +37,12 @@ def fill(key: str, shape: list[int]) -> torch.Tensor:
     return float(gain) + 0.3 * x
 
 
+def fill_action_head(key: str, shape: list[int]) -> torch.Tensor:
+    """:func:`fill` of CogACT's action head: every vector is 0.3 · normal."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+    return x / float(x[0].numel() ** 0.5) if len(shape) > 1 else 0.3 * x
+
+
 def write_checkpoint(folder: Path, weights: Weights, *, shards: int = 1, **config: Any) -> Path:
     """Write config.json (the golden one with changes) and one or several safetensors files.
 
@@ -78,6 +84,12 @@ def golden_weights() -> Weights:
     """All tensors of the golden checkpoint, the unused ones included."""
     keys = json.loads((GOLDENS / "openvla_keys.json").read_text())
     return {key: fill(key, shape) for key, shape in keys.items()}
+
+
+@pytest.fixture(scope="session")
+def fill_head() -> Callable[[str, list[int]], torch.Tensor]:
+    """:func:`fill_action_head`."""
+    return fill_action_head
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "cogact"}, "model_type is 'cogact'"),
+        ({"model_type": "octo"}, "model_type is 'octo'"),
         ({"text_config": {"model_type": "phi"}}, "'phi' is not supported"),
         ({"text_config": None}, "does not describe a Prismatic VLA"),
         ({"vit_towers": None}, "unknown vision towers"),

@@ -14,6 +14,7 @@ import torch
 
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
 from lac_vla.types import FloatArray, Frame
 from lac_vla.vla import Session, Step
 
@@ -56,6 +57,7 @@ def rollout(
     cost: CostModel | None = None,
     recorders: Sequence[Recorder] = (),
     to_robot: Callable[[FloatArray], FloatArray] | None = None,
+    ensemble: AdaptiveEnsemble | None = None,
 ) -> EpisodeRecord:
     """Run one episode until the task is solved or its horizon reached.
 
@@ -68,9 +70,12 @@ def rollout(
         cost: Counts multiply-accumulates.
         recorders: Watch.
         to_robot: Turns the model's action into the simulator's units, if they differ.
+        ensemble: Makes the frame's action out of the last frames' chunks; by default, the newest chunk's first.
     """
     frame = env.reset(init_state)
     session.reset(seed)
+    if ensemble is not None:
+        ensemble.reset()
     effective: list[float] = []
     nominal: list[float | None] = []
     oldest: list[int] = []
@@ -78,7 +83,8 @@ def rollout(
     latency: defaultdict[str, list[float]] = defaultdict(list)
     success = False
     while len(effective) < env.horizon and not success:
-        action = np.atleast_2d(session.act(frame))[0]
+        chunk = np.atleast_2d(session.act(frame))
+        action = chunk[0] if ensemble is None else ensemble(chunk)
         step = session.last
         if step is None:  # pragma: no cover - act always leaves a step
             raise RuntimeError("the session did not report its step")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.base import Backbone, DecoderLayer, Extend, Rotary
+from lac_vla.models.cogact.backbone import CogACTBackbone
+from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
+from lac_vla.models.cogact.checkpoint import load_cogact, random_cogact
+from lac_vla.models.cogact.config import CogACTConfig, Sampling
+from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
 from lac_vla.models.prismatic.backbone import PrismaticBackbone
 from lac_vla.models.prismatic.checkpoint import CONFIG, load_prismatic, random_prismatic, save_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
@@ -17,19 +23,25 @@ from lac_vla.models.prismatic.prompt import Encode
 from lac_vla.models.weights import find_folder, read_json
 
 __all__ = [
+    "AdaptiveEnsemble",
     "Backbone",
+    "CogACTBackbone",
+    "CogACTConfig",
     "DecoderLayer",
     "Extend",
     "PrismaticBackbone",
     "PrismaticConfig",
     "Rotary",
+    "Sampling",
     "load_vla",
     "random_vla",
     "save_vla",
 ]
 
-LOADERS: dict[str, Callable[..., Backbone]] = {"openvla": load_prismatic}
+LOADERS: dict[str, Callable[..., Backbone]] = {"openvla": load_prismatic, "cogact": load_cogact}
 """``model_type`` in a checkpoint's ``config.json`` → loader."""
+MORE_FILES: dict[str, Iterable[str]] = {"cogact": COGACT_FILES}
+"""Family → further files to download from the hub."""
 
 
 def load_vla(
@@ -42,7 +54,10 @@ def load_vla(
     image_pipeline: str | None = None,
     encode: Encode | None = None,
 ) -> Backbone:
-    """Load a VLA from a checkpoint in its official layout. Weights are read as safetensors only.
+    """Load a VLA from a checkpoint in its official layout.
+
+    Weights are read from safetensors; CogACT's from the ``.pt`` file of its run, of which tensors alone are unpickled.
+    A CogACT run holds no tokenizer: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
 
     Args:
         path_or_hub_id: A folder, or ``owner/name`` on the Hugging Face hub (downloaded once).
@@ -64,9 +79,11 @@ def load_vla(
     device = torch.device(device)
     folder = find_folder(path_or_hub_id)
     data = read_json(folder / CONFIG)
-    family = data.get("model_type")
+    family = _family(data)
     if family not in LOADERS:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {family!r}; known are {list(LOADERS)}")
+    if family in MORE_FILES:
+        folder = find_folder(path_or_hub_id, MORE_FILES[family])
     return LOADERS[family](
         folder,
         data,
@@ -91,13 +108,33 @@ def save_vla(backbone: PrismaticBackbone, folder: str | Path, *, dtype: torch.dt
     save_prismatic(backbone, Path(folder), dtype)
 
 
+@overload
 def random_vla(
     config: PrismaticConfig | str,
     *,
     seed: int = 0,
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
-) -> PrismaticBackbone:
+) -> PrismaticBackbone: ...
+
+
+@overload
+def random_vla(
+    config: CogACTConfig,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+) -> CogACTBackbone: ...
+
+
+def random_vla(
+    config: PrismaticConfig | CogACTConfig | str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PrismaticBackbone | CogACTBackbone:
     """Make a model of any size with random weights, to test and to time with. No file is read.
 
     Args:
@@ -114,7 +151,15 @@ def random_vla(
         raise InputError(f"unknown model '{config}': choose one of {list(PRESETS)}")
     name = config if isinstance(config, str) else "random"
     config = PRESETS[config] if isinstance(config, str) else config
-    return random_prismatic(config, name=name, seed=seed, dtype=_dtype(dtype, device), device=device)
+    dtype = _dtype(dtype, device)
+    if isinstance(config, CogACTConfig):
+        return random_cogact(config, name=name, seed=seed, dtype=dtype, device=device)
+    return random_prismatic(config, name=name, seed=seed, dtype=dtype, device=device)
+
+
+def _family(data: Mapping[str, object]) -> object:
+    """Of a ``config.json``; that of CogACT, a training run's, does not say so."""
+    return data.get("model_type", "cogact" if "vla" in data else None)
 
 
 def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from lac_vla.types import BoolArray, FloatArray, Frame, TokenLayout, UInt8Image
@@ -39,14 +40,12 @@ class DecoderShape:
         width: D, of the residual stream and of the queries.
         kv_width: D_kv, of the keys (kv_heads · head_dim).
         ffn: M, of the gated feed-forward network.
-        vocabulary: Rows of the output matrix.
     """
 
     layers: int
     width: int
     kv_width: int
     ffn: int
-    vocabulary: int
 
 
 class DecoderLayer(Protocol):
@@ -213,7 +212,12 @@ class Backbone(Protocol):
         ...
 
     def act(
-        self, frame: Frame, hidden: torch.Tensor, extend: Extend, last: Mapping[str, Any] | None = None
+        self,
+        frame: Frame,
+        hidden: torch.Tensor,
+        extend: Extend,
+        rng: np.random.Generator,
+        last: Mapping[str, Any] | None = None,
     ) -> tuple[FloatArray, dict[str, Any]]:
         """Turn the prompt's last hidden states into an action.
 
@@ -221,6 +225,7 @@ class Backbone(Protocol):
             frame: The observation (its images are no longer needed).
             hidden: Normalised last hidden states of the suffix, and of the draft behind it, (n_suffix + draft, width).
             extend: Appends tokens to the sequence (autoregressive decoding).
+            rng: The session's generator for actions that are sampled: the only source of chance.
             last: What the draft was made of; ``None`` if there is none. It never changes the action.
 
         Returns:

@@ -99,7 +99,6 @@ class LlamaDecoder:
             width=int(config.hidden_size),
             kv_width=self.kv_heads * self.head_dim,
             ffn=int(config.intermediate_size),
-            vocabulary=int(config.vocab_size),
         )
         self.layers = tuple(LlamaLayer(block, self.head_dim) for block in model.model.layers)
 

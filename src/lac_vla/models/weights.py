@@ -1,12 +1,15 @@
-"""Checkpoint folders: finding them, and reading safetensors into a model that was built on ``meta``.
+"""Checkpoint folders: finding them, and reading their weights into a model that was built on ``meta``.
 
-Nothing is ever unpickled, and no code of a checkpoint is run.
+Weights are safetensors, or torch's own container where that is a family's official layout; of it, tensors and plain
+containers alone are read. No code of a checkpoint is ever run.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +26,17 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors")
+SAFE_TORCH = "2.6"
 LISTED = 4
 """How many names an error message lists at most."""
 
 
-def find_folder(path_or_hub_id: str | Path) -> Path:
+def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
     """The local folder of a checkpoint; one on the Hugging Face hub is downloaded, or taken from its cache.
+
+    Args:
+        path_or_hub_id: The folder, or ``owner/name`` on the hub.
+        files: Patterns of the files to download.
 
     Raises:
         CheckpointError: If there is none.
@@ -39,7 +47,7 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     if not HUB_ID.fullmatch(str(path_or_hub_id)):
         raise CheckpointError(f"'{path_or_hub_id}' is neither a folder nor a hub id (owner/name)")
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=list(files)))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path_or_hub_id}' is no local folder, and the hub says: {error}") from error
 
@@ -81,7 +89,7 @@ def load_weights(
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         found |= _shapes(file)
-    _compare(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
+    check_shapes(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
     copy = device.type == "cpu"  # there, what is read is a view of the file, and badly aligned
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as shard:
@@ -113,7 +121,53 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{file} is truncated or damaged ({error}): fetch it again") from error
 
 
-def _compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def read_torch(file: Path) -> dict[str, Any]:
+    """Open a ``.pt`` file of ``torch.save``; its tensors stay on disk, mapped into memory, until they are copied.
+
+    Torch's restricted unpickler makes tensors and plain containers, and refuses everything else. The restriction has
+    had holes: up to torch 2.5 code could be run (CVE-2025-32434), so that these versions are refused here; up to 2.9
+    memory could be corrupted (CVE-2026-24747): with those, read files of people you trust.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, of torch's format of before 1.6 (which cannot be mapped), or
+            holds anything else; or if torch is too old.
+    """
+    if torch.__version__ < SAFE_TORCH:
+        raise CheckpointError(f"{file}: .pt files are read with torch ≥ {SAFE_TORCH}, this is {torch.__version__}")
+    if not zipfile.is_zipfile(file):
+        raise CheckpointError(f"{file} is missing, truncated, or no file of torch ≥ 1.6: fetch it again")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors and plain containers, and nothing else is unpickled: "
+            "where you trust it, load it with torch and save its state dicts alone"
+        ) from error
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not the dictionary of a checkpoint")
+    return content
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Fill in random weights: matrices and kernels normal with a variance of 1 / inputs, gains one, offsets zero."""
+    generator: torch.Generator | None = None
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            generator = generator or torch.Generator(weight.device).manual_seed(seed)
+            if weight.ndim > 1:
+                weight.normal_(0.0, weight[0].numel() ** -0.5, generator=generator)
+            else:
+                weight.fill_(0.0 if key.endswith("bias") else 1.0)
+
+
+def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes: the model's and the file's.
+
+    Raises:
+        CheckpointError: If they differ; it names some of what is missing, unexpected or misshapen.
+    """
     missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     wrong = [
         f"{key} {found[key]} instead of {shape}"

@@ -231,9 +231,14 @@ class PrismaticBackbone:
         return self._embed(last["tokens"][:-1])
 
     def act(
-        self, frame: Frame, hidden: torch.Tensor, extend: Extend, last: Mapping[str, Any] | None = None
+        self,
+        frame: Frame,
+        hidden: torch.Tensor,
+        extend: Extend,
+        rng: np.random.Generator | None = None,
+        last: Mapping[str, Any] | None = None,
     ) -> tuple[FloatArray, dict[str, Any]]:
-        """Decode one token per action dimension, greedily.
+        """Decode one token per action dimension, greedily: nothing is left to chance.
 
         Returns:
             The action in the units of the data set, float32, (action_dim,); and, as lists, the token ids

@@ -18,7 +18,7 @@ from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.prompt import TOKENIZER, Encode, FileTokenizer, WordHash, load_tokenizer
 from lac_vla.models.prismatic.towers import ViTConfig
-from lac_vla.models.weights import WEIGHTS, load_weights, read_json
+from lac_vla.models.weights import WEIGHTS, load_weights, randomise, read_json
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -51,7 +51,7 @@ def load_prismatic(
     backbone = PrismaticBackbone(
         model, encode, name=name, unnorm_key=unnorm_key, cameras=cameras, image_pipeline=image_pipeline
     )
-    load_weights(model, folder, dtype=dtype, device=device, unused=_unused(config))
+    load_weights(model, folder, dtype=dtype, device=device, unused=unused_weights(config))
     reset_rotary(model.language_model, device)
     model.eval()
     return backbone
@@ -74,27 +74,18 @@ def save_prismatic(backbone: PrismaticBackbone, folder: Path, dtype: torch.dtype
 def random_prismatic(
     config: PrismaticConfig, *, name: str, seed: int, dtype: torch.dtype, device: torch.device
 ) -> PrismaticBackbone:
-    """Make a model with random weights in place; see :func:`lac_vla.models.random_vla`.
-
-    Matrices and kernels are normal with a variance of 1 / inputs, gains one, offsets zero.
-    """
+    """Make a model with random weights in place; see :func:`lac_vla.models.random_vla`."""
     with torch.device("meta"):
         model = PrismaticVLA(config).to(dtype)
     if device.type != "meta":
         model.to_empty(device=device)
         reset_rotary(model.language_model, device)
-        generator = torch.Generator(device).manual_seed(seed)
-        with torch.no_grad():
-            for key, weight in model.named_parameters():
-                if weight.ndim > 1:
-                    weight.normal_(0.0, weight[0].numel() ** -0.5, generator=generator)
-                else:
-                    weight.fill_(0.0 if key.endswith("bias") else 1.0)
+        randomise(model, seed)
     model.eval()
     return PrismaticBackbone(model, WordHash(config.vocab_size - config.n_action_bins), name=name)
 
 
-def _unused(config: PrismaticConfig) -> re.Pattern[str]:
+def unused_weights(config: PrismaticConfig) -> re.Pattern[str]:
     """Official weights that no output depends on: the towers' last blocks and heads, rotary frequencies."""
     names = [r".*\.rotary_emb\.inv_freq"]
     for part, tower in zip(("featurizer", "fused_featurizer"), config.vit_towers, strict=False):

@@ -52,11 +52,11 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all tokens."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(
         self, x: torch.Tensor, memory: KeysValues | None = None, block: int = 0, rows: torch.Tensor | None = None
@@ -71,16 +71,17 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+    """Two linear layers with a GELU between them, exact or ``approximate="tanh"``."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, width: int, hidden: int, approximate: str = "none") -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.approximate = approximate
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., width) → the same."""
-        out: torch.Tensor = self.fc2(F.gelu(self.fc1(x)))
+        out: torch.Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
         return out
 
 
@@ -102,10 +103,10 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.attn = Attention(config)
+        self.attn = Attention(config.width, config.heads)
         self.ls1 = LayerScale(config.width) if config.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.mlp = FeedForward(config)
+        self.mlp = FeedForward(config.width, config.mlp_width)
         self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
     def forward(

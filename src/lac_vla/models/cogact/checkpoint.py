@@ -1,0 +1,115 @@
+"""CogACT checkpoints in their official layout: a training run's folder.
+
+``config.json`` and ``dataset_statistics.json``; ``checkpoints/*.pt`` with the state dicts of the parts under ``model``.
+A ``tokenizer.json`` (Llama 2's) must be put beside them: the official code fetches it with the language model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lac_vla.errors import CheckpointError
+from lac_vla.models.cogact.backbone import CogACTBackbone
+from lac_vla.models.cogact.config import CogACTConfig, head_config, vlm_config
+from lac_vla.models.cogact.model import CogACTVLA
+from lac_vla.models.llama import reset_rotary
+from lac_vla.models.prismatic.checkpoint import STATISTICS, unused_weights
+from lac_vla.models.prismatic.prompt import Encode, WordHash, load_tokenizer
+from lac_vla.models.weights import check_shapes, randomise, read_json, read_torch
+
+HUB_FILES = ("*.json", "checkpoints/*.pt")
+HEAD = "action_model."
+UNUSED = r"ema_diffusion\..*|action_model\.net\.history_embedder\..*"
+"""Official weights that no output depends on: the averaged head, and an embedding of past actions."""
+
+RENAMED = (
+    (re.compile(r"^vision_backbone\.dino_featurizer\."), "vision_backbone.featurizer."),
+    (re.compile(r"^vision_backbone\.siglip_featurizer\."), "vision_backbone.fused_featurizer."),
+    (re.compile(r"^(vision_backbone\..*)\.gamma$"), r"\1.scale_factor"),
+    (re.compile(r"^projector\.projector\.0\."), "projector.fc1."),
+    (re.compile(r"^projector\.projector\.2\."), "projector.fc2."),
+    (re.compile(r"^projector\.projector\.4\."), "projector.fc3."),
+    (re.compile(r"^llm_backbone\.llm\."), "language_model."),
+)
+"""CogACT's names (part and name within it) → ours, which are OpenVLA's."""
+
+
+def load_cogact(
+    folder: Path,
+    data: Mapping[str, Any],
+    *,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    unnorm_key: str | None = None,
+    cameras: Sequence[str] | None = None,
+    image_pipeline: str | None = None,
+    encode: Encode | None = None,
+) -> CogACTBackbone:
+    """Load a run whose ``config.json`` holds ``data``; see :func:`lac_vla.models.load_vla`."""
+    vlm = vlm_config(data, read_json(folder / STATISTICS))
+    encode = encode or load_tokenizer(folder)
+    weights = _read(_find_weights(folder))
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    config = CogACTConfig(vlm, head_config(data, found))
+    with torch.device("meta"):
+        model = CogACTVLA(config)
+    backbone = CogACTBackbone(
+        config, model, encode, name=name, unnorm_key=unnorm_key, cameras=cameras, image_pipeline=image_pipeline
+    )
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    unused = re.compile(f"{unused_weights(vlm).pattern}|{UNUSED}")
+    check_shapes(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
+    kept = {key: weights[key].to(device, torch.float32 if key.startswith(HEAD) else dtype, copy=True) for key in wanted}
+    model.load_state_dict(kept, assign=True)
+    reset_rotary(model.language_model, device)
+    model.eval()
+    return backbone
+
+
+def random_cogact(
+    config: CogACTConfig, *, name: str, seed: int, dtype: torch.dtype, device: torch.device
+) -> CogACTBackbone:
+    """Make a model with random weights in place; see :func:`lac_vla.models.random_vla`."""
+    with torch.device("meta"):
+        model = CogACTVLA(config).to(dtype)
+        model.action_model.float()
+    if device.type != "meta":
+        model.to_empty(device=device)
+        reset_rotary(model.language_model, device)
+        randomise(model, seed)
+    model.eval()
+    return CogACTBackbone(config, model, WordHash(config.vlm.vocab_size - config.vlm.n_action_bins), name=name)
+
+
+def _find_weights(folder: Path) -> Path:
+    files = sorted((folder / "checkpoints").glob("*.pt"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise CheckpointError(f"{folder / 'checkpoints'} must hold just one .pt file, the one to load; found: {names}")
+    return files[0]
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.pt`` file under our names."""
+    parts = read_torch(file).get("model")
+    if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
+        raise CheckpointError(f"{file} holds no state dicts under 'model': another model family?")
+    weights = {}
+    for part, state in parts.items():
+        for key, tensor in state.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(f"{file}: {part}.{key} is a {type(tensor).__name__}, not a tensor")
+            weights[_renamed(f"{part}.{key}")] = tensor
+    return weights
+
+
+def _renamed(key: str) -> str:
+    for pattern, replacement in RENAMED:
+        key = pattern.sub(replacement, key)
+    return key

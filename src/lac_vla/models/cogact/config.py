@@ -1,0 +1,174 @@
+"""What a CogACT model is made of: a Prismatic VLM and a diffusion transformer that turns one hidden state into actions.
+
+Source: CogACT (Li et al., 2024, arXiv 2411.19650) and its released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lac_vla.errors import CheckpointError, InputError
+from lac_vla.models.cogact.sampler import DIFFUSION_STEPS, strided
+from lac_vla.models.prismatic.config import OPENVLA_PROMPT_END, PrismaticConfig
+from lac_vla.models.prismatic.presets import OPENVLA_7B, TINY
+
+COGNITION_TOKEN = 2
+"""Llama 2's end of a sequence. It ends CogACT's prompts; its last hidden state is the cognition feature."""
+BASE_VLM = "prism-dinosiglip-224px+7b"
+"""The VLM that all published CogACT models are built on; OpenVLA's."""
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of the diffusion transformer.
+
+    Attributes:
+        width: Of its residual stream.
+        depth: Blocks.
+        heads: Attention heads of a block.
+        action_dim: Values of an action; the last is the gripper.
+        horizon: Actions of a chunk: the present one and CogACT's ``future_action_window_size``.
+        condition: Width of the cognition feature.
+
+    Raises:
+        CheckpointError: If there is no such transformer.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    action_dim: int = 7
+    horizon: int = 16
+    condition: int = 4096
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        if min(self.width, self.depth, self.heads, self.action_dim, self.horizon, self.condition) < 1:
+            raise CheckpointError(f"{self}: every size must be at least 1")
+        if self.width % self.heads:
+            raise CheckpointError(f"action head: width {self.width} is no multiple of {self.heads} heads")
+
+
+DIT: Mapping[str, DiTConfig] = {
+    "DiT-S": DiTConfig(384, 6, 4),
+    "DiT-B": DiTConfig(768, 12, 12),
+    "DiT-L": DiTConfig(1024, 24, 16),
+}
+"""The published action heads, by CogACT's ``action_model_type``."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a chunk is drawn. The defaults are those of CogACT's evaluation in SIMPLER.
+
+    Attributes:
+        method: ``"ddim"``, deterministic given the first noise; or ``"ddpm"``, all steps, with new noise in each.
+        steps: Steps of DDIM.
+        guidance: Weight of the conditional against the unconditional prediction; 1 for no guidance.
+
+    Raises:
+        InputError: If a value makes no sense.
+    """
+
+    method: Literal["ddim", "ddpm"] = "ddim"
+    steps: int = 10
+    guidance: float = 1.5
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.method not in ("ddim", "ddpm"):
+            raise InputError(f"unknown sampler {self.method!r}: choose 'ddim' or 'ddpm'")
+        if self.guidance < 1:
+            raise InputError(f"guidance is {self.guidance}; give at least 1, which means none")
+        strided(DIFFUSION_STEPS, self.steps)
+
+
+@dataclass(frozen=True)
+class CogACTConfig:
+    """A CogACT model.
+
+    Attributes:
+        vlm: Towers, projector and language model. Its prompts end with ``prompt_end``, its own ``prompt_end_id`` is
+            ``None``.
+        head: The action head.
+        prompt_end: Tokens behind the tokenizer's.
+        sampling: How the backbone draws actions unless told otherwise.
+
+    Raises:
+        CheckpointError: If the parts do not fit together.
+    """
+
+    vlm: PrismaticConfig
+    head: DiTConfig
+    prompt_end: tuple[int, ...] = (OPENVLA_PROMPT_END, COGNITION_TOKEN)
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together."""
+        if self.head.condition != self.vlm.width:
+            raise CheckpointError(
+                f"the action head takes features of width {self.head.condition}, the VLM's have {self.vlm.width}"
+            )
+
+
+def vlm_config(data: Mapping[str, Any], norm_stats: Mapping[str, Any]) -> PrismaticConfig:
+    """The VLM of a run's ``config.json``: of its ``vla.base_vlm``, or as it is spelt out under ``vlm`` (not official).
+
+    Args:
+        data: The file's contents.
+        norm_stats: Data set → statistics.
+
+    Raises:
+        CheckpointError: If it is another VLM than :data:`BASE_VLM`.
+    """
+    if isinstance(data.get("vlm"), Mapping):
+        vlm = PrismaticConfig.from_json({**data["vlm"], "norm_stats": norm_stats})
+        return replace(vlm, prompt_end_id=None)
+    vla = data.get("vla")
+    base = vla.get("base_vlm") if isinstance(vla, Mapping) else None
+    if base != BASE_VLM:
+        raise CheckpointError(f"config.json: vla.base_vlm is {base!r}; only '{BASE_VLM}' is supported")
+    return replace(OPENVLA_7B, norm_stats=norm_stats, prompt_end_id=None)
+
+
+def head_config(data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
+    """The action head that the weights are of: an official ``config.json`` need not tell.
+
+    Args:
+        data: Contents of ``config.json``; ``action_model.heads`` in it (not official) is for unpublished widths.
+        shapes: Name → shape of the file's tensors.
+
+    Raises:
+        CheckpointError: If there is no action head, or the number of its attention heads is not known.
+    """
+    net = "action_model.net."
+    try:
+        width, action_dim = shapes[f"{net}x_embedder.linear.weight"]
+        condition = shapes[f"{net}z_embedder.linear.weight"][1]
+        horizon = shapes[f"{net}positional_embedding"][0] - 1
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError("the weights hold no CogACT action head (action_model): another model family?") from error
+    depth = len({key.split(".")[3] for key in shapes if key.startswith(f"{net}blocks.")})
+    given = data.get("action_model")
+    heads = (
+        given.get("heads") if isinstance(given, Mapping) else {dit.width: dit.heads for dit in DIT.values()}.get(width)
+    )
+    if not isinstance(heads, int):
+        raise CheckpointError(
+            f"action head of width {width}, none of the published {list(DIT)}: give action_model.heads in config.json"
+        )
+    return DiTConfig(width, depth, heads, action_dim, horizon, condition)
+
+
+COGACT_7B = CogACTConfig(replace(OPENVLA_7B, prompt_end_id=None), DIT["DiT-B"])
+"""CogACT-Base."""
+
+TINY_COGACT = CogACTConfig(
+    replace(TINY, prompt_end_id=None),
+    DiTConfig(width=24, depth=2, heads=2, condition=32),
+    prompt_end=(1, COGNITION_TOKEN),
+    sampling=Sampling(steps=4),
+)
+"""For tests."""

@@ -1,0 +1,117 @@
+"""CogACT's diffusion transformer (DiT) under its official parameter names.
+
+The sequence is the condition, cognition feature plus time, and behind it one token per noisy action.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from lac_vla.models.cogact.config import DiTConfig
+from lac_vla.models.prismatic.vit import LAYER_NORM_EPS, Attention, FeedForward
+
+FREQUENCIES = 256
+LONGEST_PERIOD = 10000
+MLP_RATIO = 4
+
+
+class Embedder(nn.Module):
+    """A linear layer."""
+
+    def __init__(self, n_in: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_in, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., n_in) → (..., width)."""
+        out: torch.Tensor = self.linear(x)
+        return out
+
+
+class ConditionEmbedder(Embedder):
+    """Embeds the cognition feature; ``uncondition``, (1, n_in), stands for its absence in classifier-free guidance."""
+
+    def __init__(self, n_in: int, width: int) -> None:
+        super().__init__(n_in, width)
+        self.uncondition = nn.Parameter(torch.zeros(1, n_in))
+
+
+class TimeEmbedder(nn.Module):
+    """Sines and cosines of the diffusion step, through two linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """Steps (B,) → (B, width)."""
+        half = FREQUENCIES // 2
+        rates = torch.exp(-math.log(LONGEST_PERIOD) / half * torch.arange(half, device=t.device))
+        angles = t[:, None].float() * rates
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        out: torch.Tensor = self.mlp(waves)
+        return out
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before (without gains) and added to its input."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS, elementwise_affine=False)
+        self.attn = Attention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS, elementwise_affine=False)
+        self.mlp = FeedForward(config.width, MLP_RATIO * config.width, approximate="tanh")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, tokens, width) → the same."""
+        x = x + self.attn(self.norm1(x))
+        out: torch.Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class FinalLayer(Embedder):
+    """Normalises, and maps tokens to noise."""
+
+    def __init__(self, width: int, action_dim: int) -> None:
+        super().__init__(width, action_dim)
+        self.norm_final = nn.LayerNorm(width, eps=LAYER_NORM_EPS, elementwise_affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, tokens, width) → (B, tokens, action_dim)."""
+        return super().forward(self.norm_final(x))
+
+
+class DiT(nn.Module):
+    """Predicts the noise in a chunk of actions."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.x_embedder = Embedder(config.action_dim, width)
+        self.t_embedder = TimeEmbedder(width)
+        self.z_embedder = ConditionEmbedder(config.condition, width)
+        self.positional_embedding = nn.Parameter(torch.zeros(1 + config.horizon, width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(width, config.action_dim)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Predict noise.
+
+        Args:
+            x: Noisy actions, (B, horizon, action_dim).
+            t: Diffusion steps, (B,).
+            z: Conditions, (B, 1, condition).
+
+        Returns:
+            The noise, (B, horizon, action_dim).
+        """
+        condition = self.t_embedder(t)[:, None] + self.z_embedder(z)
+        tokens = torch.cat([condition, self.x_embedder(x)], dim=1) + self.positional_embedding
+        for block in self.blocks:
+            tokens = block(tokens)
+        noise: torch.Tensor = self.final_layer(tokens)[:, 1:]
+        return noise

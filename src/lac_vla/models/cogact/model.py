@@ -1,0 +1,78 @@
+"""CogACT's modules: those of its Prismatic VLM, and the action head."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lac_vla.models.cogact.config import CogACTConfig, DiTConfig, Sampling
+from lac_vla.models.cogact.dit import DiT
+from lac_vla.models.cogact.sampler import Draw, Schedule, ddim, ddpm
+from lac_vla.models.prismatic.model import PrismaticVLA
+
+SCHEDULE = Schedule()
+
+
+class ActionHead(nn.Module):
+    """Draws a chunk of normalised actions, given a cognition feature.
+
+    Attributes:
+        net: Predicts noise.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.net = DiT(config)
+
+    def noise(self, x: torch.Tensor, t: int, z: torch.Tensor, guidance: float) -> torch.Tensor:
+        """Predict the noise in actions, with classifier-free guidance (Ho & Salimans, 2022, arXiv 2207.12598).
+
+        Args:
+            x: Noisy actions, (1, horizon, action_dim).
+            t: Diffusion step.
+            z: Cognition feature, (1, 1, condition).
+            guidance: See :class:`Sampling`.
+
+        Returns:
+            The noise, (1, horizon, action_dim).
+        """
+        if guidance > 1:  # both predictions in one batch
+            z = torch.cat([z, self.net.z_embedder.uncondition[None]])
+        steps = torch.full((len(z),), t, device=x.device)
+        predicted: torch.Tensor = self.net(x.expand(len(z), -1, -1), steps, z)
+        given, absent = predicted[:1], predicted[-1:]
+        return absent + guidance * (given - absent)
+
+    def sample(self, z: torch.Tensor, sampling: Sampling, draw: Draw) -> torch.Tensor:
+        """Draw a chunk.
+
+        Args:
+            z: Cognition feature, (1, 1, condition).
+            sampling: How.
+            draw: Makes noise, (1, horizon, action_dim).
+
+        Returns:
+            Normalised actions, not clipped, (1, horizon, action_dim).
+        """
+
+        def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
+            return self.noise(x, t, z, sampling.guidance)
+
+        if sampling.method == "ddpm":
+            return ddpm(denoise, draw, SCHEDULE)
+        return ddim(denoise, draw, SCHEDULE, sampling.steps)
+
+
+class CogACTVLA(PrismaticVLA):
+    """A Prismatic VLM with an action head beside it.
+
+    The head stays in float32 whatever the VLM's dtype, as in CogACT's evaluation: it is small, and its many steps
+    would add up their roundings.
+
+    Attributes:
+        action_model: The head.
+    """
+
+    def __init__(self, config: CogACTConfig) -> None:
+        super().__init__(config.vlm)
+        self.action_model = ActionHead(config.head)

@@ -1,0 +1,94 @@
+"""The diffusion process behind CogACT's actions, and the two ways back from noise.
+
+Sources: DDPM (Ho et al., 2020, arXiv 2006.11239), DDIM (Song et al., 2021, arXiv 2010.02502); the schedule and the
+strided steps are those of improved diffusion (Nichol & Dhariwal, 2021, arXiv 2102.09672), which CogACT builds on.
+Predictions are never clipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lac_vla.errors import InputError
+
+Denoise: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]
+"""Noisy actions and their step → the noise in them, of the same shape."""
+Draw: TypeAlias = Callable[[], torch.Tensor]
+"""New standard normal noise of the actions' shape."""
+
+DIFFUSION_STEPS = 100
+"""Of CogACT's training."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much noise there is at which step: Nichol & Dhariwal's squared cosine, eq. 17.
+
+    Attributes:
+        steps: Of the process.
+    """
+
+    steps: int = DIFFUSION_STEPS
+
+    @cached_property
+    def betas(self) -> npt.NDArray[np.float64]:
+        """Variance that every step adds, (steps,); at most 0.999."""
+        time = np.arange(self.steps + 1) / self.steps
+        signal = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.asarray(np.minimum(1.0 - signal[1:] / signal[:-1], 0.999))
+
+    @cached_property
+    def alpha_bar(self) -> npt.NDArray[np.float64]:
+        """Share of the signal's variance that is left after every step, (steps,)."""
+        return np.cumprod(1.0 - self.betas)
+
+    @cached_property
+    def posterior_variance(self) -> npt.NDArray[np.float64]:
+        """Variance of step t − 1 given steps t and 0, DDPM's eq. 7, (steps,)."""
+        before = np.append(1.0, self.alpha_bar[:-1])
+        return np.asarray(self.betas * (1.0 - before) / (1.0 - self.alpha_bar))
+
+
+def strided(total: int, steps: int) -> range:
+    """The ``steps`` evenly spaced steps, 0 among them, that an accelerated sampler visits.
+
+    Raises:
+        InputError: If no stride gives just so many.
+    """
+    choices = (range(0, total, stride) for stride in range(1, total + 1))
+    for choice in choices:
+        if len(choice) == steps:
+            return choice
+    raise InputError(f"{steps} steps of {total}: no stride gives that number; try 5, 10, 20 or 25")
+
+
+def ddim(denoise: Denoise, draw: Draw, schedule: Schedule, steps: int) -> torch.Tensor:
+    """Sample by DDIM without new noise on the way (η = 0)."""
+    times = strided(schedule.steps, steps)
+    x = draw()
+    for index in reversed(range(steps)):
+        now = float(schedule.alpha_bar[times[index]])
+        then = float(schedule.alpha_bar[times[index - 1]]) if index else 1.0
+        noise = denoise(x, times[index])
+        clean = (x - math.sqrt(1.0 - now) * noise) / math.sqrt(now)
+        x = math.sqrt(then) * clean + math.sqrt(1.0 - then) * noise
+    return x
+
+
+def ddpm(denoise: Denoise, draw: Draw, schedule: Schedule) -> torch.Tensor:
+    """Sample by DDPM: every step, with the posterior's variance."""
+    x = draw()
+    for t in reversed(range(schedule.steps)):
+        beta, now = float(schedule.betas[t]), float(schedule.alpha_bar[t])
+        x = (x - beta / math.sqrt(1.0 - now) * denoise(x, t)) / math.sqrt(1.0 - beta)
+        if t:
+            x = x + math.sqrt(float(schedule.posterior_variance[t])) * draw()
+    return x

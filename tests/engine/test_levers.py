@@ -1,0 +1,212 @@
+"""The levers: each leaves every action as it is, but for the tower's reuse, which is held to a reference of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lac_vla import CachedVLA, Dense, InputError, Motion, PrismaticBackbone, Random, random_vla
+from lac_vla.levers import Levers
+from lac_vla.models.prismatic.presets import TINY
+from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.models.prismatic.vit import ViT
+from tests.engine.scenes import ALL_POLICIES, frame
+from tests.engine.test_invariants import capture_hidden
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+DINO = ViTConfig(32, 4, 2, 48, registers=2, class_token=True, layer_scale=True)
+SIGLIP = ViTConfig(24, 3, 2, 40)
+
+
+@pytest.fixture(scope="module")
+def conv() -> PrismaticBackbone:
+    return random_vla("tiny", seed=3)
+
+
+@pytest.fixture(scope="module")
+def vit() -> PrismaticBackbone:
+    """Two cameras, each through two transformers."""
+    cameras = tuple(replace(camera, image_size=56, tower=None) for camera in TINY.cameras)
+    return random_vla(
+        replace(TINY, vision_backbone_id="dinosiglip", vit_towers=(DINO, SIGLIP), cameras=cameras), seed=4
+    )
+
+
+@pytest.mark.parametrize("levers", ["draft", "partial-tower", "overlap", "exact"])
+@pytest.mark.parametrize("name", ALL_POLICIES)
+def test_no_exact_lever_changes_anything(conv: PrismaticBackbone, name: str, levers: str) -> None:
+    """Decisions, hidden states of suffix and action tokens, actions."""
+    plain, fast = (
+        CachedVLA(conv, ALL_POLICIES[name](), levers=Levers.parse(text)).session(seed=5) for text in ("none", levers)
+    )
+    for observation in (frame(0), frame(0), frame(1), frame(2, "put the mug on the plate"), frame(3)):
+        torch.testing.assert_close(capture_hidden(fast, observation), capture_hidden(plain, observation), **CLOSE)
+        assert plain.last is not None
+        assert fast.last is not None
+        assert (fast.last.decision.depth == plain.last.decision.depth).all()
+        assert (fast.last.age == plain.last.age).all()
+        assert fast.last.info == plain.last.info
+
+
+def test_an_unchanged_frames_draft_stands(conv: PrismaticBackbone) -> None:
+    session = CachedVLA(conv).session()
+    passes = []
+    for seed in (0, 0, 1):
+        session.act(frame(seed))
+        assert session.last is not None
+        passes.append((session.last.draft, len(session.last.passes)))
+    assert passes[:2] == [(0, 6), (6, 0)]
+    assert passes[2][0] == 6
+
+
+def test_a_new_episode_has_no_draft(conv: PrismaticBackbone) -> None:
+    session = CachedVLA(conv).session()
+    session.act(frame(0))
+    session.reset()
+    session.act(frame(0))
+    assert session.last is not None
+    assert session.last.draft == 0
+
+
+def test_the_tower_computes_what_is_needed(conv: PrismaticBackbone) -> None:
+    for levers, share in (("partial-tower", 0.5), ("none", 1.0)):
+        session = CachedVLA(conv, Random(0.5), levers=Levers.parse(levers)).session()
+        session.act(frame(0))
+        session.act(frame(1))
+        assert session.last is not None
+        assert session.last.seen is not None
+        assert session.last.seen.mean() == share
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_tower_that_fails_at_first_glance_leaves_the_session_as_it_was(
+    conv: PrismaticBackbone, overlap: bool
+) -> None:
+    session = CachedVLA(conv, Motion(0.5), levers=Levers(overlap=overlap)).session()
+    session.act(frame(0))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("device lost")
+
+    conv.look = fail  # type: ignore[assignment, method-assign]
+    try:
+        with pytest.raises(RuntimeError, match="device lost"):
+            session.act(frame(1))
+    finally:
+        del conv.look  # type: ignore[attr-defined]
+    again = CachedVLA(conv, Motion(0.5)).session()
+    again.act(frame(0))
+    torch.testing.assert_close(capture_hidden(session, frame(1)), capture_hidden(again, frame(1)), **CLOSE)
+
+
+# The tower's own reuse.
+
+
+class ReferenceViT:
+    """A transformer of which some patches' keys and values are remembered: every row computed, plain torch."""
+
+    def __init__(self, vit: ViT, config: ViTConfig) -> None:
+        self.w = {name: value.double() for name, value in vit.state_dict().items()}
+        self.config, self.extra = config, config.registers + int(config.class_token)
+        self.old: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        return scaled * self.w[name + ".weight"] + self.w[name + ".bias"]
+
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ self.w[name + ".weight"].T + self.w[name + ".bias"]
+
+    def run(self, x: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+        """The blocks' input (tokens, width), cached patches (bool) → features of all patches."""
+        x, heads, remembered = x.double(), self.config.heads, []
+        stale = torch.cat([torch.zeros(self.extra, dtype=torch.bool), cached])
+        for index in range(self.config.depth - 1):
+            p = f"blocks.{index}."
+            q, k, v = self.linear(self.norm(x, p + "norm1"), p + "attn.qkv").chunk(3, dim=-1)
+            if self.old:
+                k = torch.where(stale[:, None], self.old[index][0], k)
+                v = torch.where(stale[:, None], self.old[index][1], v)
+            remembered.append((k, v))
+            parts = []
+            for a, b, c in zip(*(part.chunk(heads, dim=-1) for part in (q, k, v)), strict=True):
+                parts.append((a @ b.T / math.sqrt(a.shape[-1])).softmax(-1) @ c)
+            branch = self.linear(torch.cat(parts, -1), p + "attn.proj")
+            x = x + branch * self.w.get(p + "ls1.scale_factor", torch.ones(1).double())
+            hidden = self.linear(self.norm(x, p + "norm2"), p + "mlp.fc1")
+            hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+            x = x + self.linear(hidden, p + "mlp.fc2") * self.w.get(p + "ls2.scale_factor", torch.ones(1).double())
+        self.old = remembered
+        return x[self.extra :]
+
+
+@torch.inference_mode()
+def test_the_towers_reuse_equals_the_reference(vit: PrismaticBackbone) -> None:
+    vision, memory = vit.model.vision_backbone, vit.tower_memory()
+    references = [[ReferenceViT(tower, c) for tower, c in zip(vision.vits, (DINO, SIGLIP), strict=True)] for _ in "ab"]
+    n = sum(rows * cols for rows, cols in vit.grids.values())
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        computed = rng.random(n) < (0.4 if number else 1)
+        glance = vit.look(vit.pixels(frame(number)), memory)
+        features = vit.features(glance, computed, memory)
+        expected = []
+        for camera, cached in enumerate(torch.from_numpy(~computed).chunk(2)):
+            towers = zip(references[camera], glance, strict=True)
+            expected.append(torch.cat([tower.run(x[camera], cached) for tower, x in towers], dim=-1))
+        torch.testing.assert_close(features.double(), torch.cat(expected)[torch.from_numpy(computed)], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["dense", "random", "motion", "staircase", "pruner"])
+def test_both_storeys_are_exact_where_nothing_has_changed(vit: PrismaticBackbone, name: str) -> None:
+    """Invariants 1 and 2 with a tower that reuses: all recomputed, or the frame unchanged, is the uncached model."""
+    session = CachedVLA(vit, ALL_POLICIES[name](), levers=Levers(tower_reuse=True)).session()
+    dense = CachedVLA(vit, Dense(), levers=Levers.parse("none")).session()
+    frames = [frame(0), frame(1), frame(2)] if name == "dense" else [frame(0)] * 3
+    for observation in frames:
+        if name == "pruner" and session.last is not None:  # it prunes within the frame: the tower must not
+            session.act(observation)
+            assert session.last.seen is not None
+            continue
+        torch.testing.assert_close(capture_hidden(session, observation), capture_hidden(dense, observation), **CLOSE)
+
+
+def test_the_towers_memory_is_the_sessions_own(vit: PrismaticBackbone) -> None:
+    vla = CachedVLA(vit, Random(0.5), levers=Levers(tower_reuse=True))
+    alone, one, other = vla.session(), vla.session(), vla.session()
+    for i in range(4):
+        other.act(frame(50 + i))
+        torch.testing.assert_close(capture_hidden(one, frame(i)), capture_hidden(alone, frame(i)))
+        size = one.nbytes
+    one.reset()
+    torch.testing.assert_close(capture_hidden(one, frame(9)), capture_hidden(CachedVLA(vit).session(), frame(9)))
+    assert one.nbytes == size > CachedVLA(vit).session().nbytes
+
+
+def test_the_towers_reuse_changes_features_of_a_changed_frame(vit: PrismaticBackbone) -> None:
+    """It is not exact, and is not sold as such."""
+    stale, fresh = (CachedVLA(vit, Random(0.5), levers=Levers(tower_reuse=reuse)).session() for reuse in (True, False))
+    for i in range(2):
+        a, b = capture_hidden(stale, frame(i)), capture_hidden(fresh, frame(i))
+    assert not torch.allclose(a, b, atol=1e-4)
+    assert "tower_reuse" not in str(Levers.parse("exact"))
+
+
+def test_convolutions_have_no_memory(conv: PrismaticBackbone) -> None:
+    with pytest.raises(InputError, match="vision transformer"):
+        CachedVLA(conv, levers=Levers(tower_reuse=True))
+
+
+def test_levers_by_name() -> None:
+    assert Levers.parse("none") == Levers(draft=False, partial_tower=False)
+    assert Levers.parse("default") == Levers()
+    assert Levers.parse("overlap+draft") == Levers(draft=True, partial_tower=False, overlap=True)
+    assert str(Levers.parse("exact")) == "draft+partial_tower+overlap"
+    assert all(Levers.parse(str(levers)) == levers for levers in (Levers(), Levers.parse("none")))
+    with pytest.raises(InputError, match=r"no levers \['turbo'\].*draft"):
+        Levers.parse("draft+turbo")
