@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -53,6 +53,7 @@ def load_prismatic(
     )
     load_weights(model, folder, dtype=dtype, device=device, unused=unused_weights(config))
     reset_rotary(model.language_model, device)
+    cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)  # as convolutions run fastest
     model.eval()
     return backbone
 
@@ -81,6 +82,7 @@ def random_prismatic(
         model.to_empty(device=device)
         reset_rotary(model.language_model, device)
         randomise(model, seed)
+        cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)
     model.eval()
     return PrismaticBackbone(model, WordHash(config.vocab_size - config.n_action_bins), name=name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -12,6 +13,15 @@ from lac_vla.models.prismatic.towers import ConvTowerConfig
 
 Keep: TypeAlias = tuple[int, int, int]
 """Row offset, column offset and stride of a regular subset of a token grid."""
+
+
+@lru_cache(maxsize=8)
+def _places(height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Column and row of every pixel in [-1, 1], (2, H, W)."""
+    with torch.inference_mode(mode=False):  # they may meet a gradient later
+        y = torch.linspace(-1.0, 1.0, height, device=device, dtype=dtype)
+        x = torch.linspace(-1.0, 1.0, width, device=device, dtype=dtype)
+        return torch.stack(torch.meshgrid(x, y, indexing="xy"))
 
 
 class ConvTower(nn.Module):
@@ -67,17 +77,19 @@ class ConvTower(nn.Module):
         if wanted is None:
             every: torch.Tensor = self.head(surroundings)[0]
             return every.flatten(1).T
-        patches = F.pad(surroundings[0], (1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # (C, rows, cols, 3, 3), a view
-        rows, cols = wanted.view(patches.shape[1:3]).nonzero(as_tuple=True)
-        chosen = patches[:, rows, cols].transpose(0, 1).flatten(1)  # (n, C · 9)
-        return F.linear(chosen, self.head.weight.flatten(1), self.head.bias)
+        channels, height, width = surroundings.shape[1:]
+        cells = F.pad(surroundings[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1)).reshape(-1, channels)
+        rows, cols = wanted.view(height, width).nonzero(as_tuple=True)
+        three = torch.arange(3, device=wanted.device)
+        around = ((rows[:, None, None] + three[:, None]) * (width + 2) + cols[:, None, None] + three).flatten()
+        patches = cells.index_select(0, around).view(len(rows), 9 * channels)
+        # Where the weights are kept channels last, as the loader keeps them, this flattening copies nothing.
+        return F.linear(patches, self.head.weight.permute(0, 2, 3, 1).flatten(1), self.head.bias)
 
     def surroundings(self, pixels: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
         """All but the last convolution: (B, 3, H, W) → (B, C, rows, cols); see :meth:`forward`."""
         batch, _, height, width = pixels.shape
-        y = torch.linspace(-1.0, 1.0, height, device=pixels.device, dtype=pixels.dtype)
-        x = torch.linspace(-1.0, 1.0, width, device=pixels.device, dtype=pixels.dtype)
-        place = torch.stack(torch.meshgrid(x, y, indexing="xy")).expand(batch, -1, -1, -1)
+        place = _places(height, width, pixels.device, pixels.dtype).expand(batch, -1, -1, -1)
         if shift is not None:
             step = torch.tensor([2 / (width - 1), 2 / (height - 1)], device=pixels.device, dtype=pixels.dtype)
             place = place - (shift.flip(1).to(pixels.dtype) * step)[:, :, None, None]
