@@ -345,4 +345,9 @@ class Session:
 
 def _generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
     """The policy's chance and the action head's: apart, so that every policy meets the same noise, frame by frame."""
-    return np.random.default_rng(seed), np.random.default_rng((seed, 1))
+    return np.random.default_rng(seed), action_noise(seed)
+
+
+def action_noise(seed: int) -> np.random.Generator:
+    """Chance of the action head in a session of this seed."""
+    return np.random.default_rng((seed, 1))

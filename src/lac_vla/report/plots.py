@@ -11,6 +11,9 @@ import numpy as np
 
 from lac_vla.evaluation.stats import percentiles
 from lac_vla.evaluation.table import milliseconds
+from lac_vla.report.svg import drawing as _svg
+from lac_vla.report.svg import line as _line
+from lac_vla.report.svg import text as _label
 
 
 def interval_bar(rate: float, low: float, high: float, reference: float | None) -> str:
@@ -256,19 +259,3 @@ def _over_time(runs: Sequence[Sequence[float | None]]) -> tuple[list[float], lis
         low.append(float(np.quantile(known, 0.1)) if known else math.nan)
         high.append(float(np.quantile(known, 0.9)) if known else math.nan)
     return mean, low, high
-
-
-def _line(kind: str, x1: float, x2: float, y1: float, y2: float, colour: str | None = None) -> str:
-    style = f' style="--c:{colour}"' if colour else ""
-    return f'<line class="{kind}"{style} x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
-
-
-def _label(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(width: float, height: float, parts: Sequence[str], label: str, kind: str) -> str:
-    body = "".join(parts)
-    return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
-    )
