@@ -20,7 +20,7 @@ STYLE = """
 svg{background:#fff;font:12px system-ui,sans-serif} text{fill:#222} .tick,.note{fill:#666;font-size:11px}
 .head{font-size:15px;font-weight:600} .grid{stroke:#e4e4e4} .axis{stroke:#888} .floor{stroke:#c00;stroke-width:2}
 """
-LEFT, WIDTH, BAR, GAP, TOP = 330.0, 620.0, 16.0, 8.0, 78.0
+LETTER, WIDTH, BAR, GAP, TOP = 6.8, 620.0, 16.0, 8.0, 78.0
 
 
 def stage_chart(result: FrameResult) -> str:
@@ -34,25 +34,26 @@ def stage_chart(result: FrameResult) -> str:
     totals = [sum(row.stages_ms[stage].p50 for stage in STAGES) for row in result.rows]
     limit = 1.02 * max(totals) or 1.0
     scale = WIDTH / limit
+    left = 20 + LETTER * max(32, *(len(row.name) for row in result.rows))
     bottom = TOP + len(result.rows) * (BAR + GAP)
     title = f"{result.model}, {result.dtype}: median milliseconds of a frame by stage, {result.frames} frames"
     parts = [text("head", 12, 24, title), *_legend()]
     for tick in ticks(limit, 8):
-        x = LEFT + tick * scale
+        x = left + tick * scale
         parts += [line("grid", x, x, TOP - 4, bottom), text("tick", x, bottom + 15, f"{tick:g}", "middle")]
     for index, (row, total) in enumerate(zip(result.rows, totals, strict=True)):
         y = TOP + index * (BAR + GAP)
-        parts += [text("name", LEFT - 8, y + BAR - 4, row.name, "end"), *_bar(row, y, scale)]
-        parts.append(text("note", LEFT + total * scale + 6, y + BAR - 4, milliseconds(total)))
-    parts += [line("axis", LEFT, LEFT + WIDTH, bottom, bottom)]
+        parts += [text("name", left - 8, y + BAR - 4, row.name, "end"), *_bar(row, left, y, scale)]
+        parts.append(text("note", left + total * scale + 6, y + BAR - 4, milliseconds(total)))
+    parts += [line("axis", left, left + WIDTH, bottom, bottom)]
     notes = ["milliseconds; medians of the stages, whose sum is not quite the median of the whole"]
     if result.random_weights:
         notes.append("random weights: ratios and accepted drafts are swept or without meaning")
     if result.roofline:
         notes.append(f"red: floor of prefill and decoding on one {result.roofline}, bfloat16")
     for index, note in enumerate(notes):
-        parts.append(text("note", LEFT, bottom + 34 + 16 * index, note))
-    return drawing(LEFT + WIDTH + 70, bottom + 32 + 16 * len(notes), parts, title, "bench", STYLE)
+        parts.append(text("note", left, bottom + 34 + 16 * index, note))
+    return drawing(left + WIDTH + 70, bottom + 32 + 16 * len(notes), parts, title, "bench", STYLE)
 
 
 def _legend() -> list[str]:
@@ -67,9 +68,9 @@ def _legend() -> list[str]:
     ]
 
 
-def _bar(row: FrameRow, y: float, scale: float) -> list[str]:
+def _bar(row: FrameRow, left: float, y: float, scale: float) -> list[str]:
     """One row's stages, and its floor."""
-    parts, at, prefill = [], LEFT, LEFT
+    parts, at, prefill = [], left, left
     for stage, colour in COLOURS.items():
         value = row.stages_ms[stage].p50
         if stage == "prefill":
