@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TESTS ?= -m "not slow and not gpu"
 DEMO ?=
 
-.PHONY: help demo test check format test-compat setup gl browser clean
+.PHONY: help demo test check format test-compat bench-gpu setup gl browser clean
 .DEFAULT_GOAL := help
 help:                ## show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,6 +42,9 @@ format: setup        ## rewrite the code in the project's format
 
 test-compat:         ## the engine with the oldest and the newest transformers, each in its own environment
 	PYTHON=$(PYTHON) sh scripts/test_compat.sh
+
+bench-gpu: setup     ## both 7B shapes on a GPU of 80 GB, random weights: tables, bench.json, bench.svg
+	LAC=$(BIN)/lac sh scripts/bench_gpu.sh
 
 clean:
 	rm -rf $(VENV) .venv-compat-* .pytest_cache .mypy_cache .ruff_cache

@@ -13,6 +13,7 @@ FLOORS = [
     {"cache", "flow"},
     {"policies", "models"},
     {"prefill"},
+    {"graphs"},
     {"vla"},
     {"cost", "provenance", "bundled"},
     {"datasets", "training", "sims", "evaluation", "bench", "report"},

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +19,24 @@ from rich.console import Console
 
 from lac_vla import CachedVLA, CheckpointError, Dense, InputError, LacError, PrismaticBackbone, random_vla
 from lac_vla.bench import BenchConfig, BenchResult, bench_tables, engine, model, run, run_bench, shapes
+from lac_vla.bench.chart import COLOURS
 from lac_vla.bench.engine import Prefills
 from lac_vla.bench.frame import measure_frames
 from lac_vla.bench.measure import Ratio, Target, take_turns
 from lac_vla.bench.memory import resident_mb
+from lac_vla.bench.roofline import Roofline, floors
 from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.bench.shapes import LAYOUT, decoder_config
 from lac_vla.bench.stock import StockSession
+from lac_vla.bench.sweep import Scripted, expand
+from lac_vla.cost import layer_macs
 from lac_vla.datasets import DatasetWriter
+from lac_vla.models.base import DecoderShape
+from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import POLICIES, Random
 from lac_vla.timing import STAGES, WINDOWS
+from lac_vla.types import Decision, TokenLayout
+from tests.engine.scenes import frame as shot
 
 SMALL = {
     "hidden_size": 32,
@@ -100,6 +112,187 @@ def test_stock_and_dense_session_act_the_same(tiny: PrismaticBackbone) -> None:
         assert stock.last.info["tokens"] == session.last.info["tokens"]
         assert stock.last.stages["prefill"] > 0
         assert stock.last.stages["bookkeeping"] == 0
+
+
+def test_stock_and_dense_session_draw_the_same_from_cogact() -> None:
+    """The same noise too, episode by episode."""
+    cogact = random_vla(TINY_COGACT, seed=2)
+    stock, session = StockSession(cogact, seed=7), CachedVLA(cogact, Dense()).session(seed=7)
+    for episode in range(2):
+        for observation in synthetic(("agentview", "wrist"), None, 2, episode).frames:
+            np.testing.assert_allclose(stock.act(observation), session.act(observation), atol=1e-4)
+            assert stock.last is not None
+            assert stock.last.passes == ()
+            assert stock.last.stages["prefill"] > 0 < stock.last.stages["decode"]
+        stock.reset()
+        session.reset()
+
+
+# Sweeps.
+
+
+@pytest.mark.parametrize(
+    ("text", "specs"),
+    [
+        ("random:ratio=.25,.5", ["random:ratio=.25", "random:ratio=.5"]),
+        ("motion:ratio=.5,keep=wrist", ["motion:ratio=.5,keep=wrist"]),
+        ("m:a=1,2,b=3,4", ["m:a=1,b=3", "m:a=1,b=4", "m:a=2,b=3", "m:a=2,b=4"]),
+        ("dense", ["dense"]),
+        ("motion:.5", ["motion:.5"]),
+    ],
+)
+def test_several_values_are_several_policies(text: str, specs: list[str]) -> None:
+    assert expand(text) == specs
+
+
+@pytest.mark.parametrize("kept", [0, 2, 6])
+@pytest.mark.parametrize("policy", [Dense(), Random(0.5)], ids=["dense", "random"])
+def test_so_many_drafted_tokens_stand_as_were_prescribed(tiny: PrismaticBackbone, policy: Any, kept: int) -> None:
+    """Behind them every pass settles one token, whatever the frame and whatever is reused."""
+    session = CachedVLA(Scripted(tiny, kept), policy).session()
+    for seed in range(3):
+        session.act(shot(seed))
+        assert session.last is not None
+        starts = [start for start, _ in session.last.passes]
+        assert starts == (list(range(6)) if seed == 0 else list(range(kept, 6)))
+        assert session.last.draft == (0 if seed == 0 else 6)
+
+
+# Floors.
+
+LLAMA_7B = DecoderShape(layers=32, width=4096, kv_width=4096, ffn=11008)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ridge", "prefill", "decode"),
+    [("rtx4090", 164, 22.6, 12.8), ("a100", 153, 12.0, 6.4), ("h100", 295, 3.9, 3.9), ("h200", 206, 3.8, 2.7)],
+)
+def test_floors_of_a_7b_decoder(gpu: str, ridge: float, prefill: float, decode: float) -> None:
+    """Worked out by hand: 1.867 T MACs for 285 rows in every layer, 12.95 GB of weights."""
+    roofline = Roofline(gpu, LLAMA_7B)
+    assert roofline.ridge == pytest.approx(ridge, rel=0.005)
+    assert roofline.weight_ms == pytest.approx(decode, rel=0.01)
+    every_row = roofline.compute_ms(32 * layer_macs(LLAMA_7B, 285, 285))
+    assert max(every_row, roofline.weight_ms) == pytest.approx(prefill, rel=0.01)
+    layout = TokenLayout.of({"camera": (16, 16)}, 1, 28)
+    least = roofline.prefill_ms(layout, Decision.dense(256, 32))
+    assert 0.96 * prefill < least < 1.01 * prefill  # the last layer's rows do not all ask
+    assert roofline.decode_ms(layout, Decision.dense(256, 32), [(0, 1), (1, 2)]) == 2 * roofline.weight_ms
+
+
+def test_below_the_ridge_fewer_rows_buy_nothing() -> None:
+    result = floors(Roofline("h200", LLAMA_7B), "x", TokenLayout.of({"camera": (16, 16)}, 1, 28), 7, (0.75, 0.5, 0.1))
+    assert [row.rows for row in result.rows] == [285, 221, 157, 55]
+    assert [row.bound for row in result.rows] == ["compute", "compute", "bandwidth", "bandwidth"]
+    assert result.rows[2].faster == result.rows[3].faster
+    assert result.passes == 6
+    assert result.rows[0].action_ms == pytest.approx(result.rows[0].prefill_ms + 6 * result.pass_ms)
+
+
+def test_floors_of_a_7b_model_need_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_free_memory", lambda: 0)
+    for name, passes in (("openvla-7b", 6), ("cogact-7b", 0)):
+        ran = run_bench(config(tmp_path, random_weights=name, sections=("roofline",), roofline="a100"))
+        assert ran.roofline is not None
+        assert ran.roofline.parameters == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+        assert (ran.roofline.visual_tokens, ran.roofline.passes) == (256, passes)
+        assert ran.targets == ()
+        assert len(bench_tables(ran)) == 1
+
+
+# A model that says no tokens; floors, sweeps and the chart of a whole run.
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.SHAPES, "small", SMALL)  # type: ignore[arg-type]
+        return run_bench(
+            config(
+                tmp_path_factory.mktemp("swept"),
+                sections=("frame",),
+                policies=("random:ratio=.5,.9",),
+                levers=("draft", "default+bucket=8+graphs"),
+                acceptance=(0.5,),
+                roofline="h100",
+            )
+        )
+
+
+def test_a_sweep_says_what_is_prescribed(swept: BenchResult) -> None:
+    assert swept.frame is not None
+    rows = {row.name: row for row in swept.frame.rows}
+    methods = ["dense", "random:ratio=.5", "random:ratio=.9"]
+    levered = [f"{m} +{lever}{end}" for lever in ("draft", "default+bucket=8+graphs") for m in methods
+               for end in ("", ", 3/6 kept")]  # fmt: skip
+    assert list(rows) == ["dense stock", *methods, *levered]
+    half = rows["random:ratio=.9 +default+bucket=8+graphs, 3/6 kept"]
+    assert half.swept == ("ratio", "acceptance")
+    assert (half.accepted, half.passes, half.same_actions) == (0.5, 3, None)
+    assert half.ratio_effective == pytest.approx(1 - 8 / 52)
+    assert half.faster_than_equal["model_call"] != half.faster_than_dense["model_call"]
+    assert rows["dense +draft"].swept == ()
+    assert rows["random:ratio=.5"].swept == ("ratio",)
+    assert swept.frame.random_weights
+    assert json.loads((swept.config.out / "bench.json").read_text(encoding="utf-8"))["frame"]["rows"][-1]["swept"]
+
+
+def test_every_row_has_its_own_floor(swept: BenchResult) -> None:
+    assert swept.frame is not None
+    rows = {row.name: row for row in swept.frame.rows}
+    floor = Roofline("h100", random_vla("tiny").shape)
+    assert rows["dense"].floor_ms["prefill"] >= rows["random:ratio=.9"].floor_ms["prefill"] >= floor.weight_ms
+    assert rows["dense"].floor_ms["decode"] == pytest.approx(6 * floor.weight_ms)
+    assert rows["dense +draft, 3/6 kept"].floor_ms["decode"] < rows["dense"].floor_ms["decode"]
+    assert all(row.times_floor == {} for row in rows.values())  # this is no H100
+    text = shown(swept)
+    for word in ("84.6 % swept", "50.0 % swept", "floors of one h100", "floors only", "random weights: what is reused"):
+        assert word in text
+
+
+def test_the_chart_shows_every_stage_of_every_row(swept: BenchResult) -> None:
+    assert swept.frame is not None
+    root = ET.fromstring((swept.config.out / "bench.svg").read_text(encoding="utf-8"))
+    space = {"s": "http://www.w3.org/2000/svg"}
+    words = {element.text for element in root.findall("s:text", space)}
+    assert {row.name for row in swept.frame.rows} | set(STAGES) <= words
+    boxes = root.findall("s:rect", space)
+    assert len(boxes) == len(STAGES) * (1 + len(swept.frame.rows))
+    dense = next(row for row in swept.frame.rows if row.name == "dense")
+    titled = {box.findtext("s:title", namespaces=space): float(box.get("width", "0")) for box in boxes}
+    widths = {stage: next(w for t, w in titled.items() if t and t.startswith(f"dense: {stage} ")) for stage in COLOURS}
+    longest = max(STAGES, key=lambda stage: dense.stages_ms[stage].p50)
+    assert max(widths, key=lambda stage: widths[stage]) == longest
+    assert len(root.findall("s:line[@class='floor']", space)) == len(swept.frame.rows)
+
+
+def test_a_model_without_tokens_is_measured_like_any_other(tmp_path: Path) -> None:
+    ran = run_bench(config(tmp_path, random_weights="cogact-tiny", sections=("frame",), levers=("default",)))
+    assert ran.frame is not None
+    rows = {row.name: row for row in ran.frame.rows}
+    assert ran.frame.model == "cogact-tiny"
+    assert rows["dense stock"].same_actions == rows["dense"].same_actions == 1
+    assert all(row.passes == 0 and row.accepted is None for row in rows.values())
+
+
+def test_time_may_end_a_section(tmp_path: Path) -> None:
+    ran = run_bench(config(tmp_path, sections=("frame",), frames=60, minutes=1e-6, levers=()))
+    assert ran.frame is not None
+    assert ran.frame.frames == 1
+
+
+def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
+    command = tmp_path / "lac"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "from lac_vla.cli import main; main()" "$@"\n')
+    command.chmod(0o755)
+    script = Path(__file__).parents[1] / "scripts" / "bench_gpu.sh"
+    arguments = ["--device", "cpu", "--random-weights", "tiny", "--random-weights", "cogact-tiny", "--out", tmp_path]
+    subprocess.run(["sh", script, *arguments], check=True, env={**os.environ, "LAC": str(command)}, timeout=600)
+    for name in ("tiny", "cogact-tiny"):
+        assert {file.name for file in (tmp_path / name).iterdir()} == {"bench.json", "bench.svg", "bench.txt"}
+        rows = json.loads((tmp_path / name / "bench.json").read_text(encoding="utf-8"))["frame"]["rows"]
+        assert "random:ratio=.9 +default+overlap+bucket=16+graphs" in {row["name"] for row in rows}
+        assert "roofline" in (tmp_path / name / "bench.txt").read_text(encoding="utf-8")
 
 
 def test_every_round_runs_every_variant() -> None:
@@ -180,14 +373,14 @@ def test_the_file_holds_the_frames(content: dict[str, Any]) -> None:
         assert plain["passes"] == 6 > levered["passes"]
         assert 0 <= levered["accepted"] <= 1
         assert levered["ratio_effective"] == plain["ratio_effective"]
-        assert levered["same_tokens"] == plain["same_tokens"]  # no lever changes an action
+        assert levered["same_actions"] == plain["same_actions"]  # no lever changes an action
     assert rows["dense +default"]["faster_than_equal"]["model_call"]["value"] == 1
     for row in rows.values():
         assert set(row["stages_ms"]) == set(STAGES)
         assert set(row["windows_ms"]) == set(row["faster_than_stock"]) == set(WINDOWS)
         assert all(value["n"] == 4 for value in row["windows_ms"].values())
         assert row["flops"] == 2 * sum(row["macs"].values())
-    assert rows["dense"]["same_tokens"] == rows["dense stock"]["same_tokens"] == 1
+    assert rows["dense"]["same_actions"] == rows["dense stock"]["same_actions"] == 1
     assert rows["dense"]["macs"] == rows["dense stock"]["macs"]
     assert rows["dense"]["bookkeeping"]["value"] > rows["dense stock"]["bookkeeping"]["value"] == 0
     assert rows["motion:ratio=0.5"]["ratio_effective"] == rows["motion:ratio=0.5"]["ratio_nominal"] == 0.5
@@ -203,11 +396,15 @@ def test_the_file_holds_the_memory(content: dict[str, Any]) -> None:
     assert section["targets"][0]["value"] == section["growth_mb"]
 
 
-def test_the_tables_show_it(result: BenchResult) -> None:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+def shown(result: BenchResult) -> str:
+    console = Console(width=260, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for table in bench_tables(result):
         console.print(table)
-    text = console.export_text()
+    return console.export_text()
+
+
+def test_the_tables_show_it(result: BenchResult) -> None:
+    text = shown(result)
     for word in ("25 % active", "decoder prefill", "random:ratio=0.25", "bookkeeping share", "process MB", "≤ 1.1 ×"):
         assert word in text
 
@@ -247,6 +444,13 @@ def test_memory_of_the_process_is_read() -> None:
         ({"warmup": 0}, "warmup"),
         ({"threads": -1}, "threads"),
         ({"flow": "raft"}, "raft"),
+        ({"roofline": "h999"}, "h200"),
+        ({"sections": ("roofline",)}, "--roofline"),
+        ({"acceptance": (1.5,)}, "acceptance"),
+        ({"acceptance": (0.5,), "model": "some/checkpoint"}, "random weights"),
+        ({"minutes": -1}, "minutes"),
+        ({"policies": ("random:ratio=.5,2",)}, "0..1"),
+        ({"levers": ("bucket=0",)}, "bucket"),
         ({"policies": ("motion", "motion")}, "two policies are called 'motion'"),
         ({"policies": ("lac",)}, "lac:path=FOLDER"),
         ({"memory_policy": "lac"}, "lac:path=FOLDER"),
@@ -261,6 +465,7 @@ def test_settings_without_sense_are_refused(changes: dict[str, Any], message: st
     ("changes", "error", "message"),
     [
         ({"random_weights": "gigantic"}, InputError, "gigantic"),
+        ({"random_weights": "cogact-tiny", "acceptance": (0.5,)}, InputError, "no tokens"),
         ({"model": "no/such/folder"}, CheckpointError, "no/such/folder"),
         ({"device": "tpu"}, InputError, "tpu"),
         ({"device": "meta"}, InputError, "meta"),

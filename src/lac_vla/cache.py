@@ -54,13 +54,21 @@ class VisualKVCache:
         self.warm = False
         self.attention = {}
 
-    def begin(self, layout: TokenLayout, n_new: int) -> None:
-        """Open a frame: make room for its prompt and ``n_new`` appended tokens; cold until :meth:`commit`."""
+    def begin(self, layout: TokenLayout, n_new: int, room: int = 0) -> None:
+        """Open a frame: make room for its prompt and ``n_new`` appended tokens; cold until :meth:`commit`.
+
+        Args:
+            layout: Of the prompt.
+            n_new: Tokens behind it.
+            room: Where the buffers have to grow, they grow by this more for longer prompts to come, and to a multiple
+                of it; 0 for just what is needed.
+        """
         self.warm = False
         self.attention = {}
         needed = layout.length + n_new
         capacity = self.keys.shape[2]
         if needed > capacity:
+            needed += 2 * room - needed % room if room else 0
             layers, heads, _, width = self.keys.shape
             # zeros, not empty: a masked slot of NaN would still poison the attention's weighted sum
             keys, values = (self.keys.new_zeros(layers, heads, needed, width) for _ in range(2))

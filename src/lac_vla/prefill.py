@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -118,6 +118,25 @@ def run_layers(
     return hidden, query
 
 
+class Run(Protocol):
+    """How layers are run: :func:`run_layers`, or whatever computes the same."""
+
+    def __call__(  # noqa: D102
+        self,
+        layers: Sequence[DecoderLayer],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        positions: torch.Tensor | int,
+        length: int,
+        slots: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        last: torch.Tensor | None,
+        causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 def partial_prefill(
     backbone: Backbone,
     cache: VisualKVCache,
@@ -128,6 +147,7 @@ def partial_prefill(
     refine: Refine | None = None,
     *,
     draft: int = 0,
+    run: Run = run_layers,
 ) -> Prompt:
     """Compute the rows that ``decision`` keeps and leave every slot of the prompt valid in the cache.
 
@@ -142,6 +162,7 @@ def partial_prefill(
         refine: Asked to refine the decision after every watched layer, see
             :meth:`lac_vla.policies.base.CachePolicy.refine`.
         draft: How many of the rows, the last ones, are the draft.
+        run: Runs the layers.
 
     Returns:
         The prompt's hidden states, and the state that :func:`extend` goes on from.
@@ -165,7 +186,7 @@ def partial_prefill(
         if stop == n_layers and not _watches_all(watch, n_layers - 1):
             rows = _suffix_asks(backbone, rows, asking)
         keys, values = cache.keys[first:stop], cache.values[first:stop]
-        hidden, query = run_layers(
+        hidden, query = run(
             backbone.layers[first:stop], keys, values, hidden, rows.rotary, 0 if rows.complete else rows.positions,
             length, rows.slots, rows.mask, rows.last, True,
         )  # fmt: skip
@@ -187,6 +208,8 @@ def extend(
     prompt: Prompt,
     embeddings: torch.Tensor,
     at: int | None = None,
+    *,
+    run: Run = run_layers,
 ) -> torch.Tensor:
     """Append tokens behind all that is in the sequence, or over a part of what was appended before.
 
@@ -196,6 +219,7 @@ def extend(
         prompt: State of the sequence; it grows.
         embeddings: (n, width).
         at: How many of the appended tokens to keep; the others are overwritten. ``None`` for all of them.
+        run: Runs the layers.
 
     Returns:
         Normalised last hidden states of the new tokens, (n, width).
@@ -219,7 +243,7 @@ def extend(
         if exist is not None:
             slots = torch.cat([exist, torch.arange(prompt.length, stop, device=exist.device)])
             mask = visible[:, slots] if visible is not None else None
-        hidden, _ = run_layers(
+        hidden, _ = run(
             backbone.layers[first:until], cache.keys[first:until], cache.values[first:until], hidden,
             (cos[start:stop], sin[start:stop]), start, stop, slots, mask, None, False,
         )  # fmt: skip

@@ -15,10 +15,11 @@ import torch
 from lac_vla.cache import VisualKVCache
 from lac_vla.errors import InputError
 from lac_vla.flow import estimate, make_flow
-from lac_vla.levers import Levers
+from lac_vla.graphs import ROOM, Graphs
+from lac_vla.levers import Levers, rounded_up
 from lac_vla.models.base import Backbone
 from lac_vla.policies import CachePolicy, Dense
-from lac_vla.prefill import extend, partial_prefill
+from lac_vla.prefill import extend, partial_prefill, run_layers
 from lac_vla.timing import Stopwatch, windows
 from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View, Watch
 
@@ -91,6 +92,7 @@ class Step:
         draft: Tokens that rode along in the prefill as a guess.
         passes: First and one-past-last appended token of every decoding pass behind the prefill.
         seen: Visual tokens whose features the vision tower computed, bool, (N,).
+        fallbacks: Runs of layers that the lever ``graphs`` left to the ordinary loop.
     """
 
     layout: TokenLayout
@@ -106,6 +108,7 @@ class Step:
     draft: int = 0
     passes: tuple[tuple[int, int], ...] = ()
     seen: BoolArray | None = None
+    fallbacks: int = 0
 
     @property
     def ratio(self) -> float:
@@ -124,7 +127,7 @@ class Step:
 
     @property
     def recovered(self) -> BoolArray:
-        """Visual tokens recomputed by recovery or because of their age, bool, (N,)."""
+        """Visual tokens recomputed by recovery, because of their age or to fill a bucket, bool, (N,)."""
         recovered = self.decision.recovered
         return self.forced if recovered is None else recovered | self.forced
 
@@ -155,6 +158,7 @@ class Session:
         self._rng, self._noise = _generators(seed)
         self._tower = backbone.tower_memory() if vla.levers.tower_reuse else None
         self._aside = ThreadPoolExecutor(1, "decision") if vla.levers.overlap else None
+        self._graphs = Graphs(len(backbone.layers)) if vla.levers.graphs else None
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new episode: forget every slot, and start chance anew.
@@ -199,7 +203,9 @@ class Session:
             draft = None if last is None else backbone.draft(last)
         glance, decision, forced = self._look_and_decide(frame, layout, pixels, dense_because, clock)
         with clock.stage("bookkeeping"):
-            cache.begin(layout, backbone.max_new_tokens)
+            cache.begin(layout, backbone.max_new_tokens, 0 if self._graphs is None else ROOM)
+            run = run_layers if self._graphs is None else self._graphs
+            fallbacks = 0 if self._graphs is None else self._graphs.fallbacks
         with clock.stage("tower"):
             computed = decision.depth > 0
             partly = levers.partial_tower if self._tower is None else decision.beyond is Beyond.REUSE
@@ -220,9 +226,10 @@ class Session:
                 watch,
                 partial(policy.refine, layout) if dense_because is None else None,
                 draft=0 if draft is None else len(draft),
+                run=run,
             )
         with clock.stage("decode"):
-            append = partial(extend, backbone, cache, prompt)
+            append = partial(extend, backbone, cache, prompt, run=run)
             drafted = None if draft is None else last
             action, info = backbone.act(frame, prompt.hidden, append, self._noise, drafted)
         with clock.stage("bookkeeping"):
@@ -242,6 +249,7 @@ class Session:
             draft=prompt.draft,
             passes=tuple(prompt.passes),
             seen=computed if partly else np.ones_like(computed),
+            fallbacks=0 if self._graphs is None else self._graphs.fallbacks - fallbacks,
         )
         return action
 
@@ -331,9 +339,15 @@ class Session:
                 forced = (cache.age >= self.vla.max_age) & ~decision.active
                 if forced.any():
                     decision = decision.with_active(forced)
+            decision = rounded_up(decision, cache.age, self.vla.levers.bucket)
         return decision, forced
 
 
 def _generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
     """The policy's chance and the action head's: apart, so that every policy meets the same noise, frame by frame."""
-    return np.random.default_rng(seed), np.random.default_rng((seed, 1))
+    return np.random.default_rng(seed), action_noise(seed)
+
+
+def action_noise(seed: int) -> np.random.Generator:
+    """Chance of the action head in a session of this seed."""
+    return np.random.default_rng((seed, 1))

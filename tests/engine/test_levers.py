@@ -36,7 +36,7 @@ def vit() -> PrismaticBackbone:
     )
 
 
-@pytest.mark.parametrize("levers", ["draft", "partial-tower", "overlap", "exact"])
+@pytest.mark.parametrize("levers", ["draft", "partial-tower", "overlap", "exact", "graphs", "exact+graphs"])
 @pytest.mark.parametrize("name", ALL_POLICIES)
 def test_no_exact_lever_changes_anything(conv: PrismaticBackbone, name: str, levers: str) -> None:
     """Decisions, hidden states of suffix and action tokens, actions."""
@@ -206,7 +206,19 @@ def test_levers_by_name() -> None:
     assert Levers.parse("none") == Levers(draft=False, partial_tower=False)
     assert Levers.parse("default") == Levers()
     assert Levers.parse("overlap+draft") == Levers(draft=True, partial_tower=False, overlap=True)
+    assert Levers.parse("draft+bucket=16") == Levers(partial_tower=False, bucket=16)
+    assert Levers.parse("default+graphs") == Levers(graphs=True)
     assert str(Levers.parse("exact")) == "draft+partial_tower+overlap"
-    assert all(Levers.parse(str(levers)) == levers for levers in (Levers(), Levers.parse("none")))
-    with pytest.raises(InputError, match=r"no levers \['turbo'\].*draft"):
-        Levers.parse("draft+turbo")
+    many = (Levers(), Levers.parse("none"), Levers(bucket=8, graphs=True, overlap=True))
+    assert all(Levers.parse(str(levers)) == levers for levers in many)
+
+
+@pytest.mark.parametrize("text", ["draft+turbo", "bucket", "bucket=", "bucket=-4", "bucket=two", "draft=2", "none=1"])
+def test_levers_that_do_not_exist_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"no lever .*draft.*bucket=16"):
+        Levers.parse(text)
+
+
+def test_a_bucket_must_hold_something() -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        Levers.parse("bucket=0")

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from lac_vla.bench.roofline import GPUS
 from lac_vla.bench.shapes import SHAPES
+from lac_vla.bench.sweep import expand
 from lac_vla.errors import InputError
 from lac_vla.evaluation.methods import make_methods, resolve
 from lac_vla.flow import make_flow
 from lac_vla.levers import Levers
 
-Section: TypeAlias = Literal["engine", "frame", "memory"]
+Section: TypeAlias = Literal["engine", "frame", "memory", "roofline"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,10 @@ class BenchConfig:
 
     Attributes:
         out: Folder that ``bench.json`` is written to.
-        sections: ``engine``, a decoder's prefill; ``frame``, whole observations; ``memory``, a long session.
+        sections: ``engine``, a decoder's prefill; ``frame``, whole observations; ``memory``, a long session;
+            ``roofline``, what the GPU of that option could do at best, from the model's shapes alone.
         model: Checkpoint folder or hub id; by default a model with random weights, which costs the same.
-        random_weights: Size of that model: ``mini``, ``tiny`` or ``openvla-7b``.
+        random_weights: Which: ``mini``, ``tiny``, ``openvla-7b``, ``cogact-7b`` or ``cogact-tiny``.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
@@ -31,10 +34,13 @@ class BenchConfig:
         shape: Decoder of the section ``engine``: ``llama-8x512`` (that of the targets) or ``llama-32x4096``.
         active: Shares of the visual tokens that the section ``engine`` recomputes, in (0, 1).
         rounds: How often the section ``engine`` runs every variant.
-        policies: Methods of the section ``frame``, beside the two dense ones.
+        policies: Methods of the section ``frame``, beside the two dense ones; ``random:ratio=.25,.5,.9`` are three.
         levers: Sets of levers beside caching, each for dense and for every policy: ``none`` is the baseline and always
             there; ``draft``, ``draft+overlap``, ``default``, ``exact`` (all that change no number), …
+        acceptance: Shares of the drafted tokens that are made to stand, in [0, 1], for random weights, where what
+            stands by itself means nothing: a further row each for every method with the lever ``draft``.
         frames: Observations of the section ``frame``.
+        minutes: The section ``frame`` ends with the round in which it has taken so long; 0 for no limit.
         warmup: Rounds, or observations, that are run first and not counted.
         replay: Folder of a LeRobot dataset whose frames are replayed; by default a synthetic scene.
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
@@ -42,6 +48,7 @@ class BenchConfig:
         max_age: No slot is reused once it is this old, frames.
         memory_policy: Method of the section ``memory``.
         memory_frames: Observations of the section ``memory``.
+        roofline: GPU whose floors stand beside the times: ``h200``, ``h100``, ``a100`` or ``rtx4090``.
         seed: Of weights, scene, orders and sessions.
 
     Raises:
@@ -61,19 +68,22 @@ class BenchConfig:
     rounds: int = 50
     policies: tuple[str, ...] = ("motion:ratio=0.5", "motion:ratio=0.7")
     levers: tuple[str, ...] = ("none", "default")
+    acceptance: tuple[float, ...] = ()
     frames: int = 200
+    minutes: float = 0
     warmup: int = 5
     replay: Path | None = None
     flow: str | None = None
     max_age: int = 16
     memory_policy: str = "motion:ratio=0.5"
     memory_frames: int = 2000
+    roofline: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked before anything is loaded."""
         if not self.sections:
-            raise InputError("there is no section to measure: give engine, frame or memory")
+            raise InputError("there is no section to measure: give engine, frame, memory or roofline")
         if self.shape not in SHAPES:
             raise InputError(f"unknown shape {self.shape!r}; choose one of {sorted(SHAPES)}")
         for name in ("rounds", "frames", "memory_frames"):
@@ -87,8 +97,25 @@ class BenchConfig:
             raise InputError(f"active is {self.active}; give shares of the visual tokens in (0, 1)")
         if not self.policies:
             raise InputError("there is no policy to measure: give at least one, e.g. motion:ratio=0.5")
+        if self.roofline is not None and self.roofline not in GPUS:
+            raise InputError(f"unknown GPU {self.roofline!r} for --roofline; choose one of {list(GPUS)}")
+        if "roofline" in self.sections and self.roofline is None:
+            raise InputError(f"whose roofline? give --roofline and one of {list(GPUS)}")
+        if not all(0 <= share <= 1 for share in self.acceptance):
+            raise InputError(f"acceptance is {self.acceptance}; give shares of the drafted tokens in [0, 1]")
+        if self.acceptance and self.model is not None:
+            raise InputError(
+                "acceptance is for random weights; a checkpoint's drafts stand by themselves: leave it out"
+            )
+        if self.minutes < 0:
+            raise InputError(f"minutes is {self.minutes}; give a time, or 0 for no limit")
         for levers in self.levers:
             Levers.parse(levers)
-        make_methods(self.policies, self.model)
+        make_methods(self.methods, self.model)
         resolve(self.memory_policy, self.model)
         make_flow(self.flow or "none")
+
+    @property
+    def methods(self) -> list[str]:
+        """One policy spec per value of every option."""
+        return [spec for policy in self.policies for spec in expand(policy)]

@@ -12,6 +12,7 @@ import torch
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Ratio, Target, measured, milliseconds, take_turns
 from lac_vla.bench.model import open_random
+from lac_vla.bench.roofline import Roofline
 from lac_vla.bench.shapes import LAYOUT, SHAPES, decoder_config
 from lac_vla.bench.stock import STOCK, stock_prefill
 from lac_vla.cache import VisualKVCache
@@ -42,6 +43,8 @@ class EngineRow:
         flops: Two per multiply-accumulate.
         faster_than_stock: Stock latency over this one.
         faster_than_dense: Our dense latency over this one.
+        floor_ms: What a GPU needs at least, see :mod:`lac_vla.bench.roofline`; ``None`` if none was named.
+        times_floor: The median over it; ``None`` where the device is not that GPU.
     """
 
     name: str
@@ -52,6 +55,8 @@ class EngineRow:
     flops: int
     faster_than_stock: Ratio
     faster_than_dense: Ratio
+    floor_ms: float | None
+    times_floor: float | None
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,8 @@ def measure_engine(config: BenchConfig) -> EngineResult:
             elapsed = milliseconds(work, backbone.device)
             if index >= config.warmup:
                 times[name].append(elapsed)
-    rows = tuple(_row(backbone, name, prefills.decision(shares.get(name, 1.0)), times) for name in times)
+    roofline = None if config.roofline is None else Roofline(config.roofline, backbone.shape)
+    rows = tuple(_row(backbone, name, prefills.decision(shares.get(name, 1.0)), times, roofline) for name in times)
     return EngineResult(
         shape=config.shape,
         text_config=dict(SHAPES[config.shape]),
@@ -146,9 +152,17 @@ def measure_engine(config: BenchConfig) -> EngineResult:
     )
 
 
-def _row(backbone: PrismaticBackbone, name: str, decision: Decision, times: dict[str, list[float]]) -> EngineRow:
+def _row(
+    backbone: PrismaticBackbone,
+    name: str,
+    decision: Decision,
+    times: dict[str, list[float]],
+    roofline: Roofline | None,
+) -> EngineRow:
     macs = prefill_macs(backbone.shape, LAYOUT, decision)
     active = int(decision.active.sum())
+    floor = None if roofline is None else roofline.prefill_ms(LAYOUT, decision)
+    comparable = roofline is not None and roofline.measures(backbone.device, backbone.dtype)
     return EngineRow(
         name=name,
         active=active / LAYOUT.n_visual,
@@ -158,6 +172,8 @@ def _row(backbone: PrismaticBackbone, name: str, decision: Decision, times: dict
         flops=2 * macs,
         faster_than_stock=Ratio.of(times[STOCK], times[name]),
         faster_than_dense=Ratio.of(times[DENSE], times[name]),
+        floor_ms=floor,
+        times_floor=measured(times[name]).p50 / floor if comparable and floor else None,
     )
 
 

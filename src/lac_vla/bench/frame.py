@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import DENSE
 from lac_vla.bench.measure import Ratio, Target, measured, take_turns
+from lac_vla.bench.methods import Method, Robot, make_methods, row_name
+from lac_vla.bench.model import Timed
+from lac_vla.bench.roofline import Roofline
 from lac_vla.bench.scene import Scene
-from lac_vla.bench.stock import STOCK, StockSession
+from lac_vla.bench.stock import STOCK
 from lac_vla.cost import CostModel
 from lac_vla.errors import InputError
-from lac_vla.evaluation.methods import resolve
 from lac_vla.evaluation.rollout import peak_memory_mb
 from lac_vla.evaluation.stats import Percentiles
-from lac_vla.levers import Levers
-from lac_vla.models import PrismaticBackbone
-from lac_vla.policies import paths_by_name
 from lac_vla.timing import STAGES, WINDOWS
-from lac_vla.types import FloatArray, Frame
-from lac_vla.vla import CachedVLA, Session, Step
+from lac_vla.vla import Session, Step
 
 BOOKKEEPING = ("flow", "policy", "bookkeeping")
 """Stages that a model without cache does not have."""
 SHARE = 0.15
 """Most that they may take together, of the dense model call."""
-
-
-class Robot(Protocol):
-    """A session, or the stock model behind the same face."""
-
-    last: Step | None
-
-    def reset(self) -> None:
-        """Begin a new episode."""
-        ...
-
-    def act(self, frame: Frame) -> FloatArray:
-        """Answer an observation with an action."""
-        ...
+SAME = 1 / 256
+"""Two action values that differ by less, of a range from -1 to 1, are the same: half a bin of OpenVLA's tokens."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,12 @@ class FrameRow:
         flops: Two per multiply-accumulate, all stages.
         passes: Mean decoding passes behind the prefill.
         accepted: Mean share of the drafted tokens that stood; ``None`` without drafts.
-        same_tokens: Share of the action tokens that are the stock model's.
+        swept: What was prescribed, and is no property of the method: ``ratio``, ``acceptance``.
+        same_actions: Share of the action's tokens, or of its values within :data:`SAME`, that are the stock model's;
+            ``None`` where they are prescribed.
+        floor_ms: Stage (``prefill``, ``decode``) → mean of what a GPU needs at least for this row's own active rows
+            and passes, see :mod:`lac_vla.bench.roofline`; empty if none was named.
+        times_floor: Stage → its median over the floor; empty where the device is not that GPU.
         cache_mb: Keys and values that outlive a frame; ``None`` for the stock model.
         peak_memory_mb: Of the accelerator, within a call of this method; ``None`` on a CPU.
     """
@@ -83,7 +75,10 @@ class FrameRow:
     flops: float
     passes: float
     accepted: float | None
-    same_tokens: float
+    swept: tuple[str, ...]
+    same_actions: float | None
+    floor_ms: dict[str, float]
+    times_floor: dict[str, float]
     cache_mb: float | None
     peak_memory_mb: float | None
 
@@ -97,6 +92,8 @@ class FrameResult:
         dtype: Of its weights.
         visual_tokens: Of a prompt.
         source: Where the frames come from.
+        random_weights: Whether no number here tells what a trained model would reuse or guess.
+        roofline: GPU of the floors; ``None`` if none was named.
         frames: Counted frames.
         warmup: Frames before them that are not counted.
         peak_memory_mb: Of the accelerator, or of this process with all methods in it.
@@ -108,6 +105,8 @@ class FrameResult:
     dtype: str
     visual_tokens: int
     source: str
+    random_weights: bool
+    roofline: str | None
     frames: int
     warmup: int
     peak_memory_mb: float
@@ -124,24 +123,26 @@ class Log:
         windows: Milliseconds by window.
         nominal: Ratio aimed at.
         effective: Ratio reached.
-        tokens: Action tokens.
+        answers: Action tokens, or values in [-1, 1].
         macs: Multiply-accumulates by stage.
         passes: Decoding passes.
         accepted: Share of the draft that stood, of the frames that had one.
         peaks_mb: Peak memory of the accelerator; empty on a CPU.
+        floors: Milliseconds by stage, if a GPU was named.
     """
 
     stages: list[dict[str, float]] = field(default_factory=list)
     windows: list[dict[str, float]] = field(default_factory=list)
     nominal: list[float | None] = field(default_factory=list)
     effective: list[float] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
+    answers: list[npt.NDArray[np.float64]] = field(default_factory=list)
     macs: list[dict[str, int]] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
     accepted: list[float] = field(default_factory=list)
     peaks_mb: list[float] = field(default_factory=list)
+    floors: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, step: Step, peak_mb: float | None, cost: CostModel) -> None:
+    def add(self, step: Step, peak_mb: float | None, cost: CostModel, roofline: Roofline | None) -> None:
         """Write down a frame."""
         if peak_mb is not None:
             self.peaks_mb.append(peak_mb)
@@ -149,11 +150,20 @@ class Log:
         self.windows.append(step.timings)
         self.nominal.append(step.decision.nominal_ratio)
         self.effective.append(step.ratio)
-        self.tokens.append(list(step.info["tokens"]))
+        self.answers.append(np.asarray(step.info.get("tokens", step.info.get("normalized")), dtype=np.float64))
         self.macs.append(cost.step(step))
         self.passes.append(len(step.passes))
         if step.draft:
             self.accepted.append((step.passes[0][0] if step.passes else step.draft) / step.draft)
+        if roofline is not None:
+            floors = {"prefill": roofline.prefill_ms(step.layout, step.decision, step.draft)}
+            if step.passes:
+                floors["decode"] = roofline.decode_ms(step.layout, step.decision, step.passes)
+            self.floors.append(floors)
+
+    def stage(self, name: str) -> list[float]:
+        """A stage's latency, ms, frame by frame."""
+        return [stages[name] for stages in self.stages]
 
     def window(self, name: str) -> list[float]:
         """A window's latency, ms, frame by frame."""
@@ -165,7 +175,7 @@ class Log:
         return [sum(stages[name] for name in BOOKKEEPING) for stages in self.stages]
 
 
-def measure_frames(backbone: PrismaticBackbone, scene: Scene, config: BenchConfig) -> FrameResult:
+def measure_frames(backbone: Timed, scene: Scene, config: BenchConfig) -> FrameResult:
     """Run the section: every frame goes to every method before the next frame does, in a new order each time.
 
     Args:
@@ -178,22 +188,29 @@ def measure_frames(backbone: PrismaticBackbone, scene: Scene, config: BenchConfi
     """
     if len(scene.frames) <= config.warmup:
         raise InputError(f"{scene.source}: {len(scene.frames)} frames, {config.warmup} of them warm-up: none is left")
-    robots = _robots(backbone, config)
+    methods = list(make_methods(backbone, config))
     cost = CostModel.of(backbone, scene.frames[0])
+    roofline = None if config.roofline is None else Roofline(config.roofline, backbone.shape)
+    robots = {method.name: method.robot for method in methods}
     logs = {name: Log() for name in robots}
-    for index, order in take_turns(list(robots), len(scene.frames), config.seed, "frame"):
+    least, seconds = config.warmup + 1, 60 * config.minutes if config.minutes else math.inf
+    turns = take_turns(list(robots), len(scene.frames), config.seed, "frame", least=least, seconds=seconds)
+    for index, order in turns:
         for name in order:
             step, peak = _turn(robots[name], scene, index, backbone.device)
             if index >= config.warmup:
-                logs[name].add(step, peak, cost)
-    rows = tuple(_row(name, robots[name], logs) for name in robots)
+                logs[name].add(step, peak, cost, roofline)
+    comparable = roofline is not None and roofline.measures(backbone.device, backbone.dtype)
+    rows = tuple(_row(method, logs, comparable=comparable) for method in methods)
     peaks = [row.peak_memory_mb for row in rows if row.peak_memory_mb is not None]
     return FrameResult(
         model=backbone.name,
         dtype=str(backbone.dtype).removeprefix("torch."),
         visual_tokens=backbone.layout(scene.frames[0]).n_visual,
         source=scene.source,
-        frames=len(scene.frames) - config.warmup,
+        random_weights=config.model is None,
+        roofline=config.roofline,
+        frames=len(logs[STOCK].stages),
         warmup=config.warmup,
         peak_memory_mb=max(peaks, default=peak_memory_mb(backbone.device)),
         rows=rows,
@@ -203,26 +220,6 @@ def measure_frames(backbone: PrismaticBackbone, scene: Scene, config: BenchConfi
             if not row.name.startswith(DENSE)
         ),
     )
-
-
-def _robots(backbone: PrismaticBackbone, config: BenchConfig) -> dict[str, Robot]:
-    """Method and levers → session on the same model."""
-    robots: dict[str, Robot] = {STOCK: StockSession(backbone)}
-    for levers in dict.fromkeys(("none", *config.levers)):
-        for spec in (DENSE, *config.policies):
-            vla = CachedVLA(
-                backbone,
-                resolve(spec, config.model),
-                flow=config.flow,
-                max_age=config.max_age,
-                levers=Levers.parse(levers),
-            )
-            robots[_name(paths_by_name(spec), levers)] = vla.session(config.seed)
-    return robots
-
-
-def _name(method: str, levers: str) -> str:
-    return method if levers in ("", "none") else f"{method} +{levers}"
 
 
 def _turn(robot: Robot, scene: Scene, index: int, device: torch.device) -> tuple[Step, float | None]:
@@ -237,18 +234,22 @@ def _turn(robot: Robot, scene: Scene, index: int, device: torch.device) -> tuple
     return robot.last, peak_memory_mb(device) if device.type == "cuda" else None
 
 
-def _row(name: str, robot: Robot, logs: dict[str, Log]) -> FrameRow:
-    levers = name.partition(" +")[2]
-    log, dense, stock, equal = logs[name], logs[DENSE], logs[STOCK], logs[_name(DENSE, levers)]
+def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
+    log, dense, stock, equal = logs[method.name], logs[DENSE], logs[STOCK], logs[row_name(DENSE, method.levers)]
     nominal = [ratio for ratio in log.nominal if ratio is not None]
     macs = {stage: float(np.mean([macs[stage] for macs in log.macs])) for stage in log.macs[0]}
+    floors = {
+        stage: float(np.mean([floor.get(stage, 0.0) for floor in log.floors]))
+        for stage in ("prefill", "decode")
+        if any(stage in floor for floor in log.floors)
+    }
     return FrameRow(
-        name=name,
-        levers=levers,
+        name=method.name,
+        levers=method.levers,
         ratio_nominal=float(np.mean(nominal)) if nominal else None,
         ratio_effective=float(np.mean(log.effective)),
         windows_ms={window: measured(log.window(window)) for window in WINDOWS},
-        stages_ms={stage: measured([stages[stage] for stages in log.stages]) for stage in STAGES},
+        stages_ms={stage: measured(log.stage(stage)) for stage in STAGES},
         faster_than_dense={w: Ratio.of(dense.window(w), log.window(w)) for w in WINDOWS},
         faster_than_equal={w: Ratio.of(equal.window(w), log.window(w)) for w in WINDOWS},
         faster_than_stock={w: Ratio.of(stock.window(w), log.window(w)) for w in WINDOWS},
@@ -257,7 +258,15 @@ def _row(name: str, robot: Robot, logs: dict[str, Log]) -> FrameRow:
         flops=2 * sum(macs.values()),
         passes=float(np.mean(log.passes)),
         accepted=float(np.mean(log.accepted)) if log.accepted else None,
-        same_tokens=float(np.mean(np.asarray(log.tokens) == np.asarray(stock.tokens))),
-        cache_mb=robot.nbytes / 1e6 if isinstance(robot, Session) else None,
+        swept=method.swept,
+        same_actions=None if "acceptance" in method.swept else _same(log, stock),
+        floor_ms=floors,
+        times_floor={s: float(np.median(log.stage(s))) / f for s, f in floors.items()} if comparable else {},
+        cache_mb=method.robot.nbytes / 1e6 if isinstance(method.robot, Session) else None,
         peak_memory_mb=max(log.peaks_mb, default=None),
     )
+
+
+def _same(log: Log, stock: Log) -> float:
+    """Share of the answers that are the stock model's."""
+    return float(np.mean(np.abs(np.asarray(log.answers) - np.asarray(stock.answers)) < SAME))

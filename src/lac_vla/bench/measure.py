@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,9 @@ class Target:
         return cls(what, unit, value, low, high, limit, bound, bool(reached))
 
 
-def take_turns(names: Sequence[str], rounds: int, seed: int, what: str) -> Iterator[tuple[int, list[str]]]:
+def take_turns(
+    names: Sequence[str], rounds: int, seed: int, what: str, *, least: int = 0, seconds: float = math.inf
+) -> Iterator[tuple[int, list[str]]]:
     """Go through the rounds with a progress bar.
 
     Args:
@@ -88,12 +91,16 @@ def take_turns(names: Sequence[str], rounds: int, seed: int, what: str) -> Itera
         rounds: Their number.
         seed: Of the orders.
         what: Title of the bar.
+        least: Rounds that are run however long they take.
+        seconds: No round begins after this time.
 
     Yields:
         The number of the round, and the variants in a new random order.
     """
-    rng = np.random.default_rng(seed)
+    rng, start = np.random.default_rng(seed), time.monotonic()
     for index in tqdm(range(rounds), desc=what, unit="round", leave=False):
+        if index >= least and time.monotonic() - start > seconds:
+            return
         yield index, [names[i] for i in rng.permutation(len(names))]
 
 

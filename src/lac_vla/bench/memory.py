@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Target
+from lac_vla.bench.model import Timed
 from lac_vla.bench.scene import Scene
 from lac_vla.evaluation.methods import resolve
 from lac_vla.evaluation.rollout import peak_memory_mb
-from lac_vla.models import PrismaticBackbone
 from lac_vla.policies import paths_by_name
 from lac_vla.vla import CachedVLA, Session
 
@@ -64,7 +64,7 @@ class MemoryResult:
     targets: tuple[Target, ...]
 
 
-def measure_memory(backbone: PrismaticBackbone, scene: Scene, config: BenchConfig) -> MemoryResult:
+def measure_memory(backbone: Timed, scene: Scene, config: BenchConfig) -> MemoryResult:
     """Run the section: one session that is never reset.
 
     Args:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeAlias, overload
 
 import torch
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.errors import InputError
-from lac_vla.models import PrismaticBackbone, PrismaticConfig, load_vla, random_vla
+from lac_vla.models import CogACTBackbone, PrismaticBackbone, PrismaticConfig, load_vla, random_vla
+
+Timed: TypeAlias = PrismaticBackbone | CogACTBackbone
+"""Models that there is a stock baseline for."""
 
 
-def open_model(config: BenchConfig) -> PrismaticBackbone:
+def open_model(config: BenchConfig) -> Timed:
     """The model of the sections ``frame`` and ``memory``.
 
     Raises:
@@ -19,14 +23,35 @@ def open_model(config: BenchConfig) -> PrismaticBackbone:
         CheckpointError: If the checkpoint cannot be used.
     """
     if config.model is None:
-        return open_random(config.random_weights, config)
+        random = open_random(config.random_weights, config)
+        if config.acceptance and not random.max_new_tokens:
+            raise InputError(f"{random.name} appends no tokens that could be drafted: leave acceptance out")
+        return random
     backbone = load_vla(config.model, dtype=_dtype(config), device=_device(config), unnorm_key=config.unnorm_key)
-    if not isinstance(backbone, PrismaticBackbone):
-        raise InputError(f"{backbone.name} is no Prismatic model: there is no stock baseline to time against")
+    if not isinstance(backbone, PrismaticBackbone | CogACTBackbone):
+        raise InputError(f"{backbone.name} has no stock baseline to time against: give an OpenVLA or CogACT model")
     return backbone
 
 
-def open_random(model: PrismaticConfig | str, config: BenchConfig) -> PrismaticBackbone:
+def open_shapes(config: BenchConfig) -> Timed:
+    """The model of the section ``roofline``: of random weights the shapes alone, without memory.
+
+    Raises:
+        InputError: If there is no such model.
+        CheckpointError: If the checkpoint cannot be used.
+    """
+    return random_vla(config.random_weights, device="meta") if config.model is None else open_model(config)
+
+
+@overload
+def open_random(model: PrismaticConfig, config: BenchConfig) -> PrismaticBackbone: ...
+
+
+@overload
+def open_random(model: str, config: BenchConfig) -> Timed: ...
+
+
+def open_random(model: PrismaticConfig | str, config: BenchConfig) -> Timed:
     """A model with random weights, by name or configuration.
 
     Raises:
@@ -54,7 +79,7 @@ def _dtype(config: BenchConfig) -> torch.dtype | str:
     return dtypes.get(config.dtype, config.dtype)
 
 
-def _check_memory(model: PrismaticBackbone, device: torch.device) -> None:
+def _check_memory(model: Timed, device: torch.device) -> None:
     """Refuse weights that are larger than the free memory, before a single one is made."""
     needed = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()

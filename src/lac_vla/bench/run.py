@@ -15,21 +15,24 @@ from typing import Any, TypeAlias
 import cv2
 import torch
 
+from lac_vla.bench.chart import stage_chart
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import EngineResult, measure_engine
 from lac_vla.bench.frame import FrameResult, measure_frames
 from lac_vla.bench.measure import Target
 from lac_vla.bench.memory import MemoryResult, measure_memory
-from lac_vla.bench.model import open_model
-from lac_vla.bench.scene import make_scene
+from lac_vla.bench.model import Timed, open_model, open_shapes
+from lac_vla.bench.roofline import Roofline, RooflineResult, floors
+from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.errors import InputError
 from lac_vla.evaluation.stats import Percentiles
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
 
-Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult]
+Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult | RooflineResult]
 
 RESULT = "bench.json"
+CHART = "bench.svg"
 UNITS = {
     "*_ms": "milliseconds: median p50, 95th percentile p95, of n measurements",
     "*_mb": "10^6 bytes",
@@ -37,6 +40,9 @@ UNITS = {
     "flops": "floating-point operations: 2 per multiply-accumulate",
     "faster_than_*": "ratio of medians value, quartiles low and high of the ratios within the rounds",
     "bookkeeping": "as faster_than_*: flow + policy + bookkeeping over the model call of 'dense'",
+    "floor_ms": "least time of that GPU's vendor peaks: of the arithmetic, or of reading the layers' weights once",
+    "times_floor": "median over floor_ms; only where the device is that GPU",
+    "swept": "prescribed, no property of the method or of the weights",
     "load": "processes that wanted a core, mean of a minute, before and after",
 }
 """What the numbers in the file mean."""
@@ -53,6 +59,7 @@ class BenchResult:
         engine: The section, if it ran.
         frame: The section, if it ran.
         memory: The section, if it ran.
+        roofline: The section, if it was asked for.
     """
 
     config: BenchConfig
@@ -61,6 +68,7 @@ class BenchResult:
     engine: EngineResult | None = None
     frame: FrameResult | None = None
     memory: MemoryResult | None = None
+    roofline: RooflineResult | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -84,6 +92,8 @@ class BenchResult:
 def run_bench(config: BenchConfig) -> BenchResult:
     """Measure section after section; after each, ``bench.json`` in ``config.out`` holds all there is so far.
 
+    Beside it, ``bench.svg`` shows the section ``frame``.
+
     Raises:
         InputError: If the model, the device or the dataset does not fit, or the folder cannot be written.
         CheckpointError: If the checkpoint cannot be used.
@@ -96,12 +106,16 @@ def run_bench(config: BenchConfig) -> BenchResult:
             part: Any = {section: measure()}
             result = replace(result, load=(result.load[0], os.getloadavg()[0]), **part)
             write_result(result, config.out)
+            if result.frame is not None:
+                write_chart(result.frame, config.out)
     return result
 
 
 def _sections(config: BenchConfig) -> dict[str, Measure]:
     """The wanted sections in order. What they need is opened here, so that faults show before all measuring."""
     sections: dict[str, Measure] = {}
+    if "roofline" in config.sections:
+        sections["roofline"] = partial(_floors, config, open_shapes(config))
     if "engine" in config.sections:
         sections["engine"] = partial(measure_engine, config)
     if {"frame", "memory"} & set(config.sections):
@@ -112,6 +126,14 @@ def _sections(config: BenchConfig) -> dict[str, Measure]:
         if "memory" in config.sections:
             sections["memory"] = partial(measure_memory, backbone, scene, config)
     return sections
+
+
+def _floors(config: BenchConfig, backbone: Timed) -> RooflineResult:
+    """The section ``roofline``, for the prompt of a synthetic frame."""
+    cameras = tuple(camera.name for camera in backbone.model.config.cameras)
+    layout = backbone.layout(synthetic(cameras, None, 1, config.seed).frames[0])
+    roofline = Roofline(str(config.roofline), backbone.shape)
+    return floors(roofline, backbone.name, layout, backbone.max_new_tokens, config.active)
 
 
 def write_result(result: BenchResult, folder: Path) -> Path:
@@ -127,14 +149,22 @@ def write_result(result: BenchResult, folder: Path) -> Path:
     Raises:
         InputError: If it cannot be written.
     """
-    path = folder / RESULT
+    text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    return _write(folder / RESULT, text + "\n")
+
+
+def write_chart(result: FrameResult, folder: Path) -> Path:
+    """Write ``bench.svg``: the stages of a frame, method by method. Arguments as :func:`write_result`'s."""
+    return _write(folder / CHART, stage_chart(result))
+
+
+def _write(path: Path, text: str) -> Path:
     unfinished = path.with_suffix(".partial")
     try:
-        text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(path.parent, error) from error
     return path
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from lac_vla.bench.model import Timed
 from lac_vla.errors import InputError
-from lac_vla.models import PrismaticBackbone
 from lac_vla.types import FloatArray, Frame, UInt8Image
 
 INSTRUCTION = "pick up the black bowl next to the plate and place it on the plate"
@@ -37,7 +37,7 @@ class Scene:
     starts: frozenset[int]
 
 
-def make_scene(backbone: PrismaticBackbone, replay: Path | None, length: int, seed: int) -> Scene:
+def make_scene(backbone: Timed, replay: Path | None, length: int, seed: int) -> Scene:
     """Frames that fit a model.
 
     Args:

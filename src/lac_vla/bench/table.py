@@ -8,24 +8,65 @@ from typing import Any
 from rich.table import Table
 
 from lac_vla.bench.engine import EngineResult
-from lac_vla.bench.frame import FrameResult
+from lac_vla.bench.frame import FrameResult, FrameRow
 from lac_vla.bench.measure import Ratio, Target
 from lac_vla.bench.memory import MemoryResult
+from lac_vla.bench.roofline import RooflineResult
 from lac_vla.bench.run import BenchResult
-from lac_vla.evaluation.table import NONE, count, latency, memory, percent
+from lac_vla.evaluation.table import NONE, count, latency, memory, milliseconds, percent
 from lac_vla.timing import STAGES, WINDOWS
+
+SWEPT = "\nrandom weights: what is reused and which drafts stand is swept, or says nothing about a trained model"
 
 
 def bench_tables(result: BenchResult) -> list[Table]:
     """All sections that ran, then the targets with the conditions that they were measured under."""
     tables = []
+    if result.roofline is not None:
+        tables.append(roofline_table(result.roofline))
     if result.engine is not None:
         tables.append(engine_table(result.engine))
     if result.frame is not None:
         tables += [frame_table(result.frame), cost_table(result.frame), stage_table(result.frame)]
     if result.memory is not None:
         tables.append(memory_table(result.memory))
-    return [*tables, target_table(result)]
+    if result.frame is not None and result.frame.roofline is not None:
+        tables.append(floor_table(result.frame))
+    return [*tables, target_table(result)] if result.targets else tables
+
+
+def roofline_table(result: RooflineResult) -> Table:
+    """Floors, from shapes alone."""
+    decoding = f"a decoding pass {milliseconds(result.pass_ms)} ms, {result.passes} of them behind the prefill"
+    table = _table(
+        f"roofline: {result.model} on one {result.gpu}, bfloat16, batch 1, nothing measured",
+        f"{count(result.parameters)} parameters in the layers; a prompt of {result.tokens} tokens, "
+        f"{result.visual_tokens} of them visual\n"
+        f"floor of {decoding if result.passes else 'the decoder alone; the head appends no tokens'}\n"
+        f"below {result.ridge:.0f} rows the weights' way from memory takes longer: fewer active tokens buy nothing\n"
+        "action: prefill and decoding one by one; tower, head and the cache's own work come on top",
+        "rows", "floor of the prefill, ms", "bound by", "faster at most", "floor of the action, ms", first="active",
+    )  # fmt: skip
+    for row in result.rows:
+        cells = [str(row.rows), milliseconds(row.prefill_ms), row.bound, f"{row.faster:.2f}×"]
+        table.add_row(percent(row.active, 0), *cells, milliseconds(row.action_ms))
+    return table
+
+
+def floor_table(result: FrameResult) -> Table:
+    """Every row's own floors, and how far its times are above them."""
+    measured_there = any(row.times_floor for row in result.rows)
+    where = "× floor: median over floor" if measured_there else "measured elsewhere: floors only"
+    caption = f"of prefill and of all decoding passes of a frame, means; {where}"
+    title = f"roofline: floors of one {result.roofline}, bfloat16"
+    table = _table(title, caption, "prefill ms", "× floor", "decode ms", "× floor")
+    for row in result.rows:
+        cells = []
+        for stage in ("prefill", "decode"):
+            floor, times = row.floor_ms.get(stage), row.times_floor.get(stage)
+            cells += [NONE if floor is None else milliseconds(floor), NONE if times is None else f"{times:.1f}×"]
+        table.add_row(row.name, *cells)
+    return table
 
 
 def engine_table(result: EngineResult) -> Table:
@@ -35,11 +76,13 @@ def engine_table(result: EngineResult) -> Table:
         "stock: transformers' LlamaModel, "
         f"{result.attention} attention, use_cache=True (its keys and values are kept for decoding)\n"
         "faster: ratio of medians, and quartiles of the ratios within the rounds",
-        "rows", "MACs", "FLOPs", "p50 / p95 ms", "faster than stock", "faster than dense",
+        "rows", "MACs", "FLOPs", "p50 / p95 ms", "faster than stock", "faster than dense", "floor ms", "× floor",
     )  # fmt: skip
     for row in result.rows:
         cells = [str(row.rows), count(row.macs), count(row.flops), latency(row.latency_ms)]
-        table.add_row(row.name, *cells, ratio(row.faster_than_stock), ratio(row.faster_than_dense))
+        floor = NONE if row.floor_ms is None else milliseconds(row.floor_ms)
+        times = NONE if row.times_floor is None else f"{row.times_floor:.1f}×"
+        table.add_row(row.name, *cells, ratio(row.faster_than_stock), ratio(row.faster_than_dense), floor, times)
     return table
 
 
@@ -49,7 +92,8 @@ def frame_table(result: FrameResult) -> Table:
         f"frame: {result.model}, {result.dtype}, {result.visual_tokens} visual tokens",
         f"{result.frames} frames, {result.source}\n"
         "dense stock: the same model through transformers' LlamaForCausalLM, SDPA, DynamicCache, greedy\n"
-        "p50 / p95 in ms; faster: observation to action, ratio of medians, and quartiles of the ratios frame by frame",
+        "p50 / p95 in ms; faster: observation to action, ratio of medians, and quartiles of the ratios frame by frame"
+        + (SWEPT if result.random_weights else ""),
         "ratio nom. / eff.",
         *(window.replace("_", " ") for window in WINDOWS),
         "faster than stock",
@@ -60,7 +104,7 @@ def frame_table(result: FrameResult) -> Table:
         window = "observation_to_action"
         table.add_row(
             row.name,
-            f"{percent(row.ratio_nominal, 0)} / {percent(row.ratio_effective)}",
+            f"{percent(row.ratio_nominal, 0)} / {percent(row.ratio_effective)}" + _swept(row, "ratio"),
             *(latency(row.windows_ms[name]) for name in WINDOWS),
             ratio(row.faster_than_stock[window]),
             ratio(row.faster_than_dense[window]),
@@ -73,21 +117,22 @@ def cost_table(result: FrameResult) -> Table:
     """Operations and memory per frame."""
     table = _table(
         "cost of a frame",
-        "cache: keys and values that outlive a frame; stock's tokens: action tokens equal to the stock model's\n"
-        f"peak memory of all methods together: {memory(result.peak_memory_mb)}",
+        "cache: keys and values that outlive a frame; stock's actions: tokens, or values within 1/256, that are equal\n"
+        f"peak memory of all methods together: {memory(result.peak_memory_mb)}"
+        + (SWEPT if result.random_weights else ""),
         "MACs",
         "FLOPs",
         "cache MB",
         "peak memory",
         "passes",
         "draft kept",
-        "stock's tokens",
+        "stock's actions",
     )
     for row in result.rows:
         cache = NONE if row.cache_mb is None else f"{row.cache_mb:.2f}"
         cells = [count(sum(row.macs.values())), count(row.flops), cache, memory(row.peak_memory_mb)]
-        decoding = [f"{row.passes:.1f}", percent(row.accepted)]
-        table.add_row(row.name, *cells, *decoding, percent(row.same_tokens))
+        decoding = [f"{row.passes:.1f}", percent(row.accepted) + _swept(row, "acceptance")]
+        table.add_row(row.name, *cells, *decoding, percent(row.same_actions))
     return table
 
 
@@ -146,6 +191,10 @@ def measured(target: Target) -> str:
     """What was measured for a target, e.g. ``2.93 × [2.73, 3.09]``."""
     spread = "" if target.low is None or target.high is None else f" [{target.low:.2f}, {target.high:.2f}]"
     return f"{target.value:.2f} {target.unit}{spread}"
+
+
+def _swept(row: FrameRow, what: str) -> str:
+    return " swept" if what in row.swept else ""
 
 
 def _table(title: str, caption: str, *headings: str, first: str = "method") -> Table:

@@ -13,6 +13,7 @@ from lac_vla.models.base import Backbone, DecoderLayer, Extend, Rotary
 from lac_vla.models.cogact.backbone import CogACTBackbone
 from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, random_cogact
+from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig, Sampling
 from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
 from lac_vla.models.prismatic.backbone import PrismaticBackbone
@@ -110,7 +111,7 @@ def save_vla(backbone: PrismaticBackbone, folder: str | Path, *, dtype: torch.dt
 
 @overload
 def random_vla(
-    config: PrismaticConfig | str,
+    config: PrismaticConfig,
     *,
     seed: int = 0,
     dtype: torch.dtype | str = torch.float32,
@@ -128,6 +129,16 @@ def random_vla(
 ) -> CogACTBackbone: ...
 
 
+@overload
+def random_vla(
+    config: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PrismaticBackbone | CogACTBackbone: ...
+
+
 def random_vla(
     config: PrismaticConfig | CogACTConfig | str,
     *,
@@ -138,7 +149,7 @@ def random_vla(
     """Make a model of any size with random weights, to test and to time with. No file is read.
 
     Args:
-        config: A configuration, or ``"openvla-7b"``, ``"mini"``, ``"tiny"``.
+        config: A configuration, or ``"openvla-7b"``, ``"mini"``, ``"tiny"``, ``"cogact-7b"``, ``"cogact-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; ``"auto"`` as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.
@@ -147,10 +158,11 @@ def random_vla(
         InputError: If there is no configuration of that name.
     """
     device = torch.device(device)
-    if isinstance(config, str) and config not in PRESETS:
-        raise InputError(f"unknown model '{config}': choose one of {list(PRESETS)}")
+    presets: Mapping[str, PrismaticConfig | CogACTConfig] = {**PRESETS, **COGACT_PRESETS}
+    if isinstance(config, str) and config not in presets:
+        raise InputError(f"unknown model '{config}': choose one of {list(presets)}")
     name = config if isinstance(config, str) else "random"
-    config = PRESETS[config] if isinstance(config, str) else config
+    config = presets[config] if isinstance(config, str) else config
     dtype = _dtype(dtype, device)
     if isinstance(config, CogACTConfig):
         return random_cogact(config, name=name, seed=seed, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Shapes of inline SVG; their colours and strokes come from the page's style."""
+"""The few shapes that plots are made of, as SVG. Their colours and strokes come from a style sheet, by class."""
 
 from __future__ import annotations
 
@@ -18,19 +18,38 @@ def ticks(limit: float, wanted: int = 5) -> list[float]:
 
 
 def line(kind: str, x1: float, x2: float, y1: float, y2: float, colour: str | None = None) -> str:
-    """A line of a class of the page's style."""
+    """A straight line of a class, from (x1, y1) to (x2, y2)."""
     style = f' style="--c:{colour}"' if colour else ""
     return f'<line class="{kind}"{style} x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
 
 
 def text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> str:
-    """Words at a place: their start, middle or end."""
+    """Words of a class, whose ``anchor`` (``start``, ``middle``, ``end``) is at x and whose baseline at y."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def picture(width: float, height: float, parts: Sequence[str], label: str, kind: str) -> str:
-    """The whole picture; ``label`` says what it shows to readers who cannot see it."""
-    body = "".join(parts)
+def box(colour: str, x: float, y: float, width: float, height: float, title: str) -> str:
+    """A filled rectangle that says its ``title`` under the pointer."""
     return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
+        f'<rect fill="{colour}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}">'
+        f"<title>{escape(title)}</title></rect>"
+    )
+
+
+def picture(width: float, height: float, parts: Sequence[str], label: str, kind: str, style: str = "") -> str:
+    """All parts together.
+
+    Args:
+        width: Of the picture.
+        height: Of the picture.
+        parts: Its shapes, the lowest first.
+        label: What it shows, for readers who cannot see it.
+        kind: Its class.
+        style: A style sheet of its own, for a picture in a file; empty for one in a page.
+    """
+    head = f'xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" ' if style else ""
+    sheet = f"<style>{style}</style>" if style else ""
+    return (
+        f'<svg {head}class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
+        f"{sheet}{''.join(parts)}</svg>"
     )

@@ -172,3 +172,5 @@ TINY_COGACT = CogACTConfig(
     sampling=Sampling(steps=4),
 )
 """For tests."""
+
+PRESETS: dict[str, CogACTConfig] = {"cogact-7b": COGACT_7B, "cogact-tiny": TINY_COGACT}

@@ -1,0 +1,237 @@
+"""Buckets and graphs: few shapes, at addresses that stay, and no number that they should not change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from lac_vla import CachedVLA, Decision, PrismaticBackbone, Random, Session, random_vla
+from lac_vla import graphs as graphs_module
+from lac_vla.graphs import ROOM
+from lac_vla.levers import Levers, rounded_up
+from lac_vla.models.cogact.config import TINY_COGACT
+from lac_vla.policies import CachePolicy, cache_lowest
+from lac_vla.types import Beyond, View
+from tests.engine.scenes import ALL_POLICIES, PRUNING, REUSING, frame
+from tests.engine.test_invariants import capture_hidden, reference, sequence_of
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+FRAMES = [frame(0), frame(0), frame(1), frame(2, "put the mug on the plate, then stop"), frame(3), frame(4, "stop")]
+STAGED = {"staircase", "vla-cache", "vla-cache-suffix", "vla-cache-paper"}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> PrismaticBackbone:
+    return random_vla("tiny", seed=3)
+
+
+def act(session: Session, seed: int) -> None:
+    session.act(frame(seed))
+    assert session.last is not None
+
+
+# Buckets.
+
+
+def test_the_oldest_cached_tokens_fill_the_bucket() -> None:
+    cached = np.array([1, 1, 0, 1, 1, 1, 0, 1], dtype=bool)
+    age = np.array([1, 3, 9, 2, 3, 3, 9, 1])
+    full = rounded_up(Decision.reuse(cached, 4), age, 4)
+    assert np.flatnonzero(full.active).tolist() == [1, 2, 4, 6]  # of three tokens of age 3 the first two
+    assert full.recovered is not None
+    assert np.flatnonzero(full.recovered).tolist() == [1, 4]
+    assert rounded_up(full, age, 4) is full
+
+
+def test_a_bucket_larger_than_what_is_left_makes_the_frame_dense() -> None:
+    cached = np.arange(10) < 3
+    assert rounded_up(Decision.reuse(cached, 2), np.zeros(10, dtype=np.int64), 16).active.all()
+
+
+def test_what_was_recovered_stays_so() -> None:
+    recovered = np.array([False, False, False, True])
+    decision = Decision.reuse(~recovered, 2, recovered=recovered, nominal_ratio=1.0)
+    full = rounded_up(decision, np.array([0, 0, 5, 0]), 2)
+    assert full.recovered is not None
+    assert full.recovered.tolist() == [False, False, True, True]
+    assert full.nominal_ratio == 1.0
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        Decision(np.array([0, 2, 2, 4, 4]), 4),
+        Decision(np.array([0, 0, 4, 4, 4]), 4, Beyond.PRUNE),
+        Decision.dense(5, 4),
+        Decision.reuse(np.ones(5, dtype=bool), 4),
+    ],
+    ids=["mid-depth", "pruning", "dense", "nothing active"],
+)
+def test_other_decisions_stay(decision: Decision) -> None:
+    assert rounded_up(decision, np.zeros(5, dtype=np.int64), 2) is decision
+
+
+@pytest.mark.parametrize("name", sorted(set(REUSING) - {"dense"}))
+def test_a_bucket_makes_the_cache_no_older(backbone: PrismaticBackbone, name: str) -> None:
+    """Counts and ages over a session; and with max_age, whose forced tokens are rounded up as well."""
+    session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3, levers=Levers(bucket=8)).session(seed=5)
+    counts = set()
+    for seed in range(8):
+        before = session._cache.age.copy()
+        act(session, seed)
+        step = session.last
+        assert step is not None
+        if seed:
+            assert (step.age <= before + 1).all()
+            assert step.age.max() <= 3
+            if name not in STAGED:
+                counts.add(int(step.active.sum()))
+    n = step.layout.n_visual
+    assert all(count % 8 == 0 or count == n for count in counts)
+
+
+def test_a_bucket_makes_the_cache_fresher(backbone: PrismaticBackbone) -> None:
+    plain, full = (CachedVLA(backbone, Random(0.9), levers=Levers(bucket=bucket)).session(seed=1) for bucket in (1, 16))
+    ages: list[list[float]] = [[], []]
+    for seed in range(12):
+        for session, age in zip((plain, full), ages, strict=True):
+            act(session, seed)
+            age.append(float(session._cache.age.mean()))
+    assert np.mean(ages[1]) < 0.7 * np.mean(ages[0])
+
+
+@pytest.mark.parametrize("name", PRUNING)
+def test_a_bucket_leaves_pruning_alone(backbone: PrismaticBackbone, name: str) -> None:
+    plain, full = (
+        CachedVLA(backbone, ALL_POLICIES[name](), levers=Levers(bucket=bucket)).session(seed=1) for bucket in (1, 7)
+    )
+    for seed in range(3):
+        torch.testing.assert_close(capture_hidden(full, frame(seed)), capture_hidden(plain, frame(seed)))
+        assert plain.last is not None
+        assert full.last is not None
+        assert (full.last.decision.depth == plain.last.decision.depth).all()
+
+
+# Both levers against the slow reference.
+
+
+@pytest.mark.parametrize("levers", ["bucket=8", "default+bucket=8+graphs"])
+@pytest.mark.parametrize("name", ALL_POLICIES)
+def test_static_shapes_equal_the_reference(backbone: PrismaticBackbone, name: str, levers: str) -> None:
+    session = CachedVLA(backbone, ALL_POLICIES[name](), levers=Levers.parse(levers)).session(seed=5)
+    expected = reference(backbone)
+    for observation in FRAMES:
+        captured, step = capture_hidden(session, observation), session.last
+        assert step is not None
+        embeddings = sequence_of(backbone, observation, step.info["tokens"])
+        hidden = expected.run(embeddings, step.layout.n_prefix, step.decision)[step.layout.suffix.start :]
+        torch.testing.assert_close(captured.double(), hidden, **CLOSE)
+
+
+@pytest.mark.parametrize("name", REUSING)
+def test_an_unchanged_frame_is_exact(backbone: PrismaticBackbone, name: str) -> None:
+    levers = Levers.parse("bucket=8+graphs")
+    session = CachedVLA(backbone, ALL_POLICIES[name](), levers=levers).session()
+    dense = capture_hidden(CachedVLA(backbone).session(), frame(4))
+    for _ in range(3):
+        torch.testing.assert_close(capture_hidden(session, frame(4)), dense, **CLOSE)
+
+
+# Graphs.
+
+
+def test_a_head_without_tokens_runs_on_graphs() -> None:
+    cogact = random_vla(TINY_COGACT, seed=3)
+    plain, static = (CachedVLA(cogact, Random(0.5), levers=Levers.parse(t)).session(seed=2) for t in ("none", "graphs"))
+    for seed in range(3):
+        np.testing.assert_allclose(static.act(frame(seed)), plain.act(frame(seed)), atol=1e-4)
+    assert static._graphs is not None
+    assert static._graphs.static == 3
+
+
+def test_the_mask_of_a_bidirectional_model_hides_what_does_not_exist() -> None:
+    class Bidirectional(PrismaticBackbone):
+        causal = False
+
+        def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            return torch.ones(len(queries), len(keys), dtype=torch.bool)
+
+    tiny = random_vla("tiny", seed=3)
+    both = Bidirectional(tiny.model, tiny.encode)
+    plain, static = (CachedVLA(both, Random(0.5), levers=Levers.parse(t)).session(seed=2) for t in ("none", "graphs"))
+    for observation in FRAMES:
+        torch.testing.assert_close(capture_hidden(static, observation), capture_hidden(plain, observation), **CLOSE)
+
+
+def test_buckets_make_few_shapes_and_the_cache_stays_where_it_is(backbone: PrismaticBackbone) -> None:
+    @dataclass(frozen=True)
+    class Restless(CachePolicy):
+        """Another number of tokens in every frame."""
+
+        def decide(self, view: View) -> Decision:
+            ratio = view.rng.uniform(0.3, 0.9)
+            return Decision.reuse(cache_lowest(view.rng.random(view.layout.n_visual), ratio), view.n_layers)
+
+    shapes = {}
+    for levers in ("draft+graphs", "draft+graphs+bucket=16"):
+        session = CachedVLA(backbone, Restless(), levers=Levers.parse(levers)).session()
+        addresses = set()
+        for seed in range(24):
+            act(session, seed % 5)
+            addresses.add((session._cache.keys.data_ptr(), session._cache.values.data_ptr()))
+        assert len(addresses) == 1
+        assert session._graphs is not None
+        assert session._graphs.fallbacks == 0
+        shapes[levers] = len(session._graphs)
+    assert shapes["draft+graphs+bucket=16"] <= 4 + 2 + 6 < shapes["draft+graphs"]  # counts; dense frames; passes
+
+
+def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: PrismaticBackbone) -> None:
+    session = CachedVLA(backbone, Random(0.5), levers=Levers.parse("graphs")).session(seed=1)
+    other = CachedVLA(backbone, Random(0.5), levers=Levers.parse("none")).session(seed=1)
+    assert session._graphs is not None
+    homes = []
+    for instruction in ("stop", "stop", "pick up the bowl, now", "go " * 2 * ROOM, "stop"):
+        observation = frame(len(homes), instruction)
+        torch.testing.assert_close(capture_hidden(session, observation), capture_hidden(other, observation), **CLOSE)
+        assert session._cache.keys.shape[2] % ROOM == 0
+        homes.append(session._cache.keys.data_ptr())
+        assert {shape.mask.shape[1] for shape in session._graphs._shapes.values()} == {session._cache.keys.shape[2]}
+    assert homes[0] == homes[1] == homes[2] != homes[3] == homes[4]
+
+
+@pytest.mark.parametrize("name", ALL_POLICIES)
+def test_what_falls_back_says_so(backbone: PrismaticBackbone, name: str) -> None:
+    session = CachedVLA(backbone, ALL_POLICIES[name](), levers=Levers.parse("graphs")).session()
+    for seed in (0, 1):
+        act(session, seed)
+    assert session.last is not None
+    # "watcher" looks at the last layer, which ends a run anyway
+    assert (session.last.fallbacks > 0) == (name in STAGED | set(PRUNING))
+
+
+def test_no_more_shapes_are_kept_than_the_limit(backbone: PrismaticBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "LIMIT", 2)
+    session = CachedVLA(backbone, Random(0.5), levers=Levers.parse("graphs")).session()
+    for seed in range(3):
+        act(session, seed)
+        assert session._graphs is not None
+        assert len(session._graphs) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", REUSING)
+def test_captured_graphs_equal_the_plain_loop(name: str) -> None:
+    tiny = random_vla("tiny", seed=3, device="cuda")
+    plain, static = (
+        CachedVLA(tiny, ALL_POLICIES[name](), levers=Levers.parse(text)).session(seed=5)
+        for text in ("draft+bucket=8", "draft+bucket=8+graphs")
+    )
+    for seed in (*range(8), *range(8)):
+        torch.testing.assert_close(capture_hidden(static, frame(seed)), capture_hidden(plain, frame(seed)), **CLOSE)
+    assert static._graphs is not None
+    assert any(shape._graph is not None for shape in static._graphs._shapes.values())
