@@ -21,6 +21,7 @@ from lac_vla import CachedVLA, CheckpointError, Dense, InputError, LacError, Pri
 from lac_vla.bench import BenchConfig, BenchResult, bench_tables, engine, model, run, run_bench, shapes
 from lac_vla.bench.chart import COLOURS
 from lac_vla.bench.engine import Prefills
+from lac_vla.bench.frame import _targets as frame_targets
 from lac_vla.bench.frame import measure_frames
 from lac_vla.bench.measure import Ratio, Target, take_turns
 from lac_vla.bench.memory import resident_mb
@@ -523,3 +524,17 @@ def test_a_section_that_fails_takes_nothing_with_it(tmp_path: Path, monkeypatch:
     content = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert content["engine"] is not None
     assert content["memory"] is None
+
+
+def test_a_learned_policy_is_held_to_more(result: BenchResult) -> None:
+    """Only where its ratios are its own: on recorded frames, with trained weights; with levers, to one more."""
+    assert result.frame is not None
+    row = next(row for row in result.frame.rows if row.name == "motion:ratio=0.5 +default")
+    slow, fast = Ratio(1.2, 1, 2), Ratio(2.5, 2, 3)
+    windows = {"decoder_prefill": fast, "observation_to_action": slow}
+    learned = replace(
+        row, name="lac +default", deciding=Ratio(0.09, 0, 1), faster_than_equal=windows, faster_than_dense=windows
+    )
+    assert [target.reached for target in frame_targets(learned, earned=True)][1:] == [True, True, False, False]
+    assert len(list(frame_targets(replace(learned, levers=""), earned=True))) == 4
+    assert len(list(frame_targets(learned, earned=False))) == len(list(frame_targets(row, earned=True))) == 1

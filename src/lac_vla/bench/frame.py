@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,10 @@ BOOKKEEPING = ("flow", "policy", "bookkeeping")
 """Stages that a model without cache does not have."""
 SHARE = 0.15
 """Most that they may take together, of the dense model call."""
+LEARNED = {"share": 0.10, "prefill": 2.0, "action": 1.3, "levers": 1.76}
+"""Of a learned policy on replayed frames: flow and policy over the model call of dense with the same levers, at most;
+the prefill, and observation to action, faster than dense with the same levers; observation to action with levers
+faster than dense without, at least."""
 SAME = 1 / 256
 """Two action values that differ by less, of a range from -1 to 1, are the same: half a bin of OpenVLA's tokens."""
 
@@ -47,6 +52,7 @@ class FrameRow:
         faster_than_equal: Window → latency of dense with the same levers over this one: the worth of caching itself.
         faster_than_stock: Window → latency of ``stock`` over this one.
         bookkeeping: Flow, policy and bookkeeping over the model call of ``dense``.
+        deciding: Flow and policy over the model call of dense with the same levers.
         macs: Stage → mean multiply-accumulates per frame.
         flops: Two per multiply-accumulate, all stages.
         passes: Mean decoding passes behind the prefill.
@@ -71,6 +77,7 @@ class FrameRow:
     faster_than_equal: dict[str, Ratio]
     faster_than_stock: dict[str, Ratio]
     bookkeeping: Ratio
+    deciding: Ratio
     macs: dict[str, float]
     flops: float
     passes: float
@@ -215,11 +222,28 @@ def measure_frames(backbone: Timed, scene: Scene, config: BenchConfig) -> FrameR
         peak_memory_mb=max(peaks, default=peak_memory_mb(backbone.device)),
         rows=rows,
         targets=tuple(
-            Target.at_most(f"bookkeeping of {row.name}, of the dense model call", row.bookkeeping, SHARE)
+            target
             for row in rows
             if not row.name.startswith(DENSE)
+            for target in _targets(row, earned=config.replay is not None and config.model is not None)
         ),
     )
+
+
+def _targets(row: FrameRow, *, earned: bool) -> Iterator[Target]:
+    """What a policy is held to; a learned one to more where ratios are ``earned``: real frames, trained weights."""
+    yield Target.at_most(f"bookkeeping of {row.name}, of the dense model call", row.bookkeeping, SHARE)
+    if not earned or not row.name.startswith("lac"):
+        return
+    action = "observation_to_action"
+    yield Target.at_most(f"flow and policy of {row.name}, of dense so equipped", row.deciding, LEARNED["share"])
+    prefill = row.faster_than_equal["decoder_prefill"]
+    yield Target.at_least(f"prefill of {row.name}, faster than dense so equipped", prefill, LEARNED["prefill"])
+    equal = row.faster_than_equal[action]
+    yield Target.at_least(f"{row.name}, observation to action, than dense so equipped", equal, LEARNED["action"])
+    if row.levers:
+        plain = row.faster_than_dense[action]
+        yield Target.at_least(f"{row.name}, observation to action, than dense without levers", plain, LEARNED["levers"])
 
 
 def _turn(robot: Robot, scene: Scene, index: int, device: torch.device) -> tuple[Step, float | None]:
@@ -254,6 +278,10 @@ def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
         faster_than_equal={w: Ratio.of(equal.window(w), log.window(w)) for w in WINDOWS},
         faster_than_stock={w: Ratio.of(stock.window(w), log.window(w)) for w in WINDOWS},
         bookkeeping=Ratio.of(log.bookkeeping, dense.window("model_call")),
+        deciding=Ratio.of(
+            [flow + policy for flow, policy in zip(log.stage("flow"), log.stage("policy"), strict=True)],
+            equal.window("model_call"),
+        ),
         macs=macs,
         flops=2 * sum(macs.values()),
         passes=float(np.mean(log.passes)),
