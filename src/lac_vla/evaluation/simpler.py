@@ -141,13 +141,21 @@ def make_backend(config: SimplerConfig) -> Backend:
 
     Raises:
         InputError: If something is missing; the message lists all of it, and where it comes from.
+        SimulatorError: If the original cannot be imported by its interpreter.
     """
     if lacking := missing(config):
         raise InputError("SIMPLER cannot run here yet.\n" + "\n".join(f"- {item}" for item in lacking))
     if config.backend == "ms3":
         return Ms3Backend("gpu" if config.device == "cuda" else "cpu")
     command = (str(config.interpreter), str(SERVER))
-    return Ms2Backend(command, config.data or Path(), timeout_s=config.timeout_s, ray_tracing=config.ray_tracing)
+    original = Ms2Backend(command, config.data or Path(), timeout_s=config.timeout_s, ray_tracing=config.ray_tracing)
+    version = str(original.metadata().get("numpy", "1"))
+    if int(version.partition(".")[0]) >= 2:
+        original.close()
+        raise InputError(
+            f"{config.interpreter} has numpy {version}, with which SimplerEnv's kinematics fail: 'numpy<2'"
+        )
+    return original
 
 
 def evaluate_simpler(config: SimplerConfig, backend: Callable[[SimplerConfig], Backend] = make_backend) -> Path:

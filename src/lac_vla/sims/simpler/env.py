@@ -27,6 +27,7 @@ class SimplerEnv:
         task: Number of the task in the setup.
         backend: The simulator; it is not closed with the environment.
         convert: From the policy's actions to the simulator's; it starts anew with every instruction.
+        suite: Name of the setup among other benchmarks' suites.
 
     Raises:
         InputError: If there is no such task.
@@ -36,6 +37,7 @@ class SimplerEnv:
     task: int
     backend: Backend
     convert: ActionConversion
+    suite: str = field(init=False)
     _episode: Episode | None = field(default=None, init=False)
     _steps: int = field(default=-1, init=False)
     _success_any: bool = field(default=False, init=False)
@@ -45,12 +47,8 @@ class SimplerEnv:
     def __post_init__(self) -> None:
         if not 0 <= self.task < len(tasks(self.setup)):
             raise InputError(f"{self.setup} has tasks 0..{len(tasks(self.setup)) - 1}, not {self.task}")
+        self.suite = f"simpler-{self.setup}"
         self._all = [episode for episode in episodes(self.setup) if episode.task == self.task]
-
-    @property
-    def suite(self) -> str:
-        """Name of the setup among other benchmarks' suites."""
-        return f"simpler-{self.setup}"
 
     @property
     def n_init_states(self) -> int:

@@ -18,6 +18,7 @@ from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.simpler import SimplerConfig, evaluate_simpler
 from lac_vla.evaluation.simpler_table import tables, terminal_table
 from lac_vla.models.cogact.config import TINY_COGACT
+from lac_vla.report import build_report
 from lac_vla.sims.simpler.backend import SimulatorError
 from lac_vla.sims.simpler.ms2 import Ms2Backend
 from lac_vla.sims.simpler.protocol import episodes, tasks
@@ -77,6 +78,7 @@ def test_every_method_plays_the_sweep(config: SimplerConfig, make: Make) -> None
     assert terminal_table(config.out).row_count == len(cells)
     facts = json.loads((config.out / "summary.json").read_text())
     assert facts["simulator"]["sapien"] == "2.2.2"
+    assert "simpler-vm" in build_report((config.out,), config.out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("order", ["crash", "hang"])
@@ -137,6 +139,13 @@ def test_what_is_missing_is_listed(capsys: pytest.CaptureFixture[str], monkeypat
     assert "CC BY-NC" in said
     with pytest.raises(InputError, match=r"(?s)cannot run here yet.*SimplerEnv's own interpreter.*SimplerEnv's assets"):
         evaluate_simpler(SimplerConfig("a-model", policies=("dense",)))
+
+
+def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simpler, "missing", lambda config: [])
+    monkeypatch.setattr(Ms2Backend, "metadata", lambda self: {"numpy": "2.1.0"})
+    with pytest.raises(InputError, match=r"numpy 2\.1\.0.*numpy<2"):
+        simpler.make_backend(SimplerConfig("a-model", policies=("dense",)))
 
 
 @pytest.mark.parametrize(
