@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TESTS ?= -m "not slow and not gpu"
 DEMO ?=
 
-.PHONY: help demo test check format test-compat bench-gpu setup gl browser clean
+.PHONY: help demo test check format test-compat bench-gpu setup gl browser sim-simpler clean
 .DEFAULT_GOAL := help
 help:                ## show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -45,6 +45,12 @@ test-compat:         ## the engine with the oldest and the newest transformers, 
 
 bench-gpu: setup     ## both 7B shapes on a GPU of 80 GB, random weights: tables, bench.json, bench.svg
 	LAC=$(BIN)/lac sh scripts/bench_gpu.sh
+
+sim-simpler: setup   ## ManiSkill3 and a Vulkan driver for SIMPLER's WidowX tasks; says what else SIMPLER needs
+	@sh scripts/install_vulkan.sh .vulkan
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[simpler]"
+	@if [ -f .vulkan/env.sh ]; then . .vulkan/env.sh; fi; \
+	for what in "widowx --backend ms3" "widowx" "vm" "va"; do $(BIN)/lac simpler --check --setup $$what || true; done
 
 clean:
 	rm -rf $(VENV) .venv-compat-* .pytest_cache .mypy_cache .ruff_cache

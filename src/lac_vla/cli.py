@@ -51,6 +51,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
     from lac_vla.bench import BenchConfig, bench_tables, run_bench
     from lac_vla.evaluation.config import EvalConfig
     from lac_vla.evaluation.reproduce import ReproduceConfig
+    from lac_vla.evaluation.simpler import SimplerConfig
     from lac_vla.sims.collect import CollectConfig
     from lac_vla.training.config import PretrainConfig, TrainConfig
 
@@ -75,6 +76,20 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         from lac_vla.evaluation.reproduce import reproduce as run
 
         _report_reproduction(run(config))
+
+    def simpler(config: Annotated[SimplerConfig, _flat()]) -> None:
+        """SIMPLER's whole sweep and its published tables; with `--check`, what is missing here to run it."""
+        from lac_vla.evaluation.simpler import evaluate_simpler, missing
+        from lac_vla.evaluation.simpler_table import terminal_table
+
+        if not config.check:
+            console.print(terminal_table(evaluate_simpler(config)))
+            return
+        lacking = missing(config)
+        console.print(f"{config.setup}: {len(config.wanted)} episodes on {config.backend}; missing: {len(lacking)}")
+        for item in lacking:
+            console.print(f"- {item}", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1 if lacking else 0)
 
     def demo(
         out: Path = Path("outputs/demo"),
@@ -177,6 +192,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         "demo": demo,
         "eval": evaluate,
         "reproduce": reproduce,
+        "simpler": simpler,
         "bench": bench,
         "report": report,
         "collect": collect,

@@ -43,3 +43,18 @@ def test_an_ensemble_needs_a_model_that_answers_with_chunks() -> None:
     vla = CachedVLA(random_vla("tiny"))
     with pytest.raises(InputError, match="needs that many actions"):
         rollout(Film(), vla.session(), "dense", 0, ensemble=AdaptiveEnsemble(2))
+
+
+def test_a_new_instruction_starts_the_ensemble_anew() -> None:
+    class Changing(Film):
+        def step(self, action: np.ndarray) -> tuple[Frame, bool]:
+            seen, done = super().step(action)
+            words = seen.instruction if len(self.actions) < 2 else "now something else"
+            return Frame(seen.images, words), done
+
+    vla = CachedVLA(random_vla(TINY_COGACT, seed=1))
+    averaged, single = Changing(), Changing()
+    rollout(averaged, vla.session(), "dense", 0, ensemble=AdaptiveEnsemble(3))
+    rollout(single, vla.session(), "dense", 0)
+    same = [np.allclose(a, b) for a, b in zip(averaged.actions, single.actions, strict=True)]
+    assert same == [True, False, True, False, False]

@@ -81,9 +81,12 @@ def rollout(
     oldest: list[int] = []
     macs: list[float] = []
     latency: defaultdict[str, list[float]] = defaultdict(list)
-    success = False
+    success, instruction = False, frame.instruction
     while len(effective) < env.horizon and not success:
         chunk = np.atleast_2d(session.act(frame))
+        if ensemble is not None and frame.instruction != instruction:
+            ensemble.reset()  # the last chunks were about something else
+        instruction = frame.instruction
         action = chunk[0] if ensemble is None else ensemble(chunk)
         step = session.last
         if step is None:  # pragma: no cover - act always leaves a step

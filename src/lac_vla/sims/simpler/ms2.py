@@ -1,0 +1,233 @@
+"""The original SimplerEnv, in an interpreter of its own: this end of the pipe. The other is :mod:`ms2_server`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Final, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from lac_vla.errors import InputError
+from lac_vla.sims.simpler import ms2_server
+from lac_vla.sims.simpler.actions import Action
+from lac_vla.sims.simpler.assets import photo
+from lac_vla.sims.simpler.backend import Observation, SimulatorError
+from lac_vla.sims.simpler.episode import Episode
+
+SERVER: Final = Path(ms2_server.__file__)
+
+
+class Ms2Backend:
+    """A SimplerEnv process. It is started when it is needed, and again after it died, hung or failed.
+
+    Args:
+        command: How to start it, e.g. the interpreter that SimplerEnv is installed for and :data:`SERVER`.
+        assets: Its data folder, ``MS2_ASSET_DIR``.
+        timeout_s: Longest wait for a step, seconds.
+        start_timeout_s: Longest wait for a start or a reset, in which scenes are loaded, seconds.
+        ray_tracing: Trace rays where the protocol demands it; without, scores are not SIMPLER's.
+    """
+
+    name = "ms2"
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        assets: Path,
+        *,
+        timeout_s: float = 60.0,
+        start_timeout_s: float = 300.0,
+        ray_tracing: bool = True,
+    ) -> None:
+        self.command = tuple(command)
+        self.assets = assets
+        self.timeout_s = timeout_s
+        self.start_timeout_s = start_timeout_s
+        self.ray_traced = ray_tracing
+        self._process: subprocess.Popen[bytes] | None = None
+        self._words: IO[bytes] | None = None
+        self._playing = False
+
+    def reset(self, episode: Episode) -> Observation:
+        """Start an episode, and the process if there is none.
+
+        Raises:
+            SimulatorError: If it cannot be started, dies, hangs or fails.
+        """
+        request = {
+            "op": "reset",
+            "env": episode.variant.env_id,
+            "kwargs": self.kwargs(episode),
+            "options": reset_options(episode),
+            "camera": episode.robot.camera,
+        }
+        observation = self._observe(request, None, self.start_timeout_s)
+        self._playing = True
+        return observation
+
+    def step(self, action: Action) -> Observation:
+        """Execute an action, (7,).
+
+        Raises:
+            InputError: If no episode has begun.
+            SimulatorError: If the process dies, hangs or fails.
+        """
+        if not self._playing:
+            raise InputError("reset the simulator before the first step")
+        return self._observe({"op": "step"}, np.asarray(action, dtype=np.float64), self.timeout_s)
+
+    def metadata(self) -> Mapping[str, Any]:
+        """Versions of the other interpreter's packages.
+
+        Raises:
+            SimulatorError: If SimplerEnv cannot be imported there.
+        """
+        message, _ = self._ask({"op": "hello"}, None, self.start_timeout_s)
+        return {"backend": self.name, "ray_tracing": self.ray_traced, **message.get("versions", {})}
+
+    def close(self) -> None:
+        """End the process, if need be by force."""
+        process, self._process, self._playing = self._process, None, False
+        if process is None:
+            return
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it has nothing to save, and may hang
+        process.wait()
+        if self._words is not None:
+            self._words.close()
+
+    def kwargs(self, episode: Episode) -> dict[str, Any]:
+        """Keyword arguments of the episode's environment, as SIMPLER's own evaluation gives them."""
+        robot, variant = episode.robot, episode.variant
+        options = dict(variant.options)
+        if not self.ray_traced:
+            options.pop("shader_dir", None)
+        overlay = None if episode.stand.photo is None else str(photo(self.assets, episode.stand.photo))
+        return {
+            "obs_mode": "rgbd",
+            "robot": variant.body,
+            "sim_freq": robot.sim_hz,
+            "control_freq": robot.control_hz,
+            "control_mode": robot.control_mode,
+            "max_episode_steps": episode.horizon,
+            "scene_name": variant.scene,
+            "camera_cfgs": {"add_segmentation": True},
+            "rgb_overlay_path": overlay,
+            **({"rgb_overlay_cameras": [robot.camera]} if overlay else {}),
+            **options,
+        }
+
+    # ---- the process
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        try:
+            return subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._words,
+                bufsize=0,
+                env={**os.environ, "MS2_ASSET_DIR": str(self.assets)},
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._words.close()
+            raise SimulatorError(
+                f"cannot start {self.command[0]!r} ({error}): give SimplerEnv's interpreter"
+            ) from error
+
+    def _ask(
+        self, request: dict[str, Any], array: npt.NDArray[Any] | None, timeout_s: float
+    ) -> tuple[dict[str, Any], npt.NDArray[Any] | None]:
+        """Send a request and wait for the answer; whatever goes wrong ends the process."""
+        if self._process is None:
+            self._process = self._start()
+        process, deadline = self._process, time.monotonic() + timeout_s
+        try:
+            if process.stdin is None or process.stdout is None:  # pragma: no cover - both are pipes
+                raise OSError("no pipe")
+            process.stdin.write(ms2_server.pack(request, array))
+            message, answer = ms2_server.unpack(lambda n: _read(process.stdout, n, deadline))
+        except TimeoutError:
+            self._fail(f"did not answer {request['op']!r} within {timeout_s:g} s")
+        except (OSError, EOFError):
+            self._fail(f"died on {request['op']!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            self._fail(f"sent something unintelligible ({error})")
+        except BaseException:  # an interrupt in mid-message leaves half of one in the pipe
+            self.close()
+            raise
+        if not message.get("ok"):
+            self._fail(f"failed on {request['op']!r}: {message.get('error')}")
+        return message, answer
+
+    def _observe(self, request: dict[str, Any], array: npt.NDArray[Any] | None, timeout_s: float) -> Observation:
+        message, image = self._ask(request, array, timeout_s)
+        try:
+            if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError("no picture, uint8 H×W×3")
+            return Observation(image.copy(), str(message["instruction"]), message["success"], message["grasped"])
+        except (ValueError, KeyError) as error:
+            self._fail(f"answered without {error}")
+
+    def _fail(self, what: str) -> NoReturn:
+        last = self._last_words()
+        self.close()
+        raise SimulatorError(f"the SimplerEnv process {what}" + (f"; its last words: {last}" if last else ""))
+
+    def _last_words(self, length: int = 500) -> str:
+        if self._words is None:
+            return ""
+        size = self._words.seek(0, os.SEEK_END)
+        self._words.seek(max(0, size - length))
+        return self._words.read().decode("utf-8", "replace").strip()
+
+
+def reset_options(episode: Episode) -> dict[str, Any]:
+    """Options of the environment's ``reset``: where the robot stands, and what lies where."""
+    stand = episode.stand
+    if episode.object_xy is None:
+        objects: dict[str, Any] = {"episode_id": episode.layout}
+    else:
+        objects = {"init_xy": list(episode.object_xy)}
+    return {
+        "robot_init_options": {"init_xy": [stand.x, stand.y], "init_rot_quat": list(stand.quaternion)},
+        "obj_init_options": objects,
+    }
+
+
+def _read(pipe: IO[bytes] | None, n: int, deadline: float) -> bytes:
+    """Exactly ``n`` bytes.
+
+    Raises:
+        TimeoutError: If they have not come by ``deadline`` (``time.monotonic``).
+        EOFError: If they never will.
+    """
+    if pipe is None:  # pragma: no cover - it is a pipe
+        raise EOFError
+    parts: list[bytes] = []
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while n:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            part = os.read(pipe.fileno(), min(n, 1 << 20))
+            if not part:
+                raise EOFError
+            parts.append(part)
+            n -= len(part)
+    return b"".join(parts)

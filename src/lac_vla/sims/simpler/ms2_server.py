@@ -1,0 +1,173 @@
+"""The original SimplerEnv in a process of its own, spoken to over its standard input and output.
+
+It needs SAPIEN 2, numpy < 2 and gymnasium < 1, so it runs under another interpreter, as a plain file: only the standard
+library, numpy and, once an episode begins, the simulator itself are imported here. :mod:`lac_vla.sims.simpler.ms2` is
+the other end and imports the format from here.
+
+Format. Every message, either way, is
+
+==========================  =====================================================================================
+bytes                       what
+==========================  =====================================================================================
+4                           ``LACS``
+4 + 4                       lengths *h* and *a* of the two parts below, unsigned, little-endian
+*h*                         a JSON object, UTF-8, at most 1 MiB; ``array`` in it is null or [dtype, shape]
+*a*                         the array's numbers, C order, little-endian, at most 64 MiB: ``u1`` or ``f8``
+==========================  =====================================================================================
+
+Nothing is ever unpickled. Requests and what answers them:
+
+* ``{"op": "hello"}`` → ``{"ok": true, "versions": {...}}``
+* ``{"op": "reset", "env": id, "kwargs": {...}, "options": {...}, "camera": name}`` → an observation. The environment is
+  made anew, as SIMPLER's own evaluation does: what is drawn at random in it is then the same in every episode.
+* ``{"op": "step"}`` with the action, ``f8`` (7,) → an observation
+* an observation is ``{"ok": true, "instruction": str, "success": bool, "grasped": bool}`` with the image, ``u1``
+  (H, W, 3)
+* what fails is answered with ``{"ok": false, "error": str}``; the end of the input ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+from collections.abc import Callable
+from importlib import import_module as load
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"LACS"
+HEAD = struct.Struct("<4sII")
+MAX_JSON, MAX_ARRAY = 1 << 20, 1 << 26
+DTYPES = ("u1", "f8")
+
+
+def pack(message: dict[str, Any], array: Any = None) -> bytes:
+    """A message as bytes.
+
+    Args:
+        message: JSON-serialisable dict.
+        array: uint8 or float64, or ``None``.
+    """
+    data = b""
+    described = None
+    if array is not None:
+        array = np.ascontiguousarray(array)
+        kind = array.dtype.newbyteorder("<").str[1:]
+        if kind not in DTYPES:
+            raise ValueError(f"arrays of {array.dtype} are not sent; only uint8 and float64")
+        data, described = array.astype("<" + kind).tobytes(), [kind, list(array.shape)]
+    text = json.dumps({**message, "array": described}).encode("utf-8")
+    return HEAD.pack(MAGIC, len(text), len(data)) + text + data
+
+
+def unpack(read: Callable[[int], bytes]) -> tuple[dict[str, Any], Any]:
+    """The next message.
+
+    Args:
+        read: Gives exactly as many bytes as it is asked for, or raises EOFError.
+
+    Returns:
+        The dict, and the array or ``None``.
+
+    Raises:
+        EOFError: If the other end is gone.
+        ValueError: If what came is no message.
+    """
+    magic, text, data = HEAD.unpack(read(HEAD.size))
+    if magic != MAGIC or text > MAX_JSON or data > MAX_ARRAY:
+        raise ValueError("not a message of this format: something else writes to the pipe")
+    message, raw = json.loads(read(text).decode("utf-8")), read(data)
+    described = message.pop("array")
+    if described is None:
+        return message, None
+    kind, shape = described
+    if kind not in DTYPES or any(not isinstance(n, int) or n < 0 for n in shape):
+        raise ValueError(f"not an array of this format: {described}")
+    return message, np.frombuffer(raw, dtype="<" + kind).reshape(shape)
+
+
+class Simulator:
+    """Answers requests with the original SimplerEnv."""
+
+    def __init__(self) -> None:
+        self.env: Any = None
+        self.camera = ""
+
+    def hello(self, request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The versions of what is installed."""
+        load("mani_skill2_real2sim.envs")
+        versions = {name: getattr(load(name), "__version__", "?") for name in ("numpy", "gymnasium", "sapien")}
+        return {"versions": {"python": sys.version.split()[0], **versions}}, None
+
+    def reset(self, request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Make the environment and start its episode."""
+        load("mani_skill2_real2sim.envs")  # registers the environments
+        if self.env is not None:
+            self.env.close()
+            self.env = None
+        self.camera = request["camera"]
+        self.env = load("gymnasium").make(request["env"], **request["kwargs"])
+        observation, _ = self.env.reset(options=request["options"])
+        return self._look(observation, {})
+
+    def step(self, action: Any) -> tuple[dict[str, Any], Any]:
+        """Execute an action."""
+        if self.env is None:
+            raise ValueError("reset before the first step")
+        observation, _, _, _, info = self.env.step(action)
+        return self._look(observation, info)
+
+    def _look(self, observation: Any, info: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        seen = {
+            "instruction": str(self.env.unwrapped.get_language_instruction()),
+            "success": bool(info.get("success", False)),
+            "grasped": bool(info.get("episode_stats", {}).get("is_src_obj_grasped", False)),
+        }
+        return seen, observation["image"][self.camera]["rgb"]
+
+
+def answer(simulator: Simulator, request: dict[str, Any], array: Any) -> bytes:
+    """What a simulator says to a request, as bytes."""
+    try:
+        if request["op"] == "step":
+            message, image = simulator.step(np.array(array))
+        elif request["op"] in ("hello", "reset"):
+            message, image = getattr(simulator, request["op"])(request)
+        else:
+            raise ValueError(f"unknown request {request['op']!r}")
+    except Exception as error:  # whatever it is, the other end must hear of it
+        return pack({"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]})
+    return pack({"ok": True, **message}, image)
+
+
+def serve(simulator: Simulator) -> None:
+    """Answer requests until the other end is gone.
+
+    What the simulator itself prints goes to standard error: the pipe is for messages alone.
+    """
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    source = sys.stdin.buffer
+
+    def read(n: int) -> bytes:
+        data = source.read(n)
+        if len(data) < n:
+            raise EOFError
+        return data
+
+    while True:
+        try:
+            request, array = unpack(read)
+        except EOFError:
+            return
+        out.write(answer(simulator, request, array))
+        out.flush()
+
+
+if __name__ == "__main__":
+    # Run as a file, Python looks here first for modules; names of this folder must not hide others'.
+    sys.path = [folder for folder in sys.path if os.path.abspath(folder) != os.path.dirname(os.path.abspath(__file__))]
+    serve(Simulator())
