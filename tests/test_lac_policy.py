@@ -28,7 +28,7 @@ from lac_vla.cost import count_macs
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.policies.lac import Predictor, Selector
 from lac_vla.policies.lac.inputs import compose, flow_in_patches, from_view, resize, words
-from lac_vla.policies.lac.networks import together
+from lac_vla.policies.lac.joint import Joint
 from tests.engine.scenes import frame
 
 GRIDS = {"agentview": (6, 6), "wrist": (4, 4)}
@@ -147,12 +147,26 @@ def test_the_lowest_scores_are_cached_at_the_chosen_ratio() -> None:
 
 
 @pytest.mark.parametrize("language", [False, True])
-def test_both_networks_together_are_each_by_itself(language: bool) -> None:
-    policy = random_policy(language=language)
-    shown, text = from_view(policy.config, view()), words(["open the drawer"]) if language else None
-    seen, felt = together(policy.selector.trunk, policy.predictor.trunk, shown, text)
-    torch.testing.assert_close(policy.selector.score(seen), policy.selector(shown, text))
-    torch.testing.assert_close(policy.predictor.rate(felt), policy.predictor(shown, text))
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("inputs", ["paper", "extended"])
+def test_both_networks_together_are_each_by_itself(inputs: str, depth: int, language: bool) -> None:
+    """One pass over all cameras on a canvas, against either network camera by camera."""
+    policy = random_policy(inputs=inputs, depth=depth, language=language)
+    torch.nn.init.normal_(policy.selector.trunk.camera)
+    torch.nn.init.normal_(policy.predictor.trunk.camera)
+    seen = view(3)
+    text = words([seen.instruction]) if language else None
+    with torch.inference_mode():
+        apart = from_view(policy.config, seen)
+        for with_predictor in (True, False):
+            joint = Joint(policy.config, policy.selector, policy.predictor if with_predictor else None)
+            canvas, places = joint.canvas()
+            from_view(policy.config, seen, places)
+            saliency, logits = joint(canvas, text)
+            torch.testing.assert_close(saliency, policy.selector(apart, text)[0])
+            if with_predictor:
+                torch.testing.assert_close(logits, policy.predictor(apart, text)[0])
+            assert logits.numel() == (len(policy.config.ratios) if with_predictor else 0)
 
 
 def test_decisions_are_reproducible_and_recovery_draws_from_the_session() -> None:

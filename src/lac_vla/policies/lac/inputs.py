@@ -46,6 +46,7 @@ def compose(
     flow: torch.Tensor | None,
     reference: torch.Tensor | None,
     age: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One camera's input for both networks.
 
@@ -55,12 +56,14 @@ def compose(
         flow: In token sides, (B, H, W, 2); read if ``config.flow`` is not ``"none"``.
         reference: Pixels that the slots were computed from, uint8, (B, H, W, 3); read if inputs are ``"extended"``.
         age: Of the slots, in frames, (B, rows, cols); as ``reference``.
+        out: Where to put it; ``None`` for a new tensor.
 
     Returns:
         float32, (B, channels, H, W).
     """
     batch, height, width, _ = image.shape
-    out = torch.empty(batch, config.channels, height, width, device=image.device)
+    if out is None:
+        out = torch.empty(batch, config.channels, height, width, device=image.device)
     out[:, :3] = image.permute(0, 3, 1, 2)
     out[:, :3].mul_(2 / 255).sub_(1)
     if config.flow != "none":
@@ -80,10 +83,16 @@ def compose(
     return out
 
 
-def from_view(config: LACConfig, view: View) -> list[torch.Tensor]:
-    """The input of every camera, each (1, channels, H, W), from what a session shows."""
+def from_view(config: LACConfig, view: View, places: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """The input of every camera, each (1, channels, H, W), from what a session shows.
+
+    Args:
+        config: Which channels there are.
+        view: What the session shows.
+        places: Tensors to put them into; ``None`` for new ones.
+    """
     inputs = []
-    for camera in view.layout.cameras:
+    for number, camera in enumerate(view.layout.cameras):
         shape = (camera.rows, camera.cols, config.patch_pixels)
         image = _batch(resize(view.pixels[camera.name], *shape))
         flow = reference = age = None
@@ -92,7 +101,7 @@ def from_view(config: LACConfig, view: View) -> list[torch.Tensor]:
         if config.inputs == "extended":
             reference = _batch(resize(view.reference[camera.name], *shape))
             age = _batch(view.age[camera.tokens].reshape(camera.rows, camera.cols))
-        inputs.append(compose(config, image, flow, reference, age))
+        inputs.append(compose(config, image, flow, reference, age, None if places is None else places[number]))
     return inputs
 
 

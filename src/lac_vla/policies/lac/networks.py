@@ -71,39 +71,6 @@ class Trunk(nn.Module):
         return features
 
 
-def together(
-    first: Trunk, second: Trunk, inputs: Sequence[torch.Tensor], words: torch.Tensor | None
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Both trunks on the same inputs as one network of twice the width, in groups: the same numbers, in less time.
-
-    The joined weights are made anew in every call: they are small, and so they are never stale.
-    """
-    stem = torch.cat([first.stem.weight, second.stem.weight])
-    offsets = torch.cat([first.camera, second.camera], dim=1) + torch.cat([_bias(first.stem), _bias(second.stem)])
-    blocks = [
-        (torch.cat([a.weight, b.weight]), torch.cat([_bias(a), _bias(b)]))
-        for a, b in zip(first.convolutions, second.convolutions, strict=True)
-    ]
-    text = None
-    if first.text is not None and second.text is not None and words is not None:
-        text = torch.cat([first.text(words), second.text(words)], dim=1)[:, :, None, None]
-    features: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    for image, offset in zip(inputs, offsets, strict=True):
-        x = F.conv2d(image, stem, offset, stride=first.stem.stride)
-        x = F.gelu(x if text is None else x + text)
-        for weight, bias in blocks:
-            x = x + F.gelu(F.conv2d(x, weight, bias, padding=1, groups=2))
-        for part, half in zip(features, x.chunk(2, dim=1), strict=True):
-            part.append(half)
-    return features
-
-
-def _bias(layer: nn.Conv2d) -> torch.Tensor:
-    if layer.bias is None:  # pragma: no cover - all convolutions here have one
-        raise RuntimeError("a convolution without a bias")
-    return layer.bias
-
-
 class Selector(nn.Module):
     """Cached Token Selector, eq. 4: S = f_sel(V), a saliency in [0, 1] for every visual token; high: recompute.
 
@@ -123,11 +90,11 @@ class Selector(nn.Module):
 
     def forward(self, inputs: Sequence[torch.Tensor], words: torch.Tensor | None = None) -> torch.Tensor:
         """Score the tokens: inputs as in :meth:`Trunk.forward` → (B, N) in [0, 1]."""
-        return self.score(self.trunk(inputs, words))
+        features = self.trunk(inputs, words)
+        return self.standard(torch.cat([self.head(x).flatten(1) for x in features], dim=1))
 
-    def score(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The trunk's features → (B, N) in [0, 1]."""
-        values = torch.cat([self.head(x).flatten(1) for x in features], dim=1)
+    def standard(self, values: torch.Tensor) -> torch.Tensor:
+        """The head's values, (B, N) → saliency in [0, 1]."""
         standard = F.layer_norm(values, values.shape[1:])
         return (AFFINE_GAIN * (self.scale * standard + self.shift)).sigmoid()
 
@@ -149,10 +116,11 @@ class Predictor(nn.Module):
 
     def forward(self, inputs: Sequence[torch.Tensor], words: torch.Tensor | None = None) -> torch.Tensor:
         """Rate the ratios: inputs as in :meth:`Trunk.forward` → (B, C)."""
-        return self.rate(self.trunk(inputs, words))
-
-    def rate(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The trunk's features → (B, C)."""
+        features = self.trunk(inputs, words)
         pooled = [part for x in features for part in (x.mean(dim=(2, 3)), x.amax(dim=(2, 3)))]
-        logits: torch.Tensor = self.head(F.gelu(self.hidden(torch.cat(pooled, dim=1))))
+        return self.read(torch.cat(pooled, dim=1))
+
+    def read(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Mean and maximum of every camera's features, (B, 2 · width · cameras) → logits, (B, C)."""
+        logits: torch.Tensor = self.head(F.gelu(self.hidden(pooled)))
         return LOGIT_LIMIT * (logits / LOGIT_LIMIT).tanh()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from lac_vla.errors import CheckpointError, InputError
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
 from lac_vla.policies.lac.config import LACConfig
 from lac_vla.policies.lac.inputs import WORDS, from_view, words
-from lac_vla.policies.lac.networks import HIDDEN, Predictor, Selector, together
+from lac_vla.policies.lac.joint import Joint, canvas_tokens
+from lac_vla.policies.lac.networks import HIDDEN, Predictor, Selector
 from lac_vla.types import Decision, View
 
 CONFIG, WEIGHTS, CARD = "config.json", "policy.safetensors", "README.md"
@@ -69,6 +71,11 @@ class LACPolicy(CachePolicy):
         self.ratio = config.ratio if ratio is None else ratio
         self.recovery = config.recovery if recovery is None else recovery
 
+    @cached_property
+    def _joint(self) -> Joint:
+        """Made at the first decision: weights that are trained after it are not seen."""
+        return Joint(self.config, self.selector, self.predictor if self.ratio is None else None)
+
     @property
     def flow(self) -> str:
         """The flow it was trained with."""
@@ -81,10 +88,10 @@ class LACPolicy(CachePolicy):
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of both networks per decision."""
+        """Multiply-accumulates of both networks per decision, the canvas's empty columns included."""
         config = self.config
         stem = config.channels * config.patch_pixels**2 * config.width
-        trunk = config.n_visual * (stem + config.depth * 9 * config.width**2)
+        trunk = canvas_tokens(config.grids) * (stem + config.depth * 9 * config.width**2)
         text = WORDS * config.width if config.language else 0
         selector = trunk + text + config.n_visual * config.width
         if self.ratio is not None:
@@ -117,15 +124,12 @@ class LACPolicy(CachePolicy):
                 f"this policy reads optical flow ({self.config.flow}), the session estimates none: "
                 "leave CachedVLA's `flow` unset"
             )
-        inputs = from_view(self.config, view)
-        text = words([view.instruction]) if self.config.language else None
-        if self.ratio is None:
-            seen, felt = together(self.selector.trunk, self.predictor.trunk, inputs, text)
-            ratio = self.config.ratios[int(self.predictor.rate(felt)[0].argmax())]
-        else:
-            seen, ratio = self.selector.trunk(inputs, text), self.ratio
-        scores = self.selector.score(seen)[0].numpy()
-        cached = cache_lowest(scores, ratio)
+        joint = self._joint
+        canvas, places = joint.canvas()
+        from_view(self.config, view, places)
+        saliency, logits = joint(canvas, words([view.instruction]) if self.config.language else None)
+        ratio = self.config.ratios[int(logits.argmax())] if self.ratio is None else self.ratio
+        cached = cache_lowest(saliency.numpy(), ratio)
         recovered = cached & (view.rng.random(cached.size) < self.recovery)
         return Decision.reuse(cached & ~recovered, view.n_layers, recovered=recovered, nominal_ratio=ratio)
 

@@ -1,0 +1,101 @@
+"""Both networks and all cameras in one go, for inference: the same numbers, from a third of the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from lac_vla.policies.lac.config import LACConfig
+from lac_vla.policies.lac.networks import Predictor, Selector
+
+
+class Joint:
+    """Selector and predictor as one network of twice the width, in groups, over one canvas.
+
+    At this size a call costs more than its arithmetic. On the canvas all cameras stand side by side with an empty
+    column of tokens between them, which is to the convolutions what padding is at an image's edge.
+
+    Args:
+        config: Their shape.
+        selector: Its weights are copied: train it further, and make another.
+        predictor: As ``selector``; ``None`` to leave it out.
+    """
+
+    def __init__(self, config: LACConfig, selector: Selector, predictor: Predictor | None) -> None:
+        grids, side = list(config.grids.values()), config.patch_pixels
+        rows, cols = max(grid[0] for grid in grids), sum(grid[1] for grid in grids) + len(grids) - 1
+        lefts = [sum(grid[1] + 1 for grid in grids[:camera]) for camera in range(len(grids))]
+        trunks = [selector.trunk] if predictor is None else [selector.trunk, predictor.trunk]
+        self._selector, self._predictor = selector, predictor
+        self._text = [trunk.text for trunk in trunks if trunk.text is not None]
+        self._shape, self._stride, self._width = (1, config.channels, rows * side, cols * side), side, config.width
+        self._sizes = [grid[0] * grid[1] for grid in grids]
+        self._windows = [
+            (slice(0, grid[0] * side), slice(left * side, (left + grid[1]) * side))
+            for grid, left in zip(grids, lefts, strict=True)
+        ]
+        with torch.no_grad():
+            self._stem = torch.cat([trunk.stem.weight for trunk in trunks])
+            self._blocks = [
+                (torch.cat([part.weight for part in parts]), torch.cat([_bias(part) for part in parts]))
+                for parts in zip(*(trunk.convolutions for trunk in trunks), strict=True)
+            ]
+            self._inside = torch.zeros(1, 1, rows, cols)
+            self._offset = torch.zeros(1, len(self._stem), rows, cols)
+            for camera, (grid, left) in enumerate(zip(grids, lefts, strict=True)):
+                here = slice(0, grid[0]), slice(left, left + grid[1])
+                constant = torch.cat([trunk.camera[camera] + _bias(trunk.stem) for trunk in trunks])
+                self._inside[0, 0][here] = 1
+                self._offset[0][:, here[0], here[1]] = constant[:, None, None]
+        self._places = torch.cat(
+            [
+                (torch.arange(grid[0])[:, None] * cols + left + torch.arange(grid[1])).flatten()
+                for grid, left in zip(grids, lefts, strict=True)
+            ]
+        )
+
+    def canvas(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """An empty canvas, (1, channels, H, W), and on it, as views, the place of every camera's input."""
+        canvas = torch.zeros(self._shape)
+        return canvas, [canvas[:, :, rows, cols] for rows, cols in self._windows]
+
+    def __call__(self, canvas: torch.Tensor, words: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Saliency of the tokens, (N,), and logits over the ratios, (C,), or none of them without a predictor.
+
+        Args:
+            canvas: From :meth:`canvas`, the inputs in place.
+            words: Bag of words, (1, WORDS), for networks that read the instruction.
+        """
+        offset = self._offset
+        if self._text:
+            if words is None:
+                raise ValueError("a policy that reads the instruction was given none")
+            text = torch.cat([layer(words) for layer in self._text], dim=1)[:, :, None, None]
+            offset = offset + text * self._inside
+        x = F.gelu(F.conv2d(canvas, self._stem, stride=self._stride) + offset)
+        groups = len(self._stem) // self._width
+        for index, (weight, bias) in enumerate(self._blocks):
+            x = x * self._inside if index else x  # behind the stem the empty columns are zero as they are
+            x = x + F.gelu(F.conv2d(x, weight, bias, padding=1, groups=groups))
+        features = x[0].flatten(1)[:, self._places]
+        head = self._selector.head
+        saliency = self._selector.standard(F.linear(features[: self._width].T, head.weight.flatten(1), head.bias).T)[0]
+        if self._predictor is None:
+            return saliency, saliency[:0]
+        cameras = torch.split(features[self._width :], self._sizes, dim=1)
+        pooled = [part for camera in cameras for part in (camera.mean(dim=1), camera.amax(dim=1))]
+        return saliency, self._predictor.read(torch.cat(pooled)[None])[0]
+
+
+def canvas_tokens(grids: Mapping[str, tuple[int, int]]) -> int:
+    """Places on the canvas of these grids, the empty ones included."""
+    return max(rows for rows, _ in grids.values()) * (sum(cols for _, cols in grids.values()) + len(grids) - 1)
+
+
+def _bias(layer: nn.Conv2d) -> torch.Tensor:
+    if layer.bias is None:  # pragma: no cover - all convolutions here have one
+        raise RuntimeError("a convolution without a bias")
+    return layer.bias
