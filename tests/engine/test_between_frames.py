@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.engine.scenes import Pruner, Staircase, frame
 
 from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, Random, View, random_vla
 from lac_vla.budget import due, smallest_limit
@@ -15,6 +14,7 @@ from lac_vla.levers import Levers
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy
 from lac_vla.vla import Session
+from tests.engine.scenes import Pruner, Staircase, frame
 
 MODELS = {"tiny": lambda: random_vla("tiny"), "cogact": lambda: random_vla(TINY_COGACT, seed=1)}
 
