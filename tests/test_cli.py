@@ -8,7 +8,7 @@ import pytest
 
 from lac_vla.cli import main
 
-VERBS = ("demo", "eval", "bench", "report", "collect", "train", "pretrain")
+VERBS = ("demo", "eval", "bench", "report", "collect", "train", "pretrain", "serve")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -37,6 +37,9 @@ def test_every_verb_explains_its_options(capsys: pytest.CaptureFixture[str], ver
         (("report", "nowhere"), "nowhere"),
         (("eval", "--model", "nowhere", "--out", "run", "--policies", "quick"), "unknown policy 'quick'"),
         (("eval", "--model", "nowhere", "--out", "run", "--suite", "libero_100"), "unknown suite"),
+        (("serve", "--vla", "nowhere", "--policy", "dense", "--host", "0.0.0.0"), "reachable from other machines"),
+        (("serve", "--vla", "nowhere", "--policy", "dense"), "nowhere"),
+        (("serve", "--vla", "nowhere", "--port", "99999"), "0..65535"),
         (("bench", "--random-weights", "llama", "--sections", "frame"), "llama"),
     ],
 )

@@ -47,6 +47,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
     """Verb → function. What a verb needs is imported here, so that no verb pays for another's dependencies."""
     from lac_vla.bench import BenchConfig, bench_tables, run_bench
     from lac_vla.evaluation.runner import EvalConfig
+    from lac_vla.serving.config import ServeConfig
     from lac_vla.sims.collect import CollectConfig
     from lac_vla.training.config import PretrainConfig, TrainConfig
 
@@ -154,6 +155,12 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         except MissingExtraError as error:  # the policy is there all the same
             console.print(f"no report: {error}", markup=False, highlight=False, soft_wrap=True)
 
+    def serve(config: Annotated[ServeConfig, _flat()]) -> None:
+        """Serve a VLA with its policy to robots that speak openpi's websocket protocol."""
+        from lac_vla.serving.config import serve as run
+
+        run(config)
+
     return {
         "demo": demo,
         "eval": evaluate,
@@ -162,6 +169,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         "collect": collect,
         "train": train,
         "pretrain": pretrain,
+        "serve": serve,
     }
 
 

@@ -84,6 +84,7 @@ def test_sessions_do_not_mix(start: Start, backbone: PrismaticBackbone) -> None:
         for i in range(4):
             mine[0].append(one.infer(observation(i))["actions"][0])
             mine[1].append(other.infer(observation(50 + i, "open the drawer"))["actions"][0])
+    assert not np.array_equal(mine[0], mine[1])
     np.testing.assert_array_equal(mine[0], expected(backbone, [0, 1, 2, 3]))
     np.testing.assert_array_equal(mine[1], expected(backbone, [50, 51, 52, 53], "open the drawer"))
 
@@ -121,7 +122,7 @@ def test_bad_requests_end_their_own_connection_alone(start: Start, wrong: str | 
 
 
 def test_our_client_says_what_the_server_says(start: Start) -> None:
-    with Client(start().url) as client, pytest.raises(ServerError, match="no .*observation/image"):
+    with Client(start().url) as client, pytest.raises(ServerError, match=r"no .*observation/image"):
         client.infer({"prompt": "go"})
 
 

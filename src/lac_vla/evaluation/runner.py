@@ -17,7 +17,8 @@ from lac_vla.cost import CostModel
 from lac_vla.errors import InputError
 from lac_vla.evaluation.methods import make_methods, method_name
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
-from lac_vla.evaluation.rollout import rollout
+from lac_vla.evaluation.remote import RemoteSession
+from lac_vla.evaluation.rollout import Driver, rollout
 from lac_vla.flow import make_flow
 from lac_vla.levers import Levers
 from lac_vla.models import load_vla
@@ -31,7 +32,7 @@ from lac_vla.vla import CachedVLA, Session
 EPISODES, CONFIG, SUMMARY = "episodes.jsonl", "config.json", "summary.json"
 FIRST_HELD_OUT = 40
 """First initial state of every task that no demonstration used: demonstrations start from states 0 to 39."""
-CHANGEABLE = ("workers", "threads", "videos")
+CHANGEABLE = ("workers", "threads", "videos", "server")
 """Settings that may differ when a run is resumed: they change no result."""
 
 
@@ -58,6 +59,8 @@ class EvalConfig:
             180° and whose gripper runs from 0, closed, to 1, open.
         image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
         videos: Per method and task, how many episodes get an overlay video.
+        server: ``ws://…`` of a policy server: it runs the one method of ``policies`` on its ``model``, which are named
+            as the server names them. No MACs, no videos then.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
         workers: Processes. Latencies are only worth reporting from one.
@@ -78,6 +81,7 @@ class EvalConfig:
     convention: Literal["upright", "openvla"] = "upright"
     image_pipeline: str | None = None
     videos: int = 1
+    server: str | None = None
     unnorm_key: str | None = None
     device: str = "cpu"
     workers: int = 1
@@ -94,7 +98,10 @@ class EvalConfig:
         if self.workers < 1:
             raise InputError(f"workers is {self.workers}; give at least 1")
         Levers.parse(self.levers)
-        make_methods(self.policies, self.model)
+        if self.server is None:
+            make_methods(self.policies, self.model)
+        elif len(self.policies) != 1 or self.workers != 1:
+            raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
         make_flow(self.flow or "none")
 
     @property
@@ -113,12 +120,16 @@ class Worker:
     """
 
     config: EvalConfig
-    sessions: dict[str, Session] = field(init=False)
+    sessions: dict[str, Driver] = field(init=False)
     _env: LiberoEnv | None = field(init=False, default=None)
     _cost: CostModel | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         config = self.config
+        if config.server is not None:
+            method = method_name(config.policies[0])
+            self.sessions = {method: RemoteSession.connect(config.server, Path(config.model).name, method)}
+            return
         if config.threads:
             torch.set_num_threads(config.threads)
         backbone = load_vla(
@@ -148,10 +159,10 @@ class Worker:
         """Run one episode."""
         config, session = self.config, self.sessions[method]
         env = self.environment(task)
-        if self._cost is None:
+        if self._cost is None and isinstance(session, Session):
             self._cost = CostModel.of(session.vla.backbone, env.reset(init_state))
         video = None
-        if init_state - config.init_states[0] < config.videos:
+        if init_state - config.init_states[0] < config.videos and isinstance(session, Session):
             video = EpisodeVideo(config.out / "videos" / f"{method}_task{task:02d}_init{init_state:02d}.mp4", method)
         record = rollout(
             env,
