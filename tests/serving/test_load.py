@@ -1,13 +1,17 @@
-"""Many robots at once, and some that misbehave. Prints what it measured: ``pytest -m slow -s tests/serving/test_load.py``."""
+"""Many robots at once, some of which misbehave. ``pytest -m slow -s`` prints what was measured."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +19,9 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from lac_vla import CachedVLA, Dense, Motion, PrismaticBackbone, Random, random_vla
+from lac_vla import CachedVLA, Dense, Random, random_vla
 from lac_vla.budget import smallest_limit
+from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.serving.client import AsyncClient, Client
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.server import Limits
@@ -46,7 +51,7 @@ def story(robot: int) -> Iterator[dict[str, Any]]:
 
 async def drive(url: str, robot: int) -> list[Any]:
     client = await AsyncClient.connect(url, KEY)
-    answers = [(await client.infer(request))["actions"][0] for request in story(robot)]
+    answers = [(await client.infer(request))["actions"] for request in story(robot)]
     await client.close()
     return answers
 
@@ -88,7 +93,8 @@ async def misbehave(url: str, host: str, port: int) -> dict[str, int]:
     return done
 
 
-def test_robots_do_not_notice_each_other(start: Start, backbone: PrismaticBackbone) -> None:
+def test_robots_do_not_notice_each_other(start: Start) -> None:
+    backbone = random_vla(TINY_COGACT, seed=1)  # its actions are continuous: every difference shows
     server = start(
         CachedVLA(backbone, Random(0.5)), key=KEY, limits=Limits(sessions=ROBOTS + 16, message=2**19, send_s=5)
     ).server
@@ -131,18 +137,15 @@ def test_memory_is_flat(start: Start) -> None:
 
 
 def test_the_wire_costs_little(start: Start) -> None:
-    with Client(start(CachedVLA(random_vla("tiny"), Motion(0.5)), limits=Limits(rate_hz=1e6)).url) as client:
-        requests = [observation(i, side=224) for i in range(4)]
-        medians = []
-        for _ in range(5):
-            overhead = []
-            for i in range(60):
-                begin = time.perf_counter()
-                answer = client.infer(requests[i % 4])
-                overhead.append(1e3 * (time.perf_counter() - begin) - sum(answer["lac"]["stages"].values()))
-            medians.append(float(np.median(overhead)))
+    url = start(limits=Limits(rate_hz=1e6)).url
+    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.timing_robot", url, "110", "224"]
+    medians = []
+    for _ in range(3):
+        run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+        beyond = json.loads(run.stdout)[10:]
+        medians.append(float(np.median(beyond)))
     print(f"\nround trip beyond observation_to_action, 2 images of 224 px: p50 {min(medians):.2f} ms "
-          f"(medians of 60: {', '.join(f'{m:.2f}' for m in medians)})")  # fmt: skip
+          f"(of {', '.join(f'{m:.2f}' for m in medians)}), p95 {np.quantile(beyond, 0.95):.2f} ms")  # fmt: skip
     assert min(medians) <= 2.0
 
 
@@ -157,7 +160,7 @@ def test_deadlines_are_kept(start: Start) -> None:
     took = np.array([sum(a["stages"].values()) + a["waited_ms"] for a in answers[1:]])
     late = float(np.mean([a["late"] for a in answers[1:]]))
     limits = [a["limit"] for a in answers[1:]]
-    print(f"\ndeadline {deadline:.1f} ms, smallest bucket {floor} tokens ({table(floor):.1f} ms), all {table(212):.1f} ms:"
+    print(f"\ndeadline {deadline:.1f} ms; {floor} tokens, the fewest, {table(floor):.1f} ms; all {table(212):.1f} ms:"
           f" p50 {np.median(took):.1f}, p99 {np.quantile(took, 0.99):.1f} ms, late {late:.1%},"
           f" tokens {min(limits)} to {max(limits)}")  # fmt: skip
     assert max(a["oldest_age"] for a in answers) <= vla.max_age
