@@ -92,3 +92,4 @@ def log_to_stderr() -> None:
     LOG.handlers = [handler]
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+    logging.getLogger("lac_vla.serving.websockets").setLevel(logging.WARNING)  # it speaks of every connection
