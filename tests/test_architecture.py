@@ -12,11 +12,11 @@ FLOORS = [
     {"errors", "types", "timing", "levers"},
     {"cache", "flow"},
     {"policies", "models"},
-    {"prefill"},
+    {"prefill", "budget"},
     {"graphs"},
     {"vla"},
     {"cost", "provenance", "bundled"},
-    {"datasets", "training", "sims", "evaluation", "bench", "report"},
+    {"datasets", "training", "sims", "evaluation", "bench", "serving", "report"},
     {"cli"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

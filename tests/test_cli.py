@@ -8,7 +8,7 @@ import pytest
 
 from lac_vla.cli import main
 
-VERBS = ("demo", "eval", "reproduce", "bench", "report", "collect", "train", "pretrain")
+VERBS = ("demo", "eval", "reproduce", "simpler", "bench", "report", "collect", "train", "pretrain", "serve")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -39,6 +39,9 @@ def test_every_verb_explains_its_options(capsys: pytest.CaptureFixture[str], ver
         (("eval", "--model", "nowhere", "--out", "run", "--suite", "libero_100"), "unknown suite"),
         (("eval", "--model", "nowhere", "--out", "run", "--stress", "rain"), "choose one of shake, lighting"),
         (("reproduce", "libero", "--policies", "quick"), "unknown policy 'quick'"),
+        (("serve", "--vla", "nowhere", "--policy", "dense", "--host", "0.0.0.0"), "reachable from other machines"),
+        (("serve", "--vla", "nowhere", "--policy", "dense"), "nowhere"),
+        (("serve", "--vla", "nowhere", "--port", "99999"), "0..65535"),
         (("bench", "--random-weights", "llama", "--sections", "frame"), "llama"),
     ],
 )

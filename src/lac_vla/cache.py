@@ -76,14 +76,27 @@ class VisualKVCache:
             self.keys, self.values = keys, values
 
     def commit(
-        self, layout: TokenLayout, pixels: Mapping[str, UInt8Image], instruction: str, decision: Decision
+        self,
+        layout: TokenLayout,
+        pixels: Mapping[str, UInt8Image],
+        instruction: str,
+        decision: Decision,
+        elapsed: int = 1,
     ) -> None:
-        """Close a frame: its slots may be reused by the next one."""
+        """Close a frame: its slots may be reused by the next one.
+
+        Args:
+            layout: Where the frame's tokens are.
+            pixels: Camera → what the model saw.
+            instruction: The frame's.
+            decision: What was computed.
+            elapsed: Frames by which the slots that were not computed grew older; 0 for a frame seen before.
+        """
         active = decision.active
         if self.layout is None or self.layout.grids != layout.grids:  # all is active then
             self.age = np.zeros(layout.n_visual, dtype=np.int64)
             self.reference = {}
-        self.age = np.where(active, 0, self.age + 1).astype(np.int64)
+        self.age = np.where(active, 0, self.age + elapsed).astype(np.int64)
         for camera in layout.cameras:
             image = pixels[camera.name]
             if active[camera.tokens].all():

@@ -52,6 +52,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
     from lac_vla.evaluation.config import EvalConfig
     from lac_vla.evaluation.reproduce import ReproduceConfig
     from lac_vla.evaluation.simpler import SimplerConfig
+    from lac_vla.serving.config import ServeConfig
     from lac_vla.sims.collect import CollectConfig
     from lac_vla.training.config import PretrainConfig, TrainConfig
 
@@ -188,6 +189,12 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         except MissingExtraError as error:  # the policy is there all the same
             console.print(f"no report: {error}", markup=False, highlight=False, soft_wrap=True)
 
+    def serve(config: Annotated[ServeConfig, _flat()]) -> None:
+        """Serve a VLA with its policy to robots that speak openpi's websocket protocol."""
+        from lac_vla.serving.config import serve as run
+
+        run(config)
+
     return {
         "demo": demo,
         "eval": evaluate,
@@ -198,6 +205,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         "collect": collect,
         "train": train,
         "pretrain": pretrain,
+        "serve": serve,
     }
 
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import torch
 
+from lac_vla.budget import within
 from lac_vla.cache import VisualKVCache
 from lac_vla.errors import InputError
 from lac_vla.flow import estimate, make_flow
@@ -19,7 +20,7 @@ from lac_vla.graphs import ROOM, Graphs
 from lac_vla.levers import Levers, rounded_up
 from lac_vla.models.base import Backbone
 from lac_vla.policies import CachePolicy, Dense
-from lac_vla.prefill import extend, partial_prefill, run_layers
+from lac_vla.prefill import Prompt, extend, partial_prefill, run_layers
 from lac_vla.timing import Stopwatch, windows
 from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View, Watch
 
@@ -116,6 +117,16 @@ class Step:
         return self.decision.ratio
 
     @property
+    def nominal_ratio(self) -> float | None:
+        """The cache ratio that the policy aimed at, in [0, 1]; ``None`` if it aims at none."""
+        return self.decision.nominal_ratio
+
+    @property
+    def oldest_age(self) -> int:
+        """Age of the oldest slot after the frame, in frames."""
+        return int(self.age.max())
+
+    @property
     def active(self) -> BoolArray:
         """Visual tokens computed in every layer, bool, (N,)."""
         return self.decision.active
@@ -143,12 +154,21 @@ class Session:
     Args:
         vla: Backbone and policy.
         seed: Of the session's generator.
+
+    Attributes:
+        last: What the last call of :meth:`act` did.
+        limit: At most as many visual tokens are computed in a frame, as far as the maximum age allows; ``None`` for
+            as many as the policy wants. Frames that reuse nothing are not limited.
+        distrust: Why the next frames are to be computed in full; ``None`` for what the policy decides.
     """
 
     def __init__(self, vla: CachedVLA, seed: int = 0) -> None:
         self.vla = vla
         self.seed = seed
         self.last: Step | None = None
+        self.limit: int | None = None
+        self.distrust: str | None = None
+        self._frame: Frame | None = None
         backbone = vla.backbone
         self._cache = VisualKVCache(
             len(backbone.layers), backbone.kv_heads, backbone.head_dim, backbone.dtype, backbone.device
@@ -156,6 +176,7 @@ class Session:
         self._flow = make_flow(vla.flow_used)
         self._shapes: Mapping[str, tuple[int, int]] | None = None
         self._rng, self._noise = _generators(seed)
+        self._noise_before = self._noise.bit_generator.state
         self._tower = backbone.tower_memory() if vla.levers.tower_reuse else None
         self._aside = ThreadPoolExecutor(1, "decision") if vla.levers.overlap else None
         self._graphs = Graphs(len(backbone.layers)) if vla.levers.graphs else None
@@ -170,7 +191,7 @@ class Session:
         self._cache.drop()
         self._shapes = None
         self._rng, self._noise = _generators(self.seed)
-        self.last = None
+        self._frame = self.last = self.distrust = None
 
     @property
     def nbytes(self) -> int:
@@ -231,10 +252,11 @@ class Session:
         with clock.stage("decode"):
             append = partial(extend, backbone, cache, prompt, run=run)
             drafted = None if draft is None else last
+            self._noise_before = self._noise.bit_generator.state
             action, info = backbone.act(frame, prompt.hidden, append, self._noise, drafted)
         with clock.stage("bookkeeping"):
             cache.commit(layout, pixels, frame.instruction, prompt.decision)
-            self._shapes = frame.shapes
+            self._shapes, self._frame = frame.shapes, frame
         self.last = Step(
             layout=layout,
             decision=prompt.decision,
@@ -252,6 +274,61 @@ class Session:
             fallbacks=0 if self._graphs is None else self._graphs.fallbacks - fallbacks,
         )
         return action
+
+    @torch.inference_mode()
+    def refresh(self, count: int) -> int:
+        """Compute the stalest slots anew from the last frame, so that the next one starts fresher.
+
+        For the time between two frames. Chance is not drawn, and ``last`` stays what it was.
+
+        Args:
+            count: How many slots at most.
+
+        Returns:
+            How many.
+        """
+        cache = self._cache
+        if self.last is None or not cache.warm or self.last.decision.beyond is not Beyond.REUSE:
+            return 0
+        stalest = np.argsort(-cache.age, kind="stable")[: max(0, count)]
+        tokens = np.zeros(cache.age.size, dtype=np.bool_)
+        tokens[stalest] = cache.age[stalest] > 0
+        if tokens.any():
+            self._again(tokens)
+        return int(tokens.sum())
+
+    @torch.inference_mode()
+    def shadow(self) -> FloatArray | None:
+        """The action that the model without a cache gives to the last frame, with the same chance; leaves it all fresh.
+
+        Returns:
+            The action, as :meth:`act` gives it; ``None`` if there is no last frame.
+        """
+        if self.last is None or self._frame is None or not self._cache.warm:
+            return None
+        prompt = self._again(np.ones(self._cache.age.size, dtype=np.bool_))
+        noise = np.random.default_rng()
+        noise.bit_generator.state = self._noise_before
+        return self.vla.backbone.act(
+            self._frame, prompt.hidden, partial(extend, self.vla.backbone, self._cache, prompt), noise
+        )[0]
+
+    def _again(self, tokens: BoolArray) -> Prompt:
+        """Compute ``tokens`` (bool, (N,)) of the last frame once more; the other slots stay what they are."""
+        backbone, cache, frame, layout = self.vla.backbone, self._cache, self._frame, self._cache.layout
+        if frame is None or layout is None:
+            raise InputError("there is no frame to compute again: call session.act() first")
+        decision, pixels, attention = Decision.reuse(~tokens, len(backbone.layers)), cache.pixels, cache.attention
+        cache.begin(layout, backbone.max_new_tokens)
+        partly = self._tower is not None or self.vla.levers.partial_tower
+        features = backbone.features(backbone.look(pixels, self._tower), tokens if partly else None, self._tower)
+        if not partly and not tokens.all():
+            features = features[torch.from_numpy(tokens).to(backbone.device)]
+        rows = [backbone.prefix(frame), backbone.project(features), backbone.suffix(frame)]
+        prompt = partial_prefill(backbone, cache, layout, decision, torch.cat(rows))
+        cache.commit(layout, pixels, frame.instruction, decision, elapsed=0)
+        cache.attention = attention
+        return prompt
 
     def _look_and_decide(
         self,
@@ -293,6 +370,8 @@ class Session:
             return "first frame"
         if cache.layout.grids != layout.grids:
             return "other cameras"
+        if self.distrust is not None:
+            return self.distrust
         if not self.vla.backbone.causal and frame.instruction != cache.instruction:
             return "new instruction"
         for camera, image in pixels.items():
@@ -340,6 +419,9 @@ class Session:
                 if forced.any():
                     decision = decision.with_active(forced)
             decision = rounded_up(decision, cache.age, self.vla.levers.bucket)
+            if self.limit is not None and decision.beyond is Beyond.REUSE:
+                wanted, decision = decision.active, within(self.limit, decision, view, self.vla.max_age)
+                forced = decision.active & (forced | ~wanted)
         return decision, forced
 
 

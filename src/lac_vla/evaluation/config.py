@@ -42,6 +42,8 @@ class EvalConfig:
             180° and whose gripper runs from 0, closed, to 1, open.
         image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
         videos: Per method and task, how many episodes get an overlay video.
+        server: ``ws://…`` of a policy server: it runs the one method of ``policies`` on its ``model``, which are named
+            as the server names them. No MACs, no videos then.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
         workers: Processes. Latencies are only worth reporting from one.
@@ -66,6 +68,7 @@ class EvalConfig:
     convention: Literal["upright", "openvla"] = "upright"
     image_pipeline: str | None = None
     videos: int = 1
+    server: str | None = None
     unnorm_key: str | None = None
     device: str = "cpu"
     workers: int = 1
@@ -83,7 +86,10 @@ class EvalConfig:
         if self.workers < 1:
             raise InputError(f"workers is {self.workers}; give at least 1")
         Levers.parse(self.levers)
-        make_methods(self.policies, self.model)
+        if self.server is None:
+            make_methods(self.policies, self.model)
+        elif len(self.policies) != 1 or self.workers != 1 or self.ray is not None:
+            raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
         make_flow(self.flow or "none")
         if self.stress is not None:
             make_stress(self.stress)

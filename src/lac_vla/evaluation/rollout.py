@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +39,36 @@ class Simulator(Protocol):
         ...
 
 
+class Report(Protocol):
+    """What an episode's record says about a frame."""
+
+    @property
+    def ratio(self) -> float: ...  # noqa: D102
+    @property
+    def nominal_ratio(self) -> float | None: ...  # noqa: D102
+    @property
+    def oldest_age(self) -> int: ...  # noqa: D102
+    @property
+    def timings(self) -> Mapping[str, float]: ...  # noqa: D102
+    @property
+    def stages(self) -> Mapping[str, float]: ...  # noqa: D102
+
+
+class Driver(Protocol):
+    """What drives the robot: a session, here or behind a server."""
+
+    @property
+    def last(self) -> Report | None: ...  # noqa: D102
+
+    def reset(self, seed: int | None = None) -> None:
+        """Begin a new episode."""
+        ...
+
+    def act(self, frame: Frame) -> FloatArray:
+        """Answer an observation with an action."""
+        ...
+
+
 class Recorder(Protocol):
     """Watches an episode, e.g. to make a video of it."""
 
@@ -49,7 +79,7 @@ class Recorder(Protocol):
 
 def rollout(
     env: Simulator,
-    session: Session,
+    session: Driver,
     method: str,
     init_state: int,
     *,
@@ -63,12 +93,12 @@ def rollout(
 
     Args:
         env: The task.
-        session: The robot's session; it is reset with ``seed``.
+        session: Drives the robot; it is reset with ``seed``.
         method: Name of the method, for the record.
         init_state: Initial state.
         seed: Of the session's generator.
-        cost: Counts multiply-accumulates.
-        recorders: Watch.
+        cost: Counts multiply-accumulates of a session that is here.
+        recorders: Watch one.
         to_robot: Turns the model's action into the simulator's units, if they differ.
         ensemble: Makes the frame's action out of the last frames' chunks; by default, the newest chunk's first.
     """
@@ -92,14 +122,15 @@ def rollout(
         if step is None:  # pragma: no cover - act always leaves a step
             raise RuntimeError("the session did not report its step")
         effective.append(step.ratio)
-        nominal.append(step.decision.nominal_ratio)
-        oldest.append(int(step.age.max()))
-        if cost is not None:
-            macs.append(float(sum(cost.step(step).values())))
+        nominal.append(step.nominal_ratio)
+        oldest.append(step.oldest_age)
+        if isinstance(step, Step):
+            if cost is not None:
+                macs.append(float(sum(cost.step(step).values())))
+            for recorder in recorders:
+                recorder.add(frame, step)
         for name, value in {**step.timings, **step.stages}.items():
             latency[name].append(round(value, 4))
-        for recorder in recorders:
-            recorder.add(frame, step)
         frame, success = env.step(action if to_robot is None else to_robot(action))
     return EpisodeRecord(
         method=method,
@@ -116,7 +147,7 @@ def rollout(
         oldest_age=oldest,
         macs=macs,
         latency_ms=dict(latency),
-        peak_memory_mb=peak_memory_mb(session.vla.backbone.device),
+        peak_memory_mb=peak_memory_mb(session.vla.backbone.device) if isinstance(session, Session) else None,
     )
 
 

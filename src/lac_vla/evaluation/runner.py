@@ -22,7 +22,7 @@ from lac_vla.provenance import provenance
 from lac_vla.sims.libero import SUITES
 
 EPISODES, CONFIG, SUMMARY = "episodes.jsonl", "config.json", "summary.json"
-CHANGEABLE = ("workers", "threads", "videos")
+CHANGEABLE = ("workers", "threads", "videos", "server")
 """Settings that may differ when a run is resumed: they change no result."""
 
 

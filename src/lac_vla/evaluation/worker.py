@@ -5,15 +5,17 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.cluster import Job, run_on_ray
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.methods import make_methods
+from lac_vla.evaluation.methods import make_methods, method_name
 from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.evaluation.rollout import Simulator, rollout
+from lac_vla.evaluation.remote import RemoteSession
+from lac_vla.evaluation.rollout import Driver, Simulator, rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
 from lac_vla.levers import Levers
 from lac_vla.models import load_vla
@@ -34,12 +36,16 @@ class Worker:
     """
 
     config: EvalConfig
-    sessions: dict[str, Session] = field(init=False)
+    sessions: dict[str, Driver] = field(init=False)
     _env: LiberoEnv | None = field(init=False, default=None)
     _cost: CostModel | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         config = self.config
+        if config.server is not None:
+            method = method_name(config.policies[0])
+            self.sessions = {method: RemoteSession.connect(config.server, Path(config.model).name, method)}
+            return
         if config.threads:
             torch.set_num_threads(config.threads)
         backbone = load_vla(
@@ -69,14 +75,15 @@ class Worker:
         """Run one episode."""
         config, session = self.config, self.sessions[method]
         env: Simulator = self.environment(task)
-        if self._cost is None:
+        here = isinstance(session, Session)
+        if self._cost is None and isinstance(session, Session):
             self._cost = CostModel.of(session.vla.backbone, env.reset(init_state))
         if config.stress is not None:
             env = Stressed(env, make_stress(config.stress), config.seed, instructions(config.suite))
         name = f"{method}_task{task:02d}_init{init_state:02d}"
         failure = FailurePicture(config.out / "failures" / f"{name}.jpg", env.horizon, config.max_age)
         video = None
-        if init_state - config.init_states[0] < config.videos:
+        if init_state - config.init_states[0] < config.videos and here:
             video = EpisodeVideo(config.out / "videos" / f"{name}.mp4", method)
         record = rollout(
             env,
@@ -91,7 +98,7 @@ class Worker:
         if video is not None:
             video.close(success=record.success)
             record = replace(record, video=str(video.path.relative_to(config.out)))
-        picture = failure.close(success=record.success)
+        picture = failure.close(success=record.success) if here else None
         return record if picture is None else replace(record, failure=str(picture.relative_to(config.out)))
 
 

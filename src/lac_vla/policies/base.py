@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from lac_vla.errors import InputError
-from lac_vla.types import BoolArray, Decision, TokenLayout, View, Watch
+from lac_vla.types import BoolArray, Decision, FloatArray, TokenLayout, View, Watch
 
 
 class CachePolicy(ABC):
@@ -92,6 +93,15 @@ def cache_lowest(scores: npt.NDArray[np.floating[Any]], ratio: float) -> BoolArr
     cached = np.zeros(scores.size, dtype=np.bool_)
     cached[np.argsort(scores, kind="stable")[:count]] = True
     return cached
+
+
+def pixel_change(view: View) -> FloatArray:
+    """Mean absolute pixel change of every token against the pixels its slot was computed from, 0..1, (N,)."""
+    change = {
+        camera: cv2.absdiff(image, view.reference[camera]).sum(axis=2, dtype=np.float32) / (3 * 255)
+        for camera, image in view.pixels.items()
+    }
+    return view.layout.patch_mean(change)
 
 
 def scale_count(released: float, of: int, size: int) -> int:

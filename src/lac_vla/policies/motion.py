@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from lac_vla.errors import InputError
-from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
+from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio, pixel_change
 from lac_vla.types import Decision, View
 
 
@@ -38,11 +38,7 @@ class Motion(CachePolicy):
 
     def decide(self, view: View) -> Decision:
         """See :meth:`CachePolicy.decide`."""
-        change = {
-            camera: cv2.absdiff(image, view.reference[camera]).sum(axis=2, dtype=np.float32) / (3 * 255)
-            for camera, image in view.pixels.items()
-        }
-        score = view.layout.patch_mean(change)
+        score = pixel_change(view)
         if view.flow:
             speed = {
                 camera.name: np.hypot(*cv2.split(view.flow[camera.name]))

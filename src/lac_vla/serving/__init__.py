@@ -1,0 +1,1 @@
+"""One model behind openpi's websocket protocol, for any number of robots."""

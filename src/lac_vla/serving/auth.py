@@ -1,0 +1,83 @@
+"""Who may talk to the server: this machine alone, or whoever holds the key."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import os
+import ssl
+from pathlib import Path
+
+from lac_vla.errors import InputError
+
+KEY_VARIABLE = "LAC_API_KEY"
+"""Environment variable that holds the key, if no file does. Never an argument: those are visible to all processes."""
+MIN_KEY = 16
+"""Characters of a key."""
+
+
+def read_key(file: Path | None) -> str | None:
+    """The API key: a file's first line, else the environment's; ``None`` if there is neither.
+
+    Raises:
+        InputError: If the file cannot be read, or the key is too short or cannot stand in a header.
+    """
+    if file is None:
+        key, source = os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE
+        if not key:
+            return None
+    else:
+        source = str(file)
+        try:
+            key = file.read_text(encoding="utf-8").partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the API key from {file}: {error}") from error
+    if len(key) < MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"the API key in {source} must be at least {MIN_KEY} ASCII characters without spaces")
+    return key
+
+
+def allowed(header: str | None, key: str | None) -> bool:
+    """Whether an ``Authorization`` header shows the key, in a time that does not tell how much of it is right."""
+    if key is None:
+        return True
+    return hmac.compare_digest((header or "").encode("utf-8", "replace"), f"Api-Key {key}".encode())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_exposure(host: str, key: str | None) -> None:
+    """Refuse to listen to the world without a key.
+
+    Raises:
+        InputError: If the address is not a loopback one and there is no key.
+    """
+    if not is_loopback(host) and key is None:
+        raise InputError(
+            f"{host} is reachable from other machines: set {KEY_VARIABLE} or --api-key-file, or listen on 127.0.0.1"
+        )
+
+
+def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """TLS from PEM files; ``None`` without a certificate.
+
+    Raises:
+        InputError: If one of the two files is missing, or they are not a certificate and its key.
+    """
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise InputError("TLS needs both --tls-cert and --tls-key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"cannot use {certificate} with {key} for TLS: {error}") from error
+    return context

@@ -1,0 +1,127 @@
+"""A robot's side of the wire, synchronous and asyncio; openpi's own client does as well."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from lac_vla.errors import LacError, MissingExtraError
+from lac_vla.serving.wire import pack, unpack
+
+try:
+    from websockets.asyncio.client import connect as connect_async
+    from websockets.exceptions import ConnectionClosed, InvalidHandshake
+    from websockets.sync.client import connect
+except ModuleNotFoundError as error:
+    raise MissingExtraError("serve", "Talking to a server") from error
+
+_LARGEST = 2**26
+
+
+class ServerError(LacError):
+    """The server refused, failed or hung up; the message says which."""
+
+
+class Client:
+    """A connection to a policy server: one session. A context manager.
+
+    Args:
+        url: ``ws://host:port``, or ``wss://…``.
+        api_key: The server's key, if it has one.
+        timeout: Seconds to wait for anything.
+
+    Attributes:
+        metadata: What the server says about itself.
+
+    Raises:
+        ServerError: If there is no such server, or it refuses.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, timeout: float = 60.0) -> None:
+        self._timeout, self._fresh = timeout, False
+        try:
+            self._ws = connect(url, additional_headers=_headers(api_key), **_OPTIONS).__enter__()
+            self.metadata = _read(self._ws.recv(timeout))
+        except (OSError, InvalidHandshake, ConnectionClosed) as error:
+            raise ServerError(f"no session at {url}: {error}") from error
+
+    def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """Send an observation, get ``actions`` and what there is to know about them.
+
+        Raises:
+            ServerError: If the server cannot answer. The connection is closed then.
+        """
+        request = pack(observation | {"reset": True} if self._fresh else observation)
+        try:
+            self._ws.send(request)
+            answer = _read(self._ws.recv(self._timeout))
+        except (OSError, ConnectionClosed) as error:
+            raise ServerError(f"the server hung up: {error}") from error
+        self._fresh = False
+        return answer
+
+    def reset(self) -> None:
+        """Begin a new episode with the next observation."""
+        self._fresh = True
+
+    def close(self) -> None:
+        """End the session."""
+        self._ws.close()
+
+    def __enter__(self) -> Client:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the session."""
+        self.close()
+
+
+class AsyncClient:
+    """As :class:`Client`, for asyncio: ``client = await AsyncClient.connect(url)``."""
+
+    def __init__(self, ws: Any, metadata: dict[str, Any]) -> None:
+        self._ws, self.metadata, self._fresh = ws, metadata, False
+
+    @classmethod
+    async def connect(cls, url: str, api_key: str | None = None) -> AsyncClient:
+        """See :class:`Client`."""
+        try:
+            ws = await connect_async(url, additional_headers=_headers(api_key), **_OPTIONS)
+            return cls(ws, _read(await ws.recv()))
+        except (OSError, InvalidHandshake, ConnectionClosed) as error:
+            raise ServerError(f"no session at {url}: {error}") from error
+
+    async def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """See :meth:`Client.infer`."""
+        request = pack(observation | {"reset": True} if self._fresh else observation)
+        try:
+            await self._ws.send(request)
+            answer = _read(await self._ws.recv())
+        except (OSError, ConnectionClosed) as error:
+            raise ServerError(f"the server hung up: {error}") from error
+        self._fresh = False
+        return answer
+
+    def reset(self) -> None:
+        """See :meth:`Client.reset`."""
+        self._fresh = True
+
+    async def close(self) -> None:
+        """End the session."""
+        await self._ws.close()
+
+
+_OPTIONS: dict[str, Any] = {"compression": None, "max_size": _LARGEST}
+
+
+def _headers(api_key: str | None) -> dict[str, str] | None:
+    return None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+
+
+def _read(message: str | bytes) -> dict[str, Any]:
+    if isinstance(message, str):
+        raise ServerError(f"the server answered: {message}")
+    return unpack(message, _LARGEST)

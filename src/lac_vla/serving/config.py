@@ -1,0 +1,165 @@
+"""``lac serve``: its settings, and the server that they make."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lac_vla.errors import InputError
+
+if TYPE_CHECKING:
+    from lac_vla.serving.server import PolicyServer
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """A policy server.
+
+    Attributes:
+        vla: Checkpoint folder or hub id.
+        policy: E.g. ``lac`` (the policy that comes with the model), ``lac:path=FOLDER``, ``dense``.
+        host: Address to listen on. Any but this machine's own needs an API key.
+        port: Port to listen on.
+        camera: Where requests hold the images, ``camera=key``; by default openpi's LIBERO keys, in the cameras' order.
+        state_key: Where they hold the proprioception.
+        prompt_key: Where they hold the instruction.
+        api_key_file: File whose first line is the API key; by default the environment variable LAC_API_KEY.
+        tls_cert: Certificate, PEM.
+        tls_key: Its key, PEM.
+        deadline_ms: From a request's arrival to its answer; caps the tokens per frame. 0 for none.
+        slack: Between two requests, compute the stalest slots of the last frame anew.
+        shadow_every: Between two requests, after every so many frames, compare with the model without a cache.
+        shadow_threshold: Mean absolute difference of the actions from which on the cache is distrusted.
+        gap_s: A robot that was silent for longer begins a new episode.
+        max_sessions: Robots at a time.
+        max_rate: Requests per second and robot.
+        max_message_mb: Size of a request.
+        flow: Optical flow, if not the one that the policy was made for.
+        max_age: No slot is reused once it is this old, frames.
+        levers: Levers beside caching.
+        image_pipeline: The model's image geometry, if not its own.
+        unnorm_key: Statistics key of the checkpoint, if it has several.
+        device: ``cpu`` or ``cuda``.
+        threads: CPU threads of torch; 0 leaves it to torch.
+    """
+
+    vla: str
+    policy: str = "lac"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    camera: tuple[str, ...] = ()
+    state_key: str = "observation/state"
+    prompt_key: str = "prompt"
+    api_key_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    deadline_ms: float = 0.0
+    slack: bool = False
+    shadow_every: int = 0
+    shadow_threshold: float = 0.1
+    gap_s: float = 5.0
+    max_sessions: int = 32
+    max_rate: float = 200.0
+    max_message_mb: float = 8.0
+    flow: str | None = None
+    max_age: int = 16
+    levers: str = "default"
+    image_pipeline: str | None = None
+    unnorm_key: str | None = None
+    device: str = "cpu"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise InputError(f"port is {self.port}; give one in 0..65535, 0 for any free one")
+        if self.max_sessions < 1 or not self.max_rate > 0 or not self.max_message_mb > 0 or self.deadline_ms < 0:
+            raise InputError("max_sessions, max_rate and max_message_mb must be greater than 0, deadline_ms at least 0")
+
+
+def make_server(config: ServeConfig) -> PolicyServer:
+    """Load the model, measure what is to be known about this machine, and make the server; it does not listen yet.
+
+    Raises:
+        InputError: If a setting cannot be used.
+        CheckpointError: If the model cannot be loaded.
+        MissingExtraError: If the extra ``serve`` is not installed.
+    """
+    import torch
+
+    from lac_vla import __version__
+    from lac_vla.budget import smallest_limit
+    from lac_vla.evaluation.methods import method_name, resolve
+    from lac_vla.levers import Levers
+    from lac_vla.models import load_vla
+    from lac_vla.serving.auth import check_exposure, read_key, tls_context
+    from lac_vla.serving.controller import DeadlineController, LatencyTable
+    from lac_vla.serving.observation import ObservationKeys
+    from lac_vla.serving.server import Limits, PolicyServer
+    from lac_vla.serving.sessions import Rules
+    from lac_vla.vla import CachedVLA
+
+    key, tls = read_key(config.api_key_file), tls_context(config.tls_cert, config.tls_key)
+    check_exposure(config.host, key)
+    rules = Rules(config.gap_s, config.slack, config.shadow_every, config.shadow_threshold)
+    policy = resolve(config.policy, config.vla)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    backbone = load_vla(
+        config.vla,
+        device=config.device,
+        dtype="auto",
+        unnorm_key=config.unnorm_key,
+        image_pipeline=config.image_pipeline,
+    )
+    keys = ObservationKeys.parse(backbone.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
+    vla = CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age, levers=Levers.parse(config.levers))
+    table = LatencyTable.measure(vla) if config.deadline_ms or config.slack else None
+    controller = None
+    if config.deadline_ms and table is not None:
+        n_visual = sum(rows * cols for rows, cols in backbone.grids.values())
+        controller = DeadlineController(config.deadline_ms, table, smallest_limit(n_visual, vla.max_age))
+    facts = {
+        "server": f"lac-vla {__version__}",
+        "model": backbone.name,
+        "method": method_name(config.policy),
+        "cameras": dict(keys.cameras),
+        "state": keys.state,
+        "prompt": keys.prompt,
+        "max_age": vla.max_age,
+        "levers": str(vla.levers),
+        "deadline_ms": config.deadline_ms or None,
+    }
+    limits = Limits(config.max_sessions, config.max_rate, int(config.max_message_mb * 2**20))
+    return PolicyServer(vla, keys, rules, controller, table, facts, config.host, config.port, key, tls, limits)
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until the process is told to stop.
+
+    Raises:
+        InputError: If a setting cannot be used, or the address cannot be listened on.
+    """
+    from lac_vla.serving.metrics import log_to_stderr
+
+    log_to_stderr()
+    asyncio.run(_until_stopped(make_server(config)))
+
+
+async def _until_stopped(server: PolicyServer) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows
+            loop.add_signal_handler(name, stop.set)
+    try:
+        await server.__aenter__()
+    except OSError as error:
+        raise InputError(f"cannot listen on {server.host}:{server.port} ({error}); choose another --port") from error
+    try:
+        await stop.wait()
+    finally:
+        await server.__aexit__(None, None, None)

@@ -1,0 +1,141 @@
+"""Deadlines: how many tokens a frame can afford, from latencies measured on this machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lac_vla.budget import smallest_limit
+from lac_vla.errors import InputError
+from lac_vla.models import Backbone
+from lac_vla.policies import CachePolicy
+from lac_vla.types import Decision, Frame, View
+from lac_vla.vla import CachedVLA
+
+SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+"""Of the visual tokens, computed at the table's points."""
+ROUNDS = 12
+"""Frames per point of the table."""
+QUANTILE = 0.98
+"""Share of the frames that are to keep the deadline."""
+STEP = 0.3
+"""How quickly the controller learns that the machine is slower than the table says."""
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """How long a frame takes by the number of tokens computed, from observation to action.
+
+    Attributes:
+        tokens: Rising.
+        milliseconds: A high quantile at each of them, never falling.
+    """
+
+    tokens: tuple[int, ...]
+    milliseconds: tuple[float, ...]
+
+    @classmethod
+    def measure(cls, vla: CachedVLA, rounds: int = ROUNDS) -> LatencyTable:
+        """Time the model, with its policy and flow, on synthetic frames. Takes ``6 · rounds`` frames."""
+        frames = sample_frames(vla.backbone)
+        count = sum(rows * cols for rows, cols in vla.backbone.grids.values())
+        points = sorted({smallest_limit(count, vla.max_age), *(round(count * share) for share in SHARES)} - {0})
+        times = []
+        for tokens in points:
+            session = replace(vla, policy=_Fixed(vla.policy, tokens)).session()
+            took = []
+            for index in range(rounds + 2):  # the first is dense, the second warms up what is sparse
+                session.act(frames[index % len(frames)])
+                took.append(session.last.timings["observation_to_action"] if session.last is not None else math.nan)
+            times.append(float(np.quantile(took[2:], 0.9)))
+        return cls(tuple(points), tuple(np.maximum.accumulate(times).tolist()))
+
+    def __call__(self, tokens: float) -> float:
+        """Milliseconds of a frame with so many tokens."""
+        return float(np.interp(tokens, self.tokens, self.milliseconds))
+
+    def within(self, milliseconds: float) -> int:
+        """The most tokens that a frame of so many milliseconds can compute; 0 if it is not enough for the fewest."""
+        if milliseconds < self.milliseconds[0]:
+            return 0
+        # Where the table is level, the largest count of that time is meant: hence the tiny slope.
+        rising = np.asarray(self.milliseconds) + 1e-9 * np.arange(len(self.tokens))
+        return int(np.interp(milliseconds + 1e-8, rising, self.tokens))
+
+
+class DeadlineController:
+    """Turns the time that is left into a number of tokens, and corrects its table by what frames really take.
+
+    The correction tracks a quantile: it rises by a step after a frame that took longer than predicted, and falls so
+    slowly otherwise that both balance when :data:`QUANTILE` of the frames are in time.
+
+    Args:
+        deadline_ms: From a request's arrival to its answer.
+        table: Latencies.
+        floor: Tokens per frame that are never denied, see :func:`lac_vla.budget.smallest_limit`.
+
+    Raises:
+        InputError: If the deadline cannot be met even with the fewest tokens.
+    """
+
+    def __init__(self, deadline_ms: float, table: LatencyTable, floor: int) -> None:
+        if not deadline_ms > table(floor):
+            raise InputError(
+                f"a deadline of {deadline_ms:g} ms cannot be kept: {floor} tokens per frame, the fewest that the "
+                f"maximum age allows, take {table(floor):.1f} ms here; give more time, or a greater --max-age"
+            )
+        self.deadline_ms, self.table, self.floor = deadline_ms, table, floor
+        self.correction = 1.0
+
+    def limit(self, waited_ms: float) -> int:
+        """Tokens that a frame can afford which has waited so long already; never fewer than the floor."""
+        return max(self.floor, self.table.within((self.deadline_ms - waited_ms) / self.correction))
+
+    def observe(self, tokens: float, milliseconds: float) -> None:
+        """Learn from a frame that computed so many tokens in so many milliseconds."""
+        late = milliseconds > self.correction * self.table(tokens)
+        self.correction *= math.exp(STEP * (QUANTILE if late else QUANTILE - 1))
+        self.correction = min(max(self.correction, 0.5), 20.0)
+
+
+@dataclass(frozen=True)
+class _Fixed(CachePolicy):
+    """Costs what a policy costs, and then has exactly so many tokens computed."""
+
+    policy: CachePolicy
+    tokens: int
+
+    @property
+    def flow(self) -> str:
+        return self.policy.flow
+
+    def watch(self, n_layers: int) -> Any:
+        return self.policy.watch(n_layers)
+
+    def check_layout(self, grids: Mapping[str, tuple[int, int]]) -> None:
+        self.policy.check_layout(grids)
+
+    def decide(self, view: View) -> Decision:
+        self.policy.decide(view)
+        return Decision.reuse(np.arange(view.layout.n_visual) >= self.tokens, view.n_layers)
+
+
+def sample_frames(backbone: Backbone, side: int = 224) -> list[Frame]:
+    """A few noisy pictures of one scene, as any camera of the model might send them."""
+    rng = np.random.default_rng(0)
+    # Not of the protocol: a model that takes proprioception knows the range of each value.
+    proprio = getattr(backbone, "proprio_range", None)
+    state = None if proprio is None else np.zeros(proprio.dim, dtype=np.float32)
+    scenes = {camera: rng.integers(60, 190, (side, side, 3)) for camera in backbone.grids}
+    return [
+        Frame(
+            {c: (scene + rng.integers(-9, 10, scene.shape)).astype(np.uint8) for c, scene in scenes.items()},
+            "pick up the object",
+            state,
+        )
+        for _ in range(4)
+    ]

@@ -1,0 +1,95 @@
+"""What an operator watches: Prometheus metrics, and logs of one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+from lac_vla.errors import MissingExtraError
+from lac_vla.serving.sessions import Answer
+
+try:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+except ModuleNotFoundError as error:
+    raise MissingExtraError("serve", "Serving") from error
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.35, 0.5, 1, 2, 5)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
+AGES = (0, 1, 2, 4, 8, 12, 16, 24, 32, 64)
+
+LOG = logging.getLogger("lac_vla.serving")
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter("lac_requests", "Requests by outcome", ["outcome"], registry=registry)
+        self.rejected = Counter("lac_rejected_connections", "Connections refused", ["reason"], registry=registry)
+        self.sessions = Gauge("lac_sessions", "Open sessions", registry=registry)
+        self.waiting = Gauge("lac_waiting_requests", "Requests that wait or run", registry=registry)
+        self.memory = Gauge("lac_cache_bytes", "Keys and values of all sessions", registry=registry)
+        self.seconds = Histogram("lac_request_seconds", "From arrival to answer", buckets=SECONDS, registry=registry)
+        self.stages = Counter("lac_stage_seconds", "Time spent, by stage", ["stage"], registry=registry)
+        self.ratio = Histogram("lac_cache_ratio", "Share of the tokens reused", buckets=SHARES, registry=registry)
+        self.age = Histogram("lac_oldest_age_frames", "Age of the oldest slot", buckets=AGES, registry=registry)
+        self.dense = Counter("lac_dense_frames", "Frames computed in full", ["reason"], registry=registry)
+        self.resets = Counter("lac_resets", "Episodes begun", ["reason"], registry=registry)
+        self.late = Counter("lac_late_answers", "Answers behind their deadline", registry=registry)
+        self.refreshed = Counter("lac_refreshed_tokens", "Slots computed in idle time", registry=registry)
+
+    def count(self, answer: Answer, seconds: float) -> None:
+        """Count an answer that took so long from the request's arrival."""
+        report, step = answer.message["lac"], answer.step
+        self.requests.labels("answered").inc()
+        self.seconds.observe(seconds)
+        for stage, milliseconds in step.stages.items():
+            self.stages.labels(stage).inc(milliseconds / 1e3)
+        self.ratio.observe(step.ratio)
+        self.age.observe(step.oldest_age)
+        if step.dense_because is not None:  # the number in a disagreement is no label
+            self.dense.labels(step.dense_because.partition(" by ")[0]).inc()
+        if answer.reset is not None:
+            self.resets.labels(answer.reset).inc()
+        if report["late"]:
+            self.late.inc()
+        self.refreshed.inc(report["refreshed"])
+
+    def text(self) -> bytes:
+        """All of them, as Prometheus reads them."""
+        exposition: bytes = generate_latest(self._registry)
+        return exposition
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per line: time, level, event, and what belongs to the event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See :meth:`logging.Formatter.format`."""
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def log(event: str, *, level: int = logging.INFO, exc_info: bool = False, **facts: Any) -> None:
+    """Log an event with its facts."""
+    LOG.log(level, event, extra={"facts": facts}, exc_info=exc_info)
+
+
+def log_to_stderr() -> None:
+    """Write this package's log to standard error, as JSON lines."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    LOG.handlers = [handler]
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    logging.getLogger("lac_vla.serving.websockets").setLevel(logging.WARNING)  # it speaks of every connection

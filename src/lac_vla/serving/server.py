@@ -1,0 +1,216 @@
+"""The server: connections in, one session each; the model's thread does the work, the event loop never does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+import uuid
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any
+
+from lac_vla.errors import InputError, LacError, MissingExtraError
+from lac_vla.serving import wire
+from lac_vla.serving.auth import allowed, check_exposure
+from lac_vla.serving.controller import DeadlineController, LatencyTable
+from lac_vla.serving.metrics import Metrics, log
+from lac_vla.serving.observation import ObservationKeys
+from lac_vla.serving.sessions import RobotSession, Rules
+from lac_vla.serving.worker import Worker
+from lac_vla.vla import CachedVLA
+
+try:
+    from websockets.asyncio.server import Server, ServerConnection, serve
+    from websockets.exceptions import ConnectionClosed
+    from websockets.http11 import Request, Response
+except ModuleNotFoundError as error:
+    raise MissingExtraError("serve", "Serving") from error
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask of the server.
+
+    Attributes:
+        sessions: Connections at a time.
+        rate_hz: Requests per second and session; a faster one is read more slowly.
+        message: Bytes of a request.
+        send_s: Seconds that a client may take to read an answer.
+        idle_s: Seconds without a request after which a session ends.
+    """
+
+    sessions: int = 32
+    rate_hz: float = 200.0
+    message: int = wire.MAX_MESSAGE
+    send_s: float = 10.0
+    idle_s: float = 1800.0
+
+
+@dataclass
+class PolicyServer:
+    """Serves one model to many robots. An async context manager, from listening to shut down.
+
+    Attributes:
+        vla: Backbone and policy.
+        keys: Where requests hold what the model needs.
+        rules: For all sessions.
+        controller: Of the deadline.
+        table: Latencies, for slack refresh.
+        facts: What the metadata says besides.
+        host: Address to listen on.
+        port: 0 for any free one; then the one that was taken.
+        key: The API key.
+        tls: For ``wss://``.
+        limits: Of every client.
+        metrics: What is counted.
+    """
+
+    vla: CachedVLA
+    keys: ObservationKeys
+    rules: Rules = field(default_factory=Rules)
+    controller: DeadlineController | None = None
+    table: LatencyTable | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = 0
+    key: str | None = None
+    tls: ssl.SSLContext | None = None
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        check_exposure(self.host, self.key)
+        self._worker = Worker(self.limits.sessions)
+        self._robots: dict[ServerConnection, RobotSession] = {}
+        self._busy: set[ServerConnection] = set()
+        self._stopping = False
+        self._server: Server | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'ws' if self.tls is None else 'wss'}://{host}:{self.port}"
+
+    async def __aenter__(self) -> PolicyServer:
+        """Start to listen."""
+        self._server = await serve(
+            self._serve,
+            self.host,
+            self.port,
+            ssl=self.tls,
+            compression=None,
+            origins=[None],  # robots are no browsers: no web page may talk to a server on its reader's machine
+            process_request=self._admit,
+            max_size=self.limits.message,
+            max_queue=1,  # what a client sends ahead waits in its own socket
+            write_limit=2**16,
+            server_header=None,
+            logger=logging.getLogger("lac_vla.serving.websockets"),
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+        log("listening", url=self.url, **self.facts)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take nothing more, answer what was taken, and stop."""
+        self._stopping = True
+        if self._server is not None:
+            self._server.close(close_connections=False)
+            await asyncio.gather(*(ws.close(1001, "stopping") for ws in self._robots if ws not in self._busy))
+            await self._server.wait_closed()
+        await self._worker.close()
+        log("stopped")
+
+    async def _admit(self, ws: ServerConnection, request: Request) -> Response | None:
+        """Answer plain requests, and refuse connections that may not be."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            return ws.respond(HTTPStatus.OK, "OK\n")
+        if not allowed(request.headers.get("Authorization"), self.key):
+            return self._refuse(ws, HTTPStatus.UNAUTHORIZED, "wrong key", "send the header Authorization: Api-Key KEY")
+        if path == "/metrics":
+            self.metrics.sessions.set(len(self._robots))
+            self.metrics.waiting.set(self._worker.waiting)
+            self.metrics.memory.set(sum(robot.nbytes for robot in self._robots.values()))
+            return ws.respond(HTTPStatus.OK, self.metrics.text().decode())
+        if len(self._robots) >= self.limits.sessions:
+            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "full", "all sessions are taken: try later")
+        return None
+
+    def _refuse(self, ws: ServerConnection, status: HTTPStatus, reason: str, text: str) -> Response:
+        self.metrics.rejected.labels(reason).inc()
+        log("refused", level=logging.WARNING, reason=reason, peer=ws.remote_address)
+        return ws.respond(status, text + "\n")
+
+    async def _serve(self, ws: ServerConnection) -> None:
+        """One connection, from metadata to the end."""
+        if len(self._robots) >= self.limits.sessions or self._stopping:  # several were admitted at the same moment
+            await ws.close(1013, "all sessions are taken: try later")
+            return
+        robot = RobotSession(self.vla, self.keys, self.rules, self.controller, self.table)
+        name = uuid.uuid4().hex
+        self._robots[ws] = robot
+        log("session opened", session=name, peer=ws.remote_address)
+        reason = "closed by the client"
+        try:
+            await self._send(ws, {**self.facts, "session": name})
+            await self._answer_all(ws, robot)
+        except ConnectionClosed:
+            pass
+        except asyncio.TimeoutError:
+            reason = "timed out"
+            await ws.close(1001, "timed out")
+        except LacError as error:
+            reason = str(error)
+            self.metrics.requests.labels("refused").inc()
+            await self._fail(ws, reason)
+        except Exception:
+            reason = "internal error"
+            self.metrics.requests.labels("failed").inc()
+            log(reason, level=logging.ERROR, exc_info=True, session=name)
+            await self._fail(ws, f"internal error; the server's log tells more about session {name}")
+        finally:
+            self._busy.discard(ws)
+            self._robots.pop(ws, None)
+            self._worker.withdraw(ws)
+            log("session closed", session=name, reason=reason)
+
+    async def _answer_all(self, ws: ServerConnection, robot: RobotSession) -> None:
+        """One request, one answer, until somebody hangs up."""
+        total, not_before = None, 0.0
+        while not self._stopping:
+            await asyncio.sleep(max(0.0, not_before - time.perf_counter()))
+            data = await asyncio.wait_for(ws.recv(), self.limits.idle_s)
+            self._busy.add(ws)
+            arrived = time.perf_counter()
+            not_before = arrived + 1 / self.limits.rate_hz
+            if isinstance(data, str):
+                raise InputError("requests are binary messages of openpi's protocol, not text")
+            request = wire.unpack(data, self.limits.message)
+            answer = await self._worker.run(lambda request=request, at=arrived: robot.answer(request, at))  # type: ignore[misc]
+            if total is not None:
+                answer.message["server_timing"]["prev_total_ms"] = total
+            await self._send(ws, answer.message)
+            total = 1e3 * (time.perf_counter() - arrived)
+            self.metrics.count(answer, total / 1e3)
+            self._busy.discard(ws)
+            if (job := robot.spare()) is not None:
+                self._worker.offer(ws, job)
+        await ws.close(1001, "stopping")
+
+    async def _send(self, ws: ServerConnection, message: dict[str, Any]) -> None:
+        await asyncio.wait_for(ws.send(wire.pack(message)), self.limits.send_s)
+
+    async def _fail(self, ws: ServerConnection, text: str) -> None:
+        """Say what is wrong as openpi's server does: a text, and the connection is closed."""
+        try:
+            await asyncio.wait_for(ws.send(text), self.limits.send_s)
+            await ws.close(1011, "error")
+        except (ConnectionClosed, asyncio.TimeoutError):
+            pass

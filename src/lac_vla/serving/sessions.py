@@ -1,0 +1,222 @@
+"""One robot's session behind the wire: when an episode begins, what a frame may cost, whether its cache is trusted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lac_vla.errors import InputError
+from lac_vla.serving.controller import DeadlineController, LatencyTable
+from lac_vla.serving.observation import ObservationKeys
+from lac_vla.types import FloatArray, Frame
+from lac_vla.vla import CachedVLA, Step
+
+SLACK_SHARE = 0.5
+"""Of the idle time that a robot is expected to leave, what slack refresh takes at most."""
+LEARNING = 0.2
+"""Weight of the newest idle time in the expected one."""
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the server treats every session.
+
+    Attributes:
+        gap_s: A robot that was silent for longer begins a new episode: stock clients have no word for it.
+        slack: In idle time, compute the stalest slots of the last frame anew.
+        shadow_every: In idle time, after every so many frames, compare the action with that of the model without a
+            cache; 0 for never.
+        shadow_threshold: Mean absolute difference of the two, in the action's units, from which on the cache is
+            distrusted.
+        cooldown: Frames that are then computed in full.
+    """
+
+    gap_s: float = 5.0
+    slack: bool = False
+    shadow_every: int = 0
+    shadow_threshold: float = 0.1
+    cooldown: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.gap_s > 0 or not self.shadow_threshold > 0:
+            raise InputError("gap_s and shadow_threshold must be greater than 0")
+        if self.shadow_every < 0 or self.cooldown < 1:
+            raise InputError("shadow_every must be at least 0, cooldown at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What became of a request.
+
+    Attributes:
+        message: For the robot.
+        step: What the session did.
+        reset: Why a new episode began, if one did.
+    """
+
+    message: dict[str, Any]
+    step: Step
+    reset: str | None
+
+
+class RobotSession:
+    """The session of one connection. Its methods run in the model's thread, one at a time.
+
+    Args:
+        vla: Backbone and policy.
+        keys: Where requests hold what the model needs.
+        rules: Those of the server.
+        controller: Of the deadline, shared by all sessions; ``None`` for none.
+        table: Latencies, for slack refresh.
+        seed: Of chance.
+    """
+
+    def __init__(
+        self,
+        vla: CachedVLA,
+        keys: ObservationKeys,
+        rules: Rules,
+        controller: DeadlineController | None = None,
+        table: LatencyTable | None = None,
+        seed: int = 0,
+    ) -> None:
+        if rules.slack and table is None:
+            raise InputError("slack refresh needs a latency table: LatencyTable.measure(vla)")
+        self.keys, self.rules, self.controller, self.table = keys, rules, controller, table
+        self._session = vla.session(seed)
+        self._instruction: str | None = None
+        self._episode: Any = None
+        self._shapes: Mapping[str, tuple[int, int]] = {}
+        self._action: FloatArray | None = None
+        self._answered = 0.0
+        self._idle: float | None = None  # expected seconds from an answer to the next request
+        self._frames = 0
+        self._cooling = 0
+        self._refreshed = 0
+        self._disagreement: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cache, in bytes."""
+        return self._session.nbytes
+
+    def answer(self, request: Mapping[str, Any], arrived: float) -> Answer:
+        """Answer one request.
+
+        Args:
+            request: The message.
+            arrived: When it came, by ``time.perf_counter()``.
+
+        Raises:
+            InputError: If the request cannot be used.
+        """
+        start = time.perf_counter()
+        frame = self.keys.frame(request)
+        reset = self._begin(request, frame, arrived)
+        session, waited = self._session, 1e3 * (start - arrived)
+        if self.controller is not None:
+            session.limit = self.controller.limit(waited)
+        action = session.act(frame)
+        step = session.last
+        if step is None:  # pragma: no cover - act always leaves a step
+            raise RuntimeError("the session did not report its step")
+        took = 1e3 * (time.perf_counter() - start)
+        if self.controller is not None and step.dense_because is None:
+            self.controller.observe(step.decision.depth.sum() / step.decision.n_layers, took)
+        message = {
+            "actions": np.atleast_2d(action),
+            "policy_timing": {"infer_ms": step.timings["model_call"]},
+            "server_timing": {"infer_ms": took},
+            "lac": self._report(step, reset, waited, took),
+        }
+        self._action, self._refreshed, self._disagreement = action, 0, None
+        self._frames += 1
+        self._cooling = max(0, self._cooling - 1)
+        if not self._cooling:
+            session.distrust = None
+        self._answered = time.perf_counter()
+        return Answer(message, step, reset)
+
+    def spare(self) -> Callable[[], object] | None:
+        """What this session would do before its robot asks again, if anything."""
+        every = self.rules.shadow_every
+        if every and self._frames % every == 0:
+            return self.shadow
+        return self.refresh if self.rules.slack and self._idle is not None else None
+
+    def refresh(self) -> int:
+        """Slack refresh: as many of the stalest slots as the expected idle time allows; how many these were."""
+        if self.table is None or self._idle is None:
+            return 0
+        correction = 1.0 if self.controller is None else self.controller.correction
+        count = self._session.refresh(self.table.within(1e3 * SLACK_SHARE * self._idle / correction))
+        self._refreshed += count
+        return count
+
+    def shadow(self) -> float | None:
+        """Compare the last action with that of the model without a cache; distrust the cache if they disagree.
+
+        Returns:
+            Mean absolute difference; ``None`` if there is nothing to compare.
+        """
+        dense = self._session.shadow()
+        if dense is None or self._action is None:
+            return None
+        self._disagreement = float(np.abs(dense - self._action).mean())
+        if not self._disagreement <= self.rules.shadow_threshold:  # NaN is no agreement
+            self._session.distrust = f"shadow pass disagreed by {self._disagreement:.3g}"
+            self._cooling = self.rules.cooldown
+        return self._disagreement
+
+    def _begin(self, request: Mapping[str, Any], frame: Frame, arrived: float) -> str | None:
+        """Begin a new episode if this request does; why."""
+        episode, seed = request.get("episode_id"), request.get("seed")
+        if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed <= MAX_SEED):
+            raise InputError("seed must be a whole number from 0 on")
+        if not isinstance(episode, str | int | np.integer | None):
+            raise InputError("episode_id must be a text or a whole number")
+        idle = arrived - self._answered
+        first, reason = self._instruction is None, None
+        if request.get("reset") is not None and bool(request["reset"]):
+            reason = "reset"
+        elif episode != self._episode:
+            reason = "new episode"
+        elif frame.instruction != self._instruction:
+            reason = "new instruction"
+        elif frame.shapes != self._shapes:
+            reason = "other cameras"
+        elif idle > self.rules.gap_s:
+            reason = "time gap"
+        if reason is not None:
+            self._session.reset(None if seed is None else int(seed))
+            self._cooling, self._action, self._idle = 0, None, None
+        elif self._idle is None:
+            self._idle = idle
+        else:
+            self._idle += LEARNING * (max(0.0, idle) - self._idle)
+        self._instruction, self._episode, self._shapes = frame.instruction, episode, frame.shapes
+        return None if first else reason
+
+    def _report(self, step: Step, reset: str | None, waited: float, took: float) -> dict[str, Any]:
+        limit, late = self._session.limit, None
+        if self.controller is not None:
+            late = waited + took > self.controller.deadline_ms
+        return {
+            "ratio": step.ratio,
+            "nominal_ratio": step.nominal_ratio,
+            "oldest_age": step.oldest_age,
+            "recovered": int(step.recovered.sum()),
+            "limit": limit,
+            "late": late,
+            "reset": reset,
+            "fallback": step.dense_because,
+            "refreshed": self._refreshed,
+            "shadow": self._disagreement,
+            "waited_ms": waited,
+            "stages": dict(step.stages),
+        }

@@ -1,0 +1,334 @@
+"""The server over real sockets: the protocol, isolation, refusals, shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import socket
+import ssl
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.sync.client import connect
+
+from lac_vla import CachedVLA, Dense, Motion, PrismaticBackbone
+from lac_vla.serving.client import AsyncClient, Client, ServerError
+from lac_vla.serving.metrics import JsonLines
+from lac_vla.serving.server import Limits, PolicyServer
+from lac_vla.serving.wire import pack, unpack
+from tests.serving.conftest import KEYS, Running, observation
+
+Start = Callable[..., Running]
+KEY = "a-key-of-some-length"
+
+
+def get(url: str, **headers: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def expected(backbone: PrismaticBackbone, seeds: list[int], prompt: str = "pick up the bowl") -> list[Any]:
+    """What a session of the library answers to the same observations."""
+    session = CachedVLA(backbone, Motion(0.5)).session()
+    return [session.act(KEYS.frame(observation(seed, prompt))) for seed in seeds]
+
+
+def test_answers_are_those_of_the_library(start: Start, backbone: PrismaticBackbone) -> None:
+    with Client(start(facts={"model": "tiny"}).url) as client:
+        assert client.metadata["model"] == "tiny"
+        for i, action in enumerate(expected(backbone, [0, 1, 2])):
+            answer = client.infer(observation(i))
+            assert answer["actions"].shape == (1, 7)
+            np.testing.assert_array_equal(answer["actions"][0], action)
+            assert answer["server_timing"]["infer_ms"] > 0
+            assert ("prev_total_ms" in answer["server_timing"]) == (i > 0)
+            report = answer["lac"]
+            assert report["ratio"] == (0 if i == 0 else 0.5)
+            assert report["fallback"] == ("first frame" if i == 0 else None)
+            assert report["oldest_age"] <= i
+            assert set(report["stages"]) >= {"prefill", "flow", "policy"}
+
+
+def test_the_asynchronous_client_is_the_same(start: Start, backbone: PrismaticBackbone) -> None:
+    async def drive(url: str) -> list[Any]:
+        client = await AsyncClient.connect(url)
+        answers = [(await client.infer(observation(i)))["actions"][0] for i in range(2)]
+        client.reset()
+        again = await client.infer(observation(0))
+        assert again["lac"]["reset"] == "reset"
+        await client.close()
+        return answers
+
+    np.testing.assert_array_equal(asyncio.run(drive(start().url)), expected(backbone, [0, 1]))
+
+
+def test_sessions_do_not_mix(start: Start, backbone: PrismaticBackbone) -> None:
+    server = start()
+    with Client(server.url) as one, Client(server.url) as other:
+        assert one.metadata["session"] != other.metadata["session"]
+        mine = [[], []]
+        for i in range(4):
+            mine[0].append(one.infer(observation(i))["actions"][0])
+            mine[1].append(other.infer(observation(50 + i, "open the drawer"))["actions"][0])
+    assert not np.array_equal(mine[0], mine[1])
+    np.testing.assert_array_equal(mine[0], expected(backbone, [0, 1, 2, 3]))
+    np.testing.assert_array_equal(mine[1], expected(backbone, [50, 51, 52, 53], "open the drawer"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (b"garbage", "protocol"),
+        (b"", "protocol"),
+        (pack({"prompt": "go"}), "no .*observation/image"),
+        (pack(observation() | {"prompt": "  "}), "instruction is empty"),
+        (pack(observation() | {"prompt": "x" * 2000}), "at most 1000 characters"),
+        (pack(observation() | {"observation/image": np.zeros((4, 4, 3))}), "uint8"),
+        (pack(observation() | {"observation/image": np.zeros((4, 4000, 3), np.uint8)}), "2048 pixels"),
+        (pack(observation() | {"observation/state": np.array([np.nan])}), "NaN"),
+        (pack(observation() | {"seed": -1}), "seed"),
+        (pack(observation() | {"episode_id": [1]}), "episode_id"),
+        ("text", "binary"),
+    ],
+)
+def test_bad_requests_end_their_own_connection_alone(start: Start, wrong: str | bytes, complaint: str) -> None:
+    server = start()
+    with Client(server.url) as other, connect(server.url, compression=None) as ws:
+        other.infer(observation(0))
+        ws.recv()
+        ws.send(wrong)
+        answer = ws.recv(timeout=10)
+        assert isinstance(answer, str)
+        assert re.search(complaint, answer)
+        assert "Traceback" not in answer
+        with pytest.raises(ConnectionClosedError) as closed:
+            ws.recv(timeout=10)
+        assert closed.value.rcvd.code == 1011
+        assert other.infer(observation(1))["lac"]["ratio"] == 0.5
+
+
+def test_our_client_says_what_the_server_says(start: Start) -> None:
+    with Client(start().url) as client, pytest.raises(ServerError, match=r"no .*observation/image"):
+        client.infer({"prompt": "go"})
+
+
+def test_an_internal_error_tells_no_internals(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    with Client(server.url) as one, Client(server.url) as other:
+        other.infer(observation(0))
+        with monkeypatch.context() as patch:
+            patch.setattr("lac_vla.serving.sessions.RobotSession.answer", broken)
+            with pytest.raises(ServerError, match="internal error") as error:
+                one.infer(observation())
+        assert "secret" not in str(error.value)
+        assert other.infer(observation(1))["lac"]["ratio"] == 0.5
+
+
+def test_an_oversized_message_is_not_read(start: Start) -> None:
+    server = start(limits=Limits(message=2**15))
+    with connect(server.url, compression=None) as ws:
+        ws.recv()
+        ws.send(bytes(2**17))
+        with pytest.raises(ConnectionClosedError) as closed:
+            ws.recv(timeout=10)
+        assert closed.value.rcvd.code == 1009
+    with Client(server.url) as client:
+        client.infer(observation(0))
+
+
+def test_only_the_key_opens(start: Start) -> None:
+    server = start(key=KEY)
+    for wrong in (None, "x", KEY + "x", KEY[:-1]):
+        with pytest.raises(ServerError, match="401"):
+            Client(server.url, wrong)
+    with Client(server.url, KEY) as client:
+        client.infer(observation())
+    assert get(server.http + "/healthz") == (200, "OK\n")
+    assert get(server.http + "/metrics")[0] == 401
+    code, metrics = get(server.http + "/metrics", Authorization=f"Api-Key {KEY}")
+    assert code == 200
+    assert 'lac_rejected_connections_total{reason="wrong key"} 5.0' in metrics
+
+
+def test_web_pages_are_refused(start: Start) -> None:
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(start().url, origin="https://example.org")  # type: ignore[arg-type]
+
+
+def test_no_more_sessions_than_allowed(start: Start) -> None:
+    server = start(limits=Limits(sessions=2))
+    with Client(server.url) as one, Client(server.url) as two:
+        with pytest.raises(ServerError, match="503"):
+            Client(server.url)
+        one.infer(observation())
+        two.infer(observation())
+        two.close()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and len(server.server._robots) > 1:
+            time.sleep(0.02)
+        with Client(server.url) as three:
+            three.infer(observation())
+
+
+def test_a_fast_client_is_slowed_down(start: Start) -> None:
+    with Client(start(limits=Limits(rate_hz=20)).url) as client:
+        client.infer(observation())
+        begin = time.perf_counter()
+        for i in range(4):
+            client.infer(observation(i))
+        assert time.perf_counter() - begin > 3 / 20
+
+
+def test_a_greedy_client_does_not_starve_others(start: Start) -> None:
+    server = start()
+    with connect(server.url, compression=None) as greedy, Client(server.url) as modest:
+        greedy.recv()
+        data = pack(observation())
+        flood = threading.Thread(target=lambda: [greedy.send(data) for _ in range(60)])
+        flood.start()
+        answered = server.server.metrics.requests.labels("answered")._value
+        before = answered.get()
+        for i in range(5):
+            modest.infer(observation(i))
+        between = answered.get() - before
+        for _ in range(60):
+            greedy.recv(timeout=30)
+        flood.join()
+    assert between <= 5 + 5 + 2  # turn by turn
+
+
+def test_a_client_that_dies_in_mid_request(start: Start) -> None:
+    server = start()
+    with Client(server.url) as other:
+        for _ in range(3):
+            ws = connect(server.url, compression=None).__enter__()
+            ws.recv()
+            ws.send(pack(observation()))
+            ws.socket.shutdown(socket.SHUT_RDWR)
+            ws.close()
+        for i in range(3):
+            other.infer(observation(i))
+        deadline = time.monotonic() + 10
+        while len(server.server._robots) > 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(server.server._robots) == 1
+
+
+def test_shutdown_answers_what_was_taken(
+    start: Start, backbone: PrismaticBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = threading.Event()
+    slow = backbone.project
+
+    def project(features: Any) -> Any:
+        started.set()
+        time.sleep(0.5)
+        return slow(features)
+
+    server = start(CachedVLA(backbone, Dense()))
+    with Client(server.url) as busy, Client(server.url) as idle:
+        answers: list[dict[str, Any]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(backbone, "project", project)
+            asking = threading.Thread(target=lambda: answers.append(busy.infer(observation())))
+            asking.start()
+            assert started.wait(10)
+            server.stop()
+            asking.join(10)
+        assert len(answers) == 1
+        for client in (busy, idle):
+            with pytest.raises(ServerError, match="1001"):
+                client.infer(observation())
+    with pytest.raises(ServerError, match="no session"):
+        Client(server.url)
+
+
+def test_the_event_loop_stays_free(start: Start, backbone: PrismaticBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, started = start(), threading.Event()
+    slow = backbone.project
+
+    def project(features: Any) -> Any:
+        started.set()
+        time.sleep(1.5)
+        return slow(features)
+
+    with Client(server.url) as client, monkeypatch.context() as patch:
+        patch.setattr(backbone, "project", project)
+        asking = threading.Thread(target=client.infer, args=(observation(),))
+        asking.start()
+        assert started.wait(10)
+        begin = time.perf_counter()
+        assert get(server.http + "/healthz") == (200, "OK\n")
+        assert time.perf_counter() - begin < 1
+        asking.join()
+
+
+def test_metrics_count_what_happened(start: Start) -> None:
+    server = start()
+    with Client(server.url) as client:
+        for i in range(3):
+            client.infer(observation(i))
+        client.infer(observation(0, "open the drawer"))
+        text = get(server.http + "/metrics")[1]
+    assert 'lac_requests_total{outcome="answered"} 4.0' in text
+    assert 'lac_dense_frames_total{reason="first frame"} 2.0' in text
+    assert 'lac_resets_total{reason="new instruction"} 1.0' in text
+    assert "lac_sessions 1.0" in text
+    assert "lac_request_seconds_count 4.0" in text
+    assert 'lac_stage_seconds_total{stage="prefill"}' in text
+
+
+def test_logs_are_json_lines(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lac_vla.serving"), Client(start().url) as client:
+        name = client.metadata["session"]
+        with pytest.raises(ServerError):
+            client.infer({})
+        time.sleep(0.2)
+    lines = [json.loads(JsonLines().format(r)) for r in caplog.records if r.name == "lac_vla.serving"]
+    events = {line["event"]: line for line in lines if line.get("session") == name}
+    assert set(events) >= {"session opened", "session closed"}
+    assert "observation/image" in events["session closed"]["reason"]
+
+
+def test_tls(start: Start, tmp_path: Path) -> None:
+    from lac_vla.serving.auth import tls_context
+
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    )
+    try:
+        subprocess.run([*command.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no openssl here to make a certificate")
+    server = start(tls=tls_context(cert, key))
+    assert server.url.startswith("wss://")
+    with connect(server.url, ssl=ssl.create_default_context(cafile=str(cert)), compression=None) as ws:
+        ws.recv()
+        ws.send(pack(observation()))
+        assert "actions" in unpack(ws.recv())
+    with pytest.raises(ServerError, match="certificate"):
+        Client(server.url)
+
+
+def test_the_world_needs_a_key(backbone: PrismaticBackbone) -> None:
+    with pytest.raises(ValueError, match="reachable from other machines"):
+        PolicyServer(CachedVLA(backbone), KEYS, host="0.0.0.0")

@@ -1,0 +1,235 @@
+"""When an episode begins, what a frame may cost, and whether the cache is trusted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PrismaticBackbone, View, random_vla
+from lac_vla.models.cogact.config import TINY_COGACT
+from lac_vla.policies import CachePolicy
+from lac_vla.serving import sessions
+from lac_vla.serving.controller import DeadlineController, LatencyTable
+from lac_vla.serving.observation import ObservationKeys
+from lac_vla.serving.sessions import RobotSession, Rules
+from tests.serving.conftest import KEYS, observation
+
+TABLE = LatencyTable((4, 26, 52), (5.0, 20.0, 40.0))
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(sessions.time, "perf_counter", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The stopwatch of :mod:`lac_vla.timing` stands still as well; nothing here depends on it."""
+    return Clock(monkeypatch)
+
+
+class Stubborn(CachePolicy):
+    """Reuses all that it may."""
+
+    def decide(self, view: View) -> Decision:
+        return Decision.reuse(np.ones(view.layout.n_visual, dtype=np.bool_), view.n_layers)
+
+
+def robot(backbone: PrismaticBackbone, policy: CachePolicy | None = None, **options: Any) -> RobotSession:
+    return RobotSession(CachedVLA(backbone, policy or Motion(0.5)), KEYS, **{"rules": Rules(), **options})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"reset": True}, "reset"),
+        ({"reset": False}, None),
+        ({"episode_id": "b"}, "new episode"),
+        ({"prompt": "open the drawer"}, "new instruction"),
+        ({"observation/image": np.zeros((32, 48, 3), np.uint8)}, "other cameras"),
+    ],
+)
+def test_what_begins_an_episode(
+    backbone: PrismaticBackbone, clock: Clock, change: dict[str, Any], reason: str | None
+) -> None:
+    one = robot(backbone)
+    first = one.answer(observation(0) | {"episode_id": "a"}, clock.now)
+    assert first.reset is None
+    answer = one.answer(observation(1) | {"episode_id": "a"} | change, clock.now)
+    assert answer.reset == answer.message["lac"]["reset"] == reason
+    assert (answer.step.dense_because == "first frame") == (reason is not None)
+    again = one.answer(observation(2) | {"episode_id": "a"} | change | {"reset": False}, clock.now)
+    assert (again.reset, again.step.dense_because) == (None, None)  # only once
+
+
+def test_a_silence_begins_an_episode(backbone: PrismaticBackbone, clock: Clock) -> None:
+    one = robot(backbone, rules=Rules(gap_s=3))
+    one.answer(observation(0), clock.now)
+    clock.now += 2.9
+    assert one.answer(observation(1), clock.now).reset is None
+    clock.now += 3.1
+    assert one.answer(observation(2), clock.now).reset == "time gap"
+
+
+def test_a_scene_cut_is_a_fallback(backbone: PrismaticBackbone, clock: Clock) -> None:
+    one = robot(backbone)
+    one.answer(observation(0), clock.now)
+    cut = observation(1) | {"observation/image": np.full((64, 64, 3), 255, np.uint8)}
+    assert one.answer(cut, clock.now).message["lac"]["fallback"] == "scene cut"
+
+
+def test_a_seed_is_that_of_the_episode(backbone: PrismaticBackbone, clock: Clock) -> None:
+    one = robot(backbone)
+    one.answer(observation(0) | {"reset": True, "seed": 5}, clock.now)
+    assert one._session.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("waited_ms", "tokens"), [(0, 26), (12.5, 8), (19, 8), (100, 8)], ids=["all", "half", "floor", "late"]
+)
+def test_the_deadline_caps_the_tokens(backbone: PrismaticBackbone, clock: Clock, waited_ms: float, tokens: int) -> None:
+    controller = DeadlineController(20.0, LatencyTable((8, 26, 52), (7.5, 20.0, 40.0)), 8)
+    one = robot(backbone, Dense(), controller=controller)
+    assert one.answer(observation(0), clock.now).message["lac"]["late"] is False
+    controller.correction = 1.0
+    answer = one.answer(observation(1), clock.now - waited_ms / 1e3)
+    assert answer.step.active.sum() == tokens == answer.message["lac"]["limit"]
+    assert answer.message["lac"]["late"] is (waited_ms > 20)
+
+
+def test_the_table_knows_both_directions() -> None:
+    assert [TABLE(n) for n in (0, 4, 15, 52, 90)] == [5, 5, 12.5, 40, 40]
+    assert [TABLE.within(ms) for ms in (4.9, 5, 12.5, 39.9, 40, 1e6)] == [0, 4, 15, 51, 52, 52]
+    level = LatencyTable((4, 26, 52), (5.0, 5.0, 5.0))
+    assert level.within(5) == 52
+
+
+def test_the_table_is_measured_on_the_model(backbone: PrismaticBackbone) -> None:
+    table = LatencyTable.measure(CachedVLA(backbone, Motion(0.5), max_age=16), rounds=2)
+    assert table.tokens == (4, 6, 13, 26, 39, 52)
+    assert list(table.milliseconds) == sorted(table.milliseconds)
+    assert table.milliseconds[0] > 0
+
+
+def test_the_controller_learns_from_what_frames_take() -> None:
+    controller = DeadlineController(30.0, TABLE, 4)
+    before = controller.limit(0)
+    for _ in range(40):  # the machine takes twice as long as the table says
+        controller.observe(26, 40.0)
+    assert controller.limit(0) < before
+    assert controller.correction > 2
+    rng = np.random.default_rng(0)
+    for _ in range(4000):
+        controller.observe(26, 20 * rng.lognormal(sigma=0.2))
+    late = sum(20 * rng.lognormal(sigma=0.2) > 20 * controller.correction for _ in range(2000))
+    assert late / 2000 < 0.1
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(InputError, match=r"take 5\.0 ms here"):
+        DeadlineController(4.0, TABLE, 4)
+
+
+def drive(one: RobotSession, clock: Clock, frames: int = 12) -> list[float]:
+    """A control loop of 10 Hz; the mean age that every frame starts from."""
+    ages = []
+    for i in range(frames):
+        if i:
+            ages.append(float(one._session._cache.age.mean()))
+        one.answer(observation(i), clock.now)
+        if (job := one.spare()) is not None:
+            job()
+        clock.now += 0.1
+    return ages
+
+
+def test_slack_refresh_starts_the_next_frame_fresher(backbone: PrismaticBackbone, clock: Clock) -> None:
+    plain = drive(robot(backbone, Motion(0.8)), clock)
+    clock.now += 100
+    one = robot(backbone, Motion(0.8), rules=Rules(slack=True), table=TABLE)
+    fresher = drive(one, clock)
+    assert np.mean(fresher) < np.mean(plain) / 2
+    # the first two gaps tell how much time there is; 50 ms of 100 suffice for all
+    assert one.answer(observation(99), clock.now).message["lac"]["refreshed"] > 0
+
+
+def test_slack_refresh_keeps_within_the_idle_time(backbone: PrismaticBackbone, clock: Clock) -> None:
+    one = robot(backbone, Stubborn(), rules=Rules(slack=True), table=LatencyTable((4, 52), (10.0, 106.0)))
+    one.answer(observation(0), clock.now)
+    assert one.spare() is None  # nobody knows when the robot will ask again
+    for i, idle in enumerate((0.1, 0.1, 0.1)):
+        clock.now += idle
+        one.answer(observation(i + 1), clock.now)
+    assert one.refresh() == 24  # the tokens of 50 ms
+    one._idle = 0.015
+    assert one.refresh() == 0  # not even the fewest fit
+
+
+def test_slack_needs_a_table(backbone: PrismaticBackbone) -> None:
+    with pytest.raises(InputError, match="latency table"):
+        robot(backbone, rules=Rules(slack=True))
+
+
+def test_the_watchdog_distrusts_a_cache_that_disagrees(clock: Clock) -> None:
+    rules = Rules(shadow_every=3, shadow_threshold=1e-9, cooldown=2)
+    one = robot(random_vla(TINY_COGACT, seed=1), Stubborn(), rules=rules)  # its actions are continuous
+    fallbacks, shadows = [], []
+    for i in range(8):
+        answer = one.answer(observation(7 * i), clock.now)
+        fallbacks.append(answer.message["lac"]["fallback"])
+        shadows.append(answer.message["lac"]["shadow"])
+        job = one.spare()
+        assert (job is not None) == ((i + 1) % 3 == 0)
+        if job is not None:
+            job()
+    assert shadows[3] > 0  # what disagreed is told with the next answer
+    assert fallbacks[:3] == ["first frame", None, None]
+    assert all(f"shadow pass disagreed by {shadows[3]:.3g}" == f for f in fallbacks[3:5])
+    assert fallbacks[5] is None  # the cache gets another chance
+    assert one.answer(observation(0) | {"reset": True}, clock.now).message["lac"]["fallback"] == "first frame"
+
+
+def test_the_watchdog_trusts_a_cache_that_agrees(backbone: PrismaticBackbone, clock: Clock) -> None:
+    one = robot(backbone, Dense(), rules=Rules(shadow_every=1, shadow_threshold=1e-4))
+    for i in range(4):
+        answer = one.answer(observation(i), clock.now)
+        assert one.spare()() < 1e-4
+    assert answer.message["lac"]["fallback"] is None
+
+
+def test_keys_are_found_flat_and_nested() -> None:
+    keys = ObservationKeys.parse(
+        ["agentview", "wrist"], ["wrist=images/hand"], state="observation/state", prompt="task/text"
+    )
+    assert keys.cameras == {"agentview": "observation/image", "wrist": "images/hand"}
+    image = np.zeros((4, 4, 3), np.uint8)
+    frame = keys.frame({"observation": {"image": image}, "images/hand": image + 1, "task": {"text": "go"}})
+    assert frame.instruction == "go"
+    assert frame.images["wrist"].max() == 1
+    request = keys.request(frame)
+    assert keys.frame(request).shapes == frame.shapes
+
+
+@pytest.mark.parametrize(
+    ("cameras", "named", "complaint"),
+    [
+        (["a"], ["b=x"], "cannot use the camera"),
+        (["a"], ["a="], "cannot use the camera"),
+        (["a", "b", "c"], [], "--camera c=KEY"),
+    ],
+)
+def test_cameras_that_do_not_fit(cameras: list[str], named: list[str], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        ObservationKeys.parse(cameras, named, state="s", prompt="p")
+
+
+@pytest.mark.parametrize("wrong", [{"gap_s": 0}, {"shadow_threshold": 0}, {"shadow_every": -1}, {"cooldown": 0}])
+def test_rules_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        Rules(**wrong)
