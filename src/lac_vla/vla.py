@@ -122,6 +122,13 @@ class Step:
         return self.decision.nominal_ratio
 
     @property
+    def accepted(self) -> int | None:
+        """How many of the drafted tokens stood; ``None`` if there was no draft."""
+        if not self.draft:
+            return None
+        return self.passes[0][0] if self.passes else self.draft
+
+    @property
     def oldest_age(self) -> int:
         """Age of the oldest slot after the frame, in frames."""
         return int(self.age.max())

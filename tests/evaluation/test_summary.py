@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -74,6 +75,13 @@ def test_summary_is_json() -> None:
     content = json.loads(json.dumps(summarize(episodes()).to_json()))
     assert content["methods"][1]["latency"]["model_call"] == {"p50": 15.0, "p95": 20.0, "n": 10}
     assert content["methods"][1]["rate"] == 0.5
+
+
+def test_decoding_is_reported_where_it_was_recorded() -> None:
+    first = dataclasses.replace(record("dense", 0, 0, True), passes=(6, 2, 0), accepted=(None, 1, 6))
+    summary = summarize([first, record("lac", 0, 0, True)])
+    assert (summary.methods[0].passes, summary.methods[0].accepted) == (pytest.approx(8 / 3), 3.5)
+    assert write.decoding(summary) == "dense 2.7 (3.5 of the draft stood)"
 
 
 def test_nothing_to_summarise() -> None:

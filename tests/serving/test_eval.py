@@ -12,12 +12,13 @@ import pytest
 
 from lac_vla import InputError, random_vla, save_vla
 from lac_vla.errors import LacError
-from lac_vla.evaluation import runner
+from lac_vla.evaluation import worker
 from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import EvalConfig, evaluate
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.serving.config import ServeConfig, make_server
-from tests.evaluation.test_runner import FakeEnv, outcomes
+from tests.evaluation.test_runner import outcomes
+from tests.evaluation.worlds import FakeEnv
 from tests.serving.conftest import Running
 
 
@@ -40,7 +41,7 @@ def server(model: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def config(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
-    monkeypatch.setattr(runner, "LiberoEnv", FakeEnv)
+    monkeypatch.setattr(worker, "LiberoEnv", FakeEnv)
     return EvalConfig(
         str(model), tmp_path / "run", ("random:ratio=0.5",), tasks=(0, 3), init_states=(4, 7), seed=3, videos=0
     )

@@ -271,18 +271,14 @@ torch.set_num_threads(1)
 kept, loop = [], module._loop
 module._loop = lambda run, rank, limit: (loop(run, rank, limit), kept.append(run))[0]
 module.train({config})
-print("sum", float(sum(weight.double().abs().sum() for weight in kept[0].networks.parameters())))
+print("sum", float(sum(weight.double().abs().sum() for weight in kept[0].networks.parameters())), kept[0].lam)
 """
 
 
-def test_two_processes_train_one_policy(config: TrainConfig, tmp_path: Path) -> None:
-    """As under torchrun: gradients are averaged, so both processes end with the same weights."""
-    FrameStore.build(
-        load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels
-    )
-    run = replace(config, stage1_steps=1, stage2_steps=2, out=tmp_path / "two", store=tmp_path / "store")
-    code = TWO.format(config=repr(run).replace("PosixPath", "Path"))
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+def two_processes(config: TrainConfig, port: int, before: str = "") -> list[tuple[int, str, str]]:
+    """Run a training as torchrun would; exit status, output and errors of both processes."""
+    code = before + TWO.format(config=repr(config).replace("PosixPath", "Path"))
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code],
@@ -294,7 +290,37 @@ def test_two_processes_train_one_policy(config: TrainConfig, tmp_path: Path) -> 
         for rank in range(2)
     ]
     ends = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ends
-    sums = [out.strip().splitlines()[-1] for out, _ in ends]
-    assert sums[0] == sums[1]
-    assert sums[0].startswith("sum")
+    return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
+
+
+def test_two_processes_train_one_policy(config: TrainConfig, tmp_path: Path) -> None:
+    """Gradients and what steers λ are means, so both processes end with the same weights and the same λ."""
+    FrameStore.build(
+        load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels
+    )
+    run = replace(config, stage1_steps=1, stage2_steps=2, out=tmp_path / "two", store=tmp_path / "store")
+    ends = two_processes(replace(run, target_ratio=0.8), 29517)
+    assert [end[0] for end in ends] == [0, 0], ends
+    lines = [out.strip().splitlines()[-1] for _, out, _ in ends]
+    assert lines[0] == lines[1]
+    assert lines[0].startswith("sum")
+    assert float(lines[0].split()[2]) != run.lam
+
+
+def test_where_the_loss_of_one_process_breaks_both_stop(config: TrainConfig, tmp_path: Path) -> None:
+    """The other does not wait for ever for a gradient that never comes."""
+    FrameStore.build(
+        load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels
+    )
+    run = replace(config, stage1_steps=0, stage2_steps=2, out=tmp_path / "two", store=tmp_path / "store")
+    broken = """
+import os
+from lac_vla.training.lac import Learner
+window = Learner.window
+def nan(*args, **options):
+    return {**window(*args, **options), "loss": float("nan")}
+if os.environ["RANK"] == "1":
+    Learner.window = nan
+"""
+    ends = two_processes(run, 29518, broken)
+    assert all(status != 0 and "the loss became nan" in errors for status, _, errors in ends), ends

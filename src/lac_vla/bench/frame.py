@@ -160,8 +160,8 @@ class Log:
         self.answers.append(np.asarray(step.info.get("tokens", step.info.get("normalized")), dtype=np.float64))
         self.macs.append(cost.step(step))
         self.passes.append(len(step.passes))
-        if step.draft:
-            self.accepted.append((step.passes[0][0] if step.passes else step.draft) / step.draft)
+        if step.accepted is not None:
+            self.accepted.append(step.accepted / step.draft)
         if roofline is not None:
             floors = {"prefill": roofline.prefill_ms(step.layout, step.decision, step.draft)}
             if step.passes:

@@ -33,6 +33,8 @@ class EpisodeRecord:
         ratio_nominal: Per step, the cache ratio the policy aimed at; ``None`` where it aims at none.
         oldest_age: Per step, the age of the oldest slot, in frames.
         macs: Per step, multiply-accumulates.
+        passes: Per step, decoding passes behind the prefill.
+        accepted: Per step, how many of the drafted tokens stood; ``None`` where there was no draft.
         latency_ms: Window or stage → milliseconds per step.
         peak_memory_mb: Of the process, or of the accelerator.
         video: Path within the run's folder, or ``None``.
@@ -52,6 +54,8 @@ class EpisodeRecord:
     ratio_nominal: Sequence[float | None] = ()
     oldest_age: Sequence[int] = ()
     macs: Sequence[float] = ()
+    passes: Sequence[int] = ()
+    accepted: Sequence[int | None] = ()
     latency_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     peak_memory_mb: float | None = None
     video: str | None = None

@@ -110,6 +110,8 @@ def rollout(
     nominal: list[float | None] = []
     oldest: list[int] = []
     macs: list[float] = []
+    passes: list[int] = []
+    accepted: list[int | None] = []
     latency: defaultdict[str, list[float]] = defaultdict(list)
     success, instruction = False, frame.instruction
     while len(effective) < env.horizon and not success:
@@ -125,6 +127,8 @@ def rollout(
         nominal.append(step.nominal_ratio)
         oldest.append(step.oldest_age)
         if isinstance(step, Step):
+            passes.append(len(step.passes))
+            accepted.append(step.accepted)
             if cost is not None:
                 macs.append(float(sum(cost.step(step).values())))
             for recorder in recorders:
@@ -146,6 +150,8 @@ def rollout(
         ratio_nominal=nominal,
         oldest_age=oldest,
         macs=macs,
+        passes=passes,
+        accepted=accepted,
         latency_ms=dict(latency),
         peak_memory_mb=peak_memory_mb(session.vla.backbone.device) if isinstance(session, Session) else None,
     )

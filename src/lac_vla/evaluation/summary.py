@@ -60,6 +60,8 @@ class MethodRow:
         ratio_effective: Mean over frames; ``None`` if it was not recorded.
         oldest_age: The oldest slot of all frames; ``None`` if it was not recorded.
         macs: Mean multiply-accumulates per frame; ``None`` if they were not recorded.
+        passes: Mean decoding passes behind the prefill; ``None`` if they were not recorded.
+        accepted: Mean number of drafted tokens that stood; ``None`` without drafts.
         latency: Window or stage → percentiles over all frames, milliseconds.
         peak_memory_mb: The largest of all episodes; ``None`` if it was not recorded.
     """
@@ -76,6 +78,8 @@ class MethodRow:
     macs: float | None
     latency: dict[str, Percentiles]
     peak_memory_mb: float | None
+    passes: float | None = None
+    accepted: float | None = None
 
     @property
     def rate(self) -> float:
@@ -172,6 +176,8 @@ def _method_row(name: str, episodes: Sequence[EpisodeRecord], dense: dict[Trial,
         macs=_mean(macs for episode in episodes for macs in episode.macs),
         latency={window: value for window, value in latency.items() if value is not None},
         peak_memory_mb=max(memory, default=None),
+        passes=_mean(passes for episode in episodes for passes in episode.passes),
+        accepted=_mean(tokens for episode in episodes for tokens in episode.accepted),
     )
 
 

@@ -51,6 +51,16 @@ def latency(value: Percentiles | None) -> str:
     return NONE if value is None else f"{milliseconds(value.p50)} / {milliseconds(value.p95)}"
 
 
+def decoding(summary: Summary) -> str:
+    """Mean passes per action by method, and drafted tokens that stood, e.g. ``dense 2.1 (1.2 of the draft stood)``."""
+    texts = []
+    for row in summary.methods:
+        if row.passes is not None:
+            stood = "" if row.accepted is None else f" ({row.accepted:.1f} of the draft stood)"
+            texts.append(f"{row.method} {row.passes:.1f}{stood}")
+    return ", ".join(texts)
+
+
 def memory(value: float | None) -> str:
     """Megabytes, e.g. ``812 MB``."""
     return NONE if value is None else f"{value:.0f} MB"
@@ -83,7 +93,9 @@ def ratio(row: MethodRow) -> str:
 def terminal_tables(summary: Summary) -> tuple[Table, Table]:
     """The run for the terminal: what was solved, and what it cost; one row per method in each."""
     solved = Table(box=box.SIMPLE, caption=CAPTION)
-    cost = Table(box=box.SIMPLE, caption="latency: p50 / p95 in ms over all frames; FLOPs = 2 x MACs, per frame")
+    lines = ["latency: p50 / p95 in ms over all frames; FLOPs = 2 x MACs, per frame"]
+    lines += [f"decoding passes behind the prefill: {text}" for text in filter(None, [decoding(summary)])]
+    cost = Table(box=box.SIMPLE, caption="\n".join(lines))
     for table, headings in (
         (solved, ("success", "vs dense, points", "ratio nom. / eff.")),
         (cost, ("MACs", "FLOPs", *(window.replace("_", " ") for window in WINDOWS), "peak memory")),

@@ -113,6 +113,8 @@ class Training:
             first = rng.choice(self.first, config.batch)
             metrics = self.learner.window(first, config.window, self.temperatures, generator, lam=self.lam)
             metrics["lam"] = self.lam
+        if size > 1:
+            metrics = self._mean(metrics)
         if not math.isfinite(metrics["loss"]):
             raise InputError(
                 f"the loss became {metrics['loss']} at step {self.step}; the last saved state is kept: "
@@ -205,6 +207,12 @@ class Training:
 
     def _touched(self) -> list[nn.Parameter]:
         return [weight for weight in self.networks.parameters() if weight.grad is not None]
+
+    def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Metrics as means over all processes: all steer λ alike, and all stop where the loss of one has broken."""
+        values = torch.tensor(list(metrics.values()), device=self.backbone.device)
+        dist.all_reduce(values)
+        return dict(zip(metrics, (values / self.world[0]).tolist(), strict=True))
 
     def _average(self) -> None:
         """Make the gradient the mean over all processes. The networks are small: no overlap is worth its machinery."""
