@@ -1,6 +1,7 @@
 """Learned adaptive visual token caching for Vision-Language-Action policies."""
 
 from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
+from lac_vla.levers import Levers
 from lac_vla.models import PrismaticBackbone, load_vla, random_vla, save_vla
 from lac_vla.policies import CachePolicy, Dense, LACConfig, LACPolicy, Motion, Random, make_policy
 from lac_vla.types import Decision, Frame, TokenLayout, View
@@ -19,6 +20,7 @@ __all__ = [
     "LACConfig",
     "LACPolicy",
     "LacError",
+    "Levers",
     "MissingExtraError",
     "Motion",
     "PrismaticBackbone",
