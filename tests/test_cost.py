@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, Decision, TokenLayout, random_vla
+from lac_vla import CachedVLA, Decision, Levers, Random, TokenLayout, random_vla
 from lac_vla.cost import CostModel, count_macs, layer_macs, prefill_macs, watch_macs
 from lac_vla.models import CogACTConfig, PrismaticConfig
 from lac_vla.models.base import DecoderShape
@@ -180,3 +180,16 @@ def test_the_towers_attention_is_counted() -> None:
     patch = 3 * vit.patch**2 * vit.width
     block = 4 * vit.width**2 + 2 * vit.width * vit.mlp_width + 2 * patches * vit.width
     assert CostModel.of(backbone, frame(0)).tower == patches * (patch + blocks * block)
+
+
+def test_a_tower_that_reuses_costs_what_it_computes() -> None:
+    vit = ViTConfig(32, 3, 2, 64)
+    camera = replace(TINY.cameras[0], image_size=56, tower=None)
+    backbone = random_vla(replace(TINY, vision_backbone_id="siglip", vit_towers=(vit,), cameras=(camera,)))
+    session = CachedVLA(backbone, Random(0.5), levers=Levers(tower_reuse=True)).session()
+    session.act(frame(0))
+    counted = count_macs(lambda: session.act(frame(1)))
+    assert session.last is not None
+    exact, blind = (CostModel.of(backbone, frame(0), tower_reuse=reuse).step(session.last) for reuse in (True, False))
+    assert sum(exact.values()) == pytest.approx(counted, rel=0.01)
+    assert exact["tower"] < 0.8 * blind["tower"]

@@ -294,3 +294,16 @@ def test_train_is_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     assert "target-ratio" in capsys.readouterr().out
+
+
+def test_weights_trained_after_the_first_decision_are_not_half_seen() -> None:
+    policy = random_policy(recovery=0.0)
+    first = policy.decide(view())
+    with torch.no_grad():
+        for weight in [*policy.selector.parameters(), *policy.predictor.parameters()]:
+            weight.mul_(-1.7).add_(0.1)
+    assert np.array_equal(policy.decide(view()).depth, first.depth)
+    policy.ratio = 0.25
+    assert policy.decide(view()).nominal_ratio == 0.25
+    policy.ratio = None
+    assert policy.decide(view()).nominal_ratio in policy.config.ratios

@@ -54,8 +54,8 @@ class Levers:
     def parse(cls, text: str) -> Levers:
         """Pull the levers of a text, joined by +: ``draft+overlap``, ``draft+bucket=16``, ``default+graphs``, ``none``.
 
-        ``default`` stands for the levers that are pulled by default, ``exact`` for those that change no number and
-        pay on any device: ``draft+partial_tower+overlap``.
+        ``default`` stands for the levers that are pulled by default; ``exact`` for these and ``overlap``, which changes
+        no number either, but needs a core to spare.
 
         Raises:
             InputError: If there is no such lever.

@@ -165,7 +165,8 @@ class Session:
     Attributes:
         last: What the last call of :meth:`act` did.
         limit: At most as many visual tokens are computed in a frame, as far as the maximum age allows; ``None`` for
-            as many as the policy wants. Frames that reuse nothing are not limited.
+            as many as the policy wants. Frames that reuse nothing are not limited, nor is less than one bucket. It
+            stays over a reset.
         distrust: Why the next frames are to be computed in full; ``None`` for what the policy decides.
     """
 
@@ -216,7 +217,8 @@ class Session:
             The action in the robot's own units, float32; its shape is the backbone's.
 
         Raises:
-            InputError: If the frame does not fit the model or this episode. Nothing has changed then.
+            InputError: If the frame does not fit the model or this episode. Nothing has changed then. Whatever else
+                goes wrong on the way: the next frame is computed in full.
         """
         backbone, policy, cache, levers = self.vla.backbone, self.vla.policy, self._cache, self.vla.levers
         clock = Stopwatch(backbone.device)
@@ -227,7 +229,8 @@ class Session:
             prefix, suffix = backbone.prefix(frame), backbone.suffix(frame)
         with clock.stage("bookkeeping"):
             dense_because = self._cold(frame, layout, pixels)
-            last = self.last.info if levers.draft and self.last is not None else None
+            drafts = levers.draft and backbone.causal  # else the prompt itself would see the guess
+            last = self.last.info if drafts and self.last is not None else None
             draft = None if last is None else backbone.draft(last)
         glance, decision, forced = self._look_and_decide(frame, layout, pixels, dense_because, clock)
         with clock.stage("bookkeeping"):
@@ -425,10 +428,12 @@ class Session:
                 forced = (cache.age >= self.vla.max_age) & ~decision.active
                 if forced.any():
                     decision = decision.with_active(forced)
-            decision = rounded_up(decision, cache.age, self.vla.levers.bucket)
+            bucket = self.vla.levers.bucket
             if self.limit is not None and decision.beyond is Beyond.REUSE:
-                wanted, decision = decision.active, within(self.limit, decision, view, self.vla.max_age)
+                whole = max(bucket, self.limit - self.limit % bucket)  # what is rounded up below stays within the limit
+                wanted, decision = decision.active, within(whole, decision, view, self.vla.max_age)
                 forced = decision.active & (forced | ~wanted)
+            decision = rounded_up(decision, cache.age, bucket)
         return decision, forced
 
 

@@ -235,3 +235,14 @@ def test_captured_graphs_equal_the_plain_loop(name: str) -> None:
         torch.testing.assert_close(capture_hidden(static, frame(seed)), capture_hidden(plain, frame(seed)), **CLOSE)
     assert static._graphs is not None
     assert any(shape._graph is not None for shape in static._graphs._shapes.values())
+
+
+def test_a_limit_keeps_whole_buckets() -> None:
+    """A deadline must not make a shape of every frame: the limit is rounded down, the decision up."""
+    session = CachedVLA(random_vla("tiny"), Random(0.3), levers=Levers(bucket=8)).session()
+    session.act(frame(0))
+    for number, limit in enumerate((23, 17, 11, 9, 3), start=1):
+        session.limit = limit
+        session.act(frame(number))
+        assert session.last is not None
+        assert session.last.active.sum() == max(8, limit - limit % 8)

@@ -22,6 +22,7 @@ from lac_vla.cost import CostModel
 from lac_vla.errors import InputError
 from lac_vla.evaluation.rollout import peak_memory_mb
 from lac_vla.evaluation.stats import Percentiles
+from lac_vla.levers import Levers
 from lac_vla.timing import STAGES, WINDOWS
 from lac_vla.vla import Session, Step
 
@@ -196,7 +197,8 @@ def measure_frames(backbone: Timed, scene: Scene, config: BenchConfig) -> FrameR
     if len(scene.frames) <= config.warmup:
         raise InputError(f"{scene.source}: {len(scene.frames)} frames, {config.warmup} of them warm-up: none is left")
     methods = list(make_methods(backbone, config))
-    cost = CostModel.of(backbone, scene.frames[0])
+    reuses = {method.name: Levers.parse(method.levers or "none").tower_reuse for method in methods}
+    costs = {reuse: CostModel.of(backbone, scene.frames[0], tower_reuse=reuse) for reuse in set(reuses.values())}
     roofline = None if config.roofline is None else Roofline(config.roofline, backbone.shape)
     robots = {method.name: method.robot for method in methods}
     logs = {name: Log() for name in robots}
@@ -206,7 +208,7 @@ def measure_frames(backbone: Timed, scene: Scene, config: BenchConfig) -> FrameR
         for name in order:
             step, peak = _turn(robots[name], scene, index, backbone.device)
             if index >= config.warmup:
-                logs[name].add(step, peak, cost, roofline)
+                logs[name].add(step, peak, costs[reuses[name]], roofline)
     comparable = roofline is not None and roofline.measures(backbone.device, backbone.dtype)
     rows = tuple(_row(method, logs, comparable=comparable) for method in methods)
     peaks = [row.peak_memory_mb for row in rows if row.peak_memory_mb is not None]

@@ -207,7 +207,8 @@ def _play(config: SimplerConfig, simulator: Backend, jobs: Sequence[tuple[Episod
         for attempt in range(config.retries + 1):
             try:
                 if cost is None:
-                    cost = CostModel.of(sessions[method].vla.backbone, env.reset(episode.number))
+                    vla = sessions[method].vla
+                    cost = CostModel.of(vla.backbone, env.reset(episode.number), tower_reuse=vla.levers.tower_reuse)
                 record = rollout(
                     env, sessions[method], method, episode.number, seed=config.seed, cost=cost, ensemble=ensemble
                 )

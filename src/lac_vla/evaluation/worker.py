@@ -77,7 +77,9 @@ class Worker:
         env: Simulator = self.environment(task)
         here = isinstance(session, Session)
         if self._cost is None and isinstance(session, Session):
-            self._cost = CostModel.of(session.vla.backbone, env.reset(init_state))
+            self._cost = CostModel.of(
+                session.vla.backbone, env.reset(init_state), tower_reuse=session.vla.levers.tower_reuse
+            )
         if config.stress is not None:
             env = Stressed(env, make_stress(config.stress), config.seed, instructions(config.suite))
         name = f"{method}_task{task:02d}_init{init_state:02d}"

@@ -201,7 +201,7 @@ class Backbone(Protocol):
         ...
 
     def draft(self, last: Mapping[str, Any]) -> torch.Tensor | None:
-        """A guess at the tokens that :meth:`act` will append, to ride along in the prefill.
+        """A guess at the tokens that :meth:`act` will append, to ride along in the prefill; asked if ``causal``.
 
         Args:
             last: What :meth:`act` recorded about the preceding action.

@@ -28,8 +28,8 @@ class KeysValues:
         self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the ``rows`` (int64; ``None`` for all) in their places, and return the keys and values of all tokens."""
-        if rows is None:
-            self.blocks[block : block + 1] = [(keys, values)]
+        if rows is None:  # copies: the projection's output, queries included, is not kept
+            self.blocks[block : block + 1] = [(keys.contiguous(), values.contiguous())]
         else:
             for slots, new in zip(self.blocks[block], (keys, values), strict=True):
                 slots.index_copy_(2, rows, new)

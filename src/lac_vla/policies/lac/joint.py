@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,6 +23,9 @@ class Joint:
         config: Their shape.
         selector: Its weights are copied: train it further, and make another.
         predictor: As ``selector``; ``None`` to leave it out.
+
+    Attributes:
+        alone: Whether the selector is alone.
     """
 
     def __init__(self, config: LACConfig, selector: Selector, predictor: Predictor | None) -> None:
@@ -29,8 +33,9 @@ class Joint:
         rows, cols = max(grid[0] for grid in grids), sum(grid[1] for grid in grids) + len(grids) - 1
         lefts = [sum(grid[1] + 1 for grid in grids[:camera]) for camera in range(len(grids))]
         trunks = [selector.trunk] if predictor is None else [selector.trunk, predictor.trunk]
-        self._selector, self._predictor = selector, predictor
-        self._text = [trunk.text for trunk in trunks if trunk.text is not None]
+        self._selector, self._predictor = deepcopy(selector), deepcopy(predictor)
+        self.alone = predictor is None
+        self._text = [deepcopy(trunk.text) for trunk in trunks if trunk.text is not None]
         self._shape, self._stride, self._width = (1, config.channels, rows * side, cols * side), side, config.width
         self._sizes = [grid[0] * grid[1] for grid in grids]
         self._windows = [

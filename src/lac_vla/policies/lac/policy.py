@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ class LACPolicy(CachePolicy):
 
     Inference (paper): the ratio r by argmax, without noise; the round(N·r) tokens with the lowest saliency are
     cached; each of these is recomputed anyway with the probability ``recovery``, drawn from the session's generator.
-    The session's maximum age bounds every slot's age besides.
+    The session's maximum age bounds every slot's age besides. The weights are copied at the first decision: what is
+    trained or loaded after it needs another policy.
 
     Args:
         config: Its shape.
@@ -70,11 +70,14 @@ class LACPolicy(CachePolicy):
         self.predictor = Predictor(config) if predictor is None else predictor
         self.ratio = config.ratio if ratio is None else ratio
         self.recovery = config.recovery if recovery is None else recovery
+        self._joint: Joint | None = None
 
-    @cached_property
-    def _joint(self) -> Joint:
-        """Made at the first decision: weights that are trained after it are not seen."""
-        return Joint(self.config, self.selector, self.predictor if self.ratio is None else None)
+    def _networks(self) -> Joint:
+        """Both networks as one, or the selector alone where the ratio is fixed; made at the first decision."""
+        fixed = self.ratio is not None
+        if self._joint is None or self._joint.alone != fixed:
+            self._joint = Joint(self.config, self.selector, None if fixed else self.predictor)
+        return self._joint
 
     @property
     def flow(self) -> str:
@@ -124,7 +127,7 @@ class LACPolicy(CachePolicy):
                 f"this policy reads optical flow ({self.config.flow}), the session estimates none: "
                 "leave CachedVLA's `flow` unset"
             )
-        joint = self._joint
+        joint = self._networks()
         canvas, places = joint.canvas()
         from_view(self.config, view, places)
         saliency, logits = joint(canvas, words([view.instruction]) if self.config.language else None)
