@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from lac_vla.models.base import DecoderLayer, Rotary
-from lac_vla.prefill import run_layers
+from lac_vla.models.base import DecoderLayer
+from lac_vla.prefill import Rows, run_layers
 
 ROOM = 64
 """Tokens that an instruction may be longer than the first one, at least, before all graphs have to be made anew. The
@@ -55,31 +55,22 @@ class Shape:
         self._out: tuple[torch.Tensor, torch.Tensor] | None = None
         self._warm = False
 
-    def fill(
-        self,
-        hidden: torch.Tensor,
-        rotary: Rotary,
-        positions: torch.Tensor | int,
-        length: int,
-        mask: torch.Tensor | None,
-        last: torch.Tensor | None,
-        causal: bool,
-    ) -> None:
+    def fill(self, hidden: torch.Tensor, rows: Rows) -> None:
         """Put a run's arguments, see :func:`lac_vla.prefill.run_layers`, into the buffers."""
         self.hidden.copy_(hidden)
-        for buffer, part in zip(self.rotary, rotary, strict=True):
+        for buffer, part in zip(self.rotary, rows.rotary, strict=True):
             buffer.copy_(part)
-        if isinstance(positions, torch.Tensor):
-            self.positions.copy_(positions)
+        if isinstance(rows.positions, torch.Tensor):
+            self.positions.copy_(rows.positions)
         else:
-            torch.arange(positions, positions + len(self.positions), out=self.positions)
+            torch.arange(rows.positions, rows.positions + len(self.positions), out=self.positions)
         self.mask.zero_()
-        self.mask[:, :length] = True if mask is None else mask
-        if mask is None and causal:
+        self.mask[:, : rows.length] = True if rows.mask is None else rows.mask
+        if rows.mask is None and rows.causal:
             self.mask.tril_()
-        if self.last is not None and last is not None:
+        if self.last is not None and rows.last is not None:
             self.last.zero_()
-            self.last[:, :length] = last
+            self.last[:, : rows.length] = rows.last
 
     def run(
         self, layers: Sequence[DecoderLayer], keys: torch.Tensor, values: torch.Tensor, pool: Any
@@ -100,10 +91,8 @@ class Shape:
     def _loop(
         self, layers: Sequence[DecoderLayer], keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return run_layers(
-            layers, keys, values, self.hidden, self.rotary, self.positions, self.mask.shape[1], None, self.mask,
-            self.last, False,
-        )  # fmt: skip
+        rows = Rows(self.positions, self.mask.shape[1], self.rotary, None, self.mask, causal=False, last=self.last)
+        return run_layers(layers, keys, values, self.hidden, rows)
 
 
 class Graphs:
@@ -137,29 +126,23 @@ class Graphs:
         keys: torch.Tensor,
         values: torch.Tensor,
         hidden: torch.Tensor,
-        rotary: Rotary,
-        positions: torch.Tensor | int,
-        length: int,
-        slots: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        last: torch.Tensor | None,
-        causal: bool,
+        rows: Rows,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :func:`lac_vla.prefill.run_layers`. Nothing in here waits for the GPU, but for a capture."""
-        if len(layers) < self._n_layers or slots is not None:
+        if len(layers) < self._n_layers or rows.slots is not None:
             self.fallbacks += 1
-            return run_layers(layers, keys, values, hidden, rotary, positions, length, slots, mask, last, causal)
+            return run_layers(layers, keys, values, hidden, rows)
         self.static += 1
         if self._keys is None or self._keys.data_ptr() != keys.data_ptr() or self._keys.shape != keys.shape:
             self._shapes.clear()  # the cache has grown: the graphs' addresses are gone
             self._keys = keys
             self._pool = torch.cuda.graph_pool_handle() if keys.is_cuda else None
-        key = (hidden.shape[0], None if last is None else last.shape[0])
+        key = (hidden.shape[0], None if rows.last is None else rows.last.shape[0])
         if key not in self._shapes:
-            self._shapes[key] = Shape(*key, keys.shape[2], hidden, rotary[0])
+            self._shapes[key] = Shape(*key, keys.shape[2], hidden, rows.rotary[0])
             if len(self._shapes) > LIMIT:
                 self._shapes.popitem(last=False)
         self._shapes.move_to_end(key)
         shape = self._shapes[key]
-        shape.fill(hidden, rotary, positions, length, mask, last, causal)
+        shape.fill(hidden, rows)
         return shape.run(layers, keys, values, self._pool)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,21 +29,30 @@ class Rows:
     """The rows that a run of layers computes, and what they see.
 
     Attributes:
-        positions: Their slots in the sequence, int64, (rows,).
-        complete: Whether these are all rows of the prompt.
+        positions: Their slots in the sequence, int64, (rows,); or the first of them, if they stand in a row.
+        length: The slots 0..length-1 are those that may be seen.
         rotary: Their position embedding.
-        slots: The slots they may look at, int64, (slots,); ``None`` for all.
-        mask: bool, (rows, slots); ``None`` where the kernel's own causal mask says the same.
+        slots: Those of the slots that exist, int64, (slots,); ``None`` for all.
+        mask: bool, (rows, slots); ``None`` where ``causal`` says enough.
+        causal: What is meant where there is no mask: that rows and slots are the same sequence, and every row sees
+            itself and what is before it; if not, every row sees every slot.
         last: Mask of the rows at the end that alone ask in the last of the layers, bool, (asking, slots); the others
             leave no more than their keys and values there. ``None`` if all ask.
     """
 
-    positions: torch.Tensor
-    complete: bool
+    positions: torch.Tensor | int
+    length: int
     rotary: Rotary
     slots: torch.Tensor | None
     mask: torch.Tensor | None
+    causal: bool
     last: torch.Tensor | None = None
+
+
+Run: TypeAlias = Callable[
+    [Sequence[DecoderLayer], torch.Tensor, torch.Tensor, torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]
+]
+""":func:`run_layers`, or whatever computes the same."""
 
 
 @dataclass
@@ -76,65 +85,35 @@ def run_layers(
     keys: torch.Tensor,
     values: torch.Tensor,
     hidden: torch.Tensor,
-    rotary: Rotary,
-    positions: torch.Tensor | int,
-    length: int,
-    slots: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    last: torch.Tensor | None,
-    causal: bool,
+    rows: Rows,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run consecutive layers on the same rows: tensors in, tensors out.
+    """Run consecutive layers on the same rows.
 
     Args:
         layers: The decoder blocks.
         keys: Their part of the cache, (layers, kv_heads, capacity, head_dim); the rows' own are written into it.
         values: As ``keys``.
         hidden: Residual stream of the rows, (rows, width).
-        rotary: Their position embedding.
-        positions: Their slots, int64, (rows,); or the first of them, if they stand in a row.
-        length: The slots 0..length-1 are those that may be seen.
-        slots: Those of them that exist, int64, (slots,); ``None`` for all.
-        mask: See :class:`Rows`.
-        last: See :class:`Rows`.
-        causal: What is meant where there is no mask: that rows and slots are the same sequence, and every row sees
-            itself and what is before it; if not, every row sees every slot.
+        rows: Which they are.
 
     Returns:
         The residual stream of the rows that ask in the last layer, (asking, width); and their queries there, (heads,
         asking, head_dim).
     """
-    query = hidden
+    query, last = hidden, rows.last
     for index, layer in enumerate(layers):
-        ends = index == len(layers) - 1 and last is not None
-        query, key, value = layer.qkv(hidden, rotary, last.shape[0] if ends and last is not None else None)
-        write(keys[index], positions, key)
-        write(values[index], positions, value)
-        seen_keys, seen_values = keys[index, :, :length], values[index, :, :length]
-        if slots is not None:
-            seen_keys, seen_values = seen_keys[:, slots], seen_values[:, slots]
-        attended = _attend(query, seen_keys, seen_values, last if ends else mask, causal=causal and not ends)
+        mask, causal, asking = rows.mask, rows.causal, None
+        if last is not None and index == len(layers) - 1:
+            mask, causal, asking = last, False, last.shape[0]
+        query, key, value = layer.qkv(hidden, rows.rotary, asking)
+        write(keys[index], rows.positions, key)
+        write(values[index], rows.positions, value)
+        seen_keys, seen_values = keys[index, :, : rows.length], values[index, :, : rows.length]
+        if rows.slots is not None:
+            seen_keys, seen_values = seen_keys[:, rows.slots], seen_values[:, rows.slots]
+        attended = _attend(query, seen_keys, seen_values, mask, causal=causal)
         hidden = layer.finish(hidden[-query.shape[1] :], attended)
     return hidden, query
-
-
-class Run(Protocol):
-    """How layers are run: :func:`run_layers`, or whatever computes the same."""
-
-    def __call__(  # noqa: D102
-        self,
-        layers: Sequence[DecoderLayer],
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        hidden: torch.Tensor,
-        rotary: Rotary,
-        positions: torch.Tensor | int,
-        length: int,
-        slots: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        last: torch.Tensor | None,
-        causal: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def partial_prefill(
@@ -175,25 +154,22 @@ def partial_prefill(
         raise InputError(f"{embeddings.shape[0]} embeddings for {int(alive.sum())} tokens to compute")
     every = torch.arange(layout.length + backbone.max_new_tokens, device=embeddings.device)
     prompt = Prompt(embeddings, decision, backbone.rotary(every), layout.length, draft, draft)
-    n_layers, length, asking = len(backbone.layers), layout.length + draft, layout.n_suffix + draft
+    n_layers, asking = len(backbone.layers), layout.n_suffix + draft
     hidden, first = embeddings, 0
     while first < n_layers:
         still = _alive(layout, decision.depth > first, draft)
         if not np.array_equal(still, alive):  # tokens whose computation ends here
             hidden, alive = hidden[torch.from_numpy(still[alive]).to(hidden.device)], still
         stop = _segment(decision, watch, first, n_layers)
-        rows = _rows(backbone, alive, decision, prompt.rotary)
+        rows, positions = _rows(backbone, alive, decision, prompt.rotary)
         if stop == n_layers and not _watches_all(watch, n_layers - 1):
-            rows = _suffix_asks(backbone, rows, asking)
+            rows = _suffix_asks(backbone, rows, positions, asking)
         keys, values = cache.keys[first:stop], cache.values[first:stop]
-        hidden, query = run(
-            backbone.layers[first:stop], keys, values, hidden, rows.rotary, 0 if rows.complete else rows.positions,
-            length, rows.slots, rows.mask, rows.last, True,
-        )  # fmt: skip
+        hidden, query = run(backbone.layers[first:stop], keys, values, hidden, rows)
         kept = rows.slots[: len(rows.slots) - draft] if rows.slots is not None else None
         prompt.slots += [kept] * (stop - first)
         if watch is not None and stop - 1 in watch.layers:
-            cache.attention[stop - 1] = _watched(watch, layout, query, keys[-1], rows, backbone, draft)
+            cache.attention[stop - 1] = _watched(watch, layout, query, keys[-1], rows, positions, backbone, draft)
             if refine is not None:
                 decision = refine(stop - 1, cache.attention[stop - 1], decision)
         first = stop
@@ -243,10 +219,9 @@ def extend(
         if exist is not None:
             slots = torch.cat([exist, torch.arange(prompt.length, stop, device=exist.device)])
             mask = visible[:, slots] if visible is not None else None
-        hidden, _ = run(
-            backbone.layers[first:until], cache.keys[first:until], cache.values[first:until], hidden,
-            (cos[start:stop], sin[start:stop]), start, stop, slots, mask, None, False,
-        )  # fmt: skip
+        rows = Rows(start, stop, (cos[start:stop], sin[start:stop]), slots, mask, causal=False)
+        keys, values = cache.keys[first:until], cache.values[first:until]
+        hidden, _ = run(backbone.layers[first:until], keys, values, hidden, rows)
         first = until
     prompt.appended = kept + embeddings.shape[0]
     prompt.passes.append((kept, prompt.appended))
@@ -267,8 +242,8 @@ def _segment(decision: Decision, watch: Watch | None, first: int, n_layers: int)
     return min([*ends, n_layers])
 
 
-def _rows(backbone: Backbone, alive: BoolArray, decision: Decision, rotary: Rotary) -> Rows:
-    """Plan the rows of all layers until the next token stops."""
+def _rows(backbone: Backbone, alive: BoolArray, decision: Decision, rotary: Rotary) -> tuple[Rows, torch.Tensor]:
+    """Plan the rows of all layers until the next token stops; and their slots, int64, (rows,)."""
     cos, sin = rotary
     every = torch.arange(alive.size, device=cos.device)
     complete = bool(alive.all())
@@ -279,7 +254,8 @@ def _rows(backbone: Backbone, alive: BoolArray, decision: Decision, rotary: Rota
     mask: torch.Tensor | None = None
     if not (backbone.causal and (complete or slots is not None)):
         mask = backbone.visible(positions, every if slots is None else slots)
-    return Rows(positions, complete, (cos[positions], sin[positions]), slots, mask)
+    own = cos[positions], sin[positions]
+    return Rows(0 if complete else positions, alive.size, own, slots, mask, causal=True), positions
 
 
 def _watches_all(watch: Watch | None, layer: int) -> bool:
@@ -287,12 +263,11 @@ def _watches_all(watch: Watch | None, layer: int) -> bool:
     return watch is not None and watch.rows == "all" and layer in watch.layers
 
 
-def _suffix_asks(backbone: Backbone, rows: Rows, asking: int) -> Rows:
+def _suffix_asks(backbone: Backbone, rows: Rows, positions: torch.Tensor, asking: int) -> Rows:
     """Rows up to the last layer: its hidden states are read at the suffix and the draft only."""
     if rows.mask is not None:
         return replace(rows, last=rows.mask[-asking:])
-    slots = rows.positions if rows.slots is None else rows.slots
-    return replace(rows, last=backbone.visible(rows.positions[-asking:], slots))
+    return replace(rows, last=backbone.visible(positions[-asking:], positions))  # without a mask, rows are slots
 
 
 def _attend(
@@ -319,6 +294,7 @@ def _watched(
     query: torch.Tensor,
     keys: torch.Tensor,
     rows: Rows,
+    positions: torch.Tensor,
     backbone: Backbone,
     draft: int,
 ) -> torch.Tensor:
@@ -328,7 +304,7 @@ def _watched(
     """
     asking = query.shape[1] - draft
     first = asking - {"last": 1, "suffix": layout.n_suffix, "all": asking}[watch.rows]
-    positions = rows.positions[len(rows.positions) - draft - asking + first : len(rows.positions) - draft]
+    positions = positions[len(positions) - draft - asking + first : len(positions) - draft]
     query = query[:, first:asking].float()
     keys = keys[:, : layout.length].float()
     if rows.slots is not None:

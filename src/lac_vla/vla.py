@@ -237,15 +237,9 @@ class Session:
             cache.begin(layout, backbone.max_new_tokens, 0 if self._graphs is None else ROOM)
             run = run_layers if self._graphs is None else self._graphs
             fallbacks = 0 if self._graphs is None else self._graphs.fallbacks
-        with clock.stage("tower"):
-            computed = decision.depth > 0
-            partly = levers.partial_tower if self._tower is None else decision.beyond is Beyond.REUSE
-            features = backbone.features(glance, computed if partly else None, self._tower)
+        visual, seen = self._visual(glance, decision, clock)
         with clock.stage("projector"):
-            if not partly and not computed.all():
-                features = features[torch.from_numpy(computed).to(backbone.device)]
-            rows = [prefix, backbone.project(features), suffix]
-            embeddings = torch.cat(rows if draft is None else [*rows, draft])
+            embeddings = torch.cat([prefix, visual, suffix] if draft is None else [prefix, visual, suffix, draft])
         with clock.stage("prefill"):
             watch = policy.watch(len(backbone.layers))
             prompt = partial_prefill(
@@ -280,7 +274,7 @@ class Session:
             watch=watch,
             draft=prompt.draft,
             passes=tuple(prompt.passes),
-            seen=computed if partly else np.ones_like(computed),
+            seen=seen,
             fallbacks=0 if self._graphs is None else self._graphs.fallbacks - fallbacks,
         )
         return action
@@ -330,15 +324,23 @@ class Session:
             raise InputError("there is no frame to compute again: call session.act() first")
         decision, pixels, attention = Decision.reuse(~tokens, len(backbone.layers)), cache.pixels, cache.attention
         cache.begin(layout, backbone.max_new_tokens)
-        partly = self._tower is not None or self.vla.levers.partial_tower
-        features = backbone.features(backbone.look(pixels, self._tower), tokens if partly else None, self._tower)
-        if not partly and not tokens.all():
-            features = features[torch.from_numpy(tokens).to(backbone.device)]
-        rows = [backbone.prefix(frame), backbone.project(features), backbone.suffix(frame)]
-        prompt = partial_prefill(backbone, cache, layout, decision, torch.cat(rows))
+        visual, _ = self._visual(backbone.look(pixels, self._tower), decision, Stopwatch(backbone.device))
+        embeddings = torch.cat([backbone.prefix(frame), visual, backbone.suffix(frame)])
+        prompt = partial_prefill(backbone, cache, layout, decision, embeddings)
         cache.commit(layout, pixels, frame.instruction, decision, elapsed=0)
         cache.attention = attention
         return prompt
+
+    def _visual(self, glance: Any, decision: Decision, clock: Stopwatch) -> tuple[torch.Tensor, BoolArray]:
+        """Embeddings of the visual tokens that are computed, (n, width); and the tokens that the tower computed."""
+        backbone, computed = self.vla.backbone, decision.depth > 0
+        with clock.stage("tower"):
+            partly = self.vla.levers.partial_tower if self._tower is None else decision.beyond is Beyond.REUSE
+            features = backbone.features(glance, computed if partly else None, self._tower)
+        with clock.stage("projector"):
+            if not partly and not computed.all():
+                features = features[torch.from_numpy(computed).to(backbone.device)]
+            return backbone.project(features), computed if partly else np.ones_like(computed)
 
     def _look_and_decide(
         self,

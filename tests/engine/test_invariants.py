@@ -249,6 +249,7 @@ def test_new_instruction_drops_the_cache_of_a_bidirectional_model() -> None:
     session.act(frame(1))
     assert session.last is not None
     assert session.last.dense_because is None
+    assert session.last.draft == 0  # the prompt itself would see the guess
     session.act(frame(2, "something else"))
     assert session.last.dense_because == "new instruction"
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from lac_vla import CachedVLA, Dense, InputError, Motion, PrismaticBackbone, Random, random_vla
+from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PrismaticBackbone, Random, random_vla
 from lac_vla.levers import Levers
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.models.prismatic.vit import ViT
+from lac_vla.policies import CachePolicy
+from lac_vla.types import Beyond, View
 from tests.engine.scenes import ALL_POLICIES, frame
 from tests.engine.test_invariants import capture_hidden
 
@@ -162,18 +164,32 @@ def test_the_towers_reuse_equals_the_reference(vit: PrismaticBackbone) -> None:
         torch.testing.assert_close(features.double(), torch.cat(expected)[torch.from_numpy(computed)], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["dense", "random", "motion", "staircase", "pruner"])
+@pytest.mark.parametrize("name", ["dense", "random", "motion", "staircase"])
 def test_both_storeys_are_exact_where_nothing_has_changed(vit: PrismaticBackbone, name: str) -> None:
     """Invariants 1 and 2 with a tower that reuses: all recomputed, or the frame unchanged, is the uncached model."""
     session = CachedVLA(vit, ALL_POLICIES[name](), levers=Levers(tower_reuse=True)).session()
     dense = CachedVLA(vit, Dense(), levers=Levers.parse("none")).session()
-    frames = [frame(0), frame(1), frame(2)] if name == "dense" else [frame(0)] * 3
-    for observation in frames:
-        if name == "pruner" and session.last is not None:  # it prunes within the frame: the tower must not
-            session.act(observation)
-            assert session.last.seen is not None
-            continue
+    for observation in [frame(0), frame(1), frame(2)] if name == "dense" else [frame(0)] * 3:
         torch.testing.assert_close(capture_hidden(session, observation), capture_hidden(dense, observation), **CLOSE)
+
+
+def test_what_is_pruned_is_no_business_of_the_towers_memory(vit: PrismaticBackbone) -> None:
+    """A token that is dropped within a frame has no age: the tower must not go on from what it once was."""
+
+    @dataclass(frozen=True)
+    class DropHalf(CachePolicy):
+        def decide(self, view: View) -> Decision:
+            kept = view.rng.random(view.layout.n_visual) < 0.5
+            return Decision(np.where(kept, view.n_layers, 0), view.n_layers, Beyond.PRUNE)
+
+    reusing, plain = (CachedVLA(vit, DropHalf(), levers=Levers(tower_reuse=reuse)).session() for reuse in (True, False))
+    for number in range(3):
+        torch.testing.assert_close(
+            capture_hidden(reusing, frame(number)), capture_hidden(plain, frame(number)), **CLOSE
+        )
+        assert reusing.last is not None
+        assert reusing.last.seen is not None
+        assert reusing.last.seen.all()
 
 
 def test_the_towers_memory_is_the_sessions_own(vit: PrismaticBackbone) -> None:

@@ -114,6 +114,18 @@ def read_episodes(path: str | Path) -> list[EpisodeRecord]:
     return records
 
 
+def finished(path: Path) -> set[tuple[str, int, int]]:
+    """Which (method, task, initial state) a run's log holds; half a last line, left by a killed run, is cut off."""
+    if not path.exists():
+        return set()
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return {(record.method, record.task, record.init_state) for record in read_episodes(path)}
+
+
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     whole, _, _ = text.rpartition("\n")
     for number, line in enumerate(whole.split("\n"), start=1):

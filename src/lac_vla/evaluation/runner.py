@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lac_vla.errors import InputError
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.methods import method_name
-from lac_vla.evaluation.records import read_episodes
+from lac_vla.evaluation.records import finished
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.worker import run_jobs
 from lac_vla.policies import paths_by_name
@@ -76,15 +76,7 @@ def _open(config: EvalConfig) -> set[tuple[str, int, int]]:
         (config.out / SUMMARY).write_text(json.dumps(_summary(config, settings), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {config.out} ({error}); give another --out") from error
-    log = config.out / EPISODES
-    if not log.exists():
-        return set()
-    text = log.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):  # the last line of a killed run
-        with log.open("r+b") as file:
-            file.truncate(whole)
-    return {(record.method, record.task, record.init_state) for record in read_episodes(log)}
+    return finished(config.out / EPISODES)
 
 
 def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

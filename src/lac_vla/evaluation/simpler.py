@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lac_vla.cost import CostModel
 from lac_vla.errors import InputError
 from lac_vla.evaluation.methods import make_methods, method_name
-from lac_vla.evaluation.records import read_episodes
+from lac_vla.evaluation.records import finished
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.evaluation.simpler_table import EPISODES, TABLE, tables
 from lac_vla.flow import make_flow
@@ -253,12 +253,7 @@ def _open(config: SimplerConfig, simulator: Backend) -> set[tuple[str, int, int]
         (config.out / SUMMARY).write_text(written, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {config.out} ({error}); give another --out") from error
-    log = config.out / EPISODES
-    if not log.exists():
-        return set()
-    text = log.read_bytes()
-    log.write_bytes(text[: text.rfind(b"\n") + 1])  # without the last line of a killed run
-    return {(record.method, record.task, record.init_state) for record in read_episodes(log)}
+    return finished(config.out / EPISODES)
 
 
 def _settings(config: SimplerConfig) -> dict[str, Any]:
