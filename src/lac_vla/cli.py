@@ -240,9 +240,10 @@ def _report_reproduction(done: "Reproduction") -> None:
         console.print(table.to_terminal())
     specs = {row.method: paths_by_name(row.spec) for row in (*done.rows, *done.curve)}
     curve = tradeoff(summarize(done.episodes), done.episodes, specs) if done.curve else None
-    runs = [done.config.folder(suite) for suite in done.config.suites]
+    config = done.config
+    runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]
     title = "The paper's LIBERO tables on one model"
-    page = build_report(runs, done.config.out / "report.html", title=title, opening=Opening(said, tables, curve))
+    page = build_report(runs, config.out / "report.html", title=title, opening=Opening(said, tables, curve))
     console.print(f"report: {page}")
 
 

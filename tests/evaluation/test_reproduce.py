@@ -105,15 +105,25 @@ def test_incomplete_rows_are_marked(config: ReproduceConfig) -> None:
     assert set(paper_tables(never)[0].rows[2][1:]) == {"-"}
 
 
-def test_a_row_may_have_fewer_trials(config: ReproduceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lac_vla.evaluation.reproduce.TABLE_1", (DENSE, replace(LAC, trials=1)))
-    done = reproduce(replace(config, policies=("lac",)))
-    assert sorted((e.method, e.init_state) for e in done.episodes if e.task == 0) == [
-        ("dense", 4),
-        ("dense", 5),
-        ("lac", 4),
-    ]
-    assert "incomplete" not in " ".join(paper_tables(done)[0].notes)
+def test_dense_and_lac_may_have_more_seeds(config: ReproduceConfig) -> None:
+    FakeEnv.seeds.clear()
+    done = reproduce(replace(config, policies=("lac",), more_seeds=(1, 2), trials=1))
+    assert {e.seed for e in done.episodes} == {0}
+    assert {(e.method, e.seed) for e in done.seeds} == {(m, seed) for m in ("dense", "lac") for seed in range(3)}
+    assert FakeEnv.seeds == sorted(FakeEnv.seeds), "one seed after the other"
+    assert set(FakeEnv.seeds) == {0, 1, 2}, "the scenes' seeds, too"
+    title, table = next((t.title, t) for t in paper_tables(done) if "seeds" in t.title)
+    assert title == "Dense and LAC with seeds 0, 1, 2"
+    assert [row[1].split()[0] for row in table.rows] == ["6/6", "6/6"]
+    assert table.rows[1][2].startswith("±0.0")
+    assert "Over 6 pairs with 3 seeds: 6 solved by LAC, 6 by dense." in statements(done)
+    lost = [e for e in done.seeds if e.method == "dense" or e.seed < 2]
+    assert paper_tables(replace(done, seeds=lost))[1].rows[1][0] == "LAC *"
+    for wrong in ({"more_seeds": (0,)}, {"more_seeds": (1, 1)}):
+        with pytest.raises(InputError, match="every seed once"):
+            replace(config, **wrong)
+    with pytest.raises(InputError, match="leave lac among the policies"):
+        plan(replace(config, policies=("random:ratio=0.25",), more_seeds=(1,)))
 
 
 def test_the_curve_runs_each_ratio_once_and_apart(config: ReproduceConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tests.engine.scenes import frame
@@ -18,6 +18,7 @@ class FakeEnv:
     horizon = 6
     instruction = "pick up the bowl"
     made = 0
+    seeds: ClassVar[list[int]] = []
 
     def __init__(self, suite: str, task: int, **_: Any) -> None:
         self.suite, self.task = suite, task
@@ -25,6 +26,7 @@ class FakeEnv:
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
         self.state, self.steps = init_state, 0
+        FakeEnv.seeds.append(seed)
         return self._frame()
 
     def step(self, action: np.ndarray) -> tuple[Frame, bool]:

@@ -29,7 +29,7 @@ class EvalConfig:
         suite: LIBERO suite.
         tasks: Task ids; empty for all ten.
         init_states: First and one-past-last initial state of every task.
-        seed: Of every session.
+        seed: Of every session; and of the scene's fixtures, whose places vary by a centimetre.
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.

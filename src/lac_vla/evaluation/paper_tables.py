@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from lac_vla.evaluation import table as write
-from lac_vla.evaluation.reproduce import LAC, Reproduction, Row
+from lac_vla.evaluation.reproduce import DENSE as DENSE_ROW
+from lac_vla.evaluation.reproduce import LAC, ReproduceConfig, Reproduction, Row
 from lac_vla.evaluation.runner import describe_model
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.summary import DENSE, MethodRow, Summary, summarize
@@ -74,6 +75,7 @@ def paper_tables(done: Reproduction) -> list[write.TextTable]:
     success = [(f"{name.removeprefix('libero_')} solved", _success(by_suite.get(name))) for name in suites]
     if len(suites) > 1:
         success.append(("average", lambda row, _: _average(row.method, by_suite, len(suites))))
+    wanted, seeds = _wanted(done.config), (done.config.seed, *done.config.more_seeds)
     layouts: list[tuple[str, Sequence[Row], Sequence[Column], str]] = [
         ("Table 1: success", done.table_1, (*success, *PAIRED), write.CAPTION),
         ("Table 1: cost", done.table_1, WORK, LATENCY),
@@ -82,15 +84,21 @@ def paper_tables(done: Reproduction) -> list[write.TextTable]:
         ("What the paper leaves out: three windows", done.rows, WINDOWS, LATENCY),
         ("What the paper leaves out: overheads", done.rows, OVERHEADS, STAGES),
     ]
-    return [_fill(title, rows, columns, done, everything, note) for title, rows, columns, note in layouts if rows]
+    tables = [_fill(title, rows, columns, wanted, everything, note) for title, rows, columns, note in layouts if rows]
+    if done.seeds:
+        pooled = summarize(done.seeds)
+        columns = (("solved", lambda row, _: write.success(row)), *PAIRED)
+        title = f"Dense and LAC with seeds {', '.join(map(str, seeds))}"
+        tables.insert(1, _fill(title, (DENSE_ROW, LAC), columns, wanted * len(seeds), pooled, write.CAPTION))
+    return tables
 
 
 def _fill(
-    title: str, rows: Sequence[Row], columns: Sequence[Column], done: Reproduction, summary: Summary, note: str
+    title: str, rows: Sequence[Row], columns: Sequence[Column], wanted: int, summary: Summary, note: str
 ) -> write.TextTable:
     dense, cells, incomplete = summary.row(DENSE), [], []
     for row in rows:
-        found, wanted = summary.row(row.method), _wanted(row, done)
+        found = summary.row(row.method)
         trials = found.trials if found else 0
         mark = " *" if trials < wanted else ""
         if mark:
@@ -100,11 +108,9 @@ def _fill(
     return write.TextTable(title, ("method", *(heading for heading, _ in columns)), tuple(cells), tuple(notes))
 
 
-def _wanted(row: Row, done: Reproduction) -> int:
+def _wanted(config: ReproduceConfig) -> int:
     """Trials that a row should have over all suites."""
-    config = done.config
-    states = min(row.trials or config.trials, config.trials)
-    return sum(states * (len(config.tasks) or SUITES[suite].n_tasks) for suite in config.suites)
+    return sum(config.trials * (len(config.tasks) or SUITES[suite].n_tasks) for suite in config.suites)
 
 
 def _success(summary: Summary | None) -> Callable[[MethodRow, MethodRow | None], str]:
@@ -137,7 +143,10 @@ def statements(done: Reproduction) -> list[str]:
         said.append(describe_stress(config.stress))
     summary = summarize(done.episodes)
     rows = {row.method: row for row in (*done.rows, *done.curve)}.values()
-    missing = sum((found.trials if (found := summary.row(row.method)) else 0) < _wanted(row, done) for row in rows)
+    missing = sum((found.trials if (found := summary.row(row.method)) else 0) < _wanted(config) for row in rows)
+    if done.seeds and (pair := summarize(done.seeds).row(LAC.method)) and (paired := pair.paired):
+        told = f"{paired.both + paired.only_method} solved by LAC, {paired.both + paired.only_dense} by dense"
+        said.insert(1, f"Over {paired.pairs} pairs with {1 + len(config.more_seeds)} seeds: {told}.")
     if missing:
         said.append(f"Incomplete rows, marked *: {missing}. The same command goes on with them.")
     return said

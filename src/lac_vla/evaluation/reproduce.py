@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,12 +26,10 @@ class Row:
     Attributes:
         label: What it is called there.
         spec: Its policy, as on a command line.
-        trials: Initial states per task at most; 0 for as many as are asked for.
     """
 
     label: str
     spec: str
-    trials: int = 0
 
     @property
     def method(self) -> str:
@@ -91,7 +89,8 @@ class ReproduceConfig:
         ratios: Nominal cache ratios of the curve.
         levers: Levers beside caching, of all methods, see ``lac eval --help``.
         stress: What disturbs every episode, see ``lac eval --help``.
-        seed: Of every session.
+        seed: Of every session, and of the scene's fixtures, whose places vary by a centimetre.
+        more_seeds: Dense and LAC run once more with each of these, for a closer comparison of the two.
         rendering: ``fast`` (altered pixels, those of the bundled VLA) or ``official``.
         convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints.
         image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
@@ -115,6 +114,7 @@ class ReproduceConfig:
     levers: str = "default"
     stress: str | None = None
     seed: int = 0
+    more_seeds: tuple[int, ...] = ()
     rendering: Literal["fast", "official"] = "fast"
     convention: Literal["upright", "openvla"] = "upright"
     image_pipeline: str | None = None
@@ -127,32 +127,34 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if self.trials < 1 or not self.suites or len(set(self.suites)) < len(self.suites):
             raise InputError("give at least one trial, and every suite once")
+        if len({self.seed, *self.more_seeds}) < 1 + len(self.more_seeds):
+            raise InputError(f"more_seeds is {self.more_seeds}: give every seed once, and not {self.seed}")
 
-    def run(self, suite: str, rows: Sequence[Row], trials: int, *, curve: bool = False) -> EvalConfig:
-        """The evaluation of some rows on one suite."""
+    def run(self, suite: str, rows: Sequence[Row], *, curve: bool = False, seed: int | None = None) -> EvalConfig:
+        """The evaluation of some rows on one suite; by default with the first seed."""
         return EvalConfig(
             self.model,
-            self.folder(suite, curve=curve),
+            self.folder(suite, curve=curve, seed=seed),
             tuple(row.spec for row in rows),
             suite=suite,
             tasks=self.tasks,
-            init_states=(self.first, self.first + trials),
-            seed=self.seed,
+            init_states=(self.first, self.first + self.trials),
+            seed=self.seed if seed is None else seed,
             levers=self.levers,
             stress=self.stress,
             rendering=self.rendering,
             convention=self.convention,
             image_pipeline=self.image_pipeline,
-            videos=0 if curve else self.videos,
+            videos=0 if curve or seed is not None else self.videos,
             device=self.device,
             workers=self.workers,
             threads=self.threads,
             ray=self.ray,
         )
 
-    def folder(self, suite: str, *, curve: bool = False) -> Path:
-        """Where a suite's episodes are; those of the curve apart, so that a report of the others stays readable."""
-        return self.out / (f"{suite}-curve" if curve else suite)
+    def folder(self, suite: str, *, curve: bool = False, seed: int | None = None) -> Path:
+        """Where a suite's episodes are; those of the curve and of further seeds apart, so that reports stay readable."""
+        return self.out / f"{suite}{'-curve' if curve else ''}{'' if seed is None else f'-seed{seed}'}"
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ class Reproduction:
         table_1: Its rows.
         ablations: Rows of tables 2 and 5.
         curve: Rows that are run for the curve alone.
-        episodes: All episodes of all suites that belong to a row.
+        episodes: All episodes of all suites that belong to a row, with the first seed.
+        seeds: Those of dense and LAC with all seeds; empty if there is only one.
     """
 
     config: ReproduceConfig
@@ -172,6 +175,7 @@ class Reproduction:
     ablations: tuple[Row, ...]
     curve: tuple[Row, ...]
     episodes: list[EpisodeRecord]
+    seeds: list[EpisodeRecord] = field(default_factory=list)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -197,6 +201,8 @@ def plan(config: ReproduceConfig) -> Reproduction:
         ablations = (*(row for row in ABLATIONS if row.method in methods), *trained)
         if {row.method for row in ablations} <= {row.method for row in table_1}:
             ablations = ()
+    if config.more_seeds and LAC not in table_1:
+        raise InputError("more_seeds compares LAC with dense: leave lac among the policies")
     curve: tuple[Row, ...] = ()
     if config.curve:
         asked = {PolicySpec.parse(row.spec).name for row in table_1}
@@ -207,7 +213,7 @@ def plan(config: ReproduceConfig) -> Reproduction:
         curve = tuple(p for p in points if p.method not in there and PolicySpec.parse(p.spec).name in asked)
     planned = Reproduction(config, table_1, ablations, curve, [])
     for suite in config.suites:  # refuse what cannot be made before the first episode
-        config.run(suite, (*planned.rows, *curve), config.trials)
+        config.run(suite, (*planned.rows, *curve))
     return planned
 
 
@@ -220,15 +226,18 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     """
     planned = plan(config)
     episodes: list[EpisodeRecord] = []
+    seeds: list[EpisodeRecord] = []
     for suite in config.suites:
         for rows, curve in ((planned.rows, False), (planned.curve, True)):
-            limits = {row.method: min(row.trials or config.trials, config.trials) for row in rows}
-            for trials in sorted(set(limits.values())):  # a run grows: first what all have, then what some have
-                evaluate(config.run(suite, [row for row in rows if limits[row.method] >= trials], trials, curve=curve))
             if rows:
-                folder = config.folder(suite, curve=curve)
-                episodes += [e for e in read_episodes(folder / EPISODES) if e.method in limits]
-    return Reproduction(config, planned.table_1, planned.ablations, planned.curve, episodes)
+                evaluate(config.run(suite, rows, curve=curve))
+                episodes += _episodes(config.folder(suite, curve=curve), rows)
+        for seed in config.more_seeds:
+            evaluate(config.run(suite, (DENSE, LAC), seed=seed))
+            seeds += _episodes(config.folder(suite, seed=seed), (DENSE, LAC))
+    if seeds:
+        seeds += [e for e in episodes if e.method in (DENSE.method, LAC.method)]
+    return replace(planned, episodes=episodes, seeds=seeds)
 
 
 def ablation_row(folder: Path) -> Row:
@@ -252,6 +261,11 @@ def ablation_row(folder: Path) -> Row:
     what = ", ".join(words for words, holds in told.items() if holds) or "all parts, trained anew"
     alone = ",recovery=0" if config.ratio is not None else ""
     return Row(f"{what[0].upper()}{what[1:]} ({name})", f"{name}@lac:path={folder}{alone}")
+
+
+def _episodes(folder: Path, rows: Sequence[Row]) -> list[EpisodeRecord]:
+    methods = {row.method for row in rows}
+    return [episode for episode in read_episodes(folder / EPISODES) if episode.method in methods]
 
 
 def _chosen(word: str, rows: Sequence[Row]) -> list[Row]:

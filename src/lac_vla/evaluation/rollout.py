@@ -96,13 +96,13 @@ def rollout(
         session: Drives the robot; it is reset with ``seed``.
         method: Name of the method, for the record.
         init_state: Initial state.
-        seed: Of the session's generator.
+        seed: Of the session's generator, and of the scene.
         cost: Counts multiply-accumulates of a session that is here.
         recorders: Watch one.
         to_robot: Turns the model's action into the simulator's units, if they differ.
         ensemble: Makes the frame's action out of the last frames' chunks; by default, the newest chunk's first.
     """
-    frame = env.reset(init_state)
+    frame = env.reset(init_state, seed)
     session.reset(seed)
     if ensemble is not None:
         ensemble.reset()

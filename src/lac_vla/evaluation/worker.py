@@ -78,7 +78,7 @@ class Worker:
         here = isinstance(session, Session)
         if self._cost is None and isinstance(session, Session):
             self._cost = CostModel.of(
-                session.vla.backbone, env.reset(init_state), tower_reuse=session.vla.levers.tower_reuse
+                session.vla.backbone, env.reset(init_state, config.seed), tower_reuse=session.vla.levers.tower_reuse
             )
         if config.stress is not None:
             env = Stressed(env, make_stress(config.stress), config.seed, instructions(config.suite))
