@@ -153,7 +153,7 @@ class ReproduceConfig:
         )
 
     def folder(self, suite: str, *, curve: bool = False, seed: int | None = None) -> Path:
-        """Where a suite's episodes are; those of the curve and of further seeds apart, so that reports stay readable."""
+        """Where a suite's episodes are; those of the curve and of further seeds apart, for readable reports."""
         return self.out / f"{suite}{'-curve' if curve else ''}{'' if seed is None else f'-seed{seed}'}"
 
 
