@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
-from lac_vla.sims import libero
+from lac_vla.sims import libero, libero_backend
 from lac_vla.sims.collect import (
     CollectConfig,
     _known_failures,
@@ -31,11 +31,11 @@ from lac_vla.sims.libero import (
     NO_OP,
     SUITES,
     LiberoEnv,
-    RenderingLibraryError,
     check_action,
-    choose_gl_backend,
 )
+from lac_vla.sims.libero_backend import RenderingLibraryError, choose_gl_backend, load_backend
 from lac_vla.sims.libero_expert import Demonstration, Phase, demonstrate
+from lac_vla.sims.libero_renderer import Renderer
 from lac_vla.types import Frame
 
 sim = pytest.mark.sim
@@ -56,9 +56,9 @@ def test_the_horizons_are_those_of_openvlas_evaluation() -> None:
 
 @pytest.fixture
 def fresh_backend() -> Iterator[None]:
-    libero._backend.cache_clear()
+    load_backend.cache_clear()
     yield
-    libero._backend.cache_clear()
+    load_backend.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_backend")
@@ -104,17 +104,17 @@ def test_the_backend_follows_the_machine(
 ) -> None:
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.setenv("PYOPENGL_PLATFORM", "")
-    monkeypatch.setattr(libero.glob, "glob", lambda pattern: devices)
-    monkeypatch.setattr(libero, "_has_library", lambda name: name in installed)
+    monkeypatch.setattr(libero_backend.glob, "glob", lambda pattern: devices)
+    monkeypatch.setattr(libero_backend, "_has_library", lambda name: name in installed)
     assert choose_gl_backend() == expected
-    assert libero.os.environ["MUJOCO_GL"] == libero.os.environ["PYOPENGL_PLATFORM"] == expected
+    assert libero_backend.os.environ["MUJOCO_GL"] == libero_backend.os.environ["PYOPENGL_PLATFORM"] == expected
 
 
 def test_the_users_backend_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setenv("PYOPENGL_PLATFORM", "")
-    monkeypatch.setattr(libero.glob, "glob", lambda pattern: [])
-    monkeypatch.setattr(libero, "_has_library", lambda name: True)
+    monkeypatch.setattr(libero_backend.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(libero_backend, "_has_library", lambda name: True)
     assert choose_gl_backend() == "egl"
 
 
@@ -133,7 +133,7 @@ def test_the_users_backend_is_respected(monkeypatch: pytest.MonkeyPatch) -> None
 def test_arguments_are_checked_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(libero, "_backend", lambda: pytest.fail("the simulator was loaded"))
+    monkeypatch.setattr(libero, "load_backend", lambda: pytest.fail("the simulator was loaded"))
     with pytest.raises(InputError, match=message):
         LiberoEnv(**({"suite": "libero_spatial", "task": 0} | arguments))
 
@@ -366,8 +366,8 @@ def test_frames_follow_the_convention(env: LiberoEnv) -> None:
 @sim
 def test_hiding_what_a_camera_cannot_see_changes_no_pixel(env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     frame = env.reset(6)
-    assert env._out_of_view("robot0_eye_in_hand").sum() > 50
-    monkeypatch.setattr(LiberoEnv, "_out_of_view", lambda self, camera: np.zeros(self.model.ngeom, dtype=bool))
+    assert env._renderer.out_of_view("robot0_eye_in_hand").sum() > 50
+    monkeypatch.setattr(Renderer, "out_of_view", lambda self, camera: np.zeros(self._model.ngeom, dtype=bool))
     everything = env.observe()
     for camera in frame.images:
         np.testing.assert_array_equal(frame.images[camera], everything.images[camera])

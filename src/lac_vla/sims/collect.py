@@ -42,8 +42,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from lac_vla.errors import InputError, LacError
-from lac_vla.sims.libero import SUITES, LiberoEnv, Rendering
+from lac_vla.sims.libero import SUITES, LiberoEnv
 from lac_vla.sims.libero_expert import Demonstration, demonstrate, stack_frames
+from lac_vla.sims.libero_renderer import Rendering
 
 FORMAT = 1
 FAILURES = "failures.jsonl"

