@@ -339,7 +339,7 @@ def test_official_frames_are_the_benchmarks_own(official: LiberoEnv) -> None:
 
 
 @sim
-def test_frames_follow_the_convention(env: LiberoEnv) -> None:
+def test_frames_follow_the_convention(env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     frame = env.reset(0)
     assert frame.instruction == env.instruction
     assert set(frame.images) == {"agentview", "wrist"}
@@ -350,11 +350,8 @@ def test_frames_follow_the_convention(env: LiberoEnv) -> None:
     for camera, image in frame.images.items():
         assert image.shape == (128, 128, 3), camera
         assert image.dtype == np.uint8
-    env.image_convention = "openvla"
-    try:
-        mirrored = env.observe()
-    finally:
-        env.image_convention = "upright"
+    monkeypatch.setattr(env._renderer, "_convention", "openvla")
+    mirrored = env.observe()
     for camera in frame.images:
         np.testing.assert_array_equal(frame.images[camera][:, ::-1], mirrored.images[camera])
     # Upright: the grey wall is above the wooden table.
