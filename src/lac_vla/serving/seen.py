@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
-import cv2
 import numpy as np
 
 from lac_vla.report.overlay import overlay
+from lac_vla.report.page import jpeg
 from lac_vla.serving.sessions import Answer
 from lac_vla.vla import Step
 
@@ -17,8 +17,6 @@ KEPT = 120
 """Requests whose ratio and latency are shown."""
 EVENTS = 8
 """Resets and fallbacks that are shown."""
-QUALITY = 82
-"""Of the JPEG pictures, 0..100."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,14 @@ class Seen:
             events=events,
         )
 
-    def summary(self, now: float, max_age: int, deadline_ms: float | None) -> dict[str, Any]:
-        """What the page shows beside the pictures, for JSON.
+    def summary(self, now: float, max_age: int, deadline_ms: float | None, *, draw: bool) -> dict[str, Any]:
+        """What the page shows, for JSON.
 
         Args:
             now: Seconds, by the clock of ``at``.
             max_age: No slot is reused once it is so old, frames.
             deadline_ms: From a request's arrival to its answer; ``None`` for none.
+            draw: Whether the pictures are in it.
         """
         told: dict[str, Any] = {
             "session": self.session,
@@ -124,7 +123,7 @@ class Seen:
             "p50_ms": p50,
             "p95_ms": p95,
             "late": late,
-            "stages": _rounded(step.stages),
+            "stages": {stage: round(milliseconds, 3) for stage, milliseconds in step.stages.items()},
             "events": [asdict(event) for event in reversed(self.events)],
             "cameras": [
                 {
@@ -132,29 +131,27 @@ class Seen:
                     "tokens": camera.size,
                     "computed": int(step.active[camera.tokens].sum()),
                     "recovered": int((step.recovered & step.active)[camera.tokens].sum()),
+                    "jpeg": self.pictures[number] if draw else None,
                 }
-                for camera in step.layout.cameras
+                for number, camera in enumerate(step.layout.cameras)
             ],
         }
 
-    def picture(self, number: int) -> bytes | None:
-        """What one camera saw and what was computed of it, as JPEG; ``None`` if there is no such camera.
-
-        Args:
-            number: Of the camera, in the layout's order.
-        """
-        if self.step is None or not 0 <= number < len(self.step.layout.cameras):
-            return None
-        step, camera = self.step, self.step.layout.cameras[number]
-        drawn = overlay(
-            step.pixels[camera.name],
-            (camera.rows, camera.cols),
-            step.active[camera.tokens],
-            step.recovered[camera.tokens],
-        )
-        _, data = cv2.imencode(".jpg", np.ascontiguousarray(drawn[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
-        return bytes(data)
-
-
-def _rounded(stages: Mapping[str, float]) -> dict[str, float]:
-    return {stage: round(milliseconds, 3) for stage, milliseconds in stages.items()}
+    @cached_property
+    def pictures(self) -> list[str]:
+        """What every camera saw and what was computed of it, JPEG in base64; drawn when first asked for."""
+        step = self.step
+        if step is None:
+            return []
+        recovered = step.recovered
+        return [
+            jpeg(
+                overlay(
+                    step.pixels[camera.name],
+                    (camera.rows, camera.cols),
+                    step.active[camera.tokens],
+                    recovered[camera.tokens],
+                )
+            )
+            for camera in step.layout.cameras
+        ]

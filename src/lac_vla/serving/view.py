@@ -19,6 +19,7 @@ from functools import cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
@@ -29,8 +30,6 @@ from lac_vla.report.page import css
 from lac_vla.serving.seen import Seen
 from lac_vla.serving.sessions import Answer
 
-PICTURE = re.compile(r"/view/frame/([0-9a-f]{32})/(\d{1,3})\.jpg")
-"""Path of a session's picture of one camera."""
 CLOSED = 5
 """Closed sessions that are shown."""
 
@@ -68,8 +67,8 @@ class View:
         self._closed.appendleft({**facts, "reason": reason, "at": time.time()})
 
     async def respond(self, request: Request) -> Response:
-        """Answer a browser's request below ``/view``: the page, its numbers or a picture."""
-        path = request.path.partition("?")[0]
+        """Answer a browser's request: ``/view`` is the page, ``/view/state?draw=SESSION,SESSION`` what it shows."""
+        path, _, query = request.path.partition("?")
         if getattr(request, "method", "GET") != "GET":  # older releases of websockets take nothing else
             return _response(HTTPStatus.METHOD_NOT_ALLOWED, b"this page can only be read: GET\n", Allow="GET")
         if path in ("/view", "/view/"):
@@ -77,26 +76,21 @@ class View:
             return _response(HTTPStatus.OK, body, "text/html; charset=utf-8", Content_Security_Policy=policy)
         if path == "/view/state":
             seen, closed = list(self._seen.values()), list(self._closed)
+            drawn = frozenset(",".join(parse_qs(query).get("draw", [])).split(","))
             async with self._drawing:
-                body = await asyncio.to_thread(self._state, seen, closed)
+                body = await asyncio.to_thread(self._state, seen, closed, drawn)
             return _response(HTTPStatus.OK, body, "application/json")
-        if (asked := PICTURE.fullmatch(path)) is not None:
-            session, number = asked.groups()
-            found = next((seen for seen in self._seen.values() if seen.session == session), None)
-            if found is not None:
-                async with self._drawing:
-                    picture = await asyncio.to_thread(found.picture, int(number))
-                if picture is not None:
-                    return _response(HTTPStatus.OK, picture, "image/jpeg")
-        return _response(HTTPStatus.NOT_FOUND, b"there is no such session, camera or page: see /view\n")
+        return _response(HTTPStatus.NOT_FOUND, b"there is nothing but /view\n")
 
-    def _state(self, sessions: list[Seen], closed: list[dict[str, Any]]) -> bytes:
+    def _state(self, sessions: list[Seen], closed: list[dict[str, Any]], drawn: frozenset[str]) -> bytes:
         now = time.monotonic()
         state = {
             **self._facts,
             "max_age": self._max_age,
             "deadline_ms": self._deadline_ms,
-            "sessions": [seen.summary(now, self._max_age, self._deadline_ms) for seen in sessions],
+            "sessions": [
+                seen.summary(now, self._max_age, self._deadline_ms, draw=seen.session in drawn) for seen in sessions
+            ],
             "closed": closed,
         }
         return json.dumps(state).encode()
@@ -112,7 +106,7 @@ def page() -> tuple[bytes, str]:
         for tag in ("style", "script")
     }
     policy = (
-        f"default-src 'none'; style-src {hashes['style']}; script-src {hashes['script']}; img-src 'self' data:; "
+        f"default-src 'none'; style-src {hashes['style']}; script-src {hashes['script']}; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return html.encode(), policy
