@@ -17,6 +17,8 @@ KEPT = 120
 """Requests whose ratio and latency are shown."""
 EVENTS = 8
 """Resets and fallbacks that are shown."""
+HEIGHT = 280
+"""Least height of a picture, pixels: a phone's width. It costs the server's processor what it is large."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class Seen:
                     (camera.rows, camera.cols),
                     step.active[camera.tokens],
                     recovered[camera.tokens],
+                    height=HEIGHT,
                 )
             )
             for camera in step.layout.cameras
