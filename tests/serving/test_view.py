@@ -238,7 +238,8 @@ def test_pictures_are_the_overlay_of_the_same_step(start: Start, backbone: Prism
         for seed in (0, 1):
             client.infer(observation(seed))
             other.infer(observation(seed))
-        settled(server, session, 2)
+        for each in (client, other):
+            settled(server, each.metadata["session"], 2)
         mine, others = (told["cameras"] for told in state(server, f"{session},{32 * 'f'},../x,")["sessions"])
     assert [camera["jpeg"] for camera in others] == [None, None]
     drawn = [np.asarray(Image.open(io.BytesIO(base64.b64decode(camera["jpeg"]))), dtype=int) for camera in mine]
