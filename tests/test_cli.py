@@ -8,7 +8,7 @@ import pytest
 
 from lac_vla.cli import main
 
-VERBS = ("demo", "eval", "reproduce", "simpler", "bench", "report", "collect", "train", "pretrain", "serve")
+VERBS = ("demo", "eval", "reproduce", "simpler", "bench", "report", "collect", "train", "pretrain", "serve", "view")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -42,6 +42,8 @@ def test_every_verb_explains_its_options(capsys: pytest.CaptureFixture[str], ver
         (("serve", "--vla", "nowhere", "--policy", "dense", "--host", "0.0.0.0"), "reachable from other machines"),
         (("serve", "--vla", "nowhere", "--policy", "dense"), "nowhere"),
         (("serve", "--vla", "nowhere", "--port", "99999"), "0..65535"),
+        (("view", "ws://127.0.0.1:1"), "start one with: lac serve"),
+        (("view", "ftp://127.0.0.1:8000"), "ws://HOST:PORT"),
         (("bench", "--random-weights", "llama", "--sections", "frame"), "llama"),
     ],
 )

@@ -195,6 +195,16 @@ def _verbs() -> dict[str, Callable[..., Any]]:
 
         run(config)
 
+    def view(url: tyro.conf.Positional[str] = "ws://127.0.0.1:8000") -> None:
+        """Open the live page of a server that runs with `lac serve --view`: what every robot's session reuses, and why.
+
+        Args:
+            url: Where the server listens, as robots are told: `ws://HOST:PORT` or `wss://HOST:PORT`.
+        """
+        from lac_vla.serving.browse import open_page
+
+        console.print(open_page(url), markup=False, highlight=False, soft_wrap=True)
+
     return {
         "demo": demo,
         "eval": evaluate,
@@ -206,6 +216,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         "train": train,
         "pretrain": pretrain,
         "serve": serve,
+        "view": view,
     }
 
 

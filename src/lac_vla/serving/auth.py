@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import ipaddress
 import os
 import ssl
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lac_vla.errors import InputError
 
@@ -42,6 +44,31 @@ def allowed(header: str | None, key: str | None) -> bool:
     if key is None:
         return True
     return hmac.compare_digest((header or "").encode("utf-8", "replace"), f"Api-Key {key}".encode())
+
+
+def browser_allowed(header: str | None, key: str | None) -> bool:
+    """As :func:`allowed`, or by HTTP Basic with the key as the password, which a browser asks its user for."""
+    scheme, _, credentials = (header or "").partition(" ")
+    if key is None or scheme.lower() != "basic":
+        return allowed(header, key)
+    try:
+        password = base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except ValueError:
+        return False
+    return hmac.compare_digest(password, key.encode())
+
+
+def names_this_machine(host: str | None) -> bool:
+    """Whether a ``Host`` header says that the browser meant this machine.
+
+    A web page elsewhere can make its own name point here, and its reader's browser then takes our answers for its own:
+    without a key, the name alone tells the two apart.
+    """
+    try:
+        name = urlsplit(f"//{host or ''}").hostname
+    except ValueError:
+        return False
+    return name is not None and is_loopback(name)
 
 
 def is_loopback(host: str) -> bool:

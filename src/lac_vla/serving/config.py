@@ -45,6 +45,7 @@ class ServeConfig:
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
         threads: CPU threads of torch; 0 leaves it to torch.
+        view: A live page for the operator at ``/view``; ``lac view`` opens it.
     """
 
     vla: str
@@ -72,6 +73,7 @@ class ServeConfig:
     unnorm_key: str | None = None
     device: str = "cpu"
     threads: int = 0
+    view: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -134,7 +136,9 @@ def make_server(config: ServeConfig) -> PolicyServer:
         "deadline_ms": config.deadline_ms or None,
     }
     limits = Limits(config.max_sessions, config.max_rate, int(config.max_message_mb * 2**20))
-    return PolicyServer(vla, keys, rules, controller, table, facts, config.host, config.port, key, tls, limits)
+    return PolicyServer(
+        vla, keys, rules, controller, table, facts, config.host, config.port, key, tls, limits, view=config.view
+    )
 
 
 def serve(config: ServeConfig) -> None:

@@ -10,17 +10,20 @@ import uuid
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.serving import wire
-from lac_vla.serving.auth import allowed, check_exposure
+from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names_this_machine
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.metrics import Metrics, log
 from lac_vla.serving.observation import ObservationKeys
 from lac_vla.serving.sessions import RobotSession, Rules
 from lac_vla.serving.worker import Worker
 from lac_vla.vla import CachedVLA
+
+if TYPE_CHECKING:
+    from lac_vla.serving.view import View
 
 try:
     from websockets.asyncio.server import Server, ServerConnection, serve
@@ -66,6 +69,7 @@ class PolicyServer:
         tls: For ``wss://``.
         limits: Of every client.
         metrics: What is counted.
+        view: Whether there is a live page for the operator.
     """
 
     vla: CachedVLA
@@ -80,6 +84,7 @@ class PolicyServer:
     tls: ssl.SSLContext | None = None
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
+    view: bool = False
 
     def __post_init__(self) -> None:
         check_exposure(self.host, self.key)
@@ -88,6 +93,12 @@ class PolicyServer:
         self._busy: set[ServerConnection] = set()
         self._stopping = False
         self._server: Server | None = None
+        self._view: View | None = None
+        if self.view:
+            from lac_vla.serving.view import View
+
+            deadline = None if self.controller is None else self.controller.deadline_ms
+            self._view = View(self.facts, self.vla.max_age, deadline)
 
     @property
     def url(self) -> str:
@@ -132,6 +143,8 @@ class PolicyServer:
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return ws.respond(HTTPStatus.OK, "OK\n")
+        if path == "/view" or path.startswith("/view/"):
+            return await self._show(ws, request)
         if not allowed(request.headers.get("Authorization"), self.key):
             return self._refuse(ws, HTTPStatus.UNAUTHORIZED, "wrong key", "send the header Authorization: Api-Key KEY")
         if path == "/metrics":
@@ -142,6 +155,21 @@ class PolicyServer:
         if len(self._robots) >= self.limits.sessions:
             return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "full", "all sessions are taken: try later")
         return None
+
+    async def _show(self, ws: ServerConnection, request: Request) -> Response:
+        """Answer the operator's browser."""
+        if self._view is None:
+            return ws.respond(HTTPStatus.NOT_FOUND, "the live page is off: start the server with --view\n")
+        if self.key is None and not names_this_machine(request.headers.get("Host")):
+            text = "without an API key the page is shown as localhost or 127.0.0.1 alone; give the server a key"
+            return self._refuse(ws, HTTPStatus.FORBIDDEN, "foreign name", text)
+        shown = request.headers.get("Authorization")
+        if not browser_allowed(shown, self.key):
+            text = "log in with any user name, and the server's API key as the password"
+            refusal = self._refuse(ws, HTTPStatus.UNAUTHORIZED, "wrong key" if shown else "no key", text)
+            refusal.headers["WWW-Authenticate"] = 'Basic realm="lac view", charset="UTF-8"'
+            return refusal
+        return await self._view.respond(request)
 
     def _refuse(self, ws: ServerConnection, status: HTTPStatus, reason: str, text: str) -> Response:
         self.metrics.rejected.labels(reason).inc()
@@ -157,6 +185,8 @@ class PolicyServer:
         name = uuid.uuid4().hex
         self._robots[ws] = robot
         log("session opened", session=name, peer=ws.remote_address)
+        if self._view is not None:
+            self._view.opened(ws, name)
         reason = "closed by the client"
         try:
             await self._send(ws, {**self.facts, "session": name})
@@ -180,6 +210,8 @@ class PolicyServer:
             self._robots.pop(ws, None)
             self._worker.withdraw(ws)
             log("session closed", session=name, reason=reason)
+            if self._view is not None:
+                self._view.closed(ws, reason)
 
     async def _answer_all(self, ws: ServerConnection, robot: RobotSession) -> None:
         """One request, one answer, until somebody hangs up."""
@@ -199,6 +231,8 @@ class PolicyServer:
             await self._send(ws, answer.message)
             total = 1e3 * (time.perf_counter() - arrived)
             self.metrics.count(answer, total / 1e3)
+            if self._view is not None:
+                self._view.answered(ws, answer, robot.instruction)
             self._busy.discard(ws)
             if (job := robot.spare()) is not None:
                 self._worker.offer(ws, job)

@@ -105,6 +105,11 @@ class RobotSession:
         """Memory of the cache, in bytes."""
         return self._session.nbytes
 
+    @property
+    def instruction(self) -> str:
+        """Of the last request; empty before the first."""
+        return self._instruction or ""
+
     def answer(self, request: Mapping[str, Any], arrived: float) -> Answer:
         """Answer one request.
 

@@ -1,0 +1,160 @@
+"""What the live page shows of one session: the last frame as a picture and in numbers, and the requests before it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lac_vla.report.overlay import overlay
+from lac_vla.report.page import jpeg
+from lac_vla.serving.sessions import Answer
+from lac_vla.vla import Step
+
+KEPT = 120
+"""Requests whose ratio and latency are shown."""
+EVENTS = 8
+"""Resets and fallbacks that are shown."""
+HEIGHT = 280
+"""Least height of a picture, pixels: a phone's width. It costs the server's processor what it is large."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Why frames were computed in full, or an episode began.
+
+    Attributes:
+        kind: ``"reset"`` or ``"fallback"``.
+        reason: As the server gives it.
+        first: Number of the frame, from 1 on.
+        last: Number of the last frame in a row with this reason.
+    """
+
+    kind: str
+    reason: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One session after one answer. Never changed, so that it may be drawn while the model goes on.
+
+    Attributes:
+        session: Its name, as in the log.
+        peer: The robot's address.
+        instruction: Of the last request.
+        frames: Requests answered.
+        at: Time of the last answer, or of the connection, seconds.
+        step: What the session did last, without what the backbone says about its action.
+        limit: Tokens that the deadline left, at most.
+        ratios: Effective cache ratios of the last :data:`KEPT` requests, in [0, 1].
+        latencies: Milliseconds from their arrival to their answer.
+        events: The last :data:`EVENTS`, oldest first.
+    """
+
+    session: str
+    peer: str
+    at: float
+    instruction: str = ""
+    frames: int = 0
+    step: Step | None = None
+    limit: int | None = None
+    ratios: tuple[float, ...] = ()
+    latencies: tuple[float, ...] = ()
+    events: tuple[Event, ...] = ()
+
+    def after(self, answer: Answer, instruction: str, at: float) -> Seen:
+        """The session after one more answer, given at the time ``at`` (seconds)."""
+        report, frame = answer.message["lac"], self.frames + 1
+        events = self.events
+        reason = answer.reset or answer.step.dense_because
+        if reason is not None:
+            event = Event("reset" if answer.reset else "fallback", reason, frame, frame)
+            if events and events[-1] == replace(event, first=events[-1].first, last=frame - 1):
+                event, events = replace(event, first=events[-1].first), events[:-1]
+            events = (*events[1 - EVENTS :], event)
+        took = report["waited_ms"] + answer.message["server_timing"]["infer_ms"]
+        return replace(
+            self,
+            at=at,
+            instruction=instruction,
+            frames=frame,
+            step=replace(answer.step, info={}, watch=None),  # these may hold tensors
+            limit=report["limit"],
+            ratios=(*self.ratios[1 - KEPT :], report["ratio"]),
+            latencies=(*self.latencies[1 - KEPT :], took),
+            events=events,
+        )
+
+    def summary(self, now: float, max_age: int, deadline_ms: float | None, *, draw: bool) -> dict[str, Any]:
+        """What the page shows, for JSON.
+
+        Args:
+            now: Seconds, by the clock of ``at``.
+            max_age: No slot is reused once it is so old, frames.
+            deadline_ms: From a request's arrival to its answer; ``None`` for none.
+            draw: Whether the pictures are in it.
+        """
+        told: dict[str, Any] = {
+            "session": self.session,
+            "peer": self.peer,
+            "silent_s": round(now - self.at, 1),
+            "frames": self.frames,
+        }
+        step = self.step
+        if step is None:
+            return told
+        p50, p95 = np.quantile(self.latencies, (0.5, 0.95)).tolist()
+        late = 0 if deadline_ms is None else sum(took > deadline_ms for took in self.latencies)
+        return told | {
+            "instruction": self.instruction,
+            "beyond": step.decision.beyond.value,
+            "ratio": step.ratio,
+            "nominal_ratio": step.nominal_ratio,
+            "tokens": step.layout.n_visual,
+            "computed": int(step.active.sum()),
+            "recovered": int((step.recovered & step.active).sum()),
+            "limit": self.limit,
+            "oldest_age": step.oldest_age,
+            "ages": np.bincount(np.minimum(step.age, max_age), minlength=max_age + 1).tolist(),
+            "ratios": [round(ratio, 4) for ratio in self.ratios],
+            "latencies_ms": [round(took, 2) for took in self.latencies],
+            "p50_ms": p50,
+            "p95_ms": p95,
+            "late": late,
+            "stages": {stage: round(milliseconds, 3) for stage, milliseconds in step.stages.items()},
+            "events": [asdict(event) for event in reversed(self.events)],
+            "cameras": [
+                {
+                    "name": camera.name,
+                    "tokens": camera.size,
+                    "computed": int(step.active[camera.tokens].sum()),
+                    "recovered": int((step.recovered & step.active)[camera.tokens].sum()),
+                    "jpeg": self.pictures[number] if draw else None,
+                }
+                for number, camera in enumerate(step.layout.cameras)
+            ],
+        }
+
+    @cached_property
+    def pictures(self) -> list[str]:
+        """What every camera saw and what was computed of it, JPEG in base64; drawn when first asked for."""
+        step = self.step
+        if step is None:
+            return []
+        recovered = step.recovered
+        return [
+            jpeg(
+                overlay(
+                    step.pixels[camera.name],
+                    (camera.rows, camera.cols),
+                    step.active[camera.tokens],
+                    recovered[camera.tokens],
+                    height=HEIGHT,
+                )
+            )
+            for camera in step.layout.cameras
+        ]

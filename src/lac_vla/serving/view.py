@@ -1,0 +1,132 @@
+"""``lac serve --view``: the operator's live page. It reads what sessions did, and can change nothing.
+
+An answered request costs the server a few references; pictures and numbers are made when a browser asks for them, one
+at a time, in a thread that is neither the event loop's nor the model's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+import time
+from collections import deque
+from collections.abc import Mapping
+from email.utils import formatdate
+from functools import cache
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from websockets.asyncio.server import ServerConnection
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+
+from lac_vla.report.overlay import RECOMPUTED, RECOVERED
+from lac_vla.report.page import css
+from lac_vla.serving.seen import Seen
+from lac_vla.serving.sessions import Answer
+
+CLOSED = 5
+"""Closed sessions that are shown."""
+
+
+class View:
+    """The page of one server. All but :meth:`respond`'s drawing is called in the event loop.
+
+    Args:
+        facts: What the server's metadata says.
+        max_age: No slot is reused once it is so old, frames.
+        deadline_ms: From a request's arrival to its answer; ``None`` for none.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], max_age: int, deadline_ms: float | None) -> None:
+        self._facts = {name: str(facts[name]) for name in ("server", "model", "method") if name in facts}
+        self._max_age, self._deadline_ms = max_age, deadline_ms
+        self._seen: dict[ServerConnection, Seen] = {}
+        self._closed: deque[dict[str, Any]] = deque(maxlen=CLOSED)
+        self._drawing = asyncio.Lock()
+
+    def opened(self, ws: ServerConnection, session: str) -> None:
+        """A robot has connected."""
+        peer = ws.remote_address
+        address = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unknown"
+        self._seen[ws] = Seen(session, address, time.monotonic())
+
+    def answered(self, ws: ServerConnection, answer: Answer, instruction: str) -> None:
+        """Its request was answered."""
+        self._seen[ws] = self._seen[ws].after(answer, instruction, time.monotonic())
+
+    def closed(self, ws: ServerConnection, reason: str) -> None:
+        """It has gone, or was sent away; why."""
+        gone = self._seen.pop(ws)
+        facts = {"session": gone.session, "peer": gone.peer, "frames": gone.frames}
+        self._closed.appendleft({**facts, "reason": reason, "at": time.time()})
+
+    async def respond(self, request: Request) -> Response:
+        """Answer a browser's request: ``/view`` is the page, ``/view/state?draw=SESSION,SESSION`` what it shows."""
+        path, _, query = request.path.partition("?")
+        if getattr(request, "method", "GET") != "GET":  # older releases of websockets take nothing else
+            return _response(HTTPStatus.METHOD_NOT_ALLOWED, b"this page can only be read: GET\n", Allow="GET")
+        if path in ("/view", "/view/"):
+            body, policy = page()
+            return _response(HTTPStatus.OK, body, "text/html; charset=utf-8", Content_Security_Policy=policy)
+        if path == "/view/state":
+            seen, closed = list(self._seen.values()), list(self._closed)
+            drawn = frozenset(",".join(parse_qs(query).get("draw", [])).split(","))
+            async with self._drawing:
+                body = await asyncio.to_thread(self._state, seen, closed, drawn)
+            return _response(HTTPStatus.OK, body, "application/json")
+        return _response(HTTPStatus.NOT_FOUND, b"there is nothing but /view\n")
+
+    def _state(self, sessions: list[Seen], closed: list[dict[str, Any]], drawn: frozenset[str]) -> bytes:
+        now = time.monotonic()
+        state = {
+            **self._facts,
+            "max_age": self._max_age,
+            "deadline_ms": self._deadline_ms,
+            "sessions": [
+                seen.summary(now, self._max_age, self._deadline_ms, draw=seen.session in drawn) for seen in sessions
+            ],
+            "closed": closed,
+        }
+        return json.dumps(state).encode()
+
+
+@cache
+def page() -> tuple[bytes, str]:
+    """The page, and the content security policy under which nothing but its own style and script can work."""
+    html = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
+    html = html.replace("RECOMPUTED", css(RECOMPUTED)).replace("RECOVERED", css(RECOVERED))
+    hashes = {
+        tag: " ".join(f"'sha256-{_digest(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL))
+        for tag in ("style", "script")
+    }
+    policy = (
+        f"default-src 'none'; style-src {hashes['style']}; script-src {hashes['script']}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html.encode(), policy
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _response(status: HTTPStatus, body: bytes, content: str = "text/plain; charset=utf-8", **headers: str) -> Response:
+    """An answer that no cache keeps and no other site's page can use."""
+    lines = {
+        "Date": formatdate(usegmt=True),
+        "Connection": "close",
+        "Content-Length": str(len(body)),
+        "Content-Type": content,
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
+    return Response(status.value, status.phrase, Headers(lines), body)
