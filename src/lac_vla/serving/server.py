@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.serving import wire
@@ -21,6 +21,9 @@ from lac_vla.serving.observation import ObservationKeys
 from lac_vla.serving.sessions import RobotSession, Rules
 from lac_vla.serving.worker import Worker
 from lac_vla.vla import CachedVLA
+
+if TYPE_CHECKING:  # recording needs the extra "data", serving does not
+    from lac_vla.serving.record import Recorder, Recording
 
 try:
     from websockets.asyncio.server import Server, ServerConnection, serve
@@ -66,6 +69,7 @@ class PolicyServer:
         tls: For ``wss://``.
         limits: Of every client.
         metrics: What is counted.
+        recorder: Where sessions are recorded; ``None`` for nowhere.
     """
 
     vla: CachedVLA
@@ -80,6 +84,7 @@ class PolicyServer:
     tls: ssl.SSLContext | None = None
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         check_exposure(self.host, self.key)
@@ -125,6 +130,8 @@ class PolicyServer:
             await asyncio.gather(*(ws.close(1001, "stopping") for ws in self._robots if ws not in self._busy))
             await self._server.wait_closed()
         await self._worker.close()
+        if self.recorder is not None:
+            await asyncio.to_thread(self.recorder.close)
         log("stopped")
 
     async def _admit(self, ws: ServerConnection, request: Request) -> Response | None:
@@ -155,12 +162,13 @@ class PolicyServer:
             return
         robot = RobotSession(self.vla, self.keys, self.rules, self.controller, self.table)
         name = uuid.uuid4().hex
+        recording = None if self.recorder is None else self.recorder.session(name)
         self._robots[ws] = robot
         log("session opened", session=name, peer=ws.remote_address)
         reason = "closed by the client"
         try:
             await self._send(ws, {**self.facts, "session": name})
-            await self._answer_all(ws, robot)
+            await self._answer_all(ws, robot, recording)
         except ConnectionClosed:
             pass
         except asyncio.TimeoutError:
@@ -179,9 +187,11 @@ class PolicyServer:
             self._busy.discard(ws)
             self._robots.pop(ws, None)
             self._worker.withdraw(ws)
+            if recording is not None:
+                recording.end(reason)
             log("session closed", session=name, reason=reason)
 
-    async def _answer_all(self, ws: ServerConnection, robot: RobotSession) -> None:
+    async def _answer_all(self, ws: ServerConnection, robot: RobotSession, recording: Recording | None) -> None:
         """One request, one answer, until somebody hangs up."""
         total, not_before = None, 0.0
         while not self._stopping:
@@ -199,6 +209,8 @@ class PolicyServer:
             await self._send(ws, answer.message)
             total = 1e3 * (time.perf_counter() - arrived)
             self.metrics.count(answer, total / 1e3)
+            if recording is not None:
+                recording.add(answer, arrived, total)
             self._busy.discard(ws)
             if (job := robot.spare()) is not None:
                 self._worker.offer(ws, job)
