@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.datasets.test_lerobot import FPS, LENGTHS, episode
 
 from lac_vla.datasets import DatasetAppender, DatasetError, DatasetWriter, LeRobotDataset, append
-from tests.datasets.test_lerobot import FPS, LENGTHS, episode
 
 
 def grow(root: Path, indices: list[int], fps: int | None = FPS) -> DatasetAppender:

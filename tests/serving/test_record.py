@@ -17,13 +17,14 @@ import cv2
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, InputError, LACPolicy, PrismaticBackbone, random_vla, save_vla
+from lac_vla import CachedVLA, InputError, LACPolicy, load_vla, random_vla, save_vla
 from lac_vla.cli import main
 from lac_vla.datasets import LeRobotDataset
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.serving import record
 from lac_vla.serving.client import Client
 from lac_vla.serving.config import ServeConfig, make_server
+from lac_vla.serving.metrics import Metrics
 from lac_vla.serving.record import Recorder
 from tests.serving.conftest import Running
 
@@ -65,7 +66,7 @@ def same(episode: Any, robot: int, frames: range, actions: list[Any]) -> None:
 
 
 def recorder(folder: Path, **options: Any) -> Recorder:
-    return Recorder(folder, **{"cameras": tuple(CAMERAS), "action": 7, "fps": 10, **options})
+    return Recorder(folder, **{"cameras": tuple(CAMERAS), "action": 7, "fps": 10, "metrics": Metrics(), **options})
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def counted(server: Running) -> tuple[float, float]:
     """Episodes kept and dropped."""
-    metrics = server.server.metrics
+    metrics = server.server.recorder.metrics
     return tuple(metrics.recorded.labels(outcome)._value.get() for outcome in ("kept", "dropped"))  # type: ignore[return-value]
 
 
@@ -114,11 +115,7 @@ def test_from_a_robots_log_to_a_policy(model: Path, folder: Path, tmp_path: Path
     words += " --stage2-steps 2 --stage1-batch 2 --batch 2 --window 3 --width 8 --held-out 0.5 --every 2"
     main(words.split())
     policy = LACPolicy.from_pretrained(tmp_path / "run" / "policy")
-    session = CachedVLA(random_vla("tiny"), policy).session()
-    with Running(make_server(ServeConfig(str(model), f"lac:path={tmp_path / 'run'}", port=0))) as again:
-        with Client(again.url) as client:
-            assert len(play(client, 0, 3)) == 3
-    assert session.last is None
+    CachedVLA(load_vla(str(model)), policy)  # which checks that it fits
 
 
 def test_sessions_do_not_mix(start: Start, folder: Path) -> None:
@@ -184,7 +181,11 @@ def test_a_disk_that_is_too_slow_drops_whole_episodes(
         kept = play(client, 1, 3)
     server.stop()
     assert counted(server) == (1, 1)
-    assert server.server.metrics.unwritten._value.get() == server.server.metrics.unpacked._value.get() == 0
+    assert (
+        server.server.recorder.metrics.unwritten._value.get()
+        == server.server.recorder.metrics.unpacked._value.get()
+        == 0
+    )
     assert any(row.facts["reason"] == "the disk is slower than the robots" for row in caplog.records)
     dataset = LeRobotDataset(folder)
     assert len(dataset) == 1
@@ -231,14 +232,16 @@ def test_images_that_do_not_fit_are_not_recorded_but_answered(
     with Client(server.url) as client, caplog.at_level(logging.WARNING):
         play(client, 0, 3)
         play(client, 0, 1)  # too short
-        until(lambda: LeRobotDataset(folder).total_frames == 3)
+        client.reset()
+        client.infer(scene(1, 0))  # which ends it
+        until(lambda: counted(server) == (1, 1))
         assert len(play(client, 0, 3, **options)) == 3
-        until(lambda: counted(server) == (1, 2))
+        until(lambda: counted(server) == (1, 3))
     server.stop()
     reasons = [row.facts["reason"] for row in caplog.records]
-    assert reasons[0] == "it has a single frame"
-    assert complaint in reasons[1]
-    assert counted(server) == (1, 2)
+    assert reasons[:2] == ["it has a single frame"] * 2
+    assert complaint in reasons[2]
+    assert counted(server) == (1, 3)
 
 
 def test_a_robot_that_never_resets(start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,9 +259,9 @@ def test_a_robot_that_never_resets(start: Start, folder: Path, monkeypatch: pyte
 
 
 def test_a_killed_server_loses_no_finished_episode(model: Path, folder: Path) -> None:
-    command = [sys.executable, "-m", "lac_vla.cli", "serve", "--vla", str(model), "--policy", "dense", "--port", "0"]
+    serve = ["serve", "--vla", str(model), "--policy", "dense", "--port", "0", "--record", str(folder)]
     process = subprocess.Popen(
-        [*command[:1], "-c", "from lac_vla.cli import main; main()", *command[3:], "--record", str(folder)],
+        [sys.executable, "-c", "from lac_vla.cli import main; main()", *serve],
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,

@@ -53,12 +53,12 @@ class Recorder:
 
     Args:
         folder: Of the dataset; one that is there is continued.
-        fps: Frames per second that the dataset is to have; 0 for those of the folder, or of a new one's first episode.
         cameras: Those of the model.
         action: Length of an action.
-        state: Length of the state that the model takes; ``None`` if it takes none.
-        about: Facts for every episode's metadata.
         metrics: Where episodes are counted.
+        state: Length of the state that the model takes; ``None`` if it takes none.
+        fps: Frames per second that the dataset is to have; 0 for those of the folder, or of a new one's first episode.
+        about: Facts for every episode's metadata.
 
     Raises:
         InputError: If what is in the folder does not fit, or another server records there.
@@ -70,18 +70,18 @@ class Recorder:
         *,
         cameras: tuple[str, ...],
         action: int,
+        metrics: Metrics,
         state: int | None = None,
         fps: int = 0,
         about: Mapping[str, Any] | None = None,
-        metrics: Metrics | None = None,
     ) -> None:
-        self.about, self.metrics = dict(about or {}), metrics or Metrics()
+        self.about, self.metrics = dict(about or {}), metrics
         self._raw = folder.with_name(folder.name + ".recording")
         try:
             self._raw.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to {self._raw} ({error}); give another --record") from error
-        self._lock = FileLock(self._raw / "lock")
+        self._lock = FileLock(self._raw / "lock", thread_local=False)  # another thread closes
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
