@@ -21,7 +21,7 @@ from lac_vla import CachedVLA, InputError, LACPolicy, load_vla, random_vla, save
 from lac_vla.cli import main
 from lac_vla.datasets import LeRobotDataset
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
-from lac_vla.serving import record
+from lac_vla.serving import raw, record
 from lac_vla.serving.client import Client
 from lac_vla.serving.config import ServeConfig, make_server
 from lac_vla.serving.metrics import Metrics
@@ -207,6 +207,22 @@ def test_a_disk_that_is_full(start: Start, folder: Path, monkeypatch: pytest.Mon
     same(LeRobotDataset(folder).episode(0), 1, range(3), actions)
 
 
+def test_a_disk_that_fails_while_it_writes(start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+
+    def full(path: Path, mode: str = "r") -> Any:  # whose buffer cannot be flushed, not even when it is closed
+        return real(Path("/dev/full"), "wb") if path.suffix == ".frames" and mode == "xb" else real(path, mode)
+
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    server = start(recorder=recorder(folder))
+    monkeypatch.setattr(raw.Path, "open", full)
+    with Client(server.url) as client:
+        play(client, 0, 3)
+    server.stop()
+    assert counted(server) == (0, 1)
+
+
 def test_what_cannot_be_packed_is_tried_again(start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise OSError("no space left")
@@ -272,25 +288,25 @@ def test_a_killed_server_loses_no_finished_episode(model: Path, folder: Path) ->
         actions = play(client, 0, 4)
         half = play(client, 1, 3)
         until(lambda: folder.exists())
-        raw = folder.with_name("log.recording")
-        until(lambda: sum(path.stat().st_size for path in raw.glob("*.frames")) > 3 * 2 * 64 * 64 * 3)
+        left = folder.with_name("log.recording")
+        until(lambda: sum(path.stat().st_size for path in left.glob("*.frames")) > 3 * 2 * 64 * 64 * 3)
         process.send_signal(signal.SIGKILL)
         process.wait()
     process.stderr.close()
     dataset = LeRobotDataset(folder)
     assert len(dataset) == 1
     same(dataset.episode(0), 0, range(4), actions)
-    torn = next(raw.glob("*.frames"))
-    shutil.copy(torn, raw / "torn-in-a-record.frames")
-    with (raw / "torn-in-a-record.frames").open("r+b") as file:
+    torn = next(left.glob("*.frames"))
+    shutil.copy(torn, left / "torn-in-a-record.frames")
+    with (left / "torn-in-a-record.frames").open("r+b") as file:
         file.truncate(torn.stat().st_size - 5)
-    (raw / "torn-in-the-header.frames").write_bytes(torn.read_bytes()[:20])
+    (left / "torn-in-the-header.frames").write_bytes(torn.read_bytes()[:20])
     recorder(folder, fps=0).close()  # the next start
     dataset = LeRobotDataset(folder)
     assert [len(episode) for episode in dataset] == [4, 3, 2]
     same(dataset.episode(1), 1, range(3), half)
     assert dataset.episode(1).metadata["ended"] == "the server was killed"
-    assert not raw.exists()
+    assert not left.exists()
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:

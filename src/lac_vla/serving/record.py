@@ -7,6 +7,7 @@ the metrics say which.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -92,6 +93,7 @@ class Recorder:
         except LacError as error:
             self._lock.release()
             raise InputError(f"{error}; give another --record") from error
+        self._measured = not fps
         self._waiting, self._guard = 0, threading.Lock()
         self._writing = ThreadPoolExecutor(1, "record")
         self._packing = ThreadPoolExecutor(1, "pack", initializer=_step_back)
@@ -113,7 +115,6 @@ class Recorder:
             full = self._waiting + size > WAITING
             self._waiting += 0 if full else size
         if full:
-            take.skipping = True
             self._writing.submit(self._drop, take, "the disk is slower than the robots")
             return
         self.metrics.unwritten.inc(size)
@@ -158,7 +159,8 @@ class Recorder:
             return
         take.dropped = True
         if take.file is not None:
-            take.file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is thrown away anyhow
+                take.file.close()
             take.path.unlink(missing_ok=True)
         self._lost(reason, take.session, take.written, exc_info=exc_info)
 
@@ -186,7 +188,7 @@ class Recorder:
             episode = RawEpisode.read(path)
             if len(episode) < SHORTEST:
                 raise DatasetError("it has a single frame")
-            if self._dataset.fps is None:
+            if self._measured and not self._dataset.features:
                 self._dataset.fps = episode.rate
             about = {**episode.header.about, "ended": ended}
             index = self._dataset.add_episode(
@@ -214,7 +216,6 @@ class Take:
         session: Name of its session.
         begun: When its first request came, by ``time.perf_counter()``.
         frames: Handed in.
-        skipping: Nothing more of it is handed in.
         written: Frames on disk. This and what follows belongs to the writing thread.
         dropped: Nothing of it is kept.
         file: Of its frames.
@@ -222,8 +223,7 @@ class Take:
 
     def __init__(self, path: Path, session: str, begun: float) -> None:
         self.path, self.session, self.begun = path, session, begun
-        self.frames, self.skipping = 0, False
-        self.written, self.dropped = 0, False
+        self.frames, self.written, self.dropped = 0, 0, False
         self.file: RawWriter | None = None
 
 
@@ -250,9 +250,8 @@ class Recording:
             self._take = self._recorder.take(self._session, arrived)
         take = self._take
         take.frames += 1
-        if not take.skipping:
-            columns = {"seconds": arrived - take.begun, "cache_ratio": answer.step.ratio, "latency_ms": latency_ms}
-            self._recorder.write(take, answer.frame, answer.message["actions"][0], columns)
+        columns = {"seconds": arrived - take.begun, "cache_ratio": answer.step.ratio, "latency_ms": latency_ms}
+        self._recorder.write(take, answer.frame, answer.message["actions"][0], columns)
 
     def end(self, why: str) -> None:
         """End the episode, if there is one."""
