@@ -158,7 +158,8 @@ def test_a_folder_is_continued_if_it_fits(start: Start, folder: Path, model: Pat
     with pytest.raises(InputError, match="frames per second"):
         make_server(ServeConfig(str(model), "dense", port=0, record=folder, record_fps=9))
     with pytest.raises(InputError, match="give another --record"):
-        recorder(ROOT / "src")
+        recorder(model)
+    assert not model.with_name("model.recording").exists()
     holder = recorder(folder, fps=0)
     with pytest.raises(InputError, match="another server records"):
         recorder(folder)

@@ -91,7 +91,7 @@ class Recorder:
             self._dataset = DatasetAppender(folder, fps or None, threads=1)
             _check_fits(self._dataset, cameras, action, state)
         except LacError as error:
-            self._lock.release()
+            self._leave()
             raise InputError(f"{error}; give another --record") from error
         self._measured = not fps
         self._waiting, self._guard = 0, threading.Lock()
@@ -128,6 +128,9 @@ class Recorder:
         """Finish what was begun, which may take seconds."""
         self._writing.shutdown()
         self._packing.shutdown()
+        self._leave()
+
+    def _leave(self) -> None:
         if not any(self._raw.glob(f"*{SUFFIX}")):
             shutil.rmtree(self._raw)
         self._lock.release()
