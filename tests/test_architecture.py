@@ -16,7 +16,7 @@ FLOORS = [
     {"graphs"},
     {"vla"},
     {"cost", "provenance", "bundled"},
-    {"datasets", "training", "sims", "evaluation", "bench", "serving", "report"},
+    {"datasets", "training", "sims", "evaluation", "bench", "serving", "report", "lerobot"},
     {"cli"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

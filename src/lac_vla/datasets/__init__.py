@@ -1,8 +1,17 @@
 """Robot episodes in the LeRobotDataset v3.0 layout: written, read, packed from staged files."""
 
+from lac_vla.datasets.append import DatasetAppender
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.lerobot import Episode, EpisodeImages, LeRobotDataset
 from lac_vla.datasets.staging import from_staging
 from lac_vla.datasets.writer import DatasetWriter
 
-__all__ = ["DatasetError", "DatasetWriter", "Episode", "EpisodeImages", "LeRobotDataset", "from_staging"]
+__all__ = [
+    "DatasetAppender",
+    "DatasetError",
+    "DatasetWriter",
+    "Episode",
+    "EpisodeImages",
+    "LeRobotDataset",
+    "from_staging",
+]

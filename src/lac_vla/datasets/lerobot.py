@@ -122,7 +122,8 @@ class LeRobotDataset:
         self._video_keys = [key for key, feature in self.features.items() if feature["dtype"] == "video"]
         self.cameras = tuple(key.removeprefix(layout.IMAGE_PREFIX) for key in self._video_keys)
         self.tasks = _read_tasks(self.root)
-        self.episodes = _read_episodes(self.root)
+        # An episode counts once info.json does: what an interrupted append left behind is none.
+        self.episodes = _read_episodes(self.root)[: self.info["total_episodes"]]
         stats = self.root / layout.STATS
         self.stats: dict[str, FeatureStats] = from_lists(layout.read_json(stats)) if stats.exists() else {}
         provenance = self.root / layout.PROVENANCE

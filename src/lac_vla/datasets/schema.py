@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
+from lac_vla.datasets.statistics import FeatureStats, to_lists
 from lac_vla.errors import MissingExtraError
 from lac_vla.types import FloatArray, UInt8Image
 
@@ -114,7 +115,7 @@ def check_episode(
 
     Args:
         images: Camera → uint8, (T, H, W, 3).
-        state: float32, (T, S).
+        state: float32, (T, S); with S = 0 there is no such column.
         action: float32, (T, A).
         columns: Further columns, (T,) or (T, n).
         names: What the numbers of ``observation.state`` and ``action`` are.
@@ -134,6 +135,8 @@ def check_episode(
         for camera, pictures in images.items()
     }
     named = {layout.STATE: np.asarray(state, np.float32), layout.ACTION: np.asarray(action, np.float32)}
+    if named[layout.STATE].shape == (length, 0):
+        del named[layout.STATE]
     taken = {*named, *layout.BOOKKEEPING, *features} & set(columns)
     if taken:
         raise DatasetError(f"column names {sorted(taken)} are taken: choose others")
@@ -143,6 +146,92 @@ def check_episode(
     for key, dtype in layout.BOOKKEEPING.items():
         features[key] = vector_feature(dtype, 1, None)
     return vectors, features
+
+
+def with_bookkeeping(
+    vectors: Mapping[str, npt.NDArray[Any]], length: int, fps: int, *, episode: int, task: int, first: int
+) -> dict[str, npt.NDArray[Any]]:
+    """An episode's columns, and those that every dataset has.
+
+    Args:
+        vectors: Column → values.
+        length: T of the episode.
+        fps: Frames per second.
+        episode: The episode's index.
+        task: Its task's index.
+        first: Its first frame's index within the dataset.
+    """
+    frames = np.arange(length, dtype=np.int64)
+    return {
+        **vectors,
+        "timestamp": (frames / fps).astype(np.float32),
+        "frame_index": frames,
+        "episode_index": np.full(length, episode, dtype=np.int64),
+        "index": frames + first,
+        "task_index": np.full(length, task, dtype=np.int64),
+    }
+
+
+def episode_row(
+    index: int,
+    task: str,
+    length: int,
+    *,
+    first: int,
+    data: tuple[int, int],
+    videos: Mapping[str, Mapping[str, int | float]],
+    stats: Mapping[str, FeatureStats],
+    table: tuple[int, int],
+    note: str,
+) -> dict[str, Any]:
+    """A row of the episode table.
+
+    Args:
+        index: The episode's index.
+        task: The instruction.
+        length: Its frames.
+        first: Its first frame's index within the dataset.
+        data: Chunk and file of its numbers.
+        videos: Video feature → where it is, as :meth:`lac_vla.datasets.video.VideoWriter.add` says.
+        stats: Feature → statistics.
+        table: Chunk and file of this row.
+        note: Metadata, JSON.
+    """
+    row: dict[str, Any] = {
+        "episode_index": index,
+        "tasks": [task],
+        "length": length,
+        "data/chunk_index": data[0],
+        "data/file_index": data[1],
+        "dataset_from_index": first,
+        "dataset_to_index": first + length,
+    }
+    for key, place in videos.items():
+        row |= {f"videos/{key}/{name}": value for name, value in place.items()}
+    for key, entry in to_lists(stats).items():
+        row |= {f"stats/{key}/{name}": value for name, value in entry.items()}
+    return row | {"meta/episodes/chunk_index": table[0], "meta/episodes/file_index": table[1], layout.METADATA: note}
+
+
+def dataset_info(
+    features: Mapping[str, Any], fps: int, robot_type: str | None, *, episodes: int, frames: int, tasks: int
+) -> dict[str, Any]:
+    """What ``meta/info.json`` says."""
+    return {
+        "codebase_version": layout.VERSION,
+        "robot_type": robot_type,
+        "total_episodes": episodes,
+        "total_frames": frames,
+        "total_tasks": tasks,
+        "chunks_size": layout.CHUNKS_SIZE,
+        "data_files_size_in_mb": layout.DATA_FILE_MB,
+        "video_files_size_in_mb": layout.VIDEO_FILE_MB,
+        "fps": fps,
+        "splits": {"train": f"0:{episodes}"},
+        "data_path": layout.DATA_PATH,
+        "video_path": layout.VIDEO_PATH,
+        "features": dict(features),
+    }
 
 
 def describe(features: Mapping[str, Mapping[str, Any]]) -> str:

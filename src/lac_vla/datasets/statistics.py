@@ -81,6 +81,28 @@ class ImageHistogram:
         return stats
 
 
+def merge(one: FeatureStats, other: FeatureStats) -> FeatureStats:
+    """Statistics of two sets of frames together; what only one of them has is left out.
+
+    All are exact but the quantiles, which are means weighted by the frames, as LeRobot's own are.
+    """
+    frames = one["count"] + other["count"]
+    weights = one["count"] / frames, other["count"] / frames
+
+    def mean(name: str) -> npt.NDArray[Any]:
+        return np.asarray(weights[0] * one[name] + weights[1] * other[name])
+
+    distance = weights[0] * weights[1] * (one["mean"] - other["mean"]) ** 2
+    together: FeatureStats = {
+        "min": np.minimum(one["min"], other["min"]),
+        "max": np.maximum(one["max"], other["max"]),
+        "mean": mean("mean"),
+        "std": np.sqrt(weights[0] * one["std"] ** 2 + weights[1] * other["std"] ** 2 + distance),
+        "count": frames,
+    }
+    return together | {name: mean(name) for name in QUANTILES if name in one and name in other}
+
+
 def to_lists(stats: Mapping[str, FeatureStats]) -> dict[str, dict[str, Any]]:
     """The statistics as nested lists, for JSON."""
     return {key: {name: value.tolist() for name, value in entry.items()} for key, entry in stats.items()}

@@ -40,6 +40,8 @@ class VideoWriter:
         crf: x264's quality; 16 is visually lossless.
         gop: Frames from key frame to key frame.
         limit_mb: A new file begins before one grows beyond this.
+        first: Chunk and file to begin with.
+        threads: Of the encoder; 0 leaves it to x264.
     """
 
     def __init__(
@@ -53,12 +55,15 @@ class VideoWriter:
         crf: int = 16,
         gop: int = 5,
         limit_mb: float = VIDEO_FILE_MB,
+        first: tuple[int, int] = (0, 0),
+        threads: int = 0,
     ) -> None:
         self._root, self._key, self._fps = root, key, fps
         self._size = (height, width)
         self._options = {"crf": str(crf), "g": str(gop), "bf": "0", "preset": "veryfast", "forced-idr": "1"}
         self._limit = limit_mb * 1024**2
-        self._chunk, self._file = 0, 0
+        self._chunk, self._file = first
+        self._threads = threads
         self._container: Any = None
         self._stream: Any = None
         self._frames = 0
@@ -110,6 +115,7 @@ class VideoWriter:
         stream = self._container.add_stream("libx264", rate=self._fps, options=self._options)
         stream.height, stream.width = self._size
         stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = self._threads
         stream.codec_context.colorspace = BT601
         stream.codec_context.color_range = LIMITED
         self._stream = stream

@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
-from lac_vla.datasets.schema import check_episode, data_table, describe, tasks_table
+from lac_vla.datasets.schema import (
+    check_episode,
+    data_table,
+    dataset_info,
+    describe,
+    episode_row,
+    tasks_table,
+    with_bookkeeping,
+)
 from lac_vla.datasets.statistics import ImageHistogram, to_lists, vector_stats
 from lac_vla.datasets.video import VideoWriter
 from lac_vla.errors import MissingExtraError
@@ -110,7 +118,7 @@ class DatasetWriter:
 
         Args:
             images: Camera → uint8, (T, H, W, 3), H and W even.
-            state: float32, (T, S).
+            state: float32, (T, S); S = 0 for none.
             action: float32, (T, A).
             task: The instruction.
             columns: Further columns, (T,) or (T, n). To LeRobot, names that begin with ``observation`` or
@@ -132,35 +140,21 @@ class DatasetWriter:
             before = describe(self.features)
             raise DatasetError(f"episode {index} has features {describe(features)}; those before: {before}")
         self.features = features
-        frames = np.arange(length, dtype=np.int64)
         task_index = self._tasks.setdefault(task, len(self._tasks))
-        vectors |= {
-            "timestamp": (frames / self.fps).astype(np.float32),
-            "frame_index": frames,
-            "episode_index": np.full(length, index, dtype=np.int64),
-            "index": frames + self.total_frames,
-            "task_index": np.full(length, task_index, dtype=np.int64),
-        }
-        chunk, file = self._write_data(data_table(vectors))
-        row: dict[str, Any] = {
-            "episode_index": index,
-            "tasks": [task],
-            "length": length,
-            "data/chunk_index": chunk,
-            "data/file_index": file,
-            "dataset_from_index": self.total_frames,
-            "dataset_to_index": self.total_frames + length,
-        }
+        first = self.total_frames
+        vectors = with_bookkeeping(vectors, length, self.fps, episode=index, task=task_index, first=first)
+        data = self._write_data(data_table(vectors))
         stats = {key: vector_stats(values) for key, values in vectors.items()}
+        videos = {}
         for camera, pictures in images.items():
             key = layout.IMAGE_PREFIX + camera
-            row |= {f"videos/{key}/{name}": value for name, value in self._video(key).add(pictures).items()}
+            videos[key] = self._video(key).add(pictures)
             histogram = ImageHistogram().add(pictures)
             self._histograms.setdefault(key, ImageHistogram()).merge(histogram)
             stats[key] = histogram.stats()
-        for key, entry in to_lists(stats).items():
-            row |= {f"stats/{key}/{name}": value for name, value in entry.items()}
-        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0, layout.METADATA: note}
+        row = episode_row(
+            index, task, length, first=first, data=data, videos=videos, stats=stats, table=(0, 0), note=note
+        )
         for key, values in vectors.items():
             self._vectors.setdefault(key, []).append(values)
         self._episodes.append(row)
@@ -227,21 +221,14 @@ class DatasetWriter:
         return chunk, file
 
     def _info(self) -> dict[str, Any]:
-        return {
-            "codebase_version": layout.VERSION,
-            "robot_type": self._robot_type,
-            "total_episodes": len(self._episodes),
-            "total_frames": self.total_frames,
-            "total_tasks": len(self._tasks),
-            "chunks_size": layout.CHUNKS_SIZE,
-            "data_files_size_in_mb": layout.DATA_FILE_MB,
-            "video_files_size_in_mb": layout.VIDEO_FILE_MB,
-            "fps": self.fps,
-            "splits": {"train": f"0:{len(self._episodes)}"},
-            "data_path": layout.DATA_PATH,
-            "video_path": layout.VIDEO_PATH,
-            "features": self.features,
-        }
+        return dataset_info(
+            self.features,
+            self.fps,
+            self._robot_type,
+            episodes=len(self._episodes),
+            frames=self.total_frames,
+            tasks=len(self._tasks),
+        )
 
     def _close(self) -> None:
         for video in self._videos.values():

@@ -38,6 +38,9 @@ class ServeConfig:
         max_sessions: Robots at a time.
         max_rate: Requests per second and robot.
         max_message_mb: Size of a request.
+        record: Folder of a LeRobot dataset of what the sessions see and do, for ``lac train``; one that is there is
+            continued.
+        record_fps: Frames per second that it is to have; 0: those of the folder, or the rate of the first episode.
         flow: Optical flow, if not the one that the policy was made for.
         max_age: No slot is reused once it is this old, frames.
         levers: Levers beside caching.
@@ -66,6 +69,8 @@ class ServeConfig:
     max_sessions: int = 32
     max_rate: float = 200.0
     max_message_mb: float = 8.0
+    record: Path | None = None
+    record_fps: int = 0
     flow: str | None = None
     max_age: int = 16
     levers: str = "default"
@@ -80,6 +85,8 @@ class ServeConfig:
             raise InputError(f"port is {self.port}; give one in 0..65535, 0 for any free one")
         if self.max_sessions < 1 or not self.max_rate > 0 or not self.max_message_mb > 0 or self.deadline_ms < 0:
             raise InputError("max_sessions, max_rate and max_message_mb must be greater than 0, deadline_ms at least 0")
+        if self.record_fps < 0:
+            raise InputError(f"record_fps is {self.record_fps}; give whole frames per second, or 0")
 
 
 def make_server(config: ServeConfig) -> PolicyServer:
@@ -99,6 +106,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
     from lac_vla.models import load_vla
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
     from lac_vla.serving.controller import DeadlineController, LatencyTable
+    from lac_vla.serving.metrics import Metrics
     from lac_vla.serving.observation import ObservationKeys
     from lac_vla.serving.server import Limits, PolicyServer
     from lac_vla.serving.sessions import Rules
@@ -136,8 +144,27 @@ def make_server(config: ServeConfig) -> PolicyServer:
         "deadline_ms": config.deadline_ms or None,
     }
     limits = Limits(config.max_sessions, config.max_rate, int(config.max_message_mb * 2**20))
+    metrics, recorder = Metrics(), None
+    if config.record is not None:
+        from lac_vla.serving.record import make_recorder
+
+        about = {name: facts[name] for name in ("server", "model", "method")}
+        recorder = make_recorder(vla, config.record, config.record_fps, about, metrics)
     return PolicyServer(
-        vla, keys, rules, controller, table, facts, config.host, config.port, key, tls, limits, view=config.view
+        vla,
+        keys,
+        rules,
+        controller,
+        table,
+        facts,
+        config.host,
+        config.port,
+        key,
+        tls,
+        limits,
+        metrics,
+        recorder=recorder,
+        view=config.view,
     )
 
 

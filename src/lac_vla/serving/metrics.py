@@ -39,6 +39,9 @@ class Metrics:
         self.dense = Counter("lac_dense_frames", "Frames computed in full", ["reason"], registry=registry)
         self.resets = Counter("lac_resets", "Episodes begun", ["reason"], registry=registry)
         self.late = Counter("lac_late_answers", "Answers behind their deadline", registry=registry)
+        self.recorded = Counter("lac_recorded_episodes", "Kept or dropped whole", ["outcome"], registry=registry)
+        self.unwritten = Gauge("lac_unwritten_bytes", "Frames that wait for the disk", registry=registry)
+        self.unpacked = Gauge("lac_unpacked_episodes", "Ended, not in the dataset yet", registry=registry)
         self.refreshed = Counter("lac_refreshed_tokens", "Slots computed in idle time", registry=registry)
 
     def count(self, answer: Answer, seconds: float) -> None:

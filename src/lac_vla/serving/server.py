@@ -22,7 +22,8 @@ from lac_vla.serving.sessions import RobotSession, Rules
 from lac_vla.serving.worker import Worker
 from lac_vla.vla import CachedVLA
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # both need extras that serving does not
+    from lac_vla.serving.record import Recorder, Recording
     from lac_vla.serving.view import View
 
 try:
@@ -69,6 +70,7 @@ class PolicyServer:
         tls: For ``wss://``.
         limits: Of every client.
         metrics: What is counted.
+        recorder: Where sessions are recorded; ``None`` for nowhere.
         view: Whether there is a live page for the operator.
     """
 
@@ -84,6 +86,7 @@ class PolicyServer:
     tls: ssl.SSLContext | None = None
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
+    recorder: Recorder | None = None
     view: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +139,8 @@ class PolicyServer:
             await asyncio.gather(*(ws.close(1001, "stopping") for ws in self._robots if ws not in self._busy))
             await self._server.wait_closed()
         await self._worker.close()
+        if self.recorder is not None:
+            await asyncio.to_thread(self.recorder.close)
         log("stopped")
 
     async def _admit(self, ws: ServerConnection, request: Request) -> Response | None:
@@ -183,6 +188,7 @@ class PolicyServer:
             return
         robot = RobotSession(self.vla, self.keys, self.rules, self.controller, self.table)
         name = uuid.uuid4().hex
+        recording = None if self.recorder is None else self.recorder.session(name)
         self._robots[ws] = robot
         log("session opened", session=name, peer=ws.remote_address)
         if self._view is not None:
@@ -190,7 +196,7 @@ class PolicyServer:
         reason = "closed by the client"
         try:
             await self._send(ws, {**self.facts, "session": name})
-            await self._answer_all(ws, robot)
+            await self._answer_all(ws, robot, recording)
         except ConnectionClosed:
             pass
         except asyncio.TimeoutError:
@@ -209,11 +215,13 @@ class PolicyServer:
             self._busy.discard(ws)
             self._robots.pop(ws, None)
             self._worker.withdraw(ws)
+            if recording is not None:
+                recording.end(reason)
             log("session closed", session=name, reason=reason)
             if self._view is not None:
                 self._view.closed(ws, reason)
 
-    async def _answer_all(self, ws: ServerConnection, robot: RobotSession) -> None:
+    async def _answer_all(self, ws: ServerConnection, robot: RobotSession, recording: Recording | None) -> None:
         """One request, one answer, until somebody hangs up."""
         total, not_before = None, 0.0
         while not self._stopping:
@@ -231,6 +239,8 @@ class PolicyServer:
             await self._send(ws, answer.message)
             total = 1e3 * (time.perf_counter() - arrived)
             self.metrics.count(answer, total / 1e3)
+            if recording is not None:
+                recording.add(answer, arrived, total)
             if self._view is not None:
                 self._view.answered(ws, answer, robot.instruction)
             self._busy.discard(ws)

@@ -57,11 +57,13 @@ class Answer:
         message: For the robot.
         step: What the session did.
         reset: Why a new episode began, if one did.
+        frame: What the robot saw.
     """
 
     message: dict[str, Any]
     step: Step
     reset: str | None
+    frame: Frame
 
 
 class RobotSession:
@@ -145,7 +147,7 @@ class RobotSession:
         if not self._cooling:
             session.distrust = None
         self._answered = time.perf_counter()
-        return Answer(message, step, reset)
+        return Answer(message, step, reset, frame)
 
     def spare(self) -> Callable[[], object] | None:
         """What this session would do before its robot asks again, if anything."""

@@ -1,0 +1,70 @@
+"""The policy: LeRobot's interface over one session."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from lac_vla.errors import InputError
+from lac_vla.evaluation.methods import resolve
+from lac_vla.lerobot.bridge import Bridge
+from lac_vla.lerobot.configuration_lac_vla import NO_TRAINING, LacVlaConfig
+from lac_vla.levers import Levers
+from lac_vla.models import load_vla
+from lac_vla.vla import CachedVLA
+
+from lerobot.policies.pretrained import PreTrainedPolicy  # isort: skip # the configuration says what is missing
+
+
+class LacVlaPolicy(PreTrainedPolicy):  # type: ignore[misc]
+    """A VLA with its caching policy, for one robot; what LeRobot saves of it are its settings.
+
+    Args:
+        config: The settings.
+        dataset_stats: LeRobot's; the checkpoint has its own.
+        dataset_meta: LeRobot's; not needed.
+
+    Raises:
+        InputError: If a setting cannot be used.
+        CheckpointError: If the model cannot be loaded.
+    """
+
+    config_class = LacVlaConfig
+    name = "lac_vla"
+
+    def __init__(self, config: LacVlaConfig, dataset_stats: Any = None, dataset_meta: Any = None) -> None:
+        super().__init__(config)
+        if not config.vla:
+            raise InputError("which model? Give its checkpoint folder or hub id: --policy.vla=…")
+        backbone = load_vla(
+            config.vla,
+            device=config.device or "cpu",
+            dtype="auto",
+            unnorm_key=config.unnorm_key,
+            image_pipeline=config.image_pipeline,
+        )
+        policy = resolve(config.policy, config.vla)
+        levers = Levers.parse(config.levers)
+        vla = CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age, levers=levers)
+        self.robot = Bridge(vla, config.cameras, config.seed)
+
+    def reset(self) -> None:
+        """Begin a new episode."""
+        self.robot.reset()
+
+    def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> torch.Tensor:
+        """All actions that the model answers: float32, (1, horizon, A)."""
+        return torch.from_numpy(self.robot.act(batch))[None].to(self.config.device)
+
+    def select_action(self, batch: dict[str, Any], **_: Any) -> torch.Tensor:
+        """The next action: float32, (1, A). The model is asked on every frame; of a chunk the first action is taken."""
+        return self.predict_action_chunk(batch)[:, 0]
+
+    def forward(self, batch: dict[str, Any]) -> NoReturn:
+        """Not trained here."""
+        raise NotImplementedError(NO_TRAINING)
+
+    def get_optim_params(self) -> NoReturn:
+        """Not trained here."""
+        raise NotImplementedError(NO_TRAINING)

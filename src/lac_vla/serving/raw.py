@@ -1,0 +1,146 @@
+"""An episode on disk while it happens: one file of equally long records, readable however far it came."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from lac_vla.datasets import DatasetError
+from lac_vla.types import FloatArray, Frame, UInt8Image
+
+SUFFIX = ".frames"
+COLUMNS = {"seconds": np.float64, "cache_ratio": np.float32, "latency_ms": np.float32}
+"""What is recorded beside observation and action: when the request came, since the episode began; the share of the
+tokens that was reused; the time from the request's arrival to the answer."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What all frames of an episode have in common.
+
+    Attributes:
+        task: The instruction.
+        images: Camera → (H, W).
+        state: Length of the state, 0 for none.
+        action: Length of an action.
+        about: Facts for the episode's metadata, JSON.
+    """
+
+    task: str
+    images: Mapping[str, tuple[int, int]]
+    state: int
+    action: int
+    about: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, frame: Frame, action: FloatArray, about: Mapping[str, Any]) -> Header:
+        """That of an episode which begins with this frame."""
+        return cls(
+            frame.instruction, frame.shapes, 0 if frame.proprio is None else frame.proprio.size, action.size, about
+        )
+
+    @property
+    def record(self) -> np.dtype[np.void]:
+        """A frame as it lies in the file."""
+        fields: list[tuple[str, Any, tuple[int, ...]]] = [
+            (f"images.{camera}", np.uint8, (*size, 3)) for camera, size in self.images.items()
+        ]
+        fields += [("state", np.float32, (self.state,)), ("action", np.float32, (self.action,))]
+        return np.dtype(fields + [(name, dtype, ()) for name, dtype in COLUMNS.items()])
+
+
+@dataclass(frozen=True, eq=False)
+class RawEpisode:
+    """A file that was read: arrays that stay on the disk, as :meth:`DatasetAppender.add_episode` takes them.
+
+    Attributes:
+        header: Of the file.
+        images: Camera → uint8, (T, H, W, 3).
+        state: float32, (T, S).
+        action: float32, (T, A).
+        columns: :data:`COLUMNS`, each (T,).
+    """
+
+    header: Header
+    images: dict[str, UInt8Image]
+    state: FloatArray
+    action: FloatArray
+    columns: dict[str, npt.NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    @property
+    def rate(self) -> int:
+        """Frames per second: the median, rounded, at least 1. Needs two frames."""
+        return max(1, round(1 / max(1e-3, float(np.median(np.diff(self.columns["seconds"]))))))
+
+    @classmethod
+    def read(cls, path: Path) -> RawEpisode:
+        """Map a file; a record that was not finished is left out.
+
+        Raises:
+            DatasetError: If it is none, or holds no frame.
+        """
+        with path.open("rb") as file:
+            try:
+                found = json.loads(file.readline())
+                header = Header(**found | {"images": {c: (int(h), int(w)) for c, (h, w) in found["images"].items()}})
+            except (KeyError, TypeError, ValueError) as error:
+                raise DatasetError(f"{path} is no recorded episode ({error!r})") from error
+            offset = file.tell()
+        count = (path.stat().st_size - offset) // header.record.itemsize
+        if count < 1:
+            raise DatasetError(f"{path} holds no frame")
+        records = np.memmap(path, header.record, "r", offset, (count,))
+        return cls(
+            header,
+            {camera: np.asarray(records[f"images.{camera}"]) for camera in header.images},
+            np.asarray(records["state"]),
+            np.asarray(records["action"]),
+            {name: np.asarray(records[name]) for name in COLUMNS},
+        )
+
+
+class RawWriter:
+    """Writes one file.
+
+    Args:
+        path: Of the file.
+        header: Of the episode.
+
+    Raises:
+        OSError: If the disk fails.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path, self.header = path, header
+        self._file: BinaryIO = path.open("xb")
+        self._file.write(json.dumps(asdict(header)).encode() + b"\n")
+
+    def write(self, frame: Frame, action: FloatArray, columns: Mapping[str, float]) -> None:
+        """Append one frame.
+
+        Raises:
+            DatasetError: If its sizes are not those of the first frame.
+            OSError: If the disk fails.
+        """
+        header = self.header
+        if Header.of(frame, action, header.about) != header:
+            raise DatasetError("images, state, action or instruction changed in mid-episode")
+        parts: list[npt.NDArray[Any]] = [frame.images[camera] for camera in header.images]
+        parts += [np.zeros(0) if frame.proprio is None else frame.proprio, np.asarray(action, np.float32)]
+        parts += [np.asarray(columns[name], dtype) for name, dtype in COLUMNS.items()]
+        for part in parts:
+            self._file.write(part.tobytes())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()

@@ -1,0 +1,106 @@
+"""LeRobot's batches become the frames that they were made of. LeRobot itself is in test_lerobot.py."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.serving.conftest import KEYS, observation
+
+from lac_vla import CachedVLA, InputError, MissingExtraError, Motion, PrismaticBackbone, random_vla
+from lac_vla.lerobot.bridge import Bridge, frame_of
+
+CAMERAS = {"agentview": "observation.images.agentview", "wrist": "observation.images.image2"}
+
+
+def floats(image: np.ndarray[Any, Any]) -> torch.Tensor:
+    """As LeRobot makes them: (1, 3, H, W), float32, divided by 255."""
+    tensor = torch.from_numpy(image)[None].permute(0, 3, 1, 2).contiguous().type(torch.float32)
+    tensor /= 255
+    return tensor
+
+
+def batch(seed: int = 0, **change: Any) -> dict[str, Any]:
+    frame = KEYS.frame(observation(seed))
+    images = {CAMERAS[camera]: floats(image) for camera, image in frame.images.items()}
+    return images | {"observation.state": torch.zeros(1, 8), "task": ["pick up the bowl"]} | change
+
+
+@pytest.fixture(scope="module")
+def backbone() -> PrismaticBackbone:
+    return random_vla("tiny")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_every_pixel_value_survives(dtype: torch.dtype) -> None:
+    image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    tensor = floats(image).to(dtype) if dtype.is_floating_point else torch.from_numpy(image).permute(2, 0, 1)[None]
+    frame = frame_of({"x": tensor, "task": "go"}, {"top": "x"})
+    np.testing.assert_array_equal(frame.images["top"], image)
+    assert frame.proprio is None
+
+
+def test_actions_are_the_sessions(backbone: PrismaticBackbone) -> None:
+    vla = CachedVLA(backbone, Motion(0.5))
+    bridge, session = Bridge(vla, {"wrist": CAMERAS["wrist"]}), vla.session()
+    for seed in range(3):
+        np.testing.assert_array_equal(bridge.act(batch(seed)), [session.act(KEYS.frame(observation(seed)))])
+        assert bridge.last is not None
+        assert bridge.last.dense_because == (None if seed else "first frame")
+    bridge.reset()
+    bridge.act(batch(3))
+    assert bridge.last is not None
+    assert bridge.last.dense_because == "first frame"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"task": ["a", "b"]}, "one robot"),
+        ({"task": None}, "one robot"),
+        ({"task": [" "]}, "instruction is empty"),
+        ({"observation.state": torch.zeros(2, 8)}, "of 2 robots"),
+        ({"observation.state": torch.zeros(8)}, "2 dimensions"),
+        ({"observation.state": torch.full((1, 8), torch.nan)}, "NaN"),
+        ({CAMERAS["wrist"]: torch.zeros(2, 3, 8, 8)}, "batch size of 1"),
+        ({CAMERAS["wrist"]: torch.zeros(3, 8, 8)}, "4 dimensions"),
+        ({CAMERAS["wrist"]: np.zeros((1, 3, 8, 8))}, "give a tensor"),
+        ({CAMERAS["wrist"]: torch.zeros(1, 8, 8, 3)}, "3×H×W"),
+        ({CAMERAS["wrist"]: torch.full((1, 3, 8, 8), -1.0)}, "not normalised"),
+        ({CAMERAS["wrist"]: torch.full((1, 3, 8, 8), 255.0)}, "not normalised"),
+        ({CAMERAS["wrist"]: torch.full((1, 3, 8, 8), torch.nan)}, "not normalised"),
+        ({CAMERAS["wrist"]: torch.zeros(1, 3, 8, 8, dtype=torch.int64)}, "uint8"),
+    ],
+)
+def test_batches_that_cannot_be_used_change_nothing(
+    backbone: PrismaticBackbone, change: dict[str, Any], complaint: str
+) -> None:
+    bridge = Bridge(CachedVLA(backbone, Motion(0.5)), CAMERAS)
+    bridge.act(batch(0))
+    with pytest.raises(InputError, match=complaint):
+        bridge.act(batch(1, **change))
+    bridge.act(batch(1))
+    assert bridge.last is not None
+    assert bridge.last.dense_because is None
+
+
+def test_cameras_are_named(backbone: PrismaticBackbone) -> None:
+    vla = CachedVLA(backbone)
+    assert Bridge(vla).cameras["wrist"] == "observation.images.wrist"
+    with pytest.raises(InputError, match=r"no \['observation.images.wrist'\], its images are .*image2"):
+        Bridge(vla).act(batch())
+    with pytest.raises(InputError, match="no camera \\['hand'\\]"):
+        Bridge(vla, {"hand": "observation.images.hand"})
+
+
+def test_a_missing_lerobot_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lerobot", None)
+    for name in ("configuration", "modeling", "processor"):
+        monkeypatch.delitem(sys.modules, f"lac_vla.lerobot.{name}_lac_vla", raising=False)
+    for name in ("configuration", "modeling", "processor"):
+        with pytest.raises(MissingExtraError, match=r'pip install "lac-vla\[lerobot\]"'):
+            importlib.import_module(f"lac_vla.lerobot.{name}_lac_vla")

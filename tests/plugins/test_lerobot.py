@@ -1,0 +1,65 @@
+"""LeRobot finds, makes, runs, saves and loads the policy: by a Python that has it, named by ``LAC_LEROBOT_PYTHON``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lac_vla import random_vla, save_vla
+from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SHIM = ROOT / "integrations" / "lerobot_policy_lac_vla"
+
+
+@pytest.fixture(scope="module")
+def lerobot_python() -> str:
+    given = os.environ.get("LAC_LEROBOT_PYTHON")
+    if given is None and importlib.util.find_spec("lerobot") is None:
+        pytest.skip("no LeRobot here: name a Python that has it, and this library's dependencies: LAC_LEROBOT_PYTHON")
+    return given or sys.executable
+
+
+def installed(folder: Path) -> str:
+    """What installing the distribution of ``integrations/`` leaves where Python looks."""
+    project = (SHIM / "pyproject.toml").read_text(encoding="utf-8")
+    name, version = (re.search(f'^{key} = "(.*)"$', project, re.MULTILINE)[1] for key in ("name", "version"))
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (info / "METADATA").write_text(head, encoding="utf-8")
+    return os.pathsep.join(map(str, (folder, SHIM, ROOT / "src")))
+
+
+@pytest.mark.slow
+def test_a_rollout_by_lerobot(lerobot_python: str, tmp_path: Path) -> None:
+    backbone = random_vla("tiny")
+    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
+    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
+    save_vla(backbone, tmp_path / "model")
+    (tmp_path / "path").mkdir()
+    run = subprocess.run(
+        [lerobot_python, Path(__file__).with_name("lerobot_robot.py"), tmp_path / "model", tmp_path / "saved"],
+        env={**os.environ, "PYTHONPATH": installed(tmp_path / "path")},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(run.stdout.splitlines()[-1])
+    print(f"\nLeRobot {told['version']}")
+    assert told["before"] is False  # its discovery found the policy
+    assert told["settings"]
+    assert told["cameras"] == {"agentview": "observation.images.top", "wrist": "observation.images.hand"}
+    assert len(told["complaints"]) == 3
+    assert all("lac train" in complaint for complaint in told["complaints"])
+    with np.load(tmp_path / "saved" / "actions.npz") as found:
+        np.testing.assert_array_equal(found["actions"], np.float32(found["expected"]))
+        np.testing.assert_array_equal(found["kept"], found["actions"][: len(found["kept"])])
+        assert len(np.unique(found["actions"], axis=0)) > 2  # else the same actions say nothing
