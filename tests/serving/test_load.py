@@ -25,6 +25,7 @@ from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.serving.client import AsyncClient, Client
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.server import Limits
+from lac_vla.serving.sessions import Rules
 from lac_vla.serving.wire import pack
 from tests.serving.conftest import KEYS, Running, observation
 
@@ -165,3 +166,24 @@ def test_deadlines_are_kept(start: Start) -> None:
           f" tokens {min(limits)} to {max(limits)}")  # fmt: skip
     assert max(a["oldest_age"] for a in answers) <= vla.max_age
     assert np.quantile(took, 0.5) < deadline
+
+
+def test_slack_makes_slots_younger_at_the_same_latency(start: Start) -> None:
+    """The same frames, at the same pace, to two servers in turn, of which one uses the time in between."""
+    pace, told = 0.06, {}
+    vlas = {slack: CachedVLA(random_vla("mini", seed=1), Random(0.8)) for slack in (False, True)}
+    table = LatencyTable.measure(vlas[True])
+    urls = {slack: start(vla, table=table, rules=Rules(slack=slack)).url for slack, vla in vlas.items()}
+    clients = {slack: Client(url) for slack, url in urls.items()}
+    for i in range(150):
+        for slack, client in clients.items():
+            begin = time.perf_counter()
+            answer = client.infer(observation(i % 7, side=224))
+            told.setdefault(slack, []).append((1e3 * (time.perf_counter() - begin), answer["lac"]["mean_age"]))
+            time.sleep(max(0.0, begin + pace - time.perf_counter()))
+    for client in clients.values():
+        client.close()
+    (off_ms, off_age), (on_ms, on_age) = (np.median(told[slack][10:], axis=0) for slack in (False, True))
+    print(f"\nslack off and on: round trip p50 {off_ms:.1f} and {on_ms:.1f} ms, mean age {off_age:.2f} and {on_age:.2f}")
+    assert on_age < off_age
+    assert on_ms < 1.1 * off_ms

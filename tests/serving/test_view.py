@@ -155,7 +155,7 @@ def test_names_of_this_machine(host: str | None, here: bool) -> None:
 
 def test_without_a_key_another_name_gets_nothing(start: Start) -> None:
     server = start(view=True)
-    for path in ("/view", "/view/state"):
+    for path in ("/view", "/view/state", "/metrics"):
         assert get(server, path)[0] == 200
         code, _, body = get(server, path, Host=f"evil.example:{server.server.port}")
         assert code == 403

@@ -34,6 +34,9 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("serve", "Serving") from error
 
 
+FOREIGN = "without an API key this is shown to localhost and 127.0.0.1 alone; give the server a key"
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one client may ask of the server.
@@ -153,6 +156,8 @@ class PolicyServer:
         if not allowed(request.headers.get("Authorization"), self.key):
             return self._refuse(ws, HTTPStatus.UNAUTHORIZED, "wrong key", "send the header Authorization: Api-Key KEY")
         if path == "/metrics":
+            if self._foreign(request):
+                return self._refuse(ws, HTTPStatus.FORBIDDEN, "foreign name", FOREIGN)
             self.metrics.sessions.set(len(self._robots))
             self.metrics.waiting.set(self._worker.waiting)
             self.metrics.memory.set(sum(robot.nbytes for robot in self._robots.values()))
@@ -165,9 +170,8 @@ class PolicyServer:
         """Answer the operator's browser."""
         if self._view is None:
             return ws.respond(HTTPStatus.NOT_FOUND, "the live page is off: start the server with --view\n")
-        if self.key is None and not names_this_machine(request.headers.get("Host")):
-            text = "without an API key the page is shown as localhost or 127.0.0.1 alone; give the server a key"
-            return self._refuse(ws, HTTPStatus.FORBIDDEN, "foreign name", text)
+        if self._foreign(request):
+            return self._refuse(ws, HTTPStatus.FORBIDDEN, "foreign name", FOREIGN)
         shown = request.headers.get("Authorization")
         if not browser_allowed(shown, self.key):
             text = "log in with any user name, and the server's API key as the password"
@@ -175,6 +179,10 @@ class PolicyServer:
             refusal.headers["WWW-Authenticate"] = 'Basic realm="lac view", charset="UTF-8"'
             return refusal
         return await self._view.respond(request)
+
+    def _foreign(self, request: Request) -> bool:
+        """Whether a page elsewhere may have asked, by a name of its own that points here."""
+        return self.key is None and not names_this_machine(request.headers.get("Host"))
 
     def _refuse(self, ws: ServerConnection, status: HTTPStatus, reason: str, text: str) -> Response:
         self.metrics.rejected.labels(reason).inc()

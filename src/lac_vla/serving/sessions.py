@@ -217,6 +217,7 @@ class RobotSession:
             "ratio": step.ratio,
             "nominal_ratio": step.nominal_ratio,
             "oldest_age": step.oldest_age,
+            "mean_age": float(step.age.mean()),
             "recovered": int(step.recovered.sum()),
             "limit": limit,
             "late": late,
