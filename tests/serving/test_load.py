@@ -157,7 +157,7 @@ def test_deadlines_are_kept(start: Start) -> None:
     deadline = table(floor) * 1.3 + 10
     controller = DeadlineController(deadline, table, floor)
     with Client(start(vla, controller=controller, limits=Limits(rate_hz=1e6)).url) as client:
-        answers = [client.infer(observation(i % 7, side=224))["lac"] for i in range(300)]
+        answers = [client.infer(observation(i % 7, side=224))["lac"] for i in range(1000)]
     took = np.array([sum(a["stages"].values()) + a["waited_ms"] for a in answers[1:]])
     late = float(np.mean([a["late"] for a in answers[1:]]))
     limits = [a["limit"] for a in answers[1:]]
@@ -179,11 +179,12 @@ def test_slack_makes_slots_younger_at_the_same_latency(start: Start) -> None:
         for slack, client in clients.items():
             begin = time.perf_counter()
             answer = client.infer(observation(i % 7, side=224))
-            told.setdefault(slack, []).append((1e3 * (time.perf_counter() - begin), answer["lac"]["mean_age"]))
+            took = answer["server_timing"]["infer_ms"] + answer["lac"]["waited_ms"]
+            told.setdefault(slack, []).append((took, answer["lac"]["mean_age"]))
             time.sleep(max(0.0, begin + pace - time.perf_counter()))
     for client in clients.values():
         client.close()
     (off_ms, off_age), (on_ms, on_age) = (np.median(told[slack][10:], axis=0) for slack in (False, True))
-    print(f"\nslack off and on: round trip p50 {off_ms:.1f} and {on_ms:.1f} ms, mean age {off_age:.2f} and {on_age:.2f}")
+    print(f"\nslack off and on: waiting and inference p50 {off_ms:.1f} and {on_ms:.1f} ms, mean age {off_age:.2f} and {on_age:.2f}")
     assert on_age < off_age
     assert on_ms < 1.1 * off_ms

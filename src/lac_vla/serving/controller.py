@@ -20,7 +20,7 @@ SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Of the visual tokens, computed at the table's points."""
 ROUNDS = 12
 """Frames per point of the table."""
-QUANTILE = 0.98
+QUANTILE = 0.995
 """Share of the frames that are to keep the deadline."""
 STEP = 0.3
 """How quickly the controller learns that the machine is slower than the table says."""
