@@ -24,7 +24,7 @@ gl:                  ## check for the libraries that headless rendering needs
 demo: setup gl       ## a VLA on real LIBERO tasks, dense and with reuse; table and report
 	$(BIN)/lac demo $(DEMO)
 
-browser:             ## the report's test opens it in Chromium
+browser:             ## reports and the live page are tested in Chromium
 	@sh scripts/install_browser.sh
 
 test: setup gl browser ## everything that runs in minutes on a CPU
