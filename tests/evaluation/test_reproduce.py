@@ -172,6 +172,26 @@ def test_whether_lac_leads_is_said(rows: dict[str, tuple[int, float]], said: tup
         assert part in race(**rows)
 
 
+def test_who_does_not_lead_is_told_why() -> None:
+    def run(reused: float) -> str:
+        won = {"dense": {1, 2}, "motion-0.8": {1, 2, 3, 4}, "lac": {1, 5}}
+        share = {"dense": 0.0, "motion-0.8": reused, "lac": 0.8}
+        episodes = [
+            replace(record(method, init, init in solved, 9.0), ratio_effective=[share[method]])
+            for method, solved in won.items()
+            for init in range(10 if method != "motion-0.8" else 8)
+        ]
+        return verdict(Reproduction(ReproduceConfig(trials=1), (DENSE, MOTION, LAC), (), (), episodes))[0]
+
+    # 4/8 against 2/10. On the eight trials of both: 2, 3 and 4 against 5; exact McNemar of 3 and 1.
+    assert "Motion solved 4/8, LAC 2/10. On 8 shared trials it solved 3 that LAC lost, and lost 1 that" in run(0.1)
+    assert "(p 0.625)" in run(0.1)
+    assert run(0.1).endswith(
+        "It leaves out 10 % of the visual tokens, LAC 80 %: what is computed anew cannot be out of date."
+    )
+    assert "leaves out 90 % of the visual tokens, LAC 80 %, so its choice was the better one here" in run(0.9)
+
+
 def test_latencies_of_several_processes_are_not_compared() -> None:
     assert "not said" in race(workers=2, dense=(8, 20.0), lac=(9, 10.0))
 

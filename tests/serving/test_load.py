@@ -185,6 +185,7 @@ def test_slack_makes_slots_younger_at_the_same_latency(start: Start) -> None:
     for client in clients.values():
         client.close()
     (off_ms, off_age), (on_ms, on_age) = (np.median(told[slack][10:], axis=0) for slack in (False, True))
-    print(f"\nslack off and on: waiting and inference p50 {off_ms:.1f} and {on_ms:.1f} ms, mean age {off_age:.2f} and {on_age:.2f}")
+    print(f"\nslack off and on: waiting and inference p50 {off_ms:.1f} and {on_ms:.1f} ms,"
+          f" mean age {off_age:.2f} and {on_age:.2f}")  # fmt: skip
     assert on_age < off_age
     assert on_ms < 1.1 * off_ms

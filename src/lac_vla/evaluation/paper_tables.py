@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from lac_vla.evaluation import table as write
+from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.reproduce import DENSE as DENSE_ROW
 from lac_vla.evaluation.reproduce import LAC, ReproduceConfig, Reproduction, Row
 from lac_vla.evaluation.runner import describe_model
+from lac_vla.evaluation.stats import mcnemar
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.summary import DENSE, MethodRow, Summary, summarize
 from lac_vla.sims.libero import SUITES
@@ -152,6 +154,26 @@ def statements(done: Reproduction) -> list[str]:
     return said
 
 
+def _why(best: MethodRow, lac: MethodRow, episodes: Sequence[EpisodeRecord]) -> str:
+    """Why another method solved more than LAC, as far as numbers tell."""
+    solved = {name: {e.trial: e.success for e in episodes if e.method == name} for name in (best.method, lac.method)}
+    pairs = [
+        (solved[best.method][trial], solved[lac.method][trial])
+        for trial in solved[lac.method].keys() & solved[best.method]
+    ]
+    only_best, only_lac = pairs.count((True, False)), pairs.count((False, True))
+    said = f" On {len(pairs)} shared trials it solved {only_best} that LAC lost, and lost {only_lac} that LAC solved"
+    said += f" (p {write.p_value(mcnemar(only_best, only_lac))})."
+    if best.ratio_effective is None or lac.ratio_effective is None:
+        return said
+    left_out = (
+        f"{write.percent(best.ratio_effective, 0)} of the visual tokens, LAC {write.percent(lac.ratio_effective, 0)}"
+    )
+    if best.ratio_effective < lac.ratio_effective:
+        return f"{said} It leaves out {left_out}: what is computed anew cannot be out of date."
+    return f"{said} It leaves out {left_out}, so its choice was the better one here: the gallery shows what LAC lost."
+
+
 def verdict(done: Reproduction) -> list[str]:
     """Whether LAC leads among the rows of Table 1, in success and in latency; by the numbers, chance or not."""
     summary = summarize(done.episodes)
@@ -161,10 +183,9 @@ def verdict(done: Reproduction) -> list[str]:
         return ["LAC and another method are needed to say who leads."]
     label, best = max(others, key=lambda other: other[1].rate)
     own = f"LAC {lac.successes}/{lac.trials}"
-    if best.rate > lac.rate:
-        said = [f"LAC does not lead in success: {label} solved {best.successes}/{best.trials}, {own}."]
-    elif best.rate == lac.rate:
-        said = [f"LAC does not lead in success: {label} solved as many, {best.successes}/{best.trials}."]
+    if best.rate >= lac.rate:
+        count = "as many" if best.rate == lac.rate else f"{best.successes}/{best.trials}, {own}"
+        said = [f"LAC does not lead in success: {label} solved {count}.{_why(best, lac, done.episodes)}"]
     else:
         said = [f"LAC leads in success: {own}, next {label} {best.successes}/{best.trials}."]
     timed = [(label, row, row.latency[WHOLE].p50) for label, row in others if WHOLE in row.latency]
