@@ -13,8 +13,8 @@ import torch
 from lac_vla import CheckpointError, Frame, InputError, load_vla
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.models.prismatic.presets import TINY
-from lac_vla.training import pretrain as module
 from lac_vla.training.config import PretrainConfig
+from lac_vla.training.families import FAMILIES, TokenFamily
 from lac_vla.training.pretrain import Pretraining, pretrain
 
 
@@ -36,8 +36,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     text = {**TINY.text_config, "vocab_size": 576 + 64}
-    monkeypatch.setattr(module, "MINI", replace(TINY, proprio_dim=8, text_config=text))
-    return
+    monkeypatch.setitem(FAMILIES, "mini", TokenFamily(replace(TINY, proprio_dim=8, text_config=text)))
 
 
 @pytest.fixture
@@ -105,14 +104,16 @@ def test_nan_stops_with_the_last_state_kept(config: PretrainConfig) -> None:
 def test_a_state_of_another_model_is_refused(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config.out.mkdir()
     Pretraining(config).save()
-    wider = {**module.MINI.text_config, "intermediate_size": 96}
-    monkeypatch.setattr(module, "MINI", replace(module.MINI, text_config=wider))
+    vlm = FAMILIES["mini"].vlm
+    wider = {**vlm.text_config, "intermediate_size": 96}
+    monkeypatch.setitem(FAMILIES, "mini", TokenFamily(replace(vlm, text_config=wider)))
     with pytest.raises(CheckpointError, match="another --out"):
         Pretraining(config).resume()
 
 
 def test_missing_camera(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    cameras = (replace(module.MINI.cameras[0], name="overhead"), module.MINI.cameras[1])
-    monkeypatch.setattr(module, "MINI", replace(module.MINI, cameras=cameras))
+    vlm = FAMILIES["mini"].vlm
+    cameras = (replace(vlm.cameras[0], name="overhead"), vlm.cameras[1])
+    monkeypatch.setitem(FAMILIES, "mini", TokenFamily(replace(vlm, cameras=cameras)))
     with pytest.raises(InputError, match="no camera 'overhead'"):
         Pretraining(config)

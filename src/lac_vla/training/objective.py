@@ -1,21 +1,24 @@
-"""What the bundled VLA learns from a frame: its action tokens, and two helpers that exist in training only.
+"""What the bundled VLAs learn from a frame: what their head says about its action, and two helpers.
 
-Token cross-entropy alone localises slowly on little data. Two read-outs of the last prompt token's hidden state make
-the difference (they cost nothing at inference and are not part of the saved model): the next actions as a chunk, by
-L1; and *hindsight*: where the hand is now, where it will close and where it will open again.
+The head's own loss alone localises slowly on little data. Two read-outs of the last prompt token's hidden state make
+the difference (they exist in training only, cost nothing at inference and are not part of the saved model): the next
+actions as a chunk, by L1; and *hindsight*: where the hand is now, where it will close and where it will open again.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from lac_vla.models import CogACTBackbone, PrismaticBackbone
 from lac_vla.models.llama import LlamaDecoder
 from lac_vla.models.prismatic.conv import Keep
 from lac_vla.models.prismatic.model import PrismaticVLA
+from lac_vla.models.prismatic.prompt import Encode
 from lac_vla.types import TokenLayout
 
 ACTION_DIMS = 7
@@ -32,8 +35,7 @@ class Batch:
         proprio: Normalised, (B, S).
         text: Prompt token ids behind the visual tokens, right-padded, (B, T).
         text_length: Their true lengths, (B,).
-        action: Token id of every action dimension, (B, A).
-        chunk: Next actions, normalised, (B, H, A).
+        chunk: Next actions, normalised as the model's head answers, (B, H, A).
         hindsight: Normalised positions, (B, 3, 3).
         ahead: Which of them count, (B, 3).
     """
@@ -43,33 +45,41 @@ class Batch:
     proprio: torch.Tensor
     text: torch.Tensor
     text_length: torch.Tensor
-    action: torch.Tensor
     chunk: torch.Tensor
     hindsight: torch.Tensor
     ahead: torch.Tensor
 
 
-class Objective(nn.Module):
-    """The model with its training-only heads.
+class Objective(nn.Module, ABC):
+    """A model with its training-only helpers. A subclass knows the head's loss.
 
     Args:
         model: The VLA.
-        chunk: Actions that the chunk head predicts.
+        chunk: Actions that the chunk helper predicts.
+
+    Attributes:
+        terms: Which of the losses are summed up.
     """
+
+    terms: tuple[str, ...]
 
     def __init__(self, model: PrismaticVLA, chunk: int) -> None:
         super().__init__()
         self.model = model
-        config = model.config
-        width, self.dims = config.width, ACTION_DIMS
-        self.chunk_head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, chunk * self.dims))
+        width = model.config.width
+        self.chunk_head = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, chunk * ACTION_DIMS)
+        )
         self.hindsight_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, HINDSIGHT_VALUES))
-        self.n_bins = config.n_action_bins - 1
-        self.last_id = config.vocab_size - 1  # means bin 0; smaller ids mean higher bins
         self.layout = TokenLayout.of(model.vision_backbone.grids, n_prefix=1, n_suffix=0)
 
+    @abstractmethod
+    def backbone(self, encode: Encode) -> PrismaticBackbone | CogACTBackbone:
+        """The model as the engine takes it, with a tokenizer."""
+
+    @abstractmethod
     def forward(
-        self, batch: Batch, keep: Keep | None, sigma: float, noise: float, generator: torch.Generator
+        self, batch: Batch, keep: Keep | None, progress: float | None, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
         """Losses of a batch.
 
@@ -77,26 +87,32 @@ class Objective(nn.Module):
             batch: The frames.
             keep: Row offset, column offset and stride of the visual tokens kept of the first camera (coarse phase), at
                 their own positions; ``None`` for all.
-            sigma: Width of the soft targets, in bins.
-            noise: Share of the teacher-forced action tokens replaced by chance.
-            generator: Of that chance.
+            progress: Share of the run that is over; ``None`` to validate, without training's noise.
+            generator: Of the noise.
 
         Returns:
-            Scalars ``tokens`` (nats), ``chunk``, ``hindsight`` (normalised L1), and ``action_error`` (mean distance of
-            the most likely bin from the true one, in bins; no gradient).
+            Scalars: the ``terms``, and whatever else is worth watching.
         """
-        model, size, dims = self.model, batch.action.shape[0], self.dims
+
+    def read(self, batch: Batch, keep: Keep | None, appended: torch.Tensor) -> torch.Tensor:
+        """Run the trunk over prompts and the tokens behind them.
+
+        Args:
+            batch: The frames.
+            keep: See :meth:`forward`.
+            appended: Ids of tokens behind the prompts, (B, n).
+
+        Returns:
+            Normalised last hidden states of the last prompt token and of all appended ones, (B, 1 + n, width).
+        """
+        model, (size, more) = self.model, appended.shape
         embed = model.language_model.get_input_embeddings()
         kept = {} if keep is None else {self.layout.cameras[0].name: keep}
         visual = model.projector(model.vision_backbone(batch.images, kept, batch.shifts))
-        shown = batch.action
-        if noise:
-            chance = self.last_id - torch.randint(self.n_bins, shown.shape, generator=generator)
-            shown = torch.where(torch.rand(shown.shape, generator=generator) < noise, chance, shown)
-        # [BOS | visual | proprio | text | action tokens but the last | padding]: under a causal mask, padding behind
-        # everything that counts changes nothing.
-        ids = F.pad(batch.text, (0, dims - 1))
-        ids = ids.scatter(1, batch.text_length[:, None] + torch.arange(dims - 1), shown[:, :-1])
+        # [BOS | visual | proprio | text | appended | padding]: under a causal mask, padding behind everything that
+        # counts changes nothing.
+        ids = F.pad(batch.text, (0, more))
+        ids = ids.scatter(1, batch.text_length[:, None] + torch.arange(more), appended)
         parts = [embed(torch.full((size, 1), model.config.bos_id)), visual]
         if model.proprio_projector is not None:
             parts.append(model.proprio_projector(batch.proprio)[:, None])
@@ -105,24 +121,17 @@ class Objective(nn.Module):
         behind = inputs.shape[1] - 1 - visual.shape[1]
         hidden = self._decode(inputs, self._positions(keep, behind))
         first_text = inputs.shape[1] - ids.shape[1]
-        rows = (first_text + batch.text_length - 1)[:, None] + torch.arange(dims)
-        read = hidden[torch.arange(size)[:, None], rows]  # (B, A, width): the row before every action token
+        rows = (first_text + batch.text_length - 1)[:, None] + torch.arange(1 + more)
+        return hidden[torch.arange(size)[:, None], rows]
 
-        bins = torch.arange(self.n_bins)
-        truth = self.last_id - batch.action
-        widths = torch.full((dims, 1), sigma)
-        widths[-1] = 0.5  # the gripper knows open and closed only
-        target = torch.softmax(-0.5 * ((bins - truth[..., None]) / widths) ** 2, dim=-1)
-        logits = model.language_model.lm_head(read).float().log_softmax(dim=-1)[..., self.last_id - bins]
-        prompt_end = read[:, 0].float()
+    def helpers(self, prompt_end: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """Losses ``chunk`` and ``hindsight`` (normalised L1), of the last prompt token's hidden states, (B, width)."""
+        size = len(prompt_end)
+        chunk = self.chunk_head(prompt_end).float().view(size, -1, ACTION_DIMS)
         hindsight = (self.hindsight_head(prompt_end).float().view(size, 3, 3) - batch.hindsight).abs().mean(dim=-1)
-        with torch.no_grad():
-            error = (logits.argmax(dim=-1) - truth).abs().float().mean()
         return {
-            "tokens": -(target * logits).sum(dim=-1).mean(),
-            "chunk": (self.chunk_head(prompt_end).float().view_as(batch.chunk) - batch.chunk).abs().mean(),
+            "chunk": (chunk - batch.chunk[:, : chunk.shape[1]]).abs().mean(),
             "hindsight": (hindsight * batch.ahead).sum() / batch.ahead.sum().clamp(min=1),
-            "action_error": error,
         }
 
     def _positions(self, keep: Keep | None, behind: int) -> torch.Tensor:

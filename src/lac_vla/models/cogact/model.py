@@ -28,31 +28,32 @@ class ActionHead(nn.Module):
         """Predict the noise in actions, with classifier-free guidance (Ho & Salimans, 2022, arXiv 2207.12598).
 
         Args:
-            x: Noisy actions, (1, horizon, action_dim).
+            x: Noisy actions, (B, horizon, action_dim).
             t: Diffusion step.
-            z: Cognition feature, (1, 1, condition).
+            z: Cognition features, (B, 1, condition).
             guidance: See :class:`Sampling`.
 
         Returns:
-            The noise, (1, horizon, action_dim).
+            The noise, (B, horizon, action_dim).
         """
+        size = len(x)
         if guidance > 1:  # both predictions in one batch
-            z = torch.cat([z, self.net.z_embedder.uncondition[None]])
+            x, z = torch.cat([x, x]), torch.cat([z, self.net.z_embedder.uncondition.expand(size, 1, -1)])
         steps = torch.full((len(z),), t, device=x.device)
-        predicted: torch.Tensor = self.net(x.expand(len(z), -1, -1), steps, z)
-        given, absent = predicted[:1], predicted[-1:]
+        predicted: torch.Tensor = self.net(x, steps, z)
+        given, absent = predicted[:size], predicted[-size:]
         return absent + guidance * (given - absent)
 
     def sample(self, z: torch.Tensor, sampling: Sampling, draw: Draw) -> torch.Tensor:
-        """Draw a chunk.
+        """Draw a chunk for every cognition feature.
 
         Args:
-            z: Cognition feature, (1, 1, condition).
+            z: Cognition features, (B, 1, condition).
             sampling: How.
-            draw: Makes noise, (1, horizon, action_dim).
+            draw: Makes noise, (B, horizon, action_dim).
 
         Returns:
-            Normalised actions, not clipped, (1, horizon, action_dim).
+            Normalised actions, not clipped, (B, horizon, action_dim).
         """
 
         def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
