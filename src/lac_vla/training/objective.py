@@ -119,9 +119,8 @@ class Objective(nn.Module, ABC):
         parts.append(embed(ids))
         inputs = torch.cat(parts, dim=1)
         behind = inputs.shape[1] - 1 - visual.shape[1]
-        hidden = self._decode(inputs, self._positions(keep, behind))
-        first_text = inputs.shape[1] - ids.shape[1]
-        rows = (first_text + batch.text_length - 1)[:, None] + torch.arange(1 + more)
+        hidden = self._decode(inputs, self._positions(keep, behind), ids.shape[1])
+        rows = (batch.text_length - 1)[:, None] + torch.arange(1 + more)
         return hidden[torch.arange(size)[:, None], rows]
 
     def helpers(self, prompt_end: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
@@ -144,18 +143,23 @@ class Objective(nn.Module, ABC):
             shown.append(grid.flatten() + 1)
         return torch.cat([torch.zeros(1, dtype=torch.long), *shown, torch.arange(behind) + 1 + self.layout.n_visual])
 
-    def _decode(self, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The causal decoder over whole sequences, (B, length, width) → same."""
+    def _decode(self, inputs: torch.Tensor, positions: torch.Tensor, wanted: int) -> torch.Tensor:
+        """The causal decoder over whole sequences, (B, length, width) → its last rows, (B, wanted, width).
+
+        Of the other rows the last layer computes keys and values alone.
+        """
         decoder = LlamaDecoder(self.model.language_model)
         rotary = decoder.rotary(positions)
         grouped = decoder.shape.kv_width != decoder.shape.width
-        hidden = inputs
-        for layer in decoder.layers:
-            query, key, value = layer.qkv(hidden, rotary)
+        length, hidden = inputs.shape[1], inputs
+        rows = [length] * (len(decoder.layers) - 1) + [wanted]
+        for layer, asking in zip(decoder.layers, rows, strict=True):
+            query, key, value = layer.qkv(hidden, rotary, asking)
+            seen = None if asking == length else torch.ones(asking, length, dtype=torch.bool).tril(length - asking)
             # In float32: on a CPU the backward pass of attention is several times slower in bfloat16.
             with torch.autocast(hidden.device.type, enabled=False):
                 attended = F.scaled_dot_product_attention(
-                    query.float(), key.float(), value.float(), is_causal=True, enable_gqa=grouped
+                    query.float(), key.float(), value.float(), seen, is_causal=seen is None, enable_gqa=grouped
                 )
-            hidden = layer.finish(hidden, attended)
+            hidden = layer.finish(hidden[:, -asking:], attended)
         return decoder.norm(hidden)

@@ -201,7 +201,7 @@ TINY_COGACT = CogACTConfig(
 
 MINI_COGACT = CogACTConfig(
     replace(MINI, prompt_end_id=None),
-    DiTConfig(width=128, depth=3, heads=4, condition=192),
+    DiTConfig(width=128, depth=2, heads=4, condition=192),
     prompt_end=(COGNITION_TOKEN,),
     sampling=Sampling(steps=5),
     gripper=(1.0, -1.0),
