@@ -16,11 +16,12 @@ class PretrainConfig:
     Attributes:
         dataset: LeRobot dataset with the demonstrations.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
-        model: Which bundled model: ``mini`` (action tokens) or ``mini-cogact`` (the same trunk, CogACT's diffusion head).
-        start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-cogact`` starts from the bundled
-            ``mini`` by default, ``mini`` from chance.
+        model: Which bundled model: ``mini`` (action tokens) or ``mini-cogact`` (the same trunk, CogACT's head).
+        start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-cogact`` starts from the
+            bundled ``mini`` by default, ``mini`` from chance.
         start_lr: Learning rate of these weights, as a share of ``lr``.
-        frozen_samples: Frames shown at first while these weights stay as they are.
+        frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained.
+        frozen_frames: How many frames that is, each shown several times: the trunk reads them once.
         coarse_samples: Frames shown in the coarse phase.
         fine_samples: Frames shown in the fine phase.
         batch: Frames a step.
@@ -48,6 +49,7 @@ class PretrainConfig:
     start: Path | None = None
     start_lr: float = 0.4
     frozen_samples: int = 0
+    frozen_frames: int = 8192
     coarse_samples: int = 320_000
     fine_samples: int = 60_000
     batch: int = 64

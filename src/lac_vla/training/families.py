@@ -12,9 +12,9 @@ from lac_vla.models.cogact.config import MINI_COGACT, CogACTConfig
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import MINI
 from lac_vla.training.config import PretrainConfig
-from lac_vla.training.diffusion_objective import DiffusionObjective
-from lac_vla.training.objective import Objective
-from lac_vla.training.token_objective import TokenObjective
+from lac_vla.training.objectives.base import Objective
+from lac_vla.training.objectives.diffusion import DiffusionObjective
+from lac_vla.training.objectives.tokens import TokenObjective
 
 
 class Family(Protocol):

@@ -29,7 +29,7 @@ from lac_vla.provenance import provenance
 from lac_vla.training.config import PretrainConfig, describe
 from lac_vla.training.families import FAMILIES
 from lac_vla.training.frames import GRIPPER, FrameBank, quantiles, shift_images
-from lac_vla.training.objective import Batch, Objective
+from lac_vla.training.objectives.base import Batch, Objective, Targets
 from lac_vla.types import IntArray
 
 STATISTICS_KEY = "libero"
@@ -63,6 +63,8 @@ class Pretraining:
         self.objective = family.objective(self.statistics, config).to(config.device)
         start = config.start or family.start
         words = family.vlm.vocab_size - family.vlm.n_action_bins
+        if start is None and config.frozen_samples:
+            raise InputError("nothing is loaded that could be held fixed: give --start, or no --frozen-samples")
         if start is None:
             self.encode: Encode = FileTokenizer(train_tokenizer(self.bank.instructions, words))
             self.loaded: list[nn.Parameter] = []
@@ -76,6 +78,7 @@ class Pretraining:
         groups = [{"params": weights} for weights in (new, self.loaded) if weights]
         self.optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         self.seen = 0
+        self._read: tuple[torch.Tensor, Targets] | None = None
         self._prepare()
 
     def _prepare(self) -> None:
@@ -121,10 +124,32 @@ class Pretraining:
             proprio=torch.from_numpy(np.asarray(proprio, dtype=np.float32)),
             text=torch.from_numpy(self.text[task, :longest]),
             text_length=torch.from_numpy(self.text_length[task]),
-            chunk=torch.from_numpy(self.chunks[frames]),
-            hindsight=torch.from_numpy(np.asarray(self.hindsight[frames], dtype=np.float32)),
-            ahead=torch.from_numpy(self.ahead[frames].astype(np.float32)),
+            targets=Targets(
+                torch.from_numpy(self.chunks[frames]),
+                torch.from_numpy(np.asarray(self.hindsight[frames], dtype=np.float32)),
+                torch.from_numpy(self.ahead[frames].astype(np.float32)),
+            ),
         )
+
+    @torch.no_grad()
+    def read_ahead(self) -> tuple[torch.Tensor, Targets]:
+        """What a trunk that is held fixed reads in some augmented frames, and their targets.
+
+        Its chance is its own: an interrupted run reads the same.
+        """
+        config = self.config
+        chance, self.rng = self.rng, np.random.default_rng([config.seed, 1])
+        noise, self.noise_rng = self.noise_rng, torch.Generator().manual_seed(config.seed + 1)
+        chosen = self.rng.permutation(self.train_frames)[: config.frozen_frames]
+        read, targets = [], []
+        for frames in tqdm(np.array_split(chosen, math.ceil(len(chosen) / 64)), desc="reading frames", unit="batch"):
+            batch = self.batch(frames, augment=True)
+            with torch.autocast(config.device, dtype=torch.bfloat16):
+                appended = self.objective.append(batch, 0.0, self.noise_rng)
+                read.append(self.objective.read(batch, None, appended).float())
+            targets.append(batch.targets)
+        self.rng, self.noise_rng = chance, noise
+        return torch.cat(read), Targets.join(targets)
 
     def lr_factor(self) -> float:
         """Warm up, hold, and go linearly to zero over the last fifth."""
@@ -135,13 +160,18 @@ class Pretraining:
     def set_rates(self) -> None:
         """Give the optimiser this step's learning rates; what is held fixed wants no gradient."""
         config, factor = self.config, self.lr_factor()
-        thawed = self.seen - config.frozen_samples
+        thawed = max(0, self.seen - config.frozen_samples)
         for group, share in zip(self.optimiser.param_groups, (1.0, config.start_lr), strict=False):
             group["lr"] = config.lr * share * factor
         if self.loaded:
             self.optimiser.param_groups[-1]["lr"] *= min(1.0, (thawed // config.batch + 1) / config.warmup)
         for weight in self.loaded:
-            weight.requires_grad_(thawed >= 0)
+            weight.requires_grad_(not self.frozen)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights that were loaded stay as they are."""
+        return self.seen < self.config.frozen_samples
 
     @property
     def coarse(self) -> bool:
@@ -155,14 +185,11 @@ class Pretraining:
             InputError: If the loss is not finite; the last saved state is untouched.
         """
         config = self.config
-        frames = self.rng.choice(self.train_frames, size=config.batch)
-        keep = (int(self.rng.integers(2)), int(self.rng.integers(2)), 2) if self.coarse else None
-        progress = self.seen / config.samples
         self.set_rates()
         self.objective.train()
         with torch.autocast(config.device, dtype=torch.bfloat16):
-            losses = self.objective(self.batch(frames, augment=True), keep, progress, self.noise_rng)
-        total = sum((losses[term] for term in self.objective.terms), start=torch.zeros(()))
+            losses = self.show_read() if self.frozen else self.show_frames()
+        total = torch.stack([losses[term] for term in self.objective.terms]).sum()
         if not torch.isfinite(total):
             raise InputError(
                 f"the loss became {total.item()} after {self.seen} samples; the state of the last validation is kept: "
@@ -175,6 +202,23 @@ class Pretraining:
         self.average.update_parameters(self.objective)
         self.seen += config.batch
         return {name: float(value.detach()) for name, value in losses.items()}
+
+    def show_frames(self) -> dict[str, torch.Tensor]:
+        """Losses of a batch of frames, drawn by chance."""
+        frames = self.rng.choice(self.train_frames, size=self.config.batch)
+        keep = (int(self.rng.integers(2)), int(self.rng.integers(2)), 2) if self.coarse else None
+        losses: dict[str, torch.Tensor] = self.objective(
+            self.batch(frames, augment=True), keep, self.seen / self.config.samples, self.noise_rng
+        )
+        return losses
+
+    def show_read(self) -> dict[str, torch.Tensor]:
+        """Losses of a batch of frames that the trunk has read ahead."""
+        if self._read is None:
+            self._read = self.read_ahead()
+        read, targets = self._read
+        rows = torch.from_numpy(self.rng.integers(len(read), size=self.config.batch))
+        return self.objective.losses(read[rows], targets[rows], self.seen / self.config.samples, self.noise_rng)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

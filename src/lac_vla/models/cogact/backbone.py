@@ -132,8 +132,8 @@ class CogACTBackbone:
         Noise is drawn on the host, so that a seed means the same on every device.
 
         Returns:
-            The actions in the units of the data set, float32, (horizon, action_dim), the gripper closed or open; and, as
-            lists, the chunk in [-1, 1] (``normalized``).
+            The actions in the units of the data set, float32, (horizon, action_dim), the gripper closed or open; and,
+            as lists, the chunk in [-1, 1] (``normalized``).
         """
         head = self.model.action_model
         like = head.net.positional_embedding
@@ -147,7 +147,7 @@ class CogACTBackbone:
         return self.unnormalize_actions(normalized).astype(np.float32), {"normalized": normalized.tolist()}
 
     def unnormalize_actions(self, normalized: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """What the head draws, [-1, 1] and the gripper 0 closed .. 1 open → units of the data set, (..., action_dim)."""
+        """What the head draws, [-1, 1], the gripper 0 closed .. 1 open → units of the data set, (..., action_dim)."""
         actions = self.action_range.unnormalize(normalized)
         if not self.action_range.mask[-1]:
             closed, opened = self.config.gripper

@@ -1,8 +1,9 @@
 """CogACT checkpoints: in their official layout, a training run's folder, and in ours.
 
 Official: ``config.json`` and ``dataset_statistics.json``; ``checkpoints/*.pt`` with the state dicts of the parts under
-``model``. A ``tokenizer.json`` (Llama 2's) must be put beside them: the official code fetches it with the language model.
-Ours: ``model.safetensors`` in place of the ``.pt`` file, and in ``config.json`` whatever differs from CogACT's own models.
+``model``. A ``tokenizer.json`` (Llama 2's) must be put beside them: the official code fetches it with the language
+model. Ours: ``model.safetensors`` in place of the ``.pt`` file, and ``config.json`` spells out whatever differs from
+CogACT's own models.
 """
 
 from __future__ import annotations

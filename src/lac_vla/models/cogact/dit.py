@@ -6,6 +6,7 @@ The sequence is the condition, cognition feature plus time, and behind it one to
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class TimeEmbedder(nn.Module):
         rates = torch.exp(-math.log(LONGEST_PERIOD) / half * torch.arange(half, device=t.device))
         angles = t[:, None].float() * rates
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        out: torch.Tensor = self.mlp(waves)
+        out: torch.Tensor = self.mlp(waves.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
         return out
 
 

@@ -14,11 +14,10 @@ from lac_vla.models.cogact.backbone import GRIPPER_THRESHOLD, CogACTBackbone
 from lac_vla.models.cogact.config import CogACTConfig
 from lac_vla.models.cogact.dit import DiT
 from lac_vla.models.cogact.model import SCHEDULE, CogACTVLA
-from lac_vla.models.prismatic.conv import Keep
 from lac_vla.models.prismatic.prompt import Encode
 from lac_vla.training.config import PretrainConfig
 from lac_vla.training.frames import GRIPPER
-from lac_vla.training.objective import Batch, Objective
+from lac_vla.training.objectives.base import Batch, Objective, Targets
 
 
 class DiffusionObjective(Objective):
@@ -45,17 +44,21 @@ class DiffusionObjective(Objective):
         """See :meth:`Objective.backbone`."""
         return CogACTBackbone(self.config, self.vla, encode, name="mini-cogact")
 
-    def forward(
-        self, batch: Batch, keep: Keep | None, progress: float | None, generator: torch.Generator
+    def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
+        """See :meth:`Objective.append`: none."""
+        return batch.text[:, :0]
+
+    def losses(
+        self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """See :meth:`Objective.forward`."""
-        prompt_end = self.read(batch, keep, batch.text[:, :0])[:, 0].float()
+        """See :meth:`Objective.losses`."""
+        prompt_end = read[:, 0].float()
         # In float32, as it will be at inference, and on a CPU faster so.
         with torch.autocast(prompt_end.device.type, enabled=False):
-            losses = {"noise": self._noise_loss(prompt_end, batch.chunk, progress is not None, generator)}
-            losses |= self.helpers(prompt_end, batch)
+            losses = {"noise": self._noise_loss(prompt_end, targets.chunk, progress is not None, generator)}
+            losses |= self.helpers(prompt_end, targets)
             if progress is None:
-                losses["sampled"] = self._sampled_error(prompt_end, batch.chunk, generator)
+                losses["sampled"] = self._sampled_error(prompt_end, targets.chunk, generator)
         return losses
 
     def _noise_loss(

@@ -7,11 +7,10 @@ import torch
 from lac_vla.models.prismatic.actions import ActionTokenizer
 from lac_vla.models.prismatic.backbone import PrismaticBackbone
 from lac_vla.models.prismatic.config import PrismaticConfig
-from lac_vla.models.prismatic.conv import Keep
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.prompt import Encode
 from lac_vla.training.config import PretrainConfig
-from lac_vla.training.objective import ACTION_DIMS, Batch, Objective
+from lac_vla.training.objectives.base import ACTION_DIMS, Batch, Objective, Targets
 
 
 class TokenObjective(Objective):
@@ -37,21 +36,25 @@ class TokenObjective(Objective):
         """See :meth:`Objective.backbone`."""
         return PrismaticBackbone(self.model, encode, name="mini")
 
-    def forward(
-        self, batch: Batch, keep: Keep | None, progress: float | None, generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
-        """See :meth:`Objective.forward`; the width of the soft targets falls with ``progress``."""
-        first, last = self.sigma
-        sigma = last if progress is None else first * (last / first) ** min(1.0, progress / 0.9)
-        action = torch.from_numpy(self.tokenizer.encode(batch.chunk[:, 0].numpy()))
-        shown = action
+    def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
+        """See :meth:`Objective.append`: the recorded action's tokens but the last, some of them replaced by chance."""
+        shown = self._ids(batch.targets)
         if self.noise and progress is not None:
             chance = self.last_id - torch.randint(self.n_bins, shown.shape, generator=generator)
             shown = torch.where(torch.rand(shown.shape, generator=generator) < self.noise, chance, shown)
-        read = self.read(batch, keep, shown[:, :-1])  # (B, A, width): the row before every action token
+        return shown[:, :-1]
 
+    def losses(
+        self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`Objective.losses`; the width of the soft targets falls with ``progress``.
+
+        ``read`` holds the row before every action token, (B, A, width).
+        """
+        first, last = self.sigma
+        sigma = last if progress is None else first * (last / first) ** min(1.0, progress / 0.9)
         bins = torch.arange(self.n_bins)
-        truth = self.last_id - action
+        truth = self.last_id - self._ids(targets)
         widths = torch.full((ACTION_DIMS, 1), sigma)
         widths[-1] = 0.5  # the gripper knows open and closed only
         target = torch.softmax(-0.5 * ((bins - truth[..., None]) / widths) ** 2, dim=-1)
@@ -60,6 +63,10 @@ class TokenObjective(Objective):
             error = (logits.argmax(dim=-1) - truth).abs().float().mean()
         return {
             "tokens": -(target * logits).sum(dim=-1).mean(),
-            **self.helpers(read[:, 0].float(), batch),
+            **self.helpers(read[:, 0].float(), targets),
             "action_error": error,
         }
+
+    def _ids(self, targets: Targets) -> torch.Tensor:
+        """Token ids of the recorded actions, (B, A)."""
+        return torch.from_numpy(self.tokenizer.encode(targets.chunk[:, 0].numpy()))

@@ -8,7 +8,8 @@ actions as a chunk, by L1; and *hindsight*: where the hand is now, where it will
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -26,6 +27,30 @@ HINDSIGHT_VALUES = 9  # three positions
 
 
 @dataclass(frozen=True, eq=False)
+class Targets:
+    """What is to be learned from frames.
+
+    Attributes:
+        chunk: Next actions, normalised as the model's head answers, (B, H, A).
+        hindsight: Normalised positions, (B, 3, 3).
+        ahead: Which of them count, (B, 3).
+    """
+
+    chunk: torch.Tensor
+    hindsight: torch.Tensor
+    ahead: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Targets]) -> Targets:
+        """One after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def __getitem__(self, rows: torch.Tensor) -> Targets:
+        """Those of some frames."""
+        return Targets(self.chunk[rows], self.hindsight[rows], self.ahead[rows])
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Demonstration frames, ready for the model.
 
@@ -35,9 +60,7 @@ class Batch:
         proprio: Normalised, (B, S).
         text: Prompt token ids behind the visual tokens, right-padded, (B, T).
         text_length: Their true lengths, (B,).
-        chunk: Next actions, normalised as the model's head answers, (B, H, A).
-        hindsight: Normalised positions, (B, 3, 3).
-        ahead: Which of them count, (B, 3).
+        targets: What is to be learned from them.
     """
 
     images: dict[str, torch.Tensor]
@@ -45,9 +68,7 @@ class Batch:
     proprio: torch.Tensor
     text: torch.Tensor
     text_length: torch.Tensor
-    chunk: torch.Tensor
-    hindsight: torch.Tensor
-    ahead: torch.Tensor
+    targets: Targets
 
 
 class Objective(nn.Module, ABC):
@@ -78,6 +99,15 @@ class Objective(nn.Module, ABC):
         """The model as the engine takes it, with a tokenizer."""
 
     @abstractmethod
+    def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
+        """Ids of the tokens behind the prompts, (B, n)."""
+
+    @abstractmethod
+    def losses(
+        self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Losses of what :meth:`read` returned, as :meth:`forward` gives them."""
+
     def forward(
         self, batch: Batch, keep: Keep | None, progress: float | None, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
@@ -93,6 +123,8 @@ class Objective(nn.Module, ABC):
         Returns:
             Scalars: the ``terms``, and whatever else is worth watching.
         """
+        read = self.read(batch, keep, self.append(batch, progress, generator))
+        return self.losses(read, batch.targets, progress, generator)
 
     def read(self, batch: Batch, keep: Keep | None, appended: torch.Tensor) -> torch.Tensor:
         """Run the trunk over prompts and the tokens behind them.
@@ -123,14 +155,14 @@ class Objective(nn.Module, ABC):
         rows = (batch.text_length - 1)[:, None] + torch.arange(1 + more)
         return hidden[torch.arange(size)[:, None], rows]
 
-    def helpers(self, prompt_end: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+    def helpers(self, prompt_end: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
         """Losses ``chunk`` and ``hindsight`` (normalised L1), of the last prompt token's hidden states, (B, width)."""
         size = len(prompt_end)
         chunk = self.chunk_head(prompt_end).float().view(size, -1, ACTION_DIMS)
-        hindsight = (self.hindsight_head(prompt_end).float().view(size, 3, 3) - batch.hindsight).abs().mean(dim=-1)
+        hindsight = (self.hindsight_head(prompt_end).float().view(size, 3, 3) - targets.hindsight).abs().mean(dim=-1)
         return {
-            "chunk": (chunk - batch.chunk[:, : chunk.shape[1]]).abs().mean(),
-            "hindsight": (hindsight * batch.ahead).sum() / batch.ahead.sum().clamp(min=1),
+            "chunk": (chunk - targets.chunk[:, : chunk.shape[1]]).abs().mean(),
+            "hindsight": (hindsight * targets.ahead).sum() / targets.ahead.sum().clamp(min=1),
         }
 
     def _positions(self, keep: Keep | None, behind: int) -> torch.Tensor:
