@@ -196,7 +196,7 @@ class Pretraining:
                 "resume with a lower --lr"
             )
         self.optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
         self.optimiser.step()
         self.average.update_parameters(self.objective)
