@@ -61,7 +61,7 @@ class Pretraining:
             }
         }
         self.objective = family.objective(self.statistics, config).to(config.device)
-        start = config.start or family.start
+        self.start = start = config.start or family.start
         words = family.vlm.vocab_size - family.vlm.n_action_bins
         if start is None and config.frozen_samples:
             raise InputError("nothing is loaded that could be held fixed: give --start, or no --frozen-samples")
@@ -255,6 +255,7 @@ class Pretraining:
         model = self.objective.model
         return {
             "description": "small VLA trained by behaviour cloning of a scripted expert",
+            "started_from": self.start and self.start.name,
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "visual_tokens": self.objective.layout.n_visual,
             "episodes": len(self.bank.start),

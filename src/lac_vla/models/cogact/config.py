@@ -84,6 +84,11 @@ class Sampling:
             raise InputError(f"guidance is {self.guidance}; give at least 1, which means none")
         strided(DIFFUSION_STEPS, self.steps)
 
+    @property
+    def visited(self) -> range:
+        """The diffusion steps at which noise is predicted."""
+        return strided(DIFFUSION_STEPS, self.steps if self.method == "ddim" else DIFFUSION_STEPS)
+
 
 @dataclass(frozen=True)
 class CogACTConfig:

@@ -110,7 +110,10 @@ class DiT(nn.Module):
         Returns:
             The noise, (B, horizon, action_dim).
         """
-        condition = self.t_embedder(t)[:, None] + self.z_embedder(z)
+        return self.denoise(x, self.t_embedder(t)[:, None] + self.z_embedder(z))
+
+    def denoise(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """As :meth:`forward`, given the sum of the embedded step and condition, (B, 1, width)."""
         tokens = torch.cat([condition, self.x_embedder(x)], dim=1) + self.positional_embedding
         for block in self.blocks:
             tokens = block(tokens)

@@ -24,28 +24,10 @@ class ActionHead(nn.Module):
         super().__init__()
         self.net = DiT(config)
 
-    def noise(self, x: torch.Tensor, t: int, z: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Predict the noise in actions, with classifier-free guidance (Ho & Salimans, 2022, arXiv 2207.12598).
-
-        Args:
-            x: Noisy actions, (B, horizon, action_dim).
-            t: Diffusion step.
-            z: Cognition features, (B, 1, condition).
-            guidance: See :class:`Sampling`.
-
-        Returns:
-            The noise, (B, horizon, action_dim).
-        """
-        size = len(x)
-        if guidance > 1:  # both predictions in one batch
-            x, z = torch.cat([x, x]), torch.cat([z, self.net.z_embedder.uncondition.expand(size, 1, -1)])
-        steps = torch.full((len(z),), t, device=x.device)
-        predicted: torch.Tensor = self.net(x, steps, z)
-        given, absent = predicted[:size], predicted[-size:]
-        return absent + guidance * (given - absent)
-
     def sample(self, z: torch.Tensor, sampling: Sampling, draw: Draw) -> torch.Tensor:
-        """Draw a chunk for every cognition feature.
+        """Draw a chunk for every cognition feature, with classifier-free guidance.
+
+        Guidance: Ho & Salimans, 2022, arXiv 2207.12598. What does not change from step to step is embedded once.
 
         Args:
             z: Cognition features, (B, 1, condition).
@@ -55,9 +37,17 @@ class ActionHead(nn.Module):
         Returns:
             Normalised actions, not clipped, (B, horizon, action_dim).
         """
+        size, guided = len(z), sampling.guidance > 1
+        if guided:  # both predictions in one batch
+            z = torch.cat([z, self.net.z_embedder.uncondition.expand(size, 1, -1)])
+        feature = self.net.z_embedder(z)
+        visited = sampling.visited
+        steps = dict(zip(visited, self.net.t_embedder(torch.tensor(visited, device=z.device)), strict=True))
 
         def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
-            return self.noise(x, t, z, sampling.guidance)
+            predicted = self.net.denoise(torch.cat([x, x]) if guided else x, feature + steps[t])
+            given, absent = predicted[:size], predicted[-size:]
+            return absent + sampling.guidance * (given - absent)
 
         if sampling.method == "ddpm":
             return ddpm(denoise, draw, SCHEDULE)
