@@ -1,8 +1,11 @@
-"""What comes with the package: two small VLAs with their caching policies, trained on scripted demonstrations."""
+"""What comes with the package: two small VLAs and their caching policies, trained on scripted demonstrations.
+
+Each is a checkpoint folder for :func:`lac_vla.load_vla`; its README says how it was made.
+"""
 
 from pathlib import Path
 
 MINI = Path(__file__).parent / "mini"
-"""Checkpoint folder of the bundled VLA with action tokens, for :func:`lac_vla.load_vla`; its README is its model card."""
+"""Answers in action tokens."""
 MINI_COGACT = Path(__file__).parent / "mini-cogact"
-"""Of the bundled VLA with CogACT's diffusion head on the same trunk."""
+"""Draws chunks of actions with CogACT's diffusion head, on the same trunk."""
