@@ -84,7 +84,7 @@ def test_a_coarse_step_sees_a_quarter_at_its_own_positions(config: PretrainConfi
     grid = torch.arange(36).view(6, 6)[1::2, 0::2].flatten() + 1
     expected = [0, *grid.tolist(), *range(37, 53), 53, 54, 55]
     assert positions.tolist() == expected
-    batch = run.batch(run.train_frames[:4], augment=False)
+    batch = run.data.batch(run.data.train[:4], None)
     vision = objective.model.vision_backbone
     full = vision(batch.images)
     torch.testing.assert_close(vision(batch.images, {"agentview": (1, 0, 2)})[:, :9], full[:, grid - 1])
@@ -148,12 +148,12 @@ def test_what_is_loaded_is_held_fixed_at_first(diffusion: PretrainConfig) -> Non
 
 def test_reading_ahead_is_what_a_step_would_read(diffusion: PretrainConfig) -> None:
     run = Pretraining(replace(diffusion, shift=0.0, proprio_noise=0.0, proprio_dropout=0.0, frozen_frames=1000))
-    state = run.rng.bit_generator.state
+    state = run.chance.rng.bit_generator.state
     read, targets = run.read_ahead()
-    assert run.rng.bit_generator.state == state
-    assert len(read) == len(run.train_frames) == len(targets.chunk)
-    order = np.random.default_rng([run.config.seed, 1]).permutation(run.train_frames)
-    assert torch.equal(targets.chunk, run.batch(order, augment=False).targets.chunk)
+    assert run.chance.rng.bit_generator.state == state
+    assert len(read) == len(run.data.train) == len(targets.chunk)
+    order = np.random.default_rng(run.config.seed + 1).permutation(run.data.train)
+    assert torch.equal(targets.chunk, run.data.batch(order, None).targets.chunk)
 
 
 @pytest.mark.parametrize("stop", [2, 5])
@@ -179,7 +179,7 @@ def test_the_noise_loss_is_that_of_the_forward_process(diffusion: PretrainConfig
     """Against the definition, written out; and a head that knows the noise has none."""
     run = Pretraining(diffusion)
     objective = run.objective
-    targets = run.batch(run.train_frames[:3], augment=False).targets
+    targets = run.data.batch(run.data.train[:3], None).targets
     feature = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(1))
     found = objective.losses(feature, targets, None, torch.Generator().manual_seed(5))["noise"]
     generator = torch.Generator().manual_seed(5)
@@ -194,7 +194,9 @@ def test_the_noise_loss_is_that_of_the_forward_process(diffusion: PretrainConfig
         squares += float((predicted[0] - noise[index]).square().mean()) / 24
     assert float(found) == pytest.approx(squares, rel=1e-4)
     assert set(targets.chunk[..., 6].unique().tolist()) <= {0.0, 1.0}  # 1 is open: −1 in the data set
-    assert torch.equal(targets.chunk[:, 0, 6], torch.from_numpy(run.bank.action[run.train_frames[:3], 6] < 0).float())
+    assert torch.equal(
+        targets.chunk[:, 0, 6], torch.from_numpy(run.data.bank.action[run.data.train[:3], 6] < 0).float()
+    )
 
 
 def test_a_start_that_does_not_fit(diffusion: PretrainConfig, config: PretrainConfig, tmp_path: Path) -> None:

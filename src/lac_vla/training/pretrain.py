@@ -26,14 +26,12 @@ from lac_vla.models import load_vla, save_vla
 from lac_vla.models.prismatic.images import area
 from lac_vla.models.prismatic.prompt import Encode, FileTokenizer, load_tokenizer, train_tokenizer
 from lac_vla.provenance import provenance
+from lac_vla.training.batches import Chance, Demonstrations, statistics
 from lac_vla.training.config import PretrainConfig, describe
 from lac_vla.training.families import FAMILIES
-from lac_vla.training.frames import GRIPPER, FrameBank, quantiles, shift_images
-from lac_vla.training.objectives.base import Batch, Objective, Targets
-from lac_vla.types import IntArray
+from lac_vla.training.frames import FrameBank
+from lac_vla.training.objectives.base import Objective, Targets
 
-STATISTICS_KEY = "libero"
-"""Key of the bundled model's normalisation statistics."""
 CARD = "lac.json"
 """Beside the weights: how the model was made, for the reports of evaluations."""
 
@@ -48,30 +46,22 @@ class Pretraining:
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         torch.manual_seed(config.seed)
-        self.rng = np.random.default_rng(config.seed)
-        self.noise_rng = torch.Generator().manual_seed(config.seed)
+        self.chance = Chance.of(config.seed)
         family = FAMILIES[config.model]
         sizes = {camera.name: camera.image_size for camera in family.vlm.cameras}
-        self.bank = FrameBank.load(config.dataset, sizes, area)
-        dims = range(self.bank.action.shape[1])
-        self.statistics: dict[str, Any] = {
-            STATISTICS_KEY: {
-                "action": quantiles(self.bank.action, [dim for dim in dims if dim != GRIPPER]),
-                "proprio": quantiles(self.bank.state),
-            }
-        }
-        self.objective = family.objective(self.statistics, config).to(config.device)
+        bank = FrameBank.load(config.dataset, sizes, area)
+        self.objective = family.objective(statistics(bank), config).to(config.device)
         self.start = start = config.start or family.start
         words = family.vlm.vocab_size - family.vlm.n_action_bins
         if start is None and config.frozen_samples:
             raise InputError("nothing is loaded that could be held fixed: give --start, or no --frozen-samples")
         if start is None:
-            self.encode: Encode = FileTokenizer(train_tokenizer(self.bank.instructions, words))
+            self.encode: Encode = FileTokenizer(train_tokenizer(bank.instructions, words))
             self.loaded: list[nn.Parameter] = []
         else:
             self.encode = load_tokenizer(start)
             self.loaded = take_weights(self.objective.model, start)
-        self.horizon = family.horizon(config)
+        self.data = Demonstrations(bank, self.objective.backbone(self.encode), config, family.horizon(config))
         self.average = AveragedModel(self.objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
         old = {id(weight) for weight in self.loaded}
         new = [weight for weight in self.objective.parameters() if id(weight) not in old]
@@ -79,57 +69,6 @@ class Pretraining:
         self.optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         self.seen = 0
         self._read: tuple[torch.Tensor, Targets] | None = None
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """Derive every frame's targets once."""
-        bank, vla = self.bank, self.objective.backbone(self.encode)
-        self.train_frames, self.held_frames = bank.split(self.config.held_out, self.config.seed)
-        self.chunks = vla.normalize_actions(bank.chunks(self.horizon)).clip(-1, 1).astype(np.float32)
-        self.proprio = vla.normalize_proprio(bank.state)
-        hindsight, self.ahead = bank.hindsight()
-        self.centre, self.scale = hindsight.mean(axis=(0, 1)), hindsight.std(axis=(0, 1))
-        self.hindsight = (hindsight - self.centre) / self.scale
-        prompts = [vla.prompt_ids(text)[1:] for text in bank.instructions]
-        self.text_length = np.asarray([len(ids) for ids in prompts])
-        self.text = np.zeros((len(prompts), self.text_length.max()), dtype=np.int64)
-        for row, ids in zip(self.text, prompts, strict=True):
-            row[: len(ids)] = ids
-        self.text_of = bank.task[bank.episode]
-
-    def batch(self, frames: IntArray, *, augment: bool) -> Batch:
-        """Assemble frames; with ``augment``, shift and tint the images and disturb the proprioception."""
-        bank, rng, count = self.bank, self.rng, len(frames)
-        images, shifts = {}, {}
-        for camera, stored in bank.images.items():
-            chosen = stored[frames]
-            limit = round(self.config.shift * chosen.shape[1]) if augment else 0
-            moved = rng.integers(-limit, limit + 1, size=(count, 2))
-            pixels = torch.from_numpy(shift_images(chosen, moved)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            if augment:
-                gain, offset = rng.uniform(0.85, 1.15, (count, 3, 1, 1)), rng.uniform(-0.1, 0.1, (count, 1, 1, 1))
-                pixels = pixels * torch.from_numpy(gain).float() + torch.from_numpy(offset).float()
-                pixels = pixels + 0.02 * torch.randn(pixels.shape, generator=self.noise_rng)
-            images[camera] = pixels.to(self.config.device)
-            shifts[camera] = torch.from_numpy(moved)
-        proprio = self.proprio[frames]
-        if augment:
-            proprio = proprio + rng.normal(0, self.config.proprio_noise, proprio.shape)
-            proprio = proprio * (rng.random((count, 1)) >= self.config.proprio_dropout)
-        task = self.text_of[frames]
-        longest = self.text_length[task].max()
-        return Batch(
-            images=images,
-            shifts=shifts,
-            proprio=torch.from_numpy(np.asarray(proprio, dtype=np.float32)),
-            text=torch.from_numpy(self.text[task, :longest]),
-            text_length=torch.from_numpy(self.text_length[task]),
-            targets=Targets(
-                torch.from_numpy(self.chunks[frames]),
-                torch.from_numpy(np.asarray(self.hindsight[frames], dtype=np.float32)),
-                torch.from_numpy(self.ahead[frames].astype(np.float32)),
-            ),
-        )
 
     @torch.no_grad()
     def read_ahead(self) -> tuple[torch.Tensor, Targets]:
@@ -137,18 +76,15 @@ class Pretraining:
 
         Its chance is its own: an interrupted run reads the same.
         """
-        config = self.config
-        chance, self.rng = self.rng, np.random.default_rng([config.seed, 1])
-        noise, self.noise_rng = self.noise_rng, torch.Generator().manual_seed(config.seed + 1)
-        chosen = self.rng.permutation(self.train_frames)[: config.frozen_frames]
+        config, chance = self.config, Chance.of(self.config.seed + 1)
+        chosen = chance.rng.permutation(self.data.train)[: config.frozen_frames]
         read, targets = [], []
         for frames in tqdm(np.array_split(chosen, math.ceil(len(chosen) / 64)), desc="reading frames", unit="batch"):
-            batch = self.batch(frames, augment=True)
+            batch = self.data.batch(frames, chance)
             with torch.autocast(config.device, dtype=torch.bfloat16):
-                appended = self.objective.append(batch, 0.0, self.noise_rng)
+                appended = self.objective.append(batch, 0.0, chance.noise)
                 read.append(self.objective.read(batch, None, appended).float())
             targets.append(batch.targets)
-        self.rng, self.noise_rng = chance, noise
         return torch.cat(read), Targets.join(targets)
 
     def lr_factor(self) -> float:
@@ -205,10 +141,11 @@ class Pretraining:
 
     def show_frames(self) -> dict[str, torch.Tensor]:
         """Losses of a batch of frames, drawn by chance."""
-        frames = self.rng.choice(self.train_frames, size=self.config.batch)
-        keep = (int(self.rng.integers(2)), int(self.rng.integers(2)), 2) if self.coarse else None
+        rng = self.chance.rng
+        frames = rng.choice(self.data.train, size=self.config.batch)
+        keep = (int(rng.integers(2)), int(rng.integers(2)), 2) if self.coarse else None
         losses: dict[str, torch.Tensor] = self.objective(
-            self.batch(frames, augment=True), keep, self.seen / self.config.samples, self.noise_rng
+            self.data.batch(frames, self.chance), keep, self.seen / self.config.samples, self.chance.noise
         )
         return losses
 
@@ -217,19 +154,19 @@ class Pretraining:
         if self._read is None:
             self._read = self.read_ahead()
         read, targets = self._read
-        rows = torch.from_numpy(self.rng.integers(len(read), size=self.config.batch))
-        return self.objective.losses(read[rows], targets[rows], self.seen / self.config.samples, self.noise_rng)
+        rows = torch.from_numpy(self.chance.rng.integers(len(read), size=self.config.batch))
+        return self.objective.losses(read[rows], targets[rows], self.seen / self.config.samples, self.chance.noise)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses of the averaged weights on a fixed choice of held-out frames, without noise or augmentation."""
-        chosen = np.random.default_rng(0).permutation(self.held_frames)[: 8 * self.config.batch]
+        chosen = np.random.default_rng(0).permutation(self.data.held_out)[: 8 * self.config.batch]
         keep = (0, 0, 2) if self.coarse else None
         generator = torch.Generator().manual_seed(0)
         self.average.eval()
         rows = []
         for frames in np.array_split(chosen, max(1, len(chosen) // self.config.batch)):
-            losses = self.average(self.batch(frames, augment=False), keep, None, generator)
+            losses = self.average(self.data.batch(frames, None), keep, None, generator)
             rows.append({name: float(value) for name, value in losses.items()})
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
@@ -241,8 +178,8 @@ class Pretraining:
             "objective": self.objective.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "noise_rng": self.noise_rng.get_state(),
-            "rng": json.dumps(self.rng.bit_generator.state),
+            "noise_rng": self.chance.noise.get_state(),
+            "rng": json.dumps(self.chance.rng.bit_generator.state),
         }
         torch.save(state, out / "state.tmp")
         (out / "state.tmp").replace(out / "state.pt")
@@ -258,8 +195,8 @@ class Pretraining:
             "started_from": self.start and self.start.name,
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "visual_tokens": self.objective.layout.n_visual,
-            "episodes": len(self.bank.start),
-            "frames": len(self.bank),
+            "episodes": len(self.data.bank.start),
+            "frames": len(self.data.bank),
             "samples_shown": self.seen,
             "samples_planned": self.config.samples,
             "training": describe(self.config),
@@ -280,8 +217,8 @@ class Pretraining:
             self.optimiser.load_state_dict(state["optimiser"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is not a state of this run; give another --out: {error}") from error
-        self.noise_rng.set_state(state["noise_rng"])
-        self.rng.bit_generator.state = json.loads(state["rng"])
+        self.chance.noise.set_state(state["noise_rng"])
+        self.chance.rng.bit_generator.state = json.loads(state["rng"])
         self.seen = int(state["seen"])
 
 
