@@ -191,7 +191,7 @@ def test_the_noise_loss_is_that_of_the_forward_process(diffusion: PretrainConfig
         bar = SCHEDULE.alpha_bar[int(t[index])]
         noisy = bar**0.5 * clean[index] + (1 - bar) ** 0.5 * noise[index]
         predicted = net(noisy[None].float(), t[index : index + 1], feature[index % 3][None])
-        squares += float((predicted[0] - noise[index]).square().mean()) / 24
+        squares += float((predicted[0].detach() - noise[index]).square().mean()) / 24
     assert float(found) == pytest.approx(squares, rel=1e-4)
     assert set(targets.chunk[..., 6].unique().tolist()) <= {0.0, 1.0}  # 1 is open: −1 in the data set
     assert torch.equal(

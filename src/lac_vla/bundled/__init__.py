@@ -8,4 +8,4 @@ from pathlib import Path
 MINI = Path(__file__).parent / "mini"
 """Answers in action tokens."""
 MINI_COGACT = Path(__file__).parent / "mini-cogact"
-"""Draws chunks of actions with CogACT's diffusion head, on the same trunk."""
+"""Draws chunks of actions with CogACT's diffusion head, on a trunk that started as the other's."""
