@@ -1,15 +1,18 @@
-"""The bundled model: what it must be, and that it closes the loop."""
+"""The bundled models: what they must be, and that they close the loop."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, Dense, Frame, Motion, load_vla
-from lac_vla.bundled import MINI
+from lac_vla.bundled import MINI, MINI_COGACT
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.config import FIRST_HELD_OUT
 from lac_vla.evaluation.rollout import rollout
+from lac_vla.models import AdaptiveEnsemble
 from lac_vla.sims.libero import LiberoEnv
 
 
@@ -18,12 +21,13 @@ def black() -> Frame:
     return Frame(images, "pick up the black bowl on the stove and place it on the plate", np.zeros(8, np.float32))
 
 
-def test_it_is_worth_caching() -> None:
+@pytest.mark.parametrize(("folder", "shape"), [(MINI, (7,)), (MINI_COGACT, (16, 7))])
+def test_it_is_worth_caching(folder: Path, shape: tuple[int, ...]) -> None:
     """At least 128 visual tokens, and the decoder the larger part of the cost."""
-    backbone = load_vla(MINI)
+    backbone = load_vla(folder)
     session = CachedVLA(backbone).session()
     action = session.act(black())
-    assert action.shape == (7,)
+    assert action.shape == shape
     assert np.abs(action).max() <= 1.01
     step = session.last
     assert step is not None
@@ -32,18 +36,20 @@ def test_it_is_worth_caching() -> None:
     assert macs["prefill"] > 0.5 * sum(macs.values())
 
 
-def test_it_is_small_and_documented() -> None:
-    files = {path.name: path.stat().st_size for path in MINI.iterdir()}
+@pytest.mark.parametrize("folder", [MINI, MINI_COGACT])
+def test_it_is_small_and_documented(folder: Path) -> None:
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert sum(files.values()) < 20e6
     assert {"README.md", "config.json", "model.safetensors", "dataset_statistics.json", "tokenizer.json"} <= set(files)
 
 
 @pytest.mark.sim
-def test_it_solves_a_task_dense_and_with_reuse() -> None:
+@pytest.mark.parametrize(("folder", "ensemble"), [(MINI, None), (MINI_COGACT, AdaptiveEnsemble(4))])
+def test_it_solves_a_task_dense_and_with_reuse(folder: Path, ensemble: AdaptiveEnsemble | None) -> None:
     """Initial states that no demonstration used; two tries each, as another processor rounds otherwise."""
-    backbone = load_vla(MINI)
+    backbone = load_vla(folder)
     with LiberoEnv("libero_spatial", 0) as env:
         for policy in (Dense(), Motion(0.5)):
             session = CachedVLA(backbone, policy).session()
-            records = (rollout(env, session, "any", FIRST_HELD_OUT + k) for k in range(2))
+            records = (rollout(env, session, "any", FIRST_HELD_OUT + k, ensemble=ensemble) for k in range(2))
             assert any(record.success for record in records)

@@ -140,10 +140,10 @@ def test_a_diffusion_head_is_counted_with_its_steps_and_guidance(sampling: Sampl
     embeddings = (
         2 * dit.horizon * dit.width * dit.action_dim + dit.width * dit.action_dim
     )  # the condition's is not used
-    condition = dit.width * (256 + dit.width) + dit.condition * dit.width
-    passes = (100 if sampling.method == "ddpm" else sampling.steps) * (2 if sampling.guidance > 1 else 1)
+    steps, predictions = 100 if sampling.method == "ddpm" else sampling.steps, 2 if sampling.guidance > 1 else 1
+    once = steps * dit.width * (256 + dit.width) + predictions * dit.condition * dit.width
     cost = CostModel.of(backbone, frame(0))
-    assert cost.head == passes * (dit.depth * block + embeddings + condition)
+    assert cost.head == steps * predictions * (dit.depth * block + embeddings) + once
     session = CachedVLA(backbone).session()
     session.act(frame(0))
     assert session.last is not None

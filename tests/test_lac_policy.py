@@ -23,7 +23,7 @@ from lac_vla import (
     make_policy,
     random_vla,
 )
-from lac_vla.bundled import MINI
+from lac_vla.bundled import MINI, MINI_COGACT
 from lac_vla.cost import count_macs
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.policies.lac import Predictor, Selector
@@ -279,13 +279,14 @@ def test_a_policy_that_reads_flow_is_not_run_without() -> None:
         session.act(frame(1))
 
 
-def test_the_bundled_policy_fits_the_bundled_model() -> None:
-    policy = LACPolicy.from_pretrained(MINI)
-    backbone = load_vla(MINI)
+@pytest.mark.parametrize("folder", [MINI, MINI_COGACT], ids=lambda folder: folder.name)
+def test_the_bundled_policy_fits_the_bundled_model(folder: Path) -> None:
+    policy = LACPolicy.from_pretrained(folder)
+    backbone = load_vla(folder)
     CachedVLA(backbone, policy)
     assert policy.config.flow == "dis"
     assert policy.n_parameters <= 300_000
-    about = json.loads((MINI / "policy" / "config.json").read_text())["about"]
+    about = json.loads((folder / "policy" / "config.json").read_text())["about"]
     assert about["seconds"] <= 30 * 60
     assert "lac train" in about["trained_with"]["command"]
 

@@ -159,7 +159,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         console.print(f"{len(packed)} episodes, {packed.total_frames} frames: {packed.root}")
 
     def pretrain(config: Annotated[PretrainConfig, _flat()], minutes: float = 0) -> None:
-        """Train the bundled VLA from scratch on demonstrations. Run it again to go on.
+        """Train a bundled VLA on demonstrations. Run it again to go on.
 
         Args:
             config: The run.

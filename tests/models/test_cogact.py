@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from lac_vla import CachedVLA, Dense, Random, load_vla, random_vla
+from lac_vla import CachedVLA, Dense, Random, load_vla, random_vla, save_vla
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models import CogACTBackbone
 from lac_vla.models.cogact.config import (
@@ -27,6 +27,7 @@ from lac_vla.models.cogact.config import (
     vlm_config,
 )
 from lac_vla.models.cogact.model import ActionHead
+from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.types import Frame
 
 Weights = dict[str, torch.Tensor]
@@ -196,6 +197,10 @@ def test_weights_of_another_model(parts: Parts, write: Write, change: Callable[[
         ({"vlm": None, "vla": "x"}, "base_vlm is None"),
         ({"action_model": None}, "action head of width 24, none of the published"),
         ({"heads": 5}, "no multiple of 5 heads"),
+        ({"sampling": {"speed": 3}}, "does not describe a CogACT model"),
+        ({"gripper": [1]}, "does not describe a CogACT model"),
+        ({"gripper": [1, 1]}, "closed and open must differ"),
+        ({"ensemble": 17}, "give 1 to 16"),
         ({"stats": {"demo": {"action": {"q01": [0.0] * 6, "q99": [1.0] * 6}}}}, "statistics of 6 .* head of 7"),
         ({"stats": []}, "does not hold a JSON object"),
     ],
@@ -323,6 +328,47 @@ def test_units_and_gripper(frame: Frame) -> None:
     np.testing.assert_allclose(actions[0], [1.0, 2.5, -2.0, 4.0, 4.0, -2.0, 1.0])
     np.testing.assert_allclose(info["normalized"][0], [0, 0.5, -1, 1, 1, -1, 1])
     assert actions[1, -1] == 0
+
+
+OURS = replace(
+    TINY_COGACT,
+    vlm=replace(TINY_COGACT.vlm, norm_stats=STATS, proprio_dim=None),
+    prompt_end=(2,),
+    sampling=Sampling(steps=5, guidance=2.0),
+    gripper=(1.0, -1.0),
+    ensemble=3,
+)
+
+
+@torch.inference_mode()
+def test_a_gripper_in_other_units(frame: Frame) -> None:
+    """1 closes, −1 opens: there and back."""
+    backbone = random_vla(OURS)
+    actions = backbone.unnormalize_actions([[0.0] * 6 + [0.0], [0.5] * 6 + [1.0]])
+    np.testing.assert_allclose(actions, [[1.0] * 7, [2.5] * 6 + [-1.0]])
+    np.testing.assert_allclose(backbone.normalize_actions(actions), [[0.0] * 7, [0.5] * 6 + [1.0]])
+    chunk, info = backbone.act(frame, torch.randn(1, 32), pytest.fail, np.random.default_rng(0))
+    np.testing.assert_array_equal(chunk[:, 6], 1 - 2 * np.array(info["normalized"])[:, 6])
+
+
+def test_what_we_write_is_read_back(frame: Frame, tmp_path: Path) -> None:
+    backbone = random_vla(OURS)
+    backbone.encode = backbone_encode = FileTokenizer(train_tokenizer(["pick up the bowl"], 259))
+    save_vla(backbone, tmp_path, dtype=torch.float32)
+    found = load_vla(tmp_path)
+    assert isinstance(found, CogACTBackbone)
+    assert found.config == OURS
+    assert found.encode("pick up") == backbone_encode("pick up")
+    backbone = CogACTBackbone(OURS, backbone.model, backbone_encode)
+    expected = CachedVLA(backbone).session().act(frame)
+    np.testing.assert_array_equal(CachedVLA(found).session().act(frame), expected)
+    half = load_vla(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert {weight.dtype for weight in half.model.action_model.parameters()} == {torch.float32}
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        load_vla(tmp_path)
 
 
 def test_noise_is_the_sessions_own(backbone: CogACTBackbone, frame: Frame) -> None:

@@ -31,10 +31,14 @@ def gradients(learner: Learner) -> dict[str, float]:
     return sums
 
 
+MODELS = ["tiny", "cogact-tiny"]
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_mixed_forward_equals_sparse_inference(share: float) -> None:
+def test_mixed_forward_equals_sparse_inference(share: float, name: str) -> None:
     """Invariant 4, over several frames on the stale cache: hidden states of all rows read, and the slots kept."""
-    backbone = tiny()
+    backbone = tiny(name)
     store = store_of(backbone)
     learner = learner_of(backbone, store)
     rng = np.random.default_rng(0)
@@ -54,8 +58,10 @@ def test_mixed_forward_equals_sparse_inference(share: float) -> None:
             prompt = partial_prefill(
                 backbone, cache, layout, decision, torch.cat([torch.from_numpy(store.prefix), visual, suffix])
             )
-            forced = backbone.embed(torch.from_numpy(store.targets[frame : frame + 1, :-1]))[0]
-            expected = torch.cat([prompt.hidden[-1:], extend(backbone, cache, prompt, forced)])
+            forced = learner.task.continuation(torch.from_numpy(store.targets[frame : frame + 1]))[0]
+            expected = prompt.hidden[-1:]
+            if len(forced):
+                expected = torch.cat([expected, extend(backbone, cache, prompt, forced)])
             cache.commit(layout, pixels, "", decision)
         mask = None if old is None else torch.from_numpy(active)[None].float()
         with torch.no_grad():
@@ -73,18 +79,20 @@ def _frame(backbone):  # type: ignore[no-untyped-def]
     return frame(0)
 
 
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("loss", ["distill", "demo"])
-def test_the_task_loss_alone_moves_both_networks(loss: str) -> None:
+def test_the_task_loss_alone_moves_both_networks(loss: str, name: str) -> None:
     """Invariant 7: λ = 0."""
-    backbone = tiny()
+    backbone = tiny(name)
     learner = learner_of(backbone, store_of(backbone), loss)
     learner.window(np.array([0, 8]), 4, WARM, torch.Generator().manual_seed(0), lam=0.0)
     assert min(gradients(learner).values()) > 1e-6
 
 
-def test_without_the_task_loss_only_the_reward_moves_the_predictor() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_without_the_task_loss_only_the_reward_moves_the_predictor(name: str) -> None:
     """Invariant 7, its other half."""
-    backbone = tiny()
+    backbone = tiny(name)
     learner = learner_of(backbone, store_of(backbone))
     learner.window(np.array([0, 8]), 4, WARM, torch.Generator().manual_seed(0), lam=1.0, task_weight=0.0)
     moved = gradients(learner)
@@ -96,21 +104,22 @@ def test_without_the_task_loss_only_the_reward_moves_the_predictor() -> None:
     assert gradients(learner)["predictor"] == 0
 
 
-def test_mask_gradient_is_the_first_order_value_of_refreshing() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_mask_gradient_is_the_first_order_value_of_refreshing(name: str) -> None:
     """∂L/∂M of the mixed forward against finite differences between old and new keys and values."""
-    backbone = tiny().model.double()
-    from lac_vla import PrismaticBackbone
-
-    model = PrismaticBackbone(backbone, tiny().encode)
+    model = tiny(name)
+    model.model.double()
     store = store_of(model)
     learner = learner_of(model, store)
+    targets = torch.from_numpy(store.targets[1:2])
     with torch.no_grad():
         dense = learner.decode(np.array([0, 1]))
         old = type(dense.slots)([k[:1] for k in dense.slots.keys], [v[:1] for v in dense.slots.values])
     mask = torch.from_numpy(np.random.default_rng(0).random(store.visual.shape[1])).double()[None]
 
     def loss(values: torch.Tensor) -> torch.Tensor:
-        return learner.task.distill(learner.decode(np.array([1]), mask=values, old=old).hidden, dense.hidden[1:]).sum()
+        hidden, same = learner.decode(np.array([1]), mask=values, old=old).hidden, torch.Generator().manual_seed(0)
+        return learner.task.distill(hidden, dense.hidden[1:], targets, same).sum()
 
     leaf = mask.clone().requires_grad_()
     loss(leaf).backward()  # type: ignore[no-untyped-call]

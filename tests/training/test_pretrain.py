@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from lac_vla import CheckpointError, Frame, InputError, load_vla
+from lac_vla import CachedVLA, CheckpointError, Frame, InputError, load_vla, random_vla, save_vla
 from lac_vla.datasets.writer import DatasetWriter
+from lac_vla.models.cogact.config import CogACTConfig, DiTConfig, Sampling
+from lac_vla.models.cogact.model import SCHEDULE
 from lac_vla.models.prismatic.presets import TINY
-from lac_vla.training import pretrain as module
 from lac_vla.training.config import PretrainConfig
+from lac_vla.training.families import FAMILIES, DiffusionFamily, TokenFamily
 from lac_vla.training.pretrain import Pretraining, pretrain
 
 
@@ -36,8 +38,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     text = {**TINY.text_config, "vocab_size": 576 + 64}
-    monkeypatch.setattr(module, "MINI", replace(TINY, proprio_dim=8, text_config=text))
-    return
+    monkeypatch.setitem(FAMILIES, "mini", TokenFamily(replace(TINY, proprio_dim=8, text_config=text)))
 
 
 @pytest.fixture
@@ -83,10 +84,130 @@ def test_a_coarse_step_sees_a_quarter_at_its_own_positions(config: PretrainConfi
     grid = torch.arange(36).view(6, 6)[1::2, 0::2].flatten() + 1
     expected = [0, *grid.tolist(), *range(37, 53), 53, 54, 55]
     assert positions.tolist() == expected
-    batch = run.batch(run.train_frames[:4], augment=False)
+    batch = run.data.batch(run.data.train[:4], None)
     vision = objective.model.vision_backbone
     full = vision(batch.images)
     torch.testing.assert_close(vision(batch.images, {"agentview": (1, 0, 2)})[:, :9], full[:, grid - 1])
+
+
+def test_the_last_layer_is_computed_for_the_rows_that_are_read(config: PretrainConfig) -> None:
+    objective = Pretraining(config).objective
+    inputs = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    whole = objective._decode(inputs, torch.arange(9), 9)
+    torch.testing.assert_close(objective._decode(inputs, torch.arange(9), 3), whole[:, -3:])
+
+
+@pytest.fixture
+def diffusion(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
+    """A head with a chunk of 6 on the trunk of a short run with action tokens."""
+    start = pretrain(replace(config, out=config.out.with_name("trunk"), coarse_samples=8, fine_samples=8))
+    cogact = CogACTConfig(
+        replace(FAMILIES["mini"].vlm, prompt_end_id=None),
+        DiTConfig(24, 1, 2, horizon=6, condition=32),
+        prompt_end=(2,),
+        sampling=Sampling(steps=4),
+        gripper=(1.0, -1.0),
+        ensemble=3,
+    )
+    monkeypatch.setitem(FAMILIES, "mini-cogact", DiffusionFamily(cogact, start))
+    return replace(
+        config, model="mini-cogact", coarse_samples=0, fine_samples=64, frozen_samples=32, frozen_frames=16, chunk=4
+    )
+
+
+def test_cogact_starts_from_a_trunk_and_acts(diffusion: PretrainConfig) -> None:
+    saved = pretrain(diffusion)
+    backbone, trunk = load_vla(saved), load_vla(FAMILIES["mini-cogact"].start)
+    assert backbone.config.gripper == (1.0, -1.0)
+    assert (backbone.config.prompt_end, backbone.config.ensemble, backbone.sampling.steps) == ((2,), 3, 4)
+    assert backbone.prompt_ids("pick up the bowl") == trunk.prompt_ids("pick up the bowl")
+    images = {camera: np.zeros((256, 256, 3), np.uint8) for camera in ("agentview", "wrist")}
+    chunk = CachedVLA(backbone).session().act(Frame(images, "pick up the bowl", np.zeros(8, np.float32)))
+    assert chunk.shape == (6, 7)
+    assert set(chunk[:, 6]) <= {-1.0, 1.0}
+    lines = [json.loads(line) for line in (diffusion.out / "metrics.jsonl").read_text().splitlines()]
+    assert {"held_out_noise", "held_out_sampled", "held_out_hindsight"} <= set(lines[-1])
+
+
+def test_what_is_loaded_is_held_fixed_at_first(diffusion: PretrainConfig) -> None:
+    run = Pretraining(diffusion)
+    names = [name for name, _ in run.objective.model.named_parameters() if not name.startswith("action_model")]
+    weights = dict(run.objective.model.named_parameters())
+    start = load_vla(FAMILIES["mini-cogact"].start).model.state_dict()
+    for name in names:
+        assert torch.equal(weights[name], start[name]), name
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    while run.frozen:
+        run.step()
+    moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+    assert moved.isdisjoint(names)
+    assert any("blocks" in name for name in moved)
+    run.step()
+    assert not torch.equal(weights["projector.fc1.weight"], before["projector.fc1.weight"])
+
+
+def test_reading_ahead_is_what_a_step_would_read(diffusion: PretrainConfig) -> None:
+    run = Pretraining(replace(diffusion, shift=0.0, proprio_noise=0.0, proprio_dropout=0.0, frozen_frames=1000))
+    state = run.chance.rng.bit_generator.state
+    read, targets = run.read_ahead()
+    assert run.chance.rng.bit_generator.state == state
+    assert len(read) == len(run.data.train) == len(targets.chunk)
+    order = np.random.default_rng(run.config.seed + 1).permutation(run.data.train)
+    assert torch.equal(targets.chunk, run.data.batch(order, None).targets.chunk)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_run_with_a_fixed_trunk_resumes_exactly(diffusion: PretrainConfig, stop: int) -> None:
+    unbroken, broken = Pretraining(diffusion), Pretraining(diffusion)
+    for _ in range(7):
+        unbroken.step()
+    for _ in range(stop):
+        broken.step()
+    diffusion.out.mkdir()
+    broken.save()
+    resumed = Pretraining(diffusion)
+    resumed.resume()
+    for _ in range(7 - stop):
+        resumed.step()
+    for (name, one), (_, other) in zip(
+        unbroken.average.state_dict().items(), resumed.average.state_dict().items(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_the_noise_loss_is_that_of_the_forward_process(diffusion: PretrainConfig) -> None:
+    """Against the definition, written out; and a head that knows the noise has none."""
+    run = Pretraining(diffusion)
+    objective = run.objective
+    targets = run.data.batch(run.data.train[:3], None).targets
+    feature = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(1))
+    found = objective.losses(feature, targets, None, torch.Generator().manual_seed(5))["noise"]
+    generator = torch.Generator().manual_seed(5)
+    clean = torch.cat([targets.chunk] * 8)
+    t = torch.randint(100, (24,), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    squares, net = 0.0, objective.vla.action_model.net
+    for index in range(24):
+        bar = SCHEDULE.alpha_bar[int(t[index])]
+        noisy = bar**0.5 * clean[index] + (1 - bar) ** 0.5 * noise[index]
+        predicted = net(noisy[None].float(), t[index : index + 1], feature[index % 3][None])
+        squares += float((predicted[0].detach() - noise[index]).square().mean()) / 24
+    assert float(found) == pytest.approx(squares, rel=1e-4)
+    assert set(targets.chunk[..., 6].unique().tolist()) <= {0.0, 1.0}  # 1 is open: −1 in the data set
+    assert torch.equal(
+        targets.chunk[:, 0, 6], torch.from_numpy(run.data.bank.action[run.data.train[:3], 6] < 0).float()
+    )
+
+
+def test_a_start_that_does_not_fit(diffusion: PretrainConfig, config: PretrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing is loaded"):
+        Pretraining(replace(config, frozen_samples=8))
+    save_vla(random_vla("mini"), tmp_path / "wide")
+    (tmp_path / "wide" / "tokenizer.json").write_bytes(
+        (FAMILIES["mini-cogact"].start / "tokenizer.json").read_bytes()  # type: ignore[operator]
+    )
+    with pytest.raises(CheckpointError, match="another --start"):
+        Pretraining(replace(diffusion, start=tmp_path / "wide"))
 
 
 def test_nan_stops_with_the_last_state_kept(config: PretrainConfig) -> None:
@@ -105,14 +226,16 @@ def test_nan_stops_with_the_last_state_kept(config: PretrainConfig) -> None:
 def test_a_state_of_another_model_is_refused(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config.out.mkdir()
     Pretraining(config).save()
-    wider = {**module.MINI.text_config, "intermediate_size": 96}
-    monkeypatch.setattr(module, "MINI", replace(module.MINI, text_config=wider))
+    vlm = FAMILIES["mini"].vlm
+    wider = {**vlm.text_config, "intermediate_size": 96}
+    monkeypatch.setitem(FAMILIES, "mini", TokenFamily(replace(vlm, text_config=wider)))
     with pytest.raises(CheckpointError, match="another --out"):
         Pretraining(config).resume()
 
 
 def test_missing_camera(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    cameras = (replace(module.MINI.cameras[0], name="overhead"), module.MINI.cameras[1])
-    monkeypatch.setattr(module, "MINI", replace(module.MINI, cameras=cameras))
+    vlm = FAMILIES["mini"].vlm
+    cameras = (replace(vlm.cameras[0], name="overhead"), vlm.cameras[1])
+    monkeypatch.setitem(FAMILIES, "mini", TokenFamily(replace(vlm, cameras=cameras)))
     with pytest.raises(InputError, match="no camera 'overhead'"):
         Pretraining(config)

@@ -47,14 +47,22 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "demos")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    backbone = random_vla("tiny")
+def saved(name: str, folder: Path) -> Path:
+    backbone = random_vla(name)
     words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
     backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
-    folder = tmp_path_factory.mktemp("vla") / "tiny"
     save_vla(backbone, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("tiny", tmp_path_factory.mktemp("vla") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cogact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("cogact-tiny", tmp_path_factory.mktemp("vla") / "cogact")
 
 
 @pytest.fixture
@@ -97,6 +105,48 @@ def test_a_trained_policy_drives_the_model(config: TrainConfig, loss: str, optio
     scored = [row for row in rows(config.out) if "held_out_task" in row]
     assert scored
     assert all(np.isfinite(list(row.values())).all() for row in rows(config.out))
+
+
+@pytest.mark.parametrize("loss", ["distill", "demo"])
+def test_cogact_is_trained_and_resumed_exactly(config: TrainConfig, cogact: Path, tmp_path: Path, loss: str) -> None:
+    config = replace(config, vla=str(cogact), loss=loss, recovery=0.0)  # type: ignore[arg-type]
+    policy = LACPolicy.from_pretrained(train(config))
+    store = FrameStore.open(config.out / "store")
+    assert store.targets.dtype == np.float32
+    assert store.targets.shape == (36, 16 * 7)
+    session = CachedVLA(load_vla(config.vla), policy).session()
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for _ in range(3):
+        action = session.act(Frame({camera: image for camera in CAMERAS}, "pick up the bowl"))
+    assert action.shape == (16, 7)
+    broken = replace(config, out=tmp_path / "broken", store=config.out / "store")
+    for _ in range(20):
+        train(broken, max_seconds=0.0)
+    for key, whole in weights(config.out).items():
+        torch.testing.assert_close(whole, weights(broken.out)[key], rtol=0, atol=0)
+    scores = [[row["held_out_task"] for row in rows(out) if "held_out_task" in row] for out in (config.out, broken.out)]
+    assert scores[0][-1] == scores[1][-1]
+
+
+def test_plain_logs_teach_cogact_by_its_own_chunks(config: TrainConfig, cogact: Path, tmp_path: Path) -> None:
+    logs = write_dataset(tmp_path / "logs", episodes=2, length=6)
+    strip_actions(logs)
+    config = replace(config, vla=str(cogact), dataset=logs, held_out=0.5, recovery=0.0)
+    store = FrameStore.open(train(config).parent / "store")
+    assert not store.has_actions
+    assert store.targets.shape == (12, 16 * 7)
+    assert np.abs(store.targets).max() <= 1
+
+
+def test_a_store_of_another_head_is_refused(config: TrainConfig, model: Path, cogact: Path, tmp_path: Path) -> None:
+    """Same trunk, other head: the stored targets are another model's."""
+    train(replace(config, vla=str(cogact)))
+    other = load_vla(cogact)
+    with torch.no_grad():
+        other.model.action_model.net.final_layer.linear.bias.add_(1.0)
+    save_vla(other, tmp_path / "other")
+    with pytest.raises(InputError, match=r"stored embeddings of other .*model"):
+        train(replace(config, vla=str(tmp_path / "other"), out=tmp_path / "run2", store=config.out / "store"))
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -8,23 +8,25 @@ import numpy as np
 import torch
 
 from lac_vla import PrismaticBackbone, random_vla
+from lac_vla.models import CogACTBackbone
 from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.training.lac import Learner
 from lac_vla.training.store import FrameStore
-from lac_vla.training.task import task_of
+from lac_vla.training.tasks import task_of
+from lac_vla.types import Frame
 
 SIDE = 8
 INSTRUCTION = "pick up the bowl"
 
 
-def tiny(seed: int = 3) -> PrismaticBackbone:
-    backbone = random_vla("tiny", seed=seed)
+def tiny(name: str = "tiny", seed: int = 3) -> PrismaticBackbone | CogACTBackbone:
+    backbone = random_vla(name, seed=seed)
     backbone.model.requires_grad_(False)
     return backbone
 
 
 def store_of(
-    backbone: PrismaticBackbone,
+    backbone: PrismaticBackbone | CogACTBackbone,
     episodes: int = 4,
     length: int = 8,
     *,
@@ -53,10 +55,9 @@ def store_of(
         for name, (rows, cols) in grids.items():
             shape = (rows * SIDE, cols * SIDE, 3)
             images[name][frame] = rng.integers(0, 256, shape) if paint is None else paint(rng, at, (rows, cols))
-    ids = torch.tensor(backbone.encode(INSTRUCTION))
+    blank = Frame({name: np.zeros((8, 8, 3), np.uint8) for name in grids}, INSTRUCTION)
     with torch.no_grad():
-        text = backbone.embed(ids).numpy()
-        prefix = backbone.embed(torch.tensor([1])).numpy()
+        text, prefix = backbone.suffix(blank).float().numpy(), backbone.prefix(blank).float().numpy()
     flow = {name: np.zeros((*image.shape[:3], 2), np.float16) for name, image in images.items()}
     stop = np.arange(1, episodes + 1) * length
     return FrameStore(
@@ -64,8 +65,8 @@ def store_of(
         visual=visual,
         prefix=prefix,
         suffix=np.repeat(text[None], total, axis=0),
-        suffix_length=np.full(total, len(ids)),
-        targets=backbone.actions.encode(rng.uniform(-1, 1, (total, 7))),
+        suffix_length=np.full(total, len(text)),
+        targets=task_of(backbone).targets(rng.uniform(-1, 1, (total, 7))),
         images=images,
         flow=flow,
         instructions=[INSTRUCTION] * episodes,
@@ -76,7 +77,12 @@ def store_of(
 
 
 def learner_of(
-    backbone: PrismaticBackbone, store: FrameStore, loss: str = "distill", *, seed: int = 0, **options: object
+    backbone: PrismaticBackbone | CogACTBackbone,
+    store: FrameStore,
+    loss: str = "distill",
+    *,
+    seed: int = 0,
+    **options: object,
 ) -> Learner:
     torch.manual_seed(seed)
     config = LACConfig(grids=store.grids, **{"width": 16, "patch_pixels": SIDE, **options})  # type: ignore[arg-type]

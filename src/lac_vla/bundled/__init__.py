@@ -1,6 +1,11 @@
-"""What comes with the package: the small VLA ``mini``, trained on scripted demonstrations of libero_spatial."""
+"""What comes with the package: two small VLAs and their caching policies, trained on scripted demonstrations.
+
+Each is a checkpoint folder for :func:`lac_vla.load_vla`; its README says how it was made.
+"""
 
 from pathlib import Path
 
 MINI = Path(__file__).parent / "mini"
-"""Checkpoint folder of the bundled VLA, for :func:`lac_vla.load_vla`; its README says how it was made."""
+"""Answers in action tokens."""
+MINI_COGACT = Path(__file__).parent / "mini-cogact"
+"""Draws chunks of actions with CogACT's diffusion head, on a trunk that started as the other's."""

@@ -41,6 +41,9 @@ class EvalConfig:
         convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints, whose images are rotated by
             180° and whose gripper runs from 0, closed, to 1, open.
         image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
+        ensemble: Of a model that answers in chunks of actions: over how many of the last chunks every action is
+            averaged, by CogACT's adaptive ensemble; 1 for the newest chunk's first action, by default what the
+            model's ``config.json`` says.
         videos: Per method and task, how many episodes get an overlay video.
         server: ``ws://…`` of a policy server: it runs the one method of ``policies`` on its ``model``, which are named
             as the server names them. No MACs, no videos then.
@@ -67,6 +70,7 @@ class EvalConfig:
     rendering: Literal["fast", "official"] = "fast"
     convention: Literal["upright", "openvla"] = "upright"
     image_pipeline: str | None = None
+    ensemble: int | None = None
     videos: int = 1
     server: str | None = None
     unnorm_key: str | None = None
@@ -85,6 +89,8 @@ class EvalConfig:
             )
         if self.workers < 1:
             raise InputError(f"workers is {self.workers}; give at least 1")
+        if self.ensemble is not None and self.ensemble < 1:
+            raise InputError(f"ensemble is {self.ensemble}; at least the newest chunk must count")
         Levers.parse(self.levers)
         if self.server is None:
             make_methods(self.policies, self.model)

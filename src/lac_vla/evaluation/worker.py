@@ -18,7 +18,7 @@ from lac_vla.evaluation.remote import RemoteSession
 from lac_vla.evaluation.rollout import Driver, Simulator, rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
 from lac_vla.levers import Levers
-from lac_vla.models import load_vla
+from lac_vla.models import AdaptiveEnsemble, CogACTBackbone, load_vla
 from lac_vla.models.prismatic.actions import libero_gripper
 from lac_vla.report.failures import FailurePicture
 from lac_vla.report.overlay import EpisodeVideo
@@ -39,9 +39,12 @@ class Worker:
     sessions: dict[str, Driver] = field(init=False)
     _env: LiberoEnv | None = field(init=False, default=None)
     _cost: CostModel | None = field(init=False, default=None)
+    _ensemble: AdaptiveEnsemble | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         config = self.config
+        if config.ensemble is not None:
+            self._ensemble = _ensemble_of(config.ensemble)
         if config.server is not None:
             method = method_name(config.policies[0])
             self.sessions = {method: RemoteSession.connect(config.server, Path(config.model).name, method)}
@@ -55,6 +58,8 @@ class Worker:
             unnorm_key=config.unnorm_key,
             image_pipeline=config.image_pipeline,
         )
+        if config.ensemble is None and isinstance(backbone, CogACTBackbone):
+            self._ensemble = _ensemble_of(backbone.config.ensemble)
         self.sessions = {
             name: CachedVLA(
                 backbone, policy, flow=config.flow, max_age=config.max_age, levers=Levers.parse(config.levers)
@@ -96,12 +101,18 @@ class Worker:
             cost=self._cost,
             recorders=[failure] if video is None else [failure, video],
             to_robot=libero_gripper if config.convention == "openvla" else None,
+            ensemble=self._ensemble,
         )
         if video is not None:
             video.close(success=record.success)
             record = replace(record, video=str(video.path.relative_to(config.out)))
         picture = failure.close(success=record.success) if here else None
         return record if picture is None else replace(record, failure=str(picture.relative_to(config.out)))
+
+
+def _ensemble_of(chunks: int) -> AdaptiveEnsemble | None:
+    """Of one chunk it is that chunk's first action, and nothing is needed."""
+    return AdaptiveEnsemble(chunks) if chunks > 1 else None
 
 
 _WORKER: list[Worker] = []

@@ -12,7 +12,7 @@ from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.base import Backbone, DecoderLayer, Extend, Rotary
 from lac_vla.models.cogact.backbone import CogACTBackbone
 from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
-from lac_vla.models.cogact.checkpoint import load_cogact, random_cogact
+from lac_vla.models.cogact.checkpoint import load_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig, Sampling
 from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
@@ -57,7 +57,8 @@ def load_vla(
 ) -> Backbone:
     """Load a VLA from a checkpoint in its official layout.
 
-    Weights are read from safetensors; CogACT's from the ``.pt`` file of its run, of which tensors alone are unpickled.
+    Weights are read from safetensors; official CogACT's from the ``.pt`` file of its run, of which tensors alone are
+    unpickled.
     A CogACT run holds no tokenizer: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
 
     Args:
@@ -98,7 +99,9 @@ def load_vla(
     )
 
 
-def save_vla(backbone: PrismaticBackbone, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_vla(
+    backbone: PrismaticBackbone | CogACTBackbone, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Write a model so that :func:`load_vla` reads it: configuration, weights, statistics, tokenizer.
 
     Args:
@@ -106,7 +109,10 @@ def save_vla(backbone: PrismaticBackbone, folder: str | Path, *, dtype: torch.dt
         folder: Made if need be; files of these names in it are replaced.
         dtype: Of the weights in the file.
     """
-    save_prismatic(backbone, Path(folder), dtype)
+    if isinstance(backbone, CogACTBackbone):
+        save_cogact(backbone, Path(folder), dtype)
+    else:
+        save_prismatic(backbone, Path(folder), dtype)
 
 
 @overload
@@ -149,7 +155,8 @@ def random_vla(
     """Make a model of any size with random weights, to test and to time with. No file is read.
 
     Args:
-        config: A configuration, or ``"openvla-7b"``, ``"mini"``, ``"tiny"``, ``"cogact-7b"``, ``"cogact-tiny"``.
+        config: A configuration, or ``"openvla-7b"``, ``"mini"``, ``"tiny"``, ``"cogact-7b"``,
+            ``"mini-cogact"``, ``"cogact-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; ``"auto"`` as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

@@ -18,11 +18,13 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from lac_vla.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
+PARTIAL = "model.safetensors.partial"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors")
@@ -96,6 +98,13 @@ def load_weights(
             keys = wanted.keys() & shard.keys()
             part = {key: shard.get_tensor(key).to(dtype, copy=copy) for key in keys}
         model.load_state_dict(part, strict=False, assign=True)
+
+
+def write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model's weights into a folder as one safetensors file, in ``dtype``."""
+    weights = {key: value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / PARTIAL, metadata={"format": "pt"})
+    (folder / PARTIAL).replace(folder / WEIGHTS)  # never half a file under the final name
 
 
 def _files(folder: Path) -> list[Path]:

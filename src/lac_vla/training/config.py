@@ -16,6 +16,12 @@ class PretrainConfig:
     Attributes:
         dataset: LeRobot dataset with the demonstrations.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
+        model: Which bundled model: ``mini`` (action tokens) or ``mini-cogact`` (the same trunk, CogACT's head).
+        start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-cogact`` starts from the
+            bundled ``mini`` by default, ``mini`` from chance.
+        start_lr: Learning rate of these weights, as a share of ``lr``.
+        frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained.
+        frozen_frames: How many frames that is, each shown several times: the trunk reads them once.
         coarse_samples: Frames shown in the coarse phase.
         fine_samples: Frames shown in the fine phase.
         batch: Frames a step.
@@ -29,6 +35,8 @@ class PretrainConfig:
         proprio_noise: Standard deviation of the noise on the normalised proprioception.
         proprio_dropout: Share of the frames whose proprioception is blanked.
         chunk: Actions that the training-only chunk head predicts.
+        draws: Noisings of every chunk of actions that a diffusion head learns from in a step.
+        condition_dropout: Share of them that a diffusion head sees without a condition.
         held_out: Share of the episodes kept for validation.
         every: Samples between two validations (and saved states).
         seed: Of everything.
@@ -37,6 +45,11 @@ class PretrainConfig:
 
     dataset: Path
     out: Path
+    model: Literal["mini", "mini-cogact"] = "mini"
+    start: Path | None = None
+    start_lr: float = 0.4
+    frozen_samples: int = 0
+    frozen_frames: int = 8192
     coarse_samples: int = 320_000
     fine_samples: int = 60_000
     batch: int = 64
@@ -50,6 +63,8 @@ class PretrainConfig:
     proprio_noise: float = 0.03
     proprio_dropout: float = 0.1
     chunk: int = 8
+    draws: int = 8
+    condition_dropout: float = 0.1
     held_out: float = 0.03
     every: int = 20_000
     seed: int = 0

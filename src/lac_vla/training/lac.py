@@ -29,7 +29,7 @@ from lac_vla.training.relaxation import (
     straight_through,
 )
 from lac_vla.training.store import FrameStore
-from lac_vla.training.task import Task
+from lac_vla.training.tasks import Task
 from lac_vla.types import IntArray
 
 
@@ -111,7 +111,8 @@ class Learner:
             first: First frame of every window, (B,).
             length: T.
             temperatures: Of both relaxations.
-            generator: Of the Gumbel noise; ``None`` for argmax without noise, as inference does.
+            generator: Of all chance; ``None`` for argmax without Gumbel noise, as inference does, and a task's own
+                chance from a fixed seed.
             lam: λ.
             task_weight: Of the task loss (0 in a test: the ratio reward alone).
             learn: Whether to differentiate.
@@ -120,7 +121,7 @@ class Learner:
             Means over frames and windows: ``loss``, ``task``, ``chosen_ratio``, ``expected_ratio`` (by p̃; not for a
             fixed ratio).
         """
-        size = len(first)
+        size, chance = len(first), generator or torch.Generator().manual_seed(0)
         every = first[None, :] + np.arange(length)[:, None]  # (T, B)
         with torch.no_grad():  # dense: all frames to distil from them, the first alone otherwise
             dense = self.decode(every.reshape(-1) if self.loss == "distill" else first)
@@ -133,7 +134,7 @@ class Learner:
                 choice = self.choose(frames, reference, age, temperatures, generator)
                 result = self.decode(frames, mask=choice.mask, old=old)
                 teacher = dense.hidden[index * size : (index + 1) * size] if self.loss == "distill" else None
-                task = self._task(result.hidden, frames, teacher)
+                task = self._task(result.hidden, frames, teacher, chance)
                 loss = task_weight * task.mean()
                 if choice.probabilities is not None:
                     loss = loss + lam * ratio_reward(choice.probabilities, self.ratios).mean()
@@ -217,10 +218,13 @@ class Learner:
             ages.append(torch.where(fresh, torch.zeros_like(old), old + 1))
         return pixels, ages
 
-    def _task(self, hidden: torch.Tensor, frames: IntArray, dense: torch.Tensor | None) -> torch.Tensor:
+    def _task(
+        self, hidden: torch.Tensor, frames: IntArray, dense: torch.Tensor | None, generator: torch.Generator
+    ) -> torch.Tensor:
+        targets = self._load(self.store.targets, frames)
         if dense is not None:
-            return self.task.distill(hidden, dense)
-        return self.task.demo(hidden, self._load(self.store.targets, frames))
+            return self.task.distill(hidden, dense, targets, generator)
+        return self.task.demo(hidden, targets, generator)
 
     def _text(self, frames: IntArray) -> torch.Tensor | None:
         return None if self._words is None else self._words[self.episode[frames]]

@@ -1,7 +1,8 @@
-"""Trains the bundled VLA from scratch by behaviour cloning: ``lac pretrain``.
+"""Trains the bundled VLAs by behaviour cloning: ``lac pretrain``.
 
 Two phases, coarse to fine. In the coarse phase the decoder sees a regular quarter of the first camera's visual tokens
 (at their own positions, at a random phase), which makes a step several times cheaper; in the fine phase it sees all.
+What is loaded from another model can be held fixed at first, until the new head has learned to read it.
 A run is resumable: it saves its whole state at every evaluation, and the model as ``load_vla`` reads it.
 """
 
@@ -11,29 +12,26 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models import PrismaticBackbone, save_vla
+from lac_vla.models import load_vla, save_vla
 from lac_vla.models.prismatic.images import area
-from lac_vla.models.prismatic.model import PrismaticVLA
-from lac_vla.models.prismatic.presets import MINI
-from lac_vla.models.prismatic.prompt import FileTokenizer, Prompt, train_tokenizer
+from lac_vla.models.prismatic.prompt import Encode, FileTokenizer, load_tokenizer, train_tokenizer
 from lac_vla.provenance import provenance
+from lac_vla.training.batches import Chance, Demonstrations, statistics
 from lac_vla.training.config import PretrainConfig, describe
-from lac_vla.training.frames import GRIPPER, FrameBank, quantiles, shift_images
-from lac_vla.training.objective import Batch, Objective
-from lac_vla.types import IntArray
+from lac_vla.training.families import FAMILIES
+from lac_vla.training.frames import FrameBank
+from lac_vla.training.objectives.base import Objective, Targets
 
-STATISTICS_KEY = "libero"
-"""Key of the bundled model's normalisation statistics."""
 CARD = "lac.json"
 """Beside the weights: how the model was made, for the reports of evaluations."""
 
@@ -48,88 +46,68 @@ class Pretraining:
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         torch.manual_seed(config.seed)
-        self.rng = np.random.default_rng(config.seed)
-        self.noise_rng = torch.Generator().manual_seed(config.seed)
-        sizes = {camera.name: camera.image_size for camera in MINI.cameras}
-        self.bank = FrameBank.load(config.dataset, sizes, area)
-        dims = range(self.bank.action.shape[1])
-        self.statistics: dict[str, Any] = {
-            STATISTICS_KEY: {
-                "action": quantiles(self.bank.action, [dim for dim in dims if dim != GRIPPER]),
-                "proprio": quantiles(self.bank.state),
-            }
-        }
-        self.plan = replace(MINI, norm_stats=self.statistics)
-        words = self.plan.vocab_size - self.plan.n_action_bins
-        self.encode = FileTokenizer(train_tokenizer(self.bank.instructions, words))
-        self.objective = Objective(PrismaticVLA(self.plan), config.chunk).to(config.device)
+        self.chance = Chance.of(config.seed)
+        family = FAMILIES[config.model]
+        sizes = {camera.name: camera.image_size for camera in family.vlm.cameras}
+        bank = FrameBank.load(config.dataset, sizes, area)
+        self.objective = family.objective(statistics(bank), config).to(config.device)
+        self.start = start = config.start or family.start
+        words = family.vlm.vocab_size - family.vlm.n_action_bins
+        if start is None and config.frozen_samples:
+            raise InputError("nothing is loaded that could be held fixed: give --start, or no --frozen-samples")
+        if start is None:
+            self.encode: Encode = FileTokenizer(train_tokenizer(bank.instructions, words))
+            self.loaded: list[nn.Parameter] = []
+        else:
+            self.encode = load_tokenizer(start)
+            self.loaded = take_weights(self.objective.model, start)
+        self.data = Demonstrations(bank, self.objective.backbone(self.encode), config, family.horizon(config))
         self.average = AveragedModel(self.objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
-        self.optimiser = torch.optim.AdamW(
-            self.objective.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-        )
+        old = {id(weight) for weight in self.loaded}
+        new = [weight for weight in self.objective.parameters() if id(weight) not in old]
+        groups = [{"params": weights} for weights in (new, self.loaded) if weights]
+        self.optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         self.seen = 0
-        self._prepare()
+        self._read: tuple[torch.Tensor, Targets] | None = None
 
-    def _prepare(self) -> None:
-        """Derive every frame's targets once."""
-        bank, vla = self.bank, self.backbone(self.objective)
-        self.train_frames, self.held_frames = bank.split(self.config.held_out, self.config.seed)
-        self.ids = vla.actions.encode(vla.action_range.normalize(bank.action))
-        self.chunks = vla.action_range.normalize(bank.chunks(self.config.chunk)).clip(-1, 1).astype(np.float32)
-        self.proprio = vla.normalize_proprio(bank.state)
-        hindsight, self.ahead = bank.hindsight()
-        self.centre, self.scale = hindsight.mean(axis=(0, 1)), hindsight.std(axis=(0, 1))
-        self.hindsight = (hindsight - self.centre) / self.scale
-        prompt = Prompt.of(self.plan, self.encode)
-        prompts = [prompt.ids(text)[1:] for text in bank.instructions]
-        self.text_length = np.asarray([len(ids) for ids in prompts])
-        self.text = np.zeros((len(prompts), self.text_length.max()), dtype=np.int64)
-        for row, ids in zip(self.text, prompts, strict=True):
-            row[: len(ids)] = ids
-        self.text_of = bank.task[bank.episode]
+    @torch.no_grad()
+    def read_ahead(self) -> tuple[torch.Tensor, Targets]:
+        """What a trunk that is held fixed reads in some augmented frames, and their targets.
 
-    def backbone(self, objective: Objective) -> PrismaticBackbone:
-        """The model of an objective, as the engine takes it."""
-        return PrismaticBackbone(objective.model, self.encode, name="mini")
-
-    def batch(self, frames: IntArray, *, augment: bool) -> Batch:
-        """Assemble frames; with ``augment``, shift and tint the images and disturb the proprioception."""
-        bank, rng, count = self.bank, self.rng, len(frames)
-        images, shifts = {}, {}
-        for camera, stored in bank.images.items():
-            chosen = stored[frames]
-            limit = round(self.config.shift * chosen.shape[1]) if augment else 0
-            moved = rng.integers(-limit, limit + 1, size=(count, 2))
-            pixels = torch.from_numpy(shift_images(chosen, moved)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            if augment:
-                gain, offset = rng.uniform(0.85, 1.15, (count, 3, 1, 1)), rng.uniform(-0.1, 0.1, (count, 1, 1, 1))
-                pixels = pixels * torch.from_numpy(gain).float() + torch.from_numpy(offset).float()
-                pixels = pixels + 0.02 * torch.randn(pixels.shape, generator=self.noise_rng)
-            images[camera] = pixels.to(self.config.device)
-            shifts[camera] = torch.from_numpy(moved)
-        proprio = self.proprio[frames]
-        if augment:
-            proprio = proprio + rng.normal(0, self.config.proprio_noise, proprio.shape)
-            proprio = proprio * (rng.random((count, 1)) >= self.config.proprio_dropout)
-        task = self.text_of[frames]
-        longest = self.text_length[task].max()
-        return Batch(
-            images=images,
-            shifts=shifts,
-            proprio=torch.from_numpy(np.asarray(proprio, dtype=np.float32)),
-            text=torch.from_numpy(self.text[task, :longest]),
-            text_length=torch.from_numpy(self.text_length[task]),
-            action=torch.from_numpy(self.ids[frames]),
-            chunk=torch.from_numpy(self.chunks[frames]),
-            hindsight=torch.from_numpy(np.asarray(self.hindsight[frames], dtype=np.float32)),
-            ahead=torch.from_numpy(self.ahead[frames].astype(np.float32)),
-        )
+        Its chance is its own: an interrupted run reads the same.
+        """
+        config, chance = self.config, Chance.of(self.config.seed + 1)
+        chosen = chance.rng.permutation(self.data.train)[: config.frozen_frames]
+        read, targets = [], []
+        for frames in tqdm(np.array_split(chosen, math.ceil(len(chosen) / 64)), desc="reading frames", unit="batch"):
+            batch = self.data.batch(frames, chance)
+            with torch.autocast(config.device, dtype=torch.bfloat16):
+                appended = self.objective.append(batch, 0.0, chance.noise)
+                read.append(self.objective.read(batch, None, appended).float())
+            targets.append(batch.targets)
+        return torch.cat(read), Targets.join(targets)
 
     def lr_factor(self) -> float:
         """Warm up, hold, and go linearly to zero over the last fifth."""
         warm = min(1.0, (self.seen // self.config.batch + 1) / self.config.warmup)
         left = (self.config.samples - self.seen) / self.config.samples
         return warm * min(1.0, left / 0.2)
+
+    def set_rates(self) -> None:
+        """Give the optimiser this step's learning rates; what is held fixed wants no gradient."""
+        config, factor = self.config, self.lr_factor()
+        thawed = max(0, self.seen - config.frozen_samples)
+        for group, share in zip(self.optimiser.param_groups, (1.0, config.start_lr), strict=False):
+            group["lr"] = config.lr * share * factor
+        if self.loaded:
+            self.optimiser.param_groups[-1]["lr"] *= min(1.0, (thawed // config.batch + 1) / config.warmup)
+        for weight in self.loaded:
+            weight.requires_grad_(not self.frozen)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights that were loaded stay as they are."""
+        return self.seen < self.config.frozen_samples
 
     @property
     def coarse(self) -> bool:
@@ -143,38 +121,52 @@ class Pretraining:
             InputError: If the loss is not finite; the last saved state is untouched.
         """
         config = self.config
-        frames = self.rng.choice(self.train_frames, size=config.batch)
-        keep = (int(self.rng.integers(2)), int(self.rng.integers(2)), 2) if self.coarse else None
-        progress = self.seen / config.samples
-        sigma = config.sigma[0] * (config.sigma[1] / config.sigma[0]) ** min(1.0, progress / 0.9)
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.lr * self.lr_factor()
+        self.set_rates()
         self.objective.train()
         with torch.autocast(config.device, dtype=torch.bfloat16):
-            losses = self.objective(self.batch(frames, augment=True), keep, sigma, config.noise, self.noise_rng)
-        total = losses["tokens"] + losses["chunk"] + losses["hindsight"]
+            losses = self.show_read() if self.frozen else self.show_frames()
+        total = torch.stack([losses[term] for term in self.objective.terms]).sum()
         if not torch.isfinite(total):
             raise InputError(
                 f"the loss became {total.item()} after {self.seen} samples; the state of the last validation is kept: "
                 "resume with a lower --lr"
             )
         self.optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
         self.optimiser.step()
         self.average.update_parameters(self.objective)
         self.seen += config.batch
         return {name: float(value.detach()) for name, value in losses.items()}
 
+    def show_frames(self) -> dict[str, torch.Tensor]:
+        """Losses of a batch of frames, drawn by chance."""
+        rng = self.chance.rng
+        frames = rng.choice(self.data.train, size=self.config.batch)
+        keep = (int(rng.integers(2)), int(rng.integers(2)), 2) if self.coarse else None
+        losses: dict[str, torch.Tensor] = self.objective(
+            self.data.batch(frames, self.chance), keep, self.seen / self.config.samples, self.chance.noise
+        )
+        return losses
+
+    def show_read(self) -> dict[str, torch.Tensor]:
+        """Losses of a batch of frames that the trunk has read ahead."""
+        if self._read is None:
+            self._read = self.read_ahead()
+        read, targets = self._read
+        rows = torch.from_numpy(self.chance.rng.integers(len(read), size=self.config.batch))
+        return self.objective.losses(read[rows], targets[rows], self.seen / self.config.samples, self.chance.noise)
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses of the averaged weights on a fixed choice of held-out frames, without noise or augmentation."""
-        chosen = np.random.default_rng(0).permutation(self.held_frames)[: 8 * self.config.batch]
+        chosen = np.random.default_rng(0).permutation(self.data.held_out)[: 8 * self.config.batch]
         keep = (0, 0, 2) if self.coarse else None
+        generator = torch.Generator().manual_seed(0)
         self.average.eval()
         rows = []
         for frames in np.array_split(chosen, max(1, len(chosen) // self.config.batch)):
-            losses = self.average(self.batch(frames, augment=False), keep, 1.5, 0.0, self.noise_rng)
+            losses = self.average(self.data.batch(frames, None), keep, None, generator)
             rows.append({name: float(value) for name, value in losses.items()})
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
@@ -186,24 +178,25 @@ class Pretraining:
             "objective": self.objective.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "noise_rng": self.noise_rng.get_state(),
-            "rng": json.dumps(self.rng.bit_generator.state),
+            "noise_rng": self.chance.noise.get_state(),
+            "rng": json.dumps(self.chance.rng.bit_generator.state),
         }
         torch.save(state, out / "state.tmp")
         (out / "state.tmp").replace(out / "state.pt")
         average = cast(Objective, self.average.module)
-        save_vla(self.backbone(average), out / "model")
+        save_vla(average.backbone(self.encode), out / "model")
         (out / "model" / CARD).write_text(json.dumps(self.card(), indent=2) + "\n", encoding="utf-8")
 
     def card(self) -> dict[str, Any]:
         """How the model came about, as plain data."""
         model = self.objective.model
         return {
-            "description": "small VLA trained from scratch by behaviour cloning of a scripted expert",
+            "description": "small VLA trained by behaviour cloning of a scripted expert",
+            "started_from": self.start and self.start.name,
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "visual_tokens": self.objective.layout.n_visual,
-            "episodes": len(self.bank.start),
-            "frames": len(self.bank),
+            "episodes": len(self.data.bank.start),
+            "frames": len(self.data.bank),
             "samples_shown": self.seen,
             "samples_planned": self.config.samples,
             "training": describe(self.config),
@@ -224,9 +217,32 @@ class Pretraining:
             self.optimiser.load_state_dict(state["optimiser"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is not a state of this run; give another --out: {error}") from error
-        self.noise_rng.set_state(state["noise_rng"])
-        self.rng.bit_generator.state = json.loads(state["rng"])
+        self.chance.noise.set_state(state["noise_rng"])
+        self.chance.rng.bit_generator.state = json.loads(state["rng"])
         self.seen = int(state["seen"])
+
+
+def take_weights(model: nn.Module, folder: Path) -> list[nn.Parameter]:
+    """Copy a checkpoint's weights into a model that has all of them, and perhaps more.
+
+    Args:
+        model: Its parameters of the same names are overwritten.
+        folder: See :func:`lac_vla.models.load_vla`.
+
+    Returns:
+        The parameters that were overwritten.
+
+    Raises:
+        CheckpointError: If the checkpoint has a weight that the model has not, or of another shape.
+    """
+    weights = cast(Any, load_vla(folder)).model.state_dict()
+    try:
+        unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit the model: give another --start: {error}") from error
+    if unknown:
+        raise CheckpointError(f"{folder} is of another model, it has {unknown[0]}: give another --start")
+    return [parameter for name, parameter in model.named_parameters() if name in weights]
 
 
 def pretrain(config: PretrainConfig, *, max_seconds: float = math.inf) -> Path:

@@ -25,7 +25,7 @@ from lac_vla.errors import InputError
 from lac_vla.flow import make_flow
 from lac_vla.models.base import Backbone
 from lac_vla.policies.lac.inputs import flow_in_patches, resize
-from lac_vla.training.task import Task, task_of
+from lac_vla.training.tasks import Task, task_of
 from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout
 from lac_vla.vla import CachedVLA
 
@@ -42,7 +42,7 @@ class FrameStore:
         prefix: Embeddings before them, float32, (n_prefix, D).
         suffix: Embeddings behind them, right-padded, float32, (F, S, D).
         suffix_length: (F,).
-        targets: What the action head is to answer, int64, (F, n).
+        targets: What the action head is to answer, (F, n); see :meth:`lac_vla.training.tasks.Task.targets`.
         images: Camera → uint8, (F, H, W, 3), at the resolution of the policy's networks.
         flow: Camera → flow from the preceding frame in token sides, float16, (F, H, W, 2); empty without flow.
         instructions: Of every episode.
@@ -56,7 +56,7 @@ class FrameStore:
     prefix: FloatArray
     suffix: FloatArray
     suffix_length: IntArray
-    targets: IntArray
+    targets: npt.NDArray[Any]
     images: Mapping[str, npt.NDArray[np.uint8]]
     flow: Mapping[str, npt.NDArray[np.float16]]
     instructions: Sequence[str]
@@ -171,11 +171,12 @@ class FrameStore:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Name of a model by its answers: a checksum of what its last layer projects fixed rows to."""
+    """Name of a model by its answers: a checksum of what its last layer, and its head, make of fixed rows."""
     rows = torch.linspace(-1, 1, backbone.shape.width, device=backbone.device, dtype=backbone.dtype)[None]
     with torch.inference_mode():
         answers = [part.float().cpu().numpy() for part in backbone.layers[-1].qkv(rows, backbone.rotary(_zero(rows)))]
-    return hashlib.sha256(b"".join(part.tobytes() for part in answers)).hexdigest()[:16]
+    parts = [part.tobytes() for part in answers]
+    return hashlib.sha256(b"".join([*parts, task_of(backbone).fingerprint()])).hexdigest()[:16]
 
 
 def _zero(like: torch.Tensor) -> torch.Tensor:
@@ -204,11 +205,12 @@ class _Builder:
         total, width = sum(lengths), backbone.shape.width
         texts = {self.source.episode(index).instruction for index in self.chosen}
         longest = max(backbone.suffix(self._frame(first, 0, text)).shape[0] for text in texts)
+        answer = self._targets(first, [frame])
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "visual": ((total, layout.n_visual, width), np.float16),
             "suffix": ((total, longest, width), np.float32),
             "suffix_length": ((total,), np.int64),
-            "targets": ((total, self._targets(first, [frame]).shape[1]), np.int64),
+            "targets": ((total, answer.shape[1]), answer.dtype),
         }
         for index, camera in enumerate(layout.cameras):
             size = (total, camera.rows * side, camera.cols * side)
@@ -297,12 +299,12 @@ class _Builder:
     def _proprio(self, episode: Episode, at: int) -> FloatArray | None:
         return episode.state[at] if episode.state.shape[1] else None
 
-    def _targets(self, episode: Episode, frames: list[Frame]) -> IntArray:
+    def _targets(self, episode: Episode, frames: list[Frame]) -> npt.NDArray[Any]:
         """Recorded actions as the head's answers; without any, what the dense model answers itself."""
         actions = episode.action[: len(frames)]
         if not actions.shape[1]:
             self.dense.reset()
-            actions = np.stack([np.atleast_2d(self.dense.act(frame))[0] for frame in frames])
+            actions = np.stack([self.dense.act(frame) for frame in frames])
         return self.task.targets(actions)
 
     def _check_disk(self, folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:

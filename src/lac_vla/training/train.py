@@ -24,7 +24,7 @@ from lac_vla.provenance import provenance
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.lac import Learner, Temperatures, annealed, cosine
 from lac_vla.training.store import FrameStore
-from lac_vla.training.task import task_of
+from lac_vla.training.tasks import task_of
 from lac_vla.types import IntArray
 
 STATE, METRICS, CONFIG, PICTURES = "state.pt", "metrics.jsonl", "config.json", "saliency.npz"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lac_vla.errors import CheckpointError
@@ -53,7 +54,9 @@ class CogACTBackbone:
         image_pipeline: A key of :data:`lac_vla.models.prismatic.images.PIPELINES`; ``None`` for the own one.
 
     Attributes:
+        config: What the model was built from.
         model: The modules.
+        encode: The tokenizer.
         sampling: How actions are drawn; may be replaced.
         action_range: Units of the actions.
 
@@ -87,7 +90,9 @@ class CogACTBackbone:
             raise CheckpointError(
                 f"statistics of {vlm.action_range.dim} action values, an action head of {config.head.action_dim}"
             )
+        self.config = config
         self.model = model
+        self.encode = encode
         self.sampling = config.sampling
         self.action_range = vlm.action_range
         self._vlm = vlm
@@ -99,6 +104,7 @@ class CogACTBackbone:
         self.tower_memory, self.look, self.features, self.see = vlm.tower_memory, vlm.look, vlm.features, vlm.see
         self.prefix, self.suffix = vlm.prefix, vlm.suffix
         self.rotary, self.norm, self.visible = vlm.rotary, vlm.norm, vlm.visible
+        self.prompt_ids, self.normalize_proprio = vlm.prompt_ids, vlm.normalize_proprio
 
     @property
     def device(self) -> torch.device:
@@ -126,8 +132,8 @@ class CogACTBackbone:
         Noise is drawn on the host, so that a seed means the same on every device.
 
         Returns:
-            The actions in the units of the data set, float32, (horizon, action_dim), the gripper 0 or 1 where the
-            statistics leave it unscaled; and, as lists, the chunk in [-1, 1] (``normalized``).
+            The actions in the units of the data set, float32, (horizon, action_dim), the gripper closed or open; and,
+            as lists, the chunk in [-1, 1] (``normalized``).
         """
         head = self.model.action_model
         like = head.net.positional_embedding
@@ -138,5 +144,20 @@ class CogACTBackbone:
         drawn = head.sample(hidden[-1:][None].to(like.dtype), self.sampling, draw)
         normalized = np.clip(drawn[0].float().cpu().numpy(), -1.0, 1.0)
         normalized[:, -1] = normalized[:, -1] >= GRIPPER_THRESHOLD
-        actions = self.action_range.unnormalize(normalized).astype(np.float32)
-        return actions, {"normalized": normalized.tolist()}
+        return self.unnormalize_actions(normalized).astype(np.float32), {"normalized": normalized.tolist()}
+
+    def unnormalize_actions(self, normalized: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """What the head draws, [-1, 1], the gripper 0 closed .. 1 open → units of the data set, (..., action_dim)."""
+        actions = self.action_range.unnormalize(normalized)
+        if not self.action_range.mask[-1]:
+            closed, opened = self.config.gripper
+            actions[..., -1] = closed + (opened - closed) * actions[..., -1]
+        return actions
+
+    def normalize_actions(self, actions: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Units of the data set → what the head draws, not clipped, (..., action_dim)."""
+        normalized = self.action_range.normalize(actions)
+        if not self.action_range.mask[-1]:
+            closed, opened = self.config.gripper
+            normalized[..., -1] = (normalized[..., -1] - closed) / (opened - closed)
+        return normalized

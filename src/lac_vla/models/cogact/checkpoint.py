@@ -1,28 +1,34 @@
-"""CogACT checkpoints in their official layout: a training run's folder.
+"""CogACT checkpoints: in their official layout, a training run's folder, and in ours.
 
-``config.json`` and ``dataset_statistics.json``; ``checkpoints/*.pt`` with the state dicts of the parts under ``model``.
-A ``tokenizer.json`` (Llama 2's) must be put beside them: the official code fetches it with the language model.
+Official: ``config.json`` and ``dataset_statistics.json``; ``checkpoints/*.pt`` with the state dicts of the parts under
+``model``. A ``tokenizer.json`` (Llama 2's) must be put beside them: the official code fetches it with the language
+model. Ours: ``model.safetensors`` in place of the ``.pt`` file, and ``config.json`` spells out whatever differs from
+CogACT's own models.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lac_vla.errors import CheckpointError
 from lac_vla.models.cogact.backbone import CogACTBackbone
-from lac_vla.models.cogact.config import CogACTConfig, head_config, vlm_config
+from lac_vla.models.cogact.config import CogACTConfig, head_config, own_options, vlm_config
 from lac_vla.models.cogact.model import CogACTVLA
 from lac_vla.models.llama import reset_rotary
-from lac_vla.models.prismatic.checkpoint import STATISTICS, unused_weights
-from lac_vla.models.prismatic.prompt import Encode, WordHash, load_tokenizer
-from lac_vla.models.weights import check_shapes, randomise, read_json, read_torch
+from lac_vla.models.prismatic.checkpoint import CONFIG, STATISTICS, unused_weights
+from lac_vla.models.prismatic.prompt import Encode, WordHash, load_tokenizer, save_tokenizer
+from lac_vla.models.weights import WEIGHTS, check_shapes, randomise, read_json, read_torch, write_weights
 
-HUB_FILES = ("*.json", "checkpoints/*.pt")
+HUB_FILES = ("*.json", "*.safetensors", "checkpoints/*.pt")
 HEAD = "action_model."
 UNUSED = r"ema_diffusion\..*|action_model\.net\.history_embedder\..*"
 """Official weights that no output depends on: the averaged head, and an embedding of past actions."""
@@ -54,9 +60,9 @@ def load_cogact(
     """Load a run whose ``config.json`` holds ``data``; see :func:`lac_vla.models.load_vla`."""
     vlm = vlm_config(data, read_json(folder / STATISTICS))
     encode = encode or load_tokenizer(folder)
-    weights = _read(_find_weights(folder))
+    weights = _weights(folder)
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    config = CogACTConfig(vlm, head_config(data, found))
+    config = CogACTConfig(vlm, head_config(data, found), **own_options(data))
     with torch.device("meta"):
         model = CogACTVLA(config)
     backbone = CogACTBackbone(
@@ -68,8 +74,30 @@ def load_cogact(
     kept = {key: weights[key].to(device, torch.float32 if key.startswith(HEAD) else dtype, copy=True) for key in wanted}
     model.load_state_dict(kept, assign=True)
     reset_rotary(model.language_model, device)
+    cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)  # as convolutions run fastest
     model.eval()
     return backbone
+
+
+def save_cogact(backbone: CogACTBackbone, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model as :func:`load_cogact` reads it, everything spelt out; see :func:`lac_vla.models.save_vla`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = backbone.config
+    write_weights(backbone.model, folder, dtype)
+    vlm = config.vlm.to_json()
+    statistics = vlm.pop("norm_stats")
+    data = {
+        "model_type": "cogact",
+        "vlm": vlm,
+        "action_model": {"heads": config.head.heads},
+        "prompt_end": config.prompt_end,
+        "sampling": asdict(config.sampling),
+        "gripper": config.gripper,
+        "ensemble": config.ensemble,
+    }
+    (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(backbone.encode, folder)
 
 
 def random_cogact(
@@ -83,8 +111,19 @@ def random_cogact(
         model.to_empty(device=device)
         reset_rotary(model.language_model, device)
         randomise(model, seed)
+        cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)
     model.eval()
     return CogACTBackbone(config, model, WordHash(config.vlm.vocab_size - config.vlm.n_action_bins), name=name)
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder under our names: of our own ``model.safetensors``, else of the official ``.pt`` file."""
+    if not (folder / WEIGHTS).is_file():
+        return _read(_find_weights(folder))
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is truncated or damaged ({error}): fetch it again") from error
 
 
 def _find_weights(folder: Path) -> Path:

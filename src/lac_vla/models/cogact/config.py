@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.cogact.sampler import DIFFUSION_STEPS, strided
 from lac_vla.models.prismatic.config import OPENVLA_PROMPT_END, PrismaticConfig
-from lac_vla.models.prismatic.presets import OPENVLA_7B, TINY
+from lac_vla.models.prismatic.presets import MINI, OPENVLA_7B, TINY
 
 COGNITION_TOKEN = 2
 """Llama 2's end of a sequence. It ends CogACT's prompts; its last hidden state is the cognition feature."""
@@ -84,6 +84,11 @@ class Sampling:
             raise InputError(f"guidance is {self.guidance}; give at least 1, which means none")
         strided(DIFFUSION_STEPS, self.steps)
 
+    @property
+    def visited(self) -> range:
+        """The diffusion steps at which noise is predicted."""
+        return strided(DIFFUSION_STEPS, self.steps if self.method == "ddim" else DIFFUSION_STEPS)
+
 
 @dataclass(frozen=True)
 class CogACTConfig:
@@ -95,6 +100,8 @@ class CogACTConfig:
         head: The action head.
         prompt_end: Tokens behind the tokenizer's.
         sampling: How the backbone draws actions unless told otherwise.
+        gripper: What closed and open are in the data set's units, where the statistics leave the gripper unscaled.
+        ensemble: How many of the last chunks an evaluation averages unless told otherwise; 1 for the newest alone.
 
     Raises:
         CheckpointError: If the parts do not fit together.
@@ -104,9 +111,15 @@ class CogACTConfig:
     head: DiTConfig
     prompt_end: tuple[int, ...] = (OPENVLA_PROMPT_END, COGNITION_TOKEN)
     sampling: Sampling = field(default_factory=Sampling)
+    gripper: tuple[float, float] = (0.0, 1.0)
+    ensemble: int = 1
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
+        if self.gripper[0] == self.gripper[1]:
+            raise CheckpointError(f"gripper is {self.gripper}: closed and open must differ")
+        if not 1 <= self.ensemble <= self.head.horizon:
+            raise CheckpointError(f"ensemble is {self.ensemble}; give 1 to {self.head.horizon}, the length of a chunk")
         if self.head.condition != self.vlm.width:
             raise CheckpointError(
                 f"the action head takes features of width {self.head.condition}, the VLM's have {self.vlm.width}"
@@ -162,6 +175,24 @@ def head_config(data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     return DiTConfig(width, depth, heads, action_dim, horizon, condition)
 
 
+def own_options(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of :class:`CogACTConfig` that a ``config.json`` of ours spells out; an official one has none of them.
+
+    Raises:
+        CheckpointError: If one of them is not understood.
+    """
+    try:
+        read: dict[str, Any] = {
+            "prompt_end": lambda ids: tuple(int(token) for token in ids),
+            "sampling": lambda values: Sampling(**values),
+            "gripper": lambda values: (float(values[0]), float(values[1])),
+            "ensemble": int,
+        }
+        return {name: make(data[name]) for name, make in read.items() if name in data}
+    except (TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"config.json does not describe a CogACT model: {error}") from error
+
+
 COGACT_7B = CogACTConfig(replace(OPENVLA_7B, prompt_end_id=None), DIT["DiT-B"])
 """CogACT-Base."""
 
@@ -173,4 +204,18 @@ TINY_COGACT = CogACTConfig(
 )
 """For tests."""
 
-PRESETS: dict[str, CogACTConfig] = {"cogact-7b": COGACT_7B, "cogact-tiny": TINY_COGACT}
+MINI_COGACT = CogACTConfig(
+    replace(MINI, prompt_end_id=None),
+    DiTConfig(width=128, depth=2, heads=4, condition=192),
+    prompt_end=(COGNITION_TOKEN,),
+    sampling=Sampling(steps=5),
+    gripper=(1.0, -1.0),
+    ensemble=4,
+)
+"""``mini`` with CogACT's head. Its prompt ends as before: what read the first action token is the cognition feature."""
+
+PRESETS: dict[str, CogACTConfig] = {
+    "cogact-7b": COGACT_7B,
+    "mini-cogact": MINI_COGACT,
+    "cogact-tiny": TINY_COGACT,
+}

@@ -6,6 +6,7 @@ The sequence is the condition, cognition feature plus time, and behind it one to
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class TimeEmbedder(nn.Module):
         rates = torch.exp(-math.log(LONGEST_PERIOD) / half * torch.arange(half, device=t.device))
         angles = t[:, None].float() * rates
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        out: torch.Tensor = self.mlp(waves)
+        out: torch.Tensor = self.mlp(waves.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
         return out
 
 
@@ -109,7 +110,10 @@ class DiT(nn.Module):
         Returns:
             The noise, (B, horizon, action_dim).
         """
-        condition = self.t_embedder(t)[:, None] + self.z_embedder(z)
+        return self.denoise(x, self.t_embedder(t)[:, None] + self.z_embedder(z))
+
+    def denoise(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """As :meth:`forward`, given the sum of the embedded step and condition, (B, 1, width)."""
         tokens = torch.cat([condition, self.x_embedder(x)], dim=1) + self.positional_embedding
         for block in self.blocks:
             tokens = block(tokens)

@@ -24,39 +24,30 @@ class ActionHead(nn.Module):
         super().__init__()
         self.net = DiT(config)
 
-    def noise(self, x: torch.Tensor, t: int, z: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Predict the noise in actions, with classifier-free guidance (Ho & Salimans, 2022, arXiv 2207.12598).
-
-        Args:
-            x: Noisy actions, (1, horizon, action_dim).
-            t: Diffusion step.
-            z: Cognition feature, (1, 1, condition).
-            guidance: See :class:`Sampling`.
-
-        Returns:
-            The noise, (1, horizon, action_dim).
-        """
-        if guidance > 1:  # both predictions in one batch
-            z = torch.cat([z, self.net.z_embedder.uncondition[None]])
-        steps = torch.full((len(z),), t, device=x.device)
-        predicted: torch.Tensor = self.net(x.expand(len(z), -1, -1), steps, z)
-        given, absent = predicted[:1], predicted[-1:]
-        return absent + guidance * (given - absent)
-
     def sample(self, z: torch.Tensor, sampling: Sampling, draw: Draw) -> torch.Tensor:
-        """Draw a chunk.
+        """Draw a chunk for every cognition feature, with classifier-free guidance.
+
+        Guidance: Ho & Salimans, 2022, arXiv 2207.12598. What does not change from step to step is embedded once.
 
         Args:
-            z: Cognition feature, (1, 1, condition).
+            z: Cognition features, (B, 1, condition).
             sampling: How.
-            draw: Makes noise, (1, horizon, action_dim).
+            draw: Makes noise, (B, horizon, action_dim).
 
         Returns:
-            Normalised actions, not clipped, (1, horizon, action_dim).
+            Normalised actions, not clipped, (B, horizon, action_dim).
         """
+        size, guided = len(z), sampling.guidance > 1
+        if guided:  # both predictions in one batch
+            z = torch.cat([z, self.net.z_embedder.uncondition.expand(size, 1, -1)])
+        feature = self.net.z_embedder(z)
+        visited = sampling.visited
+        steps = dict(zip(visited, self.net.t_embedder(torch.tensor(visited, device=z.device)), strict=True))
 
         def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
-            return self.noise(x, t, z, sampling.guidance)
+            predicted = self.net.denoise(torch.cat([x, x]) if guided else x, feature + steps[t])
+            given, absent = predicted[:size], predicted[-size:]
+            return absent + sampling.guidance * (given - absent)
 
         if sampling.method == "ddpm":
             return ddpm(denoise, draw, SCHEDULE)

@@ -50,6 +50,17 @@ class Schedule:
         """Share of the signal's variance that is left after every step, (steps,)."""
         return np.cumprod(1.0 - self.betas)
 
+    def noised(self, clean: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The forward process, DDPM's eq. 4: clean actions at given steps.
+
+        Args:
+            clean: (B, horizon, action_dim).
+            t: Steps, int64, (B,).
+            noise: Standard normal, of the actions' shape.
+        """
+        left = torch.from_numpy(self.alpha_bar).to(clean.device)[t].view(-1, 1, 1)
+        return left.sqrt().to(clean.dtype) * clean + (1.0 - left).sqrt().to(clean.dtype) * noise
+
     @cached_property
     def posterior_variance(self) -> npt.NDArray[np.float64]:
         """Variance of step t − 1 given steps t and 0, DDPM's eq. 7, (steps,)."""

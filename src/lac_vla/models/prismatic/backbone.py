@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lac_vla.errors import CheckpointError, InputError
@@ -39,6 +40,7 @@ class PrismaticBackbone:
     Attributes:
         model: The modules.
         encode: The tokenizer.
+        prompt_ids: Instruction → token ids of its whole prompt.
         actions: Action values ↔ token ids.
         action_range: Units of the actions.
         proprio_range: Units of the proprioception; ``None`` if the model takes none.
@@ -79,7 +81,7 @@ class PrismaticBackbone:
         self._cameras = dict(zip(names, config.cameras, strict=True))
         self._grids = dict(zip(names, model.vision_backbone.grids.values(), strict=True))
         self._crop = make_pipeline(image_pipeline or config.image_resize_strategy)
-        self._ids = lru_cache(PROMPTS_REMEMBERED)(Prompt.of(config, encode).ids)
+        self.prompt_ids = lru_cache(PROMPTS_REMEMBERED)(Prompt.of(config, encode).ids)
 
     @property
     def name(self) -> str:
@@ -145,7 +147,7 @@ class PrismaticBackbone:
     def layout(self, frame: Frame) -> TokenLayout:
         """``[BOS | visual tokens of all cameras | proprio token, if any | text]``."""
         n_proprio = self.proprio_range is not None
-        return TokenLayout.of(self._grids, 1, len(self._ids(frame.instruction)) - 1 + n_proprio)
+        return TokenLayout.of(self._grids, 1, len(self.prompt_ids(frame.instruction)) - 1 + n_proprio)
 
     def tower_memory(self) -> TowerMemory | None:
         """An empty memory for :meth:`features`; ``None`` if the towers are convolutions."""
@@ -178,7 +180,7 @@ class PrismaticBackbone:
 
     def prefix(self, frame: Frame) -> torch.Tensor:
         """Embedding of BOS, (1, width)."""
-        return self._embed(self._ids(frame.instruction)[:1])
+        return self._embed(self.prompt_ids(frame.instruction)[:1])
 
     def suffix(self, frame: Frame) -> torch.Tensor:
         """Embeddings of proprioception, if the model takes it, and text, (n_suffix, width).
@@ -186,11 +188,15 @@ class PrismaticBackbone:
         Raises:
             InputError: If the model takes proprioception and the frame has none, or one of another length.
         """
-        text = self._embed(self._ids(frame.instruction)[1:])
+        text = self._embed(self.prompt_ids(frame.instruction)[1:])
         if self.model.proprio_projector is None:
             return text
         proprio = torch.from_numpy(self.normalize_proprio(frame.proprio)).to(self.device, self.dtype)
         return torch.cat([self.model.proprio_projector(proprio)[None], text])
+
+    def normalize_actions(self, actions: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Units of the data set → about [-1, 1], not clipped, (..., action_dim)."""
+        return self.action_range.normalize(actions)
 
     def normalize_proprio(self, proprio: FloatArray | None) -> FloatArray:
         """Proprioception in units of the data set → about [-1, 1], clipped, (..., proprio_dim), float32.

@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 
 from lac_vla.models.llama import reset_rotary
 from lac_vla.models.prismatic.backbone import PrismaticBackbone
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.model import PrismaticVLA
-from lac_vla.models.prismatic.prompt import TOKENIZER, Encode, FileTokenizer, WordHash, load_tokenizer
+from lac_vla.models.prismatic.prompt import Encode, WordHash, load_tokenizer, save_tokenizer
 from lac_vla.models.prismatic.towers import ViTConfig
-from lac_vla.models.weights import WEIGHTS, load_weights, randomise, read_json
+from lac_vla.models.weights import load_weights, randomise, read_json, write_weights
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 STATISTICS = "dataset_statistics.json"
-PARTIAL = "model.safetensors.partial"
 
 
 def load_prismatic(
@@ -62,14 +60,10 @@ def save_prismatic(backbone: PrismaticBackbone, folder: Path, dtype: torch.dtype
     """Write a model in the official layout; see :func:`lac_vla.models.save_vla`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = backbone.model.config
-    state = backbone.model.state_dict()
-    weights = {key: value.to("cpu", dtype).contiguous() for key, value in state.items()}
-    save_file(weights, folder / PARTIAL, metadata={"format": "pt"})
-    (folder / PARTIAL).replace(folder / WEIGHTS)  # never half a file under the final name
+    write_weights(backbone.model, folder, dtype)
     (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
     (folder / STATISTICS).write_text(json.dumps(config.norm_stats, indent=2) + "\n", encoding="utf-8")
-    if isinstance(backbone.encode, FileTokenizer):
-        backbone.encode.tokenizer.save(str(folder / TOKENIZER))
+    save_tokenizer(backbone.encode, folder)
 
 
 def random_prismatic(

@@ -122,6 +122,12 @@ def load_tokenizer(folder: Path) -> Encode:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
+def save_tokenizer(encode: Encode, folder: Path) -> None:
+    """Write a tokenizer into a checkpoint's folder; one that is no file's, e.g. :class:`WordHash`, is left out."""
+    if isinstance(encode, FileTokenizer):
+        encode.tokenizer.save(str(folder / TOKENIZER))
+
+
 def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer: it can spell any text and needs no token for the unknown.
 

@@ -1,0 +1,122 @@
+"""Demonstrations as a model is shown them: targets of every frame, and augmented batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lac_vla.models import CogACTBackbone, PrismaticBackbone
+from lac_vla.training.config import PretrainConfig
+from lac_vla.training.frames import GRIPPER, FrameBank, quantiles, shift_images
+from lac_vla.training.objectives.base import Batch, Targets
+from lac_vla.types import IntArray
+
+STATISTICS_KEY = "libero"
+"""Key of the bundled models' normalisation statistics."""
+
+
+def statistics(bank: FrameBank) -> dict[str, Any]:
+    """The data set's, as a model keeps them; the gripper is not scaled."""
+    scaled = [dim for dim in range(bank.action.shape[1]) if dim != GRIPPER]
+    return {STATISTICS_KEY: {"action": quantiles(bank.action, scaled), "proprio": quantiles(bank.state)}}
+
+
+@dataclass
+class Chance:
+    """Where a run's chance comes from.
+
+    Attributes:
+        rng: What is shown, and how it is moved and tinted.
+        noise: Of pixels, tokens and actions.
+    """
+
+    rng: np.random.Generator
+    noise: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int) -> Chance:
+        """Chance that a number decides."""
+        return cls(np.random.default_rng(seed), torch.Generator().manual_seed(seed))
+
+
+class Demonstrations:
+    """Frames with their targets.
+
+    Args:
+        bank: The frames.
+        vla: The model that learns from them: its prompts, and the units of its head.
+        config: The run.
+        horizon: Actions that a target holds.
+
+    Attributes:
+        bank: The frames.
+        train: Those that are shown.
+        held_out: Those of the episodes kept for validation.
+    """
+
+    def __init__(
+        self, bank: FrameBank, vla: PrismaticBackbone | CogACTBackbone, config: PretrainConfig, horizon: int
+    ) -> None:
+        self.bank, self._config = bank, config
+        self.train, self.held_out = bank.split(config.held_out, config.seed)
+        self._chunks = vla.normalize_actions(bank.chunks(horizon)).clip(-1, 1).astype(np.float32)
+        self._proprio = vla.normalize_proprio(bank.state)
+        hindsight, self._ahead = bank.hindsight()
+        self._hindsight = (hindsight - hindsight.mean(axis=(0, 1))) / hindsight.std(axis=(0, 1))
+        prompts = [vla.prompt_ids(text)[1:] for text in bank.instructions]
+        self._text_length = np.asarray([len(ids) for ids in prompts])
+        self._text = np.zeros((len(prompts), self._text_length.max()), dtype=np.int64)
+        for row, ids in zip(self._text, prompts, strict=True):
+            row[: len(ids)] = ids
+        self._text_of = bank.task[bank.episode]
+
+    def batch(self, frames: IntArray, chance: Chance | None) -> Batch:
+        """Assemble frames.
+
+        Args:
+            frames: Which.
+            chance: Of the augmentation: images are shifted and tinted, the proprioception is disturbed; ``None`` for
+                none.
+        """
+        images, shifts = self._images(frames, chance)
+        proprio = self._proprio[frames]
+        if chance is not None:
+            proprio = proprio + chance.rng.normal(0, self._config.proprio_noise, proprio.shape)
+            proprio = proprio * (chance.rng.random((len(frames), 1)) >= self._config.proprio_dropout)
+        task = self._text_of[frames]
+        longest = self._text_length[task].max()
+        return Batch(
+            images=images,
+            shifts=shifts,
+            proprio=torch.from_numpy(np.asarray(proprio, dtype=np.float32)),
+            text=torch.from_numpy(self._text[task, :longest]),
+            text_length=torch.from_numpy(self._text_length[task]),
+            targets=Targets(
+                torch.from_numpy(self._chunks[frames]),
+                torch.from_numpy(np.asarray(self._hindsight[frames], dtype=np.float32)),
+                torch.from_numpy(self._ahead[frames].astype(np.float32)),
+            ),
+        )
+
+    def _images(
+        self, frames: IntArray, chance: Chance | None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Normalised pixels of every camera, and by how many their content was moved."""
+        count, images, shifts = len(frames), {}, {}
+        for camera, stored in self.bank.images.items():
+            chosen = stored[frames]
+            moved = np.zeros((count, 2), dtype=np.int64)
+            if chance is not None:
+                limit = round(self._config.shift * chosen.shape[1])
+                moved = chance.rng.integers(-limit, limit + 1, size=(count, 2))
+            pixels = torch.from_numpy(shift_images(chosen, moved)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            if chance is not None:
+                gain = torch.from_numpy(chance.rng.uniform(0.85, 1.15, (count, 3, 1, 1))).float()
+                offset = torch.from_numpy(chance.rng.uniform(-0.1, 0.1, (count, 1, 1, 1))).float()
+                pixels = pixels * gain + offset + 0.02 * torch.randn(pixels.shape, generator=chance.noise)
+            images[camera] = pixels.to(self._config.device)
+            shifts[camera] = torch.from_numpy(moved)
+        return images, shifts

@@ -1,0 +1,1 @@
+"""What the bundled VLAs are trained by: a loss per action head, over one trunk."""

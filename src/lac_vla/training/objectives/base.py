@@ -1,0 +1,197 @@
+"""What the bundled VLAs learn from a frame: what their head says about its action, and two helpers.
+
+The head's own loss alone localises slowly on little data. Two read-outs of the last prompt token's hidden state make
+the difference (they exist in training only, cost nothing at inference and are not part of the saved model): the next
+actions as a chunk, by L1; and *hindsight*: where the hand is now, where it will close and where it will open again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from lac_vla.models import CogACTBackbone, PrismaticBackbone
+from lac_vla.models.llama import LlamaDecoder
+from lac_vla.models.prismatic.conv import Keep
+from lac_vla.models.prismatic.model import PrismaticVLA
+from lac_vla.models.prismatic.prompt import Encode
+from lac_vla.types import TokenLayout
+
+ACTION_DIMS = 7
+HINDSIGHT_VALUES = 9  # three positions
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What is to be learned from frames.
+
+    Attributes:
+        chunk: Next actions, normalised as the model's head answers, (B, H, A).
+        hindsight: Normalised positions, (B, 3, 3).
+        ahead: Which of them count, (B, 3).
+    """
+
+    chunk: torch.Tensor
+    hindsight: torch.Tensor
+    ahead: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Targets]) -> Targets:
+        """One after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def __getitem__(self, rows: torch.Tensor) -> Targets:
+        """Those of some frames."""
+        return Targets(self.chunk[rows], self.hindsight[rows], self.ahead[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Demonstration frames, ready for the model.
+
+    Attributes:
+        images: Camera → normalised pixels, float32, (B, 3, H, W).
+        shifts: Camera → whole pixels by which its content was moved down and right, (B, 2).
+        proprio: Normalised, (B, S).
+        text: Prompt token ids behind the visual tokens, right-padded, (B, T).
+        text_length: Their true lengths, (B,).
+        targets: What is to be learned from them.
+    """
+
+    images: dict[str, torch.Tensor]
+    shifts: dict[str, torch.Tensor]
+    proprio: torch.Tensor
+    text: torch.Tensor
+    text_length: torch.Tensor
+    targets: Targets
+
+
+class Objective(nn.Module, ABC):
+    """A model with its training-only helpers. A subclass knows the head's loss.
+
+    Args:
+        model: The VLA.
+        chunk: Actions that the chunk helper predicts.
+
+    Attributes:
+        terms: Which of the losses are summed up.
+    """
+
+    terms: tuple[str, ...]
+
+    def __init__(self, model: PrismaticVLA, chunk: int) -> None:
+        super().__init__()
+        self.model = model
+        width = model.config.width
+        self.chunk_head = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, chunk * ACTION_DIMS)
+        )
+        self.hindsight_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, HINDSIGHT_VALUES))
+        self.layout = TokenLayout.of(model.vision_backbone.grids, n_prefix=1, n_suffix=0)
+
+    @abstractmethod
+    def backbone(self, encode: Encode) -> PrismaticBackbone | CogACTBackbone:
+        """The model as the engine takes it, with a tokenizer."""
+
+    @abstractmethod
+    def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
+        """Ids of the tokens behind the prompts, (B, n)."""
+
+    @abstractmethod
+    def losses(
+        self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Losses of what :meth:`read` returned, as :meth:`forward` gives them."""
+
+    def forward(
+        self, batch: Batch, keep: Keep | None, progress: float | None, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Losses of a batch.
+
+        Args:
+            batch: The frames.
+            keep: Row offset, column offset and stride of the visual tokens kept of the first camera (coarse phase), at
+                their own positions; ``None`` for all.
+            progress: Share of the run that is over; ``None`` to validate, without training's noise.
+            generator: Of the noise.
+
+        Returns:
+            Scalars: the ``terms``, and whatever else is worth watching.
+        """
+        read = self.read(batch, keep, self.append(batch, progress, generator))
+        return self.losses(read, batch.targets, progress, generator)
+
+    def read(self, batch: Batch, keep: Keep | None, appended: torch.Tensor) -> torch.Tensor:
+        """Run the trunk over prompts and the tokens behind them.
+
+        Args:
+            batch: The frames.
+            keep: See :meth:`forward`.
+            appended: Ids of tokens behind the prompts, (B, n).
+
+        Returns:
+            Normalised last hidden states of the last prompt token and of all appended ones, (B, 1 + n, width).
+        """
+        model, (size, more) = self.model, appended.shape
+        embed = model.language_model.get_input_embeddings()
+        kept = {} if keep is None else {self.layout.cameras[0].name: keep}
+        visual = model.projector(model.vision_backbone(batch.images, kept, batch.shifts))
+        # [BOS | visual | proprio | text | appended | padding]: under a causal mask, padding behind everything that
+        # counts changes nothing.
+        ids = F.pad(batch.text, (0, more))
+        ids = ids.scatter(1, batch.text_length[:, None] + torch.arange(more), appended)
+        parts = [embed(torch.full((size, 1), model.config.bos_id)), visual]
+        if model.proprio_projector is not None:
+            parts.append(model.proprio_projector(batch.proprio)[:, None])
+        parts.append(embed(ids))
+        inputs = torch.cat(parts, dim=1)
+        behind = inputs.shape[1] - 1 - visual.shape[1]
+        hidden = self._decode(inputs, self._positions(keep, behind), ids.shape[1])
+        rows = (batch.text_length - 1)[:, None] + torch.arange(1 + more)
+        return hidden[torch.arange(size)[:, None], rows]
+
+    def helpers(self, prompt_end: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        """Losses ``chunk`` and ``hindsight`` (normalised L1), of the last prompt token's hidden states, (B, width)."""
+        size = len(prompt_end)
+        chunk = self.chunk_head(prompt_end).float().view(size, -1, ACTION_DIMS)
+        hindsight = (self.hindsight_head(prompt_end).float().view(size, 3, 3) - targets.hindsight).abs().mean(dim=-1)
+        return {
+            "chunk": (chunk - targets.chunk[:, : chunk.shape[1]]).abs().mean(),
+            "hindsight": (hindsight * targets.ahead).sum() / targets.ahead.sum().clamp(min=1),
+        }
+
+    def _positions(self, keep: Keep | None, behind: int) -> torch.Tensor:
+        """Sequence positions of the tokens shown, of which ``behind`` follow the visual ones."""
+        shown = []
+        for index, camera in enumerate(self.layout.cameras):
+            grid = torch.arange(camera.size).view(camera.rows, camera.cols) + camera.start
+            if keep is not None and index == 0:
+                grid = grid[keep[0] :: keep[2], keep[1] :: keep[2]]
+            shown.append(grid.flatten() + 1)
+        return torch.cat([torch.zeros(1, dtype=torch.long), *shown, torch.arange(behind) + 1 + self.layout.n_visual])
+
+    def _decode(self, inputs: torch.Tensor, positions: torch.Tensor, wanted: int) -> torch.Tensor:
+        """The causal decoder over whole sequences, (B, length, width) → its last rows, (B, wanted, width).
+
+        Of the other rows the last layer computes keys and values alone.
+        """
+        decoder = LlamaDecoder(self.model.language_model)
+        rotary = decoder.rotary(positions)
+        grouped = decoder.shape.kv_width != decoder.shape.width
+        length, hidden = inputs.shape[1], inputs
+        rows = [length] * (len(decoder.layers) - 1) + [wanted]
+        for layer, asking in zip(decoder.layers, rows, strict=True):
+            query, key, value = layer.qkv(hidden, rotary, asking)
+            seen = None if asking == length else torch.ones(asking, length, dtype=torch.bool).tril(length - asking)
+            # In float32: on a CPU the backward pass of attention is several times slower in bfloat16.
+            with torch.autocast(hidden.device.type, enabled=False):
+                attended = F.scaled_dot_product_attention(
+                    query.float(), key.float(), value.float(), seen, is_causal=seen is None, enable_gqa=grouped
+                )
+            hidden = layer.finish(hidden[:, -asking:], attended)
+        return decoder.norm(hidden)

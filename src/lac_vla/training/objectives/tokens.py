@@ -1,0 +1,72 @@
+"""Action tokens, learned by cross-entropy with soft targets and noisy teacher forcing."""
+
+from __future__ import annotations
+
+import torch
+
+from lac_vla.models.prismatic.actions import ActionTokenizer
+from lac_vla.models.prismatic.backbone import PrismaticBackbone
+from lac_vla.models.prismatic.config import PrismaticConfig
+from lac_vla.models.prismatic.model import PrismaticVLA
+from lac_vla.models.prismatic.prompt import Encode
+from lac_vla.training.config import PretrainConfig
+from lac_vla.training.objectives.base import ACTION_DIMS, Batch, Objective, Targets
+
+
+class TokenObjective(Objective):
+    """Losses ``tokens`` (nats), ``chunk``, ``hindsight``; and ``action_error``, without a gradient.
+
+    The action error is the mean distance of the most likely bin from the true one, in bins.
+
+    Args:
+        config: The model's.
+        run: The run.
+    """
+
+    terms = ("tokens", "chunk", "hindsight")
+
+    def __init__(self, config: PrismaticConfig, run: PretrainConfig) -> None:
+        super().__init__(PrismaticVLA(config), run.chunk)
+        self.sigma, self.noise = run.sigma, run.noise
+        self.tokenizer = ActionTokenizer(config.vocab_size, config.n_action_bins, config.edge_token)
+        self.n_bins = config.n_action_bins - 1
+        self.last_id = config.vocab_size - 1  # means bin 0; smaller ids mean higher bins
+
+    def backbone(self, encode: Encode) -> PrismaticBackbone:
+        """See :meth:`Objective.backbone`."""
+        return PrismaticBackbone(self.model, encode, name="mini")
+
+    def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
+        """See :meth:`Objective.append`: the recorded action's tokens but the last, some of them replaced by chance."""
+        shown = self._ids(batch.targets)
+        if self.noise and progress is not None:
+            chance = self.last_id - torch.randint(self.n_bins, shown.shape, generator=generator)
+            shown = torch.where(torch.rand(shown.shape, generator=generator) < self.noise, chance, shown)
+        return shown[:, :-1]
+
+    def losses(
+        self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`Objective.losses`; the width of the soft targets falls with ``progress``.
+
+        ``read`` holds the row before every action token, (B, A, width).
+        """
+        first, last = self.sigma
+        sigma = last if progress is None else first * (last / first) ** min(1.0, progress / 0.9)
+        bins = torch.arange(self.n_bins)
+        truth = self.last_id - self._ids(targets)
+        widths = torch.full((ACTION_DIMS, 1), sigma)
+        widths[-1] = 0.5  # the gripper knows open and closed only
+        target = torch.softmax(-0.5 * ((bins - truth[..., None]) / widths) ** 2, dim=-1)
+        logits = self.model.language_model.lm_head(read).float().log_softmax(dim=-1)[..., self.last_id - bins]
+        with torch.no_grad():
+            error = (logits.argmax(dim=-1) - truth).abs().float().mean()
+        return {
+            "tokens": -(target * logits).sum(dim=-1).mean(),
+            **self.helpers(read[:, 0].float(), targets),
+            "action_error": error,
+        }
+
+    def _ids(self, targets: Targets) -> torch.Tensor:
+        """Token ids of the recorded actions, (B, A)."""
+        return torch.from_numpy(self.tokenizer.encode(targets.chunk[:, 0].numpy()))
