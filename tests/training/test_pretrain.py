@@ -192,7 +192,7 @@ def test_the_noise_loss_is_that_of_the_forward_process(diffusion: PretrainConfig
         noisy = bar**0.5 * clean[index] + (1 - bar) ** 0.5 * noise[index]
         predicted = net(noisy[None].float(), t[index : index + 1], feature[index % 3][None])
         squares += float((predicted[0].detach() - noise[index]).square().mean()) / 24
-    assert float(found) == pytest.approx(squares, rel=1e-4)
+    assert float(found.detach()) == pytest.approx(squares, rel=1e-4)
     assert set(targets.chunk[..., 6].unique().tolist()) <= {0.0, 1.0}  # 1 is open: −1 in the data set
     assert torch.equal(
         targets.chunk[:, 0, 6], torch.from_numpy(run.data.bank.action[run.data.train[:3], 6] < 0).float()
