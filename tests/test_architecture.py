@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "lac_vla"
 FLOORS = [
-    {"errors", "types", "timing", "levers"},
+    {"errors", "types", "timing", "levers", "step"},
     {"cache", "flow"},
     {"policies", "models"},
     {"prefill", "budget"},

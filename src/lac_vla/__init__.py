@@ -4,8 +4,9 @@ from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraEr
 from lac_vla.levers import Levers
 from lac_vla.models import PrismaticBackbone, load_vla, random_vla, save_vla
 from lac_vla.policies import CachePolicy, Dense, LACConfig, LACPolicy, Motion, Random, make_policy
+from lac_vla.step import Step
 from lac_vla.types import Decision, Frame, TokenLayout, View
-from lac_vla.vla import CachedVLA, Session, Step
+from lac_vla.vla import CachedVLA, Session
 
 __version__ = "0.1.0"
 

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.models.base import Backbone, DecoderShape
+from lac_vla.step import Step
 from lac_vla.types import Beyond, BoolArray, Decision, Frame, TokenLayout, Watch
-from lac_vla.vla import Step
 
 
 def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = None) -> int:

@@ -21,8 +21,9 @@ from lac_vla.levers import Levers, rounded_up
 from lac_vla.models.base import Backbone
 from lac_vla.policies import CachePolicy, Dense
 from lac_vla.prefill import Prompt, extend, partial_prefill, run_layers
-from lac_vla.timing import Stopwatch, windows
-from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, IntArray, TokenLayout, UInt8Image, View, Watch
+from lac_vla.step import Step
+from lac_vla.timing import Stopwatch
+from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, TokenLayout, UInt8Image, View
 
 
 @dataclass(frozen=True)
@@ -73,86 +74,6 @@ class CachedVLA:
             seed: Of everything that this session leaves to chance.
         """
         return Session(self, seed)
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What the last call of :meth:`Session.act` did.
-
-    Attributes:
-        layout: Where the tokens were.
-        decision: How deep every visual token was computed.
-        forced: bool, (N,): tokens that the policy would have cached, recomputed because of their age.
-        age: Age of every slot after the frame, in frames, int64, (N,).
-        dense_because: Why the policy was not asked (``"first frame"``, ``"scene cut"``, …); ``None`` if it was.
-        stages: Milliseconds by stage, see :data:`lac_vla.timing.STAGES`.
-        info: What the backbone says about its action (token ids, …).
-        pixels: Camera → what the model saw.
-        policy_macs: Multiply-accumulates of the policy's own networks.
-        watch: Attention that was computed aside for the policy.
-        draft: Tokens that rode along in the prefill as a guess.
-        passes: First and one-past-last appended token of every decoding pass behind the prefill.
-        seen: Visual tokens whose features the vision tower computed, bool, (N,).
-        fallbacks: Runs of layers that the lever ``graphs`` left to the ordinary loop.
-    """
-
-    layout: TokenLayout
-    decision: Decision
-    forced: BoolArray
-    age: IntArray
-    dense_because: str | None
-    stages: Mapping[str, float]
-    info: Mapping[str, Any]
-    pixels: Mapping[str, UInt8Image]
-    policy_macs: int = 0
-    watch: Watch | None = None
-    draft: int = 0
-    passes: tuple[tuple[int, int], ...] = ()
-    seen: BoolArray | None = None
-    fallbacks: int = 0
-
-    @property
-    def ratio(self) -> float:
-        """Effective cache ratio, in [0, 1]."""
-        return self.decision.ratio
-
-    @property
-    def nominal_ratio(self) -> float | None:
-        """The cache ratio that the policy aimed at, in [0, 1]; ``None`` if it aims at none."""
-        return self.decision.nominal_ratio
-
-    @property
-    def accepted(self) -> int | None:
-        """How many of the drafted tokens stood; ``None`` if there was no draft."""
-        if not self.draft:
-            return None
-        return self.passes[0][0] if self.passes else self.draft
-
-    @property
-    def oldest_age(self) -> int:
-        """Age of the oldest slot after the frame, in frames."""
-        return int(self.age.max())
-
-    @property
-    def active(self) -> BoolArray:
-        """Visual tokens computed in every layer, bool, (N,)."""
-        return self.decision.active
-
-    @property
-    def cached(self) -> BoolArray:
-        """Visual tokens reused or pruned in at least one layer, bool, (N,)."""
-        return ~self.active
-
-    @property
-    def recovered(self) -> BoolArray:
-        """Visual tokens recomputed by recovery, because of their age or to fill a bucket, bool, (N,)."""
-        recovered = self.decision.recovered
-        return self.forced if recovered is None else recovered | self.forced
-
-    @property
-    def timings(self) -> dict[str, float]:
-        """Milliseconds in the three windows, see :data:`lac_vla.timing.WINDOWS`."""
-        return windows(self.stages)
 
 
 class Session:

@@ -13,7 +13,7 @@ from tests.sims import fakes
 
 from lac_vla import InputError, random_vla
 from lac_vla.cli import main
-from lac_vla.evaluation import simpler
+from lac_vla.evaluation import methods, simpler
 from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.simpler import SimplerConfig, evaluate_simpler
 from lac_vla.evaluation.simpler_table import tables, terminal_table
@@ -44,7 +44,7 @@ def make(folder: Path) -> Make:
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimplerConfig:
     camera = replace(TINY_COGACT.vlm.cameras[0], name="overhead_camera")
     model = replace(TINY_COGACT, vlm=replace(TINY_COGACT.vlm, cameras=(camera,)))
-    monkeypatch.setattr(simpler, "load_vla", lambda *_, **__: random_vla(model))
+    monkeypatch.setattr(methods, "load_vla", lambda *_, **__: random_vla(model))
     monkeypatch.setattr(simpler.SimplerEnv, "horizon", STEPS)
     return SimplerConfig(
         "a-model", tmp_path / "run", "vm", ("dense", "random:ratio=0.5"), tasks=(0, APPLE), limit=2, retries=1

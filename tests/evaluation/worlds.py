@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 from tests.engine.scenes import frame
 
-from lac_vla import Frame
+from lac_vla import Frame, random_vla, save_vla
 from lac_vla.evaluation.records import read_episodes
+from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 
 
 class FakeEnv:
@@ -39,6 +40,15 @@ class FakeEnv:
 
     def close(self) -> None:
         pass
+
+
+def save_tiny(folder: Path, name: str = "tiny") -> Path:
+    """A checkpoint of random weights with a tokenizer."""
+    backbone = random_vla(name)
+    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
+    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
+    save_vla(backbone, folder)
+    return folder
 
 
 def outcomes(run: Path) -> list[Any]:

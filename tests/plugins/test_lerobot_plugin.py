@@ -12,9 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from lac_vla import random_vla, save_vla
-from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+from tests.evaluation.worlds import save_tiny
 
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "integrations" / "lerobot_policy_lac_vla"
@@ -41,10 +39,7 @@ def installed(folder: Path) -> str:
 
 @pytest.mark.slow
 def test_a_rollout_by_lerobot(lerobot_python: str, tmp_path: Path) -> None:
-    backbone = random_vla("tiny")
-    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
-    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
-    save_vla(backbone, tmp_path / "model")
+    save_tiny(tmp_path / "model")
     (tmp_path / "path").mkdir()
     run = subprocess.run(
         [lerobot_python, Path(__file__).with_name("lerobot_robot.py"), tmp_path / "model", tmp_path / "saved"],

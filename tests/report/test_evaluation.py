@@ -9,7 +9,7 @@ import pytest
 
 from lac_vla.errors import InputError
 from lac_vla.report import build_report
-from tests.report.pages import CHROMIUM, Page, check_self_contained, dump_dom
+from tests.report.pages import Page, check_self_contained, dump_dom, needs_browser
 
 MEASURED = ("ratio_effective", "ratio_nominal", "oldest_age", "macs", "latency_ms", "peak_memory_mb", "video")
 
@@ -144,7 +144,7 @@ def test_an_unwritable_place_is_named(run_dir: Path, tmp_path: Path) -> None:
         build_report([run_dir], tmp_path / "file" / "report.html")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+@needs_browser
 def test_a_browser_shows_the_table_and_plays_the_videos(html: Path, tmp_path: Path) -> None:
     shown = dump_dom(html, tmp_path)
     page = Page(shown)

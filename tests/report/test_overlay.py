@@ -9,8 +9,8 @@ import pytest
 from lac_vla.errors import InputError
 from lac_vla.report import overlay as draw
 from lac_vla.report.video import sample_frames
+from lac_vla.step import Step
 from lac_vla.types import Decision, Frame, TokenLayout
-from lac_vla.vla import Step
 
 GRID = (4, 4)
 COLOUR = (200, 40, 90)

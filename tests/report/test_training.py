@@ -17,7 +17,7 @@ from lac_vla.errors import InputError
 from lac_vla.report import build_training_report
 from lac_vla.report.training import training_table, write_saliency
 from lac_vla.report.training_run import TrainingRun, read_metrics
-from tests.report.pages import CHROMIUM, Page, check_self_contained, dump_dom
+from tests.report.pages import Page, check_self_contained, dump_dom, needs_browser
 
 CONFIG = {
     "vla": "checkpoints/mini",
@@ -142,7 +142,7 @@ def test_nothing_is_loaded_from_elsewhere(html: Path) -> None:
     check_self_contained(html)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+@needs_browser
 def test_a_browser_shows_the_page_within_its_width(html: Path, tmp_path: Path) -> None:
     dom = dump_dom(html, tmp_path)
     assert dom.count("<polyline") == 2 + 2 + 4 + 2

@@ -10,26 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lac_vla import InputError, random_vla, save_vla
+from lac_vla import InputError
 from lac_vla.errors import LacError
 from lac_vla.evaluation import worker
 from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import EvalConfig, evaluate
-from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.serving.config import ServeConfig, make_server
 from tests.evaluation.test_runner import outcomes
-from tests.evaluation.worlds import FakeEnv
+from tests.evaluation.worlds import FakeEnv, save_tiny
 from tests.serving.conftest import Running
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    backbone = random_vla("tiny")
-    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
-    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
-    folder = tmp_path_factory.mktemp("served") / "model"
-    save_vla(backbone, folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("served") / "model")
 
 
 @pytest.fixture(scope="module")

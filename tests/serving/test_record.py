@@ -17,15 +17,15 @@ import cv2
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, InputError, LACPolicy, load_vla, random_vla, save_vla
+from lac_vla import CachedVLA, InputError, LACPolicy, load_vla
 from lac_vla.cli import main
 from lac_vla.datasets import LeRobotDataset
-from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.serving import raw, record
 from lac_vla.serving.client import Client
 from lac_vla.serving.config import ServeConfig, make_server
 from lac_vla.serving.metrics import Metrics
 from lac_vla.serving.record import Recorder
+from tests.evaluation.worlds import save_tiny
 from tests.serving.conftest import Running
 
 Start = Callable[..., Running]
@@ -76,12 +76,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    backbone = random_vla("tiny")
-    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
-    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
-    path = tmp_path_factory.mktemp("recorded") / "model"
-    save_vla(backbone, path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("recorded") / "model")
 
 
 def counted(server: Running) -> tuple[float, float]:

@@ -26,15 +26,15 @@ from lac_vla.serving.client import Client, ServerError
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.seen import EVENTS, HEIGHT, KEPT
 from lac_vla.serving.server import Limits
-from lac_vla.vla import Session, Step
-from tests.report.pages import CHROMIUM, Page
+from lac_vla.step import Step
+from lac_vla.vla import Session
+from tests.report.pages import Page, needs_browser
 from tests.serving.chromium import Tab
 from tests.serving.conftest import KEYS, Running, observation
 
 Start = Callable[..., Running]
 KEY = "a-key-of-some-length"
 FACTS = {"server": "lac-vla", "model": "tiny", "method": "motion-0.5"}
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
 
 def basic(password: str, user: str = "lac") -> str:

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tests.evaluation.worlds import save_tiny
 
-from lac_vla import CachedVLA, CheckpointError, Frame, InputError, LACPolicy, load_vla, random_vla, save_vla
+from lac_vla import CachedVLA, CheckpointError, Frame, InputError, LACPolicy, load_vla, save_vla
 from lac_vla.datasets.writer import DatasetWriter
-from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.training import store as store_module
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.store import FrameStore
@@ -47,22 +47,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "demos")
 
 
-def saved(name: str, folder: Path) -> Path:
-    backbone = random_vla(name)
-    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
-    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
-    save_vla(backbone, folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved("tiny", tmp_path_factory.mktemp("vla") / "tiny")
+    return save_tiny(tmp_path_factory.mktemp("vla") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def cogact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved("cogact-tiny", tmp_path_factory.mktemp("vla") / "cogact")
+    return save_tiny(tmp_path_factory.mktemp("vla") / "cogact", "cogact-tiny")
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from lac_vla.errors import InputError
 from lac_vla.evaluation.rollout import peak_memory_mb
 from lac_vla.evaluation.stats import Percentiles
 from lac_vla.levers import Levers
+from lac_vla.step import Step
 from lac_vla.timing import STAGES, WINDOWS
-from lac_vla.vla import Session, Step
+from lac_vla.vla import Session
 
 BOOKKEEPING = ("flow", "policy", "bookkeeping")
 """Stages that a model without cache does not have."""

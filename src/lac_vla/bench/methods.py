@@ -15,8 +15,9 @@ from lac_vla.evaluation.methods import resolve
 from lac_vla.levers import Levers
 from lac_vla.models import PrismaticBackbone
 from lac_vla.policies import paths_by_name
+from lac_vla.step import Step
 from lac_vla.types import FloatArray, Frame
-from lac_vla.vla import CachedVLA, Session, Step
+from lac_vla.vla import CachedVLA, Session
 
 
 class Robot(Protocol):

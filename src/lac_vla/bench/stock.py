@@ -11,9 +11,10 @@ from lac_vla.bench.model import Timed
 from lac_vla.cost import one_by_one
 from lac_vla.models import CogACTBackbone
 from lac_vla.models.prismatic.backbone import PrismaticBackbone
+from lac_vla.step import Step
 from lac_vla.timing import Stopwatch
 from lac_vla.types import Decision, FloatArray, Frame
-from lac_vla.vla import Step, action_noise
+from lac_vla.vla import action_noise
 
 STOCK = "dense stock"
 """Name of the baseline in results and tables."""

@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from lac_vla.errors import InputError
+from lac_vla.levers import Levers
+from lac_vla.models import load_vla
 from lac_vla.policies import CachePolicy, PolicySpec, build_policy
 from lac_vla.policies.lac import SUBFOLDER
+from lac_vla.vla import CachedVLA
 
 
 def method_name(spec: str) -> str:
@@ -48,3 +51,50 @@ def make_methods(specs: Sequence[str], model: str | None) -> dict[str, CachePoli
             raise InputError(f"two policies are called {name!r}; name one of them otherwise, e.g. other@{spec}")
         methods[name] = resolve(spec, model)
     return methods
+
+
+def load_methods(
+    specs: Sequence[str],
+    model: str,
+    *,
+    device: str = "cpu",
+    cameras: Sequence[str] | None = None,
+    unnorm_key: str | None = None,
+    image_pipeline: str | None = None,
+    flow: str | None = None,
+    max_age: int = 16,
+    levers: str = "default",
+) -> dict[str, CachedVLA]:
+    """Load a checkpoint once, and put every policy of a run beside it.
+
+    Args:
+        specs: See :func:`make_methods`.
+        model: Checkpoint folder or hub id.
+        device: See :func:`lac_vla.models.load_vla`, as for the next three.
+        cameras: Names of the cameras in ``Frame.images``.
+        unnorm_key: Statistics key of the checkpoint.
+        image_pipeline: The model's image geometry, if not its own.
+        flow: See :class:`lac_vla.vla.CachedVLA`, as for the next one.
+        max_age: No slot is reused once it is this old, frames.
+        levers: See :meth:`lac_vla.levers.Levers.parse`.
+
+    Returns:
+        By method.
+
+    Raises:
+        InputError: As :func:`make_methods` does, or if a setting does not fit the model.
+        CheckpointError: If the model cannot be loaded.
+    """
+    policies, chosen = make_methods(specs, model), Levers.parse(levers)
+    backbone = load_vla(
+        model,
+        device=device,
+        dtype="auto",
+        cameras=cameras,
+        unnorm_key=unnorm_key,
+        image_pipeline=image_pipeline,
+    )
+    return {
+        name: CachedVLA(backbone, policy, flow=flow, max_age=max_age, levers=chosen)
+        for name, policy in policies.items()
+    }

@@ -15,8 +15,9 @@ import torch
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
+from lac_vla.step import Step
 from lac_vla.types import FloatArray, Frame
-from lac_vla.vla import Session, Step
+from lac_vla.vla import Session
 
 
 class Simulator(Protocol):

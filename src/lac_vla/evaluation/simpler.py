@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from lac_vla.cost import CostModel
 from lac_vla.errors import InputError
-from lac_vla.evaluation.methods import make_methods, method_name
+from lac_vla.evaluation.methods import load_methods, make_methods, method_name
 from lac_vla.evaluation.records import finished
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.evaluation.simpler_table import EPISODES, TABLE, tables
 from lac_vla.flow import make_flow
 from lac_vla.levers import Levers
-from lac_vla.models import AdaptiveEnsemble, load_vla
+from lac_vla.models import AdaptiveEnsemble
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
 from lac_vla.sims.simpler.actions import Convention, conversion
@@ -32,7 +32,7 @@ from lac_vla.sims.simpler.episode import Episode, Setup
 from lac_vla.sims.simpler.ms2 import SERVER, Ms2Backend
 from lac_vla.sims.simpler.ms3 import Ms3Backend
 from lac_vla.sims.simpler.protocol import episodes, tasks
-from lac_vla.vla import CachedVLA, Session
+from lac_vla.vla import Session
 
 CONFIG, SUMMARY = "config.json", "summary.json"
 CHANGEABLE = ("python", "assets", "timeout_s", "retries", "threads", "check", "limit", "tasks")
@@ -224,19 +224,18 @@ def _sessions(config: SimplerConfig) -> dict[str, Session]:
     if config.threads:
         torch.set_num_threads(config.threads)
     robot = tasks(config.setup)[0].robot
-    backbone = load_vla(
+    vlas = load_methods(
+        config.policies,
         config.model,
         device=config.device,
-        dtype="auto",
         cameras=(robot.camera,),
         unnorm_key=config.unnorm_key or robot.dataset,
         image_pipeline=config.image_pipeline,
+        flow=config.flow,
+        max_age=config.max_age,
+        levers=config.levers,
     )
-    levers = Levers.parse(config.levers)
-    return {
-        name: CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age, levers=levers).session(config.seed)
-        for name, policy in make_methods(config.policies, config.model).items()
-    }
+    return {name: vla.session(config.seed) for name, vla in vlas.items()}
 
 
 def _open(config: SimplerConfig, simulator: Backend) -> set[tuple[str, int, int]]:

@@ -12,18 +12,17 @@ import torch
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.cluster import Job, run_on_ray
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.methods import make_methods, method_name
+from lac_vla.evaluation.methods import load_methods, method_name
 from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.remote import RemoteSession
 from lac_vla.evaluation.rollout import Driver, Simulator, rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
-from lac_vla.levers import Levers
-from lac_vla.models import AdaptiveEnsemble, CogACTBackbone, load_vla
+from lac_vla.models import AdaptiveEnsemble, CogACTBackbone
 from lac_vla.models.prismatic.actions import libero_gripper
 from lac_vla.report.failures import FailurePicture
 from lac_vla.report.overlay import EpisodeVideo
 from lac_vla.sims.libero import LiberoEnv, instructions
-from lac_vla.vla import CachedVLA, Session
+from lac_vla.vla import Session
 
 
 @dataclass
@@ -51,21 +50,20 @@ class Worker:
             return
         if config.threads:
             torch.set_num_threads(config.threads)
-        backbone = load_vla(
+        vlas = load_methods(
+            config.policies,
             config.model,
             device=config.device,
-            dtype="auto",
             unnorm_key=config.unnorm_key,
             image_pipeline=config.image_pipeline,
+            flow=config.flow,
+            max_age=config.max_age,
+            levers=config.levers,
         )
+        backbone = next(iter(vlas.values())).backbone
         if config.ensemble is None and isinstance(backbone, CogACTBackbone):
             self._ensemble = _ensemble_of(backbone.config.ensemble)
-        self.sessions = {
-            name: CachedVLA(
-                backbone, policy, flow=config.flow, max_age=config.max_age, levers=Levers.parse(config.levers)
-            ).session(config.seed)
-            for name, policy in make_methods(config.policies, config.model).items()
-        }
+        self.sessions = {name: vla.session(config.seed) for name, vla in vlas.items()}
 
     def environment(self, task: int) -> LiberoEnv:
         """The simulator of a task; the last one is kept open."""

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from lac_vla.errors import InputError
+from lac_vla.step import Step
 from lac_vla.types import FloatArray, Frame, UInt8Image
-from lac_vla.vla import CachedVLA, Step
+from lac_vla.vla import CachedVLA
 
 IMAGES = "observation.images."
 STATE = "observation.state"

@@ -7,12 +7,9 @@ from typing import Any, NoReturn
 import torch
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation.methods import resolve
+from lac_vla.evaluation.methods import load_methods
 from lac_vla.lerobot.bridge import Bridge
 from lac_vla.lerobot.configuration_lac_vla import NO_TRAINING, LacVlaConfig
-from lac_vla.levers import Levers
-from lac_vla.models import load_vla
-from lac_vla.vla import CachedVLA
 
 from lerobot.policies.pretrained import PreTrainedPolicy  # isort: skip # the configuration says what is missing
 
@@ -37,16 +34,16 @@ class LacVlaPolicy(PreTrainedPolicy):  # type: ignore[misc]
         super().__init__(config)
         if not config.vla:
             raise InputError("which model? Give its checkpoint folder or hub id: --policy.vla=…")
-        backbone = load_vla(
+        [vla] = load_methods(
+            (config.policy,),
             config.vla,
             device=config.device or "cpu",
-            dtype="auto",
             unnorm_key=config.unnorm_key,
             image_pipeline=config.image_pipeline,
-        )
-        policy = resolve(config.policy, config.vla)
-        levers = Levers.parse(config.levers)
-        vla = CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age, levers=levers)
+            flow=config.flow,
+            max_age=config.max_age,
+            levers=config.levers,
+        ).values()
         self.robot = Bridge(vla, config.cameras, config.seed)
 
     def reset(self) -> None:

@@ -14,8 +14,8 @@ from lac_vla.evaluation.records import EpisodeRecord, Trial
 from lac_vla.evaluation.summary import DENSE
 from lac_vla.report.overlay import caption, heat, overlay, side_by_side, stacked
 from lac_vla.report.runs import Run
+from lac_vla.step import Step
 from lac_vla.types import Frame, UInt8Image
-from lac_vla.vla import Step
 
 MOMENTS = 4
 """Steps that a picture shows, evenly spread, the last one among them."""

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lac_vla.errors import InputError
 from lac_vla.report.video import VideoFile, write_video
+from lac_vla.step import Step
 from lac_vla.types import BoolArray, FloatArray, Frame, UInt8Image
-from lac_vla.vla import Step
 
 __all__ = [
     "EpisodeVideo",

@@ -101,32 +101,31 @@ def make_server(config: ServeConfig) -> PolicyServer:
 
     from lac_vla import __version__
     from lac_vla.budget import smallest_limit
-    from lac_vla.evaluation.methods import method_name, resolve
-    from lac_vla.levers import Levers
-    from lac_vla.models import load_vla
+    from lac_vla.evaluation.methods import load_methods
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
     from lac_vla.serving.controller import DeadlineController, LatencyTable
     from lac_vla.serving.metrics import Metrics
     from lac_vla.serving.observation import ObservationKeys
     from lac_vla.serving.server import Limits, PolicyServer
     from lac_vla.serving.sessions import Rules
-    from lac_vla.vla import CachedVLA
 
     key, tls = read_key(config.api_key_file), tls_context(config.tls_cert, config.tls_key)
     check_exposure(config.host, key)
     rules = Rules(config.gap_s, config.slack, config.shadow_every, config.shadow_threshold)
-    policy = resolve(config.policy, config.vla)
     if config.threads:
         torch.set_num_threads(config.threads)
-    backbone = load_vla(
+    [(method, vla)] = load_methods(
+        (config.policy,),
         config.vla,
         device=config.device,
-        dtype="auto",
         unnorm_key=config.unnorm_key,
         image_pipeline=config.image_pipeline,
-    )
+        flow=config.flow,
+        max_age=config.max_age,
+        levers=config.levers,
+    ).items()
+    backbone = vla.backbone
     keys = ObservationKeys.parse(backbone.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
-    vla = CachedVLA(backbone, policy, flow=config.flow, max_age=config.max_age, levers=Levers.parse(config.levers))
     table = LatencyTable.measure(vla) if config.deadline_ms or config.slack else None
     controller = None
     if config.deadline_ms and table is not None:
@@ -135,7 +134,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
     facts = {
         "server": f"lac-vla {__version__}",
         "model": backbone.name,
-        "method": method_name(config.policy),
+        "method": method,
         "cameras": dict(keys.cameras),
         "state": keys.state,
         "prompt": keys.prompt,

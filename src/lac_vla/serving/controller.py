@@ -13,6 +13,7 @@ from lac_vla.budget import smallest_limit
 from lac_vla.errors import InputError
 from lac_vla.models import Backbone
 from lac_vla.policies import CachePolicy
+from lac_vla.serving.observation import state_length
 from lac_vla.types import Decision, Frame, View
 from lac_vla.vla import CachedVLA
 
@@ -127,9 +128,8 @@ class _Fixed(CachePolicy):
 def sample_frames(backbone: Backbone, side: int = 224) -> list[Frame]:
     """A few noisy pictures of one scene, as any camera of the model might send them."""
     rng = np.random.default_rng(0)
-    # Not of the protocol: a model that takes proprioception knows the range of each value.
-    proprio = getattr(backbone, "proprio_range", None)
-    state = None if proprio is None else np.zeros(proprio.dim, dtype=np.float32)
+    length = state_length(backbone)
+    state = None if length is None else np.zeros(length, dtype=np.float32)
     scenes = {camera: rng.integers(60, 190, (side, side, 3)) for camera in backbone.grids}
     return [
         Frame(

@@ -26,6 +26,7 @@ from lac_vla.datasets.schema import describe
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.serving.controller import sample_frames
 from lac_vla.serving.metrics import Metrics, log
+from lac_vla.serving.observation import state_length
 from lac_vla.serving.raw import COLUMNS, SUFFIX, Header, RawEpisode, RawWriter
 from lac_vla.serving.sessions import Answer
 from lac_vla.types import FloatArray, Frame
@@ -100,8 +101,8 @@ class Recorder:
         for path in sorted(self._raw.glob(f"*{SUFFIX}")):
             self._hand_over(path, "the server was killed")
 
-    def session(self, name: str) -> Recording:
-        """Record a session."""
+    def session(self, name: str, peer: Any = None) -> Recording:
+        """Record a session; where the robot sits is not kept."""
         return Recording(self, name)
 
     def take(self, session: str, begun: float) -> Take:
@@ -237,13 +238,13 @@ class Recording:
         self._recorder, self._session = recorder, session
         self._take: Take | None = None
 
-    def add(self, answer: Answer, arrived: float, latency_ms: float) -> None:
+    def add(self, answer: Answer, arrived: float, took_ms: float) -> None:
         """Record an answered request; returns at once.
 
         Args:
             answer: What was answered, and to what.
             arrived: When the request came, by ``time.perf_counter()``.
-            latency_ms: From then until the answer was sent.
+            took_ms: From then until the answer was sent.
         """
         if answer.reset is not None:
             self.end(answer.reset)
@@ -253,7 +254,7 @@ class Recording:
             self._take = self._recorder.take(self._session, arrived)
         take = self._take
         take.frames += 1
-        columns = {"seconds": arrived - take.begun, "cache_ratio": answer.step.ratio, "latency_ms": latency_ms}
+        columns = {"seconds": arrived - take.begun, "cache_ratio": answer.step.ratio, "latency_ms": took_ms}
         self._recorder.write(take, answer.frame, answer.message["actions"][0], columns)
 
     def end(self, why: str) -> None:
@@ -265,14 +266,12 @@ class Recording:
 
 def make_recorder(vla: CachedVLA, folder: Path, fps: int, about: Mapping[str, Any], metrics: Metrics) -> Recorder:
     """The recorder of a server of this model: see :class:`Recorder`."""
-    # Not of the protocol: a model that takes proprioception knows the range of each value.
-    proprio = getattr(vla.backbone, "proprio_range", None)
     action = np.atleast_2d(vla.session().act(sample_frames(vla.backbone)[0]))
     return Recorder(
         folder,
         cameras=tuple(vla.backbone.grids),
         action=action.shape[1],
-        state=None if proprio is None else proprio.dim,
+        state=state_length(vla.backbone),
         fps=fps,
         about={**about, "horizon": len(action)},
         metrics=metrics,

@@ -11,7 +11,7 @@ import numpy as np
 from lac_vla.report.overlay import overlay
 from lac_vla.report.page import jpeg
 from lac_vla.serving.sessions import Answer
-from lac_vla.vla import Step
+from lac_vla.step import Step
 
 KEPT = 120
 """Requests whose ratio and latency are shown."""
@@ -66,7 +66,7 @@ class Seen:
     latencies: tuple[float, ...] = ()
     events: tuple[Event, ...] = ()
 
-    def after(self, answer: Answer, instruction: str, at: float) -> Seen:
+    def after(self, answer: Answer, at: float) -> Seen:
         """The session after one more answer, given at the time ``at`` (seconds)."""
         report, frame = answer.message["lac"], self.frames + 1
         events = self.events
@@ -80,7 +80,7 @@ class Seen:
         return replace(
             self,
             at=at,
-            instruction=instruction,
+            instruction=answer.frame.instruction,
             frames=frame,
             step=replace(answer.step, info={}, watch=None),  # these may hold tensors
             limit=report["limit"],

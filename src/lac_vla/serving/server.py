@@ -7,10 +7,11 @@ import logging
 import ssl
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.serving import wire
@@ -18,12 +19,12 @@ from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.metrics import Metrics, log
 from lac_vla.serving.observation import ObservationKeys
-from lac_vla.serving.sessions import RobotSession, Rules
+from lac_vla.serving.sessions import Answer, RobotSession, Rules
 from lac_vla.serving.worker import Worker
 from lac_vla.vla import CachedVLA
 
 if TYPE_CHECKING:  # both need extras that serving does not
-    from lac_vla.serving.record import Recorder, Recording
+    from lac_vla.serving.record import Recorder
     from lac_vla.serving.view import View
 
 try:
@@ -32,6 +33,18 @@ try:
     from websockets.http11 import Request, Response
 except ModuleNotFoundError as error:
     raise MissingExtraError("serve", "Serving") from error
+
+
+class Watcher(Protocol):
+    """Is told what one session does, and never holds it up."""
+
+    def add(self, answer: Answer, arrived: float, took_ms: float) -> None:
+        """A request that came at ``arrived`` (``time.perf_counter()``) was answered; the answer is sent."""
+        ...
+
+    def end(self, why: str) -> None:
+        """The session has ended."""
+        ...
 
 
 FOREIGN = "without an API key this is shown to localhost and 127.0.0.1 alone; give the server a key"
@@ -196,15 +209,13 @@ class PolicyServer:
             return
         robot = RobotSession(self.vla, self.keys, self.rules, self.controller, self.table)
         name = uuid.uuid4().hex
-        recording = None if self.recorder is None else self.recorder.session(name)
         self._robots[ws] = robot
         log("session opened", session=name, peer=ws.remote_address)
-        if self._view is not None:
-            self._view.opened(ws, name)
+        watching = [by.session(name, ws.remote_address) for by in (self.recorder, self._view) if by is not None]
         reason = "closed by the client"
         try:
             await self._send(ws, {**self.facts, "session": name})
-            await self._answer_all(ws, robot, recording)
+            await self._answer_all(ws, robot, watching)
         except ConnectionClosed:
             pass
         except asyncio.TimeoutError:
@@ -223,13 +234,11 @@ class PolicyServer:
             self._busy.discard(ws)
             self._robots.pop(ws, None)
             self._worker.withdraw(ws)
-            if recording is not None:
-                recording.end(reason)
+            for watcher in watching:
+                watcher.end(reason)
             log("session closed", session=name, reason=reason)
-            if self._view is not None:
-                self._view.closed(ws, reason)
 
-    async def _answer_all(self, ws: ServerConnection, robot: RobotSession, recording: Recording | None) -> None:
+    async def _answer_all(self, ws: ServerConnection, robot: RobotSession, watching: Sequence[Watcher]) -> None:
         """One request, one answer, until somebody hangs up."""
         total, not_before = None, 0.0
         while not self._stopping:
@@ -247,10 +256,8 @@ class PolicyServer:
             await self._send(ws, answer.message)
             total = 1e3 * (time.perf_counter() - arrived)
             self.metrics.count(answer, total / 1e3)
-            if recording is not None:
-                recording.add(answer, arrived, total)
-            if self._view is not None:
-                self._view.answered(ws, answer, robot.instruction)
+            for watcher in watching:
+                watcher.add(answer, arrived, total)
             self._busy.discard(ws)
             if (job := robot.spare()) is not None:
                 self._worker.offer(ws, job)

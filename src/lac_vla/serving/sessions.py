@@ -12,8 +12,9 @@ import numpy as np
 from lac_vla.errors import InputError
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.observation import ObservationKeys
+from lac_vla.step import Step
 from lac_vla.types import FloatArray, Frame
-from lac_vla.vla import CachedVLA, Step
+from lac_vla.vla import CachedVLA
 
 SLACK_SHARE = 0.5
 """Of the idle time that a robot is expected to leave, what slack refresh takes at most."""
@@ -106,11 +107,6 @@ class RobotSession:
     def nbytes(self) -> int:
         """Memory of the cache, in bytes."""
         return self._session.nbytes
-
-    @property
-    def instruction(self) -> str:
-        """Of the last request; empty before the first."""
-        return self._instruction or ""
 
     def answer(self, request: Mapping[str, Any], arrived: float) -> Answer:
         """Answer one request.

@@ -14,6 +14,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from email.utils import formatdate
 from functools import cache
 from http import HTTPStatus
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
@@ -46,25 +46,15 @@ class View:
     def __init__(self, facts: Mapping[str, Any], max_age: int, deadline_ms: float | None) -> None:
         self._facts = {name: str(facts[name]) for name in ("server", "model", "method") if name in facts}
         self._max_age, self._deadline_ms = max_age, deadline_ms
-        self._seen: dict[ServerConnection, Seen] = {}
+        self._seen: dict[str, Seen] = {}
         self._closed: deque[dict[str, Any]] = deque(maxlen=CLOSED)
         self._drawing = asyncio.Lock()
 
-    def opened(self, ws: ServerConnection, session: str) -> None:
-        """A robot has connected."""
-        peer = ws.remote_address
+    def session(self, name: str, peer: Any) -> Watched:
+        """Show a session, from the robot's connection on."""
         address = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unknown"
-        self._seen[ws] = Seen(session, address, time.monotonic())
-
-    def answered(self, ws: ServerConnection, answer: Answer, instruction: str) -> None:
-        """Its request was answered."""
-        self._seen[ws] = self._seen[ws].after(answer, instruction, time.monotonic())
-
-    def closed(self, ws: ServerConnection, reason: str) -> None:
-        """It has gone, or was sent away; why."""
-        gone = self._seen.pop(ws)
-        facts = {"session": gone.session, "peer": gone.peer, "frames": gone.frames}
-        self._closed.appendleft({**facts, "reason": reason, "at": time.time()})
+        self._seen[name] = Seen(name, address, time.monotonic())
+        return Watched(self._seen, self._closed, name)
 
     async def respond(self, request: Request) -> Response:
         """Answer a browser's request: ``/view`` is the page, ``/view/state?draw=SESSION,SESSION`` what it shows."""
@@ -94,6 +84,31 @@ class View:
             "closed": closed,
         }
         return json.dumps(state).encode()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One session on the page.
+
+    Attributes:
+        seen: The page's open sessions.
+        closed: Its closed ones, newest first.
+        name: Of this one.
+    """
+
+    seen: dict[str, Seen]
+    closed: deque[dict[str, Any]]
+    name: str
+
+    def add(self, answer: Answer, arrived: float, took_ms: float) -> None:
+        """A request was answered."""
+        self.seen[self.name] = self.seen[self.name].after(answer, time.monotonic())
+
+    def end(self, why: str) -> None:
+        """The robot has gone, or was sent away."""
+        gone = self.seen.pop(self.name)
+        facts = {"session": gone.session, "peer": gone.peer, "frames": gone.frames}
+        self.closed.appendleft({**facts, "reason": why, "at": time.time()})
 
 
 @cache
