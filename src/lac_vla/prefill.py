@@ -101,8 +101,9 @@ def run_layers(
         asking, head_dim).
     """
     query, last = hidden, rows.last
+    added = None if rows.mask is None else _added(rows.mask, hidden.dtype)
     for index, layer in enumerate(layers):
-        mask, causal, asking = rows.mask, rows.causal, None
+        mask, causal, asking = added, rows.causal, None
         if last is not None and index == len(layers) - 1:
             mask, causal, asking = last, False, last.shape[0]
         query, key, value = layer.qkv(hidden, rows.rotary, asking)
@@ -268,6 +269,11 @@ def _suffix_asks(backbone: Backbone, rows: Rows, positions: torch.Tensor, asking
     if rows.mask is not None:
         return replace(rows, last=rows.mask[-asking:])
     return replace(rows, last=backbone.visible(positions[-asking:], positions))  # without a mask, rows are slots
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as what is added to the scores: the kernel would make it of a bool one anew in every layer."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def _attend(

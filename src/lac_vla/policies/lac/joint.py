@@ -85,7 +85,7 @@ class Joint:
         for index, (weight, bias) in enumerate(self._blocks):
             x = x * self._inside if index else x  # behind the stem the empty columns are zero as they are
             x = x + F.gelu(F.conv2d(x, weight, bias, padding=1, groups=groups))
-        features = x[0].flatten(1)[:, self._places]
+        features = x[0].flatten(1).index_select(1, self._places)
         head = self._selector.head
         saliency = self._selector.standard(F.linear(features[: self._width].T, head.weight.flatten(1), head.bias).T)[0]
         if self._predictor is None:
