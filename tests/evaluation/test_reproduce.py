@@ -16,7 +16,7 @@ from lac_vla import InputError, LACConfig, LACPolicy
 from lac_vla.bundled import MINI
 from lac_vla.errors import CheckpointError
 from lac_vla.evaluation.methods import resolve
-from lac_vla.evaluation.paper_tables import paper_tables, statements, verdict
+from lac_vla.evaluation.paper_tables import curve_verdict, paper_tables, statements, verdict
 from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.reproduce import (
     ABLATIONS,
@@ -138,6 +138,47 @@ def test_the_curve_runs_each_ratio_once_and_apart(config: ReproduceConfig) -> No
     assert all("ratio" in spec for _, spec in CURVE)
 
 
+def test_the_curve_compares_points_on_the_same_episodes(config: ReproduceConfig) -> None:
+    done = reproduce(replace(config, curve=True, ratios=(0.5,), side_trials=1))
+    assert {e.init_state for e in done.episodes if e.method == "random-0.25"} == {4, 5}
+    assert {(e.method, e.init_state) for e in done.beside} == {
+        (method, 4) for method in ("dense", "lac", "random-0.25", "random-0.5", "lac-0.5")
+    }
+    assert not any("ncomplete" in text for text in statements(done))
+    lost = [e for e in done.episodes if not (e.method == "lac-0.5" and e.task == 3)]
+    assert any(text.startswith("Incomplete rows, marked *: 1.") for text in statements(replace(done, episodes=lost)))
+    for wrong in (-1, 3):
+        with pytest.raises(InputError, match="at most the 2 trials"):
+            replace(config, side_trials=wrong)
+
+
+def test_stresses_have_a_table_of_their_own(config: ReproduceConfig) -> None:
+    stresses = ("drift", "long")
+    config = replace(config, stresses=stresses, stress_policies=("lac",), side_trials=1)
+    done = reproduce(config)
+    assert {e.method for e in done.episodes} == {"dense", "lac", "random-0.25"}, "calm episodes alone"
+    for name in stresses:
+        found = done.stressed[name]
+        assert {(e.method, e.task, e.init_state) for e in found} == {
+            (method, task, 4) for method in ("dense", "lac") for task in (0, 3)
+        }
+        assert json.loads((config.folder("libero_spatial", stress=name) / "config.json").read_text())["stress"] == name
+    table = paper_tables(done)[-1]
+    assert table.headings == ("method", "calm", *stresses)
+    assert [row[0] for row in table.rows] == ["Dense", "LAC"]
+    assert table.rows[0][1:] == ("2/2",) * 3
+    assert table.rows[1][1].startswith("2/2\n")
+    assert [note.split(" (")[0] for note in table.notes[1:]] == ["Stress 'drift'", "Stress 'long'"]
+    less = replace(done, stressed={**done.stressed, "long": done.stressed["long"][:1]})
+    assert paper_tables(less)[-1].notes[-1] == "incomplete: 2 of the cells have fewer than 2 trials"
+    everyone = plan(replace(config, stress_policies=()))
+    assert everyone.stress_rows == everyone.table_1
+    with pytest.raises(InputError, match="choose one of shake"):
+        plan(replace(config, stresses=("earthquake",)))
+    with pytest.raises(InputError, match="every one once"):
+        replace(config, stresses=("drift", "drift"))
+
+
 def record(method: str, init: int, success: bool, ms: float) -> EpisodeRecord:
     return EpisodeRecord(
         method, "libero_spatial", 0, "x", init, 0, success, 1, 220, latency_ms={"observation_to_action": [ms]}
@@ -192,6 +233,30 @@ def test_who_does_not_lead_is_told_why() -> None:
     assert "leaves out 90 % of the visual tokens, LAC 80 %, so its choice was the better one here" in run(0.9)
 
 
+@pytest.mark.parametrize(
+    ("lac", "said"),
+    [
+        ({"lac": (8, 0.6), "lac-0.5": (9, 0.4)}, "LAC leads the trade-off curve"),
+        (
+            {"lac": (7, 0.8), "lac-0.5": (9, 0.4)},
+            "Ahead of it by the numbers, in success or in what is left out: Motion (8",
+        ),
+        ({"lac": (10, 0.5)}, "Motion (8/10 at 60 %)"),
+    ],
+)
+def test_whether_lac_leads_the_curve_is_said(lac: dict[str, tuple[int, float]], said: str) -> None:
+    played = {"dense": (10, 0.0), "motion-0.8": (8, 0.6), "random-0.5": (9, 0.3), **lac}
+    episodes = [
+        replace(record(method, init, init < 40 + solved, 9.0), ratio_effective=[ratio])
+        for method, (solved, ratio) in played.items()
+        for init in range(40, 50)
+    ]
+    points = (Row("Random, 0.5", "random:ratio=0.5"), *(Row(name, "lac:ratio=0.5") for name in lac if name != "lac"))
+    text = curve_verdict(Reproduction(ReproduceConfig(), (DENSE, MOTION, LAC), (), points, episodes))
+    assert said in text
+    assert "Random" not in text
+
+
 def test_latencies_of_several_processes_are_not_compared() -> None:
     assert "not said" in race(workers=2, dense=(8, 20.0), lac=(9, 10.0))
 
@@ -202,10 +267,8 @@ def test_whose_figures_these_are() -> None:
     assert "our small model 'mini' (2.9 M parameters)" in text
     assert "never to be set beside the paper's" in text
     assert "Altered rendering" in text
-    stressed = Reproduction(ReproduceConfig(stress="drift", rendering="official"), (DENSE, LAC), (), (), done.episodes)
-    text = " ".join(statements(stressed))
-    assert "Stress 'drift'" in text
-    assert "Altered" not in text
+    official = Reproduction(ReproduceConfig(rendering="official"), (DENSE, LAC), (), (), done.episodes)
+    assert "Altered" not in " ".join(statements(official))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lac_vla.evaluation.runner import describe_model
 from lac_vla.evaluation.stats import mcnemar
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.summary import DENSE, MethodRow, Summary, summarize
+from lac_vla.policies import PolicySpec
 from lac_vla.sims.libero import SUITES
 
 PREFILL, CALL, WHOLE = "decoder_prefill", "model_call", "observation_to_action"
@@ -77,7 +78,7 @@ def paper_tables(done: Reproduction) -> list[write.TextTable]:
     success = [(f"{name.removeprefix('libero_')} solved", _success(by_suite.get(name))) for name in suites]
     if len(suites) > 1:
         success.append(("average", lambda row, _: _average(row.method, by_suite, len(suites))))
-    wanted, seeds = _wanted(done.config), (done.config.seed, *done.config.more_seeds)
+    wanted, seeds = _wanted(done.config, done.config.trials), (done.config.seed, *done.config.more_seeds)
     layouts: list[tuple[str, Sequence[Row], Sequence[Column], str]] = [
         ("Table 1: success", done.table_1, (*success, *PAIRED), write.CAPTION),
         ("Table 1: cost", done.table_1, WORK, LATENCY),
@@ -92,7 +93,7 @@ def paper_tables(done: Reproduction) -> list[write.TextTable]:
         columns = (("solved", lambda row, _: write.success(row)), *PAIRED)
         title = f"Dense and LAC with seeds {', '.join(map(str, seeds))}"
         tables.insert(1, _fill(title, (DENSE_ROW, LAC), columns, wanted * len(seeds), pooled, write.CAPTION))
-    return tables
+    return [*tables, *([_stress_table(done)] if done.stress_rows else [])]
 
 
 def _fill(
@@ -110,9 +111,36 @@ def _fill(
     return write.TextTable(title, ("method", *(heading for heading, _ in columns)), tuple(cells), tuple(notes))
 
 
-def _wanted(config: ReproduceConfig) -> int:
-    """Trials that a row should have over all suites."""
-    return sum(config.trials * (len(config.tasks) or SUITES[suite].n_tasks) for suite in config.suites)
+def _stress_table(done: Reproduction) -> write.TextTable:
+    """Episodes solved under every stress, beside those of the same initial states without."""
+    config, methods = done.config, {row.method for row in done.stress_rows}
+    calm = [e for e in done.beside if e.method in methods]
+    summaries = [(words, summarize(found)) for words, found in (("calm", calm), *done.stressed.items())]
+
+    def cell(summary: Summary, row: Row) -> str:
+        found = summary.row(row.method)
+        if found is None:
+            return write.NONE
+        reused = f"\n{write.percent(found.ratio_effective, 0)}" if found.ratio_effective else ""
+        return f"{found.successes}/{found.trials}{reused}"
+
+    cells = [(row.label, *(cell(summary, row) for _, summary in summaries)) for row in done.stress_rows]
+    wanted = _wanted(config, config.beside)
+    short = sum(
+        (found.trials if (found := summary.row(row.method)) else 0) < wanted
+        for _, summary in summaries
+        for row in done.stress_rows
+    )
+    notes = ["Solved, and below it the share of the visual tokens left out", *map(describe_stress, config.stresses)]
+    if short:
+        notes.append(f"incomplete: {short} of the cells have fewer than {wanted} trials")
+    headings = ("method", *(words for words, _ in summaries))
+    return write.TextTable("Under stress, on the same initial states", headings, tuple(cells), tuple(notes))
+
+
+def _wanted(config: ReproduceConfig, trials: int) -> int:
+    """Trials that a row should have over all suites, with so many initial states per task."""
+    return sum(trials * (len(config.tasks) or SUITES[suite].n_tasks) for suite in config.suites)
 
 
 def _success(summary: Summary | None) -> Callable[[MethodRow, MethodRow | None], str]:
@@ -136,16 +164,20 @@ def statements(done: Reproduction) -> list[str]:
     size = about.get("parameters")
     small = f"our small model '{about['name']}' ({size / 1e6:.1f} M parameters)" if size and size < SMALL else None
     said = verdict(done)
+    if done.curve:
+        said.append(curve_verdict(done))
     said.append(
         f"These are figures of {small or about['name']}, never to be set beside the paper's, which are OpenVLA-7B's."
     )
     if config.rendering == "fast":
         said.append("Altered rendering: reflections and multisampling are off. These are not the benchmark's pixels.")
-    if config.stress is not None:
-        said.append(describe_stress(config.stress))
     summary = summarize(done.episodes)
-    rows = {row.method: row for row in (*done.rows, *done.curve)}.values()
-    missing = sum((found.trials if (found := summary.row(row.method)) else 0) < _wanted(config) for row in rows)
+    curve = [row for row in done.curve if row not in done.rows]
+    missing = sum(
+        (found.trials if (found := summary.row(row.method)) else 0) < _wanted(config, trials)
+        for rows, trials in ((done.rows, config.trials), (curve, config.beside))
+        for row in rows
+    )
     if done.seeds and (pair := summarize(done.seeds).row(LAC.method)) and (paired := pair.paired):
         told = f"{paired.both + paired.only_method} solved by LAC, {paired.both + paired.only_dense} by dense"
         said.insert(1, f"Over {paired.pairs} pairs with {1 + len(config.more_seeds)} seeds: {told}.")
@@ -172,6 +204,32 @@ def _why(best: MethodRow, lac: MethodRow, episodes: Sequence[EpisodeRecord]) -> 
     if best.ratio_effective < lac.ratio_effective:
         return f"{said} It leaves out {left_out}: what is computed anew cannot be out of date."
     return f"{said} It leaves out {left_out}, so its choice was the better one here: the gallery shows what LAC lost."
+
+
+def curve_verdict(done: Reproduction) -> str:
+    """Whether LAC leads the trade-off curve: whether for every other point it has one no worse in both respects.
+
+    By the numbers, chance or not.
+    """
+    summary = summarize(done.beside)
+    rows = [(row, found) for row in (*done.rows, *done.curve) if (found := summary.row(row.method))]
+    points = [(row, found, found.ratio_effective) for row, found in rows if found.ratio_effective is not None]
+    ours = [(found.rate, ratio) for row, found, ratio in points if PolicySpec.parse(row.spec).name == LAC.method]
+    ahead = [
+        f"{row.label} ({found.successes}/{found.trials} at {write.percent(ratio, 0)})"
+        for row, found, ratio in points
+        if row.method != DENSE
+        and PolicySpec.parse(row.spec).name != LAC.method
+        and not any(rate >= found.rate and share >= ratio for rate, share in ours)
+    ]
+    if not ours or len(ours) == len(points):
+        return "LAC and another method are needed to say who leads the curve."
+    if not ahead:
+        return "LAC leads the trade-off curve: for every other point it has one that solves and leaves out no less."
+    return (
+        f"LAC does not lead all of the trade-off curve. Ahead of it by the numbers, in success or in what is left out: "
+        f"{', '.join(ahead)}."
+    )
 
 
 def verdict(done: Reproduction) -> list[str]:

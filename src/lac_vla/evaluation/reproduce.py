@@ -87,8 +87,10 @@ class ReproduceConfig:
         ablations: Folders of runs of ``lac train`` with something left out: a row each.
         curve: Also run every method whose ratio can be set at each of ``ratios``, for the trade-off curve.
         ratios: Nominal cache ratios of the curve.
+        stresses: Also run every method under each of these disturbances, see ``lac eval --help``.
+        stress_policies: Only these methods there, chosen as by ``policies``; dense always runs. Empty for all.
+        side_trials: Initial states per task of the curve and under stress, the first ones; 0 for as many as ``trials``.
         levers: Levers beside caching, of all methods, see ``lac eval --help``.
-        stress: What disturbs every episode, see ``lac eval --help``.
         seed: Of every session, and of the scene's fixtures, whose places vary by a centimetre.
         more_seeds: Dense and LAC run once more with each of these, for a closer comparison of the two.
         rendering: ``fast`` (altered pixels, those of the bundled VLA) or ``official``.
@@ -111,8 +113,10 @@ class ReproduceConfig:
     ablations: tuple[Path, ...] = ()
     curve: bool = False
     ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    stresses: tuple[str, ...] = ()
+    stress_policies: tuple[str, ...] = ()
+    side_trials: int = 0
     levers: str = "default"
-    stress: str | None = None
     seed: int = 0
     more_seeds: tuple[int, ...] = ()
     rendering: Literal["fast", "official"] = "fast"
@@ -127,34 +131,53 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if self.trials < 1 or not self.suites or len(set(self.suites)) < len(self.suites):
             raise InputError("give at least one trial, and every suite once")
+        if not 0 <= self.side_trials <= self.trials:
+            raise InputError(f"side_trials is {self.side_trials}: the curve shows at most the {self.trials} trials")
+        if len(set(self.stresses)) < len(self.stresses):
+            raise InputError(f"stresses are {self.stresses}: give every one once")
         if len({self.seed, *self.more_seeds}) < 1 + len(self.more_seeds):
             raise InputError(f"more_seeds is {self.more_seeds}: give every seed once, and not {self.seed}")
 
-    def run(self, suite: str, rows: Sequence[Row], *, curve: bool = False, seed: int | None = None) -> EvalConfig:
+    @property
+    def beside(self) -> int:
+        """Initial states per task of the curve and under stress."""
+        return self.side_trials or self.trials
+
+    def run(
+        self,
+        suite: str,
+        rows: Sequence[Row],
+        *,
+        curve: bool = False,
+        stress: str | None = None,
+        seed: int | None = None,
+    ) -> EvalConfig:
         """The evaluation of some rows on one suite; by default with the first seed."""
+        trials = self.beside if curve or stress else self.trials
         return EvalConfig(
             self.model,
-            self.folder(suite, curve=curve, seed=seed),
+            self.folder(suite, curve=curve, stress=stress, seed=seed),
             tuple(row.spec for row in rows),
             suite=suite,
             tasks=self.tasks,
-            init_states=(self.first, self.first + self.trials),
+            init_states=(self.first, self.first + trials),
             seed=self.seed if seed is None else seed,
             levers=self.levers,
-            stress=self.stress,
+            stress=stress,
             rendering=self.rendering,
             convention=self.convention,
             image_pipeline=self.image_pipeline,
-            videos=0 if curve or seed is not None else self.videos,
+            videos=0 if curve or stress or seed is not None else self.videos,
             device=self.device,
             workers=self.workers,
             threads=self.threads,
             ray=self.ray,
         )
 
-    def folder(self, suite: str, *, curve: bool = False, seed: int | None = None) -> Path:
-        """Where a suite's episodes are; those of the curve and of further seeds apart, for readable reports."""
-        return self.out / f"{suite}{'-curve' if curve else ''}{'' if seed is None else f'-seed{seed}'}"
+    def folder(self, suite: str, *, curve: bool = False, stress: str | None = None, seed: int | None = None) -> Path:
+        """Where a suite's episodes are; those of the curve, under stress and of further seeds apart."""
+        parts = [suite, *(["curve"] if curve else []), *([stress] if stress else [])]
+        return self.out / "-".join([*parts, *([] if seed is None else [f"seed{seed}"])])
 
 
 @dataclass(frozen=True)
@@ -168,6 +191,8 @@ class Reproduction:
         curve: Rows that are run for the curve alone.
         episodes: All episodes of all suites that belong to a row, with the first seed.
         seeds: Those of dense and LAC with all seeds; empty if there is only one.
+        stress_rows: Rows that are run under stress.
+        stressed: Stress → its episodes.
     """
 
     config: ReproduceConfig
@@ -176,6 +201,13 @@ class Reproduction:
     curve: tuple[Row, ...]
     episodes: list[EpisodeRecord]
     seeds: list[EpisodeRecord] = field(default_factory=list)
+    stress_rows: tuple[Row, ...] = ()
+    stressed: dict[str, list[EpisodeRecord]] = field(default_factory=dict)
+
+    @property
+    def beside(self) -> list[EpisodeRecord]:
+        """The episodes that the points of the curve share: those of the first initial states."""
+        return [e for e in self.episodes if e.init_state < self.config.first + self.config.beside]
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -193,8 +225,8 @@ def plan(config: ReproduceConfig) -> Reproduction:
     trained = tuple(ablation_row(folder) for folder in config.ablations)
     table_1: tuple[Row, ...] = TABLE_1
     ablations: tuple[Row, ...] = (*ABLATIONS, *trained)
+    known = _once((*TABLE_1, *ABLATIONS))
     if config.policies:
-        known = _once((*TABLE_1, *ABLATIONS))
         chosen = _once((DENSE, *(row for word in config.policies for row in _chosen(word, known))))
         methods = {row.method for row in chosen}
         table_1 = (*(row for row in TABLE_1 if row.method in methods), *(row for row in chosen if row not in known))
@@ -211,9 +243,15 @@ def plan(config: ReproduceConfig) -> Reproduction:
         ]
         there = {row.method for row in (*table_1, *ablations)}
         curve = tuple(p for p in points if p.method not in there and PolicySpec.parse(p.spec).name in asked)
-    planned = Reproduction(config, table_1, ablations, curve, [])
+    stress_rows: tuple[Row, ...] = ()
+    if config.stresses:
+        words = config.stress_policies
+        stress_rows = _once((DENSE, *(row for word in words for row in _chosen(word, known)))) if words else table_1
+    planned = Reproduction(config, table_1, ablations, curve, [], stress_rows=stress_rows)
     for suite in config.suites:  # refuse what cannot be made before the first episode
         config.run(suite, (*planned.rows, *curve))
+        for stress in config.stresses:
+            config.run(suite, stress_rows, stress=stress)
     return planned
 
 
@@ -227,6 +265,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     planned = plan(config)
     episodes: list[EpisodeRecord] = []
     seeds: list[EpisodeRecord] = []
+    stressed: dict[str, list[EpisodeRecord]] = {}
     for suite in config.suites:
         for rows, curve in ((planned.rows, False), (planned.curve, True)):
             if rows:
@@ -235,9 +274,12 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         for seed in config.more_seeds:
             evaluate(config.run(suite, (DENSE, LAC), seed=seed))
             seeds += _episodes(config.folder(suite, seed=seed), (DENSE, LAC))
+        for stress in config.stresses:
+            evaluate(config.run(suite, planned.stress_rows, stress=stress))
+            stressed.setdefault(stress, []).extend(_episodes(config.folder(suite, stress=stress), planned.stress_rows))
     if seeds:
         seeds += [e for e in episodes if e.method in (DENSE.method, LAC.method)]
-    return replace(planned, episodes=episodes, seeds=seeds)
+    return replace(planned, episodes=episodes, seeds=seeds, stressed=stressed)
 
 
 def ablation_row(folder: Path) -> Row:

@@ -54,7 +54,8 @@ def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping
         specs: Method → its policy as on a command line: methods that differ in ``ratio`` alone are one line.
 
     Returns:
-        ``families`` (name and colour), ``success`` and ``latency`` (SVG); ``None`` with fewer than two points.
+        ``families`` (name and colour), ``success`` and ``latency`` (SVG), ``trials`` (how many a point has, as a text);
+        ``None`` with fewer than two points.
     """
     reusing = [row for row in summary.methods if row.method != DENSE and row.ratio_effective is not None]
     if len(reusing) < 2:
@@ -72,7 +73,9 @@ def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping
         timed = [_latency(row, nominal, episodes) for row, nominal in rows]
         latency.append((name, colours[name], [point for point in timed if point is not None]))
     before = dense.latency.get(WINDOW) if dense else None
+    fewest, most = min(row.trials for row in reusing), max(row.trials for row in reusing)
     return {
+        "trials": str(most) if fewest == most else f"{fewest} to {most}",
         "families": [{"name": name, "colour": colour} for name, colour in colours.items()],
         "success": tradeoff_chart(success, "solved", share=True, dense=dense.rate if dense else None),
         "latency": tradeoff_chart(latency, "ms", share=False, dense=before.p50 if before else None),
