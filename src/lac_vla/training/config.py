@@ -101,6 +101,8 @@ class TrainConfig:
         inputs: ``paper``: [image; flow]. ``extended``: also the change against every slot's own pixels, and its age.
         flow: Optical flow: ``dis``, ``raft_small`` or ``none``.
         language: Let both networks read the instruction.
+        tower_reuse: Train for the lever ``tower_reuse``: in the windows of stage II the vision transformers, too, compute
+            the active patches alone. The store then holds their pixels besides.
         recovery: Chance of a cached token to be recomputed at inference.
         width: Channels of the networks.
         depth: Residual convolutions of the networks.
@@ -134,6 +136,7 @@ class TrainConfig:
     inputs: Literal["extended", "paper"] = "extended"
     flow: str = "dis"
     language: bool = False
+    tower_reuse: bool = False
     recovery: float = 0.05
     width: int = 32
     depth: int = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,6 +12,26 @@ from torch import nn
 from lac_vla.models.prismatic.towers import ViTConfig
 
 LAYER_NORM_EPS = 1e-6
+
+
+class Memory(Protocol):
+    """What stands between a block's keys and values and its attention."""
+
+    def update(
+        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the new keys and values of some rows, and return those that attention is to see.
+
+        Args:
+            block: Number of the block.
+            keys: (B, heads, rows, head_dim).
+            values: As ``keys``.
+            rows: Which of the tokens they are, int64; ``None`` for all.
+
+        Returns:
+            Keys and values of all tokens, each (B, heads, tokens, head_dim).
+        """
+        ...
 
 
 @dataclass
@@ -59,7 +80,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: torch.Tensor, memory: KeysValues | None = None, block: int = 0, rows: torch.Tensor | None = None
+        self, x: torch.Tensor, memory: Memory | None = None, block: int = 0, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, tokens, width) → the same; with a memory, ``x`` may be some ``rows`` of the tokens it remembers."""
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -110,7 +131,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
     def forward(
-        self, x: torch.Tensor, memory: KeysValues | None = None, block: int = 0, rows: torch.Tensor | None = None
+        self, x: torch.Tensor, memory: Memory | None = None, block: int = 0, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, tokens, width) → the same; see :class:`Attention`."""
         x = x + self.ls1(self.attn(self.norm1(x), memory, block, rows))
@@ -146,12 +167,12 @@ class ViT(nn.Module):
         return torch.cat([*(token.expand(len(x), -1, -1) for token in extra), x], dim=1)
 
     def encode(
-        self, x: torch.Tensor, memory: KeysValues | None = None, wanted: torch.Tensor | None = None
+        self, x: torch.Tensor, memory: Memory | None = None, wanted: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Run the blocks.
 
         Args:
-            x: From :meth:`embed`, (B, tokens, width); B = 1 with a memory.
+            x: From :meth:`embed`, (B, tokens, width); B = 1 with :class:`KeysValues`.
             memory: Keys and values of the same image's predecessors: they stand for the patches that are not wanted,
                 and are brought up to date where they are. A new one is filled.
             wanted: Patches to compute, bool, (patches,); ``None`` for all. Class and register tokens always are.

@@ -1,0 +1,114 @@
+"""Mixed keys and values one storey up: a vision transformer that recomputes the active patches alone, in training.
+
+As :mod:`lac_vla.training.mixed` does it in the decoder: all patches are computed, and in every block
+K = M·K_new + (1 − M)·K_old, and V alike. With a hard M the active patches are exactly those of the lever ``tower_reuse``
+(tested against the engine), and the selector learns what a patch that grows stale does to the features of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lac_vla.errors import InputError
+from lac_vla.levers import Levers
+from lac_vla.models import CogACTBackbone, PrismaticBackbone
+from lac_vla.models.base import Backbone
+from lac_vla.models.prismatic.vision import ViTBackbone
+from lac_vla.training.mixed import Slots, mix
+from lac_vla.types import TokenLayout
+from lac_vla.vla import CachedVLA
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the towers make of a batch of frames.
+
+    Attributes:
+        visual: Projected visual tokens, (B, N, width).
+        slots: Of every camera's transformers, in order: their patches' keys and values as the next frame finds them.
+    """
+
+    visual: torch.Tensor
+    slots: Sequence[Slots]
+
+
+class MixedTower:
+    """The frozen vision transformers of a model, and its projector.
+
+    Args:
+        backbone: The model.
+
+    Attributes:
+        cameras: Those that are seen by transformers.
+
+    Raises:
+        InputError: If there are none: the model sees by convolutions.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        CachedVLA(backbone, levers=Levers(tower_reuse=True))  # what the lever refuses is refused here
+        if not isinstance(backbone, PrismaticBackbone | CogACTBackbone):
+            raise InputError(f"{backbone.name} has a vision tower that `lac train --tower-reuse` does not know")
+        vision = backbone.model.vision_backbone
+        if not isinstance(vision, ViTBackbone):  # pragma: no cover - it has a memory
+            raise TypeError("a tower with a memory is a vision transformer")
+        self.backbone, self.vision = backbone, vision
+        self.cameras = tuple(backbone.grids)
+        self._tokens = {camera.name: camera.tokens for camera in TokenLayout.of(backbone.grids, 0, 0).cameras}
+
+    def see(
+        self,
+        images: Mapping[str, torch.Tensor],
+        visual: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        old: Sequence[Slots] | None = None,
+    ) -> Seen:
+        """Run the transformers.
+
+        Args:
+            images: Camera → what the tower sees, uint8, (B, H, W, 3).
+            visual: Projected visual tokens of the same frames when all is computed, (B, N, width); they stand for
+                cameras without transformers.
+            mask: M, 1 = active, (B, N); ``None`` for a dense pass.
+            old: The preceding frame's slots; needed with a mask.
+
+        Returns:
+            See :class:`Seen`.
+        """
+        slots: list[Slots] = []
+        parts = []
+        for camera, tokens in self._tokens.items():
+            weight = None if mask is None else mask[:, None, tokens, None]
+            features = []
+            pixels = self.vision.normalize(images[camera]).to(self.backbone.dtype)
+            for vit, part in zip(self.vision.vits, pixels.split(3, dim=1), strict=False):
+                before = None if old is None else old[len(slots)]
+                x = vit.embed(part)
+                memory = _Mixing(before, weight, slice(x.shape[1] - (tokens.stop - tokens.start), x.shape[1]))
+                features.append(vit.encode(x, memory))
+                slots.append(memory.slots)
+            parts.append(self.backbone.project(torch.cat(features, dim=-1)))
+        return Seen(torch.cat(parts, dim=1), slots)
+
+
+class _Mixing:
+    """What a transformer's blocks take for the memory of an image; see :class:`lac_vla.models.prismatic.vit.Memory`."""
+
+    def __init__(self, old: Slots | None, weight: torch.Tensor | None, patches: slice) -> None:
+        self.old, self.weight, self.patches = old, weight, patches
+        self.slots = Slots([], [])
+
+    def update(
+        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix the patches' keys and values, and keep the mixture. Class and register tokens are always new."""
+        if self.weight is not None and self.old is not None:
+            weight = self.weight.to(keys.dtype)
+            keys = mix(keys, self.old.keys[block], weight, self.patches)
+            values = mix(values, self.old.values[block], weight, self.patches)
+        self.slots.keys.append(keys[:, :, self.patches].detach())
+        self.slots.values.append(values[:, :, self.patches].detach())
+        return keys, values
