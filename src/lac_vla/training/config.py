@@ -16,11 +16,13 @@ class PretrainConfig:
     Attributes:
         dataset: LeRobot dataset with the demonstrations.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
-        model: Which bundled model: ``mini`` (action tokens) or ``mini-cogact`` (the same trunk, CogACT's head).
-        start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-cogact`` starts from the
-            bundled ``mini`` by default, ``mini`` from chance.
+        model: Which bundled model: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
+            first camera) or ``mini-cogact`` (the same trunk, CogACT's head).
+        start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-vit`` and ``mini-cogact``
+            start from the bundled ``mini`` by default, ``mini`` from chance.
         start_lr: Learning rate of these weights, as a share of ``lr``.
-        frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained.
+        frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained, or
+            the new tower, which then imitates the old one.
         frozen_frames: How many frames that is, each shown several times: the trunk reads them once.
         coarse_samples: Frames shown in the coarse phase.
         fine_samples: Frames shown in the fine phase.
@@ -45,7 +47,7 @@ class PretrainConfig:
 
     dataset: Path
     out: Path
-    model: Literal["mini", "mini-cogact"] = "mini"
+    model: Literal["mini", "mini-vit", "mini-cogact"] = "mini"
     start: Path | None = None
     start_lr: float = 0.4
     frozen_samples: int = 0

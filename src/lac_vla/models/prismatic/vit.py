@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.models.prismatic.towers import Keep, ViTConfig
 
 LAYER_NORM_EPS = 1e-6
 
@@ -86,7 +87,9 @@ class Attention(nn.Module):
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if memory is not None:
             keys, values = memory.update(block, keys, values, rows)
-        attended = F.scaled_dot_product_attention(queries, keys, values)
+        # Under autocast in the precision of the residual stream: on a CPU the backward pass is several times faster.
+        with torch.autocast(x.device.type, enabled=False):
+            attended = F.scaled_dot_product_attention(*(part.to(x.dtype) for part in (queries, keys, values)))
         out: torch.Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return out
 
@@ -155,9 +158,10 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // config.patch) ** 2, config.width))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth - 1))
+        self.neck = nn.Identity() if config.neck is None else nn.Linear(width, config.neck)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised images, (B, 3, H, W) → features, (B, patches, width)."""
+        """Normalised images, (B, 3, H, W) → features, (B, patches, features)."""
         return self.encode(self.embed(pixels))
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -178,7 +182,7 @@ class ViT(nn.Module):
             wanted: Patches to compute, bool, (patches,); ``None`` for all. Class and register tokens always are.
 
         Returns:
-            Features of these patches, (B, patches, width).
+            Features of these patches, (B, patches, features).
         """
         extra = x.shape[1] - self.pos_embed.shape[1]
         rows = None
@@ -187,4 +191,66 @@ class ViT(nn.Module):
             x = x[:, rows]
         for index, block in enumerate(self.blocks):
             x = block(x, memory, index, rows)
-        return x[:, extra:]
+        features: torch.Tensor = self.neck(x[:, extra:])
+        return features
+
+
+class ViTTower(ViT):
+    """A vision transformer as the tower of one camera; it takes images as the convolutional one does.
+
+    Args:
+        config: Its shape.
+        image_size: Side of its images, pixels.
+    """
+
+    def __init__(self, config: ViTConfig, image_size: int) -> None:
+        super().__init__(config, image_size)
+        self._centre = [2 * value - 1 for value in config.mean]
+        self._spread = [2 * value for value in config.std]
+
+    def forward(
+        self, pixels: torch.Tensor, keep: Keep | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute the tokens of a batch of images.
+
+        Args:
+            pixels: RGB in [-1, 1], (B, 3, H, W).
+            keep: Return the tokens at rows ``keep[0]::keep[2]`` and columns ``keep[1]::keep[2]``; all are computed.
+            shift: Not needed: patches know their places in the image, whatever was moved.
+
+        Returns:
+            Features in raster order, (B, tokens, features).
+        """
+        features = self.encode(self.embed(self.normalize(pixels)))
+        if keep is None:
+            return features
+        row, column, stride = keep
+        side = math.isqrt(features.shape[1])
+        return features.unflatten(1, (side, side))[:, row::stride, column::stride].flatten(1, 2)
+
+    def look(self, pixels: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        """The blocks' input, (1, tokens, width); if ``whole``, what comes out of them, (1, patches, features)."""
+        glance = self.embed(self.normalize(pixels))
+        return self.encode(glance) if whole else glance
+
+    def tokens(
+        self, glance: torch.Tensor, wanted: torch.Tensor | None = None, memory: KeysValues | None = None
+    ) -> torch.Tensor:
+        """Features of some tokens of one image.
+
+        Args:
+            glance: From :meth:`look`; ``whole`` without a memory, and not with one.
+            wanted: Which tokens, bool, (patches,); ``None`` for all.
+            memory: Keys and values of the other tokens; see :meth:`encode`.
+
+        Returns:
+            (n, features).
+        """
+        if memory is not None:
+            return self.encode(glance, memory, wanted)[0]
+        return glance[0] if wanted is None else glance[0, wanted]
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """RGB in [-1, 1] → with the mean and deviation that this transformer wants."""
+        centre, spread = (pixels.new_tensor(part).view(3, 1, 1) for part in (self._centre, self._spread))
+        return (pixels - centre) / spread
