@@ -16,7 +16,8 @@ from lac_vla.errors import InputError
 from lac_vla.levers import Levers
 from lac_vla.models import CogACTBackbone, PrismaticBackbone
 from lac_vla.models.base import Backbone
-from lac_vla.models.prismatic.vision import ViTBackbone
+from lac_vla.models.prismatic.vision import PerCameraBackbone, ViTBackbone
+from lac_vla.models.prismatic.vit import ViT, ViTTower
 from lac_vla.training.mixed import Slots, mix
 from lac_vla.types import TokenLayout
 from lac_vla.vla import CachedVLA
@@ -42,7 +43,7 @@ class MixedTower:
         backbone: The model.
 
     Attributes:
-        cameras: Those that are seen by transformers.
+        cameras: Those that transformers see.
 
     Raises:
         InputError: If there are none: the model sees by convolutions.
@@ -52,12 +53,12 @@ class MixedTower:
         CachedVLA(backbone, levers=Levers(tower_reuse=True))  # what the lever refuses is refused here
         if not isinstance(backbone, PrismaticBackbone | CogACTBackbone):
             raise InputError(f"{backbone.name} has a vision tower that `lac train --tower-reuse` does not know")
-        vision = backbone.model.vision_backbone
-        if not isinstance(vision, ViTBackbone):  # pragma: no cover - it has a memory
-            raise TypeError("a tower with a memory is a vision transformer")
-        self.backbone, self.vision = backbone, vision
-        self.cameras = tuple(backbone.grids)
-        self._tokens = {camera.name: camera.tokens for camera in TokenLayout.of(backbone.grids, 0, 0).cameras}
+        self._backbone, self._vision = backbone, backbone.model.vision_backbone
+        cameras = TokenLayout.of(backbone.grids, 0, 0).cameras  # under the backbone's names, which may be other ones
+        self._vits = {
+            camera: _transformers(self._vision, name) for camera, name in zip(cameras, self._vision.grids, strict=True)
+        }
+        self.cameras = tuple(camera.name for camera, vits in self._vits.items() if vits)
 
     def see(
         self,
@@ -69,9 +70,9 @@ class MixedTower:
         """Run the transformers.
 
         Args:
-            images: Camera → what the tower sees, uint8, (B, H, W, 3).
+            images: Each of ``cameras`` → what its tower sees, uint8, (B, H, W, 3).
             visual: Projected visual tokens of the same frames when all is computed, (B, N, width); they stand for
-                cameras without transformers.
+                the other cameras: a convolution's features do not depend on what else is computed.
             mask: M, 1 = active, (B, N); ``None`` for a dense pass.
             old: The preceding frame's slots; needed with a mask.
 
@@ -80,18 +81,29 @@ class MixedTower:
         """
         slots: list[Slots] = []
         parts = []
-        for camera, tokens in self._tokens.items():
-            weight = None if mask is None else mask[:, None, tokens, None]
+        for camera, vits in self._vits.items():
+            if not vits:
+                parts.append(visual[:, camera.tokens])
+                continue
+            weight = None if mask is None else mask[:, None, camera.tokens, None]
+            pixels = self._vision.normalize(images[camera.name]).to(self._backbone.dtype)
             features = []
-            pixels = self.vision.normalize(images[camera]).to(self.backbone.dtype)
-            for vit, part in zip(self.vision.vits, pixels.split(3, dim=1), strict=False):
-                before = None if old is None else old[len(slots)]
-                x = vit.embed(part)
-                memory = _Mixing(before, weight, slice(x.shape[1] - (tokens.stop - tokens.start), x.shape[1]))
+            for vit, three in zip(vits, pixels.split(3, dim=1), strict=True):
+                x = vit.look(three, whole=False) if isinstance(vit, ViTTower) else vit.embed(three)
+                patches = slice(x.shape[1] - camera.size, x.shape[1])  # behind class and register tokens
+                memory = _Mixing(None if old is None else old[len(slots)], weight, patches)
                 features.append(vit.encode(x, memory))
                 slots.append(memory.slots)
-            parts.append(self.backbone.project(torch.cat(features, dim=-1)))
+            parts.append(self._backbone.project(torch.cat(features, dim=-1)))
         return Seen(torch.cat(parts, dim=1), slots)
+
+
+def _transformers(vision: ViTBackbone | PerCameraBackbone, camera: str) -> list[ViT]:
+    """Those that see a camera, in the order of their features; none if a convolution does."""
+    if isinstance(vision, ViTBackbone):
+        return vision.vits
+    tower = vision.towers[camera]
+    return [tower] if isinstance(tower, ViTTower) else []
 
 
 class _Mixing:
