@@ -249,7 +249,7 @@ def test_a_run_with_a_new_tower_resumes_exactly(tower: PretrainConfig, stop: int
 
 def test_there_must_be_a_tower_to_imitate(tower: PretrainConfig, tmp_path: Path) -> None:
     cameras = tuple(replace(camera, tower=None) for camera in FAMILIES["mini"].vlm.cameras)
-    vlm = replace(FAMILIES["mini"].vlm, vision_backbone_id="siglip", vit_towers=(VIT,), cameras=cameras[:1])
+    vlm = replace(TINY, vision_backbone_id="siglip", vit_towers=(VIT,), cameras=cameras[:1])
     save_vla(random_vla(vlm), tmp_path / "shared")
     (tmp_path / "shared" / "tokenizer.json").write_bytes(
         (FAMILIES["mini-vit"].start / "tokenizer.json").read_bytes()  # type: ignore[operator]
