@@ -259,7 +259,8 @@ def _steps(run: Pretraining, start: float, max_seconds: float) -> Iterator[dict[
         recent.append(run.step())
         done = run.seen >= run.config.samples or time.monotonic() - start > max_seconds
         if len(recent) == 50 or done:
-            yield {name: float(np.mean([row[name] for row in recent])) for name in recent[0]}
+            # A phase may have begun that has other losses than the one before.
+            yield {name: float(np.mean([row[name] for row in recent if name in row])) for name in recent[-1]}
             recent = []
         if run.seen % run.config.every < run.config.batch or done:
             scores = run.validate()

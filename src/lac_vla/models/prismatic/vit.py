@@ -226,7 +226,8 @@ class ViTTower(ViT):
             return features
         row, column, stride = keep
         side = math.isqrt(features.shape[1])
-        return features.unflatten(1, (side, side))[:, row::stride, column::stride].flatten(1, 2)
+        grid = features.view(len(features), side, side, -1)
+        return grid[:, row::stride, column::stride].flatten(1, 2)
 
     def look(self, pixels: torch.Tensor, *, whole: bool) -> torch.Tensor:
         """The blocks' input, (1, tokens, width); if ``whole``, what comes out of them, (1, patches, features)."""

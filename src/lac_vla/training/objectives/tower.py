@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lac_vla.errors import CheckpointError
+from lac_vla.models.prismatic.backbone import PrismaticBackbone
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.prompt import Encode
-from lac_vla.models.prismatic.backbone import PrismaticBackbone
 from lac_vla.models.prismatic.towers import Keep
 from lac_vla.models.prismatic.vit import ViTTower
 from lac_vla.training.config import PretrainConfig
@@ -78,11 +78,11 @@ class TowerObjective(TokenObjective):
 
 
 def initialise(vit: ViTTower) -> None:
-    """Starting weights: small ones, and positions as waves, so that a patch finds its neighbours from the first step."""
+    """Starting weights: Xavier's, and places as waves, so that a patch finds its neighbours from the first step on."""
     for module in vit.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     side, width = math.isqrt(vit.pos_embed.shape[1]), vit.pos_embed.shape[2]
     frequencies = 100.0 ** -torch.linspace(0, 1, width // 4)
     at = torch.arange(side)[:, None] * frequencies
