@@ -14,13 +14,14 @@ import torch
 from tests.engine.scenes import frame
 from tests.engine.test_invariants import capture_hidden
 from tests.training.test_train import rows, write_dataset
-from tests.training.worlds import learner_of, store_of
+from tests.training.worlds import SIDE, learner_of, store_of
 
 from lac_vla import CachedVLA, InputError, LACPolicy, Levers, PrismaticBackbone, Random, load_vla, random_vla, save_vla
 from lac_vla.cli import main
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.policies.lac.inputs import resize
 from lac_vla.training import lac
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.lac import Learner, Temperatures
@@ -179,6 +180,30 @@ def test_mask_gradient_is_the_first_order_value_of_refreshing_on_both_storeys(ba
     given = replace(see(mask), visual=see(mask).visual.detach())
     decoder, _ = slopes(lambda values: decoded(values, given), mask, tokens, 1e-3)
     assert np.linalg.norm(both - decoder) > 0.2 * np.linalg.norm(both)
+
+
+@torch.inference_mode()
+def test_a_window_is_what_a_session_with_the_lever_goes_through(backbone: PrismaticBackbone) -> None:
+    """The task loss without chance is the divergence that the learner's own policy causes in a session."""
+    numbers = [0, 3, 6, 9]
+    store = seen_store(backbone, numbers)
+    for camera in store.layout.cameras:
+        shape = (camera.rows, camera.cols, SIDE)
+        pixels = [resize(backbone.pixels(frame(number))[camera.name], *shape) for number in numbers]
+        store.images[camera.name][:] = np.stack(pixels)
+    learner = reusing(backbone, store, ratio=0.6, recovery=0.0, flow="none")
+    session = CachedVLA(backbone, learner.policy, levers=Levers(tower_reuse=True)).session()
+    hidden = []
+    for at, number in enumerate(numbers):
+        hidden.append(capture_hidden(session, frame(number))[-backbone.max_new_tokens :].clone())
+        assert session.last is not None
+        store.targets[at] = session.last.info["tokens"]
+    chance = torch.Generator()
+    dense = learner.decode(np.arange(1, 4)).hidden
+    expected = learner.task.distill(torch.stack(hidden[1:]), dense, torch.from_numpy(store.targets[1:]), chance).mean()
+    task = learner.window(np.array([0]), 4, WARM, None, lam=0.0, learn=False)["task"]
+    assert task == pytest.approx(float(expected), rel=1e-3)
+    assert task > 1e-4
 
 
 def test_a_window_sees_what_the_lever_costs(backbone: PrismaticBackbone) -> None:
