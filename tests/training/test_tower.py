@@ -207,7 +207,7 @@ def test_a_window_is_what_a_session_with_the_lever_goes_through(backbone: Prisma
 
 
 def test_a_window_sees_what_the_lever_costs(backbone: PrismaticBackbone) -> None:
-    """At one ratio the loss is another with the tower's reuse, also in validation; where all is active there is none."""
+    """At one ratio the loss is another with the tower's reuse, in validation too; where all is active there is none."""
     store = seen_store(backbone, [0, 3, 6, 9])
     chance = torch.Generator()
     tasks = {}

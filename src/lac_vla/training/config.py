@@ -103,8 +103,8 @@ class TrainConfig:
         inputs: ``paper``: [image; flow]. ``extended``: also the change against every slot's own pixels, and its age.
         flow: Optical flow: ``dis``, ``raft_small`` or ``none``.
         language: Let both networks read the instruction.
-        tower_reuse: Train for the lever ``tower_reuse``: in the windows of stage II the vision transformers, too, compute
-            the active patches alone. The store then holds their pixels besides.
+        tower_reuse: Train for the lever ``tower_reuse``: in the windows of stage II the vision transformers, too, reuse
+            what the policy's own decisions left. The store then also holds what they see.
         recovery: Chance of a cached token to be recomputed at inference.
         width: Channels of the networks.
         depth: Residual convolutions of the networks.

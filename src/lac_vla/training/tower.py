@@ -1,8 +1,8 @@
 """Mixed keys and values one storey up: a vision transformer that recomputes the active patches alone, in training.
 
-As :mod:`lac_vla.training.mixed` does it in the decoder: all patches are computed, and in every block
-K = M·K_new + (1 − M)·K_old, and V alike. With a hard M the active patches are exactly those of the lever ``tower_reuse``
-(tested against the engine), and the selector learns what a patch that grows stale does to the features of the others.
+As in :mod:`lac_vla.training.mixed`, all patches are computed, and in every block K = M·K_new + (1 − M)·K_old, and V
+alike. With a hard M the active patches are exactly those of the lever ``tower_reuse`` (tested against the engine), and
+both networks learn what a patch that grows stale does to the features of the others.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class MixedTower:
             weight = None if mask is None else mask[:, None, camera.tokens, None]
             pixels = self._vision.normalize(images[camera.name]).to(self._backbone.dtype)
             features = []
-            for vit, three in zip(vits, pixels.split(3, dim=1), strict=True):
+            for vit, three in zip(vits, torch.split(pixels, 3, dim=1), strict=True):
                 x = vit.look(three, whole=False) if isinstance(vit, ViTTower) else vit.embed(three)
                 patches = slice(x.shape[1] - camera.size, x.shape[1])  # behind class and register tokens
                 memory = _Mixing(None if old is None else old[len(slots)], weight, patches)

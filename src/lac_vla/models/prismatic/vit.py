@@ -170,9 +170,7 @@ class ViT(nn.Module):
         extra = [token for token in (self.cls_token, self.reg_token) if token is not None]
         return torch.cat([*(token.expand(len(x), -1, -1) for token in extra), x], dim=1)
 
-    def encode(
-        self, x: torch.Tensor, memory: Memory | None = None, wanted: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, memory: Memory | None = None, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """Run the blocks.
 
         Args:
