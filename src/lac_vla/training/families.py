@@ -57,15 +57,8 @@ class TokenFamily:
 
 
 @dataclass(frozen=True)
-class TowerFamily:
-    """A Prismatic VLA that takes all but its first camera's vision tower from another one."""
-
-    vlm: PrismaticConfig
-    start: Path | None = None
-
-    def horizon(self, run: PretrainConfig) -> int:
-        """The helper's."""
-        return run.chunk
+class TowerFamily(TokenFamily):
+    """Such a one that takes all but its first camera's vision tower from another."""
 
     def objective(self, statistics: Mapping[str, Any], run: PretrainConfig) -> Objective:
         """See :meth:`Family.objective`."""

@@ -142,10 +142,11 @@ class Pretraining:
     def show_frames(self) -> dict[str, torch.Tensor]:
         """Losses of a batch of frames, drawn by chance; those of imitation while what was loaded is held fixed."""
         rng = self.chance.rng
-        batch = self.data.batch(rng.choice(self.data.train, size=self.config.batch), self.chance)
+        frames = rng.choice(self.data.train, size=self.config.batch)
+        keep = (int(rng.integers(2)), int(rng.integers(2)), 2) if self.coarse else None
+        batch = self.data.batch(frames, self.chance)
         if self.frozen:
             return self.objective.imitate(batch)
-        keep = (int(rng.integers(2)), int(rng.integers(2)), 2) if self.coarse else None
         progress = self.seen / self.config.samples
         losses: dict[str, torch.Tensor] = self.objective(batch, keep, progress, self.chance.noise)
         return losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import nn
@@ -42,9 +43,7 @@ class TowerObjective(TokenObjective):
 
     @property
     def _tower(self) -> ViTTower:
-        tower = self.model.vision_backbone.get_submodule(self._prefix)
-        assert isinstance(tower, ViTTower)
-        return tower
+        return cast(ViTTower, self.model.vision_backbone.get_submodule(self._prefix))
 
     def backbone(self, encode: Encode) -> PrismaticBackbone:
         """See :meth:`Objective.backbone`."""
