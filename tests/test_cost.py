@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, Decision, Levers, Random, TokenLayout, random_vla
+from lac_vla import CachedVLA, Decision, Levers, TokenLayout, random_vla
 from lac_vla.cost import CostModel, count_macs, layer_macs, prefill_macs, watch_macs
 from lac_vla.models import CogACTConfig, PrismaticConfig
 from lac_vla.models.base import DecoderShape
 from lac_vla.models.cogact.config import COGACT_7B, TINY_COGACT, Sampling
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.policies import CachePolicy
 from lac_vla.policies.vla_cache import EXIT_LAYERS, damped_schedule, exit_depths
-from lac_vla.types import Beyond, Watch
+from lac_vla.types import Beyond, View, Watch
 from tests.engine.scenes import ALL_POLICIES, frame
 
 LLAMA_7B = DecoderShape(layers=32, width=4096, kv_width=4096, ffn=11008)
@@ -169,7 +170,7 @@ def test_a_tower_costs_what_it_computes() -> None:
     cost = CostModel.of(random_vla("tiny"), frame(0))
     widths = TINY.cameras[0].tower
     assert widths is not None
-    assert cost.token == 9 * widths.widths[-2] * widths.widths[-1]
+    assert cost.tokens == dict.fromkeys(("agentview", "wrist"), 9 * widths.widths[-2] * widths.widths[-1])
 
 
 def test_the_towers_attention_is_counted() -> None:
@@ -182,11 +183,32 @@ def test_the_towers_attention_is_counted() -> None:
     assert CostModel.of(backbone, frame(0)).tower == patches * (patch + blocks * block)
 
 
-def test_a_tower_that_reuses_costs_what_it_computes() -> None:
-    vit = ViTConfig(32, 3, 2, 64)
-    camera = replace(TINY.cameras[0], image_size=56, tower=None)
-    backbone = random_vla(replace(TINY, vision_backbone_id="siglip", vit_towers=(vit,), cameras=(camera,)))
-    session = CachedVLA(backbone, Random(0.5), levers=Levers(tower_reuse=True)).session()
+SHARED = replace(
+    TINY,
+    vision_backbone_id="siglip",
+    vit_towers=(ViTConfig(32, 3, 2, 64),),
+    cameras=(replace(TINY.cameras[0], image_size=56, tower=None),),
+)
+OWN = replace(
+    TINY,
+    vision_backbone_id="towers",
+    cameras=(replace(TINY.cameras[0], tower=ViTConfig(64, 4, 2, 128, patch=8, neck=24)), TINY.cameras[1]),
+)
+
+
+@dataclass(frozen=True)
+class Mostly(CachePolicy):
+    """Reuses much of the first camera, and little of another."""
+
+    def decide(self, view: View) -> Decision:
+        chance, first = view.rng.random(view.layout.n_visual), np.arange(view.layout.n_visual) < 36
+        return Decision(np.where(chance < np.where(first, 0.3, 0.9), view.n_layers, 0), view.n_layers)
+
+
+@pytest.mark.parametrize("config", [SHARED, OWN], ids=["shared", "per-camera"])
+def test_a_tower_that_reuses_costs_what_it_computes(config: PrismaticConfig) -> None:
+    backbone = random_vla(config)
+    session = CachedVLA(backbone, Mostly(), levers=Levers(tower_reuse=True)).session()
     session.act(frame(0))
     counted = count_macs(lambda: session.act(frame(1)))
     assert session.last is not None

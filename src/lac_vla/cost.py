@@ -11,8 +11,9 @@ head, guidance included) are counted by torch's own counter, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,14 +104,14 @@ class CostModel:
     Attributes:
         decoder: Sizes of its decoder.
         tower: MACs of the vision tower per frame, whatever the decision.
-        token: MACs of the tower per visual token whose features are computed.
+        tokens: Camera → MACs of its tower per visual token whose features are computed.
         projector: MACs of the projector per visual token.
         head: MACs from a hidden state to the action, or to one of its tokens; the decoder's layers left out.
     """
 
     decoder: DecoderShape
     tower: int
-    token: int
+    tokens: Mapping[str, int]
     projector: int
     head: int
 
@@ -131,13 +132,19 @@ class CostModel:
 
         with torch.inference_mode():
             features, hidden = tower(None), backbone.suffix(frame)
-        n = len(features)
+        n, cameras = len(features), backbone.layout(frame).cameras
         every = count_macs(lambda: tower(None))
-        token = (every - count_macs(lambda: tower(np.arange(n) == 0))) // (n - 1)
+        tokens = {}
+        for camera in cameras:  # what is saved where of its tokens the first alone is computed
+            computed = np.ones(n, dtype=np.bool_)
+            computed[camera.tokens] = np.arange(camera.size) == 0
+            saved = every - count_macs(partial(tower, computed))
+            tokens[camera.name] = saved // max(1, camera.size - 1)
+        always = every - sum(camera.size * tokens[camera.name] for camera in cameras)
         projector = count_macs(lambda: backbone.project(features)) // n
         chance = np.random.default_rng(0)
         head = count_macs(lambda: backbone.act(frame, hidden, lambda new, at=None: new, chance))  # rows of any content
-        return cls(backbone.shape, every - n * token, token, projector, head // max(1, backbone.max_new_tokens))
+        return cls(backbone.shape, always, tokens, projector, head // max(1, backbone.max_new_tokens))
 
     def step(self, step: Step) -> dict[str, int]:
         """MACs by stage of what a session did with a frame.
@@ -146,11 +153,12 @@ class CostModel:
             ``policy`` (its networks and what it watched), ``tower``, ``projector``, ``prefill``, ``decode``, ``head``.
         """
         layout, decision = step.layout, step.decision
-        seen = layout.n_visual if step.seen is None else int(step.seen.sum())
+        seen = np.ones(layout.n_visual, dtype=np.bool_) if step.seen is None else step.seen
+        features = sum(self.tokens[camera.name] * int(seen[camera.tokens].sum()) for camera in layout.cameras)
         read = 1 + step.draft + sum(stop - start for start, stop in step.passes)
         return {
             "policy": step.policy_macs + watch_macs(self.decoder, layout, decision, step.watch),
-            "tower": self.tower + self.token * seen,
+            "tower": self.tower + features,
             "projector": self.projector * int(np.count_nonzero(decision.depth)),
             "prefill": prefill_macs(self.decoder, layout, decision, step.watch, step.draft),
             "decode": decode_macs(self.decoder, layout, decision, step.passes),

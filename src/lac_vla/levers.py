@@ -28,7 +28,8 @@ class Levers:
             and what does not stand is decoded by fixed-point iteration; see :mod:`lac_vla.models.decoding`.
         partial_tower: Let the vision tower leave out work that only cached tokens need, where it has such work.
         tower_reuse: Carry the decision one storey up: a vision transformer recomputes the active patches alone, over
-            the keys and values that it kept of the others. Staleness spreads: this one changes the features.
+            the keys and values that it kept of the others. Staleness spreads: this one changes the features; ``lac
+            train --tower-reuse`` makes a policy for it.
         overlap: Estimate flow and decide while the tower works.
         bucket: The number of active visual tokens is rounded up to a multiple of this, so that few shapes occur; 1
             for no rounding. What is added are the oldest cached tokens, no padding; see :func:`rounded_up`.

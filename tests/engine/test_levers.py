@@ -22,6 +22,7 @@ from tests.engine.test_invariants import capture_hidden
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 DINO = ViTConfig(32, 4, 2, 48, registers=2, class_token=True, layer_scale=True)
 SIGLIP = ViTConfig(24, 3, 2, 40)
+OWN = ViTConfig(16, 3, 2, 40, patch=8, neck=24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,34 @@ def vit() -> PrismaticBackbone:
     )
 
 
-@pytest.mark.parametrize("levers", ["draft", "partial-tower", "overlap", "exact", "graphs", "exact+graphs"])
+@pytest.fixture(scope="module")
+def mixed() -> PrismaticBackbone:
+    """A tower per camera: a transformer of its own, and a convolution."""
+    first = replace(TINY.cameras[0], tower=OWN)
+    return random_vla(replace(TINY, vision_backbone_id="towers", cameras=(first, TINY.cameras[1])), seed=5)
+
+
+@pytest.fixture(params=["vit", "mixed"])
+def remembering(request: pytest.FixtureRequest) -> PrismaticBackbone:
+    """A model of which some tower can reuse."""
+    backbone: PrismaticBackbone = request.getfixturevalue(request.param)
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("model", "levers"),
+    [
+        *(("conv", text) for text in ("draft", "partial-tower", "overlap", "exact", "graphs", "exact+graphs")),
+        *(("mixed", text) for text in ("partial-tower", "exact")),
+    ],
+)
 @pytest.mark.parametrize("name", ALL_POLICIES)
-def test_no_exact_lever_changes_anything(conv: PrismaticBackbone, name: str, levers: str) -> None:
+def test_no_exact_lever_changes_anything(request: pytest.FixtureRequest, model: str, name: str, levers: str) -> None:
     """Decisions, hidden states of suffix and action tokens, actions."""
+    backbone = request.getfixturevalue(model)
     plain, fast = (
-        CachedVLA(conv, ALL_POLICIES[name](), levers=Levers.parse(text)).session(seed=5) for text in ("none", levers)
+        CachedVLA(backbone, ALL_POLICIES[name](), levers=Levers.parse(text)).session(seed=5)
+        for text in ("none", levers)
     )
     for observation in (frame(0), frame(0), frame(1), frame(2, "put the mug on the plate"), frame(3)):
         torch.testing.assert_close(capture_hidden(fast, observation), capture_hidden(plain, observation), **CLOSE)
@@ -144,7 +167,8 @@ class ReferenceViT:
             hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
             x = x + self.linear(hidden, p + "mlp.fc2") * self.w.get(p + "ls2.scale_factor", torch.ones(1).double())
         self.old = remembered
-        return x[self.extra :]
+        x = x[self.extra :]
+        return x if self.config.neck is None else self.linear(x, "neck")
 
 
 @torch.inference_mode()
@@ -164,11 +188,35 @@ def test_the_towers_reuse_equals_the_reference(vit: PrismaticBackbone) -> None:
         torch.testing.assert_close(features.double(), torch.cat(expected)[torch.from_numpy(computed)], **CLOSE)
 
 
+@torch.inference_mode()
+def test_each_camera_of_its_own_tower_reuses_what_it_can(mixed: PrismaticBackbone) -> None:
+    """The transformer as the reference, from its own pixels; the convolution's features are never stale."""
+    vision, memory, dense = mixed.model.vision_backbone, mixed.tower_memory(), random_vla("tiny")
+    tower = vision.towers["agentview"]
+    dense.model.vision_backbone.towers["wrist"].load_state_dict(vision.towers["wrist"].state_dict())
+    reference, rng = ReferenceViT(tower, OWN), np.random.default_rng(0)
+    for share in (1, 0.4, 0, 0.4):
+        observation = frame(int(10 * share))
+        computed = rng.random(36 + 16) < share
+        pixels = mixed.pixels(observation)
+        features = mixed.features(mixed.look(pixels, memory), computed, memory)
+        image = torch.from_numpy(pixels["agentview"]).permute(2, 0, 1).double() / 255
+        normal = (image - torch.tensor(OWN.mean)[:, None, None]) / torch.tensor(OWN.std)[:, None, None]
+        patches = normal.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).reshape(36, -1)
+        weight, bias = reference.w["patch_embed.proj.weight"].flatten(1), reference.w["patch_embed.proj.bias"]
+        inputs = patches @ weight.T + bias + reference.w["pos_embed"][0]
+        expected = reference.run(inputs, torch.from_numpy(~computed[:36]))
+        own = dense.see(dense.pixels(observation))[36:]
+        torch.testing.assert_close(
+            features.double(), torch.cat([expected, own.double()])[torch.from_numpy(computed)], **CLOSE
+        )
+
+
 @pytest.mark.parametrize("name", ["dense", "random", "motion", "staircase"])
-def test_both_storeys_are_exact_where_nothing_has_changed(vit: PrismaticBackbone, name: str) -> None:
+def test_both_storeys_are_exact_where_nothing_has_changed(remembering: PrismaticBackbone, name: str) -> None:
     """Invariants 1 and 2 with a tower that reuses: all recomputed, or the frame unchanged, is the uncached model."""
-    session = CachedVLA(vit, ALL_POLICIES[name](), levers=Levers(tower_reuse=True)).session()
-    dense = CachedVLA(vit, Dense(), levers=Levers.parse("none")).session()
+    session = CachedVLA(remembering, ALL_POLICIES[name](), levers=Levers(tower_reuse=True)).session()
+    dense = CachedVLA(remembering, Dense(), levers=Levers.parse("none")).session()
     for observation in [frame(0), frame(1), frame(2)] if name == "dense" else [frame(0)] * 3:
         torch.testing.assert_close(capture_hidden(session, observation), capture_hidden(dense, observation), **CLOSE)
 
@@ -204,9 +252,11 @@ def test_the_towers_memory_is_the_sessions_own(vit: PrismaticBackbone) -> None:
     assert one.nbytes == size > CachedVLA(vit).session().nbytes
 
 
-def test_the_towers_reuse_changes_features_of_a_changed_frame(vit: PrismaticBackbone) -> None:
+def test_the_towers_reuse_changes_features_of_a_changed_frame(remembering: PrismaticBackbone) -> None:
     """It is not exact, and is not sold as such."""
-    stale, fresh = (CachedVLA(vit, Random(0.5), levers=Levers(tower_reuse=reuse)).session() for reuse in (True, False))
+    stale, fresh = (
+        CachedVLA(remembering, Random(0.5), levers=Levers(tower_reuse=reuse)).session() for reuse in (True, False)
+    )
     for i in range(2):
         a, b = capture_hidden(stale, frame(i)), capture_hidden(fresh, frame(i))
     assert not torch.allclose(a, b, atol=1e-4)

@@ -11,7 +11,7 @@ import torch
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models import Backbone, PrismaticBackbone, PrismaticConfig, random_vla
 from lac_vla.models.prismatic.config import CameraConfig
-from lac_vla.models.prismatic.presets import MINI, OPENVLA_7B, TINY
+from lac_vla.models.prismatic.presets import MINI, MINI_VIT, OPENVLA_7B, TINY
 from lac_vla.models.prismatic.prompt import WordHash
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.types import Frame
@@ -29,7 +29,7 @@ TWO_CAMERAS = replace(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("config", [TINY, MINI, TWO_CAMERAS], ids=["tiny", "mini", "vit"])
+@pytest.mark.parametrize("config", [TINY, MINI, MINI_VIT, TWO_CAMERAS], ids=["tiny", "mini", "mini-vit", "vit"])
 def test_shapes_agree_with_the_layout(config: PrismaticConfig, frame: Frame) -> None:
     backbone: Backbone = random_vla(config)
     layout, pixels = backbone.layout(frame), backbone.pixels(frame)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from lac_vla import CachedVLA, CheckpointError, Frame, InputError, load_vla, random_vla, save_vla
+from lac_vla import CachedVLA, CheckpointError, Frame, InputError, Levers, load_vla, random_vla, save_vla
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.models.cogact.config import CogACTConfig, DiTConfig, Sampling
 from lac_vla.models.cogact.model import SCHEDULE
 from lac_vla.models.prismatic.presets import TINY
+from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.training.config import PretrainConfig
-from lac_vla.training.families import FAMILIES, DiffusionFamily, TokenFamily
+from lac_vla.training.families import FAMILIES, DiffusionFamily, TokenFamily, TowerFamily
 from lac_vla.training.pretrain import Pretraining, pretrain
 
 
@@ -158,14 +159,18 @@ def test_reading_ahead_is_what_a_step_would_read(diffusion: PretrainConfig) -> N
 
 @pytest.mark.parametrize("stop", [2, 5])
 def test_a_run_with_a_fixed_trunk_resumes_exactly(diffusion: PretrainConfig, stop: int) -> None:
-    unbroken, broken = Pretraining(diffusion), Pretraining(diffusion)
+    resumes_exactly(diffusion, stop)
+
+
+def resumes_exactly(config: PretrainConfig, stop: int) -> None:
+    unbroken, broken = Pretraining(config), Pretraining(config)
     for _ in range(7):
         unbroken.step()
     for _ in range(stop):
         broken.step()
-    diffusion.out.mkdir()
+    config.out.mkdir()
     broken.save()
-    resumed = Pretraining(diffusion)
+    resumed = Pretraining(config)
     resumed.resume()
     for _ in range(7 - stop):
         resumed.step()
@@ -173,6 +178,84 @@ def test_a_run_with_a_fixed_trunk_resumes_exactly(diffusion: PretrainConfig, sto
         unbroken.average.state_dict().items(), resumed.average.state_dict().items(), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+VIT = ViTConfig(16, 3, 2, 32, patch=8, neck=24)
+
+
+@pytest.fixture
+def tower(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
+    """A transformer for the first camera of a model of a short run."""
+    start = pretrain(replace(config, out=config.out.with_name("conv"), coarse_samples=8, fine_samples=8))
+    vlm = FAMILIES["mini"].vlm
+    cameras = (replace(vlm.cameras[0], tower=VIT), vlm.cameras[1])
+    family = TowerFamily(replace(vlm, vision_backbone_id="towers", cameras=cameras), start)
+    monkeypatch.setitem(FAMILIES, "mini-vit", family)
+    return replace(config, model="mini-vit", coarse_samples=40, fine_samples=24, frozen_samples=32)
+
+
+def test_a_new_tower_imitates_the_old_one_while_the_rest_is_fixed(tower: PretrainConfig) -> None:
+    run, start = Pretraining(tower), load_vla(FAMILIES["mini-vit"].start).model.state_dict()
+    new, old = "vision_backbone.towers.agentview.", {}
+    for name, weight in run.objective.state_dict().items():
+        assert "stem" not in name or "wrist" in name  # the teacher is not saved
+        old[name] = weight.clone()
+        if name.startswith("model.") and new not in name:
+            assert torch.equal(weight, start[name.removeprefix("model.")]), name
+    while run.frozen:
+        assert run.step().keys() == {"imitation"}
+    for name, weight in run.objective.state_dict().items():
+        assert torch.equal(weight, old[name]) == (new not in name), name
+    assert run.step().keys() >= {"tokens", "chunk", "hindsight"}
+    assert not torch.equal(run.objective.model.projector.fc1.weight, start["projector.fc1.weight"])
+
+
+def test_the_imitation_is_that_of_the_moved_old_tower(tower: PretrainConfig) -> None:
+    """Against the definition; nothing is left for a tower that says what the old one says; and training lowers it."""
+    run = Pretraining(replace(tower, frozen_samples=3200, coarse_samples=3200, warmup=10))
+    objective, start = run.objective, load_vla(FAMILIES["mini-vit"].start).model.vision_backbone.towers["agentview"]
+    batch = run.data.batch(run.data.train[:8], run.chance)
+    assert batch.shifts["agentview"].any()
+    with torch.no_grad():
+        target = start(batch.images["agentview"], None, batch.shifts["agentview"])
+        found = objective.model.vision_backbone(batch.images)[:, :36]
+        expected = (found - target).square().sum() / (target - target.mean(dim=(0, 1))).square().sum()
+        first = objective.imitate(batch)["imitation"]
+        torch.testing.assert_close(first, expected)
+    for _ in range(60):
+        run.step()
+    with torch.no_grad():
+        assert objective.imitate(batch)["imitation"] < 0.8 * first
+    objective.model.vision_backbone.towers["agentview"].forward = lambda pixels: start(
+        pixels, None, batch.shifts["agentview"]
+    )
+    assert objective.imitate(batch)["imitation"] == 0
+
+
+def test_a_model_with_a_new_tower_acts(tower: PretrainConfig) -> None:
+    backbone = load_vla(pretrain(tower))
+    assert backbone.model.config.cameras[0].tower == VIT
+    images = {camera: np.zeros((256, 256, 3), np.uint8) for camera in ("agentview", "wrist")}
+    frame = Frame(images, "pick up the bowl", np.zeros(8, np.float32))
+    assert CachedVLA(backbone, levers=Levers(tower_reuse=True)).session().act(frame).shape == (7,)
+    lines = [json.loads(line) for line in (tower.out / "metrics.jsonl").read_text().splitlines()]
+    assert {"held_out_imitation", "held_out_tokens", "held_out_action_error"} <= set(lines[-1])
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_run_with_a_new_tower_resumes_exactly(tower: PretrainConfig, stop: int) -> None:
+    resumes_exactly(tower, stop)
+
+
+def test_there_must_be_a_tower_to_imitate(tower: PretrainConfig, tmp_path: Path) -> None:
+    cameras = tuple(replace(camera, tower=None) for camera in FAMILIES["mini"].vlm.cameras)
+    vlm = replace(TINY, vision_backbone_id="siglip", vit_towers=(VIT,), cameras=cameras[:1])
+    save_vla(random_vla(vlm), tmp_path / "shared")
+    (tmp_path / "shared" / "tokenizer.json").write_bytes(
+        (FAMILIES["mini-vit"].start / "tokenizer.json").read_bytes()  # type: ignore[operator]
+    )
+    with pytest.raises(CheckpointError, match="no tower of its own for camera 'agentview'"):
+        Pretraining(replace(tower, start=tmp_path / "shared"))
 
 
 def test_the_noise_loss_is_that_of_the_forward_process(diffusion: PretrainConfig) -> None:

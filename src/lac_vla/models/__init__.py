@@ -155,8 +155,8 @@ def random_vla(
     """Make a model of any size with random weights, to test and to time with. No file is read.
 
     Args:
-        config: A configuration, or ``"openvla-7b"``, ``"mini"``, ``"tiny"``, ``"cogact-7b"``,
-            ``"mini-cogact"``, ``"cogact-tiny"``.
+        config: A configuration, or ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
+            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; ``"auto"`` as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

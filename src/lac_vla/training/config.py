@@ -16,11 +16,13 @@ class PretrainConfig:
     Attributes:
         dataset: LeRobot dataset with the demonstrations.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
-        model: Which bundled model: ``mini`` (action tokens) or ``mini-cogact`` (the same trunk, CogACT's head).
-        start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-cogact`` starts from the
-            bundled ``mini`` by default, ``mini`` from chance.
+        model: Which bundled model: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
+            first camera) or ``mini-cogact`` (the same trunk, CogACT's head).
+        start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-vit`` and ``mini-cogact``
+            start from the bundled ``mini`` by default, ``mini`` from chance.
         start_lr: Learning rate of these weights, as a share of ``lr``.
-        frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained.
+        frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained, or
+            the new tower, which then imitates the old one.
         frozen_frames: How many frames that is, each shown several times: the trunk reads them once.
         coarse_samples: Frames shown in the coarse phase.
         fine_samples: Frames shown in the fine phase.
@@ -45,7 +47,7 @@ class PretrainConfig:
 
     dataset: Path
     out: Path
-    model: Literal["mini", "mini-cogact"] = "mini"
+    model: Literal["mini", "mini-vit", "mini-cogact"] = "mini"
     start: Path | None = None
     start_lr: float = 0.4
     frozen_samples: int = 0
@@ -101,6 +103,8 @@ class TrainConfig:
         inputs: ``paper``: [image; flow]. ``extended``: also the change against every slot's own pixels, and its age.
         flow: Optical flow: ``dis``, ``raft_small`` or ``none``.
         language: Let both networks read the instruction.
+        tower_reuse: Train for the lever ``tower_reuse``: in the windows of stage II the vision transformers, too, reuse
+            what the policy's own decisions left. The store then also holds what they see.
         recovery: Chance of a cached token to be recomputed at inference.
         width: Channels of the networks.
         depth: Residual convolutions of the networks.
@@ -134,6 +138,7 @@ class TrainConfig:
     inputs: Literal["extended", "paper"] = "extended"
     flow: str = "dis"
     language: bool = False
+    tower_reuse: bool = False
     recovery: float = 0.05
     width: int = 32
     depth: int = 2

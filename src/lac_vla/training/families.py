@@ -10,11 +10,12 @@ from typing import Any, Protocol
 from lac_vla.bundled import MINI as BUNDLED_MINI
 from lac_vla.models.cogact.config import MINI_COGACT, CogACTConfig
 from lac_vla.models.prismatic.config import PrismaticConfig
-from lac_vla.models.prismatic.presets import MINI
+from lac_vla.models.prismatic.presets import MINI, MINI_VIT
 from lac_vla.training.config import PretrainConfig
 from lac_vla.training.objectives.base import Objective
 from lac_vla.training.objectives.diffusion import DiffusionObjective
 from lac_vla.training.objectives.tokens import TokenObjective
+from lac_vla.training.objectives.tower import TowerObjective
 
 
 class Family(Protocol):
@@ -56,6 +57,15 @@ class TokenFamily:
 
 
 @dataclass(frozen=True)
+class TowerFamily(TokenFamily):
+    """Such a one that takes all but its first camera's vision tower from another."""
+
+    def objective(self, statistics: Mapping[str, Any], run: PretrainConfig) -> Objective:
+        """See :meth:`Family.objective`."""
+        return TowerObjective(replace(self.vlm, norm_stats=statistics), run)
+
+
+@dataclass(frozen=True)
 class DiffusionFamily:
     """A VLA that draws chunks of actions as CogACT does."""
 
@@ -78,6 +88,7 @@ class DiffusionFamily:
 
 FAMILIES: dict[str, Family] = {
     "mini": TokenFamily(MINI),
+    "mini-vit": TowerFamily(MINI_VIT, start=BUNDLED_MINI),
     "mini-cogact": DiffusionFamily(MINI_COGACT, start=BUNDLED_MINI),
 }
 """By the name of the bundled model."""

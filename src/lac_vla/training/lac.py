@@ -30,6 +30,7 @@ from lac_vla.training.relaxation import (
 )
 from lac_vla.training.store import FrameStore
 from lac_vla.training.tasks import Task
+from lac_vla.training.tower import MixedTower, Seen
 from lac_vla.types import IntArray
 
 
@@ -65,11 +66,22 @@ class Learner:
         store: The frames.
         policy: What is trained.
         loss: ``"distill"`` or ``"demo"``.
+        tower: Runs in the windows, too, with patches that grow stale as the policy's own decisions leave them; ``None``
+            for stored embeddings alone, all of whose tokens are fresh.
     """
 
-    def __init__(self, backbone: Backbone, task: Task, store: FrameStore, policy: LACPolicy, loss: str) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        store: FrameStore,
+        policy: LACPolicy,
+        loss: str,
+        tower: MixedTower | None = None,
+    ) -> None:
         policy.check_layout(store.grids)
         self.backbone, self.task, self.store, self.policy, self.loss = backbone, task, store, policy, loss
+        self.tower = tower
         self.config: LACConfig = policy.config
         self.device = backbone.device
         self.ratios = torch.tensor(self.config.ratios, device=self.device)
@@ -105,7 +117,7 @@ class Learner:
         """Stage II, eqs. 7-8, on windows of consecutive frames; with ``learn``, gradients are accumulated.
 
         The cache is detached between frames, so every frame is differentiated by itself, and memory does not grow with
-        the window.
+        the window. So is what a tower that reuses remembers; the dense passes have whole towers.
 
         Args:
             first: First frame of every window, (B,).
@@ -125,6 +137,7 @@ class Learner:
         every = first[None, :] + np.arange(length)[:, None]  # (T, B)
         with torch.no_grad():  # dense: all frames to distil from them, the first alone otherwise
             dense = self.decode(every.reshape(-1) if self.loss == "distill" else first)
+            seen = None if self.tower is None else self._see(self.tower, first)
         old = Slots([part[:size] for part in dense.slots.keys], [part[:size] for part in dense.slots.values])
         reference = [self._pixels(name, first) for name in self.store.grids]
         age = [torch.zeros(size, *grid, device=self.device) for grid in self.store.grids.values()]
@@ -132,7 +145,9 @@ class Learner:
         for index, frames in enumerate(every[1:], 1):
             with torch.set_grad_enabled(learn):
                 choice = self.choose(frames, reference, age, temperatures, generator)
-                result = self.decode(frames, mask=choice.mask, old=old)
+                if self.tower is not None:
+                    seen = self._see(self.tower, frames, choice.mask, seen)
+                result = self.decode(frames, mask=choice.mask, old=old, seen=seen)
                 teacher = dense.hidden[index * size : (index + 1) * size] if self.loss == "distill" else None
                 task = self._task(result.hidden, frames, teacher, chance)
                 loss = task_weight * task.mean()
@@ -176,11 +191,15 @@ class Learner:
         mask: torch.Tensor | None = None,
         old: Slots | None = None,
         watch: tuple[int, ...] = (),
+        seen: Seen | None = None,
     ) -> Forward:
-        """Run the decoder over the prompts of some frames and their forced action tokens."""
+        """Run the decoder over the prompts of some frames and their forced action tokens.
+
+        The visual tokens are the stored ones, or as they were ``seen``.
+        """
         store, dtype = self.store, self.backbone.dtype
         order = np.asarray(frames)
-        visual = self._load(store.visual, order).to(dtype)
+        visual = self._stored(order) if seen is None else seen.visual
         suffix = self._load(store.suffix, order).to(dtype)
         lengths = torch.from_numpy(store.suffix_length[order]).to(self.device)
         with torch.no_grad():
@@ -190,7 +209,7 @@ class Learner:
             tail = F.pad(suffix, (0, 0, 0, answer.shape[1]))
             places = lengths[:, None] + torch.arange(answer.shape[1], device=self.device)
             tail = tail.scatter(1, places[..., None].expand_as(answer), answer.to(dtype))
-            embeddings = torch.cat([prefix, visual, tail], dim=1)
+        embeddings = torch.cat([prefix, visual, tail], dim=1)  # differentiable: a tower that reuses depends on the mask
         slots = store.layout.visual
         rows = slots.stop + lengths[:, None] - 1 + torch.arange(self.task.n_rows, device=self.device)
         with _autocast(self.device):
@@ -217,6 +236,17 @@ class Learner:
             pixels.append(torch.where(large, self._pixels(camera.name, frames), before))
             ages.append(torch.where(fresh, torch.zeros_like(old), old + 1))
         return pixels, ages
+
+    def _see(
+        self, tower: MixedTower, frames: IntArray, mask: torch.Tensor | None = None, old: Seen | None = None
+    ) -> Seen:
+        """Run the tower, over what it remembers of the preceding frames if there is a mask."""
+        images = {camera: self._load(self.store.tower_pixels[camera], frames) for camera in tower.cameras}
+        return tower.see(images, self._stored(frames), mask, None if old is None else old.slots)
+
+    def _stored(self, frames: IntArray) -> torch.Tensor:
+        """Embeddings of the visual tokens as a whole tower gives them, (B, N, width)."""
+        return self._load(self.store.visual, frames).to(self.backbone.dtype)
 
     def _task(
         self, hidden: torch.Tensor, frames: IntArray, dense: torch.Tensor | None, generator: torch.Generator

@@ -75,8 +75,8 @@ def mixed_forward(
     for index, layer in enumerate(backbone.layers):
         query, key, value = layer.qkv(hidden, rotary)
         if weight is not None and old is not None:
-            key = _mix(key, old.keys[index], weight, visual)
-            value = _mix(value, old.values[index], weight, visual)
+            key = mix(key, old.keys[index], weight, visual)
+            value = mix(value, old.values[index], weight, visual)
         slots.keys.append(key[:, :, visual].detach())
         slots.values.append(value[:, :, visual].detach())
         if index in watch:
@@ -97,8 +97,18 @@ def mixed_forward(
     return Forward(backbone.norm(chosen), slots, torch.stack(seen).mean(dim=0) if seen else None)
 
 
-def _mix(fresh: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, visual: slice) -> torch.Tensor:
-    """Fresh keys or values with the visual slots mixed; exactly fresh where the weight is 1, exactly old where 0."""
+def mix(fresh: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, visual: slice) -> torch.Tensor:
+    """Fresh keys or values with the visual slots mixed; exactly fresh where the weight is 1, exactly old where 0.
+
+    Args:
+        fresh: Of the whole sequence, (B, heads, length, head_dim).
+        old: Of the visual slots, (B, heads, N, head_dim).
+        weight: M, (B, 1, N, 1).
+        visual: The visual slots.
+
+    Returns:
+        As ``fresh``.
+    """
     new = fresh[:, :, visual]
     mixed = weight * new + (1 - weight) * old
     return torch.cat([fresh[:, :, : visual.start], mixed.to(fresh.dtype), fresh[:, :, visual.stop :]], dim=2)

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models import load_vla, save_vla
+from lac_vla.models import save_vla
 from lac_vla.models.prismatic.images import area
 from lac_vla.models.prismatic.prompt import Encode, FileTokenizer, load_tokenizer, train_tokenizer
 from lac_vla.provenance import provenance
@@ -60,7 +60,7 @@ class Pretraining:
             self.loaded: list[nn.Parameter] = []
         else:
             self.encode = load_tokenizer(start)
-            self.loaded = take_weights(self.objective.model, start)
+            self.loaded = self.objective.take_weights(start)
         self.data = Demonstrations(bank, self.objective.backbone(self.encode), config, family.horizon(config))
         self.average = AveragedModel(self.objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
         old = {id(weight) for weight in self.loaded}
@@ -124,8 +124,8 @@ class Pretraining:
         self.set_rates()
         self.objective.train()
         with torch.autocast(config.device, dtype=torch.bfloat16):
-            losses = self.show_read() if self.frozen else self.show_frames()
-        total = torch.stack([losses[term] for term in self.objective.terms]).sum()
+            losses = self.show_read() if self.frozen and not self.objective.imitates else self.show_frames()
+        total = torch.stack([losses[term] for term in self.objective.terms if term in losses]).sum()
         if not torch.isfinite(total):
             raise InputError(
                 f"the loss became {total.item()} after {self.seen} samples; the state of the last validation is kept: "
@@ -140,13 +140,15 @@ class Pretraining:
         return {name: float(value.detach()) for name, value in losses.items()}
 
     def show_frames(self) -> dict[str, torch.Tensor]:
-        """Losses of a batch of frames, drawn by chance."""
+        """Losses of a batch of frames, drawn by chance; those of imitation while what was loaded is held fixed."""
         rng = self.chance.rng
         frames = rng.choice(self.data.train, size=self.config.batch)
         keep = (int(rng.integers(2)), int(rng.integers(2)), 2) if self.coarse else None
-        losses: dict[str, torch.Tensor] = self.objective(
-            self.data.batch(frames, self.chance), keep, self.seen / self.config.samples, self.chance.noise
-        )
+        batch = self.data.batch(frames, self.chance)
+        if self.frozen:
+            return self.objective.imitate(batch)
+        progress = self.seen / self.config.samples
+        losses: dict[str, torch.Tensor] = self.objective(batch, keep, progress, self.chance.noise)
         return losses
 
     def show_read(self) -> dict[str, torch.Tensor]:
@@ -222,29 +224,6 @@ class Pretraining:
         self.seen = int(state["seen"])
 
 
-def take_weights(model: nn.Module, folder: Path) -> list[nn.Parameter]:
-    """Copy a checkpoint's weights into a model that has all of them, and perhaps more.
-
-    Args:
-        model: Its parameters of the same names are overwritten.
-        folder: See :func:`lac_vla.models.load_vla`.
-
-    Returns:
-        The parameters that were overwritten.
-
-    Raises:
-        CheckpointError: If the checkpoint has a weight that the model has not, or of another shape.
-    """
-    weights = cast(Any, load_vla(folder)).model.state_dict()
-    try:
-        unknown = model.load_state_dict(weights, strict=False).unexpected_keys
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder} does not fit the model: give another --start: {error}") from error
-    if unknown:
-        raise CheckpointError(f"{folder} is of another model, it has {unknown[0]}: give another --start")
-    return [parameter for name, parameter in model.named_parameters() if name in weights]
-
-
 def pretrain(config: PretrainConfig, *, max_seconds: float = math.inf) -> Path:
     """Train, or go on training, until all samples are shown or the time is up.
 
@@ -281,7 +260,8 @@ def _steps(run: Pretraining, start: float, max_seconds: float) -> Iterator[dict[
         recent.append(run.step())
         done = run.seen >= run.config.samples or time.monotonic() - start > max_seconds
         if len(recent) == 50 or done:
-            yield {name: float(np.mean([row[name] for row in recent])) for name in recent[0]}
+            # A phase may have begun that has other losses than the one before.
+            yield {name: float(np.mean([row[name] for row in recent if name in row])) for name in recent[-1]}
             recent = []
         if run.seen % run.config.every < run.config.batch or done:
             scores = run.validate()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class FrameStore:
         start: First frame of every episode, (E,).
         stop: One past its last frame, (E,).
         has_actions: Whether the targets are recorded actions, not the model's own answers.
+        tower_pixels: Camera → what its tower sees, uint8, (F, H, W, 3), for those of which it was asked.
     """
 
     grids: Mapping[str, tuple[int, int]]
@@ -63,6 +64,7 @@ class FrameStore:
     start: IntArray
     stop: IntArray
     has_actions: bool
+    tower_pixels: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.visual)
@@ -102,6 +104,7 @@ class FrameStore:
         patch_pixels: int,
         episodes: int = 0,
         labels: bool = False,
+        tower_cameras: Sequence[str] = (),
     ) -> FrameStore:
         """Open the store in ``folder``; compute it first unless it is there already.
 
@@ -113,6 +116,7 @@ class FrameStore:
             patch_pixels: Pixels per token side that the policy's networks see.
             episodes: How many episodes to use, evenly spread over the dataset; 0 for all.
             labels: Whether recorded actions are needed. Without, the model's own answers stand in where there are none.
+            tower_cameras: Cameras of which the tower's pixels are needed, too.
 
         Raises:
             InputError: If the dataset does not fit the model, lacks what is needed, or the disk is too small; or if
@@ -130,15 +134,22 @@ class FrameStore:
             "model": fingerprint(backbone),
             "flow": flow,
             "patch_pixels": patch_pixels,
+            "tower_cameras": list(tower_cameras),
         }
         meta = folder / META
         if meta.is_file():
             found = json.loads(meta.read_text(encoding="utf-8"))["about"]
-            different = [key for key in about if found.get(key) != about[key]]
-            if different and not (flow == "none" and different == ["flow"]):  # flow that is there can be left unread
+            unread = {"flow": flow == "none", "tower_cameras": not tower_cameras}  # whether it is there or not
+            different = [key for key in about if not unread.get(key) and found.get(key) != about[key]]
+            if different == ["tower_cameras"]:
+                raise InputError(
+                    f"{folder} holds no pixels of the cameras {list(tower_cameras)}, which --tower-reuse needs: "
+                    "give another --store, and they are stored with the embeddings"
+                )
+            if different:
                 raise InputError(f"{folder} holds stored embeddings of other {different}; give another --store")
         else:
-            _Builder(backbone, source, chosen, flow, patch_pixels).write(folder, about)
+            _Builder(backbone, source, chosen, flow, patch_pixels, tower_cameras).write(folder, about)
         store = cls.open(folder)
         if labels and not store.has_actions:
             raise InputError(f"{dataset} records no actions, which --loss demo needs; use --loss distill")
@@ -167,6 +178,11 @@ class FrameStore:
             start=np.asarray(meta["start"], dtype=np.int64),
             stop=np.asarray(meta["stop"], dtype=np.int64),
             has_actions=meta["has_actions"],
+            tower_pixels={
+                name: read(f"tower_pixels_{index}")
+                for index, name in enumerate(grids)
+                if name in meta["about"].get("tower_cameras", [])
+            },
         )
 
 
@@ -187,12 +203,18 @@ class _Builder:
     """Fills a store."""
 
     def __init__(
-        self, backbone: Backbone, source: LeRobotDataset, chosen: list[int], flow: str, patch_pixels: int
+        self,
+        backbone: Backbone,
+        source: LeRobotDataset,
+        chosen: list[int],
+        flow: str,
+        patch_pixels: int,
+        tower_cameras: Sequence[str],
     ) -> None:
         self.backbone, self.source, self.chosen = backbone, source, chosen
         self.task: Task = task_of(backbone)
         self.flow = make_flow(flow)
-        self.patch_pixels = patch_pixels
+        self.patch_pixels, self.tower_cameras = patch_pixels, tower_cameras
         self.dense = CachedVLA(backbone).session()
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -217,6 +239,8 @@ class _Builder:
             shapes[f"image_{index}"] = ((*size, 3), np.uint8)
             if self.flow is not None:
                 shapes[f"flow_{index}"] = ((*size, 2), np.float16)
+            if camera.name in self.tower_cameras:
+                shapes[f"tower_pixels_{index}"] = ((total, *backbone.pixels(frame)[camera.name].shape), np.uint8)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} holds something else than stored embeddings; give another --store")
         partial = folder.with_name(f"{folder.name}.incomplete")
@@ -276,6 +300,8 @@ class _Builder:
                 shape = (camera.rows, camera.cols, self.patch_pixels)
                 image = pixels[camera.name]
                 arrays[f"image_{number}"][at] = resize(image, *shape)
+                if camera.name in self.tower_cameras:
+                    arrays[f"tower_pixels_{number}"][at] = image
                 if self.flow is not None and previous is not None:
                     flow = self.flow(previous[camera.name], image)
                     arrays[f"flow_{number}"][at] = flow_in_patches(flow, *shape)

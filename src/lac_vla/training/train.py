@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.lac import Learner, Temperatures, annealed, cosine
 from lac_vla.training.store import FrameStore
 from lac_vla.training.tasks import task_of
+from lac_vla.training.tower import MixedTower
 from lac_vla.types import IntArray
 
 STATE, METRICS, CONFIG, PICTURES = "state.pt", "metrics.jsonl", "config.json", "saliency.npz"
@@ -41,11 +42,17 @@ class Training:
         config: The run.
         backbone: The frozen model.
         store: The frames.
+        tower: The model's, if it is to reuse.
         world: Number of processes that train together, and this one's rank.
     """
 
     def __init__(
-        self, config: TrainConfig, backbone: Backbone, store: FrameStore, world: tuple[int, int] = (1, 0)
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        store: FrameStore,
+        tower: MixedTower | None = None,
+        world: tuple[int, int] = (1, 0),
     ) -> None:
         self.config, self.backbone, self.store, self.world = config, backbone, store, world
         torch.manual_seed(config.seed)
@@ -62,7 +69,7 @@ class Training:
             patch_pixels=config.patch_pixels,
         )
         self.policy = LACPolicy(shape)
-        self.learner = Learner(backbone, task_of(backbone), store, self.policy, config.loss)
+        self.learner = Learner(backbone, task_of(backbone), store, self.policy, config.loss, tower)
         self.networks = nn.ModuleDict({"selector": self.policy.selector, "predictor": self.policy.predictor})
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
         self.step, self.lam, self.seconds = 0, config.lam, 0.0
@@ -235,15 +242,16 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         Folder of the saved policy.
 
     Raises:
-        InputError: If dataset and model do not fit, or the loss is not finite.
+        InputError: If dataset and model do not fit, the model has no tower that could reuse, or the loss is not finite.
     """
     size, rank = _join(config)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
     backbone = load_vla(config.vla, device=device, dtype="auto", unnorm_key=config.unnorm_key)
     _freeze(backbone)
+    tower = MixedTower(backbone) if config.tower_reuse else None
     config.out.mkdir(parents=True, exist_ok=True)
-    store = _store(config, backbone, rank)
-    run = Training(config, backbone, store, (size, rank))
+    store = _store(config, backbone, () if tower is None else tower.cameras, rank)
+    run = Training(config, backbone, store, tower, (size, rank))
     if (config.out / STATE).exists():
         _check_settings(config)
         run.resume()
@@ -311,7 +319,7 @@ def _join(config: TrainConfig) -> tuple[int, int]:
     return size, int(os.environ.get("RANK", "0"))
 
 
-def _store(config: TrainConfig, backbone: Backbone, rank: int) -> FrameStore:
+def _store(config: TrainConfig, backbone: Backbone, tower_cameras: Sequence[str], rank: int) -> FrameStore:
     folder = config.store or config.out / "store"
 
     def build() -> FrameStore:
@@ -323,6 +331,7 @@ def _store(config: TrainConfig, backbone: Backbone, rank: int) -> FrameStore:
             patch_pixels=config.patch_pixels,
             episodes=config.episodes,
             labels=config.loss == "demo",
+            tower_cameras=tower_cameras,
         )
 
     if not dist.is_initialized():

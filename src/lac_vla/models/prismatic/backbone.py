@@ -150,8 +150,8 @@ class PrismaticBackbone:
         return TokenLayout.of(self._grids, 1, len(self.prompt_ids(frame.instruction)) - 1 + n_proprio)
 
     def tower_memory(self) -> TowerMemory | None:
-        """An empty memory for :meth:`features`; ``None`` if the towers are convolutions."""
-        return TowerMemory() if self.model.config.vit_towers else None
+        """An empty memory for :meth:`features`; ``None`` if all towers are convolutions."""
+        return TowerMemory() if self.model.config.has_transformer else None
 
     def look(self, pixels: Mapping[str, UInt8Image], memory: TowerMemory | None = None) -> Glance:
         """What the towers can compute before it is known which tokens matter."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lac_vla.errors import CheckpointError
-from lac_vla.models.prismatic.towers import ConvTowerConfig, ViTConfig, towers_of
+from lac_vla.models.prismatic.towers import TowerConfig, ViTConfig, tower_of, towers_of
 
 OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 VICUNA_PROMPT = (
@@ -21,6 +21,8 @@ VICUNA_PROMPT = (
 )
 OPENVLA_PROMPT_END = 29871
 """Llama 2's token of a lone space, the last token of every prompt that OpenVLA was trained with."""
+PER_CAMERA = ("conv", "towers")
+"""``vision_backbone_id`` of models with a tower per camera: convolutions only, or any."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class CameraConfig:
     Attributes:
         name: Key of its image in ``Frame.images``; no dots (it becomes part of parameter names).
         image_size: Side of the square image that the tower sees, pixels.
-        tower: The camera's own convolutional tower; ``None`` if all cameras share the vision transformers.
+        tower: The camera's own tower; ``None`` if all cameras share the vision transformers.
     """
 
     name: str
     image_size: int
-    tower: ConvTowerConfig | None = None
+    tower: TowerConfig | None = None
 
     def __post_init__(self) -> None:
         """Check the name, and that the tokens tile the image."""
@@ -54,8 +56,8 @@ class PrismaticConfig:
     Attributes:
         text_config: Arguments of ``transformers.LlamaConfig``; what is absent is Llama 2 7B's.
         norm_stats: Data set → ``action`` / ``proprio`` → ``q01``, ``q99``, ``mask`` (lists of numbers).
-        vision_backbone_id: ``"conv"``, or an official name of vision transformers.
-        vit_towers: The vision transformers (one, or two whose features are concatenated).
+        vision_backbone_id: One of :data:`PER_CAMERA`, or an official name of vision transformers.
+        vit_towers: The vision transformers that cameras share (one, or two whose features are concatenated).
         cameras: Cameras in token order.
         projector_hidden: Hidden widths of the projector.
         image_resize_strategy: A key of :data:`lac_vla.models.prismatic.images.PIPELINES`.
@@ -93,14 +95,16 @@ class PrismaticConfig:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
-        conv = [camera.tower for camera in self.cameras if camera.tower is not None]
-        if self.vision_backbone_id == "conv":
-            if len(conv) != len(self.cameras) or self.vit_towers:
-                raise CheckpointError('vision_backbone_id "conv" wants a tower per camera and no vit_towers')
-            if len({tower.widths[-1] for tower in conv}) != 1:
+        own = [camera.tower for camera in self.cameras if camera.tower is not None]
+        if self.vision_backbone_id in PER_CAMERA:
+            if len(own) != len(self.cameras) or self.vit_towers:
+                raise CheckpointError(
+                    f'vision_backbone_id "{self.vision_backbone_id}" wants a tower per camera and no vit_towers'
+                )
+            if len({tower.features for tower in own}) != 1:
                 raise CheckpointError("the towers of all cameras must end in the same width")
         else:
-            if conv or not 1 <= len(self.vit_towers) <= 2:
+            if own or not 1 <= len(self.vit_towers) <= 2:
                 raise CheckpointError("vision transformers: 1 or 2 vit_towers, and cameras without towers")
             if len({(camera.image_size, vit.patch) for camera in self.cameras for vit in self.vit_towers}) != 1:
                 raise CheckpointError("vision transformers must have one image_size and one size of patches")
@@ -115,8 +119,13 @@ class PrismaticConfig:
     @property
     def features(self) -> int:
         """Width of the visual features that the projector takes."""
-        conv = self.cameras[0].tower
-        return conv.widths[-1] if conv is not None else sum(tower.width for tower in self.vit_towers)
+        own = self.cameras[0].tower
+        return own.features if own is not None else sum(tower.features for tower in self.vit_towers)
+
+    @property
+    def has_transformer(self) -> bool:
+        """Whether a vision transformer sees some camera."""
+        return bool(self.vit_towers) or any(isinstance(camera.tower, ViTConfig) for camera in self.cameras)
 
     @property
     def width(self) -> int:
@@ -145,7 +154,7 @@ class PrismaticConfig:
         if any(data.get("timm_override_act_layers") or ()):
             raise CheckpointError(f'vision backbone "{backbone}" overrides activations: not supported')
         try:
-            vit = () if backbone == "conv" else towers_of(data)
+            vit = () if backbone in PER_CAMERA else towers_of(data)
             cameras = tuple(_camera(camera) for camera in data.get("cameras") or ()) or _official_camera(data)
             hidden = tuple(data.get("projector_hidden") or _official_projector(data["text_config"], vit))
             config: dict[str, Any] = {"norm_stats": {}, "prompt_template": _official_prompt(llm)}
@@ -166,8 +175,7 @@ class PrismaticConfig:
 
 def _camera(data: Mapping[str, Any]) -> CameraConfig:
     tower = data.get("tower")
-    conv = None if tower is None else ConvTowerConfig(**{**tower, "widths": tuple(tower["widths"])})
-    return CameraConfig(data["name"], int(data["image_size"]), conv)
+    return CameraConfig(data["name"], int(data["image_size"]), None if tower is None else tower_of(tower))
 
 
 def _official_camera(data: Mapping[str, Any]) -> tuple[CameraConfig, ...]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lac_vla.models.prismatic.towers import ConvTowerConfig
-
-Keep: TypeAlias = tuple[int, int, int]
-"""Row offset, column offset and stride of a regular subset of a token grid."""
+from lac_vla.models.prismatic.towers import ConvTowerConfig, Keep
+from lac_vla.models.prismatic.vit import KeysValues
 
 
 @lru_cache(maxsize=8)
@@ -64,12 +61,19 @@ class ConvTower(nn.Module):
         padded = F.pad(features, (1, 1, 1, 1))[:, :, row:, column:]
         return F.conv2d(padded, self.head.weight, self.head.bias, stride=stride).flatten(2).transpose(1, 2)
 
-    def tokens(self, surroundings: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+    def look(self, pixels: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        """See :meth:`surroundings`; ``whole`` is no matter here: a convolution has no memory."""
+        return self.surroundings(pixels)
+
+    def tokens(
+        self, surroundings: torch.Tensor, wanted: torch.Tensor | None = None, memory: KeysValues | None = None
+    ) -> torch.Tensor:
         """The last convolution, for some tokens of one image alone.
 
         Args:
             surroundings: From :meth:`surroundings`, (1, C, rows, cols).
             wanted: Which tokens, bool, (tokens,); ``None`` for all.
+            memory: Not needed.
 
         Returns:
             Features in raster order, (n, widths[-1]).

@@ -9,7 +9,7 @@ from torch import nn
 
 from lac_vla.models.llama import build_llama
 from lac_vla.models.prismatic.config import PrismaticConfig
-from lac_vla.models.prismatic.vision import ConvBackbone, ViTBackbone
+from lac_vla.models.prismatic.vision import PerCameraBackbone, ViTBackbone
 
 
 class MLP(nn.Module):
@@ -44,8 +44,8 @@ class PrismaticVLA(nn.Module):
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_backbone: ViTBackbone | ConvBackbone = (
-            ViTBackbone(config) if config.vit_towers else ConvBackbone(config)
+        self.vision_backbone: ViTBackbone | PerCameraBackbone = (
+            ViTBackbone(config) if config.vit_towers else PerCameraBackbone(config)
         )
         self.projector = MLP(config.features, *config.projector_hidden, config.width)
         dim = config.proprio_dim

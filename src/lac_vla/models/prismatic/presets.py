@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lac_vla.models.prismatic.config import CameraConfig, PrismaticConfig
-from lac_vla.models.prismatic.towers import DINOV2_LARGE, SIGLIP_SO400M, ConvTowerConfig
+from lac_vla.models.prismatic.towers import DINOV2_LARGE, SIGLIP_SO400M, ConvTowerConfig, ViTConfig
 
 NO_STATS = {"none": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
 """Statistics of a model that was trained on nothing: actions stay in [-1, 1]."""
@@ -43,6 +45,13 @@ MINI = PrismaticConfig(
     llm_backbone_id="llama",
 )
 
+MINI_VIT = replace(
+    MINI,
+    vision_backbone_id="towers",
+    cameras=(CameraConfig("agentview", 112, ViTConfig(128, 5, 4, 256, patch=8, neck=192)), MINI.cameras[1]),
+)
+"""``mini`` whose first camera is seen by a vision transformer, over the same grid of tokens."""
+
 TINY = PrismaticConfig(
     text_config={
         "hidden_size": 32,
@@ -67,4 +76,4 @@ TINY = PrismaticConfig(
     llm_backbone_id="llama",
 )
 
-PRESETS: dict[str, PrismaticConfig] = {"openvla-7b": OPENVLA_7B, "mini": MINI, "tiny": TINY}
+PRESETS: dict[str, PrismaticConfig] = {"openvla-7b": OPENVLA_7B, "mini": MINI, "mini-vit": MINI_VIT, "tiny": TINY}

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 from lac_vla.errors import CheckpointError
 
 Triple: TypeAlias = tuple[float, float, float]
+Keep: TypeAlias = tuple[int, int, int]
+"""Row offset, column offset and stride of a regular subset of a token grid."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class ConvTowerConfig:
         """Pixels between two tokens."""
         return int(2 ** (len(self.widths) - 1))
 
+    @property
+    def features(self) -> int:
+        """Width of the features."""
+        return self.widths[-1]
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -49,6 +56,7 @@ class ViTConfig:
         registers: Number of register tokens.
         class_token: Whether there is a class token.
         layer_scale: Whether the branches of a block are scaled.
+        neck: Width that a linear layer behind the blocks brings the features to; ``None`` for no such layer.
         mean: Mean per channel that RGB in 0..1 is normalised with.
         std: Standard deviation per channel.
     """
@@ -61,8 +69,23 @@ class ViTConfig:
     registers: int = 0
     class_token: bool = False
     layer_scale: bool = False
+    neck: int | None = None
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
+
+    @property
+    def stride(self) -> int:
+        """Pixels between two tokens."""
+        return self.patch
+
+    @property
+    def features(self) -> int:
+        """Width of the features."""
+        return self.width if self.neck is None else self.neck
+
+
+TowerConfig: TypeAlias = ConvTowerConfig | ViTConfig
+"""Of a camera's own tower."""
 
 
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -85,7 +108,7 @@ def towers_of(config: Mapping[str, Any]) -> tuple[ViTConfig, ...]:
         CheckpointError: If a tower is not known.
     """
     if config.get("vit_towers"):
-        return tuple(_tower(tower) for tower in config["vit_towers"])
+        return tuple(vit_of(tower) for tower in config["vit_towers"])
     names = config.get("timm_model_ids", ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"])
     unknown = [name for name in names if name not in TIMM_TOWERS]
     if unknown:
@@ -96,6 +119,14 @@ def towers_of(config: Mapping[str, Any]) -> tuple[ViTConfig, ...]:
     return tuple(TIMM_TOWERS[name] for name in names)
 
 
-def _tower(data: Mapping[str, Any]) -> ViTConfig:
+def tower_of(data: Mapping[str, Any]) -> TowerConfig:
+    """A camera's tower in a ``config.json``: a convolution has ``widths``, a vision transformer a ``width``."""
+    if "widths" in data:
+        return ConvTowerConfig(**{**data, "widths": tuple(data["widths"])})
+    return vit_of(data)
+
+
+def vit_of(data: Mapping[str, Any]) -> ViTConfig:
+    """A vision transformer in a ``config.json``."""
     plain: dict[str, Any] = {key: tuple(value) if key in ("mean", "std") else value for key, value in data.items()}
     return ViTConfig(**plain)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lac_vla.models.prismatic.config import PrismaticConfig
-from lac_vla.models.prismatic.conv import ConvTower, Keep
-from lac_vla.models.prismatic.vit import KeysValues, ViT
+from lac_vla.models.prismatic.conv import ConvTower
+from lac_vla.models.prismatic.towers import Keep, ViTConfig
+from lac_vla.models.prismatic.vit import KeysValues, ViT, ViTTower
 
 Glance: TypeAlias = Sequence[torch.Tensor]
 """A frame half seen: what a backbone's ``look`` returns and its ``features`` goes on from."""
@@ -127,12 +128,12 @@ class ViTBackbone(nn.Module):
         return features.reshape(batch, -1, features.shape[-1])
 
 
-class ConvBackbone(nn.Module):
-    """One convolutional tower per camera.
+class PerCameraBackbone(nn.Module):
+    """A tower per camera, each a convolution or a vision transformer of its own.
 
     Attributes:
         grids: Camera → (rows, cols) of its tokens, in token order.
-        towers: Camera → :class:`ConvTower`.
+        towers: Camera → :class:`ConvTower` or :class:`ViTTower`.
     """
 
     def __init__(self, config: PrismaticConfig) -> None:
@@ -143,42 +144,53 @@ class ConvBackbone(nn.Module):
             if camera.tower is not None:
                 side = camera.image_size // camera.tower.stride
                 self.grids[camera.name] = (side, side)
-                self.towers[camera.name] = ConvTower(camera.tower)
+                self.towers[camera.name] = (
+                    ViTTower(camera.tower, camera.image_size)
+                    if isinstance(camera.tower, ViTConfig)
+                    else ConvTower(camera.tower)
+                )
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Scale RGB images to [-1, 1]: uint8, (B, H, W, 3) → float32, (B, 3, H, W)."""
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
     def look(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Glance:
-        """All but the last convolution of one frame: what every token needs of its surroundings.
+        """What can be computed of one frame before it is known which tokens matter.
 
         Args:
             pixel_values: Camera → RGB in [-1, 1], (1, 3, H, W).
-            whole: No matter here: a convolution has no memory.
+            whole: Run the blocks of transformers, too: without a memory, they need all patches in any case.
         """
-        return [self._tower(name).surroundings(pixel_values[name]) for name in self.grids]
+        return [self._tower(name).look(pixel_values[name], whole=whole) for name in self.grids]
 
     def features(
         self, glance: Glance, wanted: torch.Tensor | None = None, memory: TowerMemory | None = None
     ) -> torch.Tensor:
-        """Features of some tokens; the last convolution, about half of a tower's work, runs for these alone.
+        """Features of some tokens.
+
+        A convolution runs its last layer, about half of its work, for these alone; a transformer with a memory all
+        blocks.
 
         Args:
-            glance: From :meth:`look`.
+            glance: From :meth:`look`; ``whole`` without a memory, and not with one.
             wanted: Which tokens, bool, (N,); ``None`` for all.
-            memory: Never there.
+            memory: Keys and values of the transformers' other tokens.
 
         Returns:
-            (n, F): the same numbers as in :meth:`forward`.
+            (n, F): without a memory, the same numbers as in :meth:`forward`.
         """
         sizes = [rows * cols for rows, cols in self.grids.values()]
         parts = [None] * len(sizes) if wanted is None else list(torch.split(wanted, sizes))
+        cameras = enumerate(zip(self.grids, glance, parts, strict=True))
         return torch.cat(
-            [self._tower(name).tokens(x, part) for name, x, part in zip(self.grids, glance, parts, strict=True)]
+            [
+                self._tower(name).tokens(x, part, None if memory is None else memory.of(0, camera))
+                for camera, (name, x, part) in cameras
+            ]
         )
 
-    def _tower(self, camera: str) -> ConvTower:
-        return cast(ConvTower, self.towers[camera])
+    def _tower(self, camera: str) -> ConvTower | ViTTower:
+        return cast(ConvTower | ViTTower, self.towers[camera])
 
     def forward(
         self,
@@ -190,7 +202,7 @@ class ConvBackbone(nn.Module):
 
         Args:
             pixel_values: Camera → RGB in [-1, 1], (B, 3, H, W).
-            keep: Camera → regular subset of its tokens; a camera that is absent is computed in full.
+            keep: Camera → regular subset of its tokens; of a camera that is absent, all are wanted.
             shift: Camera → pixels by which an augmentation moved the content down and right, (B, 2).
 
         Returns:

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.models.prismatic.towers import Keep, ViTConfig
 
 LAYER_NORM_EPS = 1e-6
+
+
+class Memory(Protocol):
+    """What stands between a block's keys and values and its attention."""
+
+    def update(
+        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the new keys and values of some rows, and return those that attention is to see.
+
+        Args:
+            block: Number of the block.
+            keys: (B, heads, rows, head_dim).
+            values: As ``keys``.
+            rows: Which of the tokens they are, int64; ``None`` for all.
+
+        Returns:
+            Keys and values of all tokens, each (B, heads, tokens, head_dim).
+        """
+        ...
 
 
 @dataclass
@@ -59,13 +81,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: torch.Tensor, memory: KeysValues | None = None, block: int = 0, rows: torch.Tensor | None = None
+        self, x: torch.Tensor, memory: Memory | None = None, block: int = 0, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, tokens, width) → the same; with a memory, ``x`` may be some ``rows`` of the tokens it remembers."""
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if memory is not None:
             keys, values = memory.update(block, keys, values, rows)
-        attended = F.scaled_dot_product_attention(queries, keys, values)
+        # Under autocast in the precision of the residual stream: on a CPU the backward pass is several times faster.
+        with torch.autocast(x.device.type, enabled=False):
+            attended = F.scaled_dot_product_attention(*(part.to(x.dtype) for part in (queries, keys, values)))
         out: torch.Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return out
 
@@ -110,7 +134,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
     def forward(
-        self, x: torch.Tensor, memory: KeysValues | None = None, block: int = 0, rows: torch.Tensor | None = None
+        self, x: torch.Tensor, memory: Memory | None = None, block: int = 0, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, tokens, width) → the same; see :class:`Attention`."""
         x = x + self.ls1(self.attn(self.norm1(x), memory, block, rows))
@@ -134,9 +158,10 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // config.patch) ** 2, config.width))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth - 1))
+        self.neck = nn.Identity() if config.neck is None else nn.Linear(width, config.neck)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised images, (B, 3, H, W) → features, (B, patches, width)."""
+        """Normalised images, (B, 3, H, W) → features, (B, patches, features)."""
         return self.encode(self.embed(pixels))
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -145,19 +170,17 @@ class ViT(nn.Module):
         extra = [token for token in (self.cls_token, self.reg_token) if token is not None]
         return torch.cat([*(token.expand(len(x), -1, -1) for token in extra), x], dim=1)
 
-    def encode(
-        self, x: torch.Tensor, memory: KeysValues | None = None, wanted: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, memory: Memory | None = None, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """Run the blocks.
 
         Args:
-            x: From :meth:`embed`, (B, tokens, width); B = 1 with a memory.
+            x: From :meth:`embed`, (B, tokens, width); B = 1 with :class:`KeysValues`.
             memory: Keys and values of the same image's predecessors: they stand for the patches that are not wanted,
                 and are brought up to date where they are. A new one is filled.
             wanted: Patches to compute, bool, (patches,); ``None`` for all. Class and register tokens always are.
 
         Returns:
-            Features of these patches, (B, patches, width).
+            Features of these patches, (B, patches, features).
         """
         extra = x.shape[1] - self.pos_embed.shape[1]
         rows = None
@@ -166,4 +189,67 @@ class ViT(nn.Module):
             x = x[:, rows]
         for index, block in enumerate(self.blocks):
             x = block(x, memory, index, rows)
-        return x[:, extra:]
+        features: torch.Tensor = self.neck(x[:, extra:])
+        return features
+
+
+class ViTTower(ViT):
+    """A vision transformer as the tower of one camera; it takes images as the convolutional one does.
+
+    Args:
+        config: Its shape.
+        image_size: Side of its images, pixels.
+    """
+
+    def __init__(self, config: ViTConfig, image_size: int) -> None:
+        super().__init__(config, image_size)
+        self._centre = [2 * value - 1 for value in config.mean]
+        self._spread = [2 * value for value in config.std]
+
+    def forward(
+        self, pixels: torch.Tensor, keep: Keep | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute the tokens of a batch of images.
+
+        Args:
+            pixels: RGB in [-1, 1], (B, 3, H, W).
+            keep: Return the tokens at rows ``keep[0]::keep[2]`` and columns ``keep[1]::keep[2]``; all are computed.
+            shift: Not needed: patches know their places in the image, whatever was moved.
+
+        Returns:
+            Features in raster order, (B, tokens, features).
+        """
+        features = self.encode(self.embed(self.normalize(pixels)))
+        if keep is None:
+            return features
+        row, column, stride = keep
+        side = math.isqrt(features.shape[1])
+        grid = features.view(len(features), side, side, -1)
+        return grid[:, row::stride, column::stride].flatten(1, 2)
+
+    def look(self, pixels: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        """The blocks' input, (1, tokens, width); if ``whole``, what comes out of them, (1, patches, features)."""
+        glance = self.embed(self.normalize(pixels))
+        return self.encode(glance) if whole else glance
+
+    def tokens(
+        self, glance: torch.Tensor, wanted: torch.Tensor | None = None, memory: KeysValues | None = None
+    ) -> torch.Tensor:
+        """Features of some tokens of one image.
+
+        Args:
+            glance: From :meth:`look`; ``whole`` without a memory, and not with one.
+            wanted: Which tokens, bool, (patches,); ``None`` for all.
+            memory: Keys and values of the other tokens; see :meth:`encode`.
+
+        Returns:
+            (n, features).
+        """
+        if memory is not None:
+            return self.encode(glance, memory, wanted)[0]
+        return glance[0] if wanted is None else glance[0, wanted]
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """RGB in [-1, 1] → with the mean and deviation that this transformer wants."""
+        centre, spread = (pixels.new_tensor(part).view(3, 1, 1) for part in (self._centre, self._spread))
+        return (pixels - centre) / spread

@@ -10,16 +10,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lac_vla.models import CogACTBackbone, PrismaticBackbone
+from lac_vla.errors import CheckpointError
+from lac_vla.models import CogACTBackbone, PrismaticBackbone, load_vla
 from lac_vla.models.llama import LlamaDecoder
-from lac_vla.models.prismatic.conv import Keep
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.prompt import Encode
+from lac_vla.models.prismatic.towers import Keep
 from lac_vla.types import TokenLayout
 
 ACTION_DIMS = 7
@@ -80,9 +83,12 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         terms: Which of the losses are summed up.
+        imitates: Whether, while what was loaded is held fixed, :meth:`imitate` is what is learned; if not, what the
+            fixed trunk reads is learned from.
     """
 
     terms: tuple[str, ...]
+    imitates = False
 
     def __init__(self, model: PrismaticVLA, chunk: int) -> None:
         super().__init__()
@@ -93,6 +99,35 @@ class Objective(nn.Module, ABC):
         )
         self.hindsight_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, HINDSIGHT_VALUES))
         self.layout = TokenLayout.of(model.vision_backbone.grids, n_prefix=1, n_suffix=0)
+
+    def take_weights(self, folder: Path) -> list[nn.Parameter]:
+        """Copy a checkpoint's weights into the model, which has all of them, and perhaps more.
+
+        Args:
+            folder: See :func:`lac_vla.models.load_vla`.
+
+        Returns:
+            The parameters that were overwritten.
+
+        Raises:
+            CheckpointError: If the checkpoint has a weight that the model has not, or of another shape.
+        """
+        weights = self._known(cast(Any, load_vla(folder)).model)
+        try:
+            unknown = self.model.load_state_dict(weights, strict=False).unexpected_keys
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder} does not fit the model: give another --start: {error}") from error
+        if unknown:
+            raise CheckpointError(f"{folder} is of another model, it has {unknown[0]}: give another --start")
+        return [parameter for name, parameter in self.model.named_parameters() if name in weights]
+
+    def _known(self, start: PrismaticVLA) -> dict[str, torch.Tensor]:
+        """Which weights of the start to copy."""
+        return dict(start.state_dict())
+
+    def imitate(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Losses of a batch while what was loaded is held fixed, where :attr:`imitates` says so."""
+        raise NotImplementedError
 
     @abstractmethod
     def backbone(self, encode: Encode) -> PrismaticBackbone | CogACTBackbone:

@@ -23,7 +23,7 @@ class TokenObjective(Objective):
         run: The run.
     """
 
-    terms = ("tokens", "chunk", "hindsight")
+    terms: tuple[str, ...] = ("tokens", "chunk", "hindsight")
 
     def __init__(self, config: PrismaticConfig, run: PretrainConfig) -> None:
         super().__init__(PrismaticVLA(config), run.chunk)
