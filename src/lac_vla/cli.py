@@ -250,7 +250,8 @@ def _report_reproduction(done: "Reproduction") -> None:
     for table in tables:
         console.print(table.to_terminal())
     specs = {row.method: paths_by_name(row.spec) for row in (*done.rows, *done.curve)}
-    curve = tradeoff(summarize(done.beside), done.beside, specs) if done.curve else None
+    points = [e for e in done.beside if e.method in specs]
+    curve = tradeoff(summarize(points), points, specs) if done.curve else None
     config = done.config
     runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]
     title = "The paper's LIBERO tables on one model"

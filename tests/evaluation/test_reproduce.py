@@ -171,6 +171,12 @@ def test_stresses_have_a_table_of_their_own(config: ReproduceConfig) -> None:
     assert [note.split(" (")[0] for note in table.notes[1:]] == ["Stress 'drift'", "Stress 'long'"]
     less = replace(done, stressed={**done.stressed, "long": done.stressed["long"][:1]})
     assert paper_tables(less)[-1].notes[-1] == "incomplete: 2 of the cells have fewer than 2 trials"
+    longer = reproduce(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5",), side_trials=2))
+    assert paper_tables(longer)[-1].rows[1][0] == "random-0.5"
+    assert paper_tables(longer)[-1].rows[1][1].startswith("4/4\n"), "a method that no table has runs calm, too"
+    again = reproduce(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5",)))
+    assert [row[2].split("\n")[0] for row in paper_tables(again)[-1].rows] == ["2/2", "2/2"], "the same initial states"
+    assert not any("incomplete" in note for note in paper_tables(again)[-1].notes)
     everyone = plan(replace(config, stress_policies=()))
     assert everyone.stress_rows == everyone.table_1
     with pytest.raises(InputError, match="choose one of shake"):
@@ -191,8 +197,8 @@ def race(workers: int = 1, **rows: tuple[int, float]) -> str:
     episodes = [
         record(names[name].method, init, init < solved, ms) for name, (solved, ms) in rows.items() for init in range(10)
     ]
-    config = ReproduceConfig(trials=1, workers=workers)
-    return " ".join(verdict(Reproduction(config, tuple(names[name] for name in rows), (), (), episodes)))
+    rows_of_table = tuple(names[name] for name in rows)
+    return " ".join(verdict(Reproduction(ReproduceConfig(trials=1), rows_of_table, (), (), episodes, workers=workers)))
 
 
 @pytest.mark.parametrize(
@@ -239,26 +245,35 @@ def test_who_does_not_lead_is_told_why() -> None:
         ({"lac": (8, 0.6), "lac-0.5": (9, 0.4)}, "LAC leads the trade-off curve"),
         (
             {"lac": (7, 0.8), "lac-0.5": (9, 0.4)},
-            "Ahead of it by the numbers, in success or in what is left out: Motion (8",
+            "Ahead of all its points, in success or in what is left out: Motion (8",
         ),
         ({"lac": (10, 0.5)}, "Motion (8/10 at 60 %)"),
+        ({"lac": (10, 0.5)}, "Motion against LAC (lac): On 10 shared trials it solved 0 that LAC lost"),
+        ({"lac": (10, 0.5), "told@lac:ratio=0.5,language=1": (9, 0.7)}, "Motion (8/10 at 60 %)"),
     ],
 )
 def test_whether_lac_leads_the_curve_is_said(lac: dict[str, tuple[int, float]], said: str) -> None:
     played = {"dense": (10, 0.0), "motion-0.8": (8, 0.6), "random-0.5": (9, 0.3), **lac}
     episodes = [
-        replace(record(method, init, init < 40 + solved, 9.0), ratio_effective=[ratio])
+        replace(record(method.split("@")[0], init, init < 40 + solved, 9.0), ratio_effective=[ratio])
         for method, (solved, ratio) in played.items()
         for init in range(40, 50)
     ]
-    points = (Row("Random, 0.5", "random:ratio=0.5"), *(Row(name, "lac:ratio=0.5") for name in lac if name != "lac"))
+    specs = ("lac:ratio=0.5" if name == "lac-0.5" else name for name in lac if name != "lac")
+    points = (Row("Random, 0.5", "random:ratio=0.5"), *(Row(spec, spec) for spec in specs))
     text = curve_verdict(Reproduction(ReproduceConfig(), (DENSE, MOTION, LAC), (), points, episodes))
     assert said in text
     assert "Random" not in text
 
 
-def test_latencies_of_several_processes_are_not_compared() -> None:
+def test_latencies_of_several_processes_are_not_compared(config: ReproduceConfig) -> None:
     assert "not said" in race(workers=2, dense=(8, 20.0), lac=(9, 10.0))
+    reproduce(replace(config, trials=1))
+    folder = config.folder("libero_spatial") / "config.json"
+    folder.write_text(folder.read_text().replace('"workers": 1', '"workers": 2'))
+    done = reproduce(config)
+    assert done.workers == 2, "whatever this call had"
+    assert "Several processes shared" in " ".join(paper_tables(done)[1].notes)
 
 
 def test_whose_figures_these_are() -> None:

@@ -50,6 +50,24 @@ def marks(chart: str, kind: str) -> list[ElementTree.Element]:
     return [e for e in ElementTree.fromstring(chart).iter() if kind in (e.get("class") or "").split()]
 
 
+def test_settings_that_are_no_ratio_are_joined_too() -> None:
+    specs = {
+        "sparsevlm": "sparsevlm",
+        "less": "sparsevlm:keep=66+30+17",
+        "released": "vla-cache:variant=released",
+        "more": "vla-cache:variant=released,static=240,protect=16",
+        "paper": "vla-cache:variant=paper",
+        "wrist": "motion:ratio=0.8,keep=wrist",
+    }
+    played = episodes("dense", *specs)
+    found = tradeoff(summarize(played), played, specs)
+    assert found is not None
+    names = ["sparsevlm", "vla-cache variant=released", "vla-cache variant=paper", "motion keep=wrist"]
+    assert [family["name"] for family in found["families"]] == names
+    assert len(marks(found["success"], "line")) == 2
+    assert found["trials"] == "2"
+
+
 def test_points_stand_where_their_numbers_are_and_ratios_of_one_method_are_joined() -> None:
     played = episodes(*SPECS)
     found = tradeoff(summarize(played), played, SPECS)

@@ -26,7 +26,8 @@ class BenchConfig:
         sections: ``engine``, a decoder's prefill; ``frame``, whole observations; ``memory``, a long session;
             ``roofline``, what the GPU of that option could do at best, from the model's shapes alone.
         model: Checkpoint folder or hub id; by default a model with random weights, which costs the same.
-        random_weights: Which: ``mini``, ``tiny``, ``openvla-7b``, ``cogact-7b`` or ``cogact-tiny``.
+        random_weights: Which: ``mini``, ``mini-vit``, ``tiny``, ``openvla-7b``, ``mini-cogact``, ``cogact-tiny`` or
+            ``cogact-7b``.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.

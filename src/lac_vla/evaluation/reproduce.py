@@ -13,6 +13,7 @@ from lac_vla.errors import InputError
 from lac_vla.evaluation.config import FIRST_HELD_OUT, EvalConfig
 from lac_vla.evaluation.methods import method_name
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
+from lac_vla.evaluation.runner import CONFIG as RUN_CONFIG
 from lac_vla.evaluation.runner import EPISODES, evaluate
 from lac_vla.policies import LACPolicy, PolicySpec
 from lac_vla.policies.lac import SUBFOLDER
@@ -70,6 +71,14 @@ CURVE = (
 )
 """Methods whose ratio can be set: label and spec."""
 
+SETTINGS = (
+    Row("SparseVLM, 303+110+36", "sparsevlm:keep=303+110+36"),
+    Row("SparseVLM, 66+30+17", "sparsevlm:keep=66+30+17"),
+    Row("VLA-Cache, 200 static", "vla-cache:variant=released,static=200,protect=50"),
+    Row("VLA-Cache, 240 static", "vla-cache:variant=released,static=240,protect=16"),
+)
+"""Further points of the curve, of methods that have other numbers to set. SparseVLM's are its release's."""
+
 
 @dataclass(frozen=True)
 class ReproduceConfig:
@@ -85,8 +94,8 @@ class ReproduceConfig:
         policies: Only these rows, by method (``lac``), policy (``vla-cache``: both variants) or spec (of another
             policy); dense always runs. Empty for all.
         ablations: Folders of runs of ``lac train`` with something left out: a row each.
-        curve: Also run every method whose ratio can be set at each of ``ratios``, for the trade-off curve.
-        ratios: Nominal cache ratios of the curve.
+        curve: Also run every method that can be set to reuse more or less at several settings, for the trade-off curve.
+        ratios: Nominal cache ratios of the curve, of the methods that have one.
         stresses: Also run every method under each of these disturbances, see ``lac eval --help``.
         stress_policies: Only these methods there, chosen as by ``policies``; dense always runs. Empty for all.
         side_trials: Initial states per task of the curve and under stress, the first ones; 0 for as many as ``trials``.
@@ -189,10 +198,11 @@ class Reproduction:
         table_1: Its rows.
         ablations: Rows of tables 2 and 5.
         curve: Rows that are run for the curve alone.
-        episodes: All episodes of all suites that belong to a row, with the first seed.
+        episodes: All episodes of all suites that belong to a row, with the first seed, undisturbed.
         seeds: Those of dense and LAC with all seeds; empty if there is only one.
         stress_rows: Rows that are run under stress.
         stressed: Stress → its episodes.
+        workers: The most processes that ever shared the machine in one of the runs.
     """
 
     config: ReproduceConfig
@@ -203,11 +213,18 @@ class Reproduction:
     seeds: list[EpisodeRecord] = field(default_factory=list)
     stress_rows: tuple[Row, ...] = ()
     stressed: dict[str, list[EpisodeRecord]] = field(default_factory=dict)
+    workers: int = 1
 
     @property
     def beside(self) -> list[EpisodeRecord]:
         """The episodes that the points of the curve share: those of the first initial states."""
-        return [e for e in self.episodes if e.init_state < self.config.first + self.config.beside]
+        return _first(self.config, self.episodes)
+
+    @property
+    def calm(self) -> tuple[Row, ...]:
+        """Rows that are run beside the tables: those of the curve, and those that are run under stress alone."""
+        there = {row.method for row in self.rows}
+        return tuple(row for row in _once((*self.curve, *self.stress_rows)) if row.method not in there)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -241,6 +258,7 @@ def plan(config: ReproduceConfig) -> Reproduction:
         points = [
             Row(f"{label}, {ratio:g}", spec.format(ratio=ratio)) for label, spec in CURVE for ratio in config.ratios
         ]
+        points += SETTINGS
         there = {row.method for row in (*table_1, *ablations)}
         curve = tuple(p for p in points if p.method not in there and PolicySpec.parse(p.spec).name in asked)
     stress_rows: tuple[Row, ...] = ()
@@ -249,7 +267,7 @@ def plan(config: ReproduceConfig) -> Reproduction:
         stress_rows = _once((DENSE, *(row for word in words for row in _chosen(word, known)))) if words else table_1
     planned = Reproduction(config, table_1, ablations, curve, [], stress_rows=stress_rows)
     for suite in config.suites:  # refuse what cannot be made before the first episode
-        config.run(suite, (*planned.rows, *curve))
+        config.run(suite, (*planned.rows, *planned.calm))
         for stress in config.stresses:
             config.run(suite, stress_rows, stress=stress)
     return planned
@@ -265,21 +283,27 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     planned = plan(config)
     episodes: list[EpisodeRecord] = []
     seeds: list[EpisodeRecord] = []
-    stressed: dict[str, list[EpisodeRecord]] = {}
+    stressed: dict[str, list[EpisodeRecord]] = {stress: [] for stress in config.stresses}
+    workers = [1]
+
+    def played(run: EvalConfig, rows: Sequence[Row]) -> list[EpisodeRecord]:
+        evaluate(run)
+        workers.append(int(json.loads((run.out / RUN_CONFIG).read_text(encoding="utf-8"))["workers"]))
+        methods = {row.method for row in rows}
+        return [episode for episode in read_episodes(run.out / EPISODES) if episode.method in methods]
+
     for suite in config.suites:
-        for rows, curve in ((planned.rows, False), (planned.curve, True)):
+        for rows, curve in ((planned.rows, False), (planned.calm, True)):
             if rows:
-                evaluate(config.run(suite, rows, curve=curve))
-                episodes += _episodes(config.folder(suite, curve=curve), rows)
+                episodes += played(config.run(suite, rows, curve=curve), rows)
         for seed in config.more_seeds:
-            evaluate(config.run(suite, (DENSE, LAC), seed=seed))
-            seeds += _episodes(config.folder(suite, seed=seed), (DENSE, LAC))
+            seeds += played(config.run(suite, (DENSE, LAC), seed=seed), (DENSE, LAC))
         for stress in config.stresses:
-            evaluate(config.run(suite, planned.stress_rows, stress=stress))
-            stressed.setdefault(stress, []).extend(_episodes(config.folder(suite, stress=stress), planned.stress_rows))
+            found = played(config.run(suite, planned.stress_rows, stress=stress), planned.stress_rows)
+            stressed[stress] += _first(config, found)
     if seeds:
         seeds += [e for e in episodes if e.method in (DENSE.method, LAC.method)]
-    return replace(planned, episodes=episodes, seeds=seeds, stressed=stressed)
+    return replace(planned, episodes=episodes, seeds=seeds, stressed=stressed, workers=max(workers))
 
 
 def ablation_row(folder: Path) -> Row:
@@ -305,9 +329,9 @@ def ablation_row(folder: Path) -> Row:
     return Row(f"{what[0].upper()}{what[1:]} ({name})", f"{name}@lac:path={folder}{alone}")
 
 
-def _episodes(folder: Path, rows: Sequence[Row]) -> list[EpisodeRecord]:
-    methods = {row.method for row in rows}
-    return [episode for episode in read_episodes(folder / EPISODES) if episode.method in methods]
+def _first(config: ReproduceConfig, episodes: Iterable[EpisodeRecord]) -> list[EpisodeRecord]:
+    """Those of the initial states that curve and stresses use: a folder may hold more."""
+    return [e for e in episodes if e.init_state < config.first + config.beside]
 
 
 def _chosen(word: str, rows: Sequence[Row]) -> list[Row]:

@@ -16,6 +16,11 @@ from lac_vla.policies import PolicySpec
 from lac_vla.report import svg
 
 WINDOW = "observation_to_action"
+SWEPT: Mapping[str, frozenset[str]] = {
+    "vla-cache": frozenset({"static", "protect"}),
+    "sparsevlm": frozenset({"keep"}),
+}
+"""Options that make a policy reuse more or less, where that is not ``ratio``."""
 COLOURS = 6
 """Of the page's palette, without dense's."""
 
@@ -30,7 +35,7 @@ class Point:
         y: What is shown over it.
         low: Lower end of the error bar.
         high: Its upper end.
-        nominal: The ratio asked for, if the method has one: such points are joined.
+        nominal: Whether the method can be set to reuse more or less: such points are joined.
     """
 
     name: str
@@ -51,7 +56,7 @@ def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping
     Args:
         summary: Its numbers.
         episodes: What they were made of.
-        specs: Method → its policy as on a command line: methods that differ in ``ratio`` alone are one line.
+        specs: Method → its policy as on a command line: methods that differ in what sets their ratio are one line.
 
     Returns:
         ``families`` (name and colour), ``success`` and ``latency`` (SVG), ``trials`` (how many a point has, as a text);
@@ -135,13 +140,14 @@ def tradeoff_chart(families: Sequence[Family], unit: str, *, share: bool, dense:
 
 
 def _family(spec: str) -> tuple[str, bool]:
-    """A spec without its ratio, and whether it had one: ``motion:ratio=.5,keep=wrist`` → ``motion keep=wrist``, yes."""
+    """A spec without what sets its ratio, and whether it can be set: ``motion:ratio=.5``: ``motion``, yes."""
     try:
         parsed = PolicySpec.parse(spec)
     except InputError:  # a run of other software may describe its methods in words
         return spec, False
-    rest = [f"{key}={value}" for key, value in parsed.options.items() if key != "ratio"]
-    return " ".join([parsed.name, *rest]), "ratio" in parsed.options
+    swept = SWEPT.get(parsed.name, frozenset({"ratio"}))
+    rest = [f"{key}={value}" for key, value in parsed.options.items() if key not in swept]
+    return " ".join([parsed.name, *rest]), parsed.name in SWEPT or "ratio" in parsed.options
 
 
 def _success(row: MethodRow, nominal: bool) -> Point:
