@@ -57,7 +57,13 @@ def _verbs() -> dict[str, Callable[..., Any]]:
     from lac_vla.training.config import PretrainConfig, TrainConfig
 
     def evaluate(config: Annotated[EvalConfig, _flat()]) -> None:
-        """Closed-loop episodes on LIBERO, every policy on the same initial states; resumable; ends with a report."""
+        """Closed-loop episodes on LIBERO, every policy on the same initial states; resumable; ends with a report.
+
+        SIMPLER has a verb of its own: `lac simpler`.
+
+        Args:
+            config: What to run.
+        """
         from lac_vla.evaluation.runner import evaluate as run
 
         run(config)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LacError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose. They can be sent between processes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an error is made again of its message, which not every constructor takes.
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(kind: type[LacError], said: tuple[Any, ...]) -> LacError:
+    error = kind.__new__(kind)
+    error.args = said
+    return error
 
 
 class InputError(LacError, ValueError):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.evaluation.worlds import FakeEnv, outcomes
+from tests.evaluation.worlds import fake_worker, outcomes
 
 from lac_vla import InputError
 from lac_vla.errors import LacError, MissingExtraError
@@ -120,10 +120,26 @@ def test_no_cluster_and_no_ray(config: EvalConfig, ray: FakeRay, monkeypatch: py
         evaluate(replace(config, ray="local"))
 
 
-def fake_worker(config: EvalConfig) -> worker.Worker:
-    """On a node: a worker on the fake simulator."""
-    worker.LiberoEnv = FakeEnv  # type: ignore[assignment, misc]
-    return worker.Worker(config)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"unnorm_key": "nowhere"}, "nowhere"), ({"model": "no-such-folder/at/all"}, "no-such-folder")],
+)
+def test_an_error_of_a_worker_is_that_of_one_process(
+    config: EvalConfig, ray: FakeRay, wrong: dict[str, Any], said: str
+) -> None:
+    config = replace(config, **wrong)
+    with pytest.raises(LacError, match=said) as here:
+        evaluate(config)
+    with pytest.raises(LacError) as there:
+        evaluate(replace(config, ray="local", workers=2))
+    assert (there.type, str(there.value)) == (here.type, str(here.value))
+    assert ray.up is None
+
+
+def test_a_node_without_the_folder(config: EvalConfig, ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getcwd", lambda: "/no/such/folder")
+    with pytest.raises(InputError, match=r"no folder /no/such/folder.*share it"):
+        evaluate(replace(config, ray="local"))
 
 
 @pytest.mark.slow

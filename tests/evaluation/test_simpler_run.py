@@ -141,10 +141,19 @@ def test_what_is_missing_is_listed(capsys: pytest.CaptureFixture[str], monkeypat
         evaluate_simpler(SimplerConfig("a-model", policies=("dense",)))
 
 
-def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ({"numpy": "2.1.0"}, r"has numpy 2\.1\.0.*numpy<2"),
+        ({"numpy": "10.0"}, r"has numpy 10\.0.*numpy<2"),
+        ({"numpy": "?"}, r"does not say.*\?.*numpy<2"),
+        ({}, r"does not say.*numpy<2"),
+    ],
+)
+def test_only_numpy_1_is_taken(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], said: str) -> None:
     monkeypatch.setattr(simpler, "missing", lambda config: [])
-    monkeypatch.setattr(Ms2Backend, "metadata", lambda self: {"numpy": "2.1.0"})
-    with pytest.raises(InputError, match=r"numpy 2\.1\.0.*numpy<2"):
+    monkeypatch.setattr(Ms2Backend, "metadata", lambda self: versions)
+    with pytest.raises(InputError, match=said):
         simpler.make_backend(SimplerConfig("a-model", policies=("dense",)))
 
 

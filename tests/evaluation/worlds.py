@@ -9,6 +9,8 @@ import numpy as np
 from tests.engine.scenes import frame
 
 from lac_vla import Frame, random_vla, save_vla
+from lac_vla.evaluation import worker
+from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.records import read_episodes
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
 
@@ -49,6 +51,12 @@ def save_tiny(folder: Path, name: str = "tiny") -> Path:
     backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
     save_vla(backbone, folder)
     return folder
+
+
+def fake_worker(config: EvalConfig) -> worker.Worker:
+    """In another process: a worker on the fake simulator."""
+    worker.LiberoEnv = FakeEnv  # type: ignore[assignment, misc]
+    return worker.Worker(config)
 
 
 def outcomes(run: Path) -> list[Any]:

@@ -118,6 +118,33 @@ def test_a_step_of_ddpm_has_the_official_mean_and_variance(expected: Arrays) -> 
     assert float(drawn) == pytest.approx(x, rel=1e-9)
 
 
+@pytest.mark.parametrize("steps", [5, 10, 25, None])
+def test_samples_are_those_of_diffusers(steps: int | None) -> None:
+    """DDIM's with that many steps, or DDPM's, for the best prediction of normal data's noise."""
+    diffusers = pytest.importorskip("diffusers")
+    schedule, mean, variance = Schedule(), 0.4, 0.25
+    options = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
+
+    def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
+        left = float(schedule.alpha_bar[t])
+        return (x - np.sqrt(left) * mean) * np.sqrt(1 - left) / (left * variance + 1 - left)
+
+    def normal(generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(2, 16, 7, generator=generator)
+
+    ours, theirs = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    x = normal(theirs)
+    if steps is None:
+        expected, scheduler = ddpm(denoise, lambda: normal(ours), schedule), diffusers.DDPMScheduler(**options)
+    else:
+        expected = ddim(denoise, lambda: normal(ours), schedule, steps)
+        scheduler = diffusers.DDIMScheduler(**options, timestep_spacing="leading")
+    scheduler.set_timesteps(steps or 100)
+    for t in scheduler.timesteps.tolist():
+        x = scheduler.step(denoise(x, t), t, x, generator=theirs).prev_sample
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
+
+
 def test_ddpm_draws_from_the_distribution_of_the_data() -> None:
     """For normal data the best prediction of the noise is linear."""
     schedule, mean, deviation = Schedule(), 0.4, 0.6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,52 @@ def test_nothing_is_pickled() -> None:
     for path in Path(ms2_server.__file__).parent.glob("*.py"):
         assert "import pickle" not in path.read_text(encoding="utf-8")
         assert "allow_pickle" not in path.read_text(encoding="utf-8")
+
+
+def framed(text: str, data: bytes = b"") -> bytes:
+    return struct.pack("<4sII", b"LACS", len(text), len(data)) + text.encode() + data
+
+
+def tells(tmp_path: Path, answer: bytes) -> Ms2Backend:
+    """A backend whose process says just this, whatever it is asked."""
+    program = f"import sys, time; sys.stdout.buffer.write({answer!r}); sys.stdout.flush(); time.sleep(60)"
+    return Ms2Backend((sys.executable, "-S", "-c", program), tmp_path, timeout_s=60.0, start_timeout_s=60.0)
+
+
+SHOWN = '"grasped": true, "array": ["u1", [1, 1, 3]]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "said"),
+    [
+        ('"a string"', b"", "unintelligible"),
+        ("5", b"", "unintelligible"),
+        ("[" * 100_000, b"", "unintelligible"),
+        ('{"ok": true}', b"", "unintelligible"),
+        ('{"ok": true, "array": 7}', b"", "unintelligible"),
+        ('{"ok": true, "array": ["u1", 3]}', b"abc", "unintelligible"),
+        ('{"ok": true, "array": ["u1", [3, "x"]]}', b"abc", "unintelligible"),
+        ('{"ok": true, "array": ["u1", [0, 1' + "0" * 30 + "]]}", b"", "unintelligible"),
+        ('{"ok": true, "array": ["u1", [9]]}', b"abc", "unintelligible"),
+        ('{"ok": true, "array": null}', b"", "without a picture"),
+        ('{"ok": true, "success": true, ' + SHOWN, b"abc", "without 'instruction', str"),
+        ('{"ok": true, "instruction": "go", "success": 1, ' + SHOWN, b"abc", "without 'success'"),
+        ('{"ok": false, "array": null}', b"", "failed on 'reset'"),
+    ],
+)
+def test_a_malformed_answer_is_the_simulators_failure(tmp_path: Path, text: str, data: bytes, said: str) -> None:
+    backend = tells(tmp_path, framed(text, data))
+    with pytest.raises(SimulatorError, match=said):
+        backend.reset(episodes("widowx")[0])
+    assert backend._process is None
+
+
+def test_versions_that_are_none(tmp_path: Path) -> None:
+    for versions in ('"versions": 5, ', ""):
+        backend = tells(tmp_path, framed('{"ok": true, ' + versions + '"array": null}'))
+        with pytest.raises(SimulatorError, match="without its versions"):
+            backend.metadata()
+        assert backend._process is None
 
 
 def test_an_episode_through_the_pipe(backend: Ms2Backend, folder: Path) -> None:

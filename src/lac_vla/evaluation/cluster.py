@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.evaluation.config import EvalConfig
+from lac_vla.evaluation.jobs import Job, MakeRunner, Runner
 from lac_vla.evaluation.records import EpisodeRecord
 
 LOCAL = "local"
 """In place of an address: a cluster on this machine alone, which ends with the run."""
-
-Job: TypeAlias = tuple[int, int, tuple[str, ...]]
-"""Task, initial state, methods still to run on it."""
-
-
-class Runner(Protocol):
-    """What runs one episode."""
-
-    def run(self, method: str, task: int, init_state: int) -> EpisodeRecord:
-        """Run it."""
-        ...
 
 
 class Actor:
@@ -39,24 +29,32 @@ class Actor:
         folder: The command's working folder, which relative paths start from.
     """
 
-    def __init__(self, make: Callable[[EvalConfig], Runner], config: EvalConfig, folder: str) -> None:
+    def __init__(self, make: MakeRunner, config: EvalConfig, folder: str) -> None:
+        self._make, self._config, self._folder = make, config, folder
+        self._runner: Runner | None = None
+
+    def work(self, job: Job) -> list[EpisodeRecord] | LacError:
+        """Run the episodes of a job. An error that the user can act on is given back: Ray would bury its message."""
+        task, init_state, methods = job
         try:
-            os.chdir(folder)
+            if self._runner is None:
+                self._runner = self._start()
+            return [self._runner.run(method, task, init_state) for method in methods]
+        except LacError as error:
+            return error
+
+    def _start(self) -> Runner:
+        """Made within the first job: an error in an actor's constructor looks like an actor that was lost."""
+        try:
+            os.chdir(self._folder)
         except OSError as error:
             raise InputError(
-                f"a node of the cluster has no folder {folder} ({error}): share it between them"
+                f"a node of the cluster has no folder {self._folder} ({error}): share it between them"
             ) from error
-        self._runner = make(config)
-
-    def work(self, job: Job) -> list[EpisodeRecord]:
-        """Run the episodes of a job."""
-        task, init_state, methods = job
-        return [self._runner.run(method, task, init_state) for method in methods]
+        return self._make(self._config)
 
 
-def run_on_ray(
-    address: str, make: Callable[[EvalConfig], Runner], config: EvalConfig, jobs: Sequence[Job]
-) -> Iterator[EpisodeRecord]:
+def run_on_ray(address: str, make: MakeRunner, config: EvalConfig, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
     """Run the episodes of all jobs on ``config.workers`` actors; they finish in any order.
 
     Args:
@@ -67,7 +65,7 @@ def run_on_ray(
 
     Raises:
         InputError: If there is no cluster at the address.
-        LacError: If a worker is lost; the run can be resumed.
+        LacError: If a worker is lost; the run can be resumed. Or what a worker itself raised.
         MissingExtraError: If Ray is not installed.
     """
     try:
@@ -90,10 +88,12 @@ def run_on_ray(
         busy = {actor.work.remote(todo.pop()): actor for actor in actors}
         while busy:
             (done,), _ = ray.wait(list(busy), num_returns=1)
-            actor = busy.pop(done)
+            actor, answer = busy.pop(done), ray.get(done)
+            if isinstance(answer, LacError):
+                raise answer
             if todo:
                 busy[actor.work.remote(todo.pop())] = actor
-            yield from ray.get(done)
+            yield from answer
     except ray.exceptions.RayActorError as error:
         raise LacError(f"a worker of the cluster was lost ({error}): the same command goes on from here") from error
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ def evaluate(config: EvalConfig) -> Path:
     with (
         (config.out / EPISODES).open("a", encoding="utf-8") as log,
         tqdm(total=total, unit="episode", desc="rollouts") as bar,
+        closing(run_jobs(config, jobs)) as records,
     ):
         solved: dict[str, list[bool]] = {method: [] for method in methods}
-        for record in run_jobs(config, jobs):
+        for record in records:
             log.write(json.dumps(asdict(record)) + "\n")
             log.flush()
             os.fsync(log.fileno())

@@ -149,11 +149,13 @@ def make_backend(config: SimplerConfig) -> Backend:
         return Ms3Backend("gpu" if config.device == "cuda" else "cpu")
     command = (str(config.interpreter), str(SERVER))
     original = Ms2Backend(command, config.data or Path(), timeout_s=config.timeout_s, ray_tracing=config.ray_tracing)
-    version = str(original.metadata().get("numpy", "1"))
-    if int(version.partition(".")[0]) >= 2:
+    version = str(original.metadata().get("numpy"))
+    if version.partition(".")[0] not in ("0", "1"):
         original.close()
         raise InputError(
             f"{config.interpreter} has numpy {version}, with which SimplerEnv's kinematics fail: 'numpy<2'"
+            if version[:1].isdecimal()
+            else f"{config.interpreter} does not say which numpy it has ({version}): SimplerEnv needs 'numpy<2'"
         )
     return original
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from lac_vla.cost import CostModel
-from lac_vla.evaluation.cluster import Job, run_on_ray
+from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
+from lac_vla.evaluation.jobs import Job
 from lac_vla.evaluation.methods import load_methods, method_name
+from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.remote import RemoteSession
 from lac_vla.evaluation.rollout import Driver, Simulator, rollout
@@ -113,20 +114,7 @@ def _ensemble_of(chunks: int) -> AdaptiveEnsemble | None:
     return AdaptiveEnsemble(chunks) if chunks > 1 else None
 
 
-_WORKER: list[Worker] = []
-"""This process's worker, made once by :func:`_start`."""
-
-
-def _start(config: EvalConfig) -> None:
-    _WORKER.append(Worker(config))
-
-
-def _work(job: Job) -> list[EpisodeRecord]:
-    task, init_state, methods = job
-    return [_WORKER[0].run(method, task, init_state) for method in methods]
-
-
-def run_jobs(config: EvalConfig, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
+def run_jobs(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
     """Run the episodes of all jobs; several processes finish them in any order.
 
     Args:
@@ -144,7 +132,4 @@ def run_jobs(config: EvalConfig, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]
             for method in methods:
                 yield worker.run(method, task, init_state)
         return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(config.workers, initializer=_start, initargs=(config,)) as pool:
-        for records in pool.imap_unordered(_work, jobs):
-            yield from records
+    yield from run_on_processes(Worker, config, jobs)

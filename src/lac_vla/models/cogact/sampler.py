@@ -3,6 +3,10 @@
 Sources: DDPM (Ho et al., 2020, arXiv 2006.11239), DDIM (Song et al., 2021, arXiv 2010.02502); the schedule and the
 strided steps are those of improved diffusion (Nichol & Dhariwal, 2021, arXiv 2102.09672), which CogACT builds on.
 Predictions are never clipped.
+
+The schedulers of diffusers (``DDIMScheduler`` and ``DDPMScheduler``, ``squaredcos_cap_v2``, no clipping) draw the same
+to 1e-5 where the number of steps divides 100; for others, e.g. 3 or 7, their stride is not the official one. They would
+be a large dependency in the place of two loops, and keep the schedule in float32, which the official code does not.
 """
 
 from __future__ import annotations

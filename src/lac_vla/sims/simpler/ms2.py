@@ -89,10 +89,13 @@ class Ms2Backend:
         """Versions of the other interpreter's packages.
 
         Raises:
-            SimulatorError: If SimplerEnv cannot be imported there.
+            SimulatorError: If SimplerEnv cannot be imported there, or does not say its versions.
         """
         message, _ = self._ask({"op": "hello"}, None, self.start_timeout_s)
-        return {"backend": self.name, "ray_tracing": self.ray_traced, **message.get("versions", {})}
+        versions = message.get("versions")
+        if not isinstance(versions, dict):
+            self._fail("answered without its versions")
+        return {"backend": self.name, "ray_tracing": self.ray_traced, **versions}
 
     def close(self) -> None:
         """End the process, if need be by force."""
@@ -166,7 +169,7 @@ class Ms2Backend:
             self._fail(f"did not answer {request['op']!r} within {timeout_s:g} s")
         except (OSError, EOFError):
             self._fail(f"died on {request['op']!r}")
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             self._fail(f"sent something unintelligible ({error})")
         except BaseException:  # an interrupt in mid-message leaves half of one in the pipe
             self.close()
@@ -177,12 +180,12 @@ class Ms2Backend:
 
     def _observe(self, request: dict[str, Any], array: npt.NDArray[Any] | None, timeout_s: float) -> Observation:
         message, image = self._ask(request, array, timeout_s)
-        try:
-            if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError("no picture, uint8 H×W×3")
-            return Observation(image.copy(), str(message["instruction"]), message["success"], message["grasped"])
-        except (ValueError, KeyError) as error:
-            self._fail(f"answered without {error}")
+        if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            self._fail("answered without a picture, uint8 H×W×3")
+        for key, kind in (("instruction", str), ("success", bool), ("grasped", bool)):
+            if not isinstance(message.get(key), kind):
+                self._fail(f"answered without {key!r}, {kind.__name__}")
+        return Observation(image.copy(), message["instruction"], message["success"], message["grasped"])
 
     def _fail(self, what: str) -> NoReturn:
         last = self._last_words()

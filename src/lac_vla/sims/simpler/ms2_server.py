@@ -79,13 +79,25 @@ def unpack(read: Callable[[int], bytes]) -> tuple[dict[str, Any], Any]:
     magic, text, data = HEAD.unpack(read(HEAD.size))
     if magic != MAGIC or text > MAX_JSON or data > MAX_ARRAY:
         raise ValueError("not a message of this format: something else writes to the pipe")
-    message, raw = json.loads(read(text).decode("utf-8")), read(data)
+    try:
+        message = json.loads(read(text).decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("not a message of this format: nested too deeply") from error
+    raw = read(data)
+    if not isinstance(message, dict) or "array" not in message:
+        raise ValueError(f"not a message of this format: {str(message)[:200]}")
     described = message.pop("array")
     if described is None:
         return message, None
+    if not (
+        isinstance(described, list)
+        and len(described) == 2
+        and described[0] in DTYPES
+        and isinstance(described[1], list)
+        and all(isinstance(n, int) and 0 <= n <= MAX_ARRAY for n in described[1])
+    ):
+        raise ValueError(f"not an array of this format: {str(described)[:200]}")
     kind, shape = described
-    if kind not in DTYPES or any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ValueError(f"not an array of this format: {described}")
     return message, np.frombuffer(raw, dtype="<" + kind).reshape(shape)
 
 
