@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, Dense, Frame, Motion, load_vla
-from lac_vla.bundled import MINI, MINI_COGACT
+from lac_vla.bundled import MINI, MINI_COGACT, MINI_VIT
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.config import FIRST_HELD_OUT
 from lac_vla.evaluation.rollout import rollout
@@ -21,7 +21,7 @@ def black() -> Frame:
     return Frame(images, "pick up the black bowl on the stove and place it on the plate", np.zeros(8, np.float32))
 
 
-@pytest.mark.parametrize(("folder", "shape"), [(MINI, (7,)), (MINI_COGACT, (16, 7))])
+@pytest.mark.parametrize(("folder", "shape"), [(MINI, (7,)), (MINI_VIT, (7,)), (MINI_COGACT, (16, 7))])
 def test_it_is_worth_caching(folder: Path, shape: tuple[int, ...]) -> None:
     """At least 128 visual tokens, and the decoder the larger part of the cost."""
     backbone = load_vla(folder)
@@ -36,7 +36,7 @@ def test_it_is_worth_caching(folder: Path, shape: tuple[int, ...]) -> None:
     assert macs["prefill"] > 0.5 * sum(macs.values())
 
 
-@pytest.mark.parametrize("folder", [MINI, MINI_COGACT])
+@pytest.mark.parametrize("folder", [MINI, MINI_VIT, MINI_COGACT])
 def test_it_is_small_and_documented(folder: Path) -> None:
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert sum(files.values()) < 20e6
@@ -44,7 +44,7 @@ def test_it_is_small_and_documented(folder: Path) -> None:
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize(("folder", "ensemble"), [(MINI, None), (MINI_COGACT, AdaptiveEnsemble(4))])
+@pytest.mark.parametrize(("folder", "ensemble"), [(MINI, None), (MINI_VIT, None), (MINI_COGACT, AdaptiveEnsemble(4))])
 def test_it_solves_a_task_dense_and_with_reuse(folder: Path, ensemble: AdaptiveEnsemble | None) -> None:
     """Initial states that no demonstration used; two tries each, as another processor rounds otherwise."""
     backbone = load_vla(folder)

@@ -1,7 +1,7 @@
 """Configuration of the Prismatic family: OpenVLA's official ``config.json``, and optional fields beyond it.
 
 An official file needs none of the optional fields. They let the same code describe small models: several
-cameras, convolutional towers, a proprioception token, another prompt.
+cameras, a tower of its own for each, a proprioception token, another prompt.
 """
 
 from __future__ import annotations
