@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, Decision, Levers, TokenLayout, random_vla
+from lac_vla import CachedVLA, Decision, Levers, Random, TokenLayout, random_vla
+from lac_vla.bench.stock import StockSession
 from lac_vla.cost import CostModel, count_macs, layer_macs, prefill_macs, watch_macs
 from lac_vla.models import CogACTConfig, PrismaticConfig
 from lac_vla.models.base import DecoderShape
@@ -83,7 +84,7 @@ def test_what_a_policy_watches_is_counted() -> None:
     pruned = replace(reuse, beyond=Beyond.PRUNE)
     assert watch_macs(shape, layout, pruned, Watch((1, 3), "suffix")) == 3 * (11 + 9) * 16
     # Whoever watches all rows of the last layer makes them be computed.
-    extra = prefill_macs(shape, layout, reuse, Watch((3,), "all")) - prefill_macs(shape, layout, reuse)
+    extra = prefill_macs(shape, layout, reuse, whole=True) - prefill_macs(shape, layout, reuse)
     assert extra == (9 - 3) * (2 * 16**2 + 3 * 16 * 32 + 2 * 16 * 12)
 
 
@@ -106,6 +107,36 @@ def test_analytic_count_equals_torchs(model: PrismaticConfig | CogACTConfig, nam
     assert step is not None
     analytic = CostModel.of(backbone, frame(0)).step(step)
     assert sum(analytic.values()) == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("model", [TINY, TINY_COGACT], ids=["openvla", "cogact"])
+def test_stock_is_counted_as_it_runs(model: PrismaticConfig | CogACTConfig) -> None:
+    """Stock transformers runs its last layer for every row, our engine for the suffix: the same model, more MACs."""
+    backbone = random_vla(model)
+    stock = StockSession(backbone)
+    counted = count_macs(lambda: stock.act(frame(0)))
+    assert stock.last is not None
+    cost, layout = CostModel.of(backbone, frame(0)), stock.last.layout
+    by_stage = cost.step(stock.last)
+    assert sum(by_stage.values()) == pytest.approx(counted, rel=0.002)
+    every_row = layer_macs(backbone.shape, layout.length, layout.length)
+    assert by_stage["prefill"] == backbone.shape.layers * every_row
+    ours = cost.step(replace(stock.last, whole=False))
+    suffix = layer_macs(backbone.shape, layout.length, layout.length, layout.n_suffix)
+    assert by_stage["prefill"] - ours["prefill"] == every_row - suffix
+
+
+@pytest.mark.parametrize("rows", ["all", "suffix"])
+def test_a_session_says_whether_its_last_layer_was_whole(rows: str) -> None:
+    @dataclass(frozen=True)
+    class Watching(Random):
+        def watch(self, n_layers: int) -> Watch:
+            return Watch((n_layers - 1,), rows)
+
+    session = CachedVLA(random_vla("tiny"), Watching()).session()
+    session.act(frame(0))
+    assert session.last is not None
+    assert session.last.whole == (rows == "all")
 
 
 def test_reuse_pays_per_row() -> None:

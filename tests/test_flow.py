@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -17,12 +18,14 @@ from lac_vla import (
     CheckpointError,
     Decision,
     InputError,
+    Levers,
     Motion,
     PrismaticBackbone,
     Random,
     View,
     random_vla,
 )
+from lac_vla.cost import CostModel, count_macs
 from lac_vla.flow import DISFlow, RAFTFlow, make_flow
 from lac_vla.flow.raft import RAFTSmall
 from lac_vla.policies import CachePolicy
@@ -145,6 +148,41 @@ def test_raft_says_what_to_do_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(CheckpointError, match="raft_small:FILE"):
         make_flow("raft_small")
+
+
+# What they cost.
+
+
+def test_raft_costs_what_torch_counts(weights: Path) -> None:
+    torch.manual_seed(0)
+    flow = RAFTFlow(weights, iterations=5, device="cpu")
+    assert torch.initial_seed() == 0
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))  # nothing was drawn
+    for size in ((64, 64), (128, 128), (130, 200)):
+        assert flow.macs(*size) == count_macs(partial(flow, *pictures(size)))
+    assert RAFTFlow(weights).macs(128, 128) == pytest.approx(2.85e9, rel=0.01)
+
+
+def test_dis_is_not_counted() -> None:
+    assert DISFlow().macs(224, 224) == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_frames_cost_holds_its_flow(backbone: PrismaticBackbone, weights: Path, overlap: bool) -> None:
+    vla = CachedVLA(backbone, Spy(f"raft_small:{weights}", []), levers=Levers(overlap=overlap))
+    session, cost = vla.session(), CostModel.of(backbone, frame(0))
+    session.act(frame(0))
+    assert session.last is not None
+    assert cost.step(session.last)["flow"] == 0  # nothing precedes the first frame
+    session.act(frame(1))
+    sizes = [image.shape[:2] for image in session.last.pixels.values()]
+    flow = make_flow(f"raft_small:{weights}")
+    assert flow is not None
+    assert cost.step(session.last)["flow"] == sum(flow.macs(*size) for size in sizes) > 0
+    if not overlap:  # torch counts what its own thread does
+        assert sum(cost.step(session.last).values()) == pytest.approx(
+            count_macs(lambda: session.act(frame(1))), rel=0.001
+        )
 
 
 # Names.

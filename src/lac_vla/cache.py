@@ -30,6 +30,8 @@ class VisualKVCache:
         reference: Camera → image of the pixels that each slot was computed from.
         instruction: Of the last frame.
         attention: Layer → watched attention of the last frame.
+        rotary: Position embedding of every slot, see :meth:`lac_vla.models.base.Backbone.rotary`; ``None`` until it is
+            computed for the present capacity.
         warm: Whether the visual slots may be reused.
     """
 
@@ -42,6 +44,7 @@ class VisualKVCache:
         self.reference: dict[str, UInt8Image] = {}
         self.instruction = ""
         self.attention: dict[int, torch.Tensor] = {}
+        self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self.warm = False
 
     @property
@@ -73,7 +76,7 @@ class VisualKVCache:
             # zeros, not empty: a masked slot of NaN would still poison the attention's weighted sum
             keys, values = (self.keys.new_zeros(layers, heads, needed, width) for _ in range(2))
             keys[:, :, :capacity], values[:, :, :capacity] = self.keys, self.values
-            self.keys, self.values = keys, values
+            self.keys, self.values, self.rotary = keys, values, None
 
     def commit(
         self,

@@ -3,10 +3,12 @@
 The decoder is counted analytically, as in the paper's equations 13-14, from the decision that was really taken: every
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
 the paper's formula has two) and 2·D·slots for attention, which counts the masked half of a causal square too. In the
-last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done. Attention
+last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done, unless the
+layer was run whole: stock transformers does so, and a policy that watches all of its rows makes us do so. Attention
 that a policy watches is computed aside, beside the kernel that computes the model: D·slots per watched row. Towers,
 projectors and heads (what turns hidden states into the action: the output matrix for tokens; all steps of a diffusion
-head, guidance included) are counted by torch's own counter, once.
+head, guidance included) are counted by torch's own counter, once; so is RAFT's optical flow. DIS, the other flow, has
+no matrix products and counts as 0: what it takes shows in the time of the stage ``flow`` alone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = 
 
 
 def prefill_macs(
-    shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: Watch | None = None, draft: int = 0
+    shape: DecoderShape, layout: TokenLayout, decision: Decision, draft: int = 0, *, whole: bool = False
 ) -> int:
     """MACs of a prompt under a decision.
 
@@ -42,13 +44,13 @@ def prefill_macs(
         shape: The decoder.
         layout: Of the prompt.
         decision: What of it is computed.
-        watch: Whether somebody wants all rows of the last layer.
         draft: Tokens behind it that ride along.
+        whole: Whether all rows ask in the last layer, not the suffix and the draft alone.
     """
     total = 0
     for index in range(shape.layers):
         computed, slots = _rows_and_slots(layout, decision, index)
-        suffix_asks = index == shape.layers - 1 and not (watch and watch.rows == "all" and index in watch.layers)
+        suffix_asks = index == shape.layers - 1 and not whole
         total += layer_macs(shape, computed + draft, slots + draft, layout.n_suffix + draft if suffix_asks else None)
     return total
 
@@ -150,17 +152,19 @@ class CostModel:
         """MACs by stage of what a session did with a frame.
 
         Returns:
-            ``policy`` (its networks and what it watched), ``tower``, ``projector``, ``prefill``, ``decode``, ``head``.
+            ``flow``, ``policy`` (its networks and what it watched), ``tower``, ``projector``, ``prefill``, ``decode``,
+            ``head``.
         """
         layout, decision = step.layout, step.decision
         seen = np.ones(layout.n_visual, dtype=np.bool_) if step.seen is None else step.seen
         features = sum(self.tokens[camera.name] * int(seen[camera.tokens].sum()) for camera in layout.cameras)
         read = 1 + step.draft + sum(stop - start for start, stop in step.passes)
         return {
+            "flow": step.flow_macs,
             "policy": step.policy_macs + watch_macs(self.decoder, layout, decision, step.watch),
             "tower": self.tower + features,
             "projector": self.projector * int(np.count_nonzero(decision.depth)),
-            "prefill": prefill_macs(self.decoder, layout, decision, step.watch, step.draft),
+            "prefill": prefill_macs(self.decoder, layout, decision, step.draft, whole=step.whole),
             "decode": decode_macs(self.decoder, layout, decision, step.passes),
             "head": self.head * read,
         }

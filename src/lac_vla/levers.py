@@ -3,9 +3,9 @@
 Caching shortens the prefill alone. These shorten the rest, for the dense model too; whoever claims what caching is
 worth gives them to both.
 
-``torch.compile`` is none of them: the number of active rows changes from frame to frame, and a loop compiled for any
-number was slower on a CPU than the plain one. ``bucket`` and ``graphs`` are the answer to the same question that a GPU
-needs: few shapes, and no launch of a kernel by the host for each of them.
+``torch.compile`` is none of them: the number of active rows changes from frame to frame, so that it would compile anew,
+or for any number. ``bucket`` and ``graphs`` are the answer to the same question that a GPU needs: few shapes, and no
+launch of a kernel by the host for each of them.
 """
 
 from __future__ import annotations

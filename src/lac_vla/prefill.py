@@ -65,6 +65,7 @@ class Prompt:
         rotary: Position embedding of every slot, those of tokens yet to be appended included.
         length: Tokens of the prompt.
         draft: Tokens behind it that were part of the prefill.
+        whole: Whether all rows asked in the last layer, not the suffix and the draft alone.
         appended: Tokens behind it so far.
         slots: Per layer, the prompt's slots that exist there; ``None`` for all of them.
         passes: First and one-past-last appended token of every :func:`extend` so far.
@@ -75,6 +76,7 @@ class Prompt:
     rotary: Rotary
     length: int
     draft: int = 0
+    whole: bool = False
     appended: int = 0
     slots: list[torch.Tensor | None] = field(default_factory=list)
     passes: list[tuple[int, int]] = field(default_factory=list)
@@ -153,9 +155,11 @@ def partial_prefill(
     alive = _alive(layout, decision.depth > 0, draft)
     if embeddings.shape[0] != int(alive.sum()):
         raise InputError(f"{embeddings.shape[0]} embeddings for {int(alive.sum())} tokens to compute")
-    every = torch.arange(layout.length + backbone.max_new_tokens, device=embeddings.device)
-    prompt = Prompt(embeddings, decision, backbone.rotary(every), layout.length, draft, draft)
+    if cache.rotary is None:
+        cache.rotary = backbone.rotary(torch.arange(cache.keys.shape[2], device=embeddings.device))
     n_layers, asking = len(backbone.layers), layout.n_suffix + draft
+    whole = watch is not None and watch.rows == "all" and n_layers - 1 in watch.layers
+    prompt = Prompt(embeddings, decision, cache.rotary, layout.length, draft, whole, draft)
     hidden, first = embeddings, 0
     while first < n_layers:
         still = _alive(layout, decision.depth > first, draft)
@@ -163,7 +167,7 @@ def partial_prefill(
             hidden, alive = hidden[torch.from_numpy(still[alive]).to(hidden.device)], still
         stop = _segment(decision, watch, first, n_layers)
         rows, positions = _rows(backbone, alive, decision, prompt.rotary)
-        if stop == n_layers and not _watches_all(watch, n_layers - 1):
+        if stop == n_layers and not whole:
             rows = _suffix_asks(backbone, rows, positions, asking)
         keys, values = cache.keys[first:stop], cache.values[first:stop]
         hidden, query = run(backbone.layers[first:stop], keys, values, hidden, rows)
@@ -255,13 +259,8 @@ def _rows(backbone: Backbone, alive: BoolArray, decision: Decision, rotary: Rota
     mask: torch.Tensor | None = None
     if not (backbone.causal and (complete or slots is not None)):
         mask = backbone.visible(positions, every if slots is None else slots)
-    own = cos[positions], sin[positions]
-    return Rows(0 if complete else positions, alive.size, own, slots, mask, causal=True), positions
-
-
-def _watches_all(watch: Watch | None, layer: int) -> bool:
-    """Whether a policy wants to see the attention of every row in a layer."""
-    return watch is not None and watch.rows == "all" and layer in watch.layers
+    own = slice(alive.size) if complete else positions
+    return Rows(0 if complete else positions, alive.size, (cos[own], sin[own]), slots, mask, causal=True), positions
 
 
 def _suffix_asks(backbone: Backbone, rows: Rows, positions: torch.Tensor, asking: int) -> Rows:

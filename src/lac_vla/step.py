@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lac_vla.timing import windows
-from lac_vla.types import BoolArray, Decision, IntArray, TokenLayout, UInt8Image, Watch
+from lac_vla.types import Beyond, BoolArray, Decision, IntArray, TokenLayout, UInt8Image, Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,14 +18,17 @@ class Step:
         layout: Where the tokens were.
         decision: How deep every visual token was computed.
         forced: bool, (N,): tokens that the policy would have cached, recomputed because of their age.
-        age: Age of every slot after the frame, in frames, int64, (N,).
+        age: Age of every slot after the frame, in frames, int64, (N,); 0 where the frame pruned, for what is absent
+            is not old.
         dense_because: Why the policy was not asked (``"first frame"``, ``"scene cut"``, …); ``None`` if it was.
         stages: Milliseconds by stage, see :data:`lac_vla.timing.STAGES`.
         info: What the backbone says about its action (token ids, …).
         pixels: Camera → what the model saw.
+        flow_macs: Multiply-accumulates of optical flow, see :class:`lac_vla.flow.Flow`.
         policy_macs: Multiply-accumulates of the policy's own networks.
         watch: Attention that was computed aside for the policy.
         draft: Tokens that rode along in the prefill as a guess.
+        whole: Whether all rows of the prefill asked in the last layer, not the suffix and the draft alone.
         passes: First and one-past-last appended token of every decoding pass behind the prefill.
         seen: Visual tokens whose features the vision tower computed, bool, (N,).
         fallbacks: Runs of layers that the lever ``graphs`` left to the ordinary loop.
@@ -39,9 +42,11 @@ class Step:
     stages: Mapping[str, float]
     info: Mapping[str, Any]
     pixels: Mapping[str, UInt8Image]
+    flow_macs: int = 0
     policy_macs: int = 0
     watch: Watch | None = None
     draft: int = 0
+    whole: bool = False
     passes: tuple[tuple[int, int], ...] = ()
     seen: BoolArray | None = None
     fallbacks: int = 0
@@ -64,9 +69,9 @@ class Step:
         return self.passes[0][0] if self.passes else self.draft
 
     @property
-    def oldest_age(self) -> int:
-        """Age of the oldest slot after the frame, in frames."""
-        return int(self.age.max())
+    def oldest_age(self) -> int | None:
+        """Age of the oldest slot after the frame, in frames; ``None`` where the frame pruned: it reuses nothing."""
+        return None if self.decision.beyond is Beyond.PRUNE else int(self.age.max(initial=0))
 
     @property
     def active(self) -> BoolArray:

@@ -15,7 +15,7 @@ import torch
 from lac_vla.budget import within
 from lac_vla.cache import VisualKVCache
 from lac_vla.errors import InputError
-from lac_vla.flow import estimate, make_flow
+from lac_vla.flow import estimate, flow_macs, make_flow
 from lac_vla.graphs import ROOM, Graphs
 from lac_vla.levers import Levers, rounded_up
 from lac_vla.models.base import Backbone
@@ -186,14 +186,16 @@ class Session:
             layout=layout,
             decision=prompt.decision,
             forced=forced,
-            age=cache.age.copy(),
+            age=np.zeros_like(cache.age) if prompt.decision.beyond is Beyond.PRUNE else cache.age.copy(),
             dense_because=dense_because,
             stages=clock.stages,
             info=info,
             pixels=pixels,
+            flow_macs=0 if dense_because or self._flow is None else flow_macs(self._flow, pixels),
             policy_macs=0 if dense_because else policy.macs,
             watch=watch,
             draft=prompt.draft,
+            whole=prompt.whole,
             passes=tuple(prompt.passes),
             seen=seen,
             fallbacks=0 if self._graphs is None else self._graphs.fallbacks - fallbacks,

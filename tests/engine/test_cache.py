@@ -49,6 +49,20 @@ def test_growing_keeps_the_visual_slots() -> None:
     assert not cache.warm  # until the frame is committed
 
 
+def test_the_position_embedding_is_computed_once_per_capacity() -> None:
+    backbone = random_vla("tiny")
+    session, tables = CachedVLA(backbone, Random(0.5)).session(), []
+    for words in ("go", "go", "go to the plate and then come back to where you were", "go"):
+        session.act(frame(len(tables), words))
+        table = session._cache.rotary
+        assert table is not None
+        tables.append(table[0].data_ptr())
+        with torch.inference_mode():
+            expected = backbone.rotary(torch.arange(session._cache.keys.shape[2]))
+        assert all(torch.equal(kept, new) for kept, new in zip(table, expected, strict=True))
+    assert tables[0] == tables[1] != tables[2] == tables[3]
+
+
 def test_the_sessions_memory_does_not_depend_on_the_callers_buffers() -> None:
     """A camera driver that writes every frame into the same buffer must not change what the cache remembers."""
     session = CachedVLA(random_vla("tiny"), Random(0.5)).session()

@@ -17,7 +17,7 @@ from lac_vla.models.prismatic.presets import MINI, TINY
 from lac_vla.policies import CachePolicy, FastV, SparseVLM, VLACache
 from lac_vla.types import Beyond, View, Watch
 from tests.engine.reference import ReferenceDecoder
-from tests.engine.scenes import ALL_POLICIES, HESITANT, REUSING, frame
+from tests.engine.scenes import ALL_POLICIES, HESITANT, PRUNING, REUSING, frame
 
 SEQUENCES: dict[str, list[Frame]] = {
     "first frame": [frame(0)],
@@ -182,6 +182,18 @@ def test_no_slot_outlives_max_age(backbone: Model, name: str) -> None:
         assert ages.max() <= 3
     if name != "dense":
         assert ages.max() > 0
+
+
+@pytest.mark.parametrize("name", PRUNING)
+def test_what_is_pruned_has_no_age(backbone: Model, name: str) -> None:
+    """It is absent, not old: no bound on ages would mean anything for it."""
+    session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3).session()
+    for i in range(6):
+        session.act(frame(i % 2))
+        assert session.last is not None
+        assert session.last.oldest_age == (0 if i == 0 else None)  # the first frame is dense
+        assert not session.last.age.any()
+    assert session.last.ratio > 0
 
 
 def test_protecting_everything_is_exact(backbone: Model) -> None:

@@ -58,12 +58,23 @@ def test_rows_by_hand() -> None:
     assert motion.ratio_nominal == pytest.approx(0.6)
     assert motion.macs == pytest.approx(75.0)
     assert motion.latency["model_call"] == Percentiles(15.0, 20.0, 10)
-    assert motion.oldest_age == 3
+    assert (motion.oldest_age, dense.oldest_age) == (3, None)
     assert motion.peak_memory_mb == 102.0
     assert [(task.task, task.outcomes) for task in summary.tasks] == [
         (0, {"dense": (2, 2), "motion-0.6": (2, 3)}),
         (1, {"dense": (1, 3), "motion-0.6": (1, 3)}),
     ]
+
+
+@pytest.mark.parametrize("ages", [[0, None, None], [0, 0, 0], []])
+def test_a_method_that_reuses_nothing_has_no_oldest_token(ages: list[int | None]) -> None:
+    """First frames, and scene cuts, are dense; the others prune."""
+    (row,) = summarize([record("fastv-0.5", 0, 0, True, oldest_age=ages)]).methods
+    assert row.oldest_age is None
+    again = EpisodeRecord.from_json(
+        json.loads(json.dumps(dataclasses.asdict(record("fastv-0.5", 0, 0, True, oldest_age=ages))))
+    )
+    assert again.oldest_age == ages
 
 
 def test_other_seeds_are_no_pair() -> None:

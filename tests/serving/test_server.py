@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from lac_vla import CachedVLA, Dense, Motion, PrismaticBackbone
+from lac_vla.policies import FastV
 from lac_vla.serving.client import AsyncClient, Client, ServerError
 from lac_vla.serving.metrics import JsonLines
 from lac_vla.serving.server import Limits, PolicyServer
@@ -294,6 +295,15 @@ def test_metrics_count_what_happened(start: Start) -> None:
     assert "lac_sessions 1.0" in text
     assert "lac_request_seconds_count 4.0" in text
     assert 'lac_stage_seconds_total{stage="prefill"}' in text
+
+
+def test_what_a_policy_prunes_has_no_age(start: Start, backbone: PrismaticBackbone) -> None:
+    server = start(CachedVLA(backbone, FastV()))
+    with Client(server.url) as client:
+        ages = [client.infer(observation(i))["lac"]["oldest_age"] for i in range(3)]
+        text = get(server.http + "/metrics")[1]
+    assert ages == [0, None, None]
+    assert "lac_oldest_age_frames_count 1.0" in text
 
 
 def test_logs_are_json_lines(start: Start, caplog: pytest.LogCaptureFixture) -> None:

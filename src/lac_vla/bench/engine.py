@@ -159,9 +159,9 @@ def _row(
     times: dict[str, list[float]],
     roofline: Roofline | None,
 ) -> EngineRow:
-    macs = prefill_macs(backbone.shape, LAYOUT, decision)
+    macs = prefill_macs(backbone.shape, LAYOUT, decision, whole=name == STOCK)
     active = int(decision.active.sum())
-    floor = None if roofline is None else roofline.prefill_ms(LAYOUT, decision)
+    floor = None if roofline is None else roofline.prefill_ms(LAYOUT, decision, whole=name == STOCK)
     comparable = roofline is not None and roofline.measures(backbone.device, backbone.dtype)
     return EngineRow(
         name=name,

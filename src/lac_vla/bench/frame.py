@@ -165,7 +165,7 @@ class Log:
         if step.accepted is not None:
             self.accepted.append(step.accepted / step.draft)
         if roofline is not None:
-            floors = {"prefill": roofline.prefill_ms(step.layout, step.decision, step.draft)}
+            floors = {"prefill": roofline.prefill_ms(step.layout, step.decision, step.draft, whole=step.whole)}
             if step.passes:
                 floors["decode"] = roofline.decode_ms(step.layout, step.decision, step.passes)
             self.floors.append(floors)

@@ -93,9 +93,10 @@ class Roofline:
         """Time of the arithmetic."""
         return 1e3 * 2 * macs / GPUS[self.gpu].flops
 
-    def prefill_ms(self, layout: TokenLayout, decision: Decision, draft: int = 0) -> float:
+    def prefill_ms(self, layout: TokenLayout, decision: Decision, draft: int = 0, *, whole: bool = False) -> float:
         """Floor of a prefill; see :func:`lac_vla.cost.prefill_macs` for the arguments."""
-        return max(self.weight_ms, self.compute_ms(prefill_macs(self.shape, layout, decision, draft=draft)))
+        macs = prefill_macs(self.shape, layout, decision, draft, whole=whole)
+        return max(self.weight_ms, self.compute_ms(macs))
 
     def decode_ms(self, layout: TokenLayout, decision: Decision, passes: Sequence[tuple[int, int]]) -> float:
         """Floor of decoding passes together; see :func:`lac_vla.cost.decode_macs` for the arguments."""

@@ -36,7 +36,7 @@ CHART = "bench.svg"
 UNITS = {
     "*_ms": "milliseconds: median p50, 95th percentile p95, of n measurements",
     "*_mb": "10^6 bytes",
-    "macs": "multiply-accumulates",
+    "macs": "multiply-accumulates; DIS flow, which has no matrix products, is not counted",
     "flops": "floating-point operations: 2 per multiply-accumulate",
     "faster_than_*": "ratio of medians value, quartiles low and high of the ratios within the rounds",
     "bookkeeping": "as faster_than_*: flow + policy + bookkeeping over the model call of 'dense'",

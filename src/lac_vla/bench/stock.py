@@ -87,6 +87,7 @@ class StockSession:
             stages=clock.stages,
             info=info,
             pixels=pixels,
+            whole=True,
             passes=one_by_one(backbone.max_new_tokens),
         )
         return action

@@ -31,7 +31,7 @@ class EpisodeRecord:
         horizon: Control steps allowed.
         ratio_effective: Per step, the share of (token, layer) pairs that was not computed.
         ratio_nominal: Per step, the cache ratio the policy aimed at; ``None`` where it aims at none.
-        oldest_age: Per step, the age of the oldest slot, in frames.
+        oldest_age: Per step, the age of the oldest slot, in frames; ``None`` where the step pruned.
         macs: Per step, multiply-accumulates.
         passes: Per step, decoding passes behind the prefill.
         accepted: Per step, how many of the drafted tokens stood; ``None`` where there was no draft.
@@ -52,7 +52,7 @@ class EpisodeRecord:
     horizon: int
     ratio_effective: Sequence[float] = ()
     ratio_nominal: Sequence[float | None] = ()
-    oldest_age: Sequence[int] = ()
+    oldest_age: Sequence[int | None] = ()
     macs: Sequence[float] = ()
     passes: Sequence[int] = ()
     accepted: Sequence[int | None] = ()

@@ -24,14 +24,14 @@ class RemoteReport:
     Attributes:
         ratio: Effective cache ratio.
         nominal_ratio: What the policy aimed at.
-        oldest_age: Of the oldest slot, frames.
+        oldest_age: Of the oldest slot, frames; ``None`` where the frame pruned.
         stages: Milliseconds by stage, on the server.
         round_trip: Milliseconds from observation to action, here.
     """
 
     ratio: float
     nominal_ratio: float | None
-    oldest_age: int
+    oldest_age: int | None
     stages: Mapping[str, float]
     round_trip: float
 

@@ -48,7 +48,7 @@ class Report(Protocol):
     @property
     def nominal_ratio(self) -> float | None: ...  # noqa: D102
     @property
-    def oldest_age(self) -> int: ...  # noqa: D102
+    def oldest_age(self) -> int | None: ...  # noqa: D102
     @property
     def timings(self) -> Mapping[str, float]: ...  # noqa: D102
     @property
@@ -109,7 +109,7 @@ def rollout(
         ensemble.reset()
     effective: list[float] = []
     nominal: list[float | None] = []
-    oldest: list[int] = []
+    oldest: list[int | None] = []
     macs: list[float] = []
     passes: list[int] = []
     accepted: list[int | None] = []

@@ -58,7 +58,7 @@ class MethodRow:
         frames: Control steps over all episodes.
         ratio_nominal: Mean of the ratio aimed at, over the frames that have one; ``None`` if none has.
         ratio_effective: Mean over frames; ``None`` if it was not recorded.
-        oldest_age: The oldest slot of all frames; ``None`` if it was not recorded.
+        oldest_age: The oldest slot of all frames, ≥ 1; ``None`` if nothing was ever reused, or it was not recorded.
         macs: Mean multiply-accumulates per frame; ``None`` if they were not recorded.
         passes: Mean decoding passes behind the prefill; ``None`` if they were not recorded.
         accepted: Mean number of drafted tokens that stood; ``None`` without drafts.
@@ -161,7 +161,7 @@ def _method_row(name: str, episodes: Sequence[EpisodeRecord], dense: dict[Trial,
         for window, values in episode.latency_ms.items():
             windows.setdefault(window, []).extend(values)
     latency = {window: percentiles(values) for window, values in windows.items()}
-    ages = [age for episode in episodes for age in episode.oldest_age]
+    ages = [age for episode in episodes for age in episode.oldest_age if age]
     memory = [episode.peak_memory_mb for episode in episodes if episode.peak_memory_mb is not None]
     return MethodRow(
         method=name,

@@ -93,7 +93,7 @@ def ratio(row: MethodRow) -> str:
 def terminal_tables(summary: Summary) -> tuple[Table, Table]:
     """The run for the terminal: what was solved, and what it cost; one row per method in each."""
     solved = Table(box=box.SIMPLE, caption=CAPTION)
-    lines = ["latency: p50 / p95 in ms over all frames; FLOPs = 2 x MACs, per frame"]
+    lines = ["latency: p50 / p95 in ms over all frames; FLOPs = 2 x MACs, per frame; DIS flow is not counted in them"]
     lines += [f"decoding passes behind the prefill: {text}" for text in filter(None, [decoding(summary)])]
     cost = Table(box=box.SIMPLE, caption="\n".join(lines))
     for table, headings in (

@@ -18,6 +18,10 @@ class Flow(Protocol):
         """Flow in pixels from ``previous`` to ``current`` (both uint8, H×W×3), float32, H×W×2 (x, y)."""
         ...
 
+    def macs(self, height: int, width: int) -> int:
+        """Multiply-accumulates for a pair of images of this size; 0 where there are no matrix products to count."""
+        ...
+
 
 FLOWS: dict[str, Callable[..., Flow | None]] = {"dis": DISFlow, "raft_small": RAFTFlow, "none": lambda: None}
 """Name → factory. ``none`` leaves the view without flow: policies fall back on pixel change."""
@@ -49,4 +53,9 @@ def estimate(
     return {camera: flow(previous[camera], image) for camera, image in current.items()}
 
 
-__all__ = ["FLOWS", "DISFlow", "Flow", "RAFTFlow", "estimate", "make_flow"]
+def flow_macs(flow: Flow, images: Mapping[str, UInt8Image]) -> int:
+    """Multiply-accumulates of the flow of every camera."""
+    return sum(flow.macs(*image.shape[:2]) for image in images.values())
+
+
+__all__ = ["FLOWS", "DISFlow", "Flow", "RAFTFlow", "estimate", "flow_macs", "make_flow"]

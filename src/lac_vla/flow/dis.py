@@ -47,6 +47,10 @@ class DISFlow:
                 engine.setFinestScale(self.finest)
         return np.asarray(engine.calc(first, second, None), dtype=np.float32)
 
+    def macs(self, height: int, width: int) -> int:
+        """0: not counted. It has no matrix products, and what it takes shows in the time of the stage ``flow``."""
+        return 0
+
 
 _DIS_PRESETS = {
     "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,

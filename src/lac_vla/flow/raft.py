@@ -7,7 +7,7 @@ its wheels work with the one build of torch that they were compiled for, and bre
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.types import FloatArray, UInt8Image
@@ -28,7 +29,7 @@ STRIDE = 8
 SMALLEST = 128
 """Pixels of the shorter side, at least: the coarsest level of the correlation pyramid needs two features."""
 LEVELS, RADIUS = 4, 3
-HIDDEN = 96
+CHANNELS, HIDDEN = 128, 96
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class RAFTFlow:
         if self.iterations < 1:
             raise InputError(f"iterations is {self.iterations}; give at least 1")
         _ = self._model  # a fault of the weights shows now, not in mid-episode
+        macs_per_place(self.iterations)  # and no frame of an episode has to wait for the count
 
     @cached_property
     def _model(self) -> RAFTSmall:
@@ -70,13 +72,39 @@ class RAFTFlow:
     def __call__(self, previous: UInt8Image, current: UInt8Image) -> FloatArray:
         """See :class:`lac_vla.flow.Flow`."""
         height, width = previous.shape[:2]
-        scale = max(1.0, SMALLEST / min(height, width))
-        size = tuple(int(np.ceil(side * scale / STRIDE)) * STRIDE for side in (width, height))
+        size = _seen_size(height, width)
         pair = np.stack([cv2.resize(image, size) for image in (previous, current)])
         images = torch.from_numpy(pair).to(next(self._model.parameters()).device)
         flow = self._model(images.permute(0, 3, 1, 2).float() / 127.5 - 1, self.iterations)
         back = cv2.resize(flow.permute(1, 2, 0).cpu().numpy(), (width, height))
         return np.asarray(back * (width / size[0], height / size[1]), dtype=np.float32)
+
+    def macs(self, height: int, width: int) -> int:
+        """See :class:`lac_vla.flow.Flow`: of the network at the size that it sees, by torch's own counter."""
+        across, down = _seen_size(height, width)
+        places = (across // STRIDE) * (down // STRIDE)
+        return places * (macs_per_place(self.iterations) + CHANNELS * places)
+
+
+def _seen_size(height: int, width: int) -> tuple[int, int]:
+    """Width and height at which the network sees an image."""
+    scale = max(1.0, SMALLEST / min(height, width))
+    across, down = (int(np.ceil(side * scale / STRIDE)) * STRIDE for side in (width, height))
+    return across, down
+
+
+@cache
+def macs_per_place(iterations: int) -> int:
+    """MACs of the network per place of its feature maps, an eighth of the image's sides, counted once.
+
+    What is left out is the correlation of all pairs of places, the one part that grows with their square.
+    """
+    places = (SMALLEST // STRIDE) ** 2
+    with torch.random.fork_rng(devices=[]):  # weights of any content, and nobody else's chance drawn for them
+        model = RAFTSmall().eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(2, 3, SMALLEST, SMALLEST), iterations)
+    return int(counter.get_total_flops()) // 2 // places - CHANNELS * places
 
 
 def _read(file: str | Path | None) -> dict[str, torch.Tensor]:
@@ -103,7 +131,7 @@ class RAFTSmall(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.feature_encoder = Encoder(128, norm=True)
+        self.feature_encoder = Encoder(CHANNELS, norm=True)
         self.context_encoder = Encoder(HIDDEN + 64, norm=False)
         self.update_block = Update(LEVELS * (2 * RADIUS + 1) ** 2, 64)
 

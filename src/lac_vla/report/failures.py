@@ -77,9 +77,8 @@ class FailurePicture:
             age = step.age[own].reshape(grid).astype(np.float32)
             ages.append(heat(image, age, (0, self._max_age), height=HEIGHT))
         both = stacked([side_by_side(computed), side_by_side(ages)])
-        return caption(
-            both, f"step {number}", f"{100 * step.ratio:.0f} % reused, oldest {int(step.age.max(initial=0))}"
-        )
+        what = "pruned" if step.oldest_age is None else f"reused, oldest {step.oldest_age}"
+        return caption(both, f"step {number}", f"{100 * step.ratio:.0f} % {what}")
 
 
 def lost(run: Run) -> list[tuple[EpisodeRecord, EpisodeRecord]]:

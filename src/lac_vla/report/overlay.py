@@ -210,7 +210,8 @@ def step_picture(step: Step, method: str, number: int) -> UInt8Image:
     left = f"{method}   step {number}"
     if step.dense_because is not None:
         left += f"   (dense: {step.dense_because})"
-    right = f"reused {100 * step.ratio:.0f} %   oldest {int(step.age.max(initial=0))}"
+    what = "pruned" if step.oldest_age is None else f"reused   oldest {step.oldest_age}"
+    right = f"{100 * step.ratio:.0f} % {what}"
     return caption(side_by_side(pictures), left, right)
 
 

@@ -52,7 +52,8 @@ class Metrics:
         for stage, milliseconds in step.stages.items():
             self.stages.labels(stage).inc(milliseconds / 1e3)
         self.ratio.observe(step.ratio)
-        self.age.observe(step.oldest_age)
+        if step.oldest_age is not None:
+            self.age.observe(step.oldest_age)
         if step.dense_because is not None:  # the number in a disagreement is no label
             self.dense.labels(step.dense_because.partition(" by ")[0]).inc()
         if answer.reset is not None:
