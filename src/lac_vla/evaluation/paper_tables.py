@@ -20,7 +20,10 @@ PREFILL, CALL, WHOLE = "decoder_prefill", "model_call", "observation_to_action"
 SMALL = 1e9
 """Parameters below which a model is called small."""
 
-LATENCY = "Latency: p50 / p95 over all frames; faster: dense's p50 over it. FLOPs = 2 x MACs, per frame"
+LATENCY = (
+    "Latency: p50 / p95 over all frames; faster: dense's p50 over it. "
+    "FLOPs = 2 x MACs, per frame; flow by DIS has no matrix products and counts 0"
+)
 SHARED = "Several processes shared the machine: not worth comparing, see `lac bench`"
 STAGES = (
     "Flow, policy, bookkeeping: p50 in ms, part of observation to action. "
