@@ -283,6 +283,23 @@ def test_settings_out_of_range_are_refused(config: TrainConfig) -> None:
             train(replace(config, **change))  # type: ignore[arg-type]
 
 
+def test_a_store_of_another_tower_is_refused(config: TrainConfig, model: Path) -> None:
+    backbone = load_vla(model)
+
+    def build() -> FrameStore:
+        return FrameStore.build(
+            backbone, config.dataset, config.out / "store", flow="none", patch_pixels=config.patch_pixels
+        )
+
+    stored = build().visual[0]
+    assert np.array_equal(build().visual[0], stored)
+    with torch.no_grad():
+        for weight in backbone.model.vision_backbone.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(InputError, match="another vision tower; give another --store"):
+        build()
+
+
 def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
     train(config)
     store = FrameStore.open(config.out / "store")

@@ -26,10 +26,12 @@ from lac_vla.flow import make_flow
 from lac_vla.models.base import Backbone
 from lac_vla.policies.lac.inputs import flow_in_patches, resize
 from lac_vla.training.tasks import Task, task_of
-from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout
+from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout, UInt8Image
 from lac_vla.vla import CachedVLA
 
 META = "store.json"
+SAME = 0.05
+"""Relative distance of two models' embeddings of a frame from which on they are not one model's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +139,7 @@ class FrameStore:
             "tower_cameras": list(tower_cameras),
         }
         meta = folder / META
+        builder = _Builder(backbone, source, chosen, flow, patch_pixels, tower_cameras)
         if meta.is_file():
             found = json.loads(meta.read_text(encoding="utf-8"))["about"]
             unread = {"flow": flow == "none", "tower_cameras": not tower_cameras}  # whether it is there or not
@@ -148,8 +151,10 @@ class FrameStore:
                 )
             if different:
                 raise InputError(f"{folder} holds stored embeddings of other {different}; give another --store")
+            if not builder.agrees(cls.open(folder).visual[0]):
+                raise InputError(f"{folder} holds stored embeddings of another vision tower; give another --store")
         else:
-            _Builder(backbone, source, chosen, flow, patch_pixels, tower_cameras).write(folder, about)
+            builder.write(folder, about)
         store = cls.open(folder)
         if labels and not store.has_actions:
             raise InputError(f"{dataset} records no actions, which --loss demo needs; use --loss distill")
@@ -216,6 +221,20 @@ class _Builder:
         self.flow = make_flow(flow)
         self.patch_pixels, self.tower_cameras = patch_pixels, tower_cameras
         self.dense = CachedVLA(backbone).session()
+
+    @torch.inference_mode()
+    def agrees(self, stored: npt.NDArray[np.float16]) -> bool:
+        """Whether the first frame's embeddings, (N, width), are this model's, but for rounding on other hardware.
+
+        The fingerprint does not see the vision tower.
+        """
+        visual = self._visual(self.backbone.pixels(self._frame(self.source.episode(self.chosen[0]), 0)))
+        difference = np.linalg.norm(visual.astype(np.float32) - stored)
+        return bool(difference <= SAME * np.linalg.norm(visual.astype(np.float32)))
+
+    def _visual(self, pixels: Mapping[str, UInt8Image]) -> npt.NDArray[np.float16]:
+        projected = self.backbone.project(self.backbone.see(pixels))
+        return projected.float().cpu().numpy().astype(np.float16)
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Compute everything, then give the folder its name."""
@@ -289,7 +308,7 @@ class _Builder:
         previous: Mapping[str, Any] | None = None
         for at, frame in enumerate(frames, start):
             pixels = self.backbone.pixels(frame)
-            visual = self.backbone.project(self.backbone.see(pixels)).float().cpu().numpy().astype(np.float16)
+            visual = self._visual(pixels)
             if not np.isfinite(visual).all():
                 raise InputError(f"episode {episode.index}: embeddings are not finite in half precision")
             suffix = self.backbone.suffix(frame).float().cpu().numpy()
