@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.engine.scenes import frame
 from tests.engine.test_invariants import capture_hidden
-from tests.training.test_train import rows, write_dataset
+from tests.training.test_train import rows, short_run, write_dataset
 from tests.training.worlds import SIDE, learner_of, store_of
 
 from lac_vla import CachedVLA, InputError, LACPolicy, Levers, PrismaticBackbone, Random, load_vla, random_vla, save_vla
@@ -248,21 +248,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(backbone: PrismaticBackbone, dataset: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        str(save(backbone, tmp_path / "vla")),
-        dataset,
-        tmp_path / "run",
-        stage1_steps=1,
-        stage2_steps=3,
-        stage1_batch=4,
-        batch=2,
-        window=3,
-        held_out=0.25,
-        every=2,
-        width=8,
-        recovery=0.0,
-        tower_reuse=True,
-    )
+    short = short_run(save(backbone, tmp_path / "vla"), dataset, tmp_path / "run")
+    return replace(short, stage1_steps=1, stage2_steps=3, recovery=0.0, tower_reuse=True)
 
 
 def test_the_command_trains_a_policy_for_the_lever(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,12 +57,11 @@ def cogact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("vla") / "cogact", "cogact-tiny")
 
 
-@pytest.fixture
-def config(model: Path, dataset: Path, tmp_path: Path) -> TrainConfig:
+def short_run(vla: Path, dataset: Path, out: Path) -> TrainConfig:
     return TrainConfig(
-        str(model),
+        str(vla),
         dataset,
-        tmp_path / "run",
+        out,
         stage1_steps=2,
         stage2_steps=4,
         stage1_batch=4,
@@ -72,6 +71,11 @@ def config(model: Path, dataset: Path, tmp_path: Path) -> TrainConfig:
         every=2,
         width=8,
     )
+
+
+@pytest.fixture
+def config(model: Path, dataset: Path, tmp_path: Path) -> TrainConfig:
+    return short_run(model, dataset, tmp_path / "run")
 
 
 def rows(out: Path) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.jobs import Job, MakeRunner, Runner
+from lac_vla.evaluation.jobs import Job, MakeRunner, Runner, play
 from lac_vla.evaluation.records import EpisodeRecord
 
 LOCAL = "local"
@@ -35,11 +35,10 @@ class Actor:
 
     def work(self, job: Job) -> list[EpisodeRecord] | LacError:
         """Run the episodes of a job. An error that the user can act on is given back: Ray would bury its message."""
-        task, init_state, methods = job
         try:
             if self._runner is None:
                 self._runner = self._start()
-            return [self._runner.run(method, task, init_state) for method in methods]
+            return list(play(self._runner, job))
         except LacError as error:
             return error
 

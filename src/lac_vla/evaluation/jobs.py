@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol, TypeAlias
 
 from lac_vla.evaluation.config import EvalConfig
@@ -22,3 +22,9 @@ class Runner(Protocol):
 
 MakeRunner: TypeAlias = Callable[[EvalConfig], Runner]
 """Loads the model and all else that a process needs."""
+
+
+def play(runner: Runner, job: Job) -> Iterator[EpisodeRecord]:
+    """Run the episodes of a job, one after the other."""
+    task, init_state, methods = job
+    return (runner.run(method, task, init_state) for method in methods)

@@ -14,7 +14,7 @@ from multiprocessing import connection
 
 from lac_vla.errors import LacError
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.jobs import Job, MakeRunner, Runner
+from lac_vla.evaluation.jobs import Job, MakeRunner, Runner, play
 from lac_vla.evaluation.records import EpisodeRecord
 
 
@@ -74,5 +74,4 @@ _RUNNER: list[Runner] = []
 def _work(make: MakeRunner, config: EvalConfig, job: Job) -> list[EpisodeRecord]:
     if not _RUNNER:
         _RUNNER.append(make(config))
-    task, init_state, methods = job
-    return [_RUNNER[0].run(method, task, init_state) for method in methods]
+    return list(play(_RUNNER[0], job))

@@ -11,7 +11,7 @@ import torch
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.jobs import Job
+from lac_vla.evaluation.jobs import Job, play
 from lac_vla.evaluation.methods import load_methods, method_name
 from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.records import EpisodeRecord
@@ -128,8 +128,7 @@ def run_jobs(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord
         return
     if config.workers == 1:
         worker = Worker(config)
-        for task, init_state, methods in jobs:
-            for method in methods:
-                yield worker.run(method, task, init_state)
+        for job in jobs:
+            yield from play(worker, job)
         return
     yield from run_on_processes(Worker, config, jobs)

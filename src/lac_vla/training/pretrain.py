@@ -25,12 +25,14 @@ from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models import save_vla
 from lac_vla.models.prismatic.images import area
 from lac_vla.models.prismatic.prompt import Encode, FileTokenizer, load_tokenizer, train_tokenizer
+from lac_vla.models.prismatic.towers import Keep
 from lac_vla.provenance import provenance
 from lac_vla.training.batches import Chance, Demonstrations, statistics
 from lac_vla.training.config import PretrainConfig, describe
 from lac_vla.training.families import FAMILIES
 from lac_vla.training.frames import FrameBank
-from lac_vla.training.objectives.base import Objective, Targets
+from lac_vla.training.objectives.base import Batch, Objective, Targets
+from lac_vla.training.objectives.tower import TowerObjective
 
 CARD = "lac.json"
 """Beside the weights: how the model was made, for the reports of evaluations."""
@@ -124,7 +126,12 @@ class Pretraining:
         self.set_rates()
         self.objective.train()
         with torch.autocast(config.device, dtype=torch.bfloat16):
-            losses = self.show_read() if self.frozen and not self.objective.imitates else self.show_frames()
+            if not self.frozen:
+                losses = self.show_frames()
+            elif isinstance(self.objective, TowerObjective):
+                losses = self.objective.imitate(self.draw()[0])
+            else:
+                losses = self.show_read()
         total = torch.stack([losses[term] for term in self.objective.terms if term in losses]).sum()
         if not torch.isfinite(total):
             raise InputError(
@@ -139,14 +146,16 @@ class Pretraining:
         self.seen += config.batch
         return {name: float(value.detach()) for name, value in losses.items()}
 
-    def show_frames(self) -> dict[str, torch.Tensor]:
-        """Losses of a batch of frames, drawn by chance; those of imitation while what was loaded is held fixed."""
+    def draw(self) -> tuple[Batch, Keep | None]:
+        """Some frames, and what is shown of their tokens."""
         rng = self.chance.rng
         frames = rng.choice(self.data.train, size=self.config.batch)
         keep = (int(rng.integers(2)), int(rng.integers(2)), 2) if self.coarse else None
-        batch = self.data.batch(frames, self.chance)
-        if self.frozen:
-            return self.objective.imitate(batch)
+        return self.data.batch(frames, self.chance), keep
+
+    def show_frames(self) -> dict[str, torch.Tensor]:
+        """Losses of a batch of frames, drawn by chance."""
+        batch, keep = self.draw()
         progress = self.seen / self.config.samples
         losses: dict[str, torch.Tensor] = self.objective(batch, keep, progress, self.chance.noise)
         return losses

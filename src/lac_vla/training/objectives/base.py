@@ -83,12 +83,9 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         terms: Which of the losses are summed up.
-        imitates: Whether, while what was loaded is held fixed, :meth:`imitate` is what is learned; if not, what the
-            fixed trunk reads is learned from.
     """
 
     terms: tuple[str, ...]
-    imitates = False
 
     def __init__(self, model: PrismaticVLA, chunk: int) -> None:
         super().__init__()
@@ -124,10 +121,6 @@ class Objective(nn.Module, ABC):
     def _known(self, start: PrismaticVLA) -> dict[str, torch.Tensor]:
         """Which weights of the start to copy."""
         return dict(start.state_dict())
-
-    def imitate(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Losses of a batch while what was loaded is held fixed, where :attr:`imitates` says so."""
-        raise NotImplementedError
 
     @abstractmethod
     def backbone(self, encode: Encode) -> PrismaticBackbone | CogACTBackbone:

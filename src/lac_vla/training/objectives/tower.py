@@ -32,7 +32,6 @@ class TowerObjective(TokenObjective):
     """
 
     terms = ("imitation", *TokenObjective.terms)
-    imitates = True
 
     def __init__(self, config: PrismaticConfig, run: PretrainConfig) -> None:
         super().__init__(config, run)
@@ -61,7 +60,7 @@ class TowerObjective(TokenObjective):
         return {name: weight for name, weight in start.state_dict().items() if not name.startswith(old)}
 
     def imitate(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """See :meth:`Objective.imitate`. The teacher is told how the frames were moved, the tower is not."""
+        """Loss ``imitation`` of a batch. The teacher is told how the frames were moved, the tower is not."""
         pixels, shift = batch.images[self._camera], batch.shifts[self._camera]
         with torch.no_grad():
             target = self._teacher[0](pixels, None, shift).float()
