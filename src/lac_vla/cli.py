@@ -234,8 +234,9 @@ def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
 
     by_run = {str(run): read_episodes(run / "episodes.jsonl") for run in runs}
     episodes = [episode for found in by_run.values() for episode in found]
-    if len({(episode.method, episode.trial) for episode in episodes}) == len(episodes):
-        by_run = {"": episodes}  # else the runs differ in more than their methods, e.g. in their stress
+    apart = len({(episode.method, episode.trial) for episode in episodes}) == len(episodes)
+    if apart and len({episode.stress for episode in episodes}) == 1:
+        by_run = {"": episodes}  # else the runs differ in more than their methods
     for name, found in by_run.items():
         if name:
             console.print(name, style="bold", markup=False, highlight=False)
@@ -256,7 +257,7 @@ def _report_reproduction(done: "Reproduction") -> None:
     for table in tables:
         console.print(table.to_terminal())
     specs = {row.method: paths_by_name(row.spec) for row in (*done.rows, *done.curve)}
-    points = [e for e in done.beside if e.method in specs]
+    points = [e for e in done.points if e.method in specs]
     curve = tradeoff(summarize(points), points, specs) if done.curve else None
     config = done.config
     runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]

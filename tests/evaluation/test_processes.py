@@ -20,6 +20,7 @@ from lac_vla import InputError
 from lac_vla.errors import CheckpointError, LacError, MissingExtraError
 from lac_vla.evaluation import worker
 from lac_vla.evaluation.config import EvalConfig
+from lac_vla.evaluation.jobs import Job
 from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.runner import evaluate
@@ -34,12 +35,12 @@ class Fragile:
     def __init__(self, config: EvalConfig) -> None:
         self.config, self.worker = config, fake_worker(config)
 
-    def run(self, method: str, task: int, init_state: int) -> EpisodeRecord:
+    def run(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
         if (task, init_state) == (3, 5) and (self.config.out / "die").exists():
             while len(read_episodes(self.config.out / "episodes.jsonl")) < 2:
                 time.sleep(0.05)  # the other process has finished something
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.worker.run(method, task, init_state)
+        return self.worker.run(config, method, task, init_state)
 
 
 class Endless:
@@ -48,9 +49,9 @@ class Endless:
     def __init__(self, config: EvalConfig) -> None:
         self.worker, self.out = fake_worker(config), config.out
 
-    def run(self, method: str, task: int, init_state: int) -> EpisodeRecord:
+    def run(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
         if init_state == 4:
-            return self.worker.run(method, task, init_state)
+            return self.worker.run(config, method, task, init_state)
         (self.out / f"pid-{os.getpid()}").touch()
         while True:
             time.sleep(1)
@@ -98,7 +99,7 @@ def test_an_error_of_loading_is_that_of_one_process(config: EvalConfig, monkeypa
 
 def test_what_is_given_up_ends_at_once(config: EvalConfig) -> None:
     config.out.mkdir()
-    jobs = [(0, state, ("dense",)) for state in (4, 5, 6, 7)]
+    jobs = [Job(config, 0, state, ("dense",)) for state in (4, 5, 6, 7)]
     with closing(run_on_processes(Endless, config, jobs)) as records:
         assert next(records).init_state == 4
     assert not multiprocessing.active_children()
@@ -111,7 +112,7 @@ def test_processes_end_with_a_killed_parent(config: EvalConfig) -> None:
     program = (
         "import sys; from tests.evaluation.test_processes import *\n"
         f"c = EvalConfig({config.model!r}, Path({str(config.out)!r}), ('dense',), workers=2, threads=1)\n"
-        "if __name__ == '__main__': list(run_on_processes(Endless, c, [(0, s, ('dense',)) for s in (5, 6)]))"
+        "if __name__ == '__main__': list(run_on_processes(Endless, c, [Job(c, 0, s, ('dense',)) for s in (5, 6)]))"
     )
     path = os.pathsep.join([str(ROOT), *sys.path])
     parent = subprocess.Popen((sys.executable, "-c", program), env={**os.environ, "PYTHONPATH": path})

@@ -77,7 +77,7 @@ def test_rows_are_chosen_by_method_policy_or_spec(config: ReproduceConfig) -> No
 
 def test_a_small_run_becomes_a_larger_one(config: ReproduceConfig) -> None:
     small = reproduce(replace(config, trials=1))
-    assert {e.trial for e in small.episodes} == {("libero_spatial", task, 4, 0) for task in (0, 3)}
+    assert {e.trial for e in small.episodes} == {("libero_spatial", task, 4, 0, "") for task in (0, 3)}
     before = outcomes(config.folder("libero_spatial"))
     done = reproduce(config)
     assert len(done.episodes) == 3 * 2 * 2
@@ -139,44 +139,52 @@ def test_the_curve_runs_each_ratio_once_and_apart(config: ReproduceConfig) -> No
 
 
 def test_the_curve_compares_points_on_the_same_episodes(config: ReproduceConfig) -> None:
-    done = reproduce(replace(config, curve=True, ratios=(0.5,), side_trials=1))
+    done = reproduce(replace(config, curve=True, ratios=(0.5,), curve_trials=1))
     assert {e.init_state for e in done.episodes if e.method == "random-0.25"} == {4, 5}
-    assert {(e.method, e.init_state) for e in done.beside} == {
+    assert {(e.method, e.init_state) for e in done.points} == {
         (method, 4) for method in ("dense", "lac", "random-0.25", "random-0.5", "lac-0.5")
     }
     assert not any("ncomplete" in text for text in statements(done))
     lost = [e for e in done.episodes if not (e.method == "lac-0.5" and e.task == 3)]
     assert any(text.startswith("Incomplete rows, marked *: 1.") for text in statements(replace(done, episodes=lost)))
-    for wrong in (-1, 3):
-        with pytest.raises(InputError, match="at most the 2 trials"):
-            replace(config, side_trials=wrong)
+    for wrong in ({"curve_trials": -1}, {"curve_trials": 3}, {"stress_trials": 3}):
+        with pytest.raises(InputError, match="give 0 to 2, the trials"):
+            replace(config, **wrong)
 
 
 def test_stresses_have_a_table_of_their_own(config: ReproduceConfig) -> None:
     stresses = ("drift", "long")
-    config = replace(config, stresses=stresses, stress_policies=("lac",), side_trials=1)
+    config = replace(config, stresses=stresses, stress_policies=("lac",), stress_trials=1)
     done = reproduce(config)
     assert {e.method for e in done.episodes} == {"dense", "lac", "random-0.25"}, "calm episodes alone"
     for name in stresses:
-        found = done.stressed[name]
+        found = [e for e in done.stressed if e.stress == name]
         assert {(e.method, e.task, e.init_state) for e in found} == {
             (method, task, 4) for method in ("dense", "lac") for task in (0, 3)
         }
         assert json.loads((config.folder("libero_spatial", stress=name) / "config.json").read_text())["stress"] == name
-    table = paper_tables(done)[-1]
+    table, together = paper_tables(done)[-2:]
     assert table.headings == ("method", "calm", *stresses)
     assert [row[0] for row in table.rows] == ["Dense", "LAC"]
     assert table.rows[0][1:] == ("2/2",) * 3
     assert table.rows[1][1].startswith("2/2\n")
     assert [note.split(" (")[0] for note in table.notes[1:]] == ["Stress 'drift'", "Stress 'long'"]
-    less = replace(done, stressed={**done.stressed, "long": done.stressed["long"][:1]})
-    assert paper_tables(less)[-1].notes[-1] == "incomplete: 2 of the cells have fewer than 2 trials"
-    longer = reproduce(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5",), side_trials=2))
-    assert paper_tables(longer)[-1].rows[1][0] == "random-0.5"
-    assert paper_tables(longer)[-1].rows[1][1].startswith("4/4\n"), "a method that no table has runs calm, too"
+    assert together.title == "All 2 stresses together"
+    assert [row[1].split()[0] for row in together.rows] == ["4/4", "4/4"]
+    assert together.rows[1][2] == "±0.0 (p 1.000)", "an episode is paired with dense's under the same stress"
+    told = (
+        "Solved under 2 stresses together: Dense 4/4 (100 % undisturbed), LAC 4/4 (100 % undisturbed, p 1.000 against"
+    )
+    assert any(text.startswith(told) for text in statements(done))
+    less = replace(done, stressed=[e for e in done.stressed if e.stress == "drift" or (e.method, e.task) == ("lac", 0)])
+    assert paper_tables(less)[-2].notes[-1] == "incomplete: 2 of the cells have fewer than 2 trials"
+    assert paper_tables(less)[-1].rows[1][0] == "LAC *"
+    longer = reproduce(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5",), stress_trials=2))
+    assert paper_tables(longer)[-2].rows[1][0] == "random-0.5"
+    assert paper_tables(longer)[-2].rows[1][1].startswith("4/4\n"), "a method that no table has runs calm, too"
     again = reproduce(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5",)))
-    assert [row[2].split("\n")[0] for row in paper_tables(again)[-1].rows] == ["2/2", "2/2"], "the same initial states"
-    assert not any("incomplete" in note for note in paper_tables(again)[-1].notes)
+    assert [row[2].split("\n")[0] for row in paper_tables(again)[-2].rows] == ["2/2", "2/2"], "the same initial states"
+    assert not any("incomplete" in note for note in paper_tables(again)[-2].notes)
     everyone = plan(replace(config, stress_policies=()))
     assert everyone.stress_rows == everyone.table_1
     with pytest.raises(InputError, match="choose one of shake"):

@@ -14,7 +14,7 @@ from tests.evaluation.worlds import FakeEnv, outcomes
 from lac_vla import InputError
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.records import read_episodes
-from lac_vla.evaluation.runner import evaluate
+from lac_vla.evaluation.runner import evaluate, evaluate_together
 from lac_vla.policies import POLICIES, Random
 
 
@@ -86,8 +86,27 @@ def test_stress_is_recorded_and_changes_what_the_robot_sees(config: EvalConfig) 
     assert summary["simulator"]["stress"] == json.loads((held.out / "config.json").read_text())["stress"] == "long"
     assert any("Stress 'long' (hold 150)" in note for note in summary["notes"])
     assert all(e.horizon == FakeEnv.horizon + 150 for e in read_episodes(held.out / "episodes.jsonl"))
+    assert {e.stress for e in read_episodes(held.out / "episodes.jsonl")} == {"long"}
     told = replace(config, out=config.out.with_name("told"), stress="instruction")
-    assert outcomes(evaluate(told)) == calm, "the other instruction comes after these short episodes"
+    same = [(*trial, *rest) for _, (*trial, _), *rest in outcomes(evaluate(told))]
+    assert same == [(*trial, *rest) for _, (*trial, _), *rest in calm], "it comes after these short episodes"
+
+
+def test_evaluations_under_several_stresses_make_every_simulator_once(config: EvalConfig) -> None:
+    stresses = (None, "drift", "long")
+    alone = [replace(config, out=config.out.with_name(f"alone-{name}"), stress=name) for name in stresses]
+    together = [replace(config, out=config.out.with_name(f"together-{name}"), stress=name) for name in stresses]
+    for one in alone:
+        evaluate(one)
+    evaluate(replace(together[1], init_states=(4, 5)))
+    FakeEnv.made = 0
+    evaluate_together(together)
+    assert FakeEnv.made == len(config.task_ids) == 2
+    for one, other in zip(alone, together, strict=True):
+        assert outcomes(one.out) == outcomes(other.out)
+    for wrong in ({"seed": 1}, {"stress": None}, {"out": together[0].out}):
+        with pytest.raises(InputError, match="all else alike"):
+            evaluate_together([together[0], replace(together[1], **wrong)])  # type: ignore[arg-type]
 
 
 def test_summary_says_what_was_altered(config: EvalConfig) -> None:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.records import EpisodeRecord
 
-Job: TypeAlias = tuple[int, int, tuple[str, ...]]
-"""Task, initial state, methods still to run on it."""
+
+class Job(NamedTuple):
+    """Episodes that run one after the other.
+
+    Attributes:
+        config: The evaluation that they belong to. Those that share their processes differ in ``out`` and ``stress``
+            alone.
+        task: Task id.
+        init_state: Initial state.
+        methods: Those that are still to run on it.
+    """
+
+    config: EvalConfig
+    task: int
+    init_state: int
+    methods: tuple[str, ...]
 
 
 class Runner(Protocol):
     """What runs one episode."""
 
-    def run(self, method: str, task: int, init_state: int) -> EpisodeRecord:
+    def run(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
         """Run it."""
         ...
 
@@ -26,5 +40,4 @@ MakeRunner: TypeAlias = Callable[[EvalConfig], Runner]
 
 def play(runner: Runner, job: Job) -> Iterator[EpisodeRecord]:
     """Run the episodes of a job, one after the other."""
-    task, init_state, methods = job
-    return (runner.run(method, task, init_state) for method in methods)
+    return (runner.run(job.config, method, job.task, job.init_state) for method in job.methods)

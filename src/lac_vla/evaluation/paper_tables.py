@@ -98,7 +98,7 @@ def paper_tables(done: Reproduction) -> list[write.TextTable]:
         columns = (("solved", lambda row, _: write.success(row)), *PAIRED)
         title = f"Dense and LAC with seeds {', '.join(map(str, seeds))}"
         tables.insert(1, _fill(title, (DENSE_ROW, LAC), columns, wanted * len(seeds), pooled, write.CAPTION))
-    return [*tables, *([_stress_table(done)] if done.stress_rows else [])]
+    return [*tables, *(_stress_tables(done) if done.stress_rows else [])]
 
 
 def _fill(
@@ -116,31 +116,38 @@ def _fill(
     return write.TextTable(title, ("method", *(heading for heading, _ in columns)), tuple(cells), tuple(notes))
 
 
-def _stress_table(done: Reproduction) -> write.TextTable:
-    """Episodes solved under every stress, beside those of the same initial states without."""
+def _stress_tables(done: Reproduction) -> list[write.TextTable]:
+    """Episodes solved under every stress and under all, beside those of the same initial states without."""
     config, methods = done.config, {row.method for row in done.stress_rows}
-    calm = [e for e in done.beside if e.method in methods]
-    summaries = [(words, summarize(found)) for words, found in (("calm", calm), *done.stressed.items())]
+    episodes = [e for e in (*done.calm, *done.stressed) if e.method in methods]
+    by_stress = {name: summarize(found) for name in ("", *config.stresses) if (found := _under(name, episodes))}
 
-    def cell(summary: Summary, row: Row) -> str:
-        found = summary.row(row.method)
+    def cell(name: str, row: Row) -> str:
+        found = by_stress[name].row(row.method) if name in by_stress else None
         if found is None:
             return write.NONE
         reused = f"\n{write.percent(found.ratio_effective, 0)}" if found.ratio_effective else ""
         return f"{found.successes}/{found.trials}{reused}"
 
-    cells = [(row.label, *(cell(summary, row) for _, summary in summaries)) for row in done.stress_rows]
-    wanted = _wanted(config, config.beside)
-    short = sum(
-        (found.trials if (found := summary.row(row.method)) else 0) < wanted
-        for _, summary in summaries
-        for row in done.stress_rows
-    )
+    names = ("", *config.stresses)
+    cells = [(row.label, *(cell(name, row) for name in names)) for row in done.stress_rows]
+    wanted = _wanted(config, config.under_stress)
+    short = sum(len(_under(name, episodes, row)) < wanted for name in names for row in done.stress_rows)
     notes = ["Solved, and below it the share of the visual tokens left out", *map(describe_stress, config.stresses)]
     if short:
         notes.append(f"incomplete: {short} of the cells have fewer than {wanted} trials")
-    headings = ("method", *(words for words, _ in summaries))
-    return write.TextTable("Under stress, on the same initial states", headings, tuple(cells), tuple(notes))
+    headings = ("method", "calm", *config.stresses)
+    tables = [write.TextTable("Under stress, on the same initial states", headings, tuple(cells), tuple(notes))]
+    if done.stressed:
+        columns = (("solved", lambda row, _: write.success(row)), *PAIRED)
+        title, all_of_them = f"All {len(config.stresses)} stresses together", wanted * len(config.stresses)
+        tables.append(_fill(title, done.stress_rows, columns, all_of_them, summarize(done.stressed), write.CAPTION))
+    return tables
+
+
+def _under(name: str, episodes: Sequence[EpisodeRecord], row: Row | None = None) -> list[EpisodeRecord]:
+    """Episodes under a stress; of one row, if it is given."""
+    return [e for e in episodes if e.stress == name and (row is None or e.method == row.method)]
 
 
 def _wanted(config: ReproduceConfig, trials: int) -> int:
@@ -171,6 +178,8 @@ def statements(done: Reproduction) -> list[str]:
     said = verdict(done)
     if done.curve:
         said.append(curve_verdict(done))
+    if done.stressed:
+        said.append(stress_verdict(done))
     said.append(
         f"These are figures of {small or about['name']}, never to be set beside the paper's, which are OpenVLA-7B's."
     )
@@ -178,9 +187,8 @@ def statements(done: Reproduction) -> list[str]:
         said.append("Altered rendering: reflections and multisampling are off. These are not the benchmark's pixels.")
     summary = summarize(done.episodes)
     missing = sum(
-        (found.trials if (found := summary.row(row.method)) else 0) < _wanted(config, trials)
-        for rows, trials in ((done.rows, config.trials), (done.calm, config.beside))
-        for row in rows
+        (found.trials if (found := summary.row(row.method)) else 0) < _wanted(config, done.trials(row))
+        for row in (*done.rows, *done.further)
     )
     if done.seeds and (pair := summarize(done.seeds).row(LAC.method)) and (paired := pair.paired):
         told = f"{paired.both + paired.only_method} solved by LAC, {paired.both + paired.only_dense} by dense"
@@ -215,7 +223,7 @@ def curve_verdict(done: Reproduction) -> str:
 
     By the numbers, chance or not. LAC without one of its parts counts neither as LAC nor as another method.
     """
-    summary = summarize(done.beside)
+    summary = summarize(done.points)
     ours, ahead, others = [], [], 0
     found = [(row, summary.row(row.method)) for row in (*done.rows, *done.curve)]
     points = [(row, point) for row, point in found if point is not None and point.ratio_effective is not None]
@@ -237,12 +245,23 @@ def curve_verdict(done: Reproduction) -> str:
     said = "LAC does not lead all of the trade-off curve. Ahead of all its points, in success or in what is left out: "
     label, best = max(ahead, key=lambda point: point[1].rate)
     nearest = max(ours, key=lambda own: own.rate)
-    return f"{said}{', '.join(named)}. {label} against LAC ({nearest.method}):{_why(best, nearest, done.beside)}"
+    return f"{said}{', '.join(named)}. {label} against LAC ({nearest.method}):{_why(best, nearest, done.points)}"
 
 
 def _no_worse(own: MethodRow, other: MethodRow) -> bool:
     """Whether a point solves no less than another and leaves out no less."""
     return own.rate >= other.rate and (own.ratio_effective or 0.0) >= (other.ratio_effective or 0.0)
+
+
+def stress_verdict(done: Reproduction) -> str:
+    """What was lost under all stresses together, against the same initial states undisturbed."""
+    config, calm, stressed = done.config, summarize(done.calm), summarize(done.stressed)
+    told = []
+    for row in done.stress_rows:
+        if (under := stressed.row(row.method)) and (before := calm.row(row.method)):
+            words = f"{row.label} {under.successes}/{under.trials} ({write.percent(before.rate, 0)} undisturbed"
+            told.append(f"{words}{f', p {write.p_value(under.paired.p)} against dense' if under.paired else ''})")
+    return f"Solved under {len(config.stresses)} stresses together: {', '.join(told)}."
 
 
 def verdict(done: Reproduction) -> list[str]:

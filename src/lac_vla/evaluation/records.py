@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from lac_vla.errors import InputError
 
-Trial: TypeAlias = tuple[str, int, int, int]
-"""What pairs the episodes of two methods: suite, task, initial state, seed."""
+Trial: TypeAlias = tuple[str, int, int, int, str]
+"""What pairs the episodes of two methods: suite, task, initial state, seed, stress."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class EpisodeRecord:
         success: Whether the task was solved within the horizon.
         steps: Control steps taken.
         horizon: Control steps allowed.
+        stress: What disturbed it; empty for nothing.
         ratio_effective: Per step, the share of (token, layer) pairs that was not computed.
         ratio_nominal: Per step, the cache ratio the policy aimed at; ``None`` where it aims at none.
         oldest_age: Per step, the age of the oldest slot, in frames; ``None`` where the step pruned.
@@ -50,6 +51,7 @@ class EpisodeRecord:
     success: bool
     steps: int
     horizon: int
+    stress: str = ""
     ratio_effective: Sequence[float] = ()
     ratio_nominal: Sequence[float | None] = ()
     oldest_age: Sequence[int | None] = ()
@@ -64,7 +66,7 @@ class EpisodeRecord:
     @property
     def trial(self) -> Trial:
         """What this episode shares with the same episode of another method."""
-        return (self.suite, self.task, self.init_state, self.seed)
+        return (self.suite, self.task, self.init_state, self.seed, self.stress)
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> EpisodeRecord:

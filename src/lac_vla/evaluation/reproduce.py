@@ -14,7 +14,7 @@ from lac_vla.evaluation.config import FIRST_HELD_OUT, EvalConfig
 from lac_vla.evaluation.methods import method_name
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.runner import CONFIG as RUN_CONFIG
-from lac_vla.evaluation.runner import EPISODES, evaluate
+from lac_vla.evaluation.runner import EPISODES, evaluate_together
 from lac_vla.policies import LACPolicy, PolicySpec
 from lac_vla.policies.lac import SUBFOLDER
 from lac_vla.policies.lac.policy import CONFIG
@@ -98,7 +98,8 @@ class ReproduceConfig:
         ratios: Nominal cache ratios of the curve, of the methods that have one.
         stresses: Also run every method under each of these disturbances, see ``lac eval --help``.
         stress_policies: Only these methods there, chosen as by ``policies``; dense always runs. Empty for all.
-        side_trials: Initial states per task of the curve and under stress, the first ones; 0 for as many as ``trials``.
+        curve_trials: Initial states per task of the curve's points, the first ones; 0 for as many as ``trials``.
+        stress_trials: The same under every stress.
         levers: Levers beside caching, of all methods, see ``lac eval --help``.
         seed: Of every session, and of the scene's fixtures, whose places vary by a centimetre.
         more_seeds: Dense and LAC run once more with each of these, for a closer comparison of the two.
@@ -124,7 +125,8 @@ class ReproduceConfig:
     ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     stresses: tuple[str, ...] = ()
     stress_policies: tuple[str, ...] = ()
-    side_trials: int = 0
+    curve_trials: int = 0
+    stress_trials: int = 0
     levers: str = "default"
     seed: int = 0
     more_seeds: tuple[int, ...] = ()
@@ -140,29 +142,35 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if self.trials < 1 or not self.suites or len(set(self.suites)) < len(self.suites):
             raise InputError("give at least one trial, and every suite once")
-        if not 0 <= self.side_trials <= self.trials:
-            raise InputError(f"side_trials is {self.side_trials}: the curve shows at most the {self.trials} trials")
+        for name in ("curve_trials", "stress_trials"):
+            if not 0 <= getattr(self, name) <= self.trials:
+                raise InputError(f"{name} is {getattr(self, name)}: give 0 to {self.trials}, the trials of the tables")
         if len(set(self.stresses)) < len(self.stresses):
             raise InputError(f"stresses are {self.stresses}: give every one once")
         if len({self.seed, *self.more_seeds}) < 1 + len(self.more_seeds):
             raise InputError(f"more_seeds is {self.more_seeds}: give every seed once, and not {self.seed}")
 
     @property
-    def beside(self) -> int:
-        """Initial states per task of the curve and under stress."""
-        return self.side_trials or self.trials
+    def on_curve(self) -> int:
+        """Initial states per task of the curve's points."""
+        return self.curve_trials or self.trials
+
+    @property
+    def under_stress(self) -> int:
+        """Initial states per task under every stress."""
+        return self.stress_trials or self.trials
 
     def run(
         self,
         suite: str,
         rows: Sequence[Row],
+        trials: int,
         *,
         curve: bool = False,
         stress: str | None = None,
         seed: int | None = None,
     ) -> EvalConfig:
-        """The evaluation of some rows on one suite; by default with the first seed."""
-        trials = self.beside if curve or stress else self.trials
+        """The evaluation of some rows on one suite and ``trials`` initial states; by default with the first seed."""
         return EvalConfig(
             self.model,
             self.folder(suite, curve=curve, stress=stress, seed=seed),
@@ -201,7 +209,7 @@ class Reproduction:
         episodes: All episodes of all suites that belong to a row, with the first seed, undisturbed.
         seeds: Those of dense and LAC with all seeds; empty if there is only one.
         stress_rows: Rows that are run under stress.
-        stressed: Stress → its episodes.
+        stressed: Their episodes under all stresses.
         workers: The most processes that ever shared the machine in one of the runs.
     """
 
@@ -212,24 +220,36 @@ class Reproduction:
     episodes: list[EpisodeRecord]
     seeds: list[EpisodeRecord] = field(default_factory=list)
     stress_rows: tuple[Row, ...] = ()
-    stressed: dict[str, list[EpisodeRecord]] = field(default_factory=dict)
+    stressed: list[EpisodeRecord] = field(default_factory=list)
     workers: int = 1
 
     @property
-    def beside(self) -> list[EpisodeRecord]:
-        """The episodes that the points of the curve share: those of the first initial states."""
-        return _first(self.config, self.episodes)
+    def rows(self) -> tuple[Row, ...]:
+        """Every row of the tables, once."""
+        return _once((*self.table_1, *self.ablations))
 
     @property
-    def calm(self) -> tuple[Row, ...]:
-        """Rows that are run beside the tables: those of the curve, and those that are run under stress alone."""
+    def further(self) -> tuple[Row, ...]:
+        """Rows that no table has: the curve's, and those that are run under stress; they run undisturbed, too."""
         there = {row.method for row in self.rows}
         return tuple(row for row in _once((*self.curve, *self.stress_rows)) if row.method not in there)
 
+    def trials(self, row: Row) -> int:
+        """Initial states per task that a row is run on, undisturbed."""
+        if row in self.rows:
+            return self.config.trials
+        on_curve = self.config.on_curve if row in self.curve else 0
+        return max(on_curve, self.config.under_stress if row in self.stress_rows else 0)
+
     @property
-    def rows(self) -> tuple[Row, ...]:
-        """Every row but the curve's, once."""
-        return _once((*self.table_1, *self.ablations))
+    def points(self) -> list[EpisodeRecord]:
+        """The undisturbed episodes that the points of the curve share: those of its initial states."""
+        return _first(self.config, self.config.on_curve, self.episodes)
+
+    @property
+    def calm(self) -> list[EpisodeRecord]:
+        """The undisturbed episodes of the initial states that are run under stress."""
+        return _first(self.config, self.config.under_stress, self.episodes)
 
 
 def plan(config: ReproduceConfig) -> Reproduction:
@@ -267,9 +287,9 @@ def plan(config: ReproduceConfig) -> Reproduction:
         stress_rows = _once((DENSE, *(row for word in words for row in _chosen(word, known)))) if words else table_1
     planned = Reproduction(config, table_1, ablations, curve, [], stress_rows=stress_rows)
     for suite in config.suites:  # refuse what cannot be made before the first episode
-        config.run(suite, (*planned.rows, *planned.calm))
+        config.run(suite, (*planned.rows, *planned.further), config.trials)
         for stress in config.stresses:
-            config.run(suite, stress_rows, stress=stress)
+            config.run(suite, stress_rows, config.under_stress, stress=stress)
     return planned
 
 
@@ -283,24 +303,28 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     planned = plan(config)
     episodes: list[EpisodeRecord] = []
     seeds: list[EpisodeRecord] = []
-    stressed: dict[str, list[EpisodeRecord]] = {stress: [] for stress in config.stresses}
+    stressed: list[EpisodeRecord] = []
     workers = [1]
 
-    def played(run: EvalConfig, rows: Sequence[Row]) -> list[EpisodeRecord]:
-        evaluate(run)
-        workers.append(int(json.loads((run.out / RUN_CONFIG).read_text(encoding="utf-8"))["workers"]))
-        methods = {row.method for row in rows}
-        return [episode for episode in read_episodes(run.out / EPISODES) if episode.method in methods]
+    def played(*runs: EvalConfig) -> list[EpisodeRecord]:
+        evaluate_together(runs)
+        for run in runs:
+            workers.append(int(json.loads((run.out / RUN_CONFIG).read_text(encoding="utf-8"))["workers"]))
+        methods = {method_name(spec) for run in runs for spec in run.policies}
+        return [e for run in runs for e in read_episodes(run.out / EPISODES) if e.method in methods]
 
+    trials = sorted({planned.trials(row) for row in planned.further})
     for suite in config.suites:
-        for rows, curve in ((planned.rows, False), (planned.calm, True)):
-            if rows:
-                episodes += played(config.run(suite, rows, curve=curve), rows)
+        episodes += played(config.run(suite, planned.rows, config.trials))
+        for number in trials:
+            rows = tuple(row for row in planned.further if planned.trials(row) == number)
+            episodes += played(config.run(suite, rows, number, curve=True))
         for seed in config.more_seeds:
-            seeds += played(config.run(suite, (DENSE, LAC), seed=seed), (DENSE, LAC))
-        for stress in config.stresses:
-            found = played(config.run(suite, planned.stress_rows, stress=stress), planned.stress_rows)
-            stressed[stress] += _first(config, found)
+            seeds += played(config.run(suite, (DENSE, LAC), config.trials, seed=seed))
+        if config.stresses:
+            rows, number = planned.stress_rows, config.under_stress
+            runs = [config.run(suite, rows, number, stress=name) for name in config.stresses]
+            stressed += _first(config, number, played(*runs))
     if seeds:
         seeds += [e for e in episodes if e.method in (DENSE.method, LAC.method)]
     return replace(planned, episodes=episodes, seeds=seeds, stressed=stressed, workers=max(workers))
@@ -329,9 +353,9 @@ def ablation_row(folder: Path) -> Row:
     return Row(f"{what[0].upper()}{what[1:]} ({name})", f"{name}@lac:path={folder}{alone}")
 
 
-def _first(config: ReproduceConfig, episodes: Iterable[EpisodeRecord]) -> list[EpisodeRecord]:
-    """Those of the initial states that curve and stresses use: a folder may hold more."""
-    return [e for e in episodes if e.init_state < config.first + config.beside]
+def _first(config: ReproduceConfig, trials: int, episodes: Iterable[EpisodeRecord]) -> list[EpisodeRecord]:
+    """Those of the first initial states: a folder may hold more."""
+    return [e for e in episodes if e.init_state < config.first + trials]
 
 
 def _chosen(word: str, rows: Sequence[Row]) -> list[Row]:

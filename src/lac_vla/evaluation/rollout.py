@@ -89,6 +89,7 @@ def rollout(
     recorders: Sequence[Recorder] = (),
     to_robot: Callable[[FloatArray], FloatArray] | None = None,
     ensemble: AdaptiveEnsemble | None = None,
+    stress: str = "",
 ) -> EpisodeRecord:
     """Run one episode until the task is solved or its horizon reached.
 
@@ -102,6 +103,7 @@ def rollout(
         recorders: Watch one.
         to_robot: Turns the model's action into the simulator's units, if they differ.
         ensemble: Makes the frame's action out of the last frames' chunks; by default, the newest chunk's first.
+        stress: What ``env`` disturbs its observations by, for the record.
     """
     frame = env.reset(init_state, seed)
     session.reset(seed)
@@ -144,6 +146,7 @@ def rollout(
         instruction=env.instruction,
         init_state=init_state,
         seed=seed,
+        stress=stress,
         success=success,
         steps=len(effective),
         horizon=env.horizon,

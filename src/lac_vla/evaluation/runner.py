@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lac_vla.errors import InputError
 from lac_vla.evaluation.config import EvalConfig
+from lac_vla.evaluation.jobs import Job
 from lac_vla.evaluation.methods import method_name
 from lac_vla.evaluation.records import finished
 from lac_vla.evaluation.stress import describe_stress
@@ -41,29 +42,44 @@ def evaluate(config: EvalConfig) -> Path:
     Raises:
         InputError: If the folder cannot be written or holds a run with other settings.
     """
-    done = _open(config)
-    methods = tuple(method_name(spec) for spec in config.policies)
+    evaluate_together([config])
+    return config.out
+
+
+def evaluate_together(configs: Sequence[EvalConfig]) -> None:
+    """Run what is still missing of several evaluations, task by task: a simulator takes long to make, and serves all.
+
+    Args:
+        configs: They differ in ``out`` and ``stress`` alone, and all in both.
+
+    Raises:
+        InputError: As :func:`evaluate` does, or if they differ in more.
+    """
+    first = configs[0]
+    alike = all(replace(config, out=first.out, stress=first.stress) == first for config in configs)
+    if not alike or min(len({c.out for c in configs}), len({c.stress for c in configs})) < len(configs):
+        raise InputError("evaluations that run together have a folder and a stress of their own, and all else alike")
+    done = [(config, _open(config)) for config in configs]
+    methods = tuple(method_name(spec) for spec in first.policies)
     jobs = [
-        (task, init_state, missing)
-        for task in config.task_ids
-        for init_state in range(*config.init_states)
-        if (missing := tuple(m for m in methods if (m, task, init_state) not in done))
+        Job(config, task, init_state, missing)
+        for task in first.task_ids
+        for config, there in done
+        for init_state in range(*first.init_states)
+        if (missing := tuple(m for m in methods if (m, task, init_state) not in there))
     ]
-    total = sum(len(job[2]) for job in jobs)
-    with (
-        (config.out / EPISODES).open("a", encoding="utf-8") as log,
-        tqdm(total=total, unit="episode", desc="rollouts") as bar,
-        closing(run_jobs(config, jobs)) as records,
-    ):
+    with ExitStack() as opened:
+        logs = {c.stress or "": opened.enter_context((c.out / EPISODES).open("a", encoding="utf-8")) for c in configs}
+        bar = opened.enter_context(tqdm(total=sum(len(job.methods) for job in jobs), unit="episode", desc="rollouts"))
         solved: dict[str, list[bool]] = {method: [] for method in methods}
-        for record in records:
+        for record in opened.enter_context(closing(run_jobs(first, jobs))):
+            log = logs[record.stress]
             log.write(json.dumps(asdict(record)) + "\n")
             log.flush()
             os.fsync(log.fileno())
             solved[record.method].append(record.success)
             bar.update()
             bar.set_postfix({method: f"{sum(s)}/{len(s)}" for method, s in solved.items() if s})
-    return config.out
 
 
 def _open(config: EvalConfig) -> set[tuple[str, int, int]]:

@@ -75,9 +75,9 @@ class Worker:
             self._env = LiberoEnv(config.suite, task, rendering=config.rendering, image_convention=config.convention)
         return self._env
 
-    def run(self, method: str, task: int, init_state: int) -> EpisodeRecord:
-        """Run one episode."""
-        config, session = self.config, self.sessions[method]
+    def run(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
+        """Run one episode of an evaluation that may differ from the worker's own in ``out`` and ``stress``."""
+        session = self.sessions[method]
         env: Simulator = self.environment(task)
         here = isinstance(session, Session)
         if self._cost is None and isinstance(session, Session):
@@ -101,6 +101,7 @@ class Worker:
             recorders=[failure] if video is None else [failure, video],
             to_robot=libero_gripper if config.convention == "openvla" else None,
             ensemble=self._ensemble,
+            stress=config.stress or "",
         )
         if video is not None:
             video.close(success=record.success)
@@ -119,7 +120,7 @@ def run_jobs(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord
 
     Args:
         config: The evaluation.
-        jobs: What to run.
+        jobs: What to run, of this evaluation and of others that differ in ``out`` and ``stress`` alone.
     """
     if not jobs:
         return
