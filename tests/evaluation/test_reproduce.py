@@ -136,6 +136,11 @@ def test_the_curve_runs_each_ratio_once_and_apart(config: ReproduceConfig) -> No
     assert methods == {"random-0.5", "lac-0.25", "lac-0.5"}
     assert FakeEnv.made > made
     assert all("ratio" in spec for _, spec in CURVE)
+    for words, chosen in (
+        (("lac",), ["lac-0.25", "lac-0.5"]),
+        (("random-0.5", "random:ratio=0.75"), ["random-0.5", "random-0.75"]),
+    ):
+        assert [row.method for row in plan(replace(config, curve_policies=words)).curve] == chosen
 
 
 def test_the_curve_compares_points_on_the_same_episodes(config: ReproduceConfig) -> None:

@@ -96,6 +96,7 @@ class ReproduceConfig:
         ablations: Folders of runs of ``lac train`` with something left out: a row each.
         curve: Also run every method that can be set to reuse more or less at several settings, for the trade-off curve.
         ratios: Nominal cache ratios of the curve, of the methods that have one.
+        curve_policies: Only these points beside the tables' rows, chosen as by ``policies``. Empty for all.
         stresses: Also run every method under each of these disturbances, see ``lac eval --help``.
         stress_policies: Only these methods there, chosen as by ``policies``; dense always runs. Empty for all.
         curve_trials: Initial states per task of the curve's points, the first ones; 0 for as many as ``trials``.
@@ -123,6 +124,7 @@ class ReproduceConfig:
     ablations: tuple[Path, ...] = ()
     curve: bool = False
     ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    curve_policies: tuple[str, ...] = ()
     stresses: tuple[str, ...] = ()
     stress_policies: tuple[str, ...] = ()
     curve_trials: int = 0
@@ -279,8 +281,11 @@ def plan(config: ReproduceConfig) -> Reproduction:
             Row(f"{label}, {ratio:g}", spec.format(ratio=ratio)) for label, spec in CURVE for ratio in config.ratios
         ]
         points += SETTINGS
+        points = [point for point in points if PolicySpec.parse(point.spec).name in asked]
+        if config.curve_policies:
+            points = [point for word in config.curve_policies for point in _chosen(word, points)]
         there = {row.method for row in (*table_1, *ablations)}
-        curve = tuple(p for p in points if p.method not in there and PolicySpec.parse(p.spec).name in asked)
+        curve = tuple(point for point in _once(points) if point.method not in there)
     stress_rows: tuple[Row, ...] = ()
     if config.stresses:
         words = config.stress_policies
