@@ -28,9 +28,14 @@ class ActorLostError(Exception):
 
 
 class FakeRay:
-    """Ray in one process: work is done when it is asked for, and finishes last first."""
+    """Ray in one process: work is done when it is asked for, and finishes last first.
+
+    Attributes:
+        room: So many actors are placed.
+    """
 
     def __init__(self) -> None:
+        self.room = 100
         self.exceptions = SimpleNamespace(RayActorError=ActorLostError)
         self.actors: list[Any] = []
         self.up: dict[str, Any] | None = None
@@ -48,15 +53,18 @@ class FakeRay:
             def make(*arguments: Any) -> Any:
                 actor = cls(*arguments)
                 self.actors.append(actor)
-                work = SimpleNamespace(remote=lambda job: (len(self.actors), job, lambda: actor.work(job)))
-                return SimpleNamespace(work=work)
+                placed = len(self.actors) <= self.room
+                work = SimpleNamespace(remote=lambda job: (placed, job, lambda: actor.work(job)))
+                return SimpleNamespace(work=work, ready=SimpleNamespace(remote=lambda: (placed, None, actor.ready)))
 
             return SimpleNamespace(remote=make)
 
         return decorate
 
-    def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
-        return references[-1:], references[:-1]
+    def wait(self, references: list[Any], num_returns: int, timeout: float | None) -> tuple[list[Any], list[Any]]:
+        done = [reference for reference in references if reference[0]][-num_returns:]
+        assert done or timeout is not None, "waits for ever"
+        return done, [reference for reference in references if reference not in done]
 
     def get(self, reference: Any) -> Any:
         return reference[2]()
@@ -110,6 +118,21 @@ def test_a_lost_worker_stops_a_run_that_can_be_resumed(
     assert ray.up is None
     assert 0 < len(outcomes(config.out)) < len(whole)
     assert outcomes(evaluate(replace(config, ray="local", workers=2))) == whole
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_what_has_no_room_gets_nothing_to_do(config: EvalConfig, ray: FakeRay, room: int) -> None:
+    here = outcomes(evaluate(config))
+    ray.room = room
+    assert outcomes(evaluate(replace(config, out=config.out.with_name("there"), ray="auto", workers=3))) == here
+
+
+@pytest.mark.parametrize(("device", "needs"), [("cpu", "needs a CPU:"), ("cuda:0", "needs a CPU and a GPU:")])
+def test_a_cluster_without_room(config: EvalConfig, ray: FakeRay, device: str, needs: str) -> None:
+    ray.room = 0
+    with pytest.raises(LacError, match=needs):
+        evaluate(replace(config, ray="auto", workers=2, device=device))
+    assert ray.up is None
 
 
 def test_no_cluster_and_no_ray(config: EvalConfig, ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,9 @@ from lac_vla.evaluation.records import EpisodeRecord
 LOCAL = "local"
 """In place of an address: a cluster on this machine alone, which ends with the run."""
 
+PATIENCE_S = 600.0
+"""So long may a cluster take to find room for the first worker: some start nodes on demand."""
+
 
 class Actor:
     """A worker on some node.
@@ -32,6 +35,9 @@ class Actor:
     def __init__(self, make: MakeRunner, config: EvalConfig, folder: str) -> None:
         self._make, self._config, self._folder = make, config, folder
         self._runner: Runner | None = None
+
+    def ready(self) -> None:
+        """Answers once a node had room for this worker."""
 
     def work(self, job: Job) -> list[EpisodeRecord] | LacError:
         """Run the episodes of a job. An error that the user can act on is given back: Ray would bury its message."""
@@ -62,9 +68,12 @@ def run_on_ray(address: str, make: MakeRunner, config: EvalConfig, jobs: Sequenc
         config: The evaluation.
         jobs: What to run.
 
+    A worker that no node has room for gets nothing to do: the others run everything.
+
     Raises:
         InputError: If there is no cluster at the address.
-        LacError: If a worker is lost; the run can be resumed. Or what a worker itself raised.
+        LacError: If there is no room for any worker for ten minutes, or if one is lost; the run can be resumed. Or
+            what a worker itself raised.
         MissingExtraError: If Ray is not installed.
     """
     try:
@@ -81,18 +90,25 @@ def run_on_ray(address: str, make: MakeRunner, config: EvalConfig, jobs: Sequenc
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at {address!r} ({error}): `ray start --head`, or --ray {LOCAL}") from error
     try:
-        remote = ray.remote(num_cpus=1, num_gpus=int(config.device.startswith("cuda")))(Actor)
+        gpus = int(config.device.startswith("cuda"))
+        remote = ray.remote(num_cpus=1, num_gpus=gpus)(Actor)
         todo = list(reversed(jobs))
         actors = [remote.remote(make, config, os.getcwd()) for _ in range(min(config.workers, len(jobs)))]
-        busy = {actor.work.remote(todo.pop()): actor for actor in actors}
-        while busy:
-            (done,), _ = ray.wait(list(busy), num_returns=1)
-            actor, answer = busy.pop(done), ray.get(done)
+        waiting = {actor.ready.remote(): actor for actor in actors}
+        busy: dict[Any, Any] = {}
+        while todo or busy:
+            patience = PATIENCE_S if len(waiting) == len(actors) else None
+            done, _ = ray.wait([*waiting, *busy], num_returns=1, timeout=patience)
+            if not done:
+                needs = "a CPU and a GPU" if gpus else "a CPU"
+                raise LacError(f"no node of the cluster has room for a worker, which needs {needs}: see `ray status`")
+            answer = ray.get(done[0])
             if isinstance(answer, LacError):
                 raise answer
+            actor = waiting.pop(done[0], None) or busy.pop(done[0])
             if todo:
                 busy[actor.work.remote(todo.pop())] = actor
-            yield from answer
+            yield from answer or ()
     except ray.exceptions.RayActorError as error:
         raise LacError(f"a worker of the cluster was lost ({error}): the same command goes on from here") from error
     finally:

@@ -117,6 +117,6 @@ class Demonstrations:
                 gain = torch.from_numpy(chance.rng.uniform(0.85, 1.15, (count, 3, 1, 1))).float()
                 offset = torch.from_numpy(chance.rng.uniform(-0.1, 0.1, (count, 1, 1, 1))).float()
                 pixels = pixels * gain + offset + 0.02 * torch.randn(pixels.shape, generator=chance.noise)
-            images[camera] = pixels.to(self._config.device)
+            images[camera] = pixels
             shifts[camera] = torch.from_numpy(moved)
         return images, shifts

@@ -42,7 +42,6 @@ class PretrainConfig:
         held_out: Share of the episodes kept for validation.
         every: Samples between two validations (and saved states).
         seed: Of everything.
-        device: ``cpu`` or ``cuda``.
     """
 
     dataset: Path
@@ -70,7 +69,6 @@ class PretrainConfig:
     held_out: float = 0.03
     every: int = 20_000
     seed: int = 0
-    device: str = "cpu"
 
     @property
     def samples(self) -> int:

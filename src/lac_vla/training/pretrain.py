@@ -52,7 +52,7 @@ class Pretraining:
         family = FAMILIES[config.model]
         sizes = {camera.name: camera.image_size for camera in family.vlm.cameras}
         bank = FrameBank.load(config.dataset, sizes, area)
-        self.objective = family.objective(statistics(bank), config).to(config.device)
+        self.objective = family.objective(statistics(bank), config)
         self.start = start = config.start or family.start
         words = family.vlm.vocab_size - family.vlm.n_action_bins
         if start is None and config.frozen_samples:
@@ -83,7 +83,7 @@ class Pretraining:
         read, targets = [], []
         for frames in tqdm(np.array_split(chosen, math.ceil(len(chosen) / 64)), desc="reading frames", unit="batch"):
             batch = self.data.batch(frames, chance)
-            with torch.autocast(config.device, dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
                 appended = self.objective.append(batch, 0.0, chance.noise)
                 read.append(self.objective.read(batch, None, appended).float())
             targets.append(batch.targets)
@@ -125,7 +125,7 @@ class Pretraining:
         config = self.config
         self.set_rates()
         self.objective.train()
-        with torch.autocast(config.device, dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             if not self.frozen:
                 losses = self.show_frames()
             elif isinstance(self.objective, TowerObjective):
@@ -221,7 +221,7 @@ class Pretraining:
             CheckpointError: If it is of another model.
         """
         path = self.config.out / "state.pt"
-        state = torch.load(path, weights_only=True, map_location=self.config.device)
+        state = torch.load(path, weights_only=True)
         try:
             self.objective.load_state_dict(state["objective"])
             self.average.load_state_dict(state["average"])
