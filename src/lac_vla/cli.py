@@ -128,7 +128,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
 
         Args:
             runs: Folder of a run of `lac train`; or of one or several runs of `lac eval` or `lac demo`, whose methods
-                then stand in one table, unless they have episodes in common.
+                then stand in one table, unless they have episodes in common or other stresses.
             out: The page; by default `report.html` in the first run's folder.
         """
         if not runs:

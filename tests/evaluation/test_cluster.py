@@ -127,6 +127,24 @@ def test_what_has_no_room_gets_nothing_to_do(config: EvalConfig, ray: FakeRay, r
     assert outcomes(evaluate(replace(config, out=config.out.with_name("there"), ray="auto", workers=3))) == here
 
 
+def test_a_worker_that_is_lost_before_its_first_job_is_done_without(
+    config: EvalConfig, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, get, asked = outcomes(evaluate(config)), ray.get, []
+
+    def lose(reference: Any) -> Any:
+        asked.append(reference)
+        if reference[1] is None and (len(asked) == 1 or reference is asked[0]):
+            raise ActorLostError("node died")
+        return get(reference)
+
+    monkeypatch.setattr(ray, "get", lose)
+    assert outcomes(evaluate(replace(config, out=config.out.with_name("there"), ray="auto", workers=2))) == here
+    asked.clear()
+    with pytest.raises(LacError, match="node died"):
+        evaluate(replace(config, out=config.out.with_name("alone"), ray="auto", workers=1))
+
+
 @pytest.mark.parametrize(("device", "needs"), [("cpu", "needs a CPU:"), ("cuda:0", "needs a CPU and a GPU:")])
 def test_a_cluster_without_room(config: EvalConfig, ray: FakeRay, device: str, needs: str) -> None:
     ray.room = 0

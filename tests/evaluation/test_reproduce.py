@@ -136,6 +136,9 @@ def test_the_curve_runs_each_ratio_once_and_apart(config: ReproduceConfig) -> No
     assert methods == {"random-0.5", "lac-0.25", "lac-0.5"}
     assert FakeEnv.made > made
     assert all("ratio" in spec for _, spec in CURVE)
+    for nothing in ("fastv", "random:ratio=0.25", "motion"):
+        with pytest.raises(InputError, match=f"no further points of '{nothing}'"):
+            plan(replace(config, curve_policies=(nothing,)))
     for words, chosen in (
         (("lac",), ["lac-0.25", "lac-0.5"]),
         (("random-0.5", "random:ratio=0.75"), ["random-0.5", "random-0.75"]),
@@ -168,34 +171,42 @@ def test_stresses_have_a_table_of_their_own(config: ReproduceConfig) -> None:
             (method, task, 4) for method in ("dense", "lac") for task in (0, 3)
         }
         assert json.loads((config.folder("libero_spatial", stress=name) / "config.json").read_text())["stress"] == name
-    table, together = paper_tables(done)[-2:]
-    assert table.headings == ("method", "calm", *stresses)
+    table = paper_tables(done)[-1]
+    assert table.headings == ("method", "calm", *stresses, "all stresses")
     assert [row[0] for row in table.rows] == ["Dense", "LAC"]
-    assert table.rows[0][1:] == ("2/2",) * 3
+    assert table.rows[0][1:] == ("2/2", "2/2", "2/2", "4/4")
     assert table.rows[1][1].startswith("2/2\n")
     assert [note.split(" (")[0] for note in table.notes[1:]] == ["Stress 'drift'", "Stress 'long'"]
-    assert together.title == "All 2 stresses together"
-    assert [row[1].split()[0] for row in together.rows] == ["4/4", "4/4"]
-    assert together.rows[1][2] == "±0.0 (p 1.000)", "an episode is paired with dense's under the same stress"
-    told = (
-        "Solved under 2 stresses together: Dense 4/4 (100 % undisturbed), LAC 4/4 (100 % undisturbed, p 1.000 against"
-    )
-    assert any(text.startswith(told) for text in statements(done))
+    told = "Solved under stress, 2 kinds, one at a time: Dense 4/4 (2/2 undisturbed), LAC 4/4 (2/2 undisturbed)."
+    assert told in statements(done)
     less = replace(done, stressed=[e for e in done.stressed if e.stress == "drift" or (e.method, e.task) == ("lac", 0)])
-    assert paper_tables(less)[-2].notes[-1] == "incomplete: 2 of the cells have fewer than 2 trials"
-    assert paper_tables(less)[-1].rows[1][0] == "LAC *"
+    assert paper_tables(less)[-1].notes[-1] == "incomplete: 2 of the cells have fewer than 2 trials"
+    dense, lac = (row[3:] for row in paper_tables(less)[-1].rows)
+    assert (dense, [words.split("\n")[0] for words in lac]) == (("-", "2/2"), ["1/1", "3/3"])
     longer = reproduce(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5",), stress_trials=2))
-    assert paper_tables(longer)[-2].rows[1][0] == "random-0.5"
-    assert paper_tables(longer)[-2].rows[1][1].startswith("4/4\n"), "a method that no table has runs calm, too"
+    assert paper_tables(longer)[-1].rows[1][0] == "random-0.5"
+    assert paper_tables(longer)[-1].rows[1][1].startswith("4/4\n"), "a method that no table has runs calm, too"
     again = reproduce(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5",)))
-    assert [row[2].split("\n")[0] for row in paper_tables(again)[-2].rows] == ["2/2", "2/2"], "the same initial states"
-    assert not any("incomplete" in note for note in paper_tables(again)[-2].notes)
+    assert [row[2].split("\n")[0] for row in paper_tables(again)[-1].rows] == ["2/2", "2/2"], "the same initial states"
+    assert not any("incomplete" in note for note in paper_tables(again)[-1].notes)
     everyone = plan(replace(config, stress_policies=()))
     assert everyone.stress_rows == everyone.table_1
+    for unasked in ({"stress_policies": ("lac",), "stresses": ()}, {"curve_policies": ("lac",), "curve": False}):
+        with pytest.raises(InputError, match="nothing would be run"):
+            replace(config, **unasked)
     with pytest.raises(InputError, match="choose one of shake"):
         plan(replace(config, stresses=("earthquake",)))
     with pytest.raises(InputError, match="every one once"):
         replace(config, stresses=("drift", "drift"))
+
+
+def test_a_row_of_curve_and_stress_is_run_for_both(config: ReproduceConfig) -> None:
+    """Under stress it is called by its method, on the curve by a label: one row all the same."""
+    config = replace(config, curve=True, ratios=(0.5,), curve_trials=1)
+    done = plan(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5", "lac:ratio=0.5")))
+    assert {row.method: done.trials(row) for row in done.further} == {"random-0.5": 2, "lac-0.5": 2}
+    calm = plan(config)
+    assert {row.method: calm.trials(row) for row in calm.further} == {"random-0.5": 1, "lac-0.5": 1}
 
 
 def record(method: str, init: int, success: bool, ms: float) -> EpisodeRecord:
@@ -258,7 +269,7 @@ def test_who_does_not_lead_is_told_why() -> None:
         ({"lac": (8, 0.6), "lac-0.5": (9, 0.4)}, "LAC leads the trade-off curve"),
         (
             {"lac": (7, 0.8), "lac-0.5": (9, 0.4)},
-            "Ahead of all its points, in success or in what is left out: Motion (8",
+            "2 points of LAC against 2 of others. Ahead of all of LAC's: Motion (8",
         ),
         ({"lac": (10, 0.5)}, "Motion (8/10 at 60 %)"),
         ({"lac": (10, 0.5)}, "Motion against LAC (lac): On 10 shared trials it solved 0 that LAC lost"),

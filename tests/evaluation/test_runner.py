@@ -92,6 +92,17 @@ def test_stress_is_recorded_and_changes_what_the_robot_sees(config: EvalConfig) 
     assert same == [(*trial, *rest) for _, (*trial, _), *rest in calm], "it comes after these short episodes"
 
 
+def test_a_folder_whose_episodes_are_of_another_stress_is_refused(config: EvalConfig) -> None:
+    """As an older version left them: it did not mark the episodes of a stress."""
+    config = replace(config, tasks=(0,), init_states=(4, 5), stress="drift")
+    path = evaluate(config) / "episodes.jsonl"
+    before = path.read_text().replace('"stress": "drift"', '"stress": ""')
+    path.write_text(before)
+    with pytest.raises(InputError, match=r"not marked 'drift'.*another --out"):
+        evaluate(config)
+    assert path.read_text() == before
+
+
 def test_evaluations_under_several_stresses_make_every_simulator_once(config: EvalConfig) -> None:
     stresses = (None, "drift", "long")
     alone = [replace(config, out=config.out.with_name(f"alone-{name}"), stress=name) for name in stresses]
@@ -107,6 +118,12 @@ def test_evaluations_under_several_stresses_make_every_simulator_once(config: Ev
     for wrong in ({"seed": 1}, {"stress": None}, {"out": together[0].out}):
         with pytest.raises(InputError, match="all else alike"):
             evaluate_together([together[0], replace(together[1], **wrong)])  # type: ignore[arg-type]
+    kept = (together[0].out / "config.json").read_text()
+    more = [replace(one, policies=(*one.policies, "random:ratio=0.25")) for one in together]
+    (together[1].out / "config.json").write_text(json.dumps({**json.loads(kept), "seed": 1}))
+    with pytest.raises(InputError, match=r"together-drift holds a run with other \['seed'"):
+        evaluate_together(more)
+    assert (together[0].out / "config.json").read_text() == kept, "refused before anything was changed"
 
 
 def test_summary_says_what_was_altered(config: EvalConfig) -> None:

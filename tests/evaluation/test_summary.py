@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -77,8 +78,9 @@ def test_a_method_that_reuses_nothing_has_no_oldest_token(ages: list[int | None]
     assert again.oldest_age == ages
 
 
-def test_other_seeds_are_no_pair() -> None:
-    episodes = [record("dense", 0, 0, True, seed=0), record("lac", 0, 0, True, seed=1)]
+@pytest.mark.parametrize("other", [{"seed": 1}, {"stress": "drift"}])
+def test_other_seeds_and_stresses_are_no_pair(other: dict[str, Any]) -> None:
+    episodes = [record("dense", 0, 0, True), record("lac", 0, 0, True, **other)]
     assert summarize(episodes).methods[1].paired is None
 
 

@@ -20,7 +20,7 @@ LOCAL = "local"
 """In place of an address: a cluster on this machine alone, which ends with the run."""
 
 PATIENCE_S = 600.0
-"""So long may a cluster take to find room for the first worker: some start nodes on demand."""
+"""So long may a cluster take to start the first worker: some start nodes on demand."""
 
 
 class Actor:
@@ -72,7 +72,7 @@ def run_on_ray(address: str, make: MakeRunner, config: EvalConfig, jobs: Sequenc
 
     Raises:
         InputError: If there is no cluster at the address.
-        LacError: If there is no room for any worker for ten minutes, or if one is lost; the run can be resumed. Or
+        LacError: If no worker was started within ten minutes, or if one is lost at work; the run can be resumed. Or
             what a worker itself raised.
         MissingExtraError: If Ray is not installed.
     """
@@ -101,8 +101,13 @@ def run_on_ray(address: str, make: MakeRunner, config: EvalConfig, jobs: Sequenc
             done, _ = ray.wait([*waiting, *busy], num_returns=1, timeout=patience)
             if not done:
                 needs = "a CPU and a GPU" if gpus else "a CPU"
-                raise LacError(f"no node of the cluster has room for a worker, which needs {needs}: see `ray status`")
-            answer = ray.get(done[0])
+                raise LacError(f"no node of the cluster has started a worker, which needs {needs}: see `ray status`")
+            try:
+                answer = ray.get(done[0])
+            except ray.exceptions.RayActorError:
+                if waiting.pop(done[0], None) and (waiting or busy):
+                    continue  # it had nothing to do yet
+                raise
             if isinstance(answer, LacError):
                 raise answer
             actor = waiting.pop(done[0], None) or busy.pop(done[0])

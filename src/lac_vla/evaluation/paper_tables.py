@@ -98,7 +98,7 @@ def paper_tables(done: Reproduction) -> list[write.TextTable]:
         columns = (("solved", lambda row, _: write.success(row)), *PAIRED)
         title = f"Dense and LAC with seeds {', '.join(map(str, seeds))}"
         tables.insert(1, _fill(title, (DENSE_ROW, LAC), columns, wanted * len(seeds), pooled, write.CAPTION))
-    return [*tables, *(_stress_tables(done) if done.stress_rows else [])]
+    return [*tables, *([_stress_table(done)] if done.stress_rows else [])]
 
 
 def _fill(
@@ -116,38 +116,37 @@ def _fill(
     return write.TextTable(title, ("method", *(heading for heading, _ in columns)), tuple(cells), tuple(notes))
 
 
-def _stress_tables(done: Reproduction) -> list[write.TextTable]:
-    """Episodes solved under every stress and under all, beside those of the same initial states without."""
+def _stress_table(done: Reproduction) -> write.TextTable:
+    """Episodes solved under every stress, beside those of the same initial states without.
+
+    Those under all stresses are counted, not tested: an initial state is among them once for every stress.
+    """
     config, methods = done.config, {row.method for row in done.stress_rows}
-    episodes = [e for e in (*done.calm, *done.stressed) if e.method in methods]
-    by_stress = {name: summarize(found) for name in ("", *config.stresses) if (found := _under(name, episodes))}
+    columns = {"calm": [e for e in done.calm if e.method in methods]}
+    columns |= {name: [e for e in done.stressed if e.stress == name] for name in config.stresses}
+    columns |= {"all stresses": done.stressed}
+    summaries = {name: summarize(episodes) for name, episodes in columns.items() if episodes}
 
-    def cell(name: str, row: Row) -> str:
-        found = by_stress[name].row(row.method) if name in by_stress else None
-        if found is None:
+    def found(name: str, row: Row) -> MethodRow | None:
+        return summaries[name].row(row.method) if name in summaries else None
+
+    def cell(of: MethodRow | None) -> str:
+        if of is None:
             return write.NONE
-        reused = f"\n{write.percent(found.ratio_effective, 0)}" if found.ratio_effective else ""
-        return f"{found.successes}/{found.trials}{reused}"
+        reused = f"\n{write.percent(of.ratio_effective, 0)}" if of.ratio_effective else ""
+        return f"{of.successes}/{of.trials}{reused}"
 
-    names = ("", *config.stresses)
-    cells = [(row.label, *(cell(name, row) for name in names)) for row in done.stress_rows]
+    cells = [(row.label, *(cell(found(name, row)) for name in columns)) for row in done.stress_rows]
     wanted = _wanted(config, config.under_stress)
-    short = sum(len(_under(name, episodes, row)) < wanted for name in names for row in done.stress_rows)
-    notes = ["Solved, and below it the share of the visual tokens left out", *map(describe_stress, config.stresses)]
+    single = [found(name, row) for name in ("calm", *config.stresses) for row in done.stress_rows]
+    short = sum(of is None or of.trials < wanted for of in single)
+    notes = [
+        "Solved, and below it the share of the visual tokens left out. All stresses: the same states under each",
+        *map(describe_stress, config.stresses),
+    ]
     if short:
         notes.append(f"incomplete: {short} of the cells have fewer than {wanted} trials")
-    headings = ("method", "calm", *config.stresses)
-    tables = [write.TextTable("Under stress, on the same initial states", headings, tuple(cells), tuple(notes))]
-    if done.stressed:
-        columns = (("solved", lambda row, _: write.success(row)), *PAIRED)
-        title, all_of_them = f"All {len(config.stresses)} stresses together", wanted * len(config.stresses)
-        tables.append(_fill(title, done.stress_rows, columns, all_of_them, summarize(done.stressed), write.CAPTION))
-    return tables
-
-
-def _under(name: str, episodes: Sequence[EpisodeRecord], row: Row | None = None) -> list[EpisodeRecord]:
-    """Episodes under a stress; of one row, if it is given."""
-    return [e for e in episodes if e.stress == name and (row is None or e.method == row.method)]
+    return write.TextTable("Under stress, on the same initial states", ("method", *columns), tuple(cells), tuple(notes))
 
 
 def _wanted(config: ReproduceConfig, trials: int) -> int:
@@ -239,10 +238,13 @@ def curve_verdict(done: Reproduction) -> str:
             ahead.append((row.label, point))
     if not ours or not others:
         return "LAC and another method are needed to say who leads the curve."
+    compared = f"{len(ours)} points of LAC against {others} of others"
+    compared += ", which were not all run at further settings" if done.config.curve_policies else ""
     if not ahead:
-        return "LAC leads the trade-off curve: for every other point it has one that solves and leaves out no less."
+        claim = "for every other point it has one that solves and leaves out no less"
+        return f"LAC leads the trade-off curve, {compared}: {claim}."
     named = [f"{label} ({p.successes}/{p.trials} at {write.percent(p.ratio_effective, 0)})" for label, p in ahead]
-    said = "LAC does not lead all of the trade-off curve. Ahead of all its points, in success or in what is left out: "
+    said = f"LAC does not lead all of the trade-off curve, {compared}. Ahead of all of LAC's: "
     label, best = max(ahead, key=lambda point: point[1].rate)
     nearest = max(ours, key=lambda own: own.rate)
     return f"{said}{', '.join(named)}. {label} against LAC ({nearest.method}):{_why(best, nearest, done.points)}"
@@ -254,14 +256,14 @@ def _no_worse(own: MethodRow, other: MethodRow) -> bool:
 
 
 def stress_verdict(done: Reproduction) -> str:
-    """What was lost under all stresses together, against the same initial states undisturbed."""
-    config, calm, stressed = done.config, summarize(done.calm), summarize(done.stressed)
+    """How much was solved under the stresses, one at a time, and of the same initial states undisturbed."""
+    calm, stressed = summarize(done.calm), summarize(done.stressed)
     told = []
     for row in done.stress_rows:
         if (under := stressed.row(row.method)) and (before := calm.row(row.method)):
-            words = f"{row.label} {under.successes}/{under.trials} ({write.percent(before.rate, 0)} undisturbed"
-            told.append(f"{words}{f', p {write.p_value(under.paired.p)} against dense' if under.paired else ''})")
-    return f"Solved under {len(config.stresses)} stresses together: {', '.join(told)}."
+            undisturbed = f"{before.successes}/{before.trials} undisturbed"
+            told.append(f"{row.label} {under.successes}/{under.trials} ({undisturbed})")
+    return f"Solved under stress, {len(done.config.stresses)} kinds, one at a time: {', '.join(told)}."
 
 
 def verdict(done: Reproduction) -> list[str]:

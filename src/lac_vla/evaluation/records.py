@@ -116,8 +116,12 @@ def read_episodes(path: str | Path) -> list[EpisodeRecord]:
     return records
 
 
-def finished(path: Path) -> set[tuple[str, int, int]]:
-    """Which (method, task, initial state) a run's log holds; half a last line, left by a killed run, is cut off."""
+def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:
+    """Which (method, task, initial state) a run's log holds; half a last line, left by a killed run, is cut off.
+
+    Raises:
+        InputError: As :func:`read_episodes` does, or if one is not of this stress.
+    """
     if not path.exists():
         return set()
     text = path.read_bytes()
@@ -125,7 +129,10 @@ def finished(path: Path) -> set[tuple[str, int, int]]:
     if whole < len(text):
         with path.open("r+b") as file:
             file.truncate(whole)
-    return {(record.method, record.task, record.init_state) for record in read_episodes(path)}
+    records = read_episodes(path)
+    if any(record.stress != stress for record in records):  # before records said it, those of a stress had ""
+        raise InputError(f"{path} holds episodes that are not marked {stress!r}, of an older version: another --out")
+    return {(record.method, record.task, record.init_state) for record in records}
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

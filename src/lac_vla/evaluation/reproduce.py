@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -147,6 +147,8 @@ class ReproduceConfig:
         for name in ("curve_trials", "stress_trials"):
             if not 0 <= getattr(self, name) <= self.trials:
                 raise InputError(f"{name} is {getattr(self, name)}: give 0 to {self.trials}, the trials of the tables")
+        if (self.curve_policies and not self.curve) or (self.stress_policies and not self.stresses):
+            raise InputError("curve_policies need curve, and stress_policies need stresses: nothing would be run")
         if len(set(self.stresses)) < len(self.stresses):
             raise InputError(f"stresses are {self.stresses}: give every one once")
         if len({self.seed, *self.more_seeds}) < 1 + len(self.more_seeds):
@@ -238,10 +240,11 @@ class Reproduction:
 
     def trials(self, row: Row) -> int:
         """Initial states per task that a row is run on, undisturbed."""
-        if row in self.rows:
+        curve, stressed, tables = ({r.method for r in rows} for rows in (self.curve, self.stress_rows, self.rows))
+        if row.method in tables:
             return self.config.trials
-        on_curve = self.config.on_curve if row in self.curve else 0
-        return max(on_curve, self.config.under_stress if row in self.stress_rows else 0)
+        on_curve = self.config.on_curve if row.method in curve else 0
+        return max(on_curve, self.config.under_stress if row.method in stressed else 0)
 
     @property
     def points(self) -> list[EpisodeRecord]:
@@ -281,11 +284,11 @@ def plan(config: ReproduceConfig) -> Reproduction:
             Row(f"{label}, {ratio:g}", spec.format(ratio=ratio)) for label, spec in CURVE for ratio in config.ratios
         ]
         points += SETTINGS
-        points = [point for point in points if PolicySpec.parse(point.spec).name in asked]
-        if config.curve_policies:
-            points = [point for word in config.curve_policies for point in _chosen(word, points)]
         there = {row.method for row in (*table_1, *ablations)}
-        curve = tuple(point for point in _once(points) if point.method not in there)
+        points = [p for p in _once(points) if p.method not in there and PolicySpec.parse(p.spec).name in asked]
+        curve = tuple(points)
+        if config.curve_policies:
+            curve = _once(point for word in config.curve_policies for point in _further(word, points, there))
     stress_rows: tuple[Row, ...] = ()
     if config.stresses:
         words = config.stress_policies
@@ -367,6 +370,14 @@ def _chosen(word: str, rows: Sequence[Row]) -> list[Row]:
     """The rows that a word of ``--policies`` means."""
     exact = [row for row in rows if word in (row.method, row.spec)]
     return exact or [row for row in rows if PolicySpec.parse(row.spec).name == word] or [Row(method_name(word), word)]
+
+
+def _further(word: str, points: Sequence[Row], there: Container[str]) -> list[Row]:
+    """The points of the curve that a word of ``--curve-policies`` means; none of the tables' rows."""
+    chosen = [row for row in _chosen(word, points) if row.method not in there]
+    if not chosen or not all(PolicySpec.parse(row.spec).options for row in chosen):
+        raise InputError(f"curve_policies: the curve has no further points of {word!r}; give a spec with its options")
+    return chosen
 
 
 def _once(rows: Iterable[Row]) -> tuple[Row, ...]:

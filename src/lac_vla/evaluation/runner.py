@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,12 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
         InputError: As :func:`evaluate` does, or if they differ in more.
     """
     first = configs[0]
-    alike = all(replace(config, out=first.out, stress=first.stress) == first for config in configs)
-    if not alike or min(len({c.out for c in configs}), len({c.stress for c in configs})) < len(configs):
-        raise InputError("evaluations that run together have a folder and a stress of their own, and all else alike")
-    done = [(config, _open(config)) for config in configs]
+    for name in EvalConfig.__dataclass_fields__:
+        values = {getattr(config, name) for config in configs}
+        if len(values) != (len(configs) if name in ("out", "stress") else 1):
+            raise InputError(f"evaluations that run together have an out and a stress each, and all else alike: {name}")
+    settings = [_check(config) for config in configs]
+    done = [(config, _open(config, agreed)) for config, agreed in zip(configs, settings, strict=True)]
     methods = tuple(method_name(spec) for spec in first.policies)
     jobs = [
         Job(config, task, init_state, missing)
@@ -82,19 +84,27 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
             bar.set_postfix({method: f"{sum(s)}/{len(s)}" for method, s in solved.items() if s})
 
 
-def _open(config: EvalConfig) -> set[tuple[str, int, int]]:
-    """Prepare the run's folder; which (method, task, initial state) it already holds."""
-    settings = _settings(config)
+def _check(config: EvalConfig) -> dict[str, Any]:
+    """The run's settings, if its folder can take it; nothing is written yet."""
     path = config.out / CONFIG
+    if not path.exists():
+        return _settings(config)
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give another --out") from error
+    return _grown(config.out, before, _settings(config))
+
+
+def _open(config: EvalConfig, settings: Mapping[str, Any]) -> set[tuple[str, int, int]]:
+    """Prepare the run's folder; which (method, task, initial state) it already holds."""
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            settings = _grown(config.out, json.loads(path.read_text(encoding="utf-8")), settings)
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (config.out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (config.out / SUMMARY).write_text(json.dumps(_summary(config, settings), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {config.out} ({error}); give another --out") from error
-    return finished(config.out / EPISODES)
+    return finished(config.out / EPISODES, config.stress or "")
 
 
 def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class Summary:
 def summarize(episodes: Iterable[EpisodeRecord]) -> Summary:
     """Aggregate episodes.
 
-    Methods are paired with ``dense`` on (suite, task, initial state, seed). Means and percentiles are over
+    Methods are paired with ``dense`` on (suite, task, initial state, seed, stress). Means and percentiles are over
     frames: long episodes weigh more.
 
     Args:
