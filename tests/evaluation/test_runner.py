@@ -99,8 +99,9 @@ def test_a_folder_whose_episodes_are_of_another_stress_is_refused(config: EvalCo
     before = path.read_text().replace('"stress": "drift"', '"stress": ""')
     path.write_text(before)
     with pytest.raises(InputError, match=r"not marked 'drift'.*another --out"):
-        evaluate(config)
+        evaluate(replace(config, policies=(*config.policies, "random:ratio=0.25")))
     assert path.read_text() == before
+    assert "random:ratio=0.25" not in (config.out / "config.json").read_text(), "refused before anything was changed"
 
 
 def test_evaluations_under_several_stresses_make_every_simulator_once(config: EvalConfig) -> None:

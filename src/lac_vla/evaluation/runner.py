@@ -61,7 +61,9 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
         if len(values) != (len(configs) if name in ("out", "stress") else 1):
             raise InputError(f"evaluations that run together have an out and a stress each, and all else alike: {name}")
     settings = [_check(config) for config in configs]
-    done = [(config, _open(config, agreed)) for config, agreed in zip(configs, settings, strict=True)]
+    done = [(config, finished(config.out / EPISODES, config.stress or "")) for config in configs]
+    for config, agreed in zip(configs, settings, strict=True):
+        _open(config, agreed)
     methods = tuple(method_name(spec) for spec in first.policies)
     jobs = [
         Job(config, task, init_state, missing)
@@ -96,15 +98,14 @@ def _check(config: EvalConfig) -> dict[str, Any]:
     return _grown(config.out, before, _settings(config))
 
 
-def _open(config: EvalConfig, settings: Mapping[str, Any]) -> set[tuple[str, int, int]]:
-    """Prepare the run's folder; which (method, task, initial state) it already holds."""
+def _open(config: EvalConfig, settings: Mapping[str, Any]) -> None:
+    """Prepare the run's folder."""
     try:
         config.out.mkdir(parents=True, exist_ok=True)
         (config.out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (config.out / SUMMARY).write_text(json.dumps(_summary(config, settings), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {config.out} ({error}); give another --out") from error
-    return finished(config.out / EPISODES, config.stress or "")
 
 
 def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
