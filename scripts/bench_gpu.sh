@@ -1,5 +1,5 @@
 #!/bin/sh
-# Both 7B shapes with random weights: floors, the decoder alone, whole frames by every method, ratio and lever.
+# Both 7B shapes with random weights: floors, the decoder alone, whole frames by every method, ratio and option.
 # On a GPU of 80 GB or more, in bfloat16, in less than 9 minutes:  sh scripts/bench_gpu.sh
 # The same, small, to see that it runs:  sh scripts/bench_gpu.sh --device cpu --random-weights tiny
 set -eu
@@ -31,9 +31,9 @@ else
 fi
 
 for model in ${models:-openvla-7b cogact-7b}; do
-    static=default+overlap+bucket=16+graphs
-    levers="none default $static"
-    case $model in *7b) levers="$levers $static+tower_reuse" ;; esac # the small models see by convolutions
+    static=default+async_policy+bucket=16+cuda_graphs
+    options="none default $static"
+    case $model in *7b) options="$options $static+vision_kv_reuse" ;; esac # the small models see by convolutions
     case $model in
         cogact*) more="--sections roofline frame" ;; # the same decoder, and no drafts
         *) more="--sections roofline engine frame --acceptance 0.5 1" ;;
@@ -41,7 +41,7 @@ for model in ${models:-openvla-7b cogact-7b}; do
     mkdir -p "$out/$model"
     # shellcheck disable=SC2086
     COLUMNS=220 $LAC bench --random-weights "$model" --device "$device" --roofline "$gpu" $size $more \
-        --policies vla-cache:variant=released random:ratio=.25,.5,.7,.8,.9 --levers $levers \
+        --policies vla-cache:variant=released random:ratio=.25,.5,.7,.8,.9 --options $options \
         --minutes "$minutes" --out "$out/$model" >"$out/$model/bench.txt"
     cat "$out/$model/bench.txt"
 done

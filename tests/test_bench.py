@@ -108,11 +108,11 @@ def test_stock_and_dense_session_act_the_same(tiny: PrismaticBackbone) -> None:
     stock, session = StockSession(tiny), CachedVLA(tiny, Dense()).session()
     for frame in synthetic(("agentview", "wrist"), None, 4, 1).frames:
         np.testing.assert_allclose(stock.act(frame), session.act(frame), atol=1e-6)
-        assert stock.last is not None
-        assert session.last is not None
-        assert stock.last.info["tokens"] == session.last.info["tokens"]
-        assert stock.last.stages["prefill"] > 0
-        assert stock.last.stages["bookkeeping"] == 0
+        assert stock.last_info is not None
+        assert session.last_info is not None
+        assert stock.last_info.metadata["tokens"] == session.last_info.metadata["tokens"]
+        assert stock.last_info.stages["prefill"] > 0
+        assert stock.last_info.stages["bookkeeping"] == 0
 
 
 def test_stock_and_dense_session_draw_the_same_from_cogact() -> None:
@@ -122,9 +122,9 @@ def test_stock_and_dense_session_draw_the_same_from_cogact() -> None:
     for episode in range(2):
         for observation in synthetic(("agentview", "wrist"), None, 2, episode).frames:
             np.testing.assert_allclose(stock.act(observation), session.act(observation), atol=1e-4)
-            assert stock.last is not None
-            assert stock.last.passes == ()
-            assert stock.last.stages["prefill"] > 0 < stock.last.stages["decode"]
+            assert stock.last_info is not None
+            assert stock.last_info.decode_passes == ()
+            assert stock.last_info.stages["prefill"] > 0 < stock.last_info.stages["decode"]
         stock.reset()
         session.reset()
 
@@ -153,10 +153,10 @@ def test_so_many_drafted_tokens_stand_as_were_prescribed(tiny: PrismaticBackbone
     session = CachedVLA(Scripted(tiny, kept), policy).session()
     for seed in range(3):
         session.act(shot(seed))
-        assert session.last is not None
-        starts = [start for start, _ in session.last.passes]
+        assert session.last_info is not None
+        starts = [start for start, _ in session.last_info.decode_passes]
         assert starts == (list(range(6)) if seed == 0 else list(range(kept, 6)))
-        assert session.last.draft == (0 if seed == 0 else 6)
+        assert session.last_info.draft == (0 if seed == 0 else 6)
 
 
 # Floors.
@@ -213,7 +213,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
                 tmp_path_factory.mktemp("swept"),
                 sections=("frame",),
                 policies=("random:ratio=.5,.9",),
-                levers=("draft", "default+bucket=8+graphs"),
+                options=("draft", "default+bucket=8+cuda_graphs"),
                 acceptance=(0.5,),
                 roofline="h100",
             )
@@ -224,10 +224,10 @@ def test_a_sweep_says_what_is_prescribed(swept: BenchResult) -> None:
     assert swept.frame is not None
     rows = {row.name: row for row in swept.frame.rows}
     methods = ["dense", "random:ratio=.5", "random:ratio=.9"]
-    levered = [f"{m} +{lever}{end}" for lever in ("draft", "default+bucket=8+graphs") for m in methods
+    optioned = [f"{m} +{option}{end}" for option in ("draft", "default+bucket=8+cuda_graphs") for m in methods
                for end in ("", ", 3/6 kept")]  # fmt: skip
-    assert list(rows) == ["dense stock", *methods, *levered]
-    half = rows["random:ratio=.9 +default+bucket=8+graphs, 3/6 kept"]
+    assert list(rows) == ["dense stock", *methods, *optioned]
+    half = rows["random:ratio=.9 +default+bucket=8+cuda_graphs, 3/6 kept"]
     assert half.swept == ("ratio", "acceptance")
     assert (half.accepted, half.passes, half.same_actions) == (0.5, 3, None)
     assert half.ratio_effective == pytest.approx(1 - 8 / 52)
@@ -268,7 +268,7 @@ def test_the_chart_shows_every_stage_of_every_row(swept: BenchResult) -> None:
 
 
 def test_a_model_without_tokens_is_measured_like_any_other(tmp_path: Path) -> None:
-    ran = run_bench(config(tmp_path, random_weights="cogact-tiny", sections=("frame",), levers=("default",)))
+    ran = run_bench(config(tmp_path, random_weights="cogact-tiny", sections=("frame",), options=("default",)))
     assert ran.frame is not None
     rows = {row.name: row for row in ran.frame.rows}
     assert ran.frame.model == "cogact-tiny"
@@ -277,7 +277,7 @@ def test_a_model_without_tokens_is_measured_like_any_other(tmp_path: Path) -> No
 
 
 def test_time_may_end_a_section(tmp_path: Path) -> None:
-    ran = run_bench(config(tmp_path, sections=("frame",), frames=60, minutes=1e-6, levers=()))
+    ran = run_bench(config(tmp_path, sections=("frame",), frames=60, minutes=1e-6, options=()))
     assert ran.frame is not None
     assert ran.frame.frames == 1
 
@@ -292,7 +292,7 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
     for name in ("tiny", "cogact-tiny"):
         assert {file.name for file in (tmp_path / name).iterdir()} == {"bench.json", "bench.svg", "bench.txt"}
         rows = json.loads((tmp_path / name / "bench.json").read_text(encoding="utf-8"))["frame"]["rows"]
-        assert "random:ratio=.9 +default+overlap+bucket=16+graphs" in {row["name"] for row in rows}
+        assert "random:ratio=.9 +default+async_policy+bucket=16+cuda_graphs" in {row["name"] for row in rows}
         assert "roofline" in (tmp_path / name / "bench.txt").read_text(encoding="utf-8")
 
 
@@ -370,13 +370,13 @@ def test_the_file_holds_the_frames(content: dict[str, Any]) -> None:
     methods = ["dense", "motion:ratio=0.5", "random:ratio=0.25"]
     assert list(rows) == ["dense stock", *methods, *(f"{method} +default" for method in methods)]
     for method in methods:
-        plain, levered = rows[method], rows[f"{method} +default"]
-        assert plain["levers"] == ""
+        plain, optioned = rows[method], rows[f"{method} +default"]
+        assert plain["options"] == ""
         assert plain["accepted"] is None
-        assert plain["passes"] == 6 > levered["passes"]
-        assert 0 <= levered["accepted"] <= 1
-        assert levered["ratio_effective"] == plain["ratio_effective"]
-        assert levered["same_actions"] == plain["same_actions"]  # no lever changes an action
+        assert plain["passes"] == 6 > optioned["passes"]
+        assert 0 <= optioned["accepted"] <= 1
+        assert optioned["ratio_effective"] == plain["ratio_effective"]
+        assert optioned["same_actions"] == plain["same_actions"]  # no option changes an action
     assert rows["dense +default"]["faster_than_equal"]["model_call"]["value"] == 1
     for row in rows.values():
         assert set(row["stages_ms"]) == set(STAGES)
@@ -455,7 +455,7 @@ def test_memory_of_the_process_is_read() -> None:
         ({"acceptance": (0.5,), "model": "some/checkpoint"}, "random weights"),
         ({"minutes": -1}, "minutes"),
         ({"policies": ("random:ratio=.5,2",)}, "0..1"),
-        ({"levers": ("bucket=0",)}, "bucket"),
+        ({"options": ("bucket=0",)}, "bucket"),
         ({"policies": ("motion", "motion")}, "two policies are called 'motion'"),
         ({"policies": ("lac",)}, "lac:path=FOLDER"),
         ({"memory_policy": "lac"}, "lac:path=FOLDER"),
@@ -531,7 +531,7 @@ def test_a_section_that_fails_takes_nothing_with_it(tmp_path: Path, monkeypatch:
 
 
 def test_a_learned_policy_is_held_to_more(result: BenchResult) -> None:
-    """Only where its ratios are its own: on recorded frames, with trained weights; with levers, to one more."""
+    """Only where its ratios are its own: on recorded frames, with trained weights; with options, to one more."""
     assert result.frame is not None
     row = next(row for row in result.frame.rows if row.name == "motion:ratio=0.5 +default")
     slow, fast = Ratio(1.2, 1, 2), Ratio(2.5, 2, 3)
@@ -540,5 +540,5 @@ def test_a_learned_policy_is_held_to_more(result: BenchResult) -> None:
         row, name="lac +default", deciding=Ratio(0.09, 0, 1), faster_than_equal=windows, faster_than_dense=windows
     )
     assert [target.reached for target in frame_targets(learned, earned=True)][1:] == [True, True, False, False]
-    assert len(list(frame_targets(replace(learned, levers=""), earned=True))) == 4
+    assert len(list(frame_targets(replace(learned, options=""), earned=True))) == 4
     assert len(list(frame_targets(learned, earned=False))) == len(list(frame_targets(row, earned=True))) == 1

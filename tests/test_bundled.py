@@ -29,7 +29,7 @@ def test_it_is_worth_caching(folder: Path, shape: tuple[int, ...]) -> None:
     action = session.act(black())
     assert action.shape == shape
     assert np.abs(action).max() <= 1.01
-    step = session.last
+    step = session.last_info
     assert step is not None
     assert step.layout.n_visual >= 128
     macs = CostModel.of(backbone, black()).step(step)

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, Decision, Levers, Random, TokenLayout, random_vla
+from lac_vla import CachedVLA, Decision, EngineOptions, Random, TokenLayout, random_vla
 from lac_vla.bench.stock import StockSession
-from lac_vla.cost import CostModel, count_macs, layer_macs, prefill_macs, watch_macs
+from lac_vla.cost import CostModel, count_macs, layer_macs, prefill_macs, probe_macs
 from lac_vla.models import CogACTConfig, PrismaticConfig
 from lac_vla.models.base import DecoderShape
 from lac_vla.models.cogact.config import COGACT_7B, TINY_COGACT, Sampling
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.policies import CachePolicy
-from lac_vla.policies.vla_cache import EXIT_LAYERS, damped_schedule, exit_depths
-from lac_vla.types import Beyond, View, Watch
+from lac_vla.policies.vla_cache import EXIT_LAYERS, damped_schedule, exit_layers
+from lac_vla.types import AttentionProbe, PolicyInput, SkippedTokens
 from tests.engine.scenes import ALL_POLICIES, frame
 
 LLAMA_7B = DecoderShape(layers=32, width=4096, kv_width=4096, ffn=11008)
@@ -30,7 +30,7 @@ def test_dense_7b_prefill_is_the_published_figure() -> None:
 
 def published_macs(decision: Decision, length: int = 285) -> int:
     """As VLA-Cache and LAC count: 4ND² + 2N²D + 3NDM for the N rows of every layer, of the last one, too."""
-    rows = [length - 256 + int((decision.depth > layer).sum()) for layer in range(LLAMA_7B.layers)]
+    rows = [length - 256 + int((decision.exit_layer > layer).sum()) for layer in range(LLAMA_7B.layers)]
     return sum(layer_macs(LLAMA_7B, n, length) for n in rows)
 
 
@@ -48,7 +48,7 @@ def vla_cache_7b(n_reusable: int) -> Decision:
     the first token, as arXiv 2309.17453 finds in Llama 2. The four layers' shares are 0.55, 0.98, 1.00 and 1.00 then.
     """
     shares = damped_schedule(np.array([5.0] * 2 + [2.0] * 30, np.float32), 0.55)
-    return Decision(exit_depths(256, np.arange(n_reusable), EXIT_LAYERS, shares, 1), 32)
+    return Decision(exit_layers(256, np.arange(n_reusable), EXIT_LAYERS, shares, 1), 32)
 
 
 def test_vla_caches_published_figure_is_within_the_reach_of_its_rule() -> None:
@@ -77,12 +77,12 @@ def test_what_a_policy_watches_is_counted() -> None:
     layout = TokenLayout.of({"agentview": (2, 4)}, n_prefix=1, n_suffix=3)
     shape = DecoderShape(layers=4, width=16, kv_width=8, ffn=32)
     reuse = Decision(np.array([0, 2, 2, 4, 4, 4, 4, 4]), 4)
-    assert watch_macs(shape, layout, reuse, None) == 0
-    assert watch_macs(shape, layout, reuse, Watch((1, 2), "last")) == 2 * 12 * 16
-    assert watch_macs(shape, layout, reuse, Watch((1,), "suffix")) == 3 * 12 * 16
-    assert watch_macs(shape, layout, reuse, Watch((1, 3), "all")) == (11 + 9) * 12 * 16
-    pruned = replace(reuse, beyond=Beyond.PRUNE)
-    assert watch_macs(shape, layout, pruned, Watch((1, 3), "suffix")) == 3 * (11 + 9) * 16
+    assert probe_macs(shape, layout, reuse, None) == 0
+    assert probe_macs(shape, layout, reuse, AttentionProbe((1, 2), "last")) == 2 * 12 * 16
+    assert probe_macs(shape, layout, reuse, AttentionProbe((1,), "suffix")) == 3 * 12 * 16
+    assert probe_macs(shape, layout, reuse, AttentionProbe((1, 3), "all")) == (11 + 9) * 12 * 16
+    pruned = replace(reuse, skipped=SkippedTokens.PRUNE)
+    assert probe_macs(shape, layout, pruned, AttentionProbe((1, 3), "suffix")) == 3 * (11 + 9) * 16
     # Whoever watches all rows of the last layer makes them be computed.
     extra = prefill_macs(shape, layout, reuse, whole=True) - prefill_macs(shape, layout, reuse)
     assert extra == (9 - 3) * (2 * 16**2 + 3 * 16 * 32 + 2 * 16 * 12)
@@ -103,7 +103,7 @@ def test_analytic_count_equals_torchs(model: PrismaticConfig | CogACTConfig, nam
     session = CachedVLA(backbone, ALL_POLICIES[name]()).session()
     session.act(frame(0))
     counted = count_macs(lambda: session.act(frame(1)))
-    step = session.last
+    step = session.last_info
     assert step is not None
     analytic = CostModel.of(backbone, frame(0)).step(step)
     assert sum(analytic.values()) == pytest.approx(counted, rel=0.01)
@@ -115,13 +115,13 @@ def test_stock_is_counted_as_it_runs(model: PrismaticConfig | CogACTConfig) -> N
     backbone = random_vla(model)
     stock = StockSession(backbone)
     counted = count_macs(lambda: stock.act(frame(0)))
-    assert stock.last is not None
-    cost, layout = CostModel.of(backbone, frame(0)), stock.last.layout
-    by_stage = cost.step(stock.last)
+    assert stock.last_info is not None
+    cost, layout = CostModel.of(backbone, frame(0)), stock.last_info.layout
+    by_stage = cost.step(stock.last_info)
     assert sum(by_stage.values()) == pytest.approx(counted, rel=0.002)
     every_row = layer_macs(backbone.shape, layout.length, layout.length)
     assert by_stage["prefill"] == backbone.shape.layers * every_row
-    ours = cost.step(replace(stock.last, whole=False))
+    ours = cost.step(replace(stock.last_info, whole=False))
     suffix = layer_macs(backbone.shape, layout.length, layout.length, layout.n_suffix)
     assert by_stage["prefill"] - ours["prefill"] == every_row - suffix
 
@@ -130,13 +130,13 @@ def test_stock_is_counted_as_it_runs(model: PrismaticConfig | CogACTConfig) -> N
 def test_a_session_says_whether_its_last_layer_was_whole(rows: str) -> None:
     @dataclass(frozen=True)
     class Watching(Random):
-        def watch(self, n_layers: int) -> Watch:
-            return Watch((n_layers - 1,), rows)
+        def probe(self, n_layers: int) -> AttentionProbe:
+            return AttentionProbe((n_layers - 1,), rows)
 
     session = CachedVLA(random_vla("tiny"), Watching()).session()
     session.act(frame(0))
-    assert session.last is not None
-    assert session.last.whole == (rows == "all")
+    assert session.last_info is not None
+    assert session.last_info.full_last_layer == (rows == "all")
 
 
 def test_reuse_pays_per_row() -> None:
@@ -178,9 +178,9 @@ def test_a_diffusion_head_is_counted_with_its_steps_and_guidance(sampling: Sampl
     assert cost.head == steps * predictions * (dit.depth * block + embeddings) + once
     session = CachedVLA(backbone).session()
     session.act(frame(0))
-    assert session.last is not None
-    assert cost.step(session.last)["decode"] == 0
-    assert cost.step(session.last)["head"] == cost.head
+    assert session.last_info is not None
+    assert cost.step(session.last_info)["decode"] == 0
+    assert cost.step(session.last_info)["head"] == cost.head
 
 
 def test_a_token_head_is_the_output_matrix() -> None:
@@ -189,11 +189,11 @@ def test_a_token_head_is_the_output_matrix() -> None:
     assert cost.head == 32 * (512 + 64)
     session = CachedVLA(backbone).session()
     session.act(frame(0))
-    assert session.last is not None
-    assert cost.step(session.last)["head"] == 7 * cost.head
+    assert session.last_info is not None
+    assert cost.step(session.last_info)["head"] == 7 * cost.head
     session.act(frame(0))  # the draft is right: one row of the prompt and six of the draft
-    assert session.last.passes == ()
-    assert cost.step(session.last)["head"] == 7 * cost.head
+    assert session.last_info.decode_passes == ()
+    assert cost.step(session.last_info)["head"] == 7 * cost.head
 
 
 def test_a_tower_costs_what_it_computes() -> None:
@@ -231,18 +231,20 @@ OWN = replace(
 class Mostly(CachePolicy):
     """Reuses much of the first camera, and little of another."""
 
-    def decide(self, view: View) -> Decision:
-        chance, first = view.rng.random(view.layout.n_visual), np.arange(view.layout.n_visual) < 36
-        return Decision(np.where(chance < np.where(first, 0.3, 0.9), view.n_layers, 0), view.n_layers)
+    def decide(self, inputs: PolicyInput) -> Decision:
+        chance, first = inputs.rng.random(inputs.layout.n_visual), np.arange(inputs.layout.n_visual) < 36
+        return Decision(np.where(chance < np.where(first, 0.3, 0.9), inputs.n_layers, 0), inputs.n_layers)
 
 
 @pytest.mark.parametrize("config", [SHARED, OWN], ids=["shared", "per-camera"])
 def test_a_tower_that_reuses_costs_what_it_computes(config: PrismaticConfig) -> None:
     backbone = random_vla(config)
-    session = CachedVLA(backbone, Mostly(), levers=Levers(tower_reuse=True)).session()
+    session = CachedVLA(backbone, Mostly(), options=EngineOptions(vision_kv_reuse=True)).session()
     session.act(frame(0))
     counted = count_macs(lambda: session.act(frame(1)))
-    assert session.last is not None
-    exact, blind = (CostModel.of(backbone, frame(0), tower_reuse=reuse).step(session.last) for reuse in (True, False))
+    assert session.last_info is not None
+    exact, blind = (
+        CostModel.of(backbone, frame(0), vision_kv_reuse=reuse).step(session.last_info) for reuse in (True, False)
+    )
     assert sum(exact.values()) == pytest.approx(counted, rel=0.01)
     assert exact["tower"] < 0.8 * blind["tower"]

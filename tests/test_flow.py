@@ -17,12 +17,12 @@ from lac_vla import (
     CachedVLA,
     CheckpointError,
     Decision,
+    EngineOptions,
     InputError,
-    Levers,
     Motion,
+    PolicyInput,
     PrismaticBackbone,
     Random,
-    View,
     random_vla,
 )
 from lac_vla.cost import CostModel, count_macs
@@ -167,20 +167,20 @@ def test_dis_is_not_counted() -> None:
     assert DISFlow().macs(224, 224) == 0
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_frames_cost_holds_its_flow(backbone: PrismaticBackbone, weights: Path, overlap: bool) -> None:
-    vla = CachedVLA(backbone, Spy(f"raft_small:{weights}", []), levers=Levers(overlap=overlap))
+@pytest.mark.parametrize("async_policy", [False, True])
+def test_a_frames_cost_holds_its_flow(backbone: PrismaticBackbone, weights: Path, async_policy: bool) -> None:
+    vla = CachedVLA(backbone, Spy(f"raft_small:{weights}", []), options=EngineOptions(async_policy=async_policy))
     session, cost = vla.session(), CostModel.of(backbone, frame(0))
     session.act(frame(0))
-    assert session.last is not None
-    assert cost.step(session.last)["flow"] == 0  # nothing precedes the first frame
+    assert session.last_info is not None
+    assert cost.step(session.last_info)["flow"] == 0  # nothing precedes the first frame
     session.act(frame(1))
-    sizes = [image.shape[:2] for image in session.last.pixels.values()]
+    sizes = [image.shape[:2] for image in session.last_info.pixels.values()]
     flow = make_flow(f"raft_small:{weights}")
     assert flow is not None
-    assert cost.step(session.last)["flow"] == sum(flow.macs(*size) for size in sizes) > 0
-    if not overlap:  # torch counts what its own thread does
-        assert sum(cost.step(session.last).values()) == pytest.approx(
+    assert cost.step(session.last_info)["flow"] == sum(flow.macs(*size) for size in sizes) > 0
+    if not async_policy:  # torch counts what its own thread does
+        assert sum(cost.step(session.last_info).values()) == pytest.approx(
             count_macs(lambda: session.act(frame(1))), rel=0.001
         )
 
@@ -216,9 +216,9 @@ class Spy(CachePolicy):
     def flow(self) -> str:
         return self.wants
 
-    def decide(self, view: View) -> Decision:
-        self.seen.append(len(view.flow))
-        return Decision.dense(view.layout.n_visual, view.n_layers)
+    def decide(self, inputs: PolicyInput) -> Decision:
+        self.seen.append(len(inputs.flow))
+        return Decision.dense(inputs.layout.n_visual, inputs.n_layers)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from lac_vla import (
     InputError,
     LACConfig,
     LACPolicy,
+    PolicyInput,
     TokenLayout,
-    View,
     cli,
     load_vla,
     make_policy,
@@ -35,13 +35,13 @@ GRIDS = {"agentview": (6, 6), "wrist": (4, 4)}
 SIZES = {"agentview": 48, "wrist": 64}
 
 
-def view(seed: int = 0, instruction: str = "pick up the bowl", age: int = 3) -> View:
+def view(seed: int = 0, instruction: str = "pick up the bowl", age: int = 3) -> PolicyInput:
     rng = np.random.default_rng(seed)
 
     def images() -> dict[str, np.ndarray]:
         return {name: rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for name, size in SIZES.items()}
 
-    return View(
+    return PolicyInput(
         layout=TokenLayout.of(GRIDS, 1, 5),
         n_layers=2,
         instruction=instruction,
@@ -172,9 +172,9 @@ def test_both_networks_together_are_each_by_itself(inputs: str, depth: int, lang
 def test_decisions_are_reproducible_and_recovery_draws_from_the_session() -> None:
     policy = random_policy(fixed=0.9, recovery=0.3)
     first, again = policy.decide(view()), policy.decide(view())
-    assert np.array_equal(first.depth, again.depth)
+    assert np.array_equal(first.exit_layer, again.exit_layer)
     other = policy.decide(replace(view(), rng=np.random.default_rng(8)))
-    assert not np.array_equal(first.depth, other.depth)
+    assert not np.array_equal(first.exit_layer, other.exit_layer)
     assert first.recovered is not None
     assert first.recovered.sum() == pytest.approx(0.3 * 47, abs=10)
     assert first.active[first.recovered].all()
@@ -186,7 +186,7 @@ def test_the_instruction_matters_with_language_only() -> None:
         policy = random_policy(fixed=0.5, language=language, recovery=0.0)
         if language:
             torch.nn.init.normal_(policy.selector.trunk.text.weight, std=3)  # type: ignore[union-attr]
-        depths = [policy.decide(view(instruction=text)).depth for text in ("pick up the bowl", "open the drawer")]
+        depths = [policy.decide(view(instruction=text)).exit_layer for text in ("pick up the bowl", "open the drawer")]
         assert np.array_equal(*depths) != language
     assert torch.equal(words(["Pick up"]), words(["pick UP"]))
     assert float(words(["a b c d"]).sum()) == 1
@@ -201,8 +201,8 @@ def test_no_age_exceeds_the_maximum(recovery: float) -> None:
     oldest = 0
     for seed in range(14):
         session.act(frame(seed % 3))
-        assert session.last is not None
-        oldest = max(oldest, int(session.last.age.max()))
+        assert session.last_info is not None
+        oldest = max(oldest, int(session.last_info.age.max()))
     assert 3 <= oldest <= 4
 
 
@@ -211,7 +211,7 @@ def test_files_give_the_same_policy_back(tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path / "p", about={"seconds": 3})
     back = LACPolicy.from_pretrained(tmp_path / "p")
     assert back.config == policy.config
-    assert np.array_equal(back.decide(view()).depth, policy.decide(view()).depth)
+    assert np.array_equal(back.decide(view()).exit_layer, policy.decide(view()).exit_layer)
     assert json.loads((tmp_path / "p" / "config.json").read_text())["about"] == {"seconds": 3}
     assert (tmp_path / "p" / "README.md").read_text().startswith("#")
     overridden = make_policy("lac", path=str(tmp_path / "p"), ratio=0.25, recovery=0.0)
@@ -303,7 +303,7 @@ def test_weights_trained_after_the_first_decision_are_not_half_seen() -> None:
     with torch.no_grad():
         for weight in [*policy.selector.parameters(), *policy.predictor.parameters()]:
             weight.mul_(-1.7).add_(0.1)
-    assert np.array_equal(policy.decide(view()).depth, first.depth)
+    assert np.array_equal(policy.decide(view()).exit_layer, first.exit_layer)
     policy.ratio = 0.25
     assert policy.decide(view()).nominal_ratio == 0.25
     policy.ratio = None

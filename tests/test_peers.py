@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from lac_vla import InputError, TokenLayout, View
+from lac_vla import InputError, PolicyInput, TokenLayout
 from lac_vla.policies import FastV, SparseVLM, VLACache, make_policy, parse_policy
 from lac_vla.policies.base import scale_count, scale_layers
 from lac_vla.policies.sparse_vlm import rate
 from lac_vla.policies.vla_cache import (
     cumulative_schedule,
     damped_schedule,
-    exit_depths,
+    exit_layers,
     mean_entropy,
     most_attended,
     patch_similarity,
     static_tokens,
     text_to_visual,
 )
-from lac_vla.types import Beyond, Watch
+from lac_vla.types import AttentionProbe, SkippedTokens
 
 GOLDEN = Path(__file__).parent / "goldens" / "vla_cache_released_golden.npz"
 SIDE = 2
@@ -41,8 +41,8 @@ def picture(rows: int, cols: int, **blue: int) -> np.ndarray:
 
 def view(
     layout: TokenLayout, now: dict[str, np.ndarray], before: dict[str, np.ndarray], attention: dict[int, torch.Tensor]
-) -> View:
-    return View(
+) -> PolicyInput:
+    return PolicyInput(
         layout=layout,
         n_layers=len(attention),
         instruction="go",
@@ -87,22 +87,22 @@ class TestFastV:
         policy = FastV()
         seen = view(self.LAYOUT, {}, {}, {layer: torch.zeros(0, 0) for layer in range(32)})
         before = policy.decide(seen)
-        assert (before.depth.tolist(), before.beyond) == ([32] * 6, Beyond.PRUNE)
+        assert (before.exit_layer.tolist(), before.skipped) == ([32] * 6, SkippedTokens.PRUNE)
         #                          BOS | visual tokens, of both cameras together | text
         attention = torch.tensor([[0.0, 0.3, 0.02, 0.2, 0.01, 0.03, 0.04, 0.0, 0.4]])
         after = policy.refine(self.LAYOUT, 2, attention, before)
-        assert (after.depth.tolist(), after.beyond) == ([32, 3, 32, 3, 3, 32], Beyond.PRUNE)
+        assert (after.exit_layer.tolist(), after.skipped) == ([32, 3, 32, 3, 3, 32], SkippedTokens.PRUNE)
 
     def test_ratio_is_the_share_that_goes(self) -> None:
         attention = torch.tensor([[0.0, 0.3, 0.02, 0.2, 0.01, 0.03, 0.04, 0.0, 0.4]])
         seen = view(self.LAYOUT, {}, {}, {layer: torch.zeros(0, 0) for layer in range(4)})
         policy = FastV(ratio=0.2)  # of 6: 1.2
-        assert policy.refine(self.LAYOUT, 0, attention, policy.decide(seen)).depth.tolist() == [4, 4, 4, 1, 4, 4]
+        assert policy.refine(self.LAYOUT, 0, attention, policy.decide(seen)).exit_layer.tolist() == [4, 4, 4, 1, 4, 4]
 
     def test_watches_the_layer_before_the_cut(self) -> None:
-        assert FastV().watch(32) == Watch((2,), "last")
-        assert FastV().watch(4) == Watch((0,), "last")
-        assert FastV(layer=16).watch(4) == Watch((1,), "last")
+        assert FastV().probe(32) == AttentionProbe((2,), "last")
+        assert FastV().probe(4) == AttentionProbe((0,), "last")
+        assert FastV(layer=16).probe(4) == AttentionProbe((1,), "last")
 
 
 class TestSparseVLM:
@@ -120,7 +120,7 @@ class TestSparseVLM:
         """Of 8 tokens 300, 200 and 110 of 576 are 4.2, 2.8 and 1.5: 4, 3 and 2."""
         policy = SparseVLM()
         decision = policy.decide(view(self.LAYOUT, {}, {}, {layer: torch.zeros(0, 0) for layer in range(32)}))
-        assert decision.beyond is Beyond.PRUNE
+        assert decision.skipped is SkippedTokens.PRUNE
 
         def stage(layer: int, *rating: float) -> list[int]:
             """One rater, whose row is given, and two text tokens that look at the text only."""
@@ -128,7 +128,7 @@ class TestSparseVLM:
             text = [0.0] * len(rating)
             attention = torch.tensor([[0.0, *line, 0.1, 0.1, 0.1] for line in (text, rating, text)])
             decision = policy.refine(self.LAYOUT, layer, attention, decision)
-            return decision.depth.tolist()
+            return decision.exit_layer.tolist()
 
         assert stage(2, 0.1, 0.8, 0.2, 0.7, 0.3, 0.6, 0.4, 0.5) == [3, 32, 3, 32, 3, 32, 3, 32]
         # From here on the keys are those that are left: tokens 1, 3, 5 and 7.
@@ -139,18 +139,18 @@ class TestSparseVLM:
         policy = SparseVLM()
         decision = policy.decide(view(self.LAYOUT, {}, {}, {layer: torch.zeros(0, 0) for layer in range(32)}))
         after = policy.refine(self.LAYOUT, 2, torch.full((3, 12), 0.1), decision)
-        assert after.depth.tolist() == [32, 32, 32, 32, 3, 3, 3, 3]
+        assert after.exit_layer.tolist() == [32, 32, 32, 32, 3, 3, 3, 3]
 
     def test_watches_its_stages(self) -> None:
-        assert SparseVLM().watch(32) == Watch((2, 6, 15), "suffix")
+        assert SparseVLM().probe(32) == AttentionProbe((2, 6, 15), "suffix")
 
     def test_in_a_shallow_model_the_later_stage_of_a_layer_counts(self) -> None:
         """3 and 7 of 32 layers are 1 of 4, 16 are 2: behind layer 0 are 200 of 576 tokens, behind layer 1 are 110."""
         policy = SparseVLM()
-        assert policy.watch(4) == Watch((0, 1), "suffix")
+        assert policy.probe(4) == AttentionProbe((0, 1), "suffix")
         decision = policy.decide(view(self.LAYOUT, {}, {}, {layer: torch.zeros(0, 0) for layer in range(4)}))
         after = policy.refine(self.LAYOUT, 0, torch.full((3, 12), 0.1), decision)
-        assert after.depth.tolist() == [4, 4, 4, 1, 1, 1, 1, 1]
+        assert after.exit_layer.tolist() == [4, 4, 4, 1, 1, 1, 1, 1]
 
 
 class TestVLACache:
@@ -200,14 +200,14 @@ class TestVLACache:
         """Of 10: 2 at layer 2, not even these at 6, 5 at 9, 8 at 11."""
         shares = np.zeros(32, np.float32)
         shares[[2, 3, 6, 9, 11]] = 0.21, 1, 0.1, 0.5, 0.89
-        depth = exit_depths(12, np.array([0, 1, 2, 4, 5, 7, 8, 9, 10, 11]), (2, 6, 9, 11), shares, 1)
+        depth = exit_layers(12, np.array([0, 1, 2, 4, 5, 7, 8, 9, 10, 11]), (2, 6, 9, 11), shares, 1)
         assert depth.tolist() == [2, 2, 9, 32, 9, 9, 32, 11, 11, 11, 32, 32]
 
     def test_at_least_one_leaves_if_there_is_one(self) -> None:
         nothing = np.zeros(4, np.float32)
-        assert exit_depths(3, np.array([1, 2]), (1, 2), nothing, 1).tolist() == [4, 1, 4]
-        assert exit_depths(3, np.array([1, 2]), (1, 2), nothing, 0).tolist() == [4, 4, 4]
-        assert exit_depths(3, np.array([], np.int64), (1, 2), nothing, 1).tolist() == [4, 4, 4]
+        assert exit_layers(3, np.array([1, 2]), (1, 2), nothing, 1).tolist() == [4, 1, 4]
+        assert exit_layers(3, np.array([1, 2]), (1, 2), nothing, 0).tolist() == [4, 4, 4]
+        assert exit_layers(3, np.array([], np.int64), (1, 2), nothing, 1).tolist() == [4, 4, 4]
 
     def attention(self) -> dict[int, torch.Tensor]:
         """Four layers: entropies ln 4, ln 2, 0, ln 4; at layer 1 the text looks at token 4, all else at token 0."""
@@ -218,14 +218,14 @@ class TestVLACache:
         """Token 1 changed too much, token 4 is looked at: six may leave, int(1.65) at layer 1, int(4.04) at 2."""
         now = {"a": picture(2, 4, p1=21, p7=20)}  # cosines 0.9958 and 0.9962
         decision = VLACache(static=256, protect=32).decide(view(self.LAYOUT, now, {"a": STILL}, self.attention()))
-        assert decision.depth.tolist() == [1, 4, 2, 2, 4, 2, 4, 4]
-        assert decision.beyond is Beyond.REUSE
+        assert decision.exit_layer.tolist() == [1, 4, 2, 2, 4, 2, 4, 4]
+        assert decision.skipped is SkippedTokens.REUSE
 
     def test_released_with_another_instruction(self) -> None:
         longer = TokenLayout.of({"a": (2, 4)}, 1, 5)
         now = {"a": picture(2, 4, p1=21)}
         decision = VLACache(static=256, protect=32).decide(view(longer, now, {"a": STILL}, self.attention()))
-        assert decision.depth.tolist() == [1, 4, 2, 2, 4, 2, 4, 4]
+        assert decision.exit_layer.tolist() == [1, 4, 2, 2, 4, 2, 4, 4]
 
     def test_paper(self) -> None:
         """Entropies ln 4, ln 2, 0, ln 4 fall by ½ and 1: shares 0, 0.45, 1, 0 with a gain of 0.9.
@@ -236,11 +236,11 @@ class TestVLACache:
         attention[0], attention[3] = rows(11, 11, 0, 1, 9, 10), rows(11, 11, 0, 8, 9, 10)
         seen = view(self.LAYOUT, {"a": picture(2, 4, p1=21, p7=21)}, {"a": STILL}, attention)
         some = VLACache("paper", static=256, task=0.6, gain=0.9).decide(seen)
-        assert some.depth.tolist() == [1, 4, 1, 2, 4, 2, 2, 4]  # 0 2 3 5 6: int(2.25) at layer 1
+        assert some.exit_layer.tolist() == [1, 4, 1, 2, 4, 2, 2, 4]  # 0 2 3 5 6: int(2.25) at layer 1
         more = VLACache("paper", static=256, task=0.4, gain=0.9).decide(seen)
-        assert more.depth.tolist() == [4, 4, 1, 2, 4, 2, 2, 4]  # 2 3 5 6: int(1.8) at layer 1
+        assert more.exit_layer.tolist() == [4, 4, 1, 2, 4, 2, 2, 4]  # 2 3 5 6: int(1.8) at layer 1
         few = VLACache("paper", task=0.6).decide(seen)  # 100 of 256 are 3 of 8 static tokens: 0, 2 and 3
-        assert few.depth.tolist() == [1, 4, 2, 2, 4, 4, 4, 4]  # int(1.5) at layer 1
+        assert few.exit_layer.tolist() == [1, 4, 2, 2, 4, 4, 4, 4]  # int(1.5) at layer 1
 
     @pytest.mark.parametrize("cameras", [1, 2])
     def test_the_released_numbers_at_the_released_size(self, cameras: int) -> None:
@@ -259,7 +259,7 @@ class TestVLACache:
             looks[row, 1 + 266 * camera + token] = 1
         attention = {layer: looks for layer in range(32)}
         attention[0] = rows(layout.n_suffix, layout.length, *range(layout.length))
-        depth = VLACache(rows="suffix").decide(view(layout, still, still, attention)).depth
+        depth = VLACache(rows="suffix").decide(view(layout, still, still, attention)).exit_layer
         reusable = [*range(120, 130)] if cameras == 1 else [*range(100, 150), *range(256, 266), *range(366, 406)]
         first, second = (7, 9) if cameras == 1 else (79, 99)
         expected = np.full(256 * cameras, 32)
@@ -268,8 +268,8 @@ class TestVLACache:
         assert depth.tolist() == expected.tolist()
 
     def test_watches_every_layer(self) -> None:
-        assert VLACache().watch(4) == Watch((0, 1, 2, 3), "all")
-        assert VLACache(rows="suffix").watch(2) == Watch((0, 1), "suffix")
+        assert VLACache().probe(4) == AttentionProbe((0, 1, 2, 3), "all")
+        assert VLACache(rows="suffix").probe(2) == AttentionProbe((0, 1), "suffix")
 
 
 @pytest.fixture(scope="module")
@@ -320,8 +320,8 @@ class TestAgainstTheRelease:
             for layer in (11, 9, 6, 2):
                 if rank < max(1, int(golden["schedule"][layer] * len(order))):
                     expected[token] = layer
-        assert decision.depth.tolist() == expected
-        assert set(np.flatnonzero(decision.depth < 32)) <= set(order)
+        assert decision.exit_layer.tolist() == expected
+        assert set(np.flatnonzero(decision.exit_layer < 32)) <= set(order)
         assert len(set(expected)) > 2
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lac_vla import InputError, Motion, Random, TokenLayout, View
+from lac_vla import InputError, Motion, PolicyInput, Random, TokenLayout
 from lac_vla.policies import Dense, PolicySpec, cache_lowest, parse_policy, paths_by_name
 
 LAYOUT = TokenLayout.of({"a": (2, 2)}, 1, 1)
 GREY = np.full((8, 8, 3), 100, np.uint8)
 
 
-def view(pixels: np.ndarray, reference: np.ndarray, flow: np.ndarray | None = None, seed: int = 0) -> View:
-    return View(
+def view(pixels: np.ndarray, reference: np.ndarray, flow: np.ndarray | None = None, seed: int = 0) -> PolicyInput:
+    return PolicyInput(
         layout=LAYOUT,
         n_layers=3,
         instruction="go",
@@ -37,20 +37,20 @@ def changed(**patches: int) -> np.ndarray:
 
 def test_motion_reuses_what_changed_least_since_its_slot_was_computed() -> None:
     decision = Motion(0.5).decide(view(changed(p0=30, p1=5, p2=90, p3=10), GREY))
-    assert decision.depth.tolist() == [3, 0, 3, 0]
+    assert decision.exit_layer.tolist() == [3, 0, 3, 0]
 
 
 def test_motion_compares_with_the_slots_own_pixels_not_with_the_previous_frame() -> None:
     """A slow drift: nothing changed since the last frame, everything since the slot of token 2 was computed."""
     now = changed(p2=40)
     decision = Motion(0.75).decide(view(now, GREY))
-    assert decision.depth.tolist() == [0, 0, 3, 0]
+    assert decision.exit_layer.tolist() == [0, 0, 3, 0]
 
 
 def test_motion_counts_flow() -> None:
     flow = np.zeros((8, 8, 2), np.float32)
     flow[:4, 4:] = (3, 4)  # patch 1 moves by 5 pixels
-    assert Motion(0.75).decide(view(GREY, GREY, flow)).depth.tolist() == [0, 3, 0, 0]
+    assert Motion(0.75).decide(view(GREY, GREY, flow)).exit_layer.tolist() == [0, 3, 0, 0]
 
 
 def test_ties_go_to_the_lower_index_and_half_counts_up() -> None:
@@ -61,7 +61,7 @@ def test_ties_go_to_the_lower_index_and_half_counts_up() -> None:
 
 
 def test_random_draws_from_the_views_generator() -> None:
-    picks = [Random(0.5).decide(view(GREY, GREY, seed=seed)).depth.tolist() for seed in (1, 1, 2, 3, 4)]
+    picks = [Random(0.5).decide(view(GREY, GREY, seed=seed)).exit_layer.tolist() for seed in (1, 1, 2, 3, 4)]
     assert picks[0] == picks[1]
     assert len({tuple(pick) for pick in picks}) > 1
     assert all(sorted(pick) == [0, 0, 3, 3] for pick in picks)
@@ -134,7 +134,7 @@ def test_motion_keeps_a_camera_while_the_ratio_leaves_room() -> None:
     still = {"agentview": np.full((4, 4, 3), 9, np.uint8), "wrist": np.full((2, 4, 3), 9, np.uint8)}
     changed = {name: image.copy() for name, image in still.items()}
     changed["agentview"][:2, :2], changed["agentview"][:2, 2:], changed["agentview"][2:, :2] = 200, 50, 100
-    seen = View(layout, 2, "go", changed, still, still, {}, np.zeros(6, np.int64), np.random.default_rng(0))
+    seen = PolicyInput(layout, 2, "go", changed, still, still, {}, np.zeros(6, np.int64), np.random.default_rng(0))
     assert Motion(ratio=0.5, keep="wrist").decide(seen).active.tolist() == [True, False, False, False, True, True]
     assert Motion(ratio=0.5).decide(seen).active.tolist() == [True, True, True, False, False, False]
     assert Motion(ratio=1.0, keep="wrist").decide(seen).active.sum() == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lac_vla import Decision, Frame, InputError, TokenLayout
-from lac_vla.types import Beyond
+from lac_vla.types import SkippedTokens
 
 RGB = np.zeros((8, 8, 3), np.uint8)
 
@@ -49,10 +49,10 @@ def test_decision_ratio_counts_token_layer_pairs() -> None:
     decision = Decision(np.array([0, 4, 2, 4]), n_layers=4)
     assert decision.ratio == pytest.approx(6 / 16)
     assert decision.active.tolist() == [False, True, False, True]
-    assert decision.with_active(np.array([True, False, False, False])).depth.tolist() == [4, 4, 2, 4]
+    assert decision.with_active(np.array([True, False, False, False])).exit_layer.tolist() == [4, 4, 2, 4]
 
 
 @pytest.mark.parametrize("depth", [np.array([5]), np.array([-1]), np.array([1.0]), np.zeros((2, 2), np.int64)])
 def test_decision_refuses_impossible_depths(depth: Any) -> None:
     with pytest.raises(InputError):
-        Decision(depth, n_layers=4, beyond=Beyond.REUSE)
+        Decision(depth, n_layers=4, skipped=SkippedTokens.REUSE)

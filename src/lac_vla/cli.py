@@ -4,6 +4,7 @@ Without postponed annotations: tyro reads the verbs' types, and those are import
 """
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: Words behind ``lac``; by default those of the process.
     """
     try:
+        _refuse_old_names(sys.argv[1:] if arguments is None else arguments)
         tyro.extras.subcommand_cli_from_dict(_verbs(), prog="lac", description=_DESCRIPTION, args=arguments)
     except LacError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
@@ -44,6 +46,17 @@ _DESCRIPTION = """Visual token caching for Vision-Language-Action policies.
 
 Start with `lac demo`: the bundled VLA solves real LIBERO tasks on a CPU, dense and with reuse.
 `lac VERB --help` explains each verb."""
+
+
+RENAMED = {"--vla": "--model", "--levers": "--options", "--tower-reuse": "--vision-kv-reuse"}
+"""Options by their names of before → of now."""
+
+
+def _refuse_old_names(arguments: list[str]) -> None:
+    for word in arguments:
+        name = word.partition("=")[0].replace("_", "-")
+        if name in RENAMED:
+            raise InputError(f"{name} is called {RENAMED[name]} now")
 
 
 def _verbs() -> dict[str, Callable[..., Any]]:

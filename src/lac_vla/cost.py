@@ -23,9 +23,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.models.base import Backbone, DecoderShape
-from lac_vla.step import Step
-from lac_vla.types import Beyond, BoolArray, Decision, Frame, TokenLayout, Watch
+from lac_vla.types import AttentionProbe, BoolArray, Decision, Frame, SkippedTokens, TokenLayout
 
 
 def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = None) -> int:
@@ -55,7 +55,7 @@ def prefill_macs(
     return total
 
 
-def watch_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: Watch | None) -> int:
+def probe_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: AttentionProbe | None) -> int:
     """MACs of the attention that is computed aside for a policy: watched rows × slots × width, per watched layer."""
     if watch is None:
         return 0
@@ -85,8 +85,8 @@ def decode_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, pa
 
 def _rows_and_slots(layout: TokenLayout, decision: Decision, layer: int) -> tuple[int, int]:
     """Rows computed in a layer, and slots that exist there."""
-    rows = layout.n_prefix + layout.n_suffix + int(np.count_nonzero(decision.depth > layer))
-    return rows, layout.length if decision.beyond is Beyond.REUSE else rows
+    rows = layout.n_prefix + layout.n_suffix + int(np.count_nonzero(decision.exit_layer > layer))
+    return rows, layout.length if decision.skipped is SkippedTokens.REUSE else rows
 
 
 def count_macs(work: Callable[[], Any]) -> int:
@@ -118,16 +118,17 @@ class CostModel:
     head: int
 
     @classmethod
-    def of(cls, backbone: Backbone, frame: Frame, *, tower_reuse: bool = False) -> CostModel:
+    def of(cls, backbone: Backbone, frame: Frame, *, vision_kv_reuse: bool = False) -> CostModel:
         """Measure the parts whose cost is proportional to a number of tokens, on one frame.
 
         Args:
             backbone: The model.
             frame: Any observation that it takes.
-            tower_reuse: Whether the tower computes the active tokens alone, see :class:`lac_vla.levers.Levers`.
+            vision_kv_reuse: Whether the tower computes the active tokens alone, see
+                :class:`lac_vla.engine.options.EngineOptions`.
         """
         pixels = backbone.pixels(frame)
-        memory = backbone.tower_memory() if tower_reuse else None
+        memory = backbone.tower_memory() if vision_kv_reuse else None
 
         def tower(computed: BoolArray | None) -> torch.Tensor:
             return backbone.features(backbone.look(pixels, memory), computed, memory)
@@ -148,7 +149,7 @@ class CostModel:
         head = count_macs(lambda: backbone.act(frame, hidden, lambda new, at=None: new, chance))  # rows of any content
         return cls(backbone.shape, always, tokens, projector, head // max(1, backbone.max_new_tokens))
 
-    def step(self, step: Step) -> dict[str, int]:
+    def step(self, step: StepInfo) -> dict[str, int]:
         """MACs by stage of what a session did with a frame.
 
         Returns:
@@ -156,16 +157,16 @@ class CostModel:
             ``head``.
         """
         layout, decision = step.layout, step.decision
-        seen = np.ones(layout.n_visual, dtype=np.bool_) if step.seen is None else step.seen
-        features = sum(self.tokens[camera.name] * int(seen[camera.tokens].sum()) for camera in layout.cameras)
-        read = 1 + step.draft + sum(stop - start for start, stop in step.passes)
+        encoded = np.ones(layout.n_visual, dtype=np.bool_) if step.encoded is None else step.encoded
+        features = sum(self.tokens[camera.name] * int(encoded[camera.tokens].sum()) for camera in layout.cameras)
+        read = 1 + step.draft + sum(stop - start for start, stop in step.decode_passes)
         return {
             "flow": step.flow_macs,
-            "policy": step.policy_macs + watch_macs(self.decoder, layout, decision, step.watch),
+            "policy": step.policy_macs + probe_macs(self.decoder, layout, decision, step.probe),
             "tower": self.tower + features,
-            "projector": self.projector * int(np.count_nonzero(decision.depth)),
-            "prefill": prefill_macs(self.decoder, layout, decision, step.draft, whole=step.whole),
-            "decode": decode_macs(self.decoder, layout, decision, step.passes),
+            "projector": self.projector * int(np.count_nonzero(decision.exit_layer)),
+            "prefill": prefill_macs(self.decoder, layout, decision, step.draft, whole=step.full_last_layer),
+            "decode": decode_macs(self.decoder, layout, decision, step.decode_passes),
             "head": self.head * read,
         }
 

@@ -158,8 +158,8 @@ class TokenLayout:
         return np.concatenate(parts)
 
 
-class Beyond(Enum):
-    """What a visual token is to the layers deeper than those that compute it."""
+class SkippedTokens(Enum):
+    """A token that a layer does not compute is reused or pruned there."""
 
     REUSE = "reuse"
     """Its slot keeps the keys and values of an earlier frame (caching across frames)."""
@@ -169,33 +169,35 @@ class Beyond(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """How deep every visual token is computed in this frame.
+    """The layer at which every visual token leaves the computation of this frame.
 
-    ``depth[i]`` is the number of decoder layers, counted from the first, in which visual token i is computed; beyond
-    them it is reused or pruned. Plain reuse knows two depths: 0 (cached) and ``n_layers`` (active). VLA-Cache's layer
+    ``exit_layer[i]`` is the number of decoder layers, counted from the first, that compute visual token i; from there
+    on it is reused or pruned. Plain reuse knows two values: 0 (cached) and ``n_layers`` (active). VLA-Cache's layer
     schedule, and FastV's and SparseVLM's pruning, use those between.
 
     Attributes:
-        depth: int64, shape (N,), each in 0..n_layers.
+        exit_layer: int64, shape (N,), each in 0..n_layers.
         n_layers: Number of decoder layers.
-        beyond: What tokens are to the layers deeper than ``depth``.
+        skipped: What tokens are to the layers from ``exit_layer`` on.
         recovered: bool, shape (N,): tokens recomputed although the rule would have cached them (for display).
         nominal_ratio: The cache ratio the policy aimed at, in [0, 1]; ``None`` if it aims at none.
     """
 
-    depth: IntArray
+    exit_layer: IntArray
     n_layers: int
-    beyond: Beyond = Beyond.REUSE
+    skipped: SkippedTokens = SkippedTokens.REUSE
     recovered: BoolArray | None = None
     nominal_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.depth.ndim != 1 or self.depth.dtype != np.int64:
-            raise InputError(f"Decision.depth must be int64 (N,), got {self.depth.dtype} {self.depth.shape}")
-        if self.depth.size and (self.depth.min() < 0 or self.depth.max() > self.n_layers):
-            raise InputError(f"Decision.depth must lie in 0..{self.n_layers}")
-        if self.recovered is not None and self.recovered.shape != self.depth.shape:
-            raise InputError(f"Decision.recovered has shape {self.recovered.shape}, depth {self.depth.shape}")
+        if self.exit_layer.ndim != 1 or self.exit_layer.dtype != np.int64:
+            raise InputError(
+                f"Decision.exit_layer must be int64 (N,), got {self.exit_layer.dtype} {self.exit_layer.shape}"
+            )
+        if self.exit_layer.size and (self.exit_layer.min() < 0 or self.exit_layer.max() > self.n_layers):
+            raise InputError(f"Decision.exit_layer must lie in 0..{self.n_layers}")
+        if self.recovered is not None and self.recovered.shape != self.exit_layer.shape:
+            raise InputError(f"Decision.recovered has shape {self.recovered.shape}, exit_layer {self.exit_layer.shape}")
 
     @classmethod
     def dense(cls, n_visual: int, n_layers: int) -> Decision:
@@ -212,31 +214,31 @@ class Decision:
         nominal_ratio: float | None = None,
     ) -> Decision:
         """Reuse the ``cached`` tokens (bool, (N,)) in every layer, recompute the others in every layer."""
-        depth = np.where(cached, 0, n_layers).astype(np.int64)
-        return cls(depth, n_layers, recovered=recovered, nominal_ratio=nominal_ratio)
+        exit_layer = np.where(cached, 0, n_layers).astype(np.int64)
+        return cls(exit_layer, n_layers, recovered=recovered, nominal_ratio=nominal_ratio)
 
     @property
     def active(self) -> BoolArray:
         """Tokens computed in every layer, bool, (N,)."""
-        return np.asarray(self.depth == self.n_layers)
+        return np.asarray(self.exit_layer == self.n_layers)
 
     @property
     def ratio(self) -> float:
         """Effective ratio: the share of (token, layer) pairs that is not computed, in [0, 1]."""
-        return 1.0 - float(self.depth.sum()) / max(1, self.depth.size * self.n_layers)
+        return 1.0 - float(self.exit_layer.sum()) / max(1, self.exit_layer.size * self.n_layers)
 
     def with_active(self, tokens: BoolArray) -> Decision:
         """The same decision with ``tokens`` (bool, (N,)) computed in every layer as well."""
-        depth = np.where(tokens, self.n_layers, self.depth).astype(np.int64)
-        return Decision(depth, self.n_layers, self.beyond, self.recovered, self.nominal_ratio)
+        exit_layer = np.where(tokens, self.n_layers, self.exit_layer).astype(np.int64)
+        return Decision(exit_layer, self.n_layers, self.skipped, self.recovered, self.nominal_ratio)
 
 
 @dataclass(frozen=True)
-class Watch:
+class AttentionProbe:
     """Attention that a rule-based policy asks the engine to compute aside.
 
     Attributes:
-        layers: Decoder layers to watch.
+        layers: Decoder layers to probe.
         rows: ``"last"``, the last prompt token; ``"suffix"``, all tokens behind the visual ones; ``"all"``, every
             computed row.
     """
@@ -246,7 +248,7 @@ class Watch:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class PolicyInput:
     """All that a policy may see when it decides about a frame. Images are in the model's own crop and size.
 
     Attributes:
@@ -259,7 +261,7 @@ class View:
         flow: Camera → optical flow from the preceding frame to this one, pixels, float32, H×W×2; empty when the
             session estimates none.
         age: Frames since every token's slot was computed in full, int64, (N,).
-        attention: Layer → watched attention of the preceding frame, mean over heads, (rows, keys).
+        attention: Layer → probed attention of the preceding frame, mean over heads, (rows, keys).
         rng: The session's own seeded generator: the only source of chance.
     """
 

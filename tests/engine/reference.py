@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from lac_vla.types import Beyond, Decision
+from lac_vla.types import Decision, SkippedTokens
 
 
 class ReferenceDecoder:
@@ -57,7 +57,7 @@ class ReferenceDecoder:
         x = embeddings.double()
         length = x.shape[0]
         depth = torch.full((length,), self.n_layers)
-        depth[start : start + len(decision.depth)] = torch.from_numpy(decision.depth)
+        depth[start : start + len(decision.exit_layer)] = torch.from_numpy(decision.exit_layer)
         remembered = []
         for index in range(self.n_layers):
             p = f"model.layers.{index}."
@@ -70,7 +70,7 @@ class ReferenceDecoder:
             hidden_slots = torch.zeros(length, dtype=torch.bool)
             for slot in range(length):
                 if depth[slot] <= index:
-                    if decision.beyond is Beyond.PRUNE:
+                    if decision.skipped is SkippedTokens.PRUNE:
                         hidden_slots[slot] = True
                     else:
                         k[:, slot], v[:, slot] = self.old[index][0][:, slot], self.old[index][1][:, slot]

@@ -20,7 +20,7 @@ from lac_vla.policies import (
     VLACache,
     cache_lowest,
 )
-from lac_vla.types import Beyond, Decision, Frame, TokenLayout, View, Watch
+from lac_vla.types import AttentionProbe, Decision, Frame, PolicyInput, SkippedTokens, TokenLayout
 
 STATIC = 0.98
 """Cosine similarity that most patches of neighbouring frames reach: they are noise, more than any camera's."""
@@ -44,40 +44,40 @@ def frame(
 class Staircase(CachePolicy):
     """Tokens leave the computation at a random layer (as in VLA-Cache's layer schedule)."""
 
-    def decide(self, view: View) -> Decision:
-        depth = view.rng.integers(0, view.n_layers + 1, view.layout.n_visual)
-        return Decision(depth.astype(np.int64), view.n_layers)
+    def decide(self, inputs: PolicyInput) -> Decision:
+        depth = inputs.rng.integers(0, inputs.n_layers + 1, inputs.layout.n_visual)
+        return Decision(depth.astype(np.int64), inputs.n_layers)
 
 
 @dataclass(frozen=True)
 class Pruner(CachePolicy):
     """Half of the tokens disappear after the first layer, the least attended ones (as in FastV)."""
 
-    def watch(self, n_layers: int) -> Watch:
-        return Watch((0,), "last")
+    def probe(self, n_layers: int) -> AttentionProbe:
+        return AttentionProbe((0,), "last")
 
-    def decide(self, view: View) -> Decision:
-        return Decision(np.full(view.layout.n_visual, view.n_layers), view.n_layers, Beyond.PRUNE)
+    def decide(self, inputs: PolicyInput) -> Decision:
+        return Decision(np.full(inputs.layout.n_visual, inputs.n_layers), inputs.n_layers, SkippedTokens.PRUNE)
 
     def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
         lowest = cache_lowest(attention[-1, layout.visual].numpy(), 0.5)
-        return Decision(np.where(lowest, layer + 1, decision.depth), decision.n_layers, Beyond.PRUNE)
+        return Decision(np.where(lowest, layer + 1, decision.exit_layer), decision.n_layers, SkippedTokens.PRUNE)
 
 
 @dataclass(frozen=True)
 class Watcher(CachePolicy):
     """Reuses what the last frame's text attended to least (as VLA-Cache protects what it attends to most)."""
 
-    def watch(self, n_layers: int) -> Watch:
-        return Watch((1,), "suffix")
+    def probe(self, n_layers: int) -> AttentionProbe:
+        return AttentionProbe((1,), "suffix")
 
-    def decide(self, view: View) -> Decision:
+    def decide(self, inputs: PolicyInput) -> Decision:
         seen = (
-            view.attention[1].mean(dim=0)[view.layout.visual].numpy()
-            if view.attention
-            else np.zeros(view.layout.n_visual)
+            inputs.attention[1].mean(dim=0)[inputs.layout.visual].numpy()
+            if inputs.attention
+            else np.zeros(inputs.layout.n_visual)
         )
-        return Decision.reuse(cache_lowest(seen, 0.5), view.n_layers)
+        return Decision.reuse(cache_lowest(seen, 0.5), inputs.n_layers)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class UntrainedLAC(CachePolicy):
         config = LACConfig(grids=grids, inputs=self.inputs, language=self.language, recovery=0.2)
         return LACPolicy(config, ratio=0.7)
 
-    def decide(self, view: View) -> Decision:
-        return self.policy(view.layout.grids).decide(view)
+    def decide(self, inputs: PolicyInput) -> Decision:
+        return self.policy(inputs.layout.grids).decide(inputs)
 
 
 ALL_POLICIES: dict[str, Callable[[], CachePolicy]] = {

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, Random, View, random_vla
-from lac_vla.budget import due, smallest_limit
-from lac_vla.levers import Levers
+from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PolicyInput, Random, random_vla
+from lac_vla.engine.budget import must_refresh, smallest_budget
+from lac_vla.engine.options import EngineOptions
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy
-from lac_vla.vla import Session
+from lac_vla.session import Session
 from tests.engine.scenes import Pruner, Staircase, frame
 
 MODELS = {"tiny": lambda: random_vla("tiny"), "cogact": lambda: random_vla(TINY_COGACT, seed=1)}
@@ -22,8 +22,8 @@ MODELS = {"tiny": lambda: random_vla("tiny"), "cogact": lambda: random_vla(TINY_
 class Everything(CachePolicy):
     """Reuses every token it may."""
 
-    def decide(self, view: View) -> Decision:
-        return Decision.reuse(np.ones(view.layout.n_visual, dtype=np.bool_), view.n_layers)
+    def decide(self, inputs: PolicyInput) -> Decision:
+        return Decision.reuse(np.ones(inputs.layout.n_visual, dtype=np.bool_), inputs.n_layers)
 
 
 def started(policy: CachePolicy, frames: int = 3, model: str = "tiny", **options: object) -> Session:
@@ -47,10 +47,10 @@ def test_refreshed_slots_are_those_of_the_last_frame() -> None:
     first = np.flatnonzero(chosen) + 1  # the first layer's depend on nothing but the token
     torch.testing.assert_close(session._cache.keys[0][:, first], fresh._cache.keys[0][:, first])
     for camera, image in session._cache.reference.items():
-        grid = next(c for c in session.last.layout.cameras if c.name == camera)
+        grid = next(c for c in session.last_info.layout.cameras if c.name == camera)
         side = image.shape[0] // grid.rows
         mask = np.kron(chosen[grid.tokens].reshape(grid.rows, grid.cols), np.ones((side, side))).astype(bool)
-        assert (image[mask] == session.last.pixels[camera][mask]).all()
+        assert (image[mask] == session.last_info.pixels[camera][mask]).all()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -60,17 +60,17 @@ def test_refreshing_everything_leaves_nothing_stale(model: str) -> None:
     session.refresh(10**6)
     assert session._cache.age.max() == 0
     np.testing.assert_allclose(session.act(frame(2)), dense.act(frame(2)), atol=1e-5)
-    assert session.last.ratio == 1
+    assert session.last_info.ratio == 1
 
 
 def test_refresh_draws_no_chance_and_keeps_the_record() -> None:
     one, other = started(Random(0.5)), started(Random(0.5))
-    last = one.last
+    last = one.last_info
     one.refresh(5)
-    assert one.last is last
+    assert one.last_info is last
     one.act(frame(3))
     other.act(frame(3))
-    assert (one.last.cached == other.last.cached).all()
+    assert (one.last_info.cached == other.last_info.cached).all()
 
 
 def test_nothing_to_refresh() -> None:
@@ -82,9 +82,9 @@ def test_nothing_to_refresh() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("levers", ["default", "none"])
-def test_the_shadow_is_what_the_dense_model_answers(model: str, levers: str) -> None:
-    session = started(Random(0.9), 5, model, levers=Levers.parse(levers))
+@pytest.mark.parametrize("options", ["default", "none"])
+def test_the_shadow_is_what_the_dense_model_answers(model: str, options: str) -> None:
+    session = started(Random(0.9), 5, model, options=EngineOptions.parse(options))
     dense = CachedVLA(MODELS[model]()).session(seed=3)
     for i in range(5):  # the action head's chance goes on frame by frame
         expected = dense.act(frame(i))
@@ -96,13 +96,13 @@ def test_the_shadow_is_what_the_dense_model_answers(model: str, levers: str) -> 
 
 def test_distrust_is_dense_and_says_why() -> None:
     session = started(Random(0.9))
-    session.distrust = "shadow pass"
+    session.force_dense = "shadow pass"
     session.act(frame(3))
-    assert (session.last.ratio, session.last.dense_because) == (0, "shadow pass")
+    assert (session.last_info.ratio, session.last_info.dense_reason) == (0, "shadow pass")
     session.reset()
     session.act(frame(0))
     session.act(frame(1))
-    assert session.last.dense_because is None
+    assert session.last_info.dense_reason is None
 
 
 def test_a_frame_that_fails_between_frames_leaves_the_session_usable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,11 +112,11 @@ def test_a_frame_that_fails_between_frames_leaves_the_session_usable(monkeypatch
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.vla.backbone, "project", broken)
+        patch.setattr(session.vla.model, "project", broken)
         with pytest.raises(RuntimeError):
             session.refresh(4)
     session.act(frame(3))
-    assert session.last.dense_because == "first frame"  # half a refresh is not built upon
+    assert session.last_info.dense_reason == "first frame"  # half a refresh is not built upon
 
 
 @pytest.mark.parametrize("policy", [Everything(), Motion(0.3), Random(0.8), Staircase()])
@@ -124,23 +124,23 @@ def test_a_frame_that_fails_between_frames_leaves_the_session_usable(monkeypatch
 def test_a_budget_holds_and_so_does_the_maximum_age(policy: CachePolicy, limit: int) -> None:
     max_age = 4
     session = CachedVLA(random_vla("tiny"), policy, max_age=max_age).session()
-    assert smallest_limit(52, max_age) == 11
-    session.limit = limit
+    assert smallest_budget(52, max_age) == 11
+    session.token_budget = limit
     for i in range(24):
         session.act(frame(i))
-        step = session.last
+        step = session.last_info
         assert step.age.max() <= max_age
         if i:
-            assert step.decision.depth.sum() <= limit * step.decision.n_layers
-    assert step.dense_because is None
+            assert step.decision.exit_layer.sum() <= limit * step.decision.n_layers
+    assert step.dense_reason is None
 
 
 def test_the_budget_gives_way_to_the_maximum_age() -> None:
     session = CachedVLA(random_vla("tiny"), Everything(), max_age=3).session()
-    session.limit = 1
+    session.token_budget = 1
     for i in range(12):
         session.act(frame(i))
-        assert session.last.age.max() <= 3
+        assert session.last_info.age.max() <= 3
 
 
 def test_a_budget_keeps_what_changed_most() -> None:
@@ -149,10 +149,10 @@ def test_a_budget_keeps_what_changed_most() -> None:
     session.act(picture)
     images = {camera: image.copy() for camera, image in picture.images.items()}
     images["agentview"][: 64 // 6, : 64 // 6] = 255  # the first patch of 6 × 6
-    session.limit = 4
+    session.token_budget = 4
     session.act(type(picture)(images, picture.instruction))
-    assert session.last.active.sum() == 4
-    assert session.last.active[0]
+    assert session.last_info.active.sum() == 4
+    assert session.last_info.active[0]
 
 
 @given(
@@ -162,10 +162,10 @@ def test_a_budget_keeps_what_changed_most() -> None:
 )
 def test_what_is_due_suffices_and_is_needed(ages: list[int], max_age: int, extra: int) -> None:
     age = np.minimum(np.array(ages, dtype=np.int64), max_age)
-    limit = smallest_limit(age.size, max_age) + extra
+    limit = smallest_budget(age.size, max_age) + extra
     feasible = all((max_age - age <= wait).sum() <= limit * (wait + 1) for wait in range(max_age + 1))
     for _ in range(2 * max_age + 2):
-        tokens = due(age, max_age, limit)
+        tokens = must_refresh(age, max_age, limit)
         assert tokens[age >= max_age].all()
         if feasible:
             assert tokens.sum() <= limit

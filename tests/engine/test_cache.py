@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lac_vla import CachedVLA, Decision, Random, TokenLayout, random_vla
-from lac_vla.cache import VisualKVCache, write
+from lac_vla.engine.kv_cache import VisualKVCache, write
 from tests.engine.scenes import frame
 
 
@@ -17,7 +17,7 @@ def test_every_slot_shows_the_pixels_of_the_frame_it_was_computed_in() -> None:
     seen_ages = set()
     for i in range(10):
         session.act(frame(i))
-        step = session.last
+        step = session.last_info
         assert step is not None
         pixels.append(step.pixels)
         reference = session._cache.reference

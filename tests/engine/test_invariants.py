@@ -15,7 +15,7 @@ from lac_vla.models.base import Extend
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.models.prismatic.presets import MINI, TINY
 from lac_vla.policies import CachePolicy, FastV, SparseVLM, VLACache
-from lac_vla.types import Beyond, View, Watch
+from lac_vla.types import AttentionProbe, PolicyInput, SkippedTokens
 from tests.engine.reference import ReferenceDecoder
 from tests.engine.scenes import ALL_POLICIES, HESITANT, PRUNING, REUSING, frame
 
@@ -61,8 +61,8 @@ def run(session: Session, frames: list[Frame]) -> list[object]:
     infos: list[object] = []
     for observation in frames:
         session.act(observation)
-        assert session.last is not None
-        infos.append(session.last.info)
+        assert session.last_info is not None
+        infos.append(session.last_info.metadata)
     return infos
 
 
@@ -72,8 +72,8 @@ def test_dense_equals_the_stock_model(backbone: Model, sequence: str) -> None:
     session = CachedVLA(backbone, Dense()).session()
     for observation in SEQUENCES[sequence]:
         hidden = capture_hidden(session, observation)
-        assert session.last is not None
-        tokens, layout = session.last.info.get("tokens", []), session.last.layout
+        assert session.last_info is not None
+        tokens, layout = session.last_info.metadata.get("tokens", []), session.last_info.layout
         embeddings = sequence_of(backbone, observation, tokens)
         with torch.inference_mode():
             stock = backbone.model.language_model.model(inputs_embeds=embeddings[None], use_cache=False)
@@ -91,9 +91,9 @@ def test_sparse_equals_the_reference(backbone: Model, name: str, sequence: str) 
     sparse = 0
     for observation in SEQUENCES[sequence]:
         captured = capture_hidden(session, observation)
-        step = session.last
+        step = session.last_info
         assert step is not None
-        embeddings = sequence_of(backbone, observation, step.info.get("tokens", []))
+        embeddings = sequence_of(backbone, observation, step.metadata.get("tokens", []))
         hidden = expected.run(embeddings, step.layout.n_prefix, step.decision)[step.layout.suffix.start :]
         torch.testing.assert_close(captured.double(), hidden, rtol=1e-5, atol=1e-5)
         sparse += int(step.ratio > 0)
@@ -103,7 +103,7 @@ def test_sparse_equals_the_reference(backbone: Model, name: str, sequence: str) 
 
 def capture_hidden(session: Session, observation: Frame) -> torch.Tensor:
     """Act, and return the hidden states of suffix and appended tokens as they stood in the end."""
-    backbone = session.vla.backbone
+    backbone = session.vla.model
     rows = torch.zeros(0)
     original = backbone.act
 
@@ -131,14 +131,14 @@ def test_watching_every_row_of_every_layer_changes_nothing(backbone: Model) -> N
 
     @dataclass(frozen=True)
     class All(Random):
-        def watch(self, n_layers: int) -> Watch:
-            return Watch(tuple(range(n_layers)), "all")
+        def probe(self, n_layers: int) -> AttentionProbe:
+            return AttentionProbe(tuple(range(n_layers)), "all")
 
     session, watched = (CachedVLA(backbone, policy).session() for policy in (Random(0.5), All(0.5)))
     for i in range(3):
         torch.testing.assert_close(capture_hidden(watched, frame(i)), capture_hidden(session, frame(i)))
-        assert watched.last is not None
-        layout, rows = watched.last.layout, int(watched.last.active.sum())
+        assert watched.last_info is not None
+        layout, rows = watched.last_info.layout, int(watched.last_info.active.sum())
         shape = (layout.n_prefix + rows + layout.n_suffix, layout.length)
         assert {tuple(seen.shape) for seen in watched._cache.attention.values()} == {shape}
         assert all(torch.allclose(seen.sum(dim=1), torch.ones(shape[0])) for seen in watched._cache.attention.values())
@@ -156,8 +156,8 @@ def test_unchanged_frame_is_exact_under_reuse(backbone: Model, name: str) -> Non
 
 @dataclass(frozen=True)
 class PruneNothing(CachePolicy):
-    def decide(self, view: View) -> Decision:
-        return Decision(np.full(view.layout.n_visual, view.n_layers), view.n_layers, Beyond.PRUNE)
+    def decide(self, inputs: PolicyInput) -> Decision:
+        return Decision(np.full(inputs.layout.n_visual, inputs.n_layers), inputs.n_layers, SkippedTokens.PRUNE)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_no_slot_outlives_max_age(backbone: Model, name: str) -> None:
     ages = np.zeros(0)
     for i in range(12):
         session.act(frame(i % 2))
-        assert session.last is not None
-        ages = session.last.age
+        assert session.last_info is not None
+        ages = session.last_info.age
         assert ages.max() <= 3
     if name != "dense":
         assert ages.max() > 0
@@ -190,10 +190,10 @@ def test_what_is_pruned_has_no_age(backbone: Model, name: str) -> None:
     session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3).session()
     for i in range(6):
         session.act(frame(i % 2))
-        assert session.last is not None
-        assert session.last.oldest_age == (0 if i == 0 else None)  # the first frame is dense
-        assert not session.last.age.any()
-    assert session.last.ratio > 0
+        assert session.last_info is not None
+        assert session.last_info.oldest_age == (0 if i == 0 else None)  # the first frame is dense
+        assert not session.last_info.age.any()
+    assert session.last_info.ratio > 0
 
 
 def test_protecting_everything_is_exact(backbone: Model) -> None:
@@ -207,16 +207,16 @@ def test_protecting_everything_is_exact(backbone: Model) -> None:
 def test_forced_tokens_are_the_old_ones(backbone: Model) -> None:
     @dataclass(frozen=True)
     class ReuseAll(CachePolicy):
-        def decide(self, view: View) -> Decision:
-            return Decision.reuse(np.ones(view.layout.n_visual, dtype=bool), view.n_layers)
+        def decide(self, inputs: PolicyInput) -> Decision:
+            return Decision.reuse(np.ones(inputs.layout.n_visual, dtype=bool), inputs.n_layers)
 
     session = CachedVLA(backbone, ReuseAll(), max_age=2).session()
     forced = []
     for _ in range(7):
         session.act(frame(0))
-        assert session.last is not None
-        forced.append(int(session.last.forced.sum()))
-    n = session.last.layout.n_visual
+        assert session.last_info is not None
+        forced.append(int(session.last_info.forced.sum()))
+    n = session.last_info.layout.n_visual
     assert forced == [0, 0, 0, n, 0, 0, n]
 
 
@@ -228,9 +228,9 @@ def test_reset_makes_the_next_frame_dense_and_the_episode_repeatable(backbone: M
     first = run(session, frames)
     session.reset()
     session.act(frames[0])
-    assert session.last is not None
-    assert session.last.ratio == 0
-    assert session.last.dense_because == "first frame"
+    assert session.last_info is not None
+    assert session.last_info.ratio == 0
+    assert session.last_info.dense_reason == "first frame"
     session.reset()
     assert run(session, frames) == first
 
@@ -240,11 +240,11 @@ def test_scene_cut_drops_the_cache(backbone: Model) -> None:
     session.act(frame(0))
     black = Frame({camera: np.zeros_like(image) for camera, image in frame(0).images.items()}, "pick up the bowl")
     session.act(black)
-    assert session.last is not None
-    assert session.last.dense_because == "scene cut"
-    assert session.last.ratio == 0
+    assert session.last_info is not None
+    assert session.last_info.dense_reason == "scene cut"
+    assert session.last_info.ratio == 0
     session.act(black)
-    assert session.last.ratio > 0
+    assert session.last_info.ratio > 0
 
 
 def test_new_instruction_drops_the_cache_of_a_bidirectional_model() -> None:
@@ -259,11 +259,11 @@ def test_new_instruction_drops_the_cache_of_a_bidirectional_model() -> None:
     session = CachedVLA(both, Random(0.5)).session()
     session.act(frame(0))
     session.act(frame(1))
-    assert session.last is not None
-    assert session.last.dense_because is None
-    assert session.last.draft == 0  # the prompt itself would see the guess
+    assert session.last_info is not None
+    assert session.last_info.dense_reason is None
+    assert session.last_info.draft == 0  # the prompt itself would see the guess
     session.act(frame(2, "something else"))
-    assert session.last.dense_because == "new instruction"
+    assert session.last_info.dense_reason == "new instruction"
 
 
 def test_other_image_size_is_refused_until_reset(backbone: Model) -> None:
@@ -273,13 +273,13 @@ def test_other_image_size_is_refused_until_reset(backbone: Model) -> None:
     larger = Frame({camera: np.zeros((80, 80, 3), np.uint8) for camera in ("agentview", "wrist")}, "pick up the bowl")
     with pytest.raises(InputError, match=r"session\.reset"):
         session.act(larger)
-    assert session.last is not None
-    assert session.last.ratio > 0  # the last good step is still there
+    assert session.last_info is not None
+    assert session.last_info.ratio > 0  # the last good step is still there
     session.act(frame(2))
-    assert session.last.dense_because is None  # and the cache was not lost
+    assert session.last_info.dense_reason is None  # and the cache was not lost
     session.reset()
     session.act(larger)
-    assert session.last.dense_because == "first frame"
+    assert session.last_info.dense_reason == "first frame"
     assert np.isfinite(before).all()
 
 
@@ -308,8 +308,8 @@ def test_after_an_exception_the_next_frame_is_dense_and_right(backbone: Model, s
         with pytest.raises(RuntimeError, match="device lost"):
             session.act(frame(1))
     hidden = capture_hidden(session, frame(2))
-    assert session.last is not None
-    assert session.last.dense_because == "first frame"
+    assert session.last_info is not None
+    assert session.last_info.dense_reason == "first frame"
     torch.testing.assert_close(hidden, capture_hidden(CachedVLA(backbone, Dense()).session(), frame(2)))
 
 
@@ -327,8 +327,8 @@ def test_bad_frames_leave_the_session_as_it_was(name: str) -> None:
     with pytest.raises(InputError, match="wrist|cameras" if name == "camera" else "8 values"):
         session.act(bad[name])
     session.act(good[1])
-    assert session.last is not None
-    assert session.last.dense_because is None
+    assert session.last_info is not None
+    assert session.last_info.dense_reason is None
 
 
 def test_memory_of_a_session_is_flat(backbone: Model) -> None:

@@ -10,11 +10,11 @@ import torch
 
 from lac_vla import CachedVLA, Decision, PrismaticBackbone, Random, Session, random_vla
 from lac_vla import graphs as graphs_module
-from lac_vla.graphs import ROOM
-from lac_vla.levers import Levers, rounded_up
+from lac_vla.engine.cuda_graphs import ROOM
+from lac_vla.engine.options import EngineOptions, pad_to_bucket
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy, cache_lowest
-from lac_vla.types import Beyond, View
+from lac_vla.types import PolicyInput, SkippedTokens
 from tests.engine.scenes import ALL_POLICIES, PRUNING, REUSING, frame
 from tests.engine.test_invariants import capture_hidden, reference, sequence_of
 
@@ -30,7 +30,7 @@ def backbone() -> PrismaticBackbone:
 
 def act(session: Session, seed: int) -> None:
     session.act(frame(seed))
-    assert session.last is not None
+    assert session.last_info is not None
 
 
 # Buckets.
@@ -39,22 +39,22 @@ def act(session: Session, seed: int) -> None:
 def test_the_oldest_cached_tokens_fill_the_bucket() -> None:
     cached = np.array([1, 1, 0, 1, 1, 1, 0, 1], dtype=bool)
     age = np.array([1, 3, 9, 2, 3, 3, 9, 1])
-    full = rounded_up(Decision.reuse(cached, 4), age, 4)
+    full = pad_to_bucket(Decision.reuse(cached, 4), age, 4)
     assert np.flatnonzero(full.active).tolist() == [1, 2, 4, 6]  # of three tokens of age 3 the first two
     assert full.recovered is not None
     assert np.flatnonzero(full.recovered).tolist() == [1, 4]
-    assert rounded_up(full, age, 4) is full
+    assert pad_to_bucket(full, age, 4) is full
 
 
 def test_a_bucket_larger_than_what_is_left_makes_the_frame_dense() -> None:
     cached = np.arange(10) < 3
-    assert rounded_up(Decision.reuse(cached, 2), np.zeros(10, dtype=np.int64), 16).active.all()
+    assert pad_to_bucket(Decision.reuse(cached, 2), np.zeros(10, dtype=np.int64), 16).active.all()
 
 
 def test_what_was_recovered_stays_so() -> None:
     recovered = np.array([False, False, False, True])
     decision = Decision.reuse(~recovered, 2, recovered=recovered, nominal_ratio=1.0)
-    full = rounded_up(decision, np.array([0, 0, 5, 0]), 2)
+    full = pad_to_bucket(decision, np.array([0, 0, 5, 0]), 2)
     assert full.recovered is not None
     assert full.recovered.tolist() == [False, False, True, True]
     assert full.nominal_ratio == 1.0
@@ -64,25 +64,25 @@ def test_what_was_recovered_stays_so() -> None:
     "decision",
     [
         Decision(np.array([0, 2, 2, 4, 4]), 4),
-        Decision(np.array([0, 0, 4, 4, 4]), 4, Beyond.PRUNE),
+        Decision(np.array([0, 0, 4, 4, 4]), 4, SkippedTokens.PRUNE),
         Decision.dense(5, 4),
         Decision.reuse(np.ones(5, dtype=bool), 4),
     ],
     ids=["mid-depth", "pruning", "dense", "nothing active"],
 )
 def test_other_decisions_stay(decision: Decision) -> None:
-    assert rounded_up(decision, np.zeros(5, dtype=np.int64), 2) is decision
+    assert pad_to_bucket(decision, np.zeros(5, dtype=np.int64), 2) is decision
 
 
 @pytest.mark.parametrize("name", sorted(set(REUSING) - {"dense"}))
 def test_a_bucket_makes_the_cache_no_older(backbone: PrismaticBackbone, name: str) -> None:
     """Counts and ages over a session; and with max_age, whose forced tokens are rounded up as well."""
-    session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3, levers=Levers(bucket=8)).session(seed=5)
+    session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3, options=EngineOptions(bucket=8)).session(seed=5)
     counts = set()
     for seed in range(8):
         before = session._cache.age.copy()
         act(session, seed)
-        step = session.last
+        step = session.last_info
         assert step is not None
         if seed:
             assert (step.age <= before + 1).all()
@@ -94,7 +94,9 @@ def test_a_bucket_makes_the_cache_no_older(backbone: PrismaticBackbone, name: st
 
 
 def test_a_bucket_makes_the_cache_fresher(backbone: PrismaticBackbone) -> None:
-    plain, full = (CachedVLA(backbone, Random(0.9), levers=Levers(bucket=bucket)).session(seed=1) for bucket in (1, 16))
+    plain, full = (
+        CachedVLA(backbone, Random(0.9), options=EngineOptions(bucket=bucket)).session(seed=1) for bucket in (1, 16)
+    )
     ages: list[list[float]] = [[], []]
     for seed in range(12):
         for session, age in zip((plain, full), ages, strict=True):
@@ -106,35 +108,36 @@ def test_a_bucket_makes_the_cache_fresher(backbone: PrismaticBackbone) -> None:
 @pytest.mark.parametrize("name", PRUNING)
 def test_a_bucket_leaves_pruning_alone(backbone: PrismaticBackbone, name: str) -> None:
     plain, full = (
-        CachedVLA(backbone, ALL_POLICIES[name](), levers=Levers(bucket=bucket)).session(seed=1) for bucket in (1, 7)
+        CachedVLA(backbone, ALL_POLICIES[name](), options=EngineOptions(bucket=bucket)).session(seed=1)
+        for bucket in (1, 7)
     )
     for seed in range(3):
         torch.testing.assert_close(capture_hidden(full, frame(seed)), capture_hidden(plain, frame(seed)))
-        assert plain.last is not None
-        assert full.last is not None
-        assert (full.last.decision.depth == plain.last.decision.depth).all()
+        assert plain.last_info is not None
+        assert full.last_info is not None
+        assert (full.last_info.decision.exit_layer == plain.last_info.decision.exit_layer).all()
 
 
-# Both levers against the slow reference.
+# Both options against the slow reference.
 
 
-@pytest.mark.parametrize("levers", ["bucket=8", "default+bucket=8+graphs"])
+@pytest.mark.parametrize("options", ["bucket=8", "default+bucket=8+cuda_graphs"])
 @pytest.mark.parametrize("name", ALL_POLICIES)
-def test_static_shapes_equal_the_reference(backbone: PrismaticBackbone, name: str, levers: str) -> None:
-    session = CachedVLA(backbone, ALL_POLICIES[name](), levers=Levers.parse(levers)).session(seed=5)
+def test_static_shapes_equal_the_reference(backbone: PrismaticBackbone, name: str, options: str) -> None:
+    session = CachedVLA(backbone, ALL_POLICIES[name](), options=EngineOptions.parse(options)).session(seed=5)
     expected = reference(backbone)
     for observation in FRAMES:
-        captured, step = capture_hidden(session, observation), session.last
+        captured, step = capture_hidden(session, observation), session.last_info
         assert step is not None
-        embeddings = sequence_of(backbone, observation, step.info["tokens"])
+        embeddings = sequence_of(backbone, observation, step.metadata["tokens"])
         hidden = expected.run(embeddings, step.layout.n_prefix, step.decision)[step.layout.suffix.start :]
         torch.testing.assert_close(captured.double(), hidden, **CLOSE)
 
 
 @pytest.mark.parametrize("name", REUSING)
 def test_an_unchanged_frame_is_exact(backbone: PrismaticBackbone, name: str) -> None:
-    levers = Levers.parse("bucket=8+graphs")
-    session = CachedVLA(backbone, ALL_POLICIES[name](), levers=levers).session()
+    options = EngineOptions.parse("bucket=8+cuda_graphs")
+    session = CachedVLA(backbone, ALL_POLICIES[name](), options=options).session()
     dense = capture_hidden(CachedVLA(backbone).session(), frame(4))
     for _ in range(3):
         torch.testing.assert_close(capture_hidden(session, frame(4)), dense, **CLOSE)
@@ -145,7 +148,9 @@ def test_an_unchanged_frame_is_exact(backbone: PrismaticBackbone, name: str) -> 
 
 def test_a_head_without_tokens_runs_on_graphs() -> None:
     cogact = random_vla(TINY_COGACT, seed=3)
-    plain, static = (CachedVLA(cogact, Random(0.5), levers=Levers.parse(t)).session(seed=2) for t in ("none", "graphs"))
+    plain, static = (
+        CachedVLA(cogact, Random(0.5), options=EngineOptions.parse(t)).session(seed=2) for t in ("none", "cuda_graphs")
+    )
     for seed in range(3):
         np.testing.assert_allclose(static.act(frame(seed)), plain.act(frame(seed)), atol=1e-4)
     assert static._graphs is not None
@@ -161,7 +166,9 @@ def test_the_mask_of_a_bidirectional_model_hides_what_does_not_exist() -> None:
 
     tiny = random_vla("tiny", seed=3)
     both = Bidirectional(tiny.model, tiny.encode)
-    plain, static = (CachedVLA(both, Random(0.5), levers=Levers.parse(t)).session(seed=2) for t in ("none", "graphs"))
+    plain, static = (
+        CachedVLA(both, Random(0.5), options=EngineOptions.parse(t)).session(seed=2) for t in ("none", "cuda_graphs")
+    )
     for observation in FRAMES:
         torch.testing.assert_close(capture_hidden(static, observation), capture_hidden(plain, observation), **CLOSE)
 
@@ -171,27 +178,29 @@ def test_buckets_make_few_shapes_and_the_cache_stays_where_it_is(backbone: Prism
     class Restless(CachePolicy):
         """Another number of tokens in every frame."""
 
-        def decide(self, view: View) -> Decision:
-            ratio = view.rng.uniform(0.3, 0.9)
-            return Decision.reuse(cache_lowest(view.rng.random(view.layout.n_visual), ratio), view.n_layers)
+        def decide(self, inputs: PolicyInput) -> Decision:
+            ratio = inputs.rng.uniform(0.3, 0.9)
+            return Decision.reuse(cache_lowest(inputs.rng.random(inputs.layout.n_visual), ratio), inputs.n_layers)
 
     shapes = {}
-    for levers in ("draft+graphs", "draft+graphs+bucket=16"):
-        session = CachedVLA(backbone, Restless(), levers=Levers.parse(levers)).session()
+    for options in ("draft+cuda_graphs", "draft+cuda_graphs+bucket=16"):
+        session = CachedVLA(backbone, Restless(), options=EngineOptions.parse(options)).session()
         addresses = set()
         for seed in range(24):
             act(session, seed % 5)
             addresses.add((session._cache.keys.data_ptr(), session._cache.values.data_ptr()))
         assert len(addresses) == 1
         assert session._graphs is not None
-        assert session._graphs.fallbacks == 0
-        shapes[levers] = len(session._graphs)
-    assert shapes["draft+graphs+bucket=16"] <= 4 + 2 + 6 < shapes["draft+graphs"]  # counts; dense frames; passes
+        assert session._graphs.eager_runs == 0
+        shapes[options] = len(session._graphs)
+    assert (
+        shapes["draft+cuda_graphs+bucket=16"] <= 4 + 2 + 6 < shapes["draft+cuda_graphs"]
+    )  # counts; dense frames; passes
 
 
 def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: PrismaticBackbone) -> None:
-    session = CachedVLA(backbone, Random(0.5), levers=Levers.parse("graphs")).session(seed=1)
-    other = CachedVLA(backbone, Random(0.5), levers=Levers.parse("none")).session(seed=1)
+    session = CachedVLA(backbone, Random(0.5), options=EngineOptions.parse("cuda_graphs")).session(seed=1)
+    other = CachedVLA(backbone, Random(0.5), options=EngineOptions.parse("none")).session(seed=1)
     assert session._graphs is not None
     homes = []
     for instruction in ("stop", "stop", "pick up the bowl, now", "go " * 2 * ROOM, "stop"):
@@ -205,17 +214,17 @@ def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: P
 
 @pytest.mark.parametrize("name", ALL_POLICIES)
 def test_what_falls_back_says_so(backbone: PrismaticBackbone, name: str) -> None:
-    session = CachedVLA(backbone, ALL_POLICIES[name](), levers=Levers.parse("graphs")).session()
+    session = CachedVLA(backbone, ALL_POLICIES[name](), options=EngineOptions.parse("cuda_graphs")).session()
     for seed in (0, 1):
         act(session, seed)
-    assert session.last is not None
+    assert session.last_info is not None
     # "watcher" looks at the last layer, which ends a run anyway
-    assert (session.last.fallbacks > 0) == (name in STAGED | set(PRUNING))
+    assert (session.last_info.eager_runs > 0) == (name in STAGED | set(PRUNING))
 
 
 def test_no_more_shapes_are_kept_than_the_limit(backbone: PrismaticBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs_module, "LIMIT", 2)
-    session = CachedVLA(backbone, Random(0.5), levers=Levers.parse("graphs")).session()
+    session = CachedVLA(backbone, Random(0.5), options=EngineOptions.parse("cuda_graphs")).session()
     for seed in range(3):
         act(session, seed)
         assert session._graphs is not None
@@ -228,8 +237,8 @@ def test_no_more_shapes_are_kept_than_the_limit(backbone: PrismaticBackbone, mon
 def test_captured_graphs_equal_the_plain_loop(name: str) -> None:
     tiny = random_vla("tiny", seed=3, device="cuda")
     plain, static = (
-        CachedVLA(tiny, ALL_POLICIES[name](), levers=Levers.parse(text)).session(seed=5)
-        for text in ("draft+bucket=8", "draft+bucket=8+graphs")
+        CachedVLA(tiny, ALL_POLICIES[name](), options=EngineOptions.parse(text)).session(seed=5)
+        for text in ("draft+bucket=8", "draft+bucket=8+cuda_graphs")
     )
     for seed in (*range(8), *range(8)):
         torch.testing.assert_close(capture_hidden(static, frame(seed)), capture_hidden(plain, frame(seed)), **CLOSE)
@@ -239,10 +248,10 @@ def test_captured_graphs_equal_the_plain_loop(name: str) -> None:
 
 def test_a_limit_keeps_whole_buckets() -> None:
     """A deadline must not make a shape of every frame: the limit is rounded down, the decision up."""
-    session = CachedVLA(random_vla("tiny"), Random(0.3), levers=Levers(bucket=8)).session()
+    session = CachedVLA(random_vla("tiny"), Random(0.3), options=EngineOptions(bucket=8)).session()
     session.act(frame(0))
     for number, limit in enumerate((23, 17, 11, 9, 3), start=1):
-        session.limit = limit
+        session.token_budget = limit
         session.act(frame(number))
-        assert session.last is not None
-        assert session.last.active.sum() == max(8, limit - limit % 8)
+        assert session.last_info is not None
+        assert session.last_info.active.sum() == max(8, limit - limit % 8)

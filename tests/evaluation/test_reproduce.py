@@ -15,7 +15,6 @@ from tests.evaluation.worlds import FakeEnv, outcomes
 from lac_vla import InputError, LACConfig, LACPolicy
 from lac_vla.bundled import MINI
 from lac_vla.errors import CheckpointError
-from lac_vla.evaluation.methods import resolve
 from lac_vla.evaluation.paper_tables import curve_verdict, paper_tables, statements, verdict
 from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.reproduce import (
@@ -31,6 +30,7 @@ from lac_vla.evaluation.reproduce import (
     plan,
     reproduce,
 )
+from lac_vla.factory import resolve_policy
 from lac_vla.policies import POLICIES, PolicySpec, Random
 
 MOTION = next(row for row in TABLE_1 if row.method == "motion-0.8")
@@ -48,7 +48,7 @@ def config(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repro
 @pytest.mark.parametrize("row", [*TABLE_1, *ABLATIONS], ids=lambda row: row.label)
 def test_every_row_of_a_known_policy_can_be_made(row: Row) -> None:
     if PolicySpec.parse(row.spec).name in POLICIES:
-        resolve(row.spec, str(MINI))
+        resolve_policy(row.spec, str(MINI))
 
 
 def test_the_methods_of_a_table_differ() -> None:

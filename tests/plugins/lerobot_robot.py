@@ -85,9 +85,9 @@ def main(model, scratch):
 
     # The same frames through the library.
     from lac_vla import CachedVLA, Frame, load_vla
-    from lac_vla.evaluation.methods import resolve
+    from lac_vla.factory import resolve_policy
 
-    session = CachedVLA(load_vla(model), resolve("random:ratio=0.5", model)).session()
+    session = CachedVLA(load_vla(model), resolve_policy("random:ratio=0.5", model)).session()
     expected = []
     for _ in range(2):
         session.reset()

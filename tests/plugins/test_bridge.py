@@ -49,12 +49,12 @@ def test_actions_are_the_sessions(backbone: PrismaticBackbone) -> None:
     bridge, session = Bridge(vla, {"wrist": CAMERAS["wrist"]}), vla.session()
     for seed in range(3):
         np.testing.assert_array_equal(bridge.act(batch(seed)), [session.act(KEYS.frame(observation(seed)))])
-        assert bridge.last is not None
-        assert bridge.last.dense_because == (None if seed else "first frame")
+        assert bridge.last_info is not None
+        assert bridge.last_info.dense_reason == (None if seed else "first frame")
     bridge.reset()
     bridge.act(batch(3))
-    assert bridge.last is not None
-    assert bridge.last.dense_because == "first frame"
+    assert bridge.last_info is not None
+    assert bridge.last_info.dense_reason == "first frame"
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_batches_that_cannot_be_used_change_nothing(
     with pytest.raises(InputError, match=complaint):
         bridge.act(batch(1, **change))
     bridge.act(batch(1))
-    assert bridge.last is not None
-    assert bridge.last.dense_because is None
+    assert bridge.last_info is not None
+    assert bridge.last_info.dense_reason is None
 
 
 def test_cameras_are_named(backbone: PrismaticBackbone) -> None:

@@ -28,8 +28,12 @@ def watched(path: Path, steps: int, ages: int | None = None) -> FailurePicture:
     picture = FailurePicture(path, HORIZON, 16)
     for number in range(steps):
         session.act(frame(number))
-        assert session.last is not None
-        step = session.last if ages is None else replace(session.last, age=np.full_like(session.last.age, ages))
+        assert session.last_info is not None
+        step = (
+            session.last_info
+            if ages is None
+            else replace(session.last_info, age=np.full_like(session.last_info.age, ages))
+        )
         picture.add(frame(number), step)
     return picture
 

@@ -6,10 +6,10 @@ import av
 import numpy as np
 import pytest
 
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.report import overlay as draw
 from lac_vla.report.video import sample_frames
-from lac_vla.step import Step
 from lac_vla.types import Decision, Frame, TokenLayout
 
 GRID = (4, 4)
@@ -148,14 +148,14 @@ def test_videos_that_cannot_be_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.mp4"))[1:]
 
 
-def step(number: int) -> Step:
+def step(number: int) -> StepInfo:
     layout = TokenLayout.of({"agentview": (4, 4), "wrist": (2, 2)}, 1, 3)
     cached = np.arange(20) % 2 == 0
     decision = Decision.reuse(cached, 2, recovered=np.arange(20) == 3)
     age = np.where(cached, number, 0).astype(np.int64)
     pixels = {"agentview": picture(), "wrist": picture(16, 16)}
     because = "first frame" if number == 0 else None
-    return Step(layout, decision, np.zeros(20, dtype=bool), age, because, {}, {}, pixels)
+    return StepInfo(layout, decision, np.zeros(20, dtype=bool), age, because, {}, {}, pixels)
 
 
 def test_a_step_shows_all_cameras_under_its_caption() -> None:

@@ -38,7 +38,7 @@ ABOUT = {
     "episodes": 56,
     "trained_with": {
         "created": "2025-03-01T12:00:00+00:00",
-        "command": "lac train --vla mini",
+        "command": "lac train --model mini",
         "versions": {"torch": "2.13.0"},
         "hardware": {"processor": "A Processor", "cores": 2},
     },
@@ -113,7 +113,7 @@ def test_it_says_what_was_trained_on_what(text: str) -> None:
 
 
 def test_the_last_numbers_are_shown(text: str) -> None:
-    for part in ("0.0123", "71 %", "target 75 %", "0.05", "A Processor", "lac train --vla mini", "2.13.0"):
+    for part in ("0.0123", "71 %", "target 75 %", "0.05", "A Processor", "lac train --model mini", "2.13.0"):
         assert part in text
     for part in ("Not finished", "not begun", "nothing noted"):
         assert part not in text
@@ -287,7 +287,7 @@ def test_training_ends_with_its_report(
 ) -> None:
     run = save(tmp_path / "run", WHOLE)
     monkeypatch.setattr("lac_vla.training.train.train", lambda config, max_seconds: config.out / "policy")
-    command = ["train", "--vla", "mini", "--dataset", "demos", "--out", str(run)]
+    command = ["train", "--model", "mini", "--dataset", "demos", "--out", str(run)]
     monkeypatch.setenv("RANK", "1")
     main(command)
     assert not (run / "report.html").exists(), "under torchrun the first process writes it"

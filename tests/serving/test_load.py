@@ -20,7 +20,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from lac_vla import CachedVLA, Dense, Random, random_vla
-from lac_vla.budget import smallest_limit
+from lac_vla.engine.budget import smallest_budget
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.serving.client import AsyncClient, Client
 from lac_vla.serving.controller import DeadlineController, LatencyTable
@@ -153,7 +153,7 @@ def test_the_wire_costs_little(start: Start) -> None:
 def test_deadlines_are_kept(start: Start) -> None:
     vla = CachedVLA(random_vla("mini", seed=1), Dense())
     table = LatencyTable.measure(vla)
-    floor = smallest_limit(212, vla.max_age)
+    floor = smallest_budget(212, vla.max_age)
     deadline = table(floor) * 1.3 + 10
     controller = DeadlineController(deadline, table, floor)
     with Client(start(vla, controller=controller, limits=Limits(rate_hz=1e6)).url) as client:

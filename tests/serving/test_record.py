@@ -106,7 +106,7 @@ def test_from_a_robots_log_to_a_policy(model: Path, folder: Path, tmp_path: Path
         assert (episode.metadata["model"], episode.metadata["horizon"]) == ("model", 1)
     assert [episode.metadata["ended"] for episode in dataset] == ["reset", "closed by the client"]
     assert not folder.with_name("log.recording").exists()
-    words = f"train --vla {model} --dataset {folder} --out {tmp_path / 'run'} --loss distill --stage1-steps 1"
+    words = f"train --model {model} --dataset {folder} --out {tmp_path / 'run'} --loss distill --stage1-steps 1"
     words += " --stage2-steps 2 --stage1-batch 2 --batch 2 --window 3 --width 8 --held-out 0.5 --every 2"
     main(words.split())
     policy = LACPolicy.from_pretrained(tmp_path / "run" / "policy")
@@ -271,7 +271,7 @@ def test_a_robot_that_never_resets(start: Start, folder: Path, monkeypatch: pyte
 
 
 def test_a_killed_server_loses_no_finished_episode(model: Path, folder: Path) -> None:
-    serve = ["serve", "--vla", str(model), "--policy", "dense", "--port", "0", "--record", str(folder)]
+    serve = ["serve", "--model", str(model), "--policy", "dense", "--port", "0", "--record", str(folder)]
     process = subprocess.Popen(
         [sys.executable, "-c", "from lac_vla.cli import main; main()", *serve],
         stderr=subprocess.PIPE,

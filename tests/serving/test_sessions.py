@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PrismaticBackbone, View, random_vla
+from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PolicyInput, PrismaticBackbone, random_vla
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy
 from lac_vla.serving import sessions
@@ -36,8 +36,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Stubborn(CachePolicy):
     """Reuses all that it may."""
 
-    def decide(self, view: View) -> Decision:
-        return Decision.reuse(np.ones(view.layout.n_visual, dtype=np.bool_), view.n_layers)
+    def decide(self, inputs: PolicyInput) -> Decision:
+        return Decision.reuse(np.ones(inputs.layout.n_visual, dtype=np.bool_), inputs.n_layers)
 
 
 def robot(backbone: PrismaticBackbone, policy: CachePolicy | None = None, **options: Any) -> RobotSession:
@@ -63,9 +63,9 @@ def test_what_begins_an_episode(
     assert first.reset is None
     answer = one.answer(observation(1) | {"episode_id": "a"} | change, clock.now)
     assert answer.reset == answer.message["lac"]["reset"] == reason
-    assert (answer.step.dense_because == "first frame") == (reason is not None)
+    assert (answer.step.dense_reason == "first frame") == (reason is not None)
     again = one.answer(observation(2) | {"episode_id": "a"} | change | {"reset": False}, clock.now)
-    assert (again.reset, again.step.dense_because) == (None, None)  # only once
+    assert (again.reset, again.step.dense_reason) == (None, None)  # only once
 
 
 def test_a_silence_begins_an_episode(backbone: PrismaticBackbone, clock: Clock) -> None:
@@ -105,9 +105,9 @@ def test_the_deadline_caps_the_tokens(backbone: PrismaticBackbone, clock: Clock,
 
 def test_the_table_knows_both_directions() -> None:
     assert [TABLE(n) for n in (0, 4, 15, 52, 90)] == [5, 5, 12.5, 40, 40]
-    assert [TABLE.within(ms) for ms in (4.9, 5, 12.5, 39.9, 40, 1e6)] == [0, 4, 15, 51, 52, 52]
+    assert [TABLE.tokens_in(ms) for ms in (4.9, 5, 12.5, 39.9, 40, 1e6)] == [0, 4, 15, 51, 52, 52]
     level = LatencyTable((4, 26, 52), (5.0, 5.0, 5.0))
-    assert level.within(5) == 52
+    assert level.tokens_in(5) == 52
 
 
 def test_the_table_is_measured_on_the_model(backbone: PrismaticBackbone) -> None:

@@ -19,6 +19,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from lac_vla import CachedVLA, InputError, Motion, PrismaticBackbone
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.report.overlay import overlay
 from lac_vla.serving.auth import browser_allowed, names_this_machine
 from lac_vla.serving.browse import open_page, page_address
@@ -26,8 +27,7 @@ from lac_vla.serving.client import Client, ServerError
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.seen import EVENTS, HEIGHT, KEPT
 from lac_vla.serving.server import Limits
-from lac_vla.step import Step
-from lac_vla.vla import Session
+from lac_vla.session import Session
 from tests.report.pages import Page, needs_browser
 from tests.serving.chromium import Tab
 from tests.serving.conftest import KEYS, Running, observation
@@ -68,13 +68,13 @@ def settled(server: Running, session: str, frames: int) -> dict[str, Any]:
         time.sleep(0.01)
 
 
-def expected(backbone: PrismaticBackbone, seeds: list[int]) -> Step:
+def expected(backbone: PrismaticBackbone, seeds: list[int]) -> StepInfo:
     """The last step of a session of the library with the same observations."""
     session = Session(CachedVLA(backbone, Motion(0.5)))
     for seed in seeds:
         session.act(KEYS.frame(observation(seed)))
-    assert session.last is not None
-    return session.last
+    assert session.last_info is not None
+    return session.last_info
 
 
 def test_off_by_default(start: Start) -> None:

@@ -8,8 +8,8 @@ import torch
 from tests.training.worlds import SIDE, learner_of, store_of, tiny
 
 from lac_vla import InputError
-from lac_vla.cache import VisualKVCache
-from lac_vla.prefill import extend, partial_prefill
+from lac_vla.engine.kv_cache import VisualKVCache
+from lac_vla.engine.prefill import extend, partial_prefill
 from lac_vla.training import lac
 from lac_vla.training.lac import Learner, Temperatures
 from lac_vla.types import Decision
@@ -228,7 +228,7 @@ def test_a_static_stream_is_reused_and_a_moving_one_is_not() -> None:
 
 def test_inference_decides_as_training_does() -> None:
     """The same images give the same ratio and mask in a session's view and in the learner."""
-    from lac_vla.types import View
+    from lac_vla.types import PolicyInput
 
     backbone = tiny()
     store = store_of(backbone)
@@ -239,7 +239,7 @@ def test_inference_decides_as_training_does() -> None:
     age = [torch.full((1, *grid), 2.0) for grid in store.grids.values()]
     with torch.no_grad():
         expected = learner.choose(frames, before, age, WARM, None).mask[0].numpy() > 0.5
-    view = View(
+    inputs = PolicyInput(
         layout=store.layout,
         n_layers=2,
         instruction="pick up the bowl",
@@ -250,7 +250,7 @@ def test_inference_decides_as_training_does() -> None:
         age=np.full(store.layout.n_visual, 2),
         rng=np.random.default_rng(0),
     )
-    assert np.array_equal(learner.policy.decide(view).active, expected)
+    assert np.array_equal(learner.policy.decide(inputs).active, expected)
 
 
 def test_a_policy_for_another_layout_is_refused() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lac_vla import CachedVLA, CheckpointError, Frame, InputError, Levers, load_vla, random_vla, save_vla
+from lac_vla import CachedVLA, CheckpointError, EngineOptions, Frame, InputError, load_vla, random_vla, save_vla
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.models.cogact.config import CogACTConfig, DiTConfig, Sampling
 from lac_vla.models.cogact.model import SCHEDULE
@@ -237,7 +237,7 @@ def test_a_model_with_a_new_tower_acts(tower: PretrainConfig) -> None:
     assert backbone.model.config.cameras[0].tower == VIT
     images = {camera: np.zeros((256, 256, 3), np.uint8) for camera in ("agentview", "wrist")}
     frame = Frame(images, "pick up the bowl", np.zeros(8, np.float32))
-    assert CachedVLA(backbone, levers=Levers(tower_reuse=True)).session().act(frame).shape == (7,)
+    assert CachedVLA(backbone, options=EngineOptions(vision_kv_reuse=True)).session().act(frame).shape == (7,)
     lines = [json.loads(line) for line in (tower.out / "metrics.jsonl").read_text().splitlines()]
     assert {"held_out_imitation", "held_out_tokens", "held_out_action_error"} <= set(lines[-1])
 

@@ -16,7 +16,17 @@ from tests.engine.test_invariants import capture_hidden
 from tests.training.test_train import rows, short_run, write_dataset
 from tests.training.worlds import SIDE, learner_of, store_of
 
-from lac_vla import CachedVLA, InputError, LACPolicy, Levers, PrismaticBackbone, Random, load_vla, random_vla, save_vla
+from lac_vla import (
+    CachedVLA,
+    EngineOptions,
+    InputError,
+    LACPolicy,
+    PrismaticBackbone,
+    Random,
+    load_vla,
+    random_vla,
+    save_vla,
+)
 from lac_vla.cli import main
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
@@ -119,17 +129,17 @@ def in_order(memory):  # type: ignore[no-untyped-def]
 
 @torch.inference_mode()
 def test_both_storeys_equal_a_session(backbone: PrismaticBackbone) -> None:
-    """Invariant 4 with the lever ``tower_reuse``: hidden states of all rows that a task reads."""
+    """Invariant 4 with the option ``vision_kv_reuse``: hidden states of all rows that a task reads."""
     numbers = [0, 1, 2, 3]
     store = seen_store(backbone, numbers)
     learner = reusing(backbone, store)
-    session = CachedVLA(backbone, Random(0.6), levers=Levers(tower_reuse=True)).session(seed=2)
+    session = CachedVLA(backbone, Random(0.6), options=EngineOptions(vision_kv_reuse=True)).session(seed=2)
     old = seen = None
     for at, number in enumerate(numbers):
         expected = capture_hidden(session, frame(number))[-backbone.max_new_tokens :]
-        assert session.last is not None
-        store.targets[at] = session.last.info["tokens"]
-        active = session.last.decision.active
+        assert session.last_info is not None
+        store.targets[at] = session.last_info.metadata["tokens"]
+        active = session.last_info.decision.active
         assert active.all() == (at == 0)
         mask = torch.from_numpy(active)[None].float() if at else None
         seen = learner._see(learner.tower, np.array([at]), mask, seen)
@@ -183,7 +193,7 @@ def test_mask_gradient_is_the_first_order_value_of_refreshing_on_both_storeys(ba
 
 
 @torch.inference_mode()
-def test_a_window_is_what_a_session_with_the_lever_goes_through(backbone: PrismaticBackbone) -> None:
+def test_a_window_is_what_a_session_with_the_option_goes_through(backbone: PrismaticBackbone) -> None:
     """The task loss without chance is the divergence that the learner's own policy causes in a session."""
     numbers = [0, 3, 6, 9]
     store = seen_store(backbone, numbers)
@@ -192,12 +202,12 @@ def test_a_window_is_what_a_session_with_the_lever_goes_through(backbone: Prisma
         pixels = [resize(backbone.pixels(frame(number))[camera.name], *shape) for number in numbers]
         store.images[camera.name][:] = np.stack(pixels)
     learner = reusing(backbone, store, ratio=0.6, recovery=0.0, flow="none")
-    session = CachedVLA(backbone, learner.policy, levers=Levers(tower_reuse=True)).session()
+    session = CachedVLA(backbone, learner.policy, options=EngineOptions(vision_kv_reuse=True)).session()
     hidden = []
     for at, number in enumerate(numbers):
         hidden.append(capture_hidden(session, frame(number))[-backbone.max_new_tokens :].clone())
-        assert session.last is not None
-        store.targets[at] = session.last.info["tokens"]
+        assert session.last_info is not None
+        store.targets[at] = session.last_info.metadata["tokens"]
     chance = torch.Generator()
     dense = learner.decode(np.arange(1, 4)).hidden
     expected = learner.task.distill(torch.stack(hidden[1:]), dense, torch.from_numpy(store.targets[1:]), chance).mean()
@@ -206,7 +216,7 @@ def test_a_window_is_what_a_session_with_the_lever_goes_through(backbone: Prisma
     assert task > 1e-4
 
 
-def test_a_window_sees_what_the_lever_costs(backbone: PrismaticBackbone) -> None:
+def test_a_window_sees_what_the_option_costs(backbone: PrismaticBackbone) -> None:
     """At one ratio the loss is another with the tower's reuse, in validation too; where all is active there is none."""
     store = seen_store(backbone, [0, 3, 6, 9])
     chance = torch.Generator()
@@ -249,24 +259,33 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(backbone: PrismaticBackbone, dataset: Path, tmp_path: Path) -> TrainConfig:
     short = short_run(save(backbone, tmp_path / "vla"), dataset, tmp_path / "run")
-    return replace(short, stage1_steps=1, stage2_steps=3, recovery=0.0, tower_reuse=True)
+    return replace(short, stage1_steps=1, stage2_steps=3, recovery=0.0, vision_kv_reuse=True)
 
 
-def test_the_command_trains_a_policy_for_the_lever(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", "--vla", config.vla, "--dataset", str(config.dataset), "--out", str(config.out), "--tower-reuse"]
+def test_the_command_trains_a_policy_for_the_option(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "train",
+        "--model",
+        config.model,
+        "--dataset",
+        str(config.dataset),
+        "--out",
+        str(config.out),
+        "--vision-kv-reuse",
+    ]
     words += ["--stage1-steps", "1", "--stage2-steps", "2", "--stage1-batch", "4", "--batch", "2", "--window", "3"]
     main([*words, "--held-out", "0.25", "--width", "8"])
     assert str(config.out / "policy") in capsys.readouterr().out.replace("\n", "")
     about = json.loads((config.out / "policy" / "config.json").read_text())["about"]
-    assert about["training"]["tower_reuse"] is True
+    assert about["training"]["vision_kv_reuse"] is True
     assert all(np.isfinite(list(row.values())).all() for row in rows(config.out))
     session = CachedVLA(
-        load_vla(config.vla), LACPolicy.from_pretrained(config.out), levers=Levers(tower_reuse=True)
+        load_vla(config.model), LACPolicy.from_pretrained(config.out), options=EngineOptions(vision_kv_reuse=True)
     ).session()
     for number in range(3):
         session.act(frame(number))
-    assert session.last is not None
-    assert session.last.dense_because is None
+    assert session.last_info is not None
+    assert session.last_info.dense_reason is None
 
 
 def test_resume_equals_an_unbroken_run(config: TrainConfig, tmp_path: Path) -> None:
@@ -290,9 +309,9 @@ def test_the_store_holds_what_the_tower_sees(config: TrainConfig, backbone: Pris
     for camera, pixels in store.tower_pixels.items():
         assert np.array_equal(pixels[int(store.start[1]) + 4], expected[camera])
     # What is stored for the tower need not be read ...
-    train(replace(config, out=tmp_path / "without", store=config.out / "store", tower_reuse=False))
+    train(replace(config, out=tmp_path / "without", store=config.out / "store", vision_kv_reuse=False))
     # ... and what is not there is asked for.
-    train(replace(config, out=tmp_path / "plain", tower_reuse=False))
+    train(replace(config, out=tmp_path / "plain", vision_kv_reuse=False))
     assert not FrameStore.open(tmp_path / "plain" / "store").tower_pixels
     with pytest.raises(InputError, match=r"no pixels of the cameras .*another --store"):
         train(replace(config, out=tmp_path / "asking", store=tmp_path / "plain" / "store"))
@@ -300,6 +319,6 @@ def test_the_store_holds_what_the_tower_sees(config: TrainConfig, backbone: Pris
 
 def test_convolutions_are_refused_before_anything_is_computed(config: TrainConfig, tmp_path: Path) -> None:
     model = save(random_vla("tiny"), tmp_path / "conv")
-    with pytest.raises(InputError, match=r"tower_reuse needs a vision transformer.*convolutions"):
+    with pytest.raises(InputError, match=r"vision_kv_reuse needs a vision transformer.*convolutions"):
         train(replace(config, vla=str(model)))
     assert not config.out.exists()

@@ -89,15 +89,15 @@ def rows(out: Path) -> list[dict[str, float]]:
 def test_a_trained_policy_drives_the_model(config: TrainConfig, loss: str, options: dict[str, object]) -> None:
     config = replace(config, loss=loss, recovery=0.0, **options)  # type: ignore[arg-type]
     policy = LACPolicy.from_pretrained(train(config))
-    session = CachedVLA(load_vla(config.vla), policy).session()
+    session = CachedVLA(load_vla(config.model), policy).session()
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     frame = Frame({camera: image for camera in CAMERAS}, "pick up the bowl")
     for _ in range(3):
         session.act(frame)
-    assert session.last is not None
-    assert session.last.decision.nominal_ratio in config.ratios
+    assert session.last_info is not None
+    assert session.last_info.decision.nominal_ratio in config.ratios
     if config.fixed_ratio:
-        assert session.last.ratio == pytest.approx(0.5, abs=0.02)
+        assert session.last_info.ratio == pytest.approx(0.5, abs=0.02)
     scored = [row for row in rows(config.out) if "held_out_task" in row]
     assert scored
     assert all(np.isfinite(list(row.values())).all() for row in rows(config.out))
@@ -110,7 +110,7 @@ def test_cogact_is_trained_and_resumed_exactly(config: TrainConfig, cogact: Path
     store = FrameStore.open(config.out / "store")
     assert store.targets.dtype == np.float32
     assert store.targets.shape == (36, 16 * 7)
-    session = CachedVLA(load_vla(config.vla), policy).session()
+    session = CachedVLA(load_vla(config.model), policy).session()
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     for _ in range(3):
         action = session.act(Frame({camera: image for camera in CAMERAS}, "pick up the bowl"))
@@ -212,7 +212,7 @@ def test_plain_logs_can_be_distilled_but_not_imitated(config: TrainConfig, tmp_p
     strip_actions(logs)
     config = replace(config, dataset=logs, held_out=0.5)
     store = FrameStore.open(train(config).parent / "store")
-    backbone = load_vla(config.vla)
+    backbone = load_vla(config.model)
     assert not store.has_actions
     session = CachedVLA(backbone).session()
     images = {name: np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8) for name in CAMERAS}
@@ -307,7 +307,7 @@ def test_a_store_of_another_tower_is_refused(config: TrainConfig, model: Path) -
 def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
     train(config)
     store = FrameStore.open(config.out / "store")
-    backbone = load_vla(config.vla)
+    backbone = load_vla(config.model)
     from lac_vla.datasets import LeRobotDataset
 
     episode = LeRobotDataset(config.dataset).episode(1)
@@ -359,7 +359,7 @@ def two_processes(config: TrainConfig, port: int, before: str = "") -> list[tupl
 def test_two_processes_train_one_policy(config: TrainConfig, tmp_path: Path) -> None:
     """Gradients and what steers λ are means, so both processes end with the same weights and the same λ."""
     FrameStore.build(
-        load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels
+        load_vla(config.model), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels
     )
     run = replace(config, stage1_steps=1, stage2_steps=2, out=tmp_path / "two", store=tmp_path / "store")
     ends = two_processes(replace(run, target_ratio=0.8), 29517)
@@ -373,7 +373,7 @@ def test_two_processes_train_one_policy(config: TrainConfig, tmp_path: Path) -> 
 def test_where_the_loss_of_one_process_breaks_both_stop(config: TrainConfig, tmp_path: Path) -> None:
     """The other does not wait for ever for a gradient that never comes."""
     FrameStore.build(
-        load_vla(config.vla), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels
+        load_vla(config.model), config.dataset, tmp_path / "store", flow="dis", patch_pixels=config.patch_pixels
     )
     run = replace(config, stage1_steps=0, stage2_steps=2, out=tmp_path / "two", store=tmp_path / "store")
     broken = """

@@ -9,10 +9,10 @@ from typing import Literal, TypeAlias
 from lac_vla.bench.roofline import GPUS
 from lac_vla.bench.shapes import SHAPES
 from lac_vla.bench.sweep import expand
+from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
-from lac_vla.evaluation.methods import make_methods, resolve
+from lac_vla.factory import make_policies, resolve_policy
 from lac_vla.flow import make_flow
-from lac_vla.levers import Levers
 
 Section: TypeAlias = Literal["engine", "frame", "memory", "roofline"]
 
@@ -36,10 +36,10 @@ class BenchConfig:
         active: Shares of the visual tokens that the section ``engine`` recomputes, in (0, 1).
         rounds: How often the section ``engine`` runs every variant.
         policies: Methods of the section ``frame``, beside the two dense ones; ``random:ratio=.25,.5,.9`` are three.
-        levers: Sets of levers beside caching, each for dense and for every policy: ``none`` is the baseline and always
-            there; ``draft``, ``draft+overlap``, ``default``, ``exact`` (all that change no number), …
+        options: Sets of options beside caching, each for dense and for every policy: ``none`` is the baseline and
+            always there; ``draft``, ``draft+async_policy``, ``default``, ``exact`` (all that change no number), …
         acceptance: Shares of the drafted tokens that are made to stand, in [0, 1], for random weights, where what
-            stands by itself means nothing: a further row each for every method with the lever ``draft``.
+            stands by itself means nothing: a further row each for every method with the option ``draft``.
         frames: Observations of the section ``frame``.
         minutes: The section ``frame`` ends with the round in which it has taken so long; 0 for no limit.
         warmup: Rounds, or observations, that are run first and not counted.
@@ -68,7 +68,7 @@ class BenchConfig:
     active: tuple[float, ...] = (0.5, 0.25, 0.1)
     rounds: int = 50
     policies: tuple[str, ...] = ("motion:ratio=0.5", "motion:ratio=0.7")
-    levers: tuple[str, ...] = ("none", "default")
+    options: tuple[str, ...] = ("none", "default")
     acceptance: tuple[float, ...] = ()
     frames: int = 200
     minutes: float = 0
@@ -110,10 +110,10 @@ class BenchConfig:
             )
         if self.minutes < 0:
             raise InputError(f"minutes is {self.minutes}; give a time, or 0 for no limit")
-        for levers in self.levers:
-            Levers.parse(levers)
-        make_methods(self.methods, self.model)
-        resolve(self.memory_policy, self.model)
+        for options in self.options:
+            EngineOptions.parse(options)
+        make_policies(self.methods, self.model)
+        resolve_policy(self.memory_policy, self.model)
         make_flow(self.flow or "none")
 
     @property

@@ -15,11 +15,11 @@ from lac_vla.bench.model import open_random
 from lac_vla.bench.roofline import Roofline
 from lac_vla.bench.shapes import LAYOUT, SHAPES, decoder_config
 from lac_vla.bench.stock import STOCK, stock_prefill
-from lac_vla.cache import VisualKVCache
 from lac_vla.cost import prefill_macs
+from lac_vla.engine.kv_cache import VisualKVCache
+from lac_vla.engine.prefill import partial_prefill
 from lac_vla.evaluation.stats import Percentiles
 from lac_vla.models import PrismaticBackbone
-from lac_vla.prefill import partial_prefill
 from lac_vla.types import Decision
 
 DENSE = "dense"

@@ -19,21 +19,21 @@ from lac_vla.bench.roofline import Roofline
 from lac_vla.bench.scene import Scene
 from lac_vla.bench.stock import STOCK
 from lac_vla.cost import CostModel
+from lac_vla.engine.options import EngineOptions
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.evaluation.rollout import peak_memory_mb
 from lac_vla.evaluation.stats import Percentiles
-from lac_vla.levers import Levers
-from lac_vla.step import Step
+from lac_vla.session import Session
 from lac_vla.timing import STAGES, WINDOWS
-from lac_vla.vla import Session
 
 BOOKKEEPING = ("flow", "policy", "bookkeeping")
 """Stages that a model without cache does not have."""
 SHARE = 0.15
 """Most that they may take together, of the dense model call."""
-LEARNED = {"share": 0.10, "prefill": 2.0, "action": 1.3, "levers": 1.76}
-"""Of a learned policy on replayed frames: flow and policy over the model call of dense with the same levers, at most;
-the prefill, and observation to action, faster than dense with the same levers; observation to action with levers
+LEARNED = {"share": 0.10, "prefill": 2.0, "action": 1.3, "options": 1.76}
+"""Of a learned policy on replayed frames: flow and policy over the model call of dense with the same options, at most;
+the prefill, and observation to action, faster than dense with the same options; observation to action with options
 faster than dense without, at least."""
 SAME = 1 / 256
 """Two action values that differ by less, of a range from -1 to 1, are the same: half a bin of OpenVLA's tokens."""
@@ -44,17 +44,17 @@ class FrameRow:
     """One method over the counted frames.
 
     Attributes:
-        name: ``dense stock``, ``dense`` or the policy; with the levers behind it, if any are pulled.
+        name: ``dense stock``, ``dense`` or the policy; with the options behind it, if any are on.
         ratio_nominal: Mean of the ratio aimed at; ``None`` if the method aims at none.
         ratio_effective: Mean share of (token, layer) pairs that were not computed.
         windows_ms: Window → latency, see :data:`lac_vla.timing.WINDOWS`.
         stages_ms: Stage → latency, see :data:`lac_vla.timing.STAGES`.
-        levers: What is pulled; empty for none and for the stock model.
-        faster_than_dense: Window → latency of ``dense``, no lever pulled, over this one.
-        faster_than_equal: Window → latency of dense with the same levers over this one: the worth of caching itself.
+        options: The options that are on; empty for none and for the stock model.
+        faster_than_dense: Window → latency of ``dense``, no option on, over this one.
+        faster_than_equal: Window → latency of dense with the same options over this one: the worth of caching itself.
         faster_than_stock: Window → latency of ``stock`` over this one.
         bookkeeping: Flow, policy and bookkeeping over the model call of ``dense``.
-        deciding: Flow and policy over the model call of dense with the same levers.
+        deciding: Flow and policy over the model call of dense with the same options.
         macs: Stage → mean multiply-accumulates per frame.
         flops: Two per multiply-accumulate, all stages.
         passes: Mean decoding passes behind the prefill.
@@ -70,7 +70,7 @@ class FrameRow:
     """
 
     name: str
-    levers: str
+    options: str
     ratio_nominal: float | None
     ratio_effective: float
     windows_ms: dict[str, Percentiles]
@@ -151,7 +151,7 @@ class Log:
     peaks_mb: list[float] = field(default_factory=list)
     floors: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, step: Step, peak_mb: float | None, cost: CostModel, roofline: Roofline | None) -> None:
+    def add(self, step: StepInfo, peak_mb: float | None, cost: CostModel, roofline: Roofline | None) -> None:
         """Write down a frame."""
         if peak_mb is not None:
             self.peaks_mb.append(peak_mb)
@@ -159,15 +159,17 @@ class Log:
         self.windows.append(step.timings)
         self.nominal.append(step.decision.nominal_ratio)
         self.effective.append(step.ratio)
-        self.answers.append(np.asarray(step.info.get("tokens", step.info.get("normalized")), dtype=np.float64))
+        self.answers.append(np.asarray(step.metadata.get("tokens", step.metadata.get("normalized")), dtype=np.float64))
         self.macs.append(cost.step(step))
-        self.passes.append(len(step.passes))
+        self.passes.append(len(step.decode_passes))
         if step.accepted is not None:
             self.accepted.append(step.accepted / step.draft)
         if roofline is not None:
-            floors = {"prefill": roofline.prefill_ms(step.layout, step.decision, step.draft, whole=step.whole)}
-            if step.passes:
-                floors["decode"] = roofline.decode_ms(step.layout, step.decision, step.passes)
+            floors = {
+                "prefill": roofline.prefill_ms(step.layout, step.decision, step.draft, whole=step.full_last_layer)
+            }
+            if step.decode_passes:
+                floors["decode"] = roofline.decode_ms(step.layout, step.decision, step.decode_passes)
             self.floors.append(floors)
 
     def stage(self, name: str) -> list[float]:
@@ -198,8 +200,8 @@ def measure_frames(backbone: Timed, scene: Scene, config: BenchConfig) -> FrameR
     if len(scene.frames) <= config.warmup:
         raise InputError(f"{scene.source}: {len(scene.frames)} frames, {config.warmup} of them warm-up: none is left")
     methods = list(make_methods(backbone, config))
-    reuses = {method.name: Levers.parse(method.levers or "none").tower_reuse for method in methods}
-    costs = {reuse: CostModel.of(backbone, scene.frames[0], tower_reuse=reuse) for reuse in set(reuses.values())}
+    reuses = {method.name: EngineOptions.parse(method.options or "none").vision_kv_reuse for method in methods}
+    costs = {reuse: CostModel.of(backbone, scene.frames[0], vision_kv_reuse=reuse) for reuse in set(reuses.values())}
     roofline = None if config.roofline is None else Roofline(config.roofline, backbone.shape)
     robots = {method.name: method.robot for method in methods}
     logs = {name: Log() for name in robots}
@@ -244,25 +246,27 @@ def _targets(row: FrameRow, *, earned: bool) -> Iterator[Target]:
     yield Target.at_least(f"prefill of {row.name}, faster than dense so equipped", prefill, LEARNED["prefill"])
     equal = row.faster_than_equal[action]
     yield Target.at_least(f"{row.name}, observation to action, than dense so equipped", equal, LEARNED["action"])
-    if row.levers:
+    if row.options:
         plain = row.faster_than_dense[action]
-        yield Target.at_least(f"{row.name}, observation to action, than dense without levers", plain, LEARNED["levers"])
+        yield Target.at_least(
+            f"{row.name}, observation to action, than dense without options", plain, LEARNED["options"]
+        )
 
 
-def _turn(robot: Robot, scene: Scene, index: int, device: torch.device) -> tuple[Step, float | None]:
+def _turn(robot: Robot, scene: Scene, index: int, device: torch.device) -> tuple[StepInfo, float | None]:
     """One frame on one robot; and the accelerator's peak memory meanwhile, MB."""
     if index in scene.starts:
         robot.reset()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     robot.act(scene.frames[index])
-    if robot.last is None:  # pragma: no cover - act always leaves a step
+    if robot.last_info is None:  # pragma: no cover - act always leaves a step
         raise RuntimeError("the session did not report its step")
-    return robot.last, peak_memory_mb(device) if device.type == "cuda" else None
+    return robot.last_info, peak_memory_mb(device) if device.type == "cuda" else None
 
 
 def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
-    log, dense, stock, equal = logs[method.name], logs[DENSE], logs[STOCK], logs[row_name(DENSE, method.levers)]
+    log, dense, stock, equal = logs[method.name], logs[DENSE], logs[STOCK], logs[row_name(DENSE, method.options)]
     nominal = [ratio for ratio in log.nominal if ratio is not None]
     macs = {stage: float(np.mean([macs[stage] for macs in log.macs])) for stage in log.macs[0]}
     floors = {
@@ -272,7 +276,7 @@ def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
     }
     return FrameRow(
         name=method.name,
-        levers=method.levers,
+        options=method.options,
         ratio_nominal=float(np.mean(nominal)) if nominal else None,
         ratio_effective=float(np.mean(log.effective)),
         windows_ms={window: measured(log.window(window)) for window in WINDOWS},

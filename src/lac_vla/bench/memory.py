@@ -14,10 +14,10 @@ from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Target
 from lac_vla.bench.model import Timed
 from lac_vla.bench.scene import Scene
-from lac_vla.evaluation.methods import resolve
 from lac_vla.evaluation.rollout import peak_memory_mb
+from lac_vla.factory import resolve_policy
 from lac_vla.policies import paths_by_name
-from lac_vla.vla import CachedVLA, Session
+from lac_vla.session import CachedVLA, Session
 
 CHECKPOINTS = 10
 FLAT_MB = 2.0
@@ -72,7 +72,9 @@ def measure_memory(backbone: Timed, scene: Scene, config: BenchConfig) -> Memory
         scene: Frames to go round in.
         config: The benchmark.
     """
-    vla = CachedVLA(backbone, resolve(config.memory_policy, config.model), flow=config.flow, max_age=config.max_age)
+    vla = CachedVLA(
+        backbone, resolve_policy(config.memory_policy, config.model), flow=config.flow, max_age=config.max_age
+    )
     session = vla.session(config.seed)
     steps = np.linspace(0, config.memory_frames, CHECKPOINTS + 1)[1:]
     checkpoints = set(np.ceil(steps).astype(int).tolist())

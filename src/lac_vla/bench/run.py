@@ -40,7 +40,7 @@ UNITS = {
     "flops": "floating-point operations: 2 per multiply-accumulate",
     "faster_than_*": "ratio of medians value, quartiles low and high of the ratios within the rounds",
     "bookkeeping": "as faster_than_*: flow + policy + bookkeeping over the model call of 'dense'",
-    "deciding": "as faster_than_*: flow + policy over the model call of dense with the same levers",
+    "deciding": "as faster_than_*: flow + policy over the model call of dense with the same options",
     "floor_ms": "least time of that GPU's vendor peaks: of the arithmetic, or of reading the layers' weights once",
     "times_floor": "median over floor_ms; only where the device is that GPU",
     "swept": "prescribed, no property of the method or of the weights",

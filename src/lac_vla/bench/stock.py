@@ -9,12 +9,12 @@ import torch
 
 from lac_vla.bench.model import Timed
 from lac_vla.cost import one_by_one
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.models import CogACTBackbone
 from lac_vla.models.prismatic.backbone import PrismaticBackbone
-from lac_vla.step import Step
+from lac_vla.session import action_noise
 from lac_vla.timing import Stopwatch
 from lac_vla.types import Decision, FloatArray, Frame
-from lac_vla.vla import action_noise
 
 STOCK = "dense stock"
 """Name of the baseline in results and tables."""
@@ -46,18 +46,18 @@ class StockSession:
         seed: Of what the action head leaves to chance: the same noise as in a session of this seed.
 
     Attributes:
-        last: What the last call of :meth:`act` did, as a :class:`lac_vla.vla.Step`.
+        last: What the last call of :meth:`act` did, as a :class:`lac_vla.session.StepInfo`.
     """
 
     def __init__(self, backbone: Timed, seed: int = 0) -> None:
-        self.last: Step | None = None
+        self.last_info: StepInfo | None = None
         self._backbone = backbone
         self._seed = seed
         self._noise = action_noise(seed)
 
     def reset(self) -> None:
         """Begin a new episode."""
-        self.last = None
+        self.last_info = None
         self._noise = action_noise(self._seed)
 
     @torch.inference_mode()
@@ -78,17 +78,17 @@ class StockSession:
         else:
             action, info = self._decode(backbone, prompt, clock)
         n, depth = layout.n_visual, len(backbone.layers)
-        self.last = Step(
+        self.last_info = StepInfo(
             layout=layout,
             decision=Decision.dense(n, depth),
             forced=np.zeros(n, dtype=np.bool_),
             age=np.zeros(n, dtype=np.int64),
-            dense_because="stock model",
+            dense_reason="stock model",
             stages=clock.stages,
-            info=info,
+            metadata=info,
             pixels=pixels,
-            whole=True,
-            passes=one_by_one(backbone.max_new_tokens),
+            full_last_layer=True,
+            decode_passes=one_by_one(backbone.max_new_tokens),
         )
         return action
 

@@ -11,3 +11,10 @@ MINI_VIT = Path(__file__).parent / "mini-vit"
 """The same, but a vision transformer sees the first camera: a tower that can reuse."""
 MINI_COGACT = Path(__file__).parent / "mini-cogact"
 """Draws chunks of actions with CogACT's diffusion head, on a trunk that started as the other's."""
+
+BUNDLED = {folder.name: folder for folder in (MINI, MINI_VIT, MINI_COGACT)}
+
+
+def find_model(name: str) -> str:
+    """The folder of a bundled model given by its name; any other folder or hub id as it is."""
+    return str(BUNDLED[name]) if name in BUNDLED and not Path(name).exists() else name

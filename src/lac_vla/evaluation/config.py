@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
-from lac_vla.evaluation.methods import make_methods
 from lac_vla.evaluation.stress import make_stress
+from lac_vla.factory import make_policies
 from lac_vla.flow import make_flow
-from lac_vla.levers import Levers
 from lac_vla.sims.libero import SUITES
 
 FIRST_HELD_OUT = 40
@@ -33,8 +33,8 @@ class EvalConfig:
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.
-        levers: Levers beside caching, of all methods, dense included: ``default``, ``none``, ``exact``,
-            ``draft+overlap``, …
+        options: EngineOptions beside caching, of all methods, dense included: ``default``, ``none``, ``exact``,
+            ``draft+async_policy``, …
         stress: What disturbs every episode, the same for all methods: ``shake``, ``lighting``, ``drift``,
             ``occlusion``, ``instruction``, ``drops`` or ``long``, see :mod:`lac_vla.evaluation.stress`.
         rendering: ``fast`` (altered pixels, for models trained on them) or ``official``.
@@ -65,7 +65,7 @@ class EvalConfig:
     seed: int = 0
     flow: str | None = None
     max_age: int = 16
-    levers: str = "default"
+    options: str = "default"
     stress: str | None = None
     rendering: Literal["fast", "official"] = "fast"
     convention: Literal["upright", "openvla"] = "upright"
@@ -91,9 +91,9 @@ class EvalConfig:
             raise InputError(f"workers is {self.workers}; give at least 1")
         if self.ensemble is not None and self.ensemble < 1:
             raise InputError(f"ensemble is {self.ensemble}; at least the newest chunk must count")
-        Levers.parse(self.levers)
+        EngineOptions.parse(self.options)
         if self.server is None:
-            make_methods(self.policies, self.model)
+            make_policies(self.policies, self.model)
         elif len(self.policies) != 1 or self.workers != 1 or self.ray is not None:
             raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
         make_flow(self.flow or "none")

@@ -19,7 +19,7 @@ from lac_vla.types import FloatArray, Frame
 
 @dataclass(frozen=True)
 class RemoteReport:
-    """What the server said about a frame; see :class:`lac_vla.vla.Step`.
+    """What the server said about a frame; see :class:`lac_vla.session.StepInfo`.
 
     Attributes:
         ratio: Effective cache ratio.
@@ -47,11 +47,11 @@ class RemoteSession:
 
     Attributes:
         client: A :class:`lac_vla.serving.client.Client`, or what has its face.
-        last: About the last frame.
+        last_info: About the last frame.
     """
 
     client: Any
-    last: RemoteReport | None = None
+    last_info: RemoteReport | None = None
     _seed: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class RemoteSession:
     def reset(self, seed: int | None = None) -> None:
         """Begin a new episode with the next frame."""
         self._seed = seed
-        self.last = None
+        self.last_info = None
         self.client.reset()
 
     def act(self, frame: Frame) -> FloatArray:
@@ -102,7 +102,7 @@ class RemoteSession:
         answer = self.client.infer(request)
         round_trip = 1e3 * (time.perf_counter() - start)
         about = answer["lac"]
-        self.last = RemoteReport(
+        self.last_info = RemoteReport(
             about["ratio"], about["nominal_ratio"], about["oldest_age"], about["stages"], round_trip
         )
         return np.asarray(answer["actions"], dtype=np.float32)

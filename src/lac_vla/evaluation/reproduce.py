@@ -11,10 +11,10 @@ from typing import Literal
 from lac_vla.bundled import MINI
 from lac_vla.errors import InputError
 from lac_vla.evaluation.config import FIRST_HELD_OUT, EvalConfig
-from lac_vla.evaluation.methods import method_name
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.runner import CONFIG as RUN_CONFIG
 from lac_vla.evaluation.runner import EPISODES, evaluate_together
+from lac_vla.factory import method_name
 from lac_vla.policies import LACPolicy, PolicySpec
 from lac_vla.policies.lac import SUBFOLDER
 from lac_vla.policies.lac.policy import CONFIG
@@ -101,7 +101,7 @@ class ReproduceConfig:
         stress_policies: Only these methods there, chosen as by ``policies``; dense always runs. Empty for all.
         curve_trials: Initial states per task of the curve's points, the first ones; 0 for as many as ``trials``.
         stress_trials: The same under every stress.
-        levers: Levers beside caching, of all methods, see ``lac eval --help``.
+        options: EngineOptions beside caching, of all methods, see ``lac eval --help``.
         seed: Of every session, and of the scene's fixtures, whose places vary by a centimetre.
         more_seeds: Dense and LAC run once more with each of these, for a closer comparison of the two.
         rendering: ``fast`` (altered pixels, those of the bundled VLA) or ``official``.
@@ -129,7 +129,7 @@ class ReproduceConfig:
     stress_policies: tuple[str, ...] = ()
     curve_trials: int = 0
     stress_trials: int = 0
-    levers: str = "default"
+    options: str = "default"
     seed: int = 0
     more_seeds: tuple[int, ...] = ()
     rendering: Literal["fast", "official"] = "fast"
@@ -183,7 +183,7 @@ class ReproduceConfig:
             tasks=self.tasks,
             init_states=(self.first, self.first + trials),
             seed=self.seed if seed is None else seed,
-            levers=self.levers,
+            options=self.options,
             stress=stress,
             rendering=self.rendering,
             convention=self.convention,

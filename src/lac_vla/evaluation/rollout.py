@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 
 from lac_vla.cost import CostModel
+from lac_vla.engine.step_info import PolicySession, StepInfo, StepObserver
 from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
-from lac_vla.step import Step
+from lac_vla.session import Session
 from lac_vla.types import FloatArray, Frame
-from lac_vla.vla import Session
 
 
 class Simulator(Protocol):
@@ -40,53 +40,15 @@ class Simulator(Protocol):
         ...
 
 
-class Report(Protocol):
-    """What an episode's record says about a frame."""
-
-    @property
-    def ratio(self) -> float: ...  # noqa: D102
-    @property
-    def nominal_ratio(self) -> float | None: ...  # noqa: D102
-    @property
-    def oldest_age(self) -> int | None: ...  # noqa: D102
-    @property
-    def timings(self) -> Mapping[str, float]: ...  # noqa: D102
-    @property
-    def stages(self) -> Mapping[str, float]: ...  # noqa: D102
-
-
-class Driver(Protocol):
-    """What drives the robot: a session, here or behind a server."""
-
-    @property
-    def last(self) -> Report | None: ...  # noqa: D102
-
-    def reset(self, seed: int | None = None) -> None:
-        """Begin a new episode."""
-        ...
-
-    def act(self, frame: Frame) -> FloatArray:
-        """Answer an observation with an action."""
-        ...
-
-
-class Recorder(Protocol):
-    """Watches an episode, e.g. to make a video of it."""
-
-    def add(self, frame: Frame, step: Step) -> None:
-        """See one observation and what the session did with it."""
-        ...
-
-
 def rollout(
     env: Simulator,
-    session: Driver,
+    session: PolicySession,
     method: str,
     init_state: int,
     *,
     seed: int = 0,
     cost: CostModel | None = None,
-    recorders: Sequence[Recorder] = (),
+    observers: Sequence[StepObserver] = (),
     to_robot: Callable[[FloatArray], FloatArray] | None = None,
     ensemble: AdaptiveEnsemble | None = None,
     stress: str = "",
@@ -100,7 +62,7 @@ def rollout(
         init_state: Initial state.
         seed: Of the session's generator, and of the scene.
         cost: Counts multiply-accumulates of a session that is here.
-        recorders: Watch one.
+        observers: Watch one.
         to_robot: Turns the model's action into the simulator's units, if they differ.
         ensemble: Makes the frame's action out of the last frames' chunks; by default, the newest chunk's first.
         stress: What ``env`` disturbs its observations by, for the record.
@@ -123,19 +85,19 @@ def rollout(
             ensemble.reset()  # the last chunks were about something else
         instruction = frame.instruction
         action = chunk[0] if ensemble is None else ensemble(chunk)
-        step = session.last
+        step = session.last_info
         if step is None:  # pragma: no cover - act always leaves a step
             raise RuntimeError("the session did not report its step")
         effective.append(step.ratio)
         nominal.append(step.nominal_ratio)
         oldest.append(step.oldest_age)
-        if isinstance(step, Step):
-            passes.append(len(step.passes))
+        if isinstance(step, StepInfo):
+            passes.append(len(step.decode_passes))
             accepted.append(step.accepted)
             if cost is not None:
                 macs.append(float(sum(cost.step(step).values())))
-            for recorder in recorders:
-                recorder.add(frame, step)
+            for observer in observers:
+                observer.add(frame, step)
         for name, value in {**step.timings, **step.stages}.items():
             latency[name].append(round(value, 4))
         frame, success = env.step(action if to_robot is None else to_robot(action))
@@ -157,7 +119,7 @@ def rollout(
         passes=passes,
         accepted=accepted,
         latency_ms=dict(latency),
-        peak_memory_mb=peak_memory_mb(session.vla.backbone.device) if isinstance(session, Session) else None,
+        peak_memory_mb=peak_memory_mb(session.vla.model.device) if isinstance(session, Session) else None,
     )
 
 

@@ -10,20 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from lac_vla.cost import CostModel
+from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
-from lac_vla.evaluation.methods import load_methods, make_methods, method_name
 from lac_vla.evaluation.records import finished
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.evaluation.simpler_table import EPISODES, TABLE, tables
+from lac_vla.factory import ModelOptions, load_methods, make_policies, method_name
 from lac_vla.flow import make_flow
-from lac_vla.levers import Levers
 from lac_vla.models import AdaptiveEnsemble
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
+from lac_vla.session import Session
 from lac_vla.sims.simpler.actions import Convention, conversion
 from lac_vla.sims.simpler.assets import Missing, missing_for_original, missing_for_port
 from lac_vla.sims.simpler.backend import Backend, SimulatorError
@@ -32,7 +32,6 @@ from lac_vla.sims.simpler.episode import Episode, Setup
 from lac_vla.sims.simpler.ms2 import SERVER, Ms2Backend
 from lac_vla.sims.simpler.ms3 import Ms3Backend
 from lac_vla.sims.simpler.protocol import episodes, tasks
-from lac_vla.vla import Session
 
 CONFIG, SUMMARY = "config.json", "summary.json"
 CHANGEABLE = ("python", "assets", "timeout_s", "retries", "threads", "check", "limit", "tasks")
@@ -61,7 +60,7 @@ class SimplerConfig:
         seed: Of every session.
         flow: As of ``lac eval``.
         max_age: As of ``lac eval``.
-        levers: As of ``lac eval``.
+        options: As of ``lac eval``.
         image_pipeline: The model's image geometry, if not its own.
         unnorm_key: Statistics key of the checkpoint; by default that of the setup's robot.
         device: ``cpu`` or ``cuda``.
@@ -85,7 +84,7 @@ class SimplerConfig:
     seed: int = 0
     flow: str | None = None
     max_age: int = 16
-    levers: str = "default"
+    options: str = "default"
     image_pipeline: str | None = None
     unnorm_key: str | None = None
     device: str = "cpu"
@@ -103,10 +102,10 @@ class SimplerConfig:
             raise InputError("limit and retries must not be negative, and timeout_s must be positive")
         if not self.model and not self.check:
             raise InputError("give a checkpoint with --model, or --check to see what is missing here")
-        Levers.parse(self.levers)
+        EngineOptions.parse(self.options)
         make_flow(self.flow or "none")
         if not self.check:
-            make_methods(self.policies, self.model)
+            make_policies(self.policies, self.model)
 
     @property
     def interpreter(self) -> str | None:
@@ -210,7 +209,9 @@ def _play(config: SimplerConfig, simulator: Backend, jobs: Sequence[tuple[Episod
             try:
                 if cost is None:
                     vla = sessions[method].vla
-                    cost = CostModel.of(vla.backbone, env.reset(episode.number), tower_reuse=vla.levers.tower_reuse)
+                    cost = CostModel.of(
+                        vla.model, env.reset(episode.number), vision_kv_reuse=vla.options.vision_kv_reuse
+                    )
                 record = rollout(
                     env, sessions[method], method, episode.number, seed=config.seed, cost=cost, ensemble=ensemble
                 )
@@ -223,20 +224,18 @@ def _play(config: SimplerConfig, simulator: Backend, jobs: Sequence[tuple[Episod
 
 
 def _sessions(config: SimplerConfig) -> dict[str, Session]:
-    if config.threads:
-        torch.set_num_threads(config.threads)
     robot = tasks(config.setup)[0].robot
-    vlas = load_methods(
-        config.policies,
-        config.model,
+    options = ModelOptions(
         device=config.device,
-        cameras=(robot.camera,),
         unnorm_key=config.unnorm_key or robot.dataset,
         image_pipeline=config.image_pipeline,
         flow=config.flow,
         max_age=config.max_age,
-        levers=config.levers,
+        options=config.options,
+        seed=config.seed,
+        threads=config.threads,
     )
+    vlas = load_methods(config.model, config.policies, options, cameras=(robot.camera,))
     return {name: vla.session(config.seed) for name, vla in vlas.items()}
 
 

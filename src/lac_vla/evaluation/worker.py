@@ -6,24 +6,23 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from lac_vla.cost import CostModel
+from lac_vla.engine.step_info import PolicySession
 from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.jobs import Job, play
-from lac_vla.evaluation.methods import load_methods, method_name
 from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.remote import RemoteSession
-from lac_vla.evaluation.rollout import Driver, Simulator, rollout
+from lac_vla.evaluation.rollout import Simulator, rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
+from lac_vla.factory import ModelOptions, load_methods, method_name
 from lac_vla.models import AdaptiveEnsemble, CogACTBackbone
 from lac_vla.models.prismatic.actions import libero_gripper
 from lac_vla.report.failures import FailurePicture
 from lac_vla.report.overlay import EpisodeVideo
+from lac_vla.session import Session
 from lac_vla.sims.libero import LiberoEnv, instructions
-from lac_vla.vla import Session
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Worker:
     """
 
     config: EvalConfig
-    sessions: dict[str, Driver] = field(init=False)
+    sessions: dict[str, PolicySession] = field(init=False)
     _env: LiberoEnv | None = field(init=False, default=None)
     _cost: CostModel | None = field(init=False, default=None)
     _ensemble: AdaptiveEnsemble | None = field(init=False, default=None)
@@ -49,19 +48,18 @@ class Worker:
             method = method_name(config.policies[0])
             self.sessions = {method: RemoteSession.connect(config.server, Path(config.model).name, method)}
             return
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        vlas = load_methods(
-            config.policies,
-            config.model,
+        options = ModelOptions(
             device=config.device,
             unnorm_key=config.unnorm_key,
             image_pipeline=config.image_pipeline,
             flow=config.flow,
             max_age=config.max_age,
-            levers=config.levers,
+            options=config.options,
+            seed=config.seed,
+            threads=config.threads,
         )
-        backbone = next(iter(vlas.values())).backbone
+        vlas = load_methods(config.model, config.policies, options)
+        backbone = next(iter(vlas.values())).model
         if config.ensemble is None and isinstance(backbone, CogACTBackbone):
             self._ensemble = _ensemble_of(backbone.config.ensemble)
         self.sessions = {name: vla.session(config.seed) for name, vla in vlas.items()}
@@ -82,7 +80,9 @@ class Worker:
         here = isinstance(session, Session)
         if self._cost is None and isinstance(session, Session):
             self._cost = CostModel.of(
-                session.vla.backbone, env.reset(init_state, config.seed), tower_reuse=session.vla.levers.tower_reuse
+                session.vla.model,
+                env.reset(init_state, config.seed),
+                vision_kv_reuse=session.vla.options.vision_kv_reuse,
             )
         if config.stress is not None:
             env = Stressed(env, make_stress(config.stress), config.seed, instructions(config.suite))
@@ -98,7 +98,7 @@ class Worker:
             init_state,
             seed=config.seed,
             cost=self._cost,
-            recorders=[failure] if video is None else [failure, video],
+            observers=[failure] if video is None else [failure, video],
             to_robot=libero_gripper if config.convention == "openvla" else None,
             ensemble=self._ensemble,
             stress=config.stress or "",

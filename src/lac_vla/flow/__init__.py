@@ -24,7 +24,7 @@ class Flow(Protocol):
 
 
 FLOWS: dict[str, Callable[..., Flow | None]] = {"dis": DISFlow, "raft_small": RAFTFlow, "none": lambda: None}
-"""Name → factory. ``none`` leaves the view without flow: policies fall back on pixel change."""
+"""Name → factory. ``none`` leaves the inputs without flow: policies fall back on pixel change."""
 
 
 def make_flow(name: str) -> Flow | None:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
-from lac_vla.step import Step
+from lac_vla.session import CachedVLA
 from lac_vla.types import FloatArray, Frame, UInt8Image
-from lac_vla.vla import CachedVLA
 
 IMAGES = "observation.images."
 STATE = "observation.state"
@@ -33,16 +33,16 @@ class Bridge:
     """
 
     def __init__(self, vla: CachedVLA, cameras: Mapping[str, str] | None = None, seed: int = 0) -> None:
-        names = list(vla.backbone.grids)
+        names = list(vla.model.grids)
         if unknown := sorted(set(cameras or {}) - set(names)):
             raise InputError(f"the model has no camera {unknown}; it has {names}")
         self.cameras = {name: (cameras or {}).get(name, IMAGES + name) for name in names}
         self._session = vla.session(seed)
 
     @property
-    def last(self) -> Step | None:
+    def last_info(self) -> StepInfo | None:
         """What the last :meth:`act` did."""
-        return self._session.last
+        return self._session.last_info
 
     def reset(self) -> None:
         """Begin a new episode."""

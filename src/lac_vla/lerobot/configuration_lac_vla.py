@@ -23,23 +23,23 @@ class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
     """What to run. LeRobot's own fields come on top.
 
     Attributes:
-        vla: Checkpoint folder or hub id.
+        model: Checkpoint folder or hub id.
         policy: Caching policy: ``lac`` (the one that comes with the model), ``lac:path=FOLDER``, ``dense``, …
         cameras: The model's camera → key of its image; ``observation.images.<camera>`` for those left out.
         flow: Optical flow, if not the one that the policy was made for.
         max_age: No slot is reused once it is this old, frames.
-        levers: Levers beside caching.
+        options: EngineOptions beside caching.
         image_pipeline: The model's image geometry, if not its own.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         seed: Of chance.
     """
 
-    vla: str = ""
+    model: str = ""
     policy: str = "lac"
     cameras: dict[str, str] = field(default_factory=dict)
     flow: str | None = None
     max_age: int = 16
-    levers: str = "default"
+    options: str = "default"
     image_pipeline: str | None = None
     unnorm_key: str | None = None
     seed: int = 0

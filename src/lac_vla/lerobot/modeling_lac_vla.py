@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation.methods import load_methods
+from lac_vla.factory import ModelOptions, load_cached_vla
 from lac_vla.lerobot.bridge import Bridge
 from lac_vla.lerobot.configuration_lac_vla import NO_TRAINING, LacVlaConfig
 
@@ -32,18 +32,17 @@ class LacVlaPolicy(PreTrainedPolicy):  # type: ignore[misc]
 
     def __init__(self, config: LacVlaConfig, dataset_stats: Any = None, dataset_meta: Any = None) -> None:
         super().__init__(config)
-        if not config.vla:
-            raise InputError("which model? Give its checkpoint folder or hub id: --policy.vla=…")
-        [vla] = load_methods(
-            (config.policy,),
-            config.vla,
+        if not config.model:
+            raise InputError("which model? Give its checkpoint folder or hub id: --policy.model=…")
+        options = ModelOptions(
             device=config.device or "cpu",
             unnorm_key=config.unnorm_key,
             image_pipeline=config.image_pipeline,
             flow=config.flow,
             max_age=config.max_age,
-            levers=config.levers,
-        ).values()
+            options=config.options,
+        )
+        vla = load_cached_vla(config.model, config.policy, options)
         self.robot = Bridge(vla, config.cameras, config.seed)
 
     def reset(self) -> None:

@@ -1,4 +1,4 @@
-"""What every caching policy is: a frozen set of hyper-parameters and a pure function of the view."""
+"""What every caching policy is: a frozen set of hyper-parameters and a pure function of its inputs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy.typing as npt
 import torch
 
 from lac_vla.errors import InputError
-from lac_vla.types import BoolArray, Decision, FloatArray, TokenLayout, View, Watch
+from lac_vla.types import AttentionProbe, BoolArray, Decision, FloatArray, PolicyInput, TokenLayout
 
 
 class CachePolicy(ABC):
     """Decides, frame by frame, which visual tokens are computed and which are reused or pruned.
 
-    A policy holds no state of a session: all that it may depend on is in the view, chance included (``view.rng``).
+    A policy holds no state of a session: all that it may depend on is in the inputs, chance included (``inputs.rng``).
     The engine never asks it about the first frame, and raises its decision to the session's maximum age.
     """
 
     @property
     def flow(self) -> str:
-        """The estimator of ``view.flow`` that it was made for, a key of :data:`lac_vla.flow.FLOWS`.
+        """The estimator of ``inputs.flow`` that it was made for, a key of :data:`lac_vla.flow.FLOWS`.
 
         A policy of ``"none"`` reads no flow, and no session spends time on any.
         """
@@ -35,8 +35,8 @@ class CachePolicy(ABC):
         """Multiply-accumulates of the policy's own networks per decision; 0 for a rule."""
         return 0
 
-    def watch(self, n_layers: int) -> Watch | None:
-        """Attention to compute aside, for :attr:`View.attention` of the next frame and for :meth:`refine`.
+    def probe(self, n_layers: int) -> AttentionProbe | None:
+        """Attention to compute aside, for :attr:`PolicyInput.attention` of the next frame and for :meth:`refine`.
 
         Args:
             n_layers: Number of the model's decoder layers.
@@ -54,7 +54,7 @@ class CachePolicy(ABC):
         """
 
     @abstractmethod
-    def decide(self, view: View) -> Decision:
+    def decide(self, inputs: PolicyInput) -> Decision:
         """Decide about a frame before its forward pass."""
 
     def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
@@ -95,13 +95,13 @@ def cache_lowest(scores: npt.NDArray[np.floating[Any]], ratio: float) -> BoolArr
     return cached
 
 
-def pixel_change(view: View) -> FloatArray:
+def pixel_change(inputs: PolicyInput) -> FloatArray:
     """Mean absolute pixel change of every token against the pixels its slot was computed from, 0..1, (N,)."""
     change = {
-        camera: cv2.absdiff(image, view.reference[camera]).sum(axis=2, dtype=np.float32) / (3 * 255)
-        for camera, image in view.pixels.items()
+        camera: cv2.absdiff(image, inputs.reference[camera]).sum(axis=2, dtype=np.float32) / (3 * 255)
+        for camera, image in inputs.pixels.items()
     }
-    return view.layout.patch_mean(change)
+    return inputs.layout.patch_mean(change)
 
 
 def scale_count(released: float, of: int, size: int) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from lac_vla.errors import InputError
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio, scale_layers
-from lac_vla.types import Beyond, Decision, TokenLayout, View, Watch
+from lac_vla.types import AttentionProbe, Decision, PolicyInput, SkippedTokens, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,17 @@ class FastV(CachePolicy):
         if self.layer not in range(1, 32):
             raise InputError(f"FastV's layer is the number of layers, of 32, before the cut: 1..31; got {self.layer}")
 
-    def watch(self, n_layers: int) -> Watch:
-        """See :meth:`CachePolicy.watch`."""
-        return Watch((scale_layers(int(self.layer), n_layers) - 1,), "last")
+    def probe(self, n_layers: int) -> AttentionProbe:
+        """See :meth:`CachePolicy.probe`."""
+        return AttentionProbe((scale_layers(int(self.layer), n_layers) - 1,), "last")
 
-    def decide(self, view: View) -> Decision:
+    def decide(self, inputs: PolicyInput) -> Decision:
         """See :meth:`CachePolicy.decide`."""
-        return replace(Decision.dense(view.layout.n_visual, view.n_layers), beyond=Beyond.PRUNE, nominal_ratio=None)
+        return replace(
+            Decision.dense(inputs.layout.n_visual, inputs.n_layers), skipped=SkippedTokens.PRUNE, nominal_ratio=None
+        )
 
     def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
         """See :meth:`CachePolicy.refine`."""
         dropped = cache_lowest(attention[-1, layout.visual].cpu().numpy(), self.ratio)
-        return replace(decision, depth=np.where(dropped, layer + 1, decision.depth))
+        return replace(decision, exit_layer=np.where(dropped, layer + 1, decision.exit_layer))

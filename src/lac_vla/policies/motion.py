@@ -9,7 +9,7 @@ import numpy as np
 
 from lac_vla.errors import InputError
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio, pixel_change
-from lac_vla.types import Decision, View
+from lac_vla.types import Decision, PolicyInput
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Motion(CachePolicy):
         """See :attr:`CachePolicy.flow`."""
         return "dis"
 
-    def decide(self, view: View) -> Decision:
+    def decide(self, inputs: PolicyInput) -> Decision:
         """See :meth:`CachePolicy.decide`."""
-        score = pixel_change(view)
-        if view.flow:
+        score = pixel_change(inputs)
+        if inputs.flow:
             speed = {
-                camera.name: np.hypot(*cv2.split(view.flow[camera.name]))
-                * (camera.rows / view.pixels[camera.name].shape[0])
-                for camera in view.layout.cameras
+                camera.name: np.hypot(*cv2.split(inputs.flow[camera.name]))
+                * (camera.rows / inputs.pixels[camera.name].shape[0])
+                for camera in inputs.layout.cameras
             }
-            score = score + view.layout.patch_mean(speed)
-        grids = {camera.name: camera for camera in view.layout.cameras}
+            score = score + inputs.layout.patch_mean(speed)
+        grids = {camera.name: camera for camera in inputs.layout.cameras}
         for name in filter(None, self.keep.split("+")):
             if name not in grids:
                 raise InputError(f"motion is to keep the camera '{name}'; the model has {sorted(grids)}")
             score[grids[name].tokens] = np.inf
-        return Decision.reuse(cache_lowest(score, self.ratio), view.n_layers, nominal_ratio=self.ratio)
+        return Decision.reuse(cache_lowest(score, self.ratio), inputs.n_layers, nominal_ratio=self.ratio)

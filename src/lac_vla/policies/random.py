@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
-from lac_vla.types import Decision, View
+from lac_vla.types import Decision, PolicyInput
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Random(CachePolicy):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
 
-    def decide(self, view: View) -> Decision:
+    def decide(self, inputs: PolicyInput) -> Decision:
         """See :meth:`CachePolicy.decide`."""
-        cached = cache_lowest(view.rng.random(view.layout.n_visual), self.ratio)
-        return Decision.reuse(cached, view.n_layers, nominal_ratio=self.ratio)
+        cached = cache_lowest(inputs.rng.random(inputs.layout.n_visual), self.ratio)
+        return Decision.reuse(cached, inputs.n_layers, nominal_ratio=self.ratio)

@@ -23,7 +23,7 @@ import torch
 
 from lac_vla.errors import InputError
 from lac_vla.policies.base import CachePolicy, scale_count, scale_layers
-from lac_vla.types import Beyond, Decision, FloatArray, TokenLayout, View, Watch
+from lac_vla.types import AttentionProbe, Decision, FloatArray, PolicyInput, SkippedTokens, TokenLayout
 
 LAYERS = (2, 6, 15)
 """The last layer (of 32) that every stage computes with all that the previous stage left."""
@@ -57,22 +57,24 @@ class SparseVLM(CachePolicy):
         """Watched layer → tokens of 576 kept behind it; in a shallow model the later of two stages at one layer."""
         return {scale_layers(layer + 1, n_layers) - 1: keep for layer, keep in zip(LAYERS, self._counts(), strict=True)}
 
-    def watch(self, n_layers: int) -> Watch:
-        """See :meth:`CachePolicy.watch`."""
-        return Watch(tuple(self._stages(n_layers)), "suffix")
+    def probe(self, n_layers: int) -> AttentionProbe:
+        """See :meth:`CachePolicy.probe`."""
+        return AttentionProbe(tuple(self._stages(n_layers)), "suffix")
 
-    def decide(self, view: View) -> Decision:
+    def decide(self, inputs: PolicyInput) -> Decision:
         """See :meth:`CachePolicy.decide`."""
-        return replace(Decision.dense(view.layout.n_visual, view.n_layers), beyond=Beyond.PRUNE, nominal_ratio=None)
+        return replace(
+            Decision.dense(inputs.layout.n_visual, inputs.n_layers), skipped=SkippedTokens.PRUNE, nominal_ratio=None
+        )
 
     def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
         """See :meth:`CachePolicy.refine`."""
-        alive = np.flatnonzero(decision.depth > layer)
+        alive = np.flatnonzero(decision.exit_layer > layer)
         rating = rate(attention[:, layout.n_prefix : layout.n_prefix + alive.size].cpu().numpy())
         keep = scale_count(self._stages(decision.n_layers)[layer], 576, layout.n_visual)
-        depth = decision.depth.copy()
-        depth[alive[np.argsort(-rating, kind="stable")[keep:]]] = layer + 1
-        return replace(decision, depth=depth)
+        exit_layer = decision.exit_layer.copy()
+        exit_layer[alive[np.argsort(-rating, kind="stable")[keep:]]] = layer + 1
+        return replace(decision, exit_layer=exit_layer)
 
 
 def rate(attention: FloatArray) -> FloatArray:

@@ -37,7 +37,7 @@ import torch
 
 from lac_vla.errors import InputError
 from lac_vla.policies.base import CachePolicy, scale_count, scale_layers
-from lac_vla.types import CameraGrid, Decision, FloatArray, IntArray, UInt8Image, View, Watch
+from lac_vla.types import AttentionProbe, CameraGrid, Decision, FloatArray, IntArray, PolicyInput, UInt8Image
 
 RELEVANCE_LAYER = 15
 EXIT_LAYERS = (2, 6, 9, 11)
@@ -82,32 +82,32 @@ class VLACache(CachePolicy):
             if value is not None and not 0 <= value <= 256:
                 raise InputError(f"VLA-Cache's {name} is {value}; give a number of tokens per 256, in 0..256")
 
-    def watch(self, n_layers: int) -> Watch:
-        """See :meth:`CachePolicy.watch`: the schedule compares all layers."""
-        return Watch(tuple(range(n_layers)), self.rows)
+    def probe(self, n_layers: int) -> AttentionProbe:
+        """See :meth:`CachePolicy.probe`: the schedule compares all layers."""
+        return AttentionProbe(tuple(range(n_layers)), self.rows)
 
-    def decide(self, view: View) -> Decision:
+    def decide(self, inputs: PolicyInput) -> Decision:
         """See :meth:`CachePolicy.decide`."""
-        relevance = self._relevance(view)
-        parts = [self._reusable(view, camera, relevance[camera.tokens]) for camera in view.layout.cameras]
-        entropies = torch.stack([mean_entropy(view.attention[layer]) for layer in range(view.n_layers)])
+        relevance = self._relevance(inputs)
+        parts = [self._reusable(inputs, camera, relevance[camera.tokens]) for camera in inputs.layout.cameras]
+        entropies = torch.stack([mean_entropy(inputs.attention[layer]) for layer in range(inputs.n_layers)])
         layers, shares = self._schedule(entropies.cpu().numpy())
         at_least = 1 if self.variant == "released" else 0
-        depth = exit_depths(view.layout.n_visual, np.concatenate(parts), layers, shares, at_least)
-        return Decision(depth, view.n_layers)
+        exits = exit_layers(inputs.layout.n_visual, np.concatenate(parts), layers, shares, at_least)
+        return Decision(exits, inputs.n_layers)
 
-    def _relevance(self, view: View) -> FloatArray:
+    def _relevance(self, inputs: PolicyInput) -> FloatArray:
         """How much the text of the preceding step attended to every visual token, (N,)."""
-        released = scale_layers(RELEVANCE_LAYER + 1, view.n_layers) - 1
-        layers = [released] if self.variant == "released" else list(range(view.n_layers))
-        maps = torch.stack([text_to_visual(view.attention[layer], view.layout.visual) for layer in layers])
+        released = scale_layers(RELEVANCE_LAYER + 1, inputs.n_layers) - 1
+        layers = [released] if self.variant == "released" else list(range(inputs.n_layers))
+        maps = torch.stack([text_to_visual(inputs.attention[layer], inputs.layout.visual) for layer in layers])
         relevance: FloatArray = maps.mean(dim=0).cpu().numpy()
         return relevance
 
-    def _reusable(self, view: View, camera: CameraGrid, relevance: FloatArray) -> IntArray:
+    def _reusable(self, inputs: PolicyInput, camera: CameraGrid, relevance: FloatArray) -> IntArray:
         """Visual tokens of one camera that may be reused, in raster order."""
-        similar = patch_similarity(view.previous[camera.name], view.pixels[camera.name], camera)
-        several = len(view.layout.cameras) > 1
+        similar = patch_similarity(inputs.previous[camera.name], inputs.pixels[camera.name], camera)
+        several = len(inputs.layout.cameras) > 1
         own = 100 if self.variant == "paper" else 150 if several else 130
         static = static_tokens(similar, self.similarity, self._count(self.static, own, camera))
         if self.variant == "paper":
@@ -191,7 +191,7 @@ def cumulative_schedule(entropies: FloatArray, gain: float) -> FloatArray:
     return shares
 
 
-def exit_depths(
+def exit_layers(
     n_visual: int, reusable: IntArray, layers: Iterable[int], shares: FloatArray, at_least: int
 ) -> IntArray:
     """In how many layers every visual token is computed, (N,).
@@ -203,10 +203,10 @@ def exit_depths(
         shares: Every layer's share of them, (layers of the model,).
         at_least: How many leave at the first of ``layers`` in any case.
     """
-    depth = np.full(n_visual, len(shares), dtype=np.int64)
+    exits = np.full(n_visual, len(shares), dtype=np.int64)
     gone = 0
     for layer in layers:
         count = max(at_least, int(float(shares[layer]) * reusable.size))
-        depth[reusable[gone:count]] = layer
+        exits[reusable[gone:count]] = layer
         gone = max(gone, count)
-    return depth
+    return exits

@@ -9,12 +9,12 @@ from typing import Any
 import cv2
 import numpy as np
 
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.evaluation.records import EpisodeRecord, Trial
 from lac_vla.evaluation.summary import DENSE
 from lac_vla.report.overlay import caption, heat, overlay, side_by_side, stacked
 from lac_vla.report.runs import Run
-from lac_vla.step import Step
 from lac_vla.types import Frame, UInt8Image
 
 MOMENTS = 4
@@ -41,9 +41,9 @@ class FailurePicture:
         self._max_age = max_age
         self._wanted = set(np.linspace(0, horizon - 1, MOMENTS + 1).round().astype(int).tolist()[1:])
         self._count = 0
-        self._steps: list[tuple[int, Step]] = []
+        self._steps: list[tuple[int, StepInfo]] = []
 
-    def add(self, frame: Frame, step: Step) -> None:
+    def add(self, frame: Frame, step: StepInfo) -> None:
         """See one observation and what the session did with it."""
         if self._count in self._wanted:
             self._steps.append((self._count, step))
@@ -69,7 +69,7 @@ class FailurePicture:
             raise InputError(f"cannot write {self.path} ({error}): choose another folder") from error
         return self.path
 
-    def _moment(self, number: int, step: Step) -> UInt8Image:
+    def _moment(self, number: int, step: StepInfo) -> UInt8Image:
         computed, ages = [], []
         for camera in step.layout.cameras:
             image, grid, own = step.pixels[camera.name], (camera.rows, camera.cols), camera.tokens

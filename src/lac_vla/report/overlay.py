@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.report.video import VideoFile, write_video
-from lac_vla.step import Step
 from lac_vla.types import BoolArray, FloatArray, Frame, UInt8Image
 
 __all__ = [
@@ -187,7 +187,7 @@ def caption(picture: UInt8Image, left: str, right: str = "") -> UInt8Image:
     return np.concatenate([np.asarray(strip, dtype=np.uint8), picture])
 
 
-def step_picture(step: Step, method: str, number: int) -> UInt8Image:
+def step_picture(step: StepInfo, method: str, number: int) -> UInt8Image:
     """One step of a session: all cameras' overlays side by side, under a line that says what was done.
 
     Args:
@@ -208,8 +208,8 @@ def step_picture(step: Step, method: str, number: int) -> UInt8Image:
         for camera in step.layout.cameras
     ]
     left = f"{method}   step {number}"
-    if step.dense_because is not None:
-        left += f"   (dense: {step.dense_because})"
+    if step.dense_reason is not None:
+        left += f"   (dense: {step.dense_reason})"
     what = "pruned" if step.oldest_age is None else f"reused   oldest {step.oldest_age}"
     right = f"{100 * step.ratio:.0f} % {what}"
     return caption(side_by_side(pictures), left, right)
@@ -254,7 +254,7 @@ class EpisodeVideo:
         """Of the file."""
         return self._file.path
 
-    def add(self, frame: Frame, step: Step) -> None:
+    def add(self, frame: Frame, step: StepInfo) -> None:
         """See one observation and what the session did with it."""
         self._last = step_picture(step, self._method, self._steps)
         self._file.add(self._last)

@@ -32,7 +32,9 @@ def open_page(url: str) -> str:
     address = page_address(url)
     server = address.removesuffix("/view")
     if _status(server + "/healthz", server) != HTTPStatus.OK:
-        raise InputError(f"what answers at {server} is no policy server; start one with: lac serve --vla MODEL --view")
+        raise InputError(
+            f"what answers at {server} is no policy server; start one with: lac serve --model MODEL --view"
+        )
     status = _status(address, server)
     if status == HTTPStatus.NOT_FOUND:
         raise InputError(f"the server at {server} runs with its page off; start it with: lac serve … --view")
@@ -75,7 +77,7 @@ def _status(address: str, server: str) -> int:
         return error.code
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
-        advice = "start one with: lac serve --vla MODEL --view"
+        advice = "start one with: lac serve --model MODEL --view"
         if isinstance(reason, ssl.SSLCertVerificationError):
             advice = "name the certificate's authority in SSL_CERT_FILE"
         raise InputError(f"no server to be talked to at {server} ({reason}); {advice}") from error

@@ -20,7 +20,7 @@ class ServeConfig:
     """A policy server.
 
     Attributes:
-        vla: Checkpoint folder or hub id.
+        model: Checkpoint folder or hub id.
         policy: E.g. ``lac`` (the policy that comes with the model), ``lac:path=FOLDER``, ``dense``.
         host: Address to listen on. Any but this machine's own needs an API key.
         port: Port to listen on.
@@ -43,7 +43,7 @@ class ServeConfig:
         record_fps: Frames per second that it is to have; 0: those of the folder, or the rate of the first episode.
         flow: Optical flow, if not the one that the policy was made for.
         max_age: No slot is reused once it is this old, frames.
-        levers: Levers beside caching.
+        options: EngineOptions beside caching.
         image_pipeline: The model's image geometry, if not its own.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
@@ -51,7 +51,7 @@ class ServeConfig:
         view: A live page for the operator at ``/view``; ``lac view`` opens it.
     """
 
-    vla: str
+    model: str
     policy: str = "lac"
     host: str = "127.0.0.1"
     port: int = 8000
@@ -73,7 +73,7 @@ class ServeConfig:
     record_fps: int = 0
     flow: str | None = None
     max_age: int = 16
-    levers: str = "default"
+    options: str = "default"
     image_pipeline: str | None = None
     unnorm_key: str | None = None
     device: str = "cpu"
@@ -97,11 +97,9 @@ def make_server(config: ServeConfig) -> PolicyServer:
         CheckpointError: If the model cannot be loaded.
         MissingExtraError: If the extra ``serve`` is not installed.
     """
-    import torch
-
     from lac_vla import __version__
-    from lac_vla.budget import smallest_limit
-    from lac_vla.evaluation.methods import load_methods
+    from lac_vla.engine.budget import smallest_budget
+    from lac_vla.factory import ModelOptions, load_methods
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
     from lac_vla.serving.controller import DeadlineController, LatencyTable
     from lac_vla.serving.metrics import Metrics
@@ -112,25 +110,23 @@ def make_server(config: ServeConfig) -> PolicyServer:
     key, tls = read_key(config.api_key_file), tls_context(config.tls_cert, config.tls_key)
     check_exposure(config.host, key)
     rules = Rules(config.gap_s, config.slack, config.shadow_every, config.shadow_threshold)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    [(method, vla)] = load_methods(
-        (config.policy,),
-        config.vla,
+    options = ModelOptions(
         device=config.device,
         unnorm_key=config.unnorm_key,
         image_pipeline=config.image_pipeline,
         flow=config.flow,
         max_age=config.max_age,
-        levers=config.levers,
-    ).items()
-    backbone = vla.backbone
+        options=config.options,
+        threads=config.threads,
+    )
+    [(method, vla)] = load_methods(config.model, (config.policy,), options).items()
+    backbone = vla.model
     keys = ObservationKeys.parse(backbone.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
     table = LatencyTable.measure(vla) if config.deadline_ms or config.slack else None
     controller = None
     if config.deadline_ms and table is not None:
         n_visual = sum(rows * cols for rows, cols in backbone.grids.values())
-        controller = DeadlineController(config.deadline_ms, table, smallest_limit(n_visual, vla.max_age))
+        controller = DeadlineController(config.deadline_ms, table, smallest_budget(n_visual, vla.max_age))
     facts = {
         "server": f"lac-vla {__version__}",
         "model": backbone.name,
@@ -139,7 +135,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
         "state": keys.state,
         "prompt": keys.prompt,
         "max_age": vla.max_age,
-        "levers": str(vla.levers),
+        "options": str(vla.options),
         "deadline_ms": config.deadline_ms or None,
     }
     limits = Limits(config.max_sessions, config.max_rate, int(config.max_message_mb * 2**20))

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from lac_vla.budget import smallest_limit
+from lac_vla.engine.budget import smallest_budget
 from lac_vla.errors import InputError
 from lac_vla.models import Backbone
 from lac_vla.policies import CachePolicy
 from lac_vla.serving.observation import state_length
-from lac_vla.types import Decision, Frame, View
-from lac_vla.vla import CachedVLA
+from lac_vla.session import CachedVLA
+from lac_vla.types import Decision, Frame, PolicyInput
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Of the visual tokens, computed at the table's points."""
@@ -42,16 +42,18 @@ class LatencyTable:
     @classmethod
     def measure(cls, vla: CachedVLA, rounds: int = ROUNDS) -> LatencyTable:
         """Time the model, with its policy and flow, on synthetic frames. Takes ``6 · rounds`` frames."""
-        frames = sample_frames(vla.backbone)
-        count = sum(rows * cols for rows, cols in vla.backbone.grids.values())
-        points = sorted({smallest_limit(count, vla.max_age), *(round(count * share) for share in SHARES)} - {0})
+        frames = sample_frames(vla.model)
+        count = sum(rows * cols for rows, cols in vla.model.grids.values())
+        points = sorted({smallest_budget(count, vla.max_age), *(round(count * share) for share in SHARES)} - {0})
         times = []
         for tokens in points:
             session = replace(vla, policy=_Fixed(vla.policy, tokens)).session()
             took = []
             for index in range(rounds + 2):  # the first is dense, the second warms up what is sparse
                 session.act(frames[index % len(frames)])
-                took.append(session.last.timings["observation_to_action"] if session.last is not None else math.nan)
+                took.append(
+                    session.last_info.timings["observation_to_action"] if session.last_info is not None else math.nan
+                )
             times.append(float(np.quantile(took[2:], 0.9)))
         return cls(tuple(points), tuple(np.maximum.accumulate(times).tolist()))
 
@@ -59,7 +61,7 @@ class LatencyTable:
         """Milliseconds of a frame with so many tokens."""
         return float(np.interp(tokens, self.tokens, self.milliseconds))
 
-    def within(self, milliseconds: float) -> int:
+    def tokens_in(self, milliseconds: float) -> int:
         """The most tokens that a frame of so many milliseconds can compute; 0 if it is not enough for the fewest."""
         if milliseconds < self.milliseconds[0]:
             return 0
@@ -77,7 +79,7 @@ class DeadlineController:
     Args:
         deadline_ms: From a request's arrival to its answer.
         table: Latencies.
-        floor: Tokens per frame that are never denied, see :func:`lac_vla.budget.smallest_limit`.
+        floor: Tokens per frame that are never denied, see :func:`lac_vla.engine.budget.smallest_budget`.
 
     Raises:
         InputError: If the deadline cannot be met even with the fewest tokens.
@@ -94,7 +96,7 @@ class DeadlineController:
 
     def limit(self, waited_ms: float) -> int:
         """Tokens that a frame can afford which has waited so long already; never fewer than the floor."""
-        return max(self.floor, self.table.within((self.deadline_ms - waited_ms) / self.correction))
+        return max(self.floor, self.table.tokens_in((self.deadline_ms - waited_ms) / self.correction))
 
     def observe(self, tokens: float, milliseconds: float) -> None:
         """Learn from a frame that computed so many tokens in so many milliseconds."""
@@ -114,15 +116,15 @@ class _Fixed(CachePolicy):
     def flow(self) -> str:
         return self.policy.flow
 
-    def watch(self, n_layers: int) -> Any:
-        return self.policy.watch(n_layers)
+    def probe(self, n_layers: int) -> Any:
+        return self.policy.probe(n_layers)
 
     def check_layout(self, grids: Mapping[str, tuple[int, int]]) -> None:
         self.policy.check_layout(grids)
 
-    def decide(self, view: View) -> Decision:
-        self.policy.decide(view)
-        return Decision.reuse(np.arange(view.layout.n_visual) >= self.tokens, view.n_layers)
+    def decide(self, inputs: PolicyInput) -> Decision:
+        self.policy.decide(inputs)
+        return Decision.reuse(np.arange(inputs.layout.n_visual) >= self.tokens, inputs.n_layers)
 
 
 def sample_frames(backbone: Backbone, side: int = 224) -> list[Frame]:

@@ -54,8 +54,8 @@ class Metrics:
         self.ratio.observe(step.ratio)
         if step.oldest_age is not None:
             self.age.observe(step.oldest_age)
-        if step.dense_because is not None:  # the number in a disagreement is no label
-            self.dense.labels(step.dense_because.partition(" by ")[0]).inc()
+        if step.dense_reason is not None:  # the number in a disagreement is no label
+            self.dense.labels(step.dense_reason.partition(" by ")[0]).inc()
         if answer.reset is not None:
             self.resets.labels(answer.reset).inc()
         if report["late"]:

@@ -29,8 +29,8 @@ from lac_vla.serving.metrics import Metrics, log
 from lac_vla.serving.observation import state_length
 from lac_vla.serving.raw import COLUMNS, SUFFIX, Header, RawEpisode, RawWriter
 from lac_vla.serving.sessions import Answer
+from lac_vla.session import CachedVLA
 from lac_vla.types import FloatArray, Frame
-from lac_vla.vla import CachedVLA
 
 try:
     from filelock import FileLock, Timeout
@@ -266,12 +266,12 @@ class Recording:
 
 def make_recorder(vla: CachedVLA, folder: Path, fps: int, about: Mapping[str, Any], metrics: Metrics) -> Recorder:
     """The recorder of a server of this model: see :class:`Recorder`."""
-    action = np.atleast_2d(vla.session().act(sample_frames(vla.backbone)[0]))
+    action = np.atleast_2d(vla.session().act(sample_frames(vla.model)[0]))
     return Recorder(
         folder,
-        cameras=tuple(vla.backbone.grids),
+        cameras=tuple(vla.model.grids),
         action=action.shape[1],
-        state=state_length(vla.backbone),
+        state=state_length(vla.model),
         fps=fps,
         about={**about, "horizon": len(action)},
         metrics=metrics,

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.report.overlay import overlay
 from lac_vla.report.page import jpeg
 from lac_vla.serving.sessions import Answer
-from lac_vla.step import Step
 
 KEPT = 120
 """Requests whose ratio and latency are shown."""
@@ -60,7 +60,7 @@ class Seen:
     at: float
     instruction: str = ""
     frames: int = 0
-    step: Step | None = None
+    step: StepInfo | None = None
     limit: int | None = None
     ratios: tuple[float, ...] = ()
     latencies: tuple[float, ...] = ()
@@ -70,7 +70,7 @@ class Seen:
         """The session after one more answer, given at the time ``at`` (seconds)."""
         report, frame = answer.message["lac"], self.frames + 1
         events = self.events
-        reason = answer.reset or answer.step.dense_because
+        reason = answer.reset or answer.step.dense_reason
         if reason is not None:
             event = Event("reset" if answer.reset else "fallback", reason, frame, frame)
             if events and events[-1] == replace(event, first=events[-1].first, last=frame - 1):
@@ -82,7 +82,7 @@ class Seen:
             at=at,
             instruction=answer.frame.instruction,
             frames=frame,
-            step=replace(answer.step, info={}, watch=None),  # these may hold tensors
+            step=replace(answer.step, metadata={}, probe=None),  # these may hold tensors
             limit=report["limit"],
             ratios=(*self.ratios[1 - KEPT :], report["ratio"]),
             latencies=(*self.latencies[1 - KEPT :], took),
@@ -111,7 +111,7 @@ class Seen:
         late = 0 if deadline_ms is None else sum(took > deadline_ms for took in self.latencies)
         return told | {
             "instruction": self.instruction,
-            "beyond": step.decision.beyond.value,
+            "beyond": step.decision.skipped.value,
             "ratio": step.ratio,
             "nominal_ratio": step.nominal_ratio,
             "tokens": step.layout.n_visual,

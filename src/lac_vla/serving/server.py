@@ -21,7 +21,7 @@ from lac_vla.serving.metrics import Metrics, log
 from lac_vla.serving.observation import ObservationKeys
 from lac_vla.serving.sessions import Answer, RobotSession, Rules
 from lac_vla.serving.worker import Worker
-from lac_vla.vla import CachedVLA
+from lac_vla.session import CachedVLA
 
 if TYPE_CHECKING:  # both need extras that serving does not
     from lac_vla.serving.record import Recorder

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.observation import ObservationKeys
-from lac_vla.step import Step
+from lac_vla.session import CachedVLA
 from lac_vla.types import FloatArray, Frame
-from lac_vla.vla import CachedVLA
 
 SLACK_SHARE = 0.5
 """Of the idle time that a robot is expected to leave, what slack refresh takes at most."""
@@ -62,7 +62,7 @@ class Answer:
     """
 
     message: dict[str, Any]
-    step: Step
+    step: StepInfo
     reset: str | None
     frame: Frame
 
@@ -123,14 +123,14 @@ class RobotSession:
         reset = self._begin(request, frame, arrived)
         session, waited = self._session, 1e3 * (start - arrived)
         if self.controller is not None:
-            session.limit = self.controller.limit(waited)
+            session.token_budget = self.controller.limit(waited)
         action = session.act(frame)
-        step = session.last
+        step = session.last_info
         if step is None:  # pragma: no cover - act always leaves a step
             raise RuntimeError("the session did not report its step")
         took = 1e3 * (time.perf_counter() - start)
-        if self.controller is not None and step.dense_because is None:
-            self.controller.observe(step.decision.depth.sum() / step.decision.n_layers, took)
+        if self.controller is not None and step.dense_reason is None:
+            self.controller.observe(step.decision.exit_layer.sum() / step.decision.n_layers, took)
         message = {
             "actions": np.atleast_2d(action),
             "policy_timing": {"infer_ms": step.timings["model_call"]},
@@ -141,7 +141,7 @@ class RobotSession:
         self._frames += 1
         self._cooling = max(0, self._cooling - 1)
         if not self._cooling:
-            session.distrust = None
+            session.force_dense = None
         self._answered = time.perf_counter()
         return Answer(message, step, reset, frame)
 
@@ -157,12 +157,12 @@ class RobotSession:
         if self.table is None or self._idle is None:
             return 0
         correction = 1.0 if self.controller is None else self.controller.correction
-        count = self._session.refresh(self.table.within(1e3 * SLACK_SHARE * self._idle / correction))
+        count = self._session.refresh(self.table.tokens_in(1e3 * SLACK_SHARE * self._idle / correction))
         self._refreshed += count
         return count
 
     def shadow(self) -> float | None:
-        """Compare the last action with that of the model without a cache; distrust the cache if they disagree.
+        """Compare the last action with that of the model without a cache; if they disagree, the next frames are dense.
 
         Returns:
             Mean absolute difference; ``None`` if there is nothing to compare.
@@ -172,7 +172,7 @@ class RobotSession:
             return None
         self._disagreement = float(np.abs(dense - self._action).mean())
         if not self._disagreement <= self.rules.shadow_threshold:  # NaN is no agreement
-            self._session.distrust = f"shadow pass disagreed by {self._disagreement:.3g}"
+            self._session.force_dense = f"shadow pass disagreed by {self._disagreement:.3g}"
             self._cooling = self.rules.cooldown
         return self._disagreement
 
@@ -205,8 +205,8 @@ class RobotSession:
         self._instruction, self._episode, self._shapes = frame.instruction, episode, frame.shapes
         return None if first else reason
 
-    def _report(self, step: Step, reset: str | None, waited: float, took: float) -> dict[str, Any]:
-        limit, late = self._session.limit, None
+    def _report(self, step: StepInfo, reset: str | None, waited: float, took: float) -> dict[str, Any]:
+        limit, late = self._session.token_budget, None
         if self.controller is not None:
             late = waited + took > self.controller.deadline_ms
         return {
@@ -218,7 +218,7 @@ class RobotSession:
             "limit": limit,
             "late": late,
             "reset": reset,
-            "fallback": step.dense_because,
+            "fallback": step.dense_reason,
             "refreshed": self._refreshed,
             "shadow": self._disagreement,
             "waited_ms": waited,

@@ -81,7 +81,7 @@ class TrainConfig:
     """Two-stage training of a LAC policy beside a frozen VLA.
 
     Attributes:
-        vla: Checkpoint folder or hub id.
+        model: Checkpoint folder or hub id.
         dataset: LeRobot v3 dataset: demonstrations, or (with ``--loss distill``) plain observation logs.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``policy/`` (for ``--policies lac:path=``).
         loss: Task loss of stage II. ``distill``: divergence from the dense pass of the same model; ``demo``: the
@@ -101,8 +101,8 @@ class TrainConfig:
         inputs: ``paper``: [image; flow]. ``extended``: also the change against every slot's own pixels, and its age.
         flow: Optical flow: ``dis``, ``raft_small`` or ``none``.
         language: Let both networks read the instruction.
-        tower_reuse: Train for the lever ``tower_reuse``: in the windows of stage II the vision transformers, too, reuse
-            what the policy's own decisions left. The store then also holds what they see.
+        vision_kv_reuse: Train for the option ``vision_kv_reuse``: in the windows of stage II the vision transformers,
+            too, reuse what the policy's own decisions left. The store then also holds what they see.
         recovery: Chance of a cached token to be recomputed at inference.
         width: Channels of the networks.
         depth: Residual convolutions of the networks.
@@ -117,7 +117,7 @@ class TrainConfig:
         device: ``cpu`` or ``cuda``; under ``torchrun`` every process takes its own.
     """
 
-    vla: str
+    model: str
     dataset: Path
     out: Path
     loss: Literal["distill", "demo"] = "distill"
@@ -136,7 +136,7 @@ class TrainConfig:
     inputs: Literal["extended", "paper"] = "extended"
     flow: str = "dis"
     language: bool = False
-    tower_reuse: bool = False
+    vision_kv_reuse: bool = False
     recovery: float = 0.05
     width: int = 32
     depth: int = 2

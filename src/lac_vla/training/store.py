@@ -25,9 +25,9 @@ from lac_vla.errors import InputError
 from lac_vla.flow import make_flow
 from lac_vla.models.base import Backbone
 from lac_vla.policies.lac.inputs import flow_in_patches, resize
+from lac_vla.session import CachedVLA
 from lac_vla.training.tasks import Task, task_of
 from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout, UInt8Image
-from lac_vla.vla import CachedVLA
 
 META = "store.json"
 SAME = 0.05
@@ -146,7 +146,7 @@ class FrameStore:
             different = [key for key in about if not unread.get(key) and found.get(key) != about[key]]
             if different == ["tower_cameras"]:
                 raise InputError(
-                    f"{folder} holds no pixels of the cameras {list(tower_cameras)}, which --tower-reuse needs: "
+                    f"{folder} holds no pixels of the cameras {list(tower_cameras)}, which --vision-kv-reuse needs: "
                     "give another --store, and they are stored with the embeddings"
                 )
             if different:

@@ -1,8 +1,8 @@
 """Mixed keys and values one storey up: a vision transformer that recomputes the active patches alone, in training.
 
 As in :mod:`lac_vla.training.mixed`, all patches are computed, and in every block K = M·K_new + (1 − M)·K_old, and V
-alike. With a hard M the active patches are exactly those of the lever ``tower_reuse`` (tested against the engine), and
-both networks learn what a patch that grows stale does to the features of the others.
+alike. With a hard M the active patches are exactly those of the option ``vision_kv_reuse`` (tested against the
+engine), and both networks learn what a patch that grows stale does to the features of the others.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
+from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
-from lac_vla.levers import Levers
 from lac_vla.models import CogACTBackbone, PrismaticBackbone
 from lac_vla.models.base import Backbone
 from lac_vla.models.prismatic.vision import PerCameraBackbone, ViTBackbone
 from lac_vla.models.prismatic.vit import ViT, ViTTower
+from lac_vla.session import CachedVLA
 from lac_vla.training.mixed import Slots, mix
 from lac_vla.types import TokenLayout
-from lac_vla.vla import CachedVLA
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +50,9 @@ class MixedTower:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        CachedVLA(backbone, levers=Levers(tower_reuse=True))  # what the lever refuses is refused here
+        CachedVLA(backbone, options=EngineOptions(vision_kv_reuse=True))  # what the option refuses is refused here
         if not isinstance(backbone, PrismaticBackbone | CogACTBackbone):
-            raise InputError(f"{backbone.name} has a vision tower that `lac train --tower-reuse` does not know")
+            raise InputError(f"{backbone.name} has a vision tower that `lac train --vision-kv-reuse` does not know")
         self._backbone, self._vision = backbone, backbone.model.vision_backbone
         cameras = TokenLayout.of(backbone.grids, 0, 0).cameras  # under the backbone's names, which may be other ones
         self._vits = {

@@ -246,9 +246,9 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
     """
     size, rank = _join(config)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
-    backbone = load_vla(config.vla, device=device, dtype="auto", unnorm_key=config.unnorm_key)
+    backbone = load_vla(config.model, device=device, dtype="auto", unnorm_key=config.unnorm_key)
     _freeze(backbone)
-    tower = MixedTower(backbone) if config.tower_reuse else None
+    tower = MixedTower(backbone) if config.vision_kv_reuse else None
     config.out.mkdir(parents=True, exist_ok=True)
     store = _store(config, backbone, () if tower is None else tower.cameras, rank)
     run = Training(config, backbone, store, tower, (size, rank))

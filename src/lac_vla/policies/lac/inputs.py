@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lac_vla.policies.lac.config import LACConfig
-from lac_vla.types import FloatArray, View
+from lac_vla.types import FloatArray, PolicyInput
 
 FLOW_LIMIT = 2.0
 """Flow is clipped to this many patches per frame: beyond, all that matters is that a patch moved."""
@@ -83,26 +83,28 @@ def compose(
     return out
 
 
-def from_view(config: LACConfig, view: View, places: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+def from_policy_input(
+    config: LACConfig, inputs: PolicyInput, places: Sequence[torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     """The input of every camera, each (1, channels, H, W), from what a session shows.
 
     Args:
         config: Which channels there are.
-        view: What the session shows.
+        inputs: What the session shows.
         places: Tensors to put them into; ``None`` for new ones.
     """
-    inputs = []
-    for number, camera in enumerate(view.layout.cameras):
+    composed = []
+    for number, camera in enumerate(inputs.layout.cameras):
         shape = (camera.rows, camera.cols, config.patch_pixels)
-        image = _batch(resize(view.pixels[camera.name], *shape))
+        image = _batch(resize(inputs.pixels[camera.name], *shape))
         flow = reference = age = None
         if config.flow != "none":
-            flow = _batch(flow_in_patches(view.flow[camera.name], *shape))
+            flow = _batch(flow_in_patches(inputs.flow[camera.name], *shape))
         if config.inputs == "extended":
-            reference = _batch(resize(view.reference[camera.name], *shape))
-            age = _batch(view.age[camera.tokens].reshape(camera.rows, camera.cols))
-        inputs.append(compose(config, image, flow, reference, age, None if places is None else places[number]))
-    return inputs
+            reference = _batch(resize(inputs.reference[camera.name], *shape))
+            age = _batch(inputs.age[camera.tokens].reshape(camera.rows, camera.cols))
+        composed.append(compose(config, image, flow, reference, age, None if places is None else places[number]))
+    return composed
 
 
 def words(instructions: Sequence[str]) -> torch.Tensor:

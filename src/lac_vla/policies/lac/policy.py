@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
 from lac_vla.policies.lac.config import LACConfig
-from lac_vla.policies.lac.inputs import WORDS, from_view, words
+from lac_vla.policies.lac.inputs import WORDS, from_policy_input, words
 from lac_vla.policies.lac.joint import Joint, canvas_tokens
 from lac_vla.policies.lac.networks import HIDDEN, Predictor, Selector
-from lac_vla.types import Decision, View
+from lac_vla.types import Decision, PolicyInput
 
 CONFIG, WEIGHTS, CARD = "config.json", "policy.safetensors", "README.md"
 SUBFOLDER = "policy"
@@ -115,26 +115,26 @@ class LACPolicy(CachePolicy):
             )
 
     @torch.inference_mode()
-    def decide(self, view: View) -> Decision:
+    def decide(self, inputs: PolicyInput) -> Decision:
         """See :meth:`CachePolicy.decide`.
 
         Raises:
-            InputError: If the view's layout is not that of the policy, or it lacks the flow.
+            InputError: If the layout of the inputs is not that of the policy, or it lacks the flow.
         """
-        self.check_layout(view.layout.grids)
-        if self.config.flow != "none" and not view.flow:
+        self.check_layout(inputs.layout.grids)
+        if self.config.flow != "none" and not inputs.flow:
             raise InputError(
                 f"this policy reads optical flow ({self.config.flow}), the session estimates none: "
                 "leave CachedVLA's `flow` unset"
             )
         joint = self._networks()
         canvas, places = joint.canvas()
-        from_view(self.config, view, places)
-        saliency, logits = joint(canvas, words([view.instruction]) if self.config.language else None)
+        from_policy_input(self.config, inputs, places)
+        saliency, logits = joint(canvas, words([inputs.instruction]) if self.config.language else None)
         ratio = self.config.ratios[int(logits.argmax())] if self.ratio is None else self.ratio
         cached = cache_lowest(saliency.numpy(), ratio)
-        recovered = cached & (view.rng.random(cached.size) < self.recovery)
-        return Decision.reuse(cached & ~recovered, view.n_layers, recovered=recovered, nominal_ratio=ratio)
+        recovered = cached & (inputs.rng.random(cached.size) < self.recovery)
+        return Decision.reuse(cached & ~recovered, inputs.n_layers, recovered=recovered, nominal_ratio=ratio)
 
     def save_pretrained(self, folder: str | Path, *, card: str = "", about: Mapping[str, Any] | None = None) -> None:
         """Write configuration, weights (safetensors) and model card.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lac_vla import InputError, Motion, Random
-from lac_vla.evaluation.methods import make_methods, method_name, resolve
+from lac_vla.factory import make_policies, method_name, resolve_policy
 from lac_vla.policies import POLICIES
 
 
@@ -36,21 +36,21 @@ def test_method_name() -> None:
 def test_lac_without_a_path_is_the_models_own(tmp_path: Path) -> None:
     (tmp_path / "policy").mkdir()
     model = str(tmp_path)
-    assert resolve("lac", model) == Learned(path=str(tmp_path / "policy"))
-    assert resolve("plain@lac:recovery=0", model) == Learned(path=str(tmp_path / "policy"), recovery=0)
-    assert resolve("lac:path=other/full", model) == Learned(path="other/full")
-    assert resolve("motion:ratio=0.7", model) == Motion(0.7)
+    assert resolve_policy("lac", model) == Learned(path=str(tmp_path / "policy"))
+    assert resolve_policy("plain@lac:recovery=0", model) == Learned(path=str(tmp_path / "policy"), recovery=0)
+    assert resolve_policy("lac:path=other/full", model) == Learned(path="other/full")
+    assert resolve_policy("motion:ratio=0.7", model) == Motion(0.7)
 
 
 @pytest.mark.parametrize("model", [None, "nowhere", "owner/name"])
 def test_lac_without_a_path_or_a_policy_beside_the_model(model: str | None) -> None:
     with pytest.raises(InputError, match="lac:path=FOLDER"):
-        resolve("lac", model)
-    assert resolve("lac:path=full", model) == Learned(path="full")
+        resolve_policy("lac", model)
+    assert resolve_policy("lac:path=full", model) == Learned(path="full")
 
 
 def test_methods_keep_their_order_and_have_different_names() -> None:
     specs = ("motion", "a@lac:path=x/full", "b@lac:path=y/full", "lac:path=x/full")
-    assert list(make_methods(specs, None)) == ["motion", "a", "b", "lac-full"]
+    assert list(make_policies(specs, None)) == ["motion", "a", "b", "lac-full"]
     with pytest.raises(InputError, match=r"two policies are called 'lac-full'.*other@lac:path=y/full"):
-        make_methods(("lac:path=x/full", "lac:path=y/full"), None)
+        make_policies(("lac:path=x/full", "lac:path=y/full"), None)

@@ -3,8 +3,8 @@
 At batch 1 a GPU finishes a layer's kernels sooner than the host launches them. A graph is launched once for all
 layers; it needs the same shapes at the same addresses every time. So there is one set of buffers for every number of
 rows (and of rows that ask in the last layer), whose masks reach over the whole capacity of the cache and hide what
-does not exist: a prompt may change its length, its rows may be any, and the graph stays. Pull the lever ``bucket``
-too, or every number of active tokens makes a shape of its own.
+does not exist: a prompt may change its length, its rows may be any, and the graph stays. Round with
+``bucket`` too, or every number of active tokens makes a shape of its own.
 
 A shape that comes for the first time runs over its buffers as it is, which also makes the libraries' handles; the
 second time it is captured, then replayed. On a CPU nothing is captured: the same path, a little slower than the
@@ -12,7 +12,7 @@ ordinary loop, is what the tests hold to it. The attention passes over the hidde
 twice :data:`ROOM`, and those of tokens yet to come), which no count of MACs includes.
 
 What does not run in one go through all layers falls back to the ordinary loop: decisions that end in mid-depth,
-watched layers other than the last, and pruning. :attr:`lac_vla.vla.Step.fallbacks` says how many
+watched layers other than the last, and pruning. :attr:`lac_vla.session.StepInfo.eager_runs` says how many
 runs did.
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from lac_vla.engine.prefill import Rows, run_layers
 from lac_vla.models.base import DecoderLayer
-from lac_vla.prefill import Rows, run_layers
 
 ROOM = 64
 """Tokens that an instruction may be longer than the first one, at least, before all graphs have to be made anew. The
@@ -56,7 +56,7 @@ class Shape:
         self._warm = False
 
     def fill(self, hidden: torch.Tensor, rows: Rows) -> None:
-        """Put a run's arguments, see :func:`lac_vla.prefill.run_layers`, into the buffers."""
+        """Put a run's arguments, see :func:`lac_vla.engine.prefill.run_layers`, into the buffers."""
         self.hidden.copy_(hidden)
         for buffer, part in zip(self.rotary, rows.rotary, strict=True):
             buffer.copy_(part)
@@ -96,7 +96,7 @@ class Shape:
 
 
 class Graphs:
-    """Runs layers as :func:`lac_vla.prefill.run_layers` does, over static buffers where it can. One per session.
+    """Runs layers as :func:`lac_vla.engine.prefill.run_layers` does, over static buffers where it can. One per session.
 
     The model's weights may change in place, but must not be replaced by other tensors.
 
@@ -105,11 +105,11 @@ class Graphs:
 
     Attributes:
         static: Runs over static buffers so far.
-        fallbacks: Runs by the ordinary loop so far.
+        eager_runs: Runs by the ordinary loop so far.
     """
 
     def __init__(self, n_layers: int) -> None:
-        self.static = self.fallbacks = 0
+        self.static = self.eager_runs = 0
         self._n_layers = n_layers
         self._shapes: OrderedDict[tuple[int, int | None], Shape] = OrderedDict()
         self._keys: torch.Tensor | None = None  # those that the graphs read; held, so that no other takes their place
@@ -128,9 +128,9 @@ class Graphs:
         hidden: torch.Tensor,
         rows: Rows,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :func:`lac_vla.prefill.run_layers`. Nothing in here waits for the GPU, but for a capture."""
+        """See :func:`lac_vla.engine.prefill.run_layers`. Nothing in here waits for the GPU, but for a capture."""
         if len(layers) < self._n_layers or rows.slots is not None:
-            self.fallbacks += 1
+            self.eager_runs += 1
             return run_layers(layers, keys, values, hidden, rows)
         self.static += 1
         if self._keys is None or self._keys.data_ptr() != keys.data_ptr() or self._keys.shape != keys.shape:

@@ -12,18 +12,18 @@ import cv2
 import numpy as np
 import torch
 
-from lac_vla.budget import within
-from lac_vla.cache import VisualKVCache
+from lac_vla.engine.budget import cap_to_budget, pad_to_bucket
+from lac_vla.engine.cuda_graphs import ROOM, Graphs
+from lac_vla.engine.kv_cache import VisualKVCache
+from lac_vla.engine.options import EngineOptions
+from lac_vla.engine.prefill import Prompt, extend, partial_prefill, run_layers
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.flow import estimate, flow_macs, make_flow
-from lac_vla.graphs import ROOM, Graphs
-from lac_vla.levers import Levers, rounded_up
 from lac_vla.models.base import Backbone
 from lac_vla.policies import CachePolicy, Dense
-from lac_vla.prefill import Prompt, extend, partial_prefill, run_layers
-from lac_vla.step import Step
 from lac_vla.timing import Stopwatch
-from lac_vla.types import Beyond, BoolArray, Decision, FloatArray, Frame, TokenLayout, UInt8Image, View
+from lac_vla.types import BoolArray, Decision, FloatArray, Frame, PolicyInput, SkippedTokens, TokenLayout, UInt8Image
 
 
 @dataclass(frozen=True)
@@ -31,35 +31,35 @@ class CachedVLA:
     """A backbone and a caching policy: stateless, shared by any number of sessions.
 
     Attributes:
-        backbone: The frozen model.
+        model: The frozen model.
         policy: What decides which visual tokens are recomputed.
         flow: Optical flow for a policy that reads it, by name; ``None`` for the one that it was made for.
         max_age: No slot is reused once it is this many frames old, ≥ 1.
         scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
-        levers: What else is done to be fast.
+        options: What else is done to be fast.
 
     Raises:
         InputError: If a setting makes no sense, or the policy was made for another token layout.
         CheckpointError: If the flow has weights, and they cannot be read.
     """
 
-    backbone: Backbone
+    model: Backbone
     policy: CachePolicy = field(default_factory=Dense)
     flow: str | None = None
     max_age: int = 16
     scene_cut: float = 0.25
-    levers: Levers = field(default_factory=Levers)
+    options: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if self.max_age < 1:
             raise InputError(f"max_age is {self.max_age}; a slot must be allowed to grow at least 1 frame old")
         if not 0 < self.scene_cut <= 1:
             raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
-        self.policy.check_layout(self.backbone.grids)
+        self.policy.check_layout(self.model.grids)
         make_flow(self.flow or self.policy.flow)
-        if self.levers.tower_reuse and self.backbone.tower_memory() is None:
+        if self.options.vision_kv_reuse and self.model.tower_memory() is None:
             raise InputError(
-                f"tower_reuse needs a vision transformer, and {self.backbone.name} sees by convolutions: leave it out"
+                f"vision_kv_reuse needs a vision transformer, and {self.model.name} sees by convolutions: leave it out"
             )
 
     @property
@@ -84,21 +84,21 @@ class Session:
         seed: Of the session's generator.
 
     Attributes:
-        last: What the last call of :meth:`act` did.
-        limit: At most as many visual tokens are computed in a frame, as far as the maximum age allows; ``None`` for
-            as many as the policy wants. Frames that reuse nothing are not limited, nor is less than one bucket. It
+        last_info: What the last call of :meth:`act` did.
+        token_budget: At most as many visual tokens are computed in a frame, as far as the maximum age allows; ``None``
+            for as many as the policy wants. Frames that reuse nothing are not limited, nor is less than one bucket. It
             stays over a reset.
-        distrust: Why the next frames are to be computed in full; ``None`` for what the policy decides.
+        force_dense: Why the next frames are to be computed in full; ``None`` for what the policy decides.
     """
 
     def __init__(self, vla: CachedVLA, seed: int = 0) -> None:
         self.vla = vla
         self.seed = seed
-        self.last: Step | None = None
-        self.limit: int | None = None
-        self.distrust: str | None = None
+        self.last_info: StepInfo | None = None
+        self.token_budget: int | None = None
+        self.force_dense: str | None = None
         self._frame: Frame | None = None
-        backbone = vla.backbone
+        backbone = vla.model
         self._cache = VisualKVCache(
             len(backbone.layers), backbone.kv_heads, backbone.head_dim, backbone.dtype, backbone.device
         )
@@ -106,9 +106,9 @@ class Session:
         self._shapes: Mapping[str, tuple[int, int]] | None = None
         self._rng, self._noise = _generators(seed)
         self._noise_before = self._noise.bit_generator.state
-        self._tower = backbone.tower_memory() if vla.levers.tower_reuse else None
-        self._aside = ThreadPoolExecutor(1, "decision") if vla.levers.overlap else None
-        self._graphs = Graphs(len(backbone.layers)) if vla.levers.graphs else None
+        self._tower = backbone.tower_memory() if vla.options.vision_kv_reuse else None
+        self._aside = ThreadPoolExecutor(1, "decision") if vla.options.async_policy else None
+        self._graphs = Graphs(len(backbone.layers)) if vla.options.cuda_graphs else None
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new episode: forget every slot, and start chance anew.
@@ -120,7 +120,7 @@ class Session:
         self._cache.drop()
         self._shapes = None
         self._rng, self._noise = _generators(self.seed)
-        self._frame = self.last = self.distrust = None
+        self._frame = self.last_info = self.force_dense = None
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +141,7 @@ class Session:
             InputError: If the frame does not fit the model or this episode. Nothing has changed then. Whatever else
                 goes wrong on the way: the next frame is computed in full.
         """
-        backbone, policy, cache, levers = self.vla.backbone, self.vla.policy, self._cache, self.vla.levers
+        backbone, policy, cache, options = self.vla.model, self.vla.policy, self._cache, self.vla.options
         clock = Stopwatch(backbone.device)
         with clock.stage("preprocess"):
             self._check(frame)
@@ -149,20 +149,20 @@ class Session:
             layout = backbone.layout(frame)
             prefix, suffix = backbone.prefix(frame), backbone.suffix(frame)
         with clock.stage("bookkeeping"):
-            dense_because = self._cold(frame, layout, pixels)
-            drafts = levers.draft and backbone.causal  # else the prompt itself would see the guess
-            last = self.last.info if drafts and self.last is not None else None
+            dense_reason = self._cold(frame, layout, pixels)
+            drafts = options.draft and backbone.causal  # else the prompt itself would see the guess
+            last = self.last_info.metadata if drafts and self.last_info is not None else None
             draft = None if last is None else backbone.draft(last)
-        glance, decision, forced = self._look_and_decide(frame, layout, pixels, dense_because, clock)
+        glance, decision, forced = self._look_and_decide(frame, layout, pixels, dense_reason, clock)
         with clock.stage("bookkeeping"):
             cache.begin(layout, backbone.max_new_tokens, 0 if self._graphs is None else ROOM)
             run = run_layers if self._graphs is None else self._graphs
-            fallbacks = 0 if self._graphs is None else self._graphs.fallbacks
+            fallbacks = 0 if self._graphs is None else self._graphs.eager_runs
         visual, seen = self._visual(glance, decision, clock)
         with clock.stage("projector"):
             embeddings = torch.cat([prefix, visual, suffix] if draft is None else [prefix, visual, suffix, draft])
         with clock.stage("prefill"):
-            watch = policy.watch(len(backbone.layers))
+            watch = policy.probe(len(backbone.layers))
             prompt = partial_prefill(
                 backbone,
                 cache,
@@ -170,7 +170,7 @@ class Session:
                 decision,
                 embeddings,
                 watch,
-                partial(policy.refine, layout) if dense_because is None else None,
+                partial(policy.refine, layout) if dense_reason is None else None,
                 draft=0 if draft is None else len(draft),
                 run=run,
             )
@@ -182,23 +182,23 @@ class Session:
         with clock.stage("bookkeeping"):
             cache.commit(layout, pixels, frame.instruction, prompt.decision)
             self._shapes, self._frame = frame.shapes, frame
-        self.last = Step(
+        self.last_info = StepInfo(
             layout=layout,
             decision=prompt.decision,
             forced=forced,
-            age=np.zeros_like(cache.age) if prompt.decision.beyond is Beyond.PRUNE else cache.age.copy(),
-            dense_because=dense_because,
+            age=np.zeros_like(cache.age) if prompt.decision.skipped is SkippedTokens.PRUNE else cache.age.copy(),
+            dense_reason=dense_reason,
             stages=clock.stages,
-            info=info,
+            metadata=info,
             pixels=pixels,
-            flow_macs=0 if dense_because or self._flow is None else flow_macs(self._flow, pixels),
-            policy_macs=0 if dense_because else policy.macs,
-            watch=watch,
+            flow_macs=0 if dense_reason or self._flow is None else flow_macs(self._flow, pixels),
+            policy_macs=0 if dense_reason else policy.macs,
+            probe=watch,
             draft=prompt.draft,
-            whole=prompt.whole,
-            passes=tuple(prompt.passes),
-            seen=seen,
-            fallbacks=0 if self._graphs is None else self._graphs.fallbacks - fallbacks,
+            full_last_layer=prompt.whole,
+            decode_passes=tuple(prompt.passes),
+            encoded=seen,
+            eager_runs=0 if self._graphs is None else self._graphs.eager_runs - fallbacks,
         )
         return action
 
@@ -206,7 +206,7 @@ class Session:
     def refresh(self, count: int) -> int:
         """Compute the stalest slots anew from the last frame, so that the next one starts fresher.
 
-        For the time between two frames. Chance is not drawn, and ``last`` stays what it was.
+        For the time between two frames. Chance is not drawn, and ``last_info`` stays what it was.
 
         Args:
             count: How many slots at most.
@@ -215,7 +215,7 @@ class Session:
             How many.
         """
         cache = self._cache
-        if self.last is None or not cache.warm or self.last.decision.beyond is not Beyond.REUSE:
+        if self.last_info is None or not cache.warm or self.last_info.decision.skipped is not SkippedTokens.REUSE:
             return 0
         stalest = np.argsort(-cache.age, kind="stable")[: max(0, count)]
         tokens = np.zeros(cache.age.size, dtype=np.bool_)
@@ -231,18 +231,18 @@ class Session:
         Returns:
             The action, as :meth:`act` gives it; ``None`` if there is no last frame.
         """
-        if self.last is None or self._frame is None or not self._cache.warm:
+        if self.last_info is None or self._frame is None or not self._cache.warm:
             return None
         prompt = self._again(np.ones(self._cache.age.size, dtype=np.bool_))
         noise = np.random.default_rng()
         noise.bit_generator.state = self._noise_before
-        return self.vla.backbone.act(
-            self._frame, prompt.hidden, partial(extend, self.vla.backbone, self._cache, prompt), noise
+        return self.vla.model.act(
+            self._frame, prompt.hidden, partial(extend, self.vla.model, self._cache, prompt), noise
         )[0]
 
     def _again(self, tokens: BoolArray) -> Prompt:
         """Compute ``tokens`` (bool, (N,)) of the last frame once more; the other slots stay what they are."""
-        backbone, cache, frame, layout = self.vla.backbone, self._cache, self._frame, self._cache.layout
+        backbone, cache, frame, layout = self.vla.model, self._cache, self._frame, self._cache.layout
         if frame is None or layout is None:
             raise InputError("there is no frame to compute again: call session.act() first")
         decision, pixels, attention = Decision.reuse(~tokens, len(backbone.layers)), cache.pixels, cache.attention
@@ -256,9 +256,11 @@ class Session:
 
     def _visual(self, glance: Any, decision: Decision, clock: Stopwatch) -> tuple[torch.Tensor, BoolArray]:
         """Embeddings of the visual tokens that are computed, (n, width); and the tokens that the tower computed."""
-        backbone, computed = self.vla.backbone, decision.depth > 0
+        backbone, computed = self.vla.model, decision.exit_layer > 0
         with clock.stage("tower"):
-            partly = self.vla.levers.partial_tower if self._tower is None else decision.beyond is Beyond.REUSE
+            partly = (
+                self.vla.options.sparse_vision_head if self._tower is None else decision.skipped is SkippedTokens.REUSE
+            )
             features = backbone.features(glance, computed if partly else None, self._tower)
         with clock.stage("projector"):
             if not partly and not computed.all():
@@ -270,16 +272,16 @@ class Session:
         frame: Frame,
         layout: TokenLayout,
         pixels: Mapping[str, UInt8Image],
-        dense_because: str | None,
+        dense_reason: str | None,
         clock: Stopwatch,
     ) -> tuple[Any, Decision, BoolArray]:
         """What the tower sees at a glance, and the decision: one after the other, or at the same time.
 
         If at the same time, the stage ``policy`` is the time for which the tower had to wait.
         """
-        backbone = self.vla.backbone
-        if self._aside is None or dense_because is not None:
-            decision, forced = self._decide(frame, layout, pixels, dense_because, clock)
+        backbone = self.vla.model
+        if self._aside is None or dense_reason is not None:
+            decision, forced = self._decide(frame, layout, pixels, dense_reason, clock)
             with clock.stage("tower"):
                 return backbone.look(pixels, self._tower), decision, forced
         pending = self._aside.submit(self._decide, frame, layout, pixels, None, Stopwatch(torch.device("cpu")))
@@ -305,9 +307,9 @@ class Session:
             return "first frame"
         if cache.layout.grids != layout.grids:
             return "other cameras"
-        if self.distrust is not None:
-            return self.distrust
-        if not self.vla.backbone.causal and frame.instruction != cache.instruction:
+        if self.force_dense is not None:
+            return self.force_dense
+        if not self.vla.model.causal and frame.instruction != cache.instruction:
             return "new instruction"
         for camera, image in pixels.items():
             if cv2.absdiff(image, cache.pixels[camera]).mean() / 255 > self.vla.scene_cut:
@@ -320,17 +322,17 @@ class Session:
         frame: Frame,
         layout: TokenLayout,
         pixels: Mapping[str, UInt8Image],
-        dense_because: str | None,
+        dense_reason: str | None,
         clock: Stopwatch,
     ) -> tuple[Decision, BoolArray]:
         """The policy's decision, held to the maximum age; and the tokens where that overruled it."""
-        cache, n_layers = self._cache, len(self.vla.backbone.layers)
-        if dense_because is not None:
+        cache, n_layers = self._cache, len(self.vla.model.layers)
+        if dense_reason is not None:
             return Decision.dense(layout.n_visual, n_layers), np.zeros(layout.n_visual, dtype=np.bool_)
         with clock.stage("flow"):
             flow = estimate(self._flow, cache.pixels, pixels) if self._flow is not None else {}
         with clock.stage("policy"):
-            view = View(
+            inputs = PolicyInput(
                 layout=layout,
                 n_layers=n_layers,
                 instruction=frame.instruction,
@@ -342,23 +344,25 @@ class Session:
                 rng=self._rng,
                 attention=cache.attention,
             )
-            decision = self.vla.policy.decide(view)
-            if decision.depth.shape != (layout.n_visual,) or decision.n_layers != n_layers:
+            decision = self.vla.policy.decide(inputs)
+            if decision.exit_layer.shape != (layout.n_visual,) or decision.n_layers != n_layers:
                 raise InputError(
-                    f"{type(self.vla.policy).__name__} decided about {decision.depth.shape[0]} tokens in "
+                    f"{type(self.vla.policy).__name__} decided about {decision.exit_layer.shape[0]} tokens in "
                     f"{decision.n_layers} layers; the model has {layout.n_visual} in {n_layers}"
                 )
             forced = np.zeros(layout.n_visual, dtype=np.bool_)
-            if decision.beyond is Beyond.REUSE:
+            if decision.skipped is SkippedTokens.REUSE:
                 forced = (cache.age >= self.vla.max_age) & ~decision.active
                 if forced.any():
                     decision = decision.with_active(forced)
-            bucket = self.vla.levers.bucket
-            if self.limit is not None and decision.beyond is Beyond.REUSE:
-                whole = max(bucket, self.limit - self.limit % bucket)  # what is rounded up below stays within the limit
-                wanted, decision = decision.active, within(whole, decision, view, self.vla.max_age)
+            bucket = self.vla.options.bucket
+            if self.token_budget is not None and decision.skipped is SkippedTokens.REUSE:
+                whole = max(
+                    bucket, self.token_budget - self.token_budget % bucket
+                )  # what is rounded up below stays within the limit
+                wanted, decision = decision.active, cap_to_budget(whole, decision, inputs, self.vla.max_age)
                 forced = decision.active & (forced | ~wanted)
-            decision = rounded_up(decision, cache.age, bucket)
+            decision = pad_to_bucket(decision, cache.age, bucket)
         return decision, forced
 
 

@@ -1,4 +1,4 @@
-"""The levers: each leaves every action as it is, but for the tower's reuse, which is held to a reference of its own."""
+"""Every option leaves every action as it is, but for the tower's reuse, which is held to a reference of its own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PrismaticBackbone, Random, random_vla
-from lac_vla.levers import Levers
+from lac_vla.engine.options import EngineOptions
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.models.prismatic.vit import ViT
 from lac_vla.policies import CachePolicy
-from lac_vla.types import Beyond, View
+from lac_vla.types import PolicyInput, SkippedTokens
 from tests.engine.scenes import ALL_POLICIES, frame
 from tests.engine.test_invariants import capture_hidden
 
@@ -54,27 +54,30 @@ def remembering(request: pytest.FixtureRequest) -> PrismaticBackbone:
 
 
 @pytest.mark.parametrize(
-    ("model", "levers"),
+    ("model", "options"),
     [
-        *(("conv", text) for text in ("draft", "partial-tower", "overlap", "exact", "graphs", "exact+graphs")),
-        *(("mixed", text) for text in ("partial-tower", "exact")),
+        *(
+            ("conv", text)
+            for text in ("draft", "sparse-vision-head", "async_policy", "exact", "cuda_graphs", "exact+cuda_graphs")
+        ),
+        *(("mixed", text) for text in ("sparse-vision-head", "exact")),
     ],
 )
 @pytest.mark.parametrize("name", ALL_POLICIES)
-def test_no_exact_lever_changes_anything(request: pytest.FixtureRequest, model: str, name: str, levers: str) -> None:
+def test_no_exact_option_changes_anything(request: pytest.FixtureRequest, model: str, name: str, options: str) -> None:
     """Decisions, hidden states of suffix and action tokens, actions."""
     backbone = request.getfixturevalue(model)
     plain, fast = (
-        CachedVLA(backbone, ALL_POLICIES[name](), levers=Levers.parse(text)).session(seed=5)
-        for text in ("none", levers)
+        CachedVLA(backbone, ALL_POLICIES[name](), options=EngineOptions.parse(text)).session(seed=5)
+        for text in ("none", options)
     )
     for observation in (frame(0), frame(0), frame(1), frame(2, "put the mug on the plate"), frame(3)):
         torch.testing.assert_close(capture_hidden(fast, observation), capture_hidden(plain, observation), **CLOSE)
-        assert plain.last is not None
-        assert fast.last is not None
-        assert (fast.last.decision.depth == plain.last.decision.depth).all()
-        assert (fast.last.age == plain.last.age).all()
-        assert fast.last.info == plain.last.info
+        assert plain.last_info is not None
+        assert fast.last_info is not None
+        assert (fast.last_info.decision.exit_layer == plain.last_info.decision.exit_layer).all()
+        assert (fast.last_info.age == plain.last_info.age).all()
+        assert fast.last_info.metadata == plain.last_info.metadata
 
 
 def test_an_unchanged_frames_draft_stands(conv: PrismaticBackbone) -> None:
@@ -82,8 +85,8 @@ def test_an_unchanged_frames_draft_stands(conv: PrismaticBackbone) -> None:
     passes = []
     for seed in (0, 0, 1):
         session.act(frame(seed))
-        assert session.last is not None
-        passes.append((session.last.draft, len(session.last.passes)))
+        assert session.last_info is not None
+        passes.append((session.last_info.draft, len(session.last_info.decode_passes)))
     assert passes[:2] == [(0, 6), (6, 0)]
     assert passes[2][0] == 6
 
@@ -93,25 +96,25 @@ def test_a_new_episode_has_no_draft(conv: PrismaticBackbone) -> None:
     session.act(frame(0))
     session.reset()
     session.act(frame(0))
-    assert session.last is not None
-    assert session.last.draft == 0
+    assert session.last_info is not None
+    assert session.last_info.draft == 0
 
 
 def test_the_tower_computes_what_is_needed(conv: PrismaticBackbone) -> None:
-    for levers, share in (("partial-tower", 0.5), ("none", 1.0)):
-        session = CachedVLA(conv, Random(0.5), levers=Levers.parse(levers)).session()
+    for options, share in (("sparse-vision-head", 0.5), ("none", 1.0)):
+        session = CachedVLA(conv, Random(0.5), options=EngineOptions.parse(options)).session()
         session.act(frame(0))
         session.act(frame(1))
-        assert session.last is not None
-        assert session.last.seen is not None
-        assert session.last.seen.mean() == share
+        assert session.last_info is not None
+        assert session.last_info.seen is not None
+        assert session.last_info.seen.mean() == share
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("async_policy", [False, True])
 def test_a_tower_that_fails_at_first_glance_leaves_the_session_as_it_was(
-    conv: PrismaticBackbone, overlap: bool
+    conv: PrismaticBackbone, async_policy: bool
 ) -> None:
-    session = CachedVLA(conv, Motion(0.5), levers=Levers(overlap=overlap)).session()
+    session = CachedVLA(conv, Motion(0.5), options=EngineOptions(async_policy=async_policy)).session()
     session.act(frame(0))
 
     def fail(*_: object) -> None:
@@ -215,8 +218,8 @@ def test_each_camera_of_its_own_tower_reuses_what_it_can(mixed: PrismaticBackbon
 @pytest.mark.parametrize("name", ["dense", "random", "motion", "staircase"])
 def test_both_storeys_are_exact_where_nothing_has_changed(remembering: PrismaticBackbone, name: str) -> None:
     """Invariants 1 and 2 with a tower that reuses: all recomputed, or the frame unchanged, is the uncached model."""
-    session = CachedVLA(remembering, ALL_POLICIES[name](), levers=Levers(tower_reuse=True)).session()
-    dense = CachedVLA(remembering, Dense(), levers=Levers.parse("none")).session()
+    session = CachedVLA(remembering, ALL_POLICIES[name](), options=EngineOptions(vision_kv_reuse=True)).session()
+    dense = CachedVLA(remembering, Dense(), options=EngineOptions.parse("none")).session()
     for observation in [frame(0), frame(1), frame(2)] if name == "dense" else [frame(0)] * 3:
         torch.testing.assert_close(capture_hidden(session, observation), capture_hidden(dense, observation), **CLOSE)
 
@@ -226,22 +229,24 @@ def test_what_is_pruned_is_no_business_of_the_towers_memory(vit: PrismaticBackbo
 
     @dataclass(frozen=True)
     class DropHalf(CachePolicy):
-        def decide(self, view: View) -> Decision:
-            kept = view.rng.random(view.layout.n_visual) < 0.5
-            return Decision(np.where(kept, view.n_layers, 0), view.n_layers, Beyond.PRUNE)
+        def decide(self, inputs: PolicyInput) -> Decision:
+            kept = inputs.rng.random(inputs.layout.n_visual) < 0.5
+            return Decision(np.where(kept, inputs.n_layers, 0), inputs.n_layers, SkippedTokens.PRUNE)
 
-    reusing, plain = (CachedVLA(vit, DropHalf(), levers=Levers(tower_reuse=reuse)).session() for reuse in (True, False))
+    reusing, plain = (
+        CachedVLA(vit, DropHalf(), options=EngineOptions(vision_kv_reuse=reuse)).session() for reuse in (True, False)
+    )
     for number in range(3):
         torch.testing.assert_close(
             capture_hidden(reusing, frame(number)), capture_hidden(plain, frame(number)), **CLOSE
         )
-        assert reusing.last is not None
-        assert reusing.last.seen is not None
-        assert reusing.last.seen.all()
+        assert reusing.last_info is not None
+        assert reusing.last_info.seen is not None
+        assert reusing.last_info.seen.all()
 
 
 def test_the_towers_memory_is_the_sessions_own(vit: PrismaticBackbone) -> None:
-    vla = CachedVLA(vit, Random(0.5), levers=Levers(tower_reuse=True))
+    vla = CachedVLA(vit, Random(0.5), options=EngineOptions(vision_kv_reuse=True))
     alone, one, other = vla.session(), vla.session(), vla.session()
     for i in range(4):
         other.act(frame(50 + i))
@@ -255,36 +260,39 @@ def test_the_towers_memory_is_the_sessions_own(vit: PrismaticBackbone) -> None:
 def test_the_towers_reuse_changes_features_of_a_changed_frame(remembering: PrismaticBackbone) -> None:
     """It is not exact, and is not sold as such."""
     stale, fresh = (
-        CachedVLA(remembering, Random(0.5), levers=Levers(tower_reuse=reuse)).session() for reuse in (True, False)
+        CachedVLA(remembering, Random(0.5), options=EngineOptions(vision_kv_reuse=reuse)).session()
+        for reuse in (True, False)
     )
     for i in range(2):
         a, b = capture_hidden(stale, frame(i)), capture_hidden(fresh, frame(i))
     assert not torch.allclose(a, b, atol=1e-4)
-    assert "tower_reuse" not in str(Levers.parse("exact"))
+    assert "vision_kv_reuse" not in str(EngineOptions.parse("exact"))
 
 
 def test_convolutions_have_no_memory(conv: PrismaticBackbone) -> None:
     with pytest.raises(InputError, match="vision transformer"):
-        CachedVLA(conv, levers=Levers(tower_reuse=True))
+        CachedVLA(conv, options=EngineOptions(vision_kv_reuse=True))
 
 
-def test_levers_by_name() -> None:
-    assert Levers.parse("none") == Levers(draft=False, partial_tower=False)
-    assert Levers.parse("default") == Levers()
-    assert Levers.parse("overlap+draft") == Levers(draft=True, partial_tower=False, overlap=True)
-    assert Levers.parse("draft+bucket=16") == Levers(partial_tower=False, bucket=16)
-    assert Levers.parse("default+graphs") == Levers(graphs=True)
-    assert str(Levers.parse("exact")) == "draft+partial_tower+overlap"
-    many = (Levers(), Levers.parse("none"), Levers(bucket=8, graphs=True, overlap=True))
-    assert all(Levers.parse(str(levers)) == levers for levers in many)
+def test_options_by_name() -> None:
+    assert EngineOptions.parse("none") == EngineOptions(draft=False, sparse_vision_head=False)
+    assert EngineOptions.parse("default") == EngineOptions()
+    assert EngineOptions.parse("async_policy+draft") == EngineOptions(
+        draft=True, sparse_vision_head=False, async_policy=True
+    )
+    assert EngineOptions.parse("draft+bucket=16") == EngineOptions(sparse_vision_head=False, bucket=16)
+    assert EngineOptions.parse("default+cuda_graphs") == EngineOptions(cuda_graphs=True)
+    assert str(EngineOptions.parse("exact")) == "draft+sparse_vision_head+async_policy"
+    many = (EngineOptions(), EngineOptions.parse("none"), EngineOptions(bucket=8, cuda_graphs=True, async_policy=True))
+    assert all(EngineOptions.parse(str(options)) == options for options in many)
 
 
 @pytest.mark.parametrize("text", ["draft+turbo", "bucket", "bucket=", "bucket=-4", "bucket=two", "draft=2", "none=1"])
-def test_levers_that_do_not_exist_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match=r"no lever .*draft.*bucket=16"):
-        Levers.parse(text)
+def test_options_that_do_not_exist_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"no option .*draft.*bucket=16"):
+        EngineOptions.parse(text)
 
 
 def test_a_bucket_must_hold_something() -> None:
     with pytest.raises(InputError, match="at least 1"):
-        Levers.parse("bucket=0")
+        EngineOptions.parse("bucket=0")

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lac_vla.cache import VisualKVCache, write
+from lac_vla.engine.kv_cache import VisualKVCache, write
 from lac_vla.errors import InputError
 from lac_vla.models.base import Backbone, DecoderLayer, Rotary
-from lac_vla.types import Beyond, BoolArray, Decision, TokenLayout, Watch
+from lac_vla.types import AttentionProbe, BoolArray, Decision, SkippedTokens, TokenLayout
 
 Refine: TypeAlias = Callable[[int, torch.Tensor, Decision], Decision]
 
@@ -125,7 +125,7 @@ def partial_prefill(
     layout: TokenLayout,
     decision: Decision,
     embeddings: torch.Tensor,
-    watch: Watch | None = None,
+    watch: AttentionProbe | None = None,
     refine: Refine | None = None,
     *,
     draft: int = 0,
@@ -152,7 +152,7 @@ def partial_prefill(
     Raises:
         InputError: If ``embeddings`` does not have one row for every token that is computed.
     """
-    alive = _alive(layout, decision.depth > 0, draft)
+    alive = _alive(layout, decision.exit_layer > 0, draft)
     if embeddings.shape[0] != int(alive.sum()):
         raise InputError(f"{embeddings.shape[0]} embeddings for {int(alive.sum())} tokens to compute")
     if cache.rotary is None:
@@ -162,7 +162,7 @@ def partial_prefill(
     prompt = Prompt(embeddings, decision, cache.rotary, layout.length, draft, whole, draft)
     hidden, first = embeddings, 0
     while first < n_layers:
-        still = _alive(layout, decision.depth > first, draft)
+        still = _alive(layout, decision.exit_layer > first, draft)
         if not np.array_equal(still, alive):  # tokens whose computation ends here
             hidden, alive = hidden[torch.from_numpy(still[alive]).to(hidden.device)], still
         stop = _segment(decision, watch, first, n_layers)
@@ -240,9 +240,9 @@ def _alive(layout: TokenLayout, visual: BoolArray, draft: int) -> BoolArray:
     return alive
 
 
-def _segment(decision: Decision, watch: Watch | None, first: int, n_layers: int) -> int:
+def _segment(decision: Decision, watch: AttentionProbe | None, first: int, n_layers: int) -> int:
     """One past the last layer, from ``first`` on, that has the same rows and needs no look in between."""
-    ends = [int(depth) for depth in np.unique(decision.depth) if depth > first]
+    ends = [int(depth) for depth in np.unique(decision.exit_layer) if depth > first]
     ends += [layer + 1 for layer in (watch.layers if watch is not None else ()) if layer >= first]
     return min([*ends, n_layers])
 
@@ -254,7 +254,7 @@ def _rows(backbone: Backbone, alive: BoolArray, decision: Decision, rotary: Rota
     complete = bool(alive.all())
     positions = every if complete else torch.from_numpy(np.flatnonzero(alive)).to(cos.device)
     slots = None
-    if decision.beyond is Beyond.PRUNE and not complete:
+    if decision.skipped is SkippedTokens.PRUNE and not complete:
         slots = positions  # what is pruned is gone; everything else is computed
     mask: torch.Tensor | None = None
     if not (backbone.causal and (complete or slots is not None)):
@@ -294,7 +294,7 @@ def _attend(
 
 
 def _watched(
-    watch: Watch,
+    watch: AttentionProbe,
     layout: TokenLayout,
     query: torch.Tensor,
     keys: torch.Tensor,
