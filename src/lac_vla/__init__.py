@@ -3,14 +3,16 @@
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
-from lac_vla.models import PrismaticBackbone, load_vla, random_vla, save_vla
+from lac_vla.factory import CachedVLA, ModelOptions
+from lac_vla.models import VLA, load_vla, random_vla, save_vla
 from lac_vla.policies import CachePolicy, Dense, LACConfig, LACPolicy, Motion, Random, make_policy
-from lac_vla.session import CachedVLA, Session
+from lac_vla.session import Session
 from lac_vla.types import Decision, Frame, PolicyInput, TokenLayout
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "VLA",
     "CachePolicy",
     "CachedVLA",
     "CheckpointError",
@@ -23,9 +25,9 @@ __all__ = [
     "LACPolicy",
     "LacError",
     "MissingExtraError",
+    "ModelOptions",
     "Motion",
     "PolicyInput",
-    "PrismaticBackbone",
     "Random",
     "Session",
     "StepInfo",

@@ -4,8 +4,8 @@ The decoder is counted analytically, as in the paper's equations 13-14, from the
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
 the paper's formula has two) and 2·D·slots for attention, which counts the masked half of a causal square too. In the
 last layer only the suffix pays all that; the other rows leave their keys and values, 2D·D_kv, and are done, unless the
-layer was run whole: stock transformers does so, and a policy that watches all of its rows makes us do so. Attention
-that a policy watches is computed aside, beside the kernel that computes the model: D·slots per watched row. Towers,
+layer was run in full: stock transformers does so, and a policy that probes all of its rows makes us do so. Attention
+that a policy probes is computed aside, beside the kernel that computes the model: D·slots per probed row. Towers,
 projectors and heads (what turns hidden states into the action: the output matrix for tokens; all steps of a diffusion
 head, guidance included) are counted by torch's own counter, once; so is RAFT's optical flow. DIS, the other flow, has
 no matrix products and counts as 0: what it takes shows in the time of the stage ``flow`` alone.
@@ -14,6 +14,7 @@ no matrix products and counts as 0: what it takes shows in the time of the stage
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,51 +25,51 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.engine.step_info import StepInfo
-from lac_vla.models.base import Backbone, DecoderShape
+from lac_vla.models.heads.base import HeadContext
+from lac_vla.models.protocols import VLA, DecoderShape
 from lac_vla.types import AttentionProbe, BoolArray, Decision, Frame, SkippedTokens, TokenLayout
 
 
-def layer_macs(shape: DecoderShape, rows: int, slots: int, asking: int | None = None) -> int:
-    """MACs of one block for ``rows`` rows, of which ``asking`` (all by default) attend to ``slots`` slots."""
-    weights = 2 * shape.width**2 + 3 * shape.width * shape.ffn
-    asking = rows if asking is None else asking
-    return rows * 2 * shape.width * shape.kv_width + asking * (weights + 2 * shape.width * slots)
+def layer_macs(shape: DecoderShape, rows: int, slots: int, n_queries: int | None = None) -> int:
+    """Count the MACs of one block for ``rows`` rows, ``n_queries`` of which (all by default) see ``slots`` slots."""
+    weights = 2 * shape.width * shape.queries + 3 * shape.width * shape.ffn
+    n_queries = rows if n_queries is None else n_queries
+    return rows * 2 * shape.width * shape.kv_width + n_queries * (weights + 2 * shape.queries * slots)
 
 
 def prefill_macs(
-    shape: DecoderShape, layout: TokenLayout, decision: Decision, draft: int = 0, *, whole: bool = False
+    shape: DecoderShape, layout: TokenLayout, decision: Decision, draft: int = 0, *, n_queries: int | None = None
 ) -> int:
-    """MACs of a prompt under a decision.
+    """Count the MACs of a prompt under a decision.
 
     Args:
         shape: The decoder.
         layout: Of the prompt.
         decision: What of it is computed.
         draft: Tokens behind it that ride along.
-        whole: Whether all rows ask in the last layer, not the suffix and the draft alone.
+        n_queries: Rows that have queries in the last layer; ``None`` for all.
     """
     total = 0
     for index in range(shape.layers):
         computed, slots = _rows_and_slots(layout, decision, index)
-        suffix_asks = index == shape.layers - 1 and not whole
-        total += layer_macs(shape, computed + draft, slots + draft, layout.n_suffix + draft if suffix_asks else None)
+        total += layer_macs(shape, computed + draft, slots + draft, n_queries if index == shape.layers - 1 else None)
     return total
 
 
-def probe_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, watch: AttentionProbe | None) -> int:
-    """MACs of the attention that is computed aside for a policy: watched rows × slots × width, per watched layer."""
-    if watch is None:
+def probe_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, probe: AttentionProbe | None) -> int:
+    """Count the MACs of attention computed aside for a policy: probed rows × slots × width, per probed layer."""
+    if probe is None:
         return 0
     total = 0
-    for index in watch.layers:
+    for index in probe.layers:
         computed, slots = _rows_and_slots(layout, decision, index)
-        rows = {"last": 1, "suffix": layout.n_suffix, "all": computed}[watch.rows]
-        total += rows * slots * shape.width
+        rows = {"last": 1, "suffix": layout.n_suffix, "all": computed}[probe.rows]
+        total += rows * slots * shape.queries
     return total
 
 
 def decode_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, passes: Sequence[tuple[int, int]]) -> int:
-    """MACs of the layers for the decoding passes behind a prompt.
+    """Count the MACs of the layers for the decoding passes behind a prompt.
 
     Args:
         shape: The decoder.
@@ -84,13 +85,13 @@ def decode_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, pa
 
 
 def _rows_and_slots(layout: TokenLayout, decision: Decision, layer: int) -> tuple[int, int]:
-    """Rows computed in a layer, and slots that exist there."""
+    """Count the rows computed in a layer, and the slots that exist there."""
     rows = layout.n_prefix + layout.n_suffix + int(np.count_nonzero(decision.exit_layer > layer))
     return rows, layout.length if decision.skipped is SkippedTokens.REUSE else rows
 
 
 def count_macs(work: Callable[[], Any]) -> int:
-    """MACs of anything, by torch's operator counter.
+    """Count the MACs of anything, by torch's operator counter.
 
     Attention runs in matrix products meanwhile: there are kernels that the counter does not know, the CPU's for one.
     """
@@ -101,7 +102,7 @@ def count_macs(work: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class CostModel:
-    """MACs per frame of a backbone.
+    """Counts a model's MACs per frame.
 
     Attributes:
         decoder: Sizes of its decoder.
@@ -109,6 +110,7 @@ class CostModel:
         tokens: Camera → MACs of its tower per visual token whose features are computed.
         projector: MACs of the projector per visual token.
         head: MACs from a hidden state to the action, or to one of its tokens; the decoder's layers left out.
+        reads_hidden: Whether the head reads hidden states; if not, the last layer computes no queries.
     """
 
     decoder: DecoderShape
@@ -116,26 +118,28 @@ class CostModel:
     tokens: Mapping[str, int]
     projector: int
     head: int
+    reads_hidden: bool = True
 
     @classmethod
-    def of(cls, backbone: Backbone, frame: Frame, *, vision_kv_reuse: bool = False) -> CostModel:
+    def of(cls, model: VLA, frame: Frame, *, vision_kv_reuse: bool = False) -> CostModel:
         """Measure the parts whose cost is proportional to a number of tokens, on one frame.
 
         Args:
-            backbone: The model.
+            model: The model.
             frame: Any observation that it takes.
             vision_kv_reuse: Whether the tower computes the active tokens alone, see
                 :class:`lac_vla.engine.options.EngineOptions`.
         """
-        pixels = backbone.pixels(frame)
-        memory = backbone.tower_memory() if vision_kv_reuse else None
+        processor, vision, head = model.processor, model.vision, model.head
+        images, prompt = processor.images(frame), processor.prompt(frame)
+        kv_cache = vision.kv_cache() if vision_kv_reuse else None
 
-        def tower(computed: BoolArray | None) -> torch.Tensor:
-            return backbone.features(backbone.look(pixels, memory), computed, memory)
+        def tower(token_mask: BoolArray | None) -> torch.Tensor:
+            return vision.encode_tokens(vision.encode_stem(frame, images, kv_cache), token_mask, kv_cache)
 
         with torch.inference_mode():
-            features, hidden = tower(None), backbone.suffix(frame)
-        n, cameras = len(features), backbone.layout(frame).cameras
+            features, (_, hidden) = tower(None), processor.embed(prompt)
+        n, cameras = len(features), prompt.layout.cameras
         every = count_macs(lambda: tower(None))
         tokens = {}
         for camera in cameras:  # what is saved where of its tokens the first alone is computed
@@ -144,19 +148,31 @@ class CostModel:
             saved = every - count_macs(partial(tower, computed))
             tokens[camera.name] = saved // max(1, camera.size - 1)
         always = every - sum(camera.size * tokens[camera.name] for camera in cameras)
-        projector = count_macs(lambda: backbone.project(features)) // n
-        chance = np.random.default_rng(0)
-        head = count_macs(lambda: backbone.act(frame, hidden, lambda new, at=None: new, chance))  # rows of any content
-        return cls(backbone.shape, always, tokens, projector, head // max(1, backbone.max_new_tokens))
+        projector = count_macs(lambda: vision.project(features)) // n
+        shape = (model.decoder.kv_heads, prompt.layout.length, model.decoder.head_dim)
+
+        def cached(layer: int) -> torch.Tensor:
+            return hidden.new_zeros(shape)
+
+        def decode() -> None:  # over rows of any content
+            context = HeadContext(frame, prompt.layout, hidden, cached, cached, np.random.default_rng(0))
+            decoding, rows = head.decode(context), None
+            with suppress(StopIteration):
+                while True:
+                    rows = next(decoding) if rows is None else decoding.send(rows.embeddings)
+
+        decoded = count_macs(decode)
+        return cls(model.decoder.shape, always, tokens, projector, decoded // head.n_rows, head.reads == "hidden")
 
     def step(self, step: StepInfo) -> dict[str, int]:
-        """MACs by stage of what a session did with a frame.
+        """Count by stage what a session did with a frame.
 
         Returns:
-            ``flow``, ``policy`` (its networks and what it watched), ``tower``, ``projector``, ``prefill``, ``decode``,
+            ``flow``, ``policy`` (its networks and what it probed), ``tower``, ``projector``, ``prefill``, ``decode``,
             ``head``.
         """
         layout, decision = step.layout, step.decision
+        n_queries = step.n_queries if self.reads_hidden else 0
         encoded = np.ones(layout.n_visual, dtype=np.bool_) if step.encoded is None else step.encoded
         features = sum(self.tokens[camera.name] * int(encoded[camera.tokens].sum()) for camera in layout.cameras)
         read = 1 + step.draft + sum(stop - start for start, stop in step.decode_passes)
@@ -165,12 +181,13 @@ class CostModel:
             "policy": step.policy_macs + probe_macs(self.decoder, layout, decision, step.probe),
             "tower": self.tower + features,
             "projector": self.projector * int(np.count_nonzero(decision.exit_layer)),
-            "prefill": prefill_macs(self.decoder, layout, decision, step.draft, whole=step.full_last_layer),
-            "decode": decode_macs(self.decoder, layout, decision, step.decode_passes),
+            "prefill": prefill_macs(self.decoder, layout, decision, step.draft, n_queries=n_queries),
+            "decode": decode_macs(self.decoder, layout, decision, step.decode_passes)
+            + sum(decode_macs(shape, layout, decision, [(a, b)]) for shape, a, b in step.stack_passes),
             "head": self.head * read,
         }
 
 
 def one_by_one(n_tokens: int) -> tuple[tuple[int, int], ...]:
-    """The passes of greedy decoding: the first token comes from the prompt's own last row."""
+    """List the passes of greedy decoding: the first token comes from the prompt's own last row."""
     return tuple((i, i + 1) for i in range(n_tokens - 1))

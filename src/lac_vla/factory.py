@@ -1,21 +1,23 @@
-"""What every command starts from: a model and policies, loaded by name."""
+"""A policy beside a frozen VLA, loaded by name: what every command starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from lac_vla.bundled import find_model
+from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
 from lac_vla.flow import make_flow
-from lac_vla.models import load_vla
-from lac_vla.policies import CachePolicy, PolicySpec, build_policy
+from lac_vla.models import VLA, load_vla
+from lac_vla.policies import CachePolicy, Dense, PolicySpec, build_policy
 from lac_vla.policies.lac import SUBFOLDER
-from lac_vla.session import CachedVLA
+from lac_vla.session import Session
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,71 @@ class ModelOptions:
             make_flow(self.flow)
         if self.threads < 0 or self.seed < 0:
             raise InputError("threads and seed must be at least 0")
+
+
+@dataclass(frozen=True)
+class CachedVLA:
+    """A model and a caching policy: stateless, shared by any number of sessions, which share one engine.
+
+    Attributes:
+        model: The frozen model.
+        policy: What decides which visual tokens are recomputed.
+        flow: Optical flow for a policy that reads it, by name; ``None`` for the one that it was made for.
+        max_age: No slot is reused once it is this many frames old, ≥ 1.
+        scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
+        options: What else is done to be fast.
+
+    Raises:
+        InputError: If a setting makes no sense, or the policy was made for another token layout.
+        CheckpointError: If the flow has weights, and they cannot be read.
+    """
+
+    model: VLA
+    policy: CachePolicy = field(default_factory=Dense)
+    flow: str | None = None
+    max_age: int = 16
+    scene_cut: float = 0.25
+    options: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        if self.max_age < 1:
+            raise InputError(f"max_age is {self.max_age}; a slot must be allowed to grow at least 1 frame old")
+        if not 0 < self.scene_cut <= 1:
+            raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
+        self.policy.check_layout(self.model.grids)
+        make_flow(self.flow or self.policy.flow)
+        _ = self.engine  # an option that does not fit the model is refused here
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        policy: str = "lac",
+        options: ModelOptions | None = None,
+        *,
+        cameras: Sequence[str] | None = None,
+    ) -> CachedVLA:
+        """Load a checkpoint and a policy beside it; see :func:`load_methods` for the arguments."""
+        [vla] = load_methods(model, (policy,), options, cameras=cameras).values()
+        return vla
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine of all its sessions."""
+        return Engine(self.model, self.options)
+
+    @property
+    def flow_used(self) -> str:
+        """Name of the estimator in its sessions; ``"none"`` for a policy that reads no flow, whatever ``flow`` says."""
+        return "none" if self.policy.flow == "none" else self.flow or self.policy.flow
+
+    def session(self, seed: int = 0) -> Session:
+        """Start with one robot.
+
+        Args:
+            seed: Of everything that this session leaves to chance.
+        """
+        return Session(self.engine, self.policy, self.flow_used, self.max_age, self.scene_cut, seed)
 
 
 def method_name(spec: str) -> str:
@@ -136,15 +203,3 @@ def load_methods(
         name: CachedVLA(loaded, policy, flow=options.flow, max_age=options.max_age, options=engine_options)
         for name, policy in policies.items()
     }
-
-
-def load_cached_vla(
-    model: str,
-    policy: str = "lac",
-    options: ModelOptions | None = None,
-    *,
-    cameras: Sequence[str] | None = None,
-) -> CachedVLA:
-    """Load a checkpoint and one policy beside it; see :func:`load_methods`."""
-    [vla] = load_methods(model, (policy,), options, cameras=cameras).values()
-    return vla

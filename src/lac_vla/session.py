@@ -1,114 +1,95 @@
-"""A policy beside a frozen VLA, and the session that runs them on one robot."""
+"""The session of one robot in one episode: it plans frames, an engine runs them, and it remembers what they left."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
 from lac_vla.engine.budget import cap_to_budget, pad_to_bucket
-from lac_vla.engine.cuda_graphs import ROOM, Graphs
-from lac_vla.engine.kv_cache import VisualKVCache
-from lac_vla.engine.options import EngineOptions
-from lac_vla.engine.prefill import Prompt, extend, partial_prefill, run_layers
+from lac_vla.engine.engine import Engine
+from lac_vla.engine.frame_memory import FrameMemory
+from lac_vla.engine.kv_cache import Region
+from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.flow import estimate, flow_macs, make_flow
-from lac_vla.models.base import Backbone
-from lac_vla.policies import CachePolicy, Dense
+from lac_vla.models.protocols import VLA
+from lac_vla.policies import CachePolicy
 from lac_vla.timing import Stopwatch
-from lac_vla.types import BoolArray, Decision, FloatArray, Frame, PolicyInput, SkippedTokens, TokenLayout, UInt8Image
-
-
-@dataclass(frozen=True)
-class CachedVLA:
-    """A backbone and a caching policy: stateless, shared by any number of sessions.
-
-    Attributes:
-        model: The frozen model.
-        policy: What decides which visual tokens are recomputed.
-        flow: Optical flow for a policy that reads it, by name; ``None`` for the one that it was made for.
-        max_age: No slot is reused once it is this many frames old, ≥ 1.
-        scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
-        options: What else is done to be fast.
-
-    Raises:
-        InputError: If a setting makes no sense, or the policy was made for another token layout.
-        CheckpointError: If the flow has weights, and they cannot be read.
-    """
-
-    model: Backbone
-    policy: CachePolicy = field(default_factory=Dense)
-    flow: str | None = None
-    max_age: int = 16
-    scene_cut: float = 0.25
-    options: EngineOptions = field(default_factory=EngineOptions)
-
-    def __post_init__(self) -> None:
-        if self.max_age < 1:
-            raise InputError(f"max_age is {self.max_age}; a slot must be allowed to grow at least 1 frame old")
-        if not 0 < self.scene_cut <= 1:
-            raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
-        self.policy.check_layout(self.model.grids)
-        make_flow(self.flow or self.policy.flow)
-        if self.options.vision_kv_reuse and self.model.tower_memory() is None:
-            raise InputError(
-                f"vision_kv_reuse needs a vision transformer, and {self.model.name} sees by convolutions: leave it out"
-            )
-
-    @property
-    def flow_used(self) -> str:
-        """Name of the estimator in its sessions; ``"none"`` for a policy that reads no flow, whatever ``flow`` says."""
-        return "none" if self.policy.flow == "none" else self.flow or self.policy.flow
-
-    def session(self, seed: int = 0) -> Session:
-        """Start with one robot.
-
-        Args:
-            seed: Of everything that this session leaves to chance.
-        """
-        return Session(self, seed)
+from lac_vla.types import (
+    BoolArray,
+    Decision,
+    FloatArray,
+    Frame,
+    PolicyInput,
+    SkippedTokens,
+    TokenLayout,
+    UInt8Image,
+)
 
 
 class Session:
-    """The state of one robot in one episode: it owns the cache. Make it with :meth:`CachedVLA.session`.
+    """The state of one robot in one episode. Make it with :meth:`lac_vla.factory.CachedVLA.session`.
+
+    :meth:`act` answers one frame. A server of many robots takes it apart: ``plan`` on the host, one ``Engine.run`` for
+    the plans of all, ``commit`` for each.
 
     Args:
-        vla: Backbone and policy.
-        seed: Of the session's generator.
+        engine: Runs the model.
+        policy: Decides which visual tokens are computed.
+        flow: Name of the optical flow; ``"none"`` for none.
+        max_age: No slot is reused once it is this many frames old.
+        scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
+        seed: Of the session's generators.
 
     Attributes:
-        last_info: What the last call of :meth:`act` did.
+        engine: As given.
+        policy: As given.
+        memory: What is remembered of the last frames.
+        last_info: Report of the last frame; ``None`` before the first.
         token_budget: At most as many visual tokens are computed in a frame, as far as the maximum age allows; ``None``
             for as many as the policy wants. Frames that reuse nothing are not limited, nor is less than one bucket. It
             stays over a reset.
-        force_dense: Why the next frames are to be computed in full; ``None`` for what the policy decides.
+        force_dense: If set, every frame is dense and this text is reported as the reason; ``None`` for what the policy
+            decides.
     """
 
-    def __init__(self, vla: CachedVLA, seed: int = 0) -> None:
-        self.vla = vla
-        self.seed = seed
+    def __init__(
+        self, engine: Engine, policy: CachePolicy, flow: str, max_age: int, scene_cut: float, seed: int = 0
+    ) -> None:
+        self.engine, self.policy, self.seed = engine, policy, seed
+        self.max_age, self.scene_cut = max_age, scene_cut
+        self.memory = FrameMemory()
         self.last_info: StepInfo | None = None
         self.token_budget: int | None = None
         self.force_dense: str | None = None
+        self._flow = make_flow(flow)
+        self._region = Region()
+        weakref.finalize(self, engine.store.abandoned.append, self._region).atexit = False
+        self._vision_kv = self.model.vision.kv_cache() if engine.options.vision_kv_reuse else None
+        self._policy_executor = ThreadPoolExecutor(1, "decision") if engine.options.async_policy else None
         self._frame: Frame | None = None
-        backbone = vla.model
-        self._cache = VisualKVCache(
-            len(backbone.layers), backbone.kv_heads, backbone.head_dim, backbone.dtype, backbone.device
-        )
-        self._flow = make_flow(vla.flow_used)
         self._shapes: Mapping[str, tuple[int, int]] | None = None
-        self._rng, self._noise = _generators(seed)
-        self._noise_before = self._noise.bit_generator.state
-        self._tower = backbone.tower_memory() if vla.options.vision_kv_reuse else None
-        self._aside = ThreadPoolExecutor(1, "decision") if vla.options.async_policy else None
-        self._graphs = Graphs(len(backbone.layers)) if vla.options.cuda_graphs else None
+        self._open: FramePlan | None = None
+        self._rng, self._head_rng = _generators(seed)
+        self._head_rng_state: Mapping[str, object] = self._head_rng.bit_generator.state
+
+    @property
+    def model(self) -> VLA:
+        """The model that the engine runs."""
+        return self.engine.model
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cached keys and values, in bytes."""
+        cached = self._region.size * self.engine.store.bytes_per_slot
+        return cached + (0 if self._vision_kv is None else self._vision_kv.nbytes)
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new episode: forget every slot, and start chance anew.
@@ -117,17 +98,11 @@ class Session:
             seed: A new seed; ``None`` keeps the session's own, so that every episode draws the same.
         """
         self.seed = self.seed if seed is None else seed
-        self._cache.drop()
-        self._shapes = None
-        self._rng, self._noise = _generators(self.seed)
+        self.memory.begin()
+        self._shapes = self._open = None
+        self._rng, self._head_rng = _generators(self.seed)
         self._frame = self.last_info = self.force_dense = None
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the cached keys and values, in bytes."""
-        return self._cache.nbytes + (0 if self._tower is None else self._tower.nbytes)
-
-    @torch.inference_mode()
     def act(self, frame: Frame) -> FloatArray:
         """Answer an observation with an action.
 
@@ -135,74 +110,115 @@ class Session:
             frame: The observation.
 
         Returns:
-            The action in the robot's own units, float32; its shape is the backbone's.
+            The action in the robot's own units, float32; its shape is the head's.
 
         Raises:
             InputError: If the frame does not fit the model or this episode. Nothing has changed then. Whatever else
                 goes wrong on the way: the next frame is computed in full.
         """
-        backbone, policy, cache, options = self.vla.model, self.vla.policy, self._cache, self.vla.options
-        clock = Stopwatch(backbone.device)
-        with clock.stage("preprocess"):
-            self._check(frame)
-            pixels = backbone.pixels(frame)
-            layout = backbone.layout(frame)
-            prefix, suffix = backbone.prefix(frame), backbone.suffix(frame)
-        with clock.stage("bookkeeping"):
-            dense_reason = self._cold(frame, layout, pixels)
-            drafts = options.draft and backbone.causal  # else the prompt itself would see the guess
-            last = self.last_info.metadata if drafts and self.last_info is not None else None
-            draft = None if last is None else backbone.draft(last)
-        glance, decision, forced = self._look_and_decide(frame, layout, pixels, dense_reason, clock)
-        with clock.stage("bookkeeping"):
-            cache.begin(layout, backbone.max_new_tokens, 0 if self._graphs is None else ROOM)
-            run = run_layers if self._graphs is None else self._graphs
-            fallbacks = 0 if self._graphs is None else self._graphs.eager_runs
-        visual, seen = self._visual(glance, decision, clock)
-        with clock.stage("projector"):
-            embeddings = torch.cat([prefix, visual, suffix] if draft is None else [prefix, visual, suffix, draft])
-        with clock.stage("prefill"):
-            watch = policy.probe(len(backbone.layers))
-            prompt = partial_prefill(
-                backbone,
-                cache,
-                layout,
-                decision,
-                embeddings,
-                watch,
-                partial(policy.refine, layout) if dense_reason is None else None,
-                draft=0 if draft is None else len(draft),
-                run=run,
-            )
-        with clock.stage("decode"):
-            append = partial(extend, backbone, cache, prompt, run=run)
-            drafted = None if draft is None else last
-            self._noise_before = self._noise.bit_generator.state
-            action, info = backbone.act(frame, prompt.hidden, append, self._noise, drafted)
-        with clock.stage("bookkeeping"):
-            cache.commit(layout, pixels, frame.instruction, prompt.decision)
-            self._shapes, self._frame = frame.shapes, frame
-        self.last_info = StepInfo(
-            layout=layout,
-            decision=prompt.decision,
-            forced=forced,
-            age=np.zeros_like(cache.age) if prompt.decision.skipped is SkippedTokens.PRUNE else cache.age.copy(),
-            dense_reason=dense_reason,
-            stages=clock.stages,
-            metadata=info,
-            pixels=pixels,
-            flow_macs=0 if dense_reason or self._flow is None else flow_macs(self._flow, pixels),
-            policy_macs=0 if dense_reason else policy.macs,
-            probe=watch,
-            draft=prompt.draft,
-            full_last_layer=prompt.whole,
-            decode_passes=tuple(prompt.passes),
-            encoded=seen,
-            eager_runs=0 if self._graphs is None else self._graphs.eager_runs - fallbacks,
-        )
-        return action
+        plan = self.plan(frame)
+        self.commit(plan, *self.engine.run([plan]))
+        return self._action
 
-    @torch.inference_mode()
+    def plan(self, frame: Frame) -> FramePlan:
+        """Plan a frame on the host: checks, optical flow, the policy's decision within maximum age and budget.
+
+        Args:
+            frame: The observation.
+
+        Returns:
+            For :meth:`Engine.run`, once; the session then wants its result by :meth:`commit`.
+
+        Raises:
+            InputError: If the frame does not fit the model or this episode; or if a plan was made and its result not
+                committed, which is given up.
+        """
+        self._check(frame)
+        clock = Stopwatch(self.model.device)
+        processor, options, memory = self.model.processor, self.engine.options, self.memory
+        with clock.stage("preprocess"):
+            images = processor.images(frame)
+            prompt = processor.prompt(frame)
+        with clock.stage("bookkeeping"):
+            dense_reason = self._dense_reason(frame, prompt.layout, images)
+            drafts = options.draft and self.model.decoder.causal  # else the prompt itself would see the guess
+            drafted = self.last_info.metadata if drafts and self.last_info is not None else None
+        decide = partial(self._decide, frame, prompt.layout, images)
+        decided: tuple[Decision, BoolArray] | Future[tuple[Decision, BoolArray]]
+        if dense_reason is not None:
+            n_visual = prompt.layout.n_visual
+            decided = Decision.dense(n_visual, self.model.n_layers), np.zeros(n_visual, dtype=np.bool_)
+        elif self._policy_executor is not None:
+            decided = self._policy_executor.submit(decide, Stopwatch(torch.device("cpu")))
+        else:
+            decided = decide(clock)
+        self._open = FramePlan(
+            engine=self.engine,
+            frame=frame,
+            images=images,
+            prompt=prompt,
+            region=self._region,
+            vision_kv=self._vision_kv,
+            begin=memory.begin,
+            clock=clock,
+            decided=decided,
+            dense_reason=dense_reason,
+            probe=self.policy.probe(self.model.n_layers),
+            refine=partial(self.policy.refine, prompt.layout) if dense_reason is None else None,
+            drafted=drafted,
+            rng=self._head_rng,
+        )
+        return self._open
+
+    def commit(self, plan: FramePlan, result: FrameResult) -> StepInfo:
+        """Take up what an engine made of the open plan.
+
+        Args:
+            plan: From :meth:`plan`.
+            result: What ``Engine.run`` returned for it.
+
+        Returns:
+            The report of the frame, which is ``last_info`` now; ``result.action`` is the answer.
+
+        Raises:
+            InputError: If this is not the open plan of this session, or the result is another plan's.
+            Exception: What went wrong in the run, if anything did; the next frame is computed in full.
+        """
+        if plan is not self._open or result.plan is not plan:
+            raise InputError("this is not the open plan of this session and its result: commit what was planned last")
+        self._open = None
+        sequence, action = result.sequence, result.action
+        if result.error is not None:
+            raise result.error
+        if sequence is None or action is None:
+            raise InputError("this plan was not run to its end: give it to engine.run() first")
+        decision, (_, forced) = sequence.decision, plan.decision()
+        dense, memory = plan.dense_reason, self.memory
+        with plan.clock.stage("bookkeeping"):
+            memory.commit(sequence.layout, plan.images, plan.frame.instruction, decision, sequence.attention)
+            self._shapes, self._frame = plan.frame.shapes, plan.frame
+            self._head_rng_state, self._action = result.rng_state, action
+        self.last_info = StepInfo(
+            layout=sequence.layout,
+            decision=decision,
+            forced=forced,
+            age=np.zeros_like(memory.age) if decision.skipped is SkippedTokens.PRUNE else memory.age.copy(),
+            dense_reason=dense,
+            stages=plan.clock.stages,
+            metadata=result.metadata,
+            pixels=plan.images,
+            flow_macs=0 if dense or self._flow is None else flow_macs(self._flow, plan.images),
+            policy_macs=0 if dense else self.policy.macs,
+            probe=plan.probe,
+            draft=sequence.draft,
+            full_last_layer=sequence.full_last_layer,
+            decode_passes=tuple(sequence.decode_passes),
+            stack_passes=tuple((stack.shape, start, stop) for stack, start, stop in sequence.stack_passes),
+            encoded=result.encoded,
+            eager_runs=result.eager_runs,
+        )
+        return self.last_info
+
     def refresh(self, count: int) -> int:
         """Compute the stalest slots anew from the last frame, so that the next one starts fresher.
 
@@ -214,163 +230,128 @@ class Session:
         Returns:
             How many.
         """
-        cache = self._cache
-        if self.last_info is None or not cache.warm or self.last_info.decision.skipped is not SkippedTokens.REUSE:
+        memory = self.memory
+        if self.last_info is None or not memory.warm or self.last_info.decision.skipped is not SkippedTokens.REUSE:
             return 0
-        stalest = np.argsort(-cache.age, kind="stable")[: max(0, count)]
-        tokens = np.zeros(cache.age.size, dtype=np.bool_)
-        tokens[stalest] = cache.age[stalest] > 0
+        stalest = np.argsort(-memory.age, kind="stable")[: max(0, count)]
+        tokens = np.zeros(memory.age.size, dtype=np.bool_)
+        tokens[stalest] = memory.age[stalest] > 0
         if tokens.any():
-            self._again(tokens)
+            self._recompute(tokens)
         return int(tokens.sum())
 
-    @torch.inference_mode()
     def shadow(self) -> FloatArray | None:
-        """The action that the model without a cache gives to the last frame, with the same chance; leaves it all fresh.
+        """Compute the action that the model without a cache gives to the last frame, with the same chance.
+
+        Afterwards all slots are fresh.
 
         Returns:
             The action, as :meth:`act` gives it; ``None`` if there is no last frame.
         """
-        if self.last_info is None or self._frame is None or not self._cache.warm:
+        if self.last_info is None or self._frame is None or not self.memory.warm:
             return None
-        prompt = self._again(np.ones(self._cache.age.size, dtype=np.bool_))
-        noise = np.random.default_rng()
-        noise.bit_generator.state = self._noise_before
-        return self.vla.model.act(
-            self._frame, prompt.hidden, partial(extend, self.vla.model, self._cache, prompt), noise
-        )[0]
+        rng = np.random.default_rng()
+        rng.bit_generator.state = self._head_rng_state
+        return self._recompute(np.ones(self.memory.age.size, dtype=np.bool_), rng)
 
-    def _again(self, tokens: BoolArray) -> Prompt:
+    def _recompute(self, tokens: BoolArray, rng: np.random.Generator | None = None) -> FloatArray | None:
         """Compute ``tokens`` (bool, (N,)) of the last frame once more; the other slots stay what they are."""
-        backbone, cache, frame, layout = self.vla.model, self._cache, self._frame, self._cache.layout
-        if frame is None or layout is None:
+        memory, frame = self.memory, self._frame
+        if frame is None or memory.layout is None:
             raise InputError("there is no frame to compute again: call session.act() first")
-        decision, pixels, attention = Decision.reuse(~tokens, len(backbone.layers)), cache.pixels, cache.attention
-        cache.begin(layout, backbone.max_new_tokens)
-        visual, _ = self._visual(backbone.look(pixels, self._tower), decision, Stopwatch(backbone.device))
-        embeddings = torch.cat([backbone.prefix(frame), visual, backbone.suffix(frame)])
-        prompt = partial_prefill(backbone, cache, layout, decision, embeddings)
-        cache.commit(layout, pixels, frame.instruction, decision, elapsed=0)
-        cache.attention = attention
-        return prompt
-
-    def _visual(self, glance: Any, decision: Decision, clock: Stopwatch) -> tuple[torch.Tensor, BoolArray]:
-        """Embeddings of the visual tokens that are computed, (n, width); and the tokens that the tower computed."""
-        backbone, computed = self.vla.model, decision.exit_layer > 0
-        with clock.stage("tower"):
-            partly = (
-                self.vla.options.sparse_vision_head if self._tower is None else decision.skipped is SkippedTokens.REUSE
-            )
-            features = backbone.features(glance, computed if partly else None, self._tower)
-        with clock.stage("projector"):
-            if not partly and not computed.all():
-                features = features[torch.from_numpy(computed).to(backbone.device)]
-            return backbone.project(features), computed if partly else np.ones_like(computed)
-
-    def _look_and_decide(
-        self,
-        frame: Frame,
-        layout: TokenLayout,
-        pixels: Mapping[str, UInt8Image],
-        dense_reason: str | None,
-        clock: Stopwatch,
-    ) -> tuple[Any, Decision, BoolArray]:
-        """What the tower sees at a glance, and the decision: one after the other, or at the same time.
-
-        If at the same time, the stage ``policy`` is the time for which the tower had to wait.
-        """
-        backbone = self.vla.model
-        if self._aside is None or dense_reason is not None:
-            decision, forced = self._decide(frame, layout, pixels, dense_reason, clock)
-            with clock.stage("tower"):
-                return backbone.look(pixels, self._tower), decision, forced
-        pending = self._aside.submit(self._decide, frame, layout, pixels, None, Stopwatch(torch.device("cpu")))
-        try:
-            with clock.stage("tower"):
-                glance = backbone.look(pixels, self._tower)
-        finally:  # whatever happens, nothing of this frame goes on beside the next
-            with clock.stage("policy"):
-                decision, forced = pending.result()
-        return glance, decision, forced
+        decision, pixels, attention = Decision.reuse(~tokens, self.model.n_layers), memory.pixels, memory.attention
+        plan = FramePlan(
+            engine=self.engine,
+            frame=frame,
+            images=pixels,
+            prompt=self.model.processor.prompt(frame),
+            region=self._region,
+            vision_kv=self._vision_kv,
+            begin=memory.begin,
+            clock=Stopwatch(self.model.device),
+            decided=(decision, np.zeros_like(tokens)),
+            rng=rng,
+        )
+        [result] = self.engine.run([plan])
+        if result.error is not None:
+            raise result.error
+        memory.commit(memory.layout, pixels, frame.instruction, decision, attention, elapsed=0)
+        return result.action
 
     def _check(self, frame: Frame) -> None:
+        if self._open is not None:
+            self._open = None
+            raise InputError(
+                "a frame was planned and not committed, and is given up now: run its plan and call session.commit() "
+                "before you plan the next one"
+            )
         if self._shapes is not None and frame.shapes != self._shapes:
             raise InputError(
                 f"the cameras changed in mid-episode from {dict(self._shapes)} to {frame.shapes} (height, width); "
                 "call session.reset() if this is a new episode"
             )
 
-    def _cold(self, frame: Frame, layout: TokenLayout, pixels: Mapping[str, UInt8Image]) -> str | None:
-        """Why nothing of the cache may be reused, or ``None`` if it may."""
-        cache = self._cache
-        if not cache.warm or cache.layout is None:
+    def _dense_reason(self, frame: Frame, layout: TokenLayout, images: Mapping[str, UInt8Image]) -> str | None:
+        """Tell why nothing of the cache may be reused; ``None`` if it may."""
+        memory = self.memory
+        if not memory.warm or memory.layout is None:
             return "first frame"
-        if cache.layout.grids != layout.grids:
-            return "other cameras"
         if self.force_dense is not None:
             return self.force_dense
-        if not self.vla.model.causal and frame.instruction != cache.instruction:
+        if not self.model.decoder.causal and frame.instruction != memory.instruction:
             return "new instruction"
-        for camera, image in pixels.items():
-            if cv2.absdiff(image, cache.pixels[camera]).mean() / 255 > self.vla.scene_cut:
+        for camera, image in images.items():
+            if cv2.absdiff(image, memory.pixels[camera]).mean() / 255 > self.scene_cut:
                 return "scene cut"
         return None
 
     @torch.inference_mode()
     def _decide(
-        self,
-        frame: Frame,
-        layout: TokenLayout,
-        pixels: Mapping[str, UInt8Image],
-        dense_reason: str | None,
-        clock: Stopwatch,
+        self, frame: Frame, layout: TokenLayout, images: Mapping[str, UInt8Image], clock: Stopwatch
     ) -> tuple[Decision, BoolArray]:
-        """The policy's decision, held to the maximum age; and the tokens where that overruled it."""
-        cache, n_layers = self._cache, len(self.vla.model.layers)
-        if dense_reason is not None:
-            return Decision.dense(layout.n_visual, n_layers), np.zeros(layout.n_visual, dtype=np.bool_)
+        """Make the policy's decision, held to the maximum age; and list the tokens where that overruled it."""
+        memory, n_layers = self.memory, self.model.n_layers
         with clock.stage("flow"):
-            flow = estimate(self._flow, cache.pixels, pixels) if self._flow is not None else {}
+            flow = estimate(self._flow, memory.pixels, images) if self._flow is not None else {}
         with clock.stage("policy"):
             inputs = PolicyInput(
                 layout=layout,
                 n_layers=n_layers,
                 instruction=frame.instruction,
-                pixels=pixels,
-                previous=cache.pixels,
-                reference=cache.reference,
+                pixels=images,
+                previous=memory.pixels,
+                reference=memory.reference,
                 flow=flow,
-                age=cache.age,
+                age=memory.age,
                 rng=self._rng,
-                attention=cache.attention,
+                attention=memory.attention,
             )
-            decision = self.vla.policy.decide(inputs)
+            decision = self.policy.decide(inputs)
             if decision.exit_layer.shape != (layout.n_visual,) or decision.n_layers != n_layers:
                 raise InputError(
-                    f"{type(self.vla.policy).__name__} decided about {decision.exit_layer.shape[0]} tokens in "
+                    f"{type(self.policy).__name__} decided about {decision.exit_layer.shape[0]} tokens in "
                     f"{decision.n_layers} layers; the model has {layout.n_visual} in {n_layers}"
                 )
             forced = np.zeros(layout.n_visual, dtype=np.bool_)
             if decision.skipped is SkippedTokens.REUSE:
-                forced = (cache.age >= self.vla.max_age) & ~decision.active
+                forced = (memory.age >= self.max_age) & ~decision.active
                 if forced.any():
                     decision = decision.with_active(forced)
-            bucket = self.vla.options.bucket
+            bucket = self.engine.options.bucket
             if self.token_budget is not None and decision.skipped is SkippedTokens.REUSE:
-                whole = max(
-                    bucket, self.token_budget - self.token_budget % bucket
-                )  # what is rounded up below stays within the limit
-                wanted, decision = decision.active, cap_to_budget(whole, decision, inputs, self.vla.max_age)
+                # what is padded to a bucket below stays within the budget
+                budget = max(bucket, self.token_budget - self.token_budget % bucket)
+                wanted, decision = decision.active, cap_to_budget(budget, decision, inputs, self.max_age)
                 forced = decision.active & (forced | ~wanted)
-            decision = pad_to_bucket(decision, cache.age, bucket)
+            decision = pad_to_bucket(decision, memory.age, bucket)
         return decision, forced
 
 
 def _generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
-    """The policy's chance and the action head's: apart, so that every policy meets the same noise, frame by frame."""
-    return np.random.default_rng(seed), action_noise(seed)
+    """Make the policy's chance and the head's: apart, so that every policy meets the same noise, frame by frame."""
+    return np.random.default_rng(seed), head_rng(seed)
 
 
-def action_noise(seed: int) -> np.random.Generator:
-    """Chance of the action head in a session of this seed."""
+def head_rng(seed: int) -> np.random.Generator:
+    """Make the chance of the action head in a session of this seed."""
     return np.random.default_rng((seed, 1))

@@ -17,7 +17,7 @@ from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.runner import evaluate
 from lac_vla.models import AdaptiveEnsemble
 from lac_vla.models.cogact.config import TINY_COGACT
-from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 
 EXECUTED: list[list[np.ndarray]] = []
 

@@ -12,7 +12,7 @@ from lac_vla import Frame, random_vla, save_vla
 from lac_vla.evaluation import worker
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.records import read_episodes
-from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 
 
 class FakeEnv:

@@ -19,7 +19,7 @@ from lac_vla.models import PrismaticBackbone, load_vla, random_vla, save_vla
 from lac_vla.models.prismatic.checkpoint import random_prismatic
 from lac_vla.models.prismatic.config import VICUNA_PROMPT, PrismaticConfig
 from lac_vla.models.prismatic.presets import MINI, OPENVLA_7B, PRESETS
-from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.types import Frame
 
 Weights = dict[str, torch.Tensor]

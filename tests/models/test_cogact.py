@@ -27,7 +27,7 @@ from lac_vla.models.cogact.config import (
     vlm_config,
 )
 from lac_vla.models.cogact.model import ActionHead
-from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.types import Frame
 
 Weights = dict[str, torch.Tensor]

@@ -16,7 +16,7 @@ from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.cogact.config import DIT, DiTConfig, Sampling
 from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
 from lac_vla.models.cogact.model import ActionHead
-from lac_vla.models.cogact.sampler import Schedule, ddim, ddpm, strided
+from lac_vla.models.heads.sampler import Schedule, ddim, ddpm, strided
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 

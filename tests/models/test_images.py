@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lac_vla.errors import InputError
-from lac_vla.models.prismatic.images import PIPELINES, make_pipeline
+from lac_vla.models.images import PIPELINES, make_pipeline
 from lac_vla.types import UInt8Image
 
 

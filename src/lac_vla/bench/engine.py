@@ -13,13 +13,14 @@ from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Ratio, Target, measured, milliseconds, take_turns
 from lac_vla.bench.model import open_random
 from lac_vla.bench.roofline import Roofline
-from lac_vla.bench.shapes import LAYOUT, SHAPES, decoder_config
-from lac_vla.bench.stock import STOCK, stock_prefill
+from lac_vla.bench.shapes import LAYOUT
+from lac_vla.bench.stock import STOCK, language_model, stock_prefill
 from lac_vla.cost import prefill_macs
-from lac_vla.engine.kv_cache import VisualKVCache
-from lac_vla.engine.prefill import partial_prefill
+from lac_vla.engine.engine import Engine
+from lac_vla.engine.kv_cache import Region
+from lac_vla.engine.prefill import PrefillCursor, SequenceState, run_packed
 from lac_vla.evaluation.stats import Percentiles
-from lac_vla.models import PrismaticBackbone
+from lac_vla.models import VLA
 from lac_vla.types import Decision
 
 DENSE = "dense"
@@ -86,38 +87,44 @@ class Prefills:
     """The ways to prefill one random prompt, over a cache that holds it already.
 
     Args:
-        backbone: The model.
+        model: The model.
         seed: Of the prompt and of the active tokens.
     """
 
-    def __init__(self, backbone: PrismaticBackbone, seed: int) -> None:
+    def __init__(self, model: VLA, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        embeddings = torch.randn(LAYOUT.length, backbone.shape.width, generator=generator)
-        self._backbone = backbone
-        self._embeddings = embeddings.to(backbone.device, backbone.dtype)
+        embeddings = torch.randn(LAYOUT.length, model.decoder.shape.width, generator=generator)
+        self._model = model
+        self._embeddings = embeddings.to(model.device, model.dtype)
         self._rng = np.random.default_rng(seed)
-        self._cache = VisualKVCache(
-            len(backbone.layers), backbone.kv_heads, backbone.head_dim, backbone.dtype, backbone.device
-        )
-        self._cache.begin(LAYOUT, backbone.max_new_tokens)
+        self._store, self._region = Engine(model).store, Region()
+        self._store.reserve(self._region, LAYOUT.length)
+        self._rotary = model.decoder.rotary(torch.arange(LAYOUT.length, device=model.device))
         self.ours(self.decision(1.0))()
 
     def decision(self, active: float) -> Decision:
         """Recompute a new random choice of ``active`` · N visual tokens."""
         cached = np.ones(LAYOUT.n_visual, dtype=np.bool_)
         cached[self._rng.permutation(cached.size)[: round(active * cached.size)]] = False
-        return Decision.reuse(cached, len(self._backbone.layers))
+        return Decision.reuse(cached, len(self._model.decoder.layers))
 
     def ours(self, decision: Decision) -> Callable[[], torch.Tensor]:
         """Prepare the engine's prefill; the call returns the suffix's hidden states, (n_suffix, width)."""
         computed = np.ones(LAYOUT.length, dtype=np.bool_)
         computed[LAYOUT.visual] = decision.active
         rows = self._embeddings[torch.from_numpy(computed).to(self._embeddings.device)]
-        return lambda: partial_prefill(self._backbone, self._cache, LAYOUT, decision, rows).hidden
+        decoder = self._model.decoder
+
+        def prefill() -> torch.Tensor:
+            cursor = PrefillCursor(decoder, SequenceState(LAYOUT, self._region, decision), self._rotary)
+            [hidden] = run_packed(decoder, [cursor], [rows], self._store)
+            return decoder.norm(hidden)
+
+        return prefill
 
     def stock(self) -> torch.Tensor:
         """The stock prefill; returns the suffix's hidden states, (n_suffix, width)."""
-        out = stock_prefill(self._backbone, self._embeddings)
+        out = stock_prefill(self._model, self._embeddings)
         hidden: torch.Tensor = out.last_hidden_state[0, LAYOUT.suffix]
         return hidden
 
@@ -129,40 +136,41 @@ def measure_engine(config: BenchConfig) -> EngineResult:
     Raises:
         InputError: If the decoder does not fit into memory.
     """
-    backbone = open_random(decoder_config(SHAPES[config.shape]), config)
-    prefills = Prefills(backbone, config.seed)
+    model = open_random(config.shape, config)
+    prefills = Prefills(model, config.seed)
     shares = {DENSE: 1.0, **{f"{100 * share:g} % active": share for share in config.active}}
     times: dict[str, list[float]] = {name: [] for name in (STOCK, *shares)}
     for index, order in take_turns(list(times), config.warmup + config.rounds, config.seed, "engine"):
         for name in order:
             work = prefills.stock if name == STOCK else prefills.ours(prefills.decision(shares[name]))
-            elapsed = milliseconds(work, backbone.device)
+            elapsed = milliseconds(work, model.device)
             if index >= config.warmup:
                 times[name].append(elapsed)
-    roofline = None if config.roofline is None else Roofline(config.roofline, backbone.shape)
-    rows = tuple(_row(backbone, name, prefills.decision(shares.get(name, 1.0)), times, roofline) for name in times)
+    roofline = None if config.roofline is None else Roofline(config.roofline, model.decoder.shape)
+    rows = tuple(_row(model, name, prefills.decision(shares.get(name, 1.0)), times, roofline) for name in times)
     return EngineResult(
         shape=config.shape,
-        text_config=dict(SHAPES[config.shape]),
+        text_config=dict(model.config.text_config),
         tokens=LAYOUT.length,
         visual_tokens=LAYOUT.n_visual,
-        attention=str(backbone.model.language_model.config._attn_implementation),
+        attention=str(language_model(model).config._attn_implementation),
         rows=rows,
-        targets=_targets(rows) if (config.shape, backbone.device.type) == (TARGET_SHAPE, "cpu") else (),
+        targets=_targets(rows) if (config.shape, model.device.type) == (TARGET_SHAPE, "cpu") else (),
     )
 
 
 def _row(
-    backbone: PrismaticBackbone,
+    model: VLA,
     name: str,
     decision: Decision,
     times: dict[str, list[float]],
     roofline: Roofline | None,
 ) -> EngineRow:
-    macs = prefill_macs(backbone.shape, LAYOUT, decision, whole=name == STOCK)
+    n_queries = None if name == STOCK else LAYOUT.n_suffix
+    macs = prefill_macs(model.decoder.shape, LAYOUT, decision, n_queries=n_queries)
     active = int(decision.active.sum())
-    floor = None if roofline is None else roofline.prefill_ms(LAYOUT, decision, whole=name == STOCK)
-    comparable = roofline is not None and roofline.measures(backbone.device, backbone.dtype)
+    floor = None if roofline is None else roofline.prefill_ms(LAYOUT, decision, n_queries=n_queries)
+    comparable = roofline is not None and roofline.measures(model.device, model.dtype)
     return EngineRow(
         name=name,
         active=active / LAYOUT.n_visual,

@@ -13,17 +13,17 @@ import torch
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import DENSE
 from lac_vla.bench.measure import Ratio, Target, measured, take_turns
-from lac_vla.bench.methods import Method, Robot, make_methods, row_name
-from lac_vla.bench.model import Timed
+from lac_vla.bench.methods import Method, make_methods, row_name
 from lac_vla.bench.roofline import Roofline
 from lac_vla.bench.scene import Scene
-from lac_vla.bench.stock import STOCK
+from lac_vla.bench.stock import STOCK, StockSession
 from lac_vla.cost import CostModel
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.evaluation.rollout import peak_memory_mb
 from lac_vla.evaluation.stats import Percentiles
+from lac_vla.models import VLA
 from lac_vla.session import Session
 from lac_vla.timing import STAGES, WINDOWS
 
@@ -165,9 +165,7 @@ class Log:
         if step.accepted is not None:
             self.accepted.append(step.accepted / step.draft)
         if roofline is not None:
-            floors = {
-                "prefill": roofline.prefill_ms(step.layout, step.decision, step.draft, whole=step.full_last_layer)
-            }
+            floors = {"prefill": roofline.prefill_ms(step.layout, step.decision, step.draft, n_queries=step.n_queries)}
             if step.decode_passes:
                 floors["decode"] = roofline.decode_ms(step.layout, step.decision, step.decode_passes)
             self.floors.append(floors)
@@ -186,11 +184,11 @@ class Log:
         return [sum(stages[name] for name in BOOKKEEPING) for stages in self.stages]
 
 
-def measure_frames(backbone: Timed, scene: Scene, config: BenchConfig) -> FrameResult:
+def measure_frames(model: VLA, scene: Scene, config: BenchConfig) -> FrameResult:
     """Run the section: every frame goes to every method before the next frame does, in a new order each time.
 
     Args:
-        backbone: The model.
+        model: The model.
         scene: ``config.warmup`` + ``config.frames`` frames, or fewer.
         config: The benchmark.
 
@@ -199,32 +197,32 @@ def measure_frames(backbone: Timed, scene: Scene, config: BenchConfig) -> FrameR
     """
     if len(scene.frames) <= config.warmup:
         raise InputError(f"{scene.source}: {len(scene.frames)} frames, {config.warmup} of them warm-up: none is left")
-    methods = list(make_methods(backbone, config))
+    methods = list(make_methods(model, config))
     reuses = {method.name: EngineOptions.parse(method.options or "none").vision_kv_reuse for method in methods}
-    costs = {reuse: CostModel.of(backbone, scene.frames[0], vision_kv_reuse=reuse) for reuse in set(reuses.values())}
-    roofline = None if config.roofline is None else Roofline(config.roofline, backbone.shape)
-    robots = {method.name: method.robot for method in methods}
-    logs = {name: Log() for name in robots}
+    costs = {reuse: CostModel.of(model, scene.frames[0], vision_kv_reuse=reuse) for reuse in set(reuses.values())}
+    roofline = None if config.roofline is None else Roofline(config.roofline, model.decoder.shape)
+    sessions = {method.name: method.session for method in methods}
+    logs = {name: Log() for name in sessions}
     least, seconds = config.warmup + 1, 60 * config.minutes if config.minutes else math.inf
-    turns = take_turns(list(robots), len(scene.frames), config.seed, "frame", least=least, seconds=seconds)
+    turns = take_turns(list(sessions), len(scene.frames), config.seed, "frame", least=least, seconds=seconds)
     for index, order in turns:
         for name in order:
-            step, peak = _turn(robots[name], scene, index, backbone.device)
+            step, peak = _turn(sessions[name], scene, index, model.device)
             if index >= config.warmup:
                 logs[name].add(step, peak, costs[reuses[name]], roofline)
-    comparable = roofline is not None and roofline.measures(backbone.device, backbone.dtype)
+    comparable = roofline is not None and roofline.measures(model.device, model.dtype)
     rows = tuple(_row(method, logs, comparable=comparable) for method in methods)
     peaks = [row.peak_memory_mb for row in rows if row.peak_memory_mb is not None]
     return FrameResult(
-        model=backbone.name,
-        dtype=str(backbone.dtype).removeprefix("torch."),
-        visual_tokens=backbone.layout(scene.frames[0]).n_visual,
+        model=model.name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        visual_tokens=model.processor.prompt(scene.frames[0]).layout.n_visual,
         source=scene.source,
         random_weights=config.model is None,
         roofline=config.roofline,
         frames=len(logs[STOCK].stages),
         warmup=config.warmup,
-        peak_memory_mb=max(peaks, default=peak_memory_mb(backbone.device)),
+        peak_memory_mb=max(peaks, default=peak_memory_mb(model.device)),
         rows=rows,
         targets=tuple(
             target
@@ -253,16 +251,18 @@ def _targets(row: FrameRow, *, earned: bool) -> Iterator[Target]:
         )
 
 
-def _turn(robot: Robot, scene: Scene, index: int, device: torch.device) -> tuple[StepInfo, float | None]:
-    """One frame on one robot; and the accelerator's peak memory meanwhile, MB."""
+def _turn(
+    session: Session | StockSession, scene: Scene, index: int, device: torch.device
+) -> tuple[StepInfo, float | None]:
+    """One frame on one session; and the accelerator's peak memory meanwhile, MB."""
     if index in scene.starts:
-        robot.reset()
+        session.reset()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    robot.act(scene.frames[index])
-    if robot.last_info is None:  # pragma: no cover - act always leaves a step
+    session.act(scene.frames[index])
+    if session.last_info is None:  # pragma: no cover - act always leaves a step
         raise RuntimeError("the session did not report its step")
-    return robot.last_info, peak_memory_mb(device) if device.type == "cuda" else None
+    return session.last_info, peak_memory_mb(device) if device.type == "cuda" else None
 
 
 def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
@@ -297,7 +297,7 @@ def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
         same_actions=None if "acceptance" in method.swept else _same(log, stock),
         floor_ms=floors,
         times_floor={s: float(np.median(log.stage(s))) / f for s, f in floors.items()} if comparable else {},
-        cache_mb=method.robot.nbytes / 1e6 if isinstance(method.robot, Session) else None,
+        cache_mb=method.session.nbytes / 1e6 if isinstance(method.session, Session) else None,
         peak_memory_mb=max(log.peaks_mb, default=None),
     )
 

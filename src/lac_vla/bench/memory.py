@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Target
-from lac_vla.bench.model import Timed
 from lac_vla.bench.scene import Scene
 from lac_vla.evaluation.rollout import peak_memory_mb
-from lac_vla.factory import resolve_policy
+from lac_vla.factory import CachedVLA, resolve_policy
+from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
-from lac_vla.session import CachedVLA, Session
+from lac_vla.session import Session
 
 CHECKPOINTS = 10
 FLAT_MB = 2.0
@@ -64,17 +64,15 @@ class MemoryResult:
     targets: tuple[Target, ...]
 
 
-def measure_memory(backbone: Timed, scene: Scene, config: BenchConfig) -> MemoryResult:
+def measure_memory(model: VLA, scene: Scene, config: BenchConfig) -> MemoryResult:
     """Run the section: one session that is never reset.
 
     Args:
-        backbone: The model.
+        model: The model.
         scene: Frames to go round in.
         config: The benchmark.
     """
-    vla = CachedVLA(
-        backbone, resolve_policy(config.memory_policy, config.model), flow=config.flow, max_age=config.max_age
-    )
+    vla = CachedVLA(model, resolve_policy(config.memory_policy, config.model), flow=config.flow, max_age=config.max_age)
     session = vla.session(config.seed)
     steps = np.linspace(0, config.memory_frames, CHECKPOINTS + 1)[1:]
     checkpoints = set(np.ceil(steps).astype(int).tolist())
@@ -82,10 +80,10 @@ def measure_memory(backbone: Timed, scene: Scene, config: BenchConfig) -> Memory
     for index in tqdm(range(config.memory_frames), desc="memory", unit="frame", leave=False):
         session.act(scene.frames[index % len(scene.frames)])
         if index + 1 in checkpoints:
-            points.append(_point(index + 1, session, backbone.device))
+            points.append(_point(index + 1, session, model.device))
     growth = points[-1].process_mb - points[0].process_mb
     return MemoryResult(
-        model=backbone.name,
+        model=model.name,
         policy=paths_by_name(config.memory_policy),
         source=scene.source,
         points=tuple(points),

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias, overload
 
 import torch
 
 from lac_vla.bench.config import BenchConfig
+from lac_vla.bundled import find_model
 from lac_vla.errors import InputError
-from lac_vla.models import CogACTBackbone, PrismaticBackbone, PrismaticConfig, load_vla, random_vla
-
-Timed: TypeAlias = PrismaticBackbone | CogACTBackbone
-"""Models that there is a stock baseline for."""
+from lac_vla.models import VLA, load_vla, random_vla
+from lac_vla.models.heads.tokens import TokenHead
 
 
-def open_model(config: BenchConfig) -> Timed:
+def open_model(config: BenchConfig) -> VLA:
     """The model of the sections ``frame`` and ``memory``.
 
     Raises:
@@ -24,16 +22,16 @@ def open_model(config: BenchConfig) -> Timed:
     """
     if config.model is None:
         random = open_random(config.random_weights, config)
-        if config.acceptance and not random.max_new_tokens:
+        if config.acceptance and not isinstance(random.head, TokenHead):
             raise InputError(f"{random.name} appends no tokens that could be drafted: leave acceptance out")
         return random
-    backbone = load_vla(config.model, dtype=_dtype(config), device=_device(config), unnorm_key=config.unnorm_key)
-    if not isinstance(backbone, PrismaticBackbone | CogACTBackbone):
-        raise InputError(f"{backbone.name} has no stock baseline to time against: give an OpenVLA or CogACT model")
-    return backbone
+    model = load_vla(find_model(config.model), dtype=config.dtype, device=_device(config), unnorm_key=config.unnorm_key)
+    if not hasattr(model.module, "language_model"):
+        raise InputError(f"{model.name} has no stock language model to time against")
+    return model
 
 
-def open_shapes(config: BenchConfig) -> Timed:
+def open_shapes(config: BenchConfig) -> VLA:
     """The model of the section ``roofline``: of random weights the shapes alone, without memory.
 
     Raises:
@@ -43,21 +41,13 @@ def open_shapes(config: BenchConfig) -> Timed:
     return random_vla(config.random_weights, device="meta") if config.model is None else open_model(config)
 
 
-@overload
-def open_random(model: PrismaticConfig, config: BenchConfig) -> PrismaticBackbone: ...
-
-
-@overload
-def open_random(model: str, config: BenchConfig) -> Timed: ...
-
-
-def open_random(model: PrismaticConfig | str, config: BenchConfig) -> Timed:
-    """A model with random weights, by name or configuration.
+def open_random(model: str, config: BenchConfig) -> VLA:
+    """Make a model with random weights, by the name of a preset.
 
     Raises:
         InputError: If there is no such model or device, or it does not fit into memory.
     """
-    device, dtype = _device(config), _dtype(config)
+    device, dtype = _device(config), config.dtype
     _check_memory(random_vla(model, dtype=dtype, device="meta"), device)
     return random_vla(model, seed=config.seed, dtype=dtype, device=device)
 
@@ -74,14 +64,9 @@ def _device(config: BenchConfig) -> torch.device:
     return device
 
 
-def _dtype(config: BenchConfig) -> torch.dtype | str:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return dtypes.get(config.dtype, config.dtype)
-
-
-def _check_memory(model: Timed, device: torch.device) -> None:
+def _check_memory(model: VLA, device: torch.device) -> None:
     """Refuse weights that are larger than the free memory, before a single one is made."""
-    needed = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
+    needed = sum(weight.numel() * weight.element_size() for weight in model.module.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if free is not None and needed > free:
         raise InputError(

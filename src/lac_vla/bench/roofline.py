@@ -25,7 +25,7 @@ import torch
 
 from lac_vla.cost import decode_macs, layer_macs, prefill_macs
 from lac_vla.errors import InputError
-from lac_vla.models.base import DecoderShape
+from lac_vla.models.protocols import DecoderShape
 from lac_vla.types import Decision, TokenLayout
 
 BYTES = 2
@@ -93,9 +93,11 @@ class Roofline:
         """Time of the arithmetic."""
         return 1e3 * 2 * macs / GPUS[self.gpu].flops
 
-    def prefill_ms(self, layout: TokenLayout, decision: Decision, draft: int = 0, *, whole: bool = False) -> float:
+    def prefill_ms(
+        self, layout: TokenLayout, decision: Decision, draft: int = 0, *, n_queries: int | None = None
+    ) -> float:
         """Floor of a prefill; see :func:`lac_vla.cost.prefill_macs` for the arguments."""
-        macs = prefill_macs(self.shape, layout, decision, draft, whole=whole)
+        macs = prefill_macs(self.shape, layout, decision, draft, n_queries=n_queries)
         return max(self.weight_ms, self.compute_ms(macs))
 
     def decode_ms(self, layout: TokenLayout, decision: Decision, passes: Sequence[tuple[int, int]]) -> float:

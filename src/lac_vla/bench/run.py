@@ -21,11 +21,12 @@ from lac_vla.bench.engine import EngineResult, measure_engine
 from lac_vla.bench.frame import FrameResult, measure_frames
 from lac_vla.bench.measure import Target
 from lac_vla.bench.memory import MemoryResult, measure_memory
-from lac_vla.bench.model import Timed, open_model, open_shapes
+from lac_vla.bench.model import open_model, open_shapes
 from lac_vla.bench.roofline import Roofline, RooflineResult, floors
 from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.errors import InputError
 from lac_vla.evaluation.stats import Percentiles
+from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
 
@@ -120,21 +121,21 @@ def _sections(config: BenchConfig) -> dict[str, Measure]:
     if "engine" in config.sections:
         sections["engine"] = partial(measure_engine, config)
     if {"frame", "memory"} & set(config.sections):
-        backbone = open_model(config)
-        scene = make_scene(backbone, config.replay, config.warmup + config.frames, config.seed)
+        model = open_model(config)
+        scene = make_scene(model, config.replay, config.warmup + config.frames, config.seed)
         if "frame" in config.sections:
-            sections["frame"] = partial(measure_frames, backbone, scene, config)
+            sections["frame"] = partial(measure_frames, model, scene, config)
         if "memory" in config.sections:
-            sections["memory"] = partial(measure_memory, backbone, scene, config)
+            sections["memory"] = partial(measure_memory, model, scene, config)
     return sections
 
 
-def _floors(config: BenchConfig, backbone: Timed) -> RooflineResult:
+def _floors(config: BenchConfig, model: VLA) -> RooflineResult:
     """The section ``roofline``, for the prompt of a synthetic frame."""
-    cameras = tuple(camera.name for camera in backbone.model.config.cameras)
-    layout = backbone.layout(synthetic(cameras, None, 1, config.seed).frames[0])
-    roofline = Roofline(str(config.roofline), backbone.shape)
-    return floors(roofline, backbone.name, layout, backbone.max_new_tokens, config.active)
+    cameras = tuple(model.grids)
+    layout = model.processor.prompt(synthetic(cameras, None, 1, config.seed).frames[0]).layout
+    roofline = Roofline(str(config.roofline), model.decoder.shape)
+    return floors(roofline, model.name, layout, model.head.max_new_tokens, config.active)
 
 
 def write_result(result: BenchResult, folder: Path) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from lac_vla.bench.model import Timed
 from lac_vla.errors import InputError
+from lac_vla.models import VLA
 from lac_vla.types import FloatArray, Frame, UInt8Image
 
 INSTRUCTION = "pick up the black bowl next to the plate and place it on the plate"
@@ -37,11 +37,11 @@ class Scene:
     starts: frozenset[int]
 
 
-def make_scene(backbone: Timed, replay: Path | None, length: int, seed: int) -> Scene:
+def make_scene(model: VLA, replay: Path | None, length: int, seed: int) -> Scene:
     """Frames that fit a model.
 
     Args:
-        backbone: The model.
+        model: The model.
         replay: Folder of a LeRobot dataset; ``None`` for a synthetic scene.
         length: Number of frames wanted; a dataset may have fewer.
         seed: Of the synthetic scene.
@@ -49,8 +49,8 @@ def make_scene(backbone: Timed, replay: Path | None, length: int, seed: int) -> 
     Raises:
         InputError: If the dataset lacks a camera or the state that the model needs, or cannot be read.
     """
-    cameras = tuple(camera.name for camera in backbone.model.config.cameras)
-    state = backbone.model.config.proprio_dim
+    cameras = tuple(model.grids)
+    state = model.processor.state_dim
     if replay is None:
         return synthetic(cameras, state, length, seed)
     return replayed(replay, cameras, state, length)

@@ -1,322 +1,330 @@
-"""The one layer loop: prefill of the active rows over cached keys and values, then appended tokens on top.
+"""Prefill of the active rows over cached keys and values, then appended rows on top; any number of sequences at once.
 
 Active rows keep their original positions, write their new keys and values into their slots and attend to every slot,
-cached ones included (paper, inference). Nothing of transformers is patched: a layer is cut at its attention
-(:class:`~lac_vla.models.base.DecoderLayer`), and the attention is torch's own kernel.
+cached ones included (paper, inference). Sequences may leave tokens out from different layers on, and have attention
+probed in different layers: the packed run stops wherever the rows of one of them change.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 
-from lac_vla.engine.kv_cache import VisualKVCache, write
-from lac_vla.errors import InputError
-from lac_vla.models.base import Backbone, DecoderLayer, Rotary
+from lac_vla.engine.kv_cache import Region, SlotCache
+from lac_vla.engine.layers import LayersOutput, RunLayers, Segment, attention_probabilities, run_layers
+from lac_vla.models.heads.base import AppendRows
+from lac_vla.models.protocols import Decoder, DecoderStack, Rotary
 from lac_vla.types import AttentionProbe, BoolArray, Decision, SkippedTokens, TokenLayout
 
 Refine: TypeAlias = Callable[[int, torch.Tensor, Decision], Decision]
+"""See :meth:`lac_vla.policies.base.CachePolicy.refine`, without the layout."""
+RotaryOf: TypeAlias = Callable[[DecoderStack, int], Rotary]
+"""Stack and a number of slots → position embedding of at least these, from slot 0 on."""
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The rows that a run of layers computes, and what they see.
-
-    Attributes:
-        positions: Their slots in the sequence, int64, (rows,); or the first of them, if they stand in a row.
-        length: The slots 0..length-1 are those that may be seen.
-        rotary: Their position embedding.
-        slots: Those of the slots that exist, int64, (slots,); ``None`` for all.
-        mask: bool, (rows, slots); ``None`` where ``causal`` says enough.
-        causal: What is meant where there is no mask: that rows and slots are the same sequence, and every row sees
-            itself and what is before it; if not, every row sees every slot.
-        last: Mask of the rows at the end that alone ask in the last of the layers, bool, (asking, slots); the others
-            leave no more than their keys and values there. ``None`` if all ask.
-    """
-
-    positions: torch.Tensor | int
-    length: int
-    rotary: Rotary
-    slots: torch.Tensor | None
-    mask: torch.Tensor | None
-    causal: bool
-    last: torch.Tensor | None = None
-
-
-Run: TypeAlias = Callable[
-    [Sequence[DecoderLayer], torch.Tensor, torch.Tensor, torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]
-]
-""":func:`run_layers`, or whatever computes the same."""
-
-
-@dataclass
-class Prompt:
-    """A prompt in the cache, open for more tokens.
+@dataclass(eq=False)
+class SequenceState:
+    """A prompt in the cache, open for more rows.
 
     Attributes:
+        layout: Of the prompt.
+        region: Where the store keeps it.
+        decision: What is computed; after the prefill, as it was refined.
+        draft: Rows behind the prompt that are part of the prefill.
+        probe: Attention to compute aside.
+        refine: Asked to refine the decision after every probed layer.
+        reads_hidden: Whether the head reads the last hidden states; if not, the last layer computes no queries.
         hidden: Normalised last hidden states of the suffix, and of the draft behind it, (n_suffix + draft, width).
-        decision: What was computed, after refinement.
-        rotary: Position embedding of every slot, those of tokens yet to be appended included.
-        length: Tokens of the prompt.
-        draft: Tokens behind it that were part of the prefill.
-        whole: Whether all rows asked in the last layer, not the suffix and the draft alone.
-        appended: Tokens behind it so far.
-        slots: Per layer, the prompt's slots that exist there; ``None`` for all of them.
-        passes: First and one-past-last appended token of every :func:`extend` so far.
+        attention: Layer → probed attention.
+        appended: Rows behind the prompt so far.
+        slots: Per layer, the prompt's slots that exist there, int64; ``None`` for all of them.
+        decode_passes: First and one-past-last appended row of every pass of the decoder's own stack so far.
+        stack_passes: The same for every other stack, in order.
+        error: What went wrong with this sequence alone; it takes no further part in a run.
     """
 
-    hidden: torch.Tensor
+    layout: TokenLayout
+    region: Region
     decision: Decision
-    rotary: Rotary
-    length: int
     draft: int = 0
-    whole: bool = False
+    probe: AttentionProbe | None = None
+    refine: Refine | None = None
+    reads_hidden: bool = True
+    hidden: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    attention: dict[int, torch.Tensor] = field(default_factory=dict)
     appended: int = 0
     slots: list[torch.Tensor | None] = field(default_factory=list)
-    passes: list[tuple[int, int]] = field(default_factory=list)
+    decode_passes: list[tuple[int, int]] = field(default_factory=list)
+    stack_passes: list[tuple[DecoderStack, int, int]] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def n_computed(self) -> int:
+        """Rows of the prefill."""
+        hidden = self.layout.n_visual - int(np.count_nonzero(self.decision.exit_layer))
+        return self.layout.length - hidden + self.draft
+
+    @property
+    def full_last_layer(self) -> bool:
+        """Whether all rows of the prefill have queries in the last layer, not those of suffix and draft alone."""
+        last = self.decision.n_layers - 1
+        return self.probe is not None and self.probe.rows == "all" and last in self.probe.layers
 
 
-def run_layers(
-    layers: Sequence[DecoderLayer],
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    hidden: torch.Tensor,
-    rows: Rows,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run consecutive layers on the same rows.
+class Cursor(Protocol):
+    """One sequence's way through the layers of a stack."""
 
-    Args:
-        layers: The decoder blocks.
-        keys: Their part of the cache, (layers, kv_heads, capacity, head_dim); the rows' own are written into it.
-        values: As ``keys``.
-        hidden: Residual stream of the rows, (rows, width).
-        rows: Which they are.
+    sequence: SequenceState
 
-    Returns:
-        The residual stream of the rows that ask in the last layer, (asking, width); and their queries there, (heads,
-        asking, head_dim).
-    """
-    query, last = hidden, rows.last
-    added = None if rows.mask is None else _added(rows.mask, hidden.dtype)
-    for index, layer in enumerate(layers):
-        mask, causal, asking = added, rows.causal, None
-        if last is not None and index == len(layers) - 1:
-            mask, causal, asking = last, False, last.shape[0]
-        query, key, value = layer.qkv(hidden, rows.rotary, asking)
-        write(keys[index], rows.positions, key)
-        write(values[index], rows.positions, value)
-        seen_keys, seen_values = keys[index, :, : rows.length], values[index, :, : rows.length]
-        if rows.slots is not None:
-            seen_keys, seen_values = seen_keys[:, rows.slots], seen_values[:, rows.slots]
-        attended = _attend(query, seen_keys, seen_values, mask, causal=causal)
-        hidden = layer.finish(hidden[-query.shape[1] :], attended)
-    return hidden, query
+    def segment(self, layer: int) -> Segment:
+        """Plan the rows from a layer on."""
+        ...
+
+    def rotary(self) -> Rotary:
+        """Get the position embedding of these rows."""
+        ...
+
+    def next_stop(self, layer: int) -> int:
+        """Find the last layer, plus one, up to which the rows stay the same and nothing looks at them."""
+        ...
+
+    def kept(self, layer: int) -> torch.Tensor | None:
+        """Tell which of the present rows go on in a layer, bool, (rows,); ``None`` for all."""
+        ...
+
+    def after(self, stop: int, query: torch.Tensor, keys: torch.Tensor) -> None:
+        """See the queries and keys of layer ``stop`` − 1."""
+        ...
 
 
-def partial_prefill(
-    backbone: Backbone,
-    cache: VisualKVCache,
-    layout: TokenLayout,
-    decision: Decision,
-    embeddings: torch.Tensor,
-    watch: AttentionProbe | None = None,
-    refine: Refine | None = None,
-    *,
-    draft: int = 0,
-    run: Run = run_layers,
-) -> Prompt:
-    """Compute the rows that ``decision`` keeps and leave every slot of the prompt valid in the cache.
+def run_packed(
+    stack: DecoderStack,
+    cursors: Sequence[Cursor],
+    embeddings: Sequence[torch.Tensor],
+    store: SlotCache,
+    run: RunLayers = run_layers,
+) -> list[torch.Tensor]:
+    """Run the rows of several sequences through all layers of a stack.
 
     Args:
-        backbone: The model.
-        cache: Opened by ``begin(layout, …)``; holds the previous frame's slots if the decision reuses any.
-        layout: Where the tokens are.
-        decision: How deep every visual token is computed.
-        embeddings: Of the prefix, of the visual tokens with depth > 0, of the suffix, and of a draft of the tokens to
-            be appended, in order, (rows, width).
-        watch: Attention to compute aside and to leave in ``cache.attention``.
-        refine: Asked to refine the decision after every watched layer, see
-            :meth:`lac_vla.policies.base.CachePolicy.refine`.
-        draft: How many of the rows, the last ones, are the draft.
-        run: Runs the layers.
+        stack: The layers.
+        cursors: One for every sequence.
+        embeddings: Of their rows, each (rows, width).
+        store: Keys and values.
+        run: Runs consecutive layers.
 
     Returns:
-        The prompt's hidden states, and the state that :func:`extend` goes on from.
-
-    Raises:
-        InputError: If ``embeddings`` does not have one row for every token that is computed.
+        Residual stream of the rows of every sequence that have queries in the last layer, each (rows, width).
+        Sequences that fail alone, in :meth:`Cursor.after`, are marked; theirs is empty.
     """
-    alive = _alive(layout, decision.exit_layer > 0, draft)
-    if embeddings.shape[0] != int(alive.sum()):
-        raise InputError(f"{embeddings.shape[0]} embeddings for {int(alive.sum())} tokens to compute")
-    if cache.rotary is None:
-        cache.rotary = backbone.rotary(torch.arange(cache.keys.shape[2], device=embeddings.device))
-    n_layers, asking = len(backbone.layers), layout.n_suffix + draft
-    whole = watch is not None and watch.rows == "all" and n_layers - 1 in watch.layers
-    prompt = Prompt(embeddings, decision, cache.rotary, layout.length, draft, whole, draft)
-    hidden, first = embeddings, 0
-    while first < n_layers:
-        still = _alive(layout, decision.exit_layer > first, draft)
-        if not np.array_equal(still, alive):  # tokens whose computation ends here
-            hidden, alive = hidden[torch.from_numpy(still[alive]).to(hidden.device)], still
-        stop = _segment(decision, watch, first, n_layers)
-        rows, positions = _rows(backbone, alive, decision, prompt.rotary)
-        if stop == n_layers and not whole:
-            rows = _suffix_asks(backbone, rows, positions, asking)
-        keys, values = cache.keys[first:stop], cache.values[first:stop]
-        hidden, query = run(backbone.layers[first:stop], keys, values, hidden, rows)
-        kept = rows.slots[: len(rows.slots) - draft] if rows.slots is not None else None
-        prompt.slots += [kept] * (stop - first)
-        if watch is not None and stop - 1 in watch.layers:
-            cache.attention[stop - 1] = _watched(watch, layout, query, keys[-1], rows, positions, backbone, draft)
-            if refine is not None:
-                decision = refine(stop - 1, cache.attention[stop - 1], decision)
+    n_layers, first = len(stack.layers), 0
+    hidden = list(embeddings)
+    alive = list(range(len(cursors)))
+    while first < n_layers and alive:
+        for i in alive:
+            if (kept := cursors[i].kept(first)) is not None:
+                hidden[i] = hidden[i][kept]
+        stop = min(cursors[i].next_stop(first) for i in alive)
+        segments = [cursors[i].segment(first) for i in alive]
+        packed, rotary = _packed([hidden[i] for i in alive]), _rotaries([cursors[i].rotary() for i in alive])
+        out: LayersOutput = run(stack.layers, packed, rotary, segments, store, first, stop)
+        final = stop == n_layers
+        counts = [s.n_rows if not final or s.n_queries is None else s.n_queries for s in segments]
+        rows = torch.split(out.hidden, counts) if len(counts) > 1 else [out.hidden]
+        queries = torch.split(out.query, counts, dim=1) if len(counts) > 1 else [out.query]
+        for i, own, query, keys in zip(list(alive), rows, queries, out.keys, strict=True):
+            hidden[i] = own
+            try:
+                cursors[i].after(stop, query, keys)
+            except Exception as error:  # of this sequence alone: the others get their answers
+                cursors[i].sequence.error = error
+                hidden[i] = own[:0]
+                alive.remove(i)
         first = stop
-    prompt.hidden = backbone.norm(hidden[-asking:])
-    prompt.decision = decision
-    return prompt
+    return hidden
 
 
-def extend(
-    backbone: Backbone,
-    cache: VisualKVCache,
-    prompt: Prompt,
-    embeddings: torch.Tensor,
-    at: int | None = None,
-    *,
-    run: Run = run_layers,
-) -> torch.Tensor:
-    """Append tokens behind all that is in the sequence, or over a part of what was appended before.
+class PrefillCursor:
+    """The rows of a prompt that its decision keeps, and of a draft behind it.
 
     Args:
-        backbone: The model.
-        cache: Holds the prompt, with room for the new tokens.
-        prompt: State of the sequence; it grows.
-        embeddings: (n, width).
-        at: How many of the appended tokens to keep; the others are overwritten. ``None`` for all of them.
-        run: Runs the layers.
-
-    Returns:
-        Normalised last hidden states of the new tokens, (n, width).
+        decoder: The model's.
+        sequence: The prompt.
+        rotary: Position embedding from slot 0 on.
     """
-    kept = prompt.appended if at is None else at
-    start = prompt.length + kept
-    stop = start + embeddings.shape[0]
-    cos, sin = prompt.rotary
-    # A single new token sees all that exists: no mask to build, and the kernel's fast path.
-    visible: torch.Tensor | None = None
-    if embeddings.shape[0] > 1:
-        every = torch.arange(stop, device=embeddings.device)
-        visible = backbone.visible(every[start:], every)
-    hidden, first = embeddings, 0
-    while first < len(backbone.layers):
-        exist = prompt.slots[first]
-        until = first + 1
-        while until < len(backbone.layers) and prompt.slots[until] is exist:
-            until += 1
-        slots, mask = exist, visible
+
+    def __init__(self, decoder: Decoder, sequence: SequenceState, rotary: Rotary) -> None:
+        self.sequence = sequence
+        self._decoder, self._every_rotary = decoder, rotary
+        self._mask = self._row_mask(0)
+        self._segment: Segment | None = None
+        self._positions = torch.zeros(0)
+        sequence.appended = sequence.draft
+
+    def kept(self, layer: int) -> torch.Tensor | None:
+        """See :meth:`Cursor.kept`: tokens whose exit layer is reached are gone."""
+        mask = self._row_mask(layer)
+        if np.array_equal(mask, self._mask):
+            return None
+        kept, self._mask, self._segment = mask[self._mask], mask, None
+        return torch.from_numpy(kept).to(self._decoder.device)
+
+    def next_stop(self, layer: int) -> int:
+        """See :meth:`Cursor.next_stop`."""
+        decision, probe = self.sequence.decision, self.sequence.probe
+        ends = [int(exit_layer) for exit_layer in np.unique(decision.exit_layer) if exit_layer > layer]
+        ends += [probed + 1 for probed in (probe.layers if probe is not None else ()) if probed >= layer]
+        return min([*ends, len(self._decoder.layers)])
+
+    def segment(self, layer: int) -> Segment:
+        """See :meth:`Cursor.segment`."""
+        if self._segment is None:
+            self._segment = self._plan()
+        return self._segment
+
+    def rotary(self) -> Rotary:
+        """See :meth:`Cursor.rotary`."""
+        cos, sin = self._every_rotary
+        own = slice(self._mask.size) if self._mask.all() else self._positions
+        return cos[own], sin[own]
+
+    def after(self, stop: int, query: torch.Tensor, keys: torch.Tensor) -> None:
+        """Keep which slots exist, and probe the attention if the policy wants it."""
+        sequence, segment = self.sequence, self._segment
+        if segment is None:  # pragma: no cover - it was just run
+            raise RuntimeError("no segment was planned")
+        draft, probe, layer = sequence.draft, sequence.probe, stop - 1
+        exist = None if segment.slots is None else segment.slots[: len(segment.slots) - draft]
+        sequence.slots += [exist] * (stop - len(sequence.slots))
+        if probe is None or layer not in probe.layers:
+            return
+        sequence.attention[layer] = self._probe(probe, query, keys, exist)
+        if sequence.refine is not None:
+            sequence.decision = sequence.refine(layer, sequence.attention[layer], sequence.decision)
+
+    def _row_mask(self, layer: int) -> BoolArray:
+        """Which slots of prompt and draft are computed in a layer, bool, (length + draft,)."""
+        layout = self.sequence.layout
+        mask = np.ones(layout.length + self.sequence.draft, dtype=np.bool_)
+        mask[layout.visual] = self.sequence.decision.exit_layer > layer
+        return mask
+
+    def _plan(self) -> Segment:
+        sequence, decoder, mask = self.sequence, self._decoder, self._mask
+        layout, start = sequence.layout, sequence.region.start
+        every = torch.arange(mask.size, device=decoder.device)
+        complete = bool(mask.all())
+        self._positions = every if complete else torch.from_numpy(np.flatnonzero(mask)).to(decoder.device)
+        slots = None
+        if sequence.decision.skipped is SkippedTokens.PRUNE and not complete:
+            slots = self._positions  # what is pruned is gone; everything else is computed
+        visible = None
+        if not (decoder.causal and (complete or slots is not None)):
+            visible = decoder.visible(layout, self._positions, every if slots is None else slots)
+        segment = Segment(
+            n_rows=len(self._positions),
+            positions=start if complete else self._positions + start if start else self._positions,
+            length=mask.size,
+            start=start,
+            size=sequence.region.size,
+            slots=slots,
+            mask=visible,
+        )
+        if sequence.full_last_layer:
+            return segment
+        n_queries = layout.n_suffix + sequence.draft if sequence.reads_hidden else 0
+        final = self._positions[len(self._positions) - n_queries :]
+        if visible is not None:
+            final_mask = visible[len(visible) - n_queries :]
+        else:
+            final_mask = decoder.visible(layout, final, self._positions)  # without a mask, rows are slots
+        return replace(segment, n_queries=n_queries, final_mask=final_mask)
+
+    def _probe(
+        self, probe: AttentionProbe, query: torch.Tensor, keys: torch.Tensor, exist: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Compute the attention of the probed rows, mean over heads, (rows, slots).
+
+        A draft is no part of the prompt: its rows are not probed, and nothing before them sees its slots.
+        """
+        layout, draft = self.sequence.layout, self.sequence.draft
+        asked = query.shape[1] - draft
+        first = asked - {"last": 1, "suffix": layout.n_suffix, "all": asked}[probe.rows]
+        positions = self._positions[len(self._positions) - draft - asked + first : len(self._positions) - draft]
+        slots = torch.arange(layout.length, device=query.device) if exist is None else exist
+        visible = self._decoder.visible(layout, positions, slots)
+        return attention_probabilities(query[:, first:asked], keys[:, : len(slots)], visible)
+
+
+class AppendCursor:
+    """Rows behind all that is in the sequence, or over a part of what was appended before.
+
+    Args:
+        stack: The layers that they run through.
+        sequence: State of the sequence; it grows.
+        rows: The rows.
+        rotary: Position embedding from slot 0 on.
+    """
+
+    def __init__(self, stack: DecoderStack, sequence: SequenceState, rows: AppendRows, rotary: Rotary) -> None:
+        self.sequence = sequence
+        kept = sequence.appended if rows.at is None else rows.at
+        n_rows = rows.embeddings.shape[0]
+        self._start = sequence.layout.length + kept
+        self._stop = self._start + n_rows
+        self._rotary = rotary
+        self._visible: torch.Tensor | None = None
+        if n_rows > 1:  # a single new row sees all that exists: no mask to build, and the kernel's fast path
+            every = torch.arange(self._stop, device=rows.embeddings.device)
+            self._visible = stack.visible(sequence.layout, every[self._start :], every)
+        self._segments: list[tuple[torch.Tensor | None, Segment]] = []
+        sequence.appended = kept + n_rows
+        if rows.stack is None:
+            sequence.decode_passes.append((kept, sequence.appended))
+        else:
+            sequence.stack_passes.append((rows.stack, kept, sequence.appended))
+
+    def kept(self, layer: int) -> None:
+        """See :meth:`Cursor.kept`: all rows go on."""
+
+    def next_stop(self, layer: int) -> int:
+        """See :meth:`Cursor.next_stop`."""
+        slots = self.sequence.slots
+        return next((i for i in range(layer + 1, len(slots)) if slots[i] is not slots[layer]), len(slots))
+
+    def segment(self, layer: int) -> Segment:
+        """See :meth:`Cursor.segment`."""
+        exist = self.sequence.slots[layer]
+        if self._segments and self._segments[-1][0] is exist:
+            return self._segments[-1][1]
+        slots, mask = exist, self._visible
         if exist is not None:
-            slots = torch.cat([exist, torch.arange(prompt.length, stop, device=exist.device)])
-            mask = visible[:, slots] if visible is not None else None
-        rows = Rows(start, stop, (cos[start:stop], sin[start:stop]), slots, mask, causal=False)
-        keys, values = cache.keys[first:until], cache.values[first:until]
-        hidden, _ = run(backbone.layers[first:until], keys, values, hidden, rows)
-        first = until
-    prompt.appended = kept + embeddings.shape[0]
-    prompt.passes.append((kept, prompt.appended))
-    return backbone.norm(hidden)
+            new = torch.arange(self.sequence.layout.length, self._stop, device=exist.device)
+            slots = torch.cat([exist, new])
+            mask = mask[:, slots] if mask is not None else None
+        region, n_rows = self.sequence.region, self._stop - self._start
+        segment = Segment(
+            n_rows, region.start + self._start, self._stop, region.start, region.size, slots, mask, causal=False
+        )
+        self._segments.append((exist, segment))
+        return segment
+
+    def rotary(self) -> Rotary:
+        """See :meth:`Cursor.rotary`."""
+        cos, sin = self._rotary
+        return cos[self._start : self._stop], sin[self._start : self._stop]
+
+    def after(self, stop: int, query: torch.Tensor, keys: torch.Tensor) -> None:
+        """See :meth:`Cursor.after`: nothing looks at them."""
 
 
-def _alive(layout: TokenLayout, visual: BoolArray, draft: int) -> BoolArray:
-    """Which slots of prompt and draft are computed, given the visual ones, bool, (length + draft,)."""
-    alive = np.ones(layout.length + draft, dtype=np.bool_)
-    alive[layout.visual] = visual
-    return alive
+def _packed(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _segment(decision: Decision, watch: AttentionProbe | None, first: int, n_layers: int) -> int:
-    """One past the last layer, from ``first`` on, that has the same rows and needs no look in between."""
-    ends = [int(depth) for depth in np.unique(decision.exit_layer) if depth > first]
-    ends += [layer + 1 for layer in (watch.layers if watch is not None else ()) if layer >= first]
-    return min([*ends, n_layers])
-
-
-def _rows(backbone: Backbone, alive: BoolArray, decision: Decision, rotary: Rotary) -> tuple[Rows, torch.Tensor]:
-    """Plan the rows of all layers until the next token stops; and their slots, int64, (rows,)."""
-    cos, sin = rotary
-    every = torch.arange(alive.size, device=cos.device)
-    complete = bool(alive.all())
-    positions = every if complete else torch.from_numpy(np.flatnonzero(alive)).to(cos.device)
-    slots = None
-    if decision.skipped is SkippedTokens.PRUNE and not complete:
-        slots = positions  # what is pruned is gone; everything else is computed
-    mask: torch.Tensor | None = None
-    if not (backbone.causal and (complete or slots is not None)):
-        mask = backbone.visible(positions, every if slots is None else slots)
-    own = slice(alive.size) if complete else positions
-    return Rows(0 if complete else positions, alive.size, (cos[own], sin[own]), slots, mask, causal=True), positions
-
-
-def _suffix_asks(backbone: Backbone, rows: Rows, positions: torch.Tensor, asking: int) -> Rows:
-    """Rows up to the last layer: its hidden states are read at the suffix and the draft only."""
-    if rows.mask is not None:
-        return replace(rows, last=rows.mask[-asking:])
-    return replace(rows, last=backbone.visible(positions[-asking:], positions))  # without a mask, rows are slots
-
-
-def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as what is added to the scores: the kernel would make it of a bool one anew in every layer."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, causal: bool
-) -> torch.Tensor:
-    """Scaled dot-product attention of (heads, rows, head_dim) over (kv_heads, slots, head_dim).
-
-    Without a mask, ``causal`` says whether rows and slots are the same sequence, or every row sees every slot.
-    """
-    attended: torch.Tensor = F.scaled_dot_product_attention(
-        query[None],
-        key[None],
-        value[None],
-        attn_mask=mask,
-        is_causal=causal and mask is None,
-        enable_gqa=query.shape[0] != key.shape[0],
-    )
-    return attended[0]
-
-
-def _watched(
-    watch: AttentionProbe,
-    layout: TokenLayout,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    rows: Rows,
-    positions: torch.Tensor,
-    backbone: Backbone,
-    draft: int,
-) -> torch.Tensor:
-    """Attention of the watched rows, mean over heads, (rows, slots), beside the kernel that computes the model.
-
-    A draft is no part of the prompt: its rows are not watched, and nothing before them sees its slots.
-    """
-    asking = query.shape[1] - draft
-    first = asking - {"last": 1, "suffix": layout.n_suffix, "all": asking}[watch.rows]
-    positions = positions[len(positions) - draft - asking + first : len(positions) - draft]
-    query = query[:, first:asking].float()
-    keys = keys[:, : layout.length].float()
-    if rows.slots is not None:
-        keys = keys[:, rows.slots[: len(rows.slots) - draft]]
-    keys = keys.repeat_interleave(query.shape[0] // keys.shape[0], dim=0)
-    every = torch.arange(layout.length, device=query.device)
-    slots = every if rows.slots is None else rows.slots[: len(rows.slots) - draft]
-    scores = query @ keys.transpose(1, 2) / math.sqrt(query.shape[-1])
-    scores = scores.masked_fill(~backbone.visible(positions, slots), -torch.inf)
-    return scores.softmax(dim=-1).mean(dim=0)
+def _rotaries(parts: Sequence[Rotary]) -> Rotary:
+    return parts[0] if len(parts) == 1 else (torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts]))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lac_vla.models.protocols import DecoderShape
 from lac_vla.timing import windows
 from lac_vla.types import (
     AttentionProbe,
@@ -40,6 +41,7 @@ class StepInfo:
         draft: Tokens that rode along in the prefill as a guess.
         full_last_layer: Whether all rows of the prefill asked in the last layer, not the suffix and the draft alone.
         decode_passes: First and one-past-last appended token of every decoding pass behind the prefill.
+        stack_passes: The same of the head's own stacks: shape of the stack, first and one-past-last row.
         encoded: Visual tokens whose features the vision tower computed, bool, (N,).
         eager_runs: Runs of layers that the option ``cuda_graphs`` left to the ordinary loop.
     """
@@ -58,8 +60,14 @@ class StepInfo:
     draft: int = 0
     full_last_layer: bool = False
     decode_passes: tuple[tuple[int, int], ...] = ()
+    stack_passes: tuple[tuple[DecoderShape, int, int], ...] = ()
     encoded: BoolArray | None = None
     eager_runs: int = 0
+
+    @property
+    def n_queries(self) -> int | None:
+        """Rows that had queries in the last layer of the prefill; ``None`` for all."""
+        return None if self.full_last_layer else self.layout.n_suffix + self.draft
 
     @property
     def ratio(self) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
-from lac_vla.session import CachedVLA
+from lac_vla.factory import CachedVLA
 from lac_vla.types import FloatArray, Frame, UInt8Image
 
 IMAGES = "observation.images."

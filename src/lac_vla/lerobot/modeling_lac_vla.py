@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 
 from lac_vla.errors import InputError
-from lac_vla.factory import ModelOptions, load_cached_vla
+from lac_vla.factory import CachedVLA, ModelOptions
 from lac_vla.lerobot.bridge import Bridge
 from lac_vla.lerobot.configuration_lac_vla import NO_TRAINING, LacVlaConfig
 
@@ -42,7 +42,7 @@ class LacVlaPolicy(PreTrainedPolicy):  # type: ignore[misc]
             max_age=config.max_age,
             options=config.options,
         )
-        vla = load_cached_vla(config.model, config.policy, options)
+        vla = CachedVLA.from_pretrained(config.model, config.policy, options)
         self.robot = Bridge(vla, config.cameras, config.seed)
 
     def reset(self) -> None:

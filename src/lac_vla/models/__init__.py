@@ -1,48 +1,63 @@
-"""Model families behind the ``Backbone`` protocol: loaded from a checkpoint, or made with random weights."""
+"""Model families: loaded from a checkpoint, made with random weights, saved. A family is a folder and a line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import torch
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models.base import Backbone, DecoderLayer, Extend, Rotary
-from lac_vla.models.cogact.backbone import CogACTBackbone
 from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
-from lac_vla.models.cogact.checkpoint import load_cogact, random_cogact, save_cogact
+from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
-from lac_vla.models.cogact.config import CogACTConfig, Sampling
-from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
-from lac_vla.models.prismatic.backbone import PrismaticBackbone
-from lac_vla.models.prismatic.checkpoint import CONFIG, load_prismatic, random_prismatic, save_prismatic
+from lac_vla.models.cogact.config import CogACTConfig
+from lac_vla.models.prismatic.checkpoint import (
+    CONFIG,
+    load_prismatic,
+    new_prismatic,
+    random_prismatic,
+    save_prismatic,
+)
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import PRESETS
-from lac_vla.models.prismatic.prompt import Encode
-from lac_vla.models.weights import find_folder, read_json
+from lac_vla.models.protocols import VLA
+from lac_vla.models.tokenizer import Encode
+from lac_vla.models.weights import HUB_FILES, find_folder, read_json
 
-__all__ = [
-    "AdaptiveEnsemble",
-    "Backbone",
-    "CogACTBackbone",
-    "CogACTConfig",
-    "DecoderLayer",
-    "Extend",
-    "PrismaticBackbone",
-    "PrismaticConfig",
-    "Rotary",
-    "Sampling",
-    "load_vla",
-    "random_vla",
-    "save_vla",
-]
+__all__ = ["FAMILIES", "VLA", "Encode", "Family", "load_vla", "random_vla", "save_vla", "untrained_vla"]
 
-LOADERS: dict[str, Callable[..., Backbone]] = {"openvla": load_prismatic, "cogact": load_cogact}
-"""``model_type`` in a checkpoint's ``config.json`` → loader."""
-MORE_FILES: dict[str, Iterable[str]] = {"cogact": COGACT_FILES}
-"""Family → further files to download from the hub."""
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a model family.
+
+    Attributes:
+        load: Reads a checkpoint's folder, given the contents of its ``config.json``.
+        save: Writes one.
+        build: Makes a model with starting weights of a configuration, given statistics and a tokenizer.
+        random: Makes a model with random weights of a configuration.
+        config: Class of its configurations.
+        presets: Configurations by name.
+        hub_files: Files to download from the hub.
+    """
+
+    load: Callable[..., VLA]
+    save: Callable[[VLA, Path, torch.dtype], None]
+    build: Callable[..., VLA]
+    random: Callable[..., VLA]
+    config: type
+    presets: Mapping[str, Any]
+    hub_files: Sequence[str] = HUB_FILES
+
+
+FAMILIES: dict[str, Family] = {
+    "openvla": Family(load_prismatic, save_prismatic, new_prismatic, random_prismatic, PrismaticConfig, PRESETS),
+    "cogact": Family(load_cogact, save_cogact, new_cogact, random_cogact, CogACTConfig, COGACT_PRESETS, COGACT_FILES),
+}
+"""``model_type`` in a checkpoint's ``config.json`` → family."""
 
 
 def load_vla(
@@ -54,7 +69,7 @@ def load_vla(
     cameras: Sequence[str] | None = None,
     image_pipeline: str | None = None,
     encode: Encode | None = None,
-) -> Backbone:
+) -> VLA:
     """Load a VLA from a checkpoint in its official layout.
 
     Weights are read from safetensors; official CogACT's from the ``.pt`` file of its run, of which tensors alone are
@@ -63,7 +78,7 @@ def load_vla(
 
     Args:
         path_or_hub_id: A folder, or ``owner/name`` on the Hugging Face hub (downloaded once).
-        dtype: Of the weights in memory; ``"auto"`` for bfloat16 on a GPU and float32 elsewhere.
+        dtype: Of the weights in memory, or its name; ``"auto"`` for bfloat16 on a GPU and float32 elsewhere.
         device: Where to put them.
         unnorm_key: Data set whose statistics give actions their units; needed if the checkpoint has several.
         cameras: Names of the cameras in ``Frame.images``, in the model's order; ``None`` for its own names.
@@ -81,12 +96,13 @@ def load_vla(
     device = torch.device(device)
     folder = find_folder(path_or_hub_id)
     data = read_json(folder / CONFIG)
-    family = _family(data)
-    if family not in LOADERS:
-        raise CheckpointError(f"{folder / CONFIG}: model_type is {family!r}; known are {list(LOADERS)}")
-    if family in MORE_FILES:
-        folder = find_folder(path_or_hub_id, MORE_FILES[family])
-    return LOADERS[family](
+    name = data.get("model_type", "cogact" if "vla" in data else None)  # CogACT's, a training run's, does not say so
+    if name not in FAMILIES:
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {name!r}; known are {list(FAMILIES)}")
+    family = FAMILIES[name]
+    if family.hub_files != HUB_FILES:
+        folder = find_folder(path_or_hub_id, family.hub_files)
+    return family.load(
         folder,
         data,
         name=Path(path_or_hub_id).resolve().name,
@@ -99,91 +115,70 @@ def load_vla(
     )
 
 
-def save_vla(
-    backbone: PrismaticBackbone | CogACTBackbone, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16
-) -> None:
+def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write a model so that :func:`load_vla` reads it: configuration, weights, statistics, tokenizer.
 
     Args:
-        backbone: What to write.
+        vla: What to write.
         folder: Made if need be; files of these names in it are replaced.
         dtype: Of the weights in the file.
     """
-    if isinstance(backbone, CogACTBackbone):
-        save_cogact(backbone, Path(folder), dtype)
-    else:
-        save_prismatic(backbone, Path(folder), dtype)
+    FAMILIES[vla.family].save(vla, Path(folder), dtype)
 
 
-@overload
 def random_vla(
-    config: PrismaticConfig,
+    config: Any,
     *,
     seed: int = 0,
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
-) -> PrismaticBackbone: ...
-
-
-@overload
-def random_vla(
-    config: CogACTConfig,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
-) -> CogACTBackbone: ...
-
-
-@overload
-def random_vla(
-    config: str,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
-) -> PrismaticBackbone | CogACTBackbone: ...
-
-
-def random_vla(
-    config: PrismaticConfig | CogACTConfig | str,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
-) -> PrismaticBackbone | CogACTBackbone:
+) -> VLA:
     """Make a model of any size with random weights, to test and to time with. No file is read.
 
     Args:
-        config: A configuration, or ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
+        config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
             ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``.
         seed: Of the weights.
-        dtype: Of the weights; ``"auto"`` as in :func:`load_vla`.
+        dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.
 
     Raises:
         InputError: If there is no configuration of that name.
     """
     device = torch.device(device)
-    presets: Mapping[str, PrismaticConfig | CogACTConfig] = {**PRESETS, **COGACT_PRESETS}
-    if isinstance(config, str) and config not in presets:
-        raise InputError(f"unknown model '{config}': choose one of {list(presets)}")
     name = config if isinstance(config, str) else "random"
-    config = presets[config] if isinstance(config, str) else config
-    dtype = _dtype(dtype, device)
-    if isinstance(config, CogACTConfig):
-        return random_cogact(config, name=name, seed=seed, dtype=dtype, device=device)
-    return random_prismatic(config, name=name, seed=seed, dtype=dtype, device=device)
+    presets = {key: preset for family in FAMILIES.values() for key, preset in family.presets.items()}
+    if name in presets:
+        config = presets[name]
+    for family in FAMILIES.values():
+        if isinstance(config, family.config):
+            return family.random(config, name=name, seed=seed, dtype=_dtype(dtype, device), device=device)
+    raise InputError(f"unknown model {config!r}: choose one of {list(presets)}")
 
 
-def _family(data: Mapping[str, object]) -> object:
-    """Of a ``config.json``; that of CogACT, a training run's, does not say so."""
-    return data.get("model_type", "cogact" if "vla" in data else None)
+def untrained_vla(preset: str, statistics: Mapping[str, Any], encode: Encode) -> VLA:
+    """Make a model to be trained: starting weights by torch's own chance, float32, on the CPU.
+
+    Args:
+        preset: See :func:`random_vla`.
+        statistics: Data set → statistics of its actions and proprioception.
+        encode: The tokenizer.
+
+    Raises:
+        InputError: If there is no preset of that name.
+    """
+    for family in FAMILIES.values():
+        if preset in family.presets:
+            return family.build(family.presets[preset], statistics, encode, name=preset)
+    raise InputError(f"unknown model {preset!r}: choose one of {[key for f in FAMILIES.values() for key in f.presets]}")
 
 
 def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype != "auto":
-        raise InputError(f"dtype {dtype!r}: give a torch.dtype or 'auto'")
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise InputError(f"dtype {dtype!r}: give 'auto', 'float32', 'bfloat16' or 'float16', or a torch.dtype")
+    return named

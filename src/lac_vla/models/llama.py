@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lac_vla.models.base import DecoderShape, Rotary
+from lac_vla.models.protocols import DecoderShape, QueryRows, Rotary
+from lac_vla.types import TokenLayout
 
 
 def build_llama(text_config: Mapping[str, Any]) -> LlamaForCausalLM:
@@ -37,7 +38,7 @@ def rms_norm(x: torch.Tensor, module: Any) -> torch.Tensor:
 
 
 class LlamaLayer:
-    """A Hugging Face Llama block as a :class:`lac_vla.models.base.DecoderLayer`; no weights of its own.
+    """A Hugging Face Llama block as a :class:`lac_vla.models.protocols.DecoderLayer`; no weights of its own.
 
     Both methods also take leading batch dimensions.
 
@@ -60,24 +61,24 @@ class LlamaLayer:
         return x.reshape(*x.shape[:-1], -1, self._head_dim).transpose(-3, -2)
 
     def qkv(
-        self, hidden: torch.Tensor, rotary: Rotary, asking: int | None = None
+        self, hidden: torch.Tensor, rotary: Rotary, query_rows: QueryRows | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalise and project rows; see :meth:`lac_vla.models.base.DecoderLayer.qkv`."""
+        """Normalise and project rows; see :meth:`lac_vla.models.protocols.DecoderLayer.qkv`."""
         normed = rms_norm(hidden, self._norm_in)
         keys, values = rotate(self._heads(self._keys(normed)), rotary), self._heads(self._values(normed))
-        if asking is not None:
+        if query_rows is not None:
             cos, sin = rotary
-            normed, rotary = normed[..., -asking:, :], (cos[-asking:], sin[-asking:])
+            normed, rotary = normed[..., query_rows, :], (cos[query_rows], sin[query_rows])
         return rotate(self._heads(self._queries(normed)), rotary), keys, values
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output projection, residual, feed-forward; see :meth:`lac_vla.models.base.DecoderLayer.finish`."""
+        """Output projection, residual, feed-forward; see :meth:`lac_vla.models.protocols.DecoderLayer.finish`."""
         hidden = hidden + self._out(attended.transpose(-3, -2).flatten(-2))
         return cast(torch.Tensor, hidden + self._mlp(rms_norm(hidden, self._norm_out)))
 
 
 class LlamaDecoder:
-    """The engine's view of a whole language model: layers, positions, embeddings, logits.
+    """Implements :class:`lac_vla.models.protocols.Decoder` over a language model.
 
     Args:
         model: The language model.
@@ -87,7 +88,10 @@ class LlamaDecoder:
         shape: Their sizes.
         kv_heads: Key/value heads of a block.
         head_dim: Width of a head.
+        causal: Always.
     """
+
+    causal = True
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         config = model.config
@@ -102,8 +106,24 @@ class LlamaDecoder:
         )
         self.layers = tuple(LlamaLayer(block, self.head_dim) for block in model.model.layers)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        device: torch.device = self._model.lm_head.weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        dtype: torch.dtype = self._model.lm_head.weight.dtype
+        return dtype
+
+    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Let every position see itself and what is before it: (rows,) and (slots,) → bool, (rows, slots)."""
+        return keys[None, :] <= queries[:, None]
+
     def rotary(self, positions: torch.Tensor) -> Rotary:
-        """Factors of :func:`rotate`, each (rows, head_dim), of int64 positions (rows,).
+        """Make the factors of :func:`rotate`, each (rows, head_dim), of int64 positions (rows,).
 
         The sine of the first half is negative: so a rotation needs no negated copy.
         """
@@ -113,13 +133,13 @@ class LlamaDecoder:
         return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The final normalisation."""
+        """Final normalisation."""
         return rms_norm(hidden, self._model.model.norm)
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of token ids: (n,) → (n, width)."""
-        return cast(torch.Tensor, self._model.model.embed_tokens(ids))
+    def embed(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Embed token ids: (...) → (..., width)."""
+        return cast(torch.Tensor, self._model.model.embed_tokens(torch.as_tensor(ids, device=self.device)))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores of all tokens: (n, width) → (n, vocabulary)."""
+        """Score all tokens: (..., width) → (..., vocabulary)."""
         return cast(torch.Tensor, self._model.lm_head(hidden))

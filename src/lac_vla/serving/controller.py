@@ -11,10 +11,10 @@ import numpy as np
 
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.errors import InputError
+from lac_vla.factory import CachedVLA
 from lac_vla.models import Backbone
 from lac_vla.policies import CachePolicy
 from lac_vla.serving.observation import state_length
-from lac_vla.session import CachedVLA
 from lac_vla.types import Decision, Frame, PolicyInput
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)

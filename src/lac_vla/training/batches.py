@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from lac_vla.models import CogACTBackbone, PrismaticBackbone
+from lac_vla.models import VLA
 from lac_vla.training.config import PretrainConfig
 from lac_vla.training.frames import GRIPPER, FrameBank, quantiles, shift_images
-from lac_vla.training.objectives.base import Batch, Targets
+from lac_vla.training.pretrain_losses.base import Batch, Targets
 from lac_vla.types import IntArray
 
 STATISTICS_KEY = "libero"
@@ -49,7 +49,6 @@ class Demonstrations:
         bank: The frames.
         vla: The model that learns from them: its prompts, and the units of its head.
         config: The run.
-        horizon: Actions that a target holds.
 
     Attributes:
         bank: The frames.
@@ -57,16 +56,16 @@ class Demonstrations:
         held_out: Those of the episodes kept for validation.
     """
 
-    def __init__(
-        self, bank: FrameBank, vla: PrismaticBackbone | CogACTBackbone, config: PretrainConfig, horizon: int
-    ) -> None:
+    def __init__(self, bank: FrameBank, vla: VLA, config: PretrainConfig) -> None:
         self.bank, self._config = bank, config
         self.train, self.held_out = bank.split(config.held_out, config.seed)
-        self._chunks = vla.normalize_actions(bank.chunks(horizon)).clip(-1, 1).astype(np.float32)
-        self._proprio = vla.normalize_proprio(bank.state)
+        head, processor = cast(Any, vla.head), cast(Any, vla.processor)
+        chunks = bank.chunks(max(config.chunk, vla.horizon))
+        self._chunks = head.normalize_actions(chunks).clip(-1, 1).astype(np.float32)
+        self._proprio = processor.normalize_state(bank.state)
         hindsight, self._ahead = bank.hindsight()
         self._hindsight = (hindsight - hindsight.mean(axis=(0, 1))) / hindsight.std(axis=(0, 1))
-        prompts = [vla.prompt_ids(text)[1:] for text in bank.instructions]
+        prompts = [processor.prompt_ids(text)[1:] for text in bank.instructions]
         self._text_length = np.asarray([len(ids) for ids in prompts])
         self._text = np.zeros((len(prompts), self._text_length.max()), dtype=np.int64)
         for row, ids in zip(self._text, prompts, strict=True):

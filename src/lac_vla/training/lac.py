@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lac_vla.models.base import Backbone
+from lac_vla.models import VLA
 from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.policies.lac.inputs import compose, words
-from lac_vla.training.mixed import Forward, Slots, alignment_teacher, mixed_forward, upper_half
+from lac_vla.training.mixed import LayerKV, MixedOutput, alignment_teacher, mixed_forward, upper_half
 from lac_vla.training.relaxation import (
     bridge,
     candidate_masks,
@@ -29,8 +29,7 @@ from lac_vla.training.relaxation import (
     straight_through,
 )
 from lac_vla.training.store import FrameStore
-from lac_vla.training.tasks import Task
-from lac_vla.training.tower import MixedTower, Seen
+from lac_vla.training.tower import MixedTower, VisionOutput
 from lac_vla.types import IntArray
 
 
@@ -57,12 +56,11 @@ class Choice:
     probabilities: torch.Tensor | None
 
 
-class Learner:
-    """The losses of both stages: a frozen backbone, stored frames and a policy whose networks have gradients.
+class LACLoss:
+    """The losses of both stages: a frozen model, stored frames and a policy whose networks have gradients.
 
     Args:
-        backbone: The frozen model; its weights should want no gradient.
-        task: Its task loss.
+        vla: The frozen model; its weights should want no gradient. Its head has the task loss.
         store: The frames.
         policy: What is trained.
         loss: ``"distill"`` or ``"demo"``.
@@ -72,18 +70,17 @@ class Learner:
 
     def __init__(
         self,
-        backbone: Backbone,
-        task: Task,
+        vla: VLA,
         store: FrameStore,
         policy: LACPolicy,
         loss: str,
         tower: MixedTower | None = None,
     ) -> None:
         policy.check_layout(store.grids)
-        self.backbone, self.task, self.store, self.policy, self.loss = backbone, task, store, policy, loss
+        self.vla, self.store, self.policy, self.loss = vla, store, policy, loss
         self.tower = tower
         self.config: LACConfig = policy.config
-        self.device = backbone.device
+        self.device = vla.device
         self.ratios = torch.tensor(self.config.ratios, device=self.device)
         policy.selector.to(self.device)
         policy.predictor.to(self.device)
@@ -93,7 +90,7 @@ class Learner:
     def alignment(self, frames: IntArray) -> torch.Tensor:
         """Stage I, eq. 6: L_align = MSE(S, S_VLA), a scalar. ``frames``: not the first of their episodes."""
         with torch.no_grad():
-            dense = self.decode(frames, watch=upper_half(len(self.backbone.layers)))
+            dense = self.decode(frames, probe_layers=upper_half(self.vla.n_layers))
             if dense.attention is None:  # pragma: no cover - it was asked for
                 raise RuntimeError("the dense pass left no attention")
             teacher = alignment_teacher(dense.attention)
@@ -137,8 +134,8 @@ class Learner:
         every = first[None, :] + np.arange(length)[:, None]  # (T, B)
         with torch.no_grad():  # dense: all frames to distil from them, the first alone otherwise
             dense = self.decode(every.reshape(-1) if self.loss == "distill" else first)
-            seen = None if self.tower is None else self._see(self.tower, first)
-        old = Slots([part[:size] for part in dense.slots.keys], [part[:size] for part in dense.slots.values])
+            vision = None if self.tower is None else self._encode(self.tower, first)
+        old = dense.store.slots.of(slice(size))
         reference = [self._pixels(name, first) for name in self.store.grids]
         age = [torch.zeros(size, *grid, device=self.device) for grid in self.store.grids.values()]
         sums: dict[str, float] = {}
@@ -146,16 +143,17 @@ class Learner:
             with torch.set_grad_enabled(learn):
                 choice = self.choose(frames, reference, age, temperatures, generator)
                 if self.tower is not None:
-                    seen = self._see(self.tower, frames, choice.mask, seen)
-                result = self.decode(frames, mask=choice.mask, old=old, seen=seen)
-                teacher = dense.hidden[index * size : (index + 1) * size] if self.loss == "distill" else None
-                task = self._task(result.hidden, frames, teacher, chance)
+                    vision = self._encode(self.tower, frames, choice.mask, vision)
+                result = self.decode(frames, mask=choice.mask, old=old, vision=vision)
+                own = slice(index * size, (index + 1) * size)
+                teacher = dense.context(own) if self.loss == "distill" else None
+                task = self.vla.head.loss(result.context(), self._load(self.store.targets, frames), chance, teacher)
                 loss = task_weight * task.mean()
                 if choice.probabilities is not None:
                     loss = loss + lam * ratio_reward(choice.probabilities, self.ratios).mean()
             if learn:
                 (loss / (length - 1)).backward()  # type: ignore[no-untyped-call]
-            old = result.slots
+            old = result.store.slots
             active = choice.mask.detach() > 0.5
             reference, age = self._refresh(frames, active, reference, age)
             row = {"loss": float(loss.detach()), "task": float(task.detach().mean())}
@@ -189,31 +187,42 @@ class Learner:
         self,
         frames: IntArray,
         mask: torch.Tensor | None = None,
-        old: Slots | None = None,
-        watch: tuple[int, ...] = (),
-        seen: Seen | None = None,
-    ) -> Forward:
+        old: LayerKV | None = None,
+        probe_layers: tuple[int, ...] = (),
+        vision: VisionOutput | None = None,
+    ) -> MixedOutput:
         """Run the decoder over the prompts of some frames and their forced action tokens.
 
-        The visual tokens are the stored ones, or as they were ``seen``.
+        The visual tokens are the stored ones, or those of ``vision``.
         """
-        store, dtype = self.store, self.backbone.dtype
+        store, head, dtype = self.store, self.vla.head, self.vla.dtype
         order = np.asarray(frames)
-        visual = self._stored(order) if seen is None else seen.visual
+        visual = self._stored(order) if vision is None else vision.visual
         suffix = self._load(store.suffix, order).to(dtype)
         lengths = torch.from_numpy(store.suffix_length[order]).to(self.device)
         with torch.no_grad():
-            answer = self.task.continuation(self._load(store.targets, order))
+            answer = head.forced(self._load(store.targets, order))
             prefix = torch.from_numpy(store.prefix).to(self.device, dtype).expand(len(order), -1, -1)
             # [prefix | visual | suffix | forced tokens | padding]: under a causal mask padding changes nothing.
-            tail = F.pad(suffix, (0, 0, 0, answer.shape[1]))
-            places = lengths[:, None] + torch.arange(answer.shape[1], device=self.device)
-            tail = tail.scatter(1, places[..., None].expand_as(answer), answer.to(dtype))
+            tail = suffix
+            if answer is not None:
+                tail = F.pad(suffix, (0, 0, 0, answer.shape[1]))
+                places = lengths[:, None] + torch.arange(answer.shape[1], device=self.device)
+                tail = tail.scatter(1, places[..., None].expand_as(answer), answer.to(dtype))
         embeddings = torch.cat([prefix, visual, tail], dim=1)  # differentiable: a tower that reuses depends on the mask
-        slots = store.layout.visual
-        rows = slots.stop + lengths[:, None] - 1 + torch.arange(self.task.n_rows, device=self.device)
+        layout = store.layout
+        whole = layout.visual.stop + lengths
         with _autocast(self.device):
-            return mixed_forward(self.backbone, embeddings, slots, rows, mask=mask, old=old, watch=watch)
+            return mixed_forward(
+                self.vla,
+                embeddings,
+                layout,
+                whole,
+                n_rows=head.n_rows,
+                mask=mask,
+                old=old,
+                probe_layers=probe_layers,
+            )
 
     def inputs(
         self, frames: IntArray, reference: Sequence[torch.Tensor], age: Sequence[torch.Tensor]
@@ -237,24 +246,16 @@ class Learner:
             ages.append(torch.where(fresh, torch.zeros_like(old), old + 1))
         return pixels, ages
 
-    def _see(
-        self, tower: MixedTower, frames: IntArray, mask: torch.Tensor | None = None, old: Seen | None = None
-    ) -> Seen:
+    def _encode(
+        self, tower: MixedTower, frames: IntArray, mask: torch.Tensor | None = None, old: VisionOutput | None = None
+    ) -> VisionOutput:
         """Run the tower, over what it remembers of the preceding frames if there is a mask."""
         images = {camera: self._load(self.store.tower_pixels[camera], frames) for camera in tower.cameras}
-        return tower.see(images, self._stored(frames), mask, None if old is None else old.slots)
+        return tower.encode(images, self._stored(frames), mask, None if old is None else old.slots)
 
     def _stored(self, frames: IntArray) -> torch.Tensor:
         """Embeddings of the visual tokens as a whole tower gives them, (B, N, width)."""
-        return self._load(self.store.visual, frames).to(self.backbone.dtype)
-
-    def _task(
-        self, hidden: torch.Tensor, frames: IntArray, dense: torch.Tensor | None, generator: torch.Generator
-    ) -> torch.Tensor:
-        targets = self._load(self.store.targets, frames)
-        if dense is not None:
-            return self.task.distill(hidden, dense, targets, generator)
-        return self.task.demo(hidden, targets, generator)
+        return self._load(self.store.visual, frames).to(self.vla.dtype)
 
     def _text(self, frames: IntArray) -> torch.Tensor | None:
         return None if self._words is None else self._words[self.episode[frames]]

@@ -22,17 +22,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models import save_vla
-from lac_vla.models.prismatic.images import area
-from lac_vla.models.prismatic.prompt import Encode, FileTokenizer, load_tokenizer, train_tokenizer
-from lac_vla.models.prismatic.towers import Keep
+from lac_vla.models import Encode, random_vla, save_vla, untrained_vla
+from lac_vla.models.images import make_pipeline
+from lac_vla.models.tokenizer import FileTokenizer, load_tokenizer, train_tokenizer
 from lac_vla.provenance import provenance
 from lac_vla.training.batches import Chance, Demonstrations, statistics
 from lac_vla.training.config import PretrainConfig, describe
-from lac_vla.training.families import FAMILIES
 from lac_vla.training.frames import FrameBank
-from lac_vla.training.objectives.base import Batch, Objective, Targets
-from lac_vla.training.objectives.tower import TowerObjective
+from lac_vla.training.pretrain_losses.base import Batch, Keep, PretrainLoss, Targets
+from lac_vla.training.pretrain_losses.tower import TowerLoss
+from lac_vla.training.recipes import RECIPES
 
 CARD = "lac.json"
 """Beside the weights: how the model was made, for the reports of evaluations."""
@@ -49,21 +48,21 @@ class Pretraining:
         self.config = config
         torch.manual_seed(config.seed)
         self.chance = Chance.of(config.seed)
-        family = FAMILIES[config.model]
-        sizes = {camera.name: camera.image_size for camera in family.vlm.cameras}
-        bank = FrameBank.load(config.dataset, sizes, area)
-        self.objective = family.objective(statistics(bank), config)
-        self.start = start = config.start or family.start
-        words = family.vlm.vocab_size - family.vlm.n_action_bins
+        recipe = RECIPES[config.model]
+        shape: Any = random_vla(config.model, device="meta").module
+        self.start = start = config.start or recipe.start
         if start is None and config.frozen_samples:
             raise InputError("nothing is loaded that could be held fixed: give --start, or no --frozen-samples")
+        sizes = {camera.name: camera.image_size for camera in shape.config.cameras}
+        bank = FrameBank.load(config.dataset, sizes, make_pipeline(shape.config.image_resize_strategy))
         if start is None:
-            self.encode: Encode = FileTokenizer(train_tokenizer(bank.instructions, words))
-            self.loaded: list[nn.Parameter] = []
+            words = shape.config.vocab_size - shape.config.n_action_bins
+            encode: Encode = FileTokenizer(train_tokenizer(bank.instructions, words))
         else:
-            self.encode = load_tokenizer(start)
-            self.loaded = self.objective.take_weights(start)
-        self.data = Demonstrations(bank, self.objective.backbone(self.encode), config, family.horizon(config))
+            encode = load_tokenizer(start)
+        self.objective = recipe.loss(untrained_vla(config.model, statistics(bank), encode), config)
+        self.loaded: list[nn.Parameter] = [] if start is None else self.objective.take_weights(start)
+        self.data = Demonstrations(bank, self.objective.vla, config)
         self.average = AveragedModel(self.objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
         old = {id(weight) for weight in self.loaded}
         new = [weight for weight in self.objective.parameters() if id(weight) not in old]
@@ -128,7 +127,7 @@ class Pretraining:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if not self.frozen:
                 losses = self.show_frames()
-            elif isinstance(self.objective, TowerObjective):
+            elif isinstance(self.objective, TowerLoss):
                 losses = self.objective.imitate(self.draw()[0])
             else:
                 losses = self.show_read()
@@ -194,8 +193,8 @@ class Pretraining:
         }
         torch.save(state, out / "state.tmp")
         (out / "state.tmp").replace(out / "state.pt")
-        average = cast(Objective, self.average.module)
-        save_vla(average.backbone(self.encode), out / "model")
+        average = cast(PretrainLoss, self.average.module)
+        save_vla(average.vla, out / "model")
         (out / "model" / CARD).write_text(json.dumps(self.card(), indent=2) + "\n", encoding="utf-8")
 
     def card(self) -> dict[str, Any]:

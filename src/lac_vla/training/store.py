@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 from lac_vla.datasets.lerobot import Episode, LeRobotDataset
 from lac_vla.errors import InputError
+from lac_vla.factory import CachedVLA
 from lac_vla.flow import make_flow
-from lac_vla.models.base import Backbone
+from lac_vla.models import VLA
 from lac_vla.policies.lac.inputs import flow_in_patches, resize
-from lac_vla.session import CachedVLA
-from lac_vla.training.tasks import Task, task_of
-from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout, UInt8Image
+from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout
 
 META = "store.json"
 SAME = 0.05
@@ -44,7 +43,7 @@ class FrameStore:
         prefix: Embeddings before them, float32, (n_prefix, D).
         suffix: Embeddings behind them, right-padded, float32, (F, S, D).
         suffix_length: (F,).
-        targets: What the action head is to answer, (F, n); see :meth:`lac_vla.training.tasks.Task.targets`.
+        targets: What the action head is to answer, (F, n); see :meth:`lac_vla.models.heads.base.ActionHead.targets`.
         images: Camera → uint8, (F, H, W, 3), at the resolution of the policy's networks.
         flow: Camera → flow from the preceding frame in token sides, float16, (F, H, W, 2); empty without flow.
         instructions: Of every episode.
@@ -98,7 +97,7 @@ class FrameStore:
     @classmethod
     def build(
         cls,
-        backbone: Backbone,
+        vla: VLA,
         dataset: Path,
         folder: Path,
         *,
@@ -111,7 +110,7 @@ class FrameStore:
         """Open the store in ``folder``; compute it first unless it is there already.
 
         Args:
-            backbone: The frozen model.
+            vla: The frozen model.
             dataset: LeRobot v3 dataset: demonstrations, or plain observation logs.
             folder: Of the store.
             flow: Estimator, see :data:`lac_vla.flow.FLOWS`.
@@ -133,13 +132,13 @@ class FrameStore:
             "dataset": dataset.name,
             "frames": source.total_frames,
             "episodes": chosen,
-            "model": fingerprint(backbone),
+            "model": fingerprint(vla),
             "flow": flow,
             "patch_pixels": patch_pixels,
             "tower_cameras": list(tower_cameras),
         }
         meta = folder / META
-        builder = _Builder(backbone, source, chosen, flow, patch_pixels, tower_cameras)
+        builder = _Builder(vla, source, chosen, flow, patch_pixels, tower_cameras)
         if meta.is_file():
             found = json.loads(meta.read_text(encoding="utf-8"))["about"]
             unread = {"flow": flow == "none", "tower_cameras": not tower_cameras}  # whether it is there or not
@@ -191,17 +190,15 @@ class FrameStore:
         )
 
 
-def fingerprint(backbone: Backbone) -> str:
-    """Name of a model by its answers: a checksum of what its last layer, and its head, make of fixed rows."""
-    rows = torch.linspace(-1, 1, backbone.shape.width, device=backbone.device, dtype=backbone.dtype)[None]
+def fingerprint(vla: VLA) -> str:
+    """Name a model by its answers: a checksum of what its last layer, and its head, make of fixed rows."""
+    decoder = vla.decoder
+    rows = torch.linspace(-1, 1, decoder.shape.width, device=vla.device, dtype=vla.dtype)[None]
     with torch.inference_mode():
-        answers = [part.float().cpu().numpy() for part in backbone.layers[-1].qkv(rows, backbone.rotary(_zero(rows)))]
+        rotary = decoder.rotary(torch.zeros(1, dtype=torch.long, device=vla.device))
+        answers = [part.float().cpu().numpy() for part in decoder.layers[-1].qkv(rows, rotary)]
     parts = [part.tobytes() for part in answers]
-    return hashlib.sha256(b"".join([*parts, task_of(backbone).fingerprint()])).hexdigest()[:16]
-
-
-def _zero(like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.long, device=like.device)
+    return hashlib.sha256(b"".join([*parts, vla.head.fingerprint()])).hexdigest()[:16]
 
 
 class _Builder:
@@ -209,18 +206,17 @@ class _Builder:
 
     def __init__(
         self,
-        backbone: Backbone,
+        vla: VLA,
         source: LeRobotDataset,
         chosen: list[int],
         flow: str,
         patch_pixels: int,
         tower_cameras: Sequence[str],
     ) -> None:
-        self.backbone, self.source, self.chosen = backbone, source, chosen
-        self.task: Task = task_of(backbone)
+        self.vla, self.source, self.chosen = vla, source, chosen
         self.flow = make_flow(flow)
         self.patch_pixels, self.tower_cameras = patch_pixels, tower_cameras
-        self.dense = CachedVLA(backbone).session()
+        self.dense = CachedVLA(vla).session()
 
     @torch.inference_mode()
     def agrees(self, stored: npt.NDArray[np.float16]) -> bool:
@@ -228,24 +224,30 @@ class _Builder:
 
         The fingerprint does not see the vision tower.
         """
-        visual = self._visual(self.backbone.pixels(self._frame(self.source.episode(self.chosen[0]), 0)))
+        visual = self._visual(self._frame(self.source.episode(self.chosen[0]), 0))
         difference = np.linalg.norm(visual.astype(np.float32) - stored)
         return bool(difference <= SAME * np.linalg.norm(visual.astype(np.float32)))
 
-    def _visual(self, pixels: Mapping[str, UInt8Image]) -> npt.NDArray[np.float16]:
-        projected = self.backbone.project(self.backbone.see(pixels))
-        return projected.float().cpu().numpy().astype(np.float16)
+    def _visual(self, frame: Frame) -> npt.NDArray[np.float16]:
+        return self.vla.encode_image(frame).float().cpu().numpy().astype(np.float16)
+
+    @torch.inference_mode()
+    def _text(self, frame: Frame) -> tuple[FloatArray, FloatArray]:
+        """Embed what stands before and behind the visual tokens."""
+        processor = self.vla.processor
+        prefix, suffix = processor.embed(processor.prompt(frame))
+        return prefix.float().cpu().numpy(), suffix.float().cpu().numpy()
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Compute everything, then give the folder its name."""
-        backbone, side = self.backbone, self.patch_pixels
+        vla, side = self.vla, self.patch_pixels
         first = self.source.episode(self.chosen[0])
         frame = self._frame(first, 0)
-        layout = backbone.layout(frame)
+        layout, images = vla.processor.prompt(frame).layout, vla.processor.images(frame)
         lengths = [int(self.source.episodes[index]["length"]) for index in self.chosen]
-        total, width = sum(lengths), backbone.shape.width
+        total, width = sum(lengths), vla.decoder.shape.width
         texts = {self.source.episode(index).instruction for index in self.chosen}
-        longest = max(backbone.suffix(self._frame(first, 0, text)).shape[0] for text in texts)
+        longest = max(len(self._text(self._frame(first, 0, text))[1]) for text in texts)
         answer = self._targets(first, [frame])
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "visual": ((total, layout.n_visual, width), np.float16),
@@ -259,7 +261,7 @@ class _Builder:
             if self.flow is not None:
                 shapes[f"flow_{index}"] = ((*size, 2), np.float16)
             if camera.name in self.tower_cameras:
-                shapes[f"tower_pixels_{index}"] = ((total, *backbone.pixels(frame)[camera.name].shape), np.uint8)
+                shapes[f"tower_pixels_{index}"] = ((total, *images[camera.name].shape), np.uint8)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} holds something else than stored embeddings; give another --store")
         partial = folder.with_name(f"{folder.name}.incomplete")
@@ -270,8 +272,7 @@ class _Builder:
             name: open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
             for name, (shape, dtype) in shapes.items()
         }
-        with torch.inference_mode():
-            np.save(partial / "prefix.npy", backbone.prefix(frame).float().cpu().numpy())
+        np.save(partial / "prefix.npy", self._text(frame)[0])
         start, labelled = 0, True
         with tqdm(total=total, desc="storing embeddings", unit="frame") as bar:
             for index in self.chosen:
@@ -307,11 +308,11 @@ class _Builder:
         arrays["targets"][start : start + len(frames)] = self._targets(episode, frames)
         previous: Mapping[str, Any] | None = None
         for at, frame in enumerate(frames, start):
-            pixels = self.backbone.pixels(frame)
-            visual = self._visual(pixels)
+            pixels = self.vla.processor.images(frame)
+            visual = self._visual(frame)
             if not np.isfinite(visual).all():
                 raise InputError(f"episode {episode.index}: embeddings are not finite in half precision")
-            suffix = self.backbone.suffix(frame).float().cpu().numpy()
+            _, suffix = self._text(frame)
             arrays["visual"][at] = visual
             arrays["suffix"][at, : len(suffix)] = suffix
             arrays["suffix_length"][at] = len(suffix)
@@ -350,7 +351,7 @@ class _Builder:
         if not actions.shape[1]:
             self.dense.reset()
             actions = np.stack([self.dense.act(frame) for frame in frames])
-        return self.task.targets(actions)
+        return self.vla.head.targets(actions)
 
     def _check_disk(self, folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
         needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())

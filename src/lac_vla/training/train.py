@@ -17,14 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from lac_vla.errors import CheckpointError, InputError, MissingExtraError
-from lac_vla.models import load_vla
-from lac_vla.models.base import Backbone
+from lac_vla.models import VLA, load_vla
 from lac_vla.policies.lac import SUBFOLDER, LACConfig, LACPolicy
 from lac_vla.provenance import provenance
 from lac_vla.training.config import TrainConfig, describe
-from lac_vla.training.lac import Learner, Temperatures, annealed, cosine
+from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
 from lac_vla.training.store import FrameStore
-from lac_vla.training.tasks import task_of
 from lac_vla.training.tower import MixedTower
 from lac_vla.types import IntArray
 
@@ -40,7 +38,7 @@ class Training:
 
     Args:
         config: The run.
-        backbone: The frozen model.
+        vla: The frozen model.
         store: The frames.
         tower: The model's, if it is to reuse.
         world: Number of processes that train together, and this one's rank.
@@ -49,12 +47,12 @@ class Training:
     def __init__(
         self,
         config: TrainConfig,
-        backbone: Backbone,
+        vla: VLA,
         store: FrameStore,
         tower: MixedTower | None = None,
         world: tuple[int, int] = (1, 0),
     ) -> None:
-        self.config, self.backbone, self.store, self.world = config, backbone, store, world
+        self.config, self.vla, self.store, self.world = config, vla, store, world
         torch.manual_seed(config.seed)
         shape = LACConfig(
             grids=dict(store.grids),
@@ -69,7 +67,7 @@ class Training:
             patch_pixels=config.patch_pixels,
         )
         self.policy = LACPolicy(shape)
-        self.learner = Learner(backbone, task_of(backbone), store, self.policy, config.loss, tower)
+        self.losses = LACLoss(vla, store, self.policy, config.loss, tower)
         self.networks = nn.ModuleDict({"selector": self.policy.selector, "predictor": self.policy.predictor})
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
         self.step, self.lam, self.seconds = 0, config.lam, 0.0
@@ -113,12 +111,12 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         if self.stage == 1:
             frames = rng.choice(self.first, config.stage1_batch) + 1
-            loss = self.learner.alignment(frames)
+            loss = self.losses.alignment(frames)
             loss.backward()  # type: ignore[no-untyped-call]
             metrics = {"loss": float(loss.detach())}
         else:
             first = rng.choice(self.first, config.batch)
-            metrics = self.learner.window(first, config.window, self.temperatures, generator, lam=self.lam)
+            metrics = self.losses.window(first, config.window, self.temperatures, generator, lam=self.lam)
             metrics["lam"] = self.lam
         if size > 1:
             metrics = self._mean(metrics)
@@ -146,9 +144,9 @@ class Training:
         for first in np.array_split(windows, max(1, math.ceil(len(windows) / self.config.batch))):
             row = {}
             if self.stage == 2 or not self.config.stage2_steps:
-                row = self.learner.window(first, self.config.window, self.temperatures, None, lam=self.lam, learn=False)
+                row = self.losses.window(first, self.config.window, self.temperatures, None, lam=self.lam, learn=False)
                 row.pop("loss")
-            row["alignment"] = float(self.learner.alignment(first + 1))
+            row["alignment"] = float(self.losses.alignment(first + 1))
             rows.append(row)
         return {f"held_out_{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
@@ -156,13 +154,13 @@ class Training:
     def pictures(self, length: int = 6) -> dict[str, Any]:
         """Saliency over consecutive held-out frames: images and scores of every camera, and the chosen ratios."""
         first = int(self.held_first[len(self.held_first) // 2])
-        count = min(length, int(self.store.stop[self.learner.episode[first]]) - first - 1)
+        count = min(length, int(self.store.stop[self.losses.episode[first]]) - first - 1)
         frames: IntArray = first + 1 + np.arange(count)
         shown = {name: torch.from_numpy(np.asarray(self.store.images[name][frames - 1])) for name in self.store.grids}
-        reference = [image.to(self.backbone.device) for image in shown.values()]
-        age = [torch.zeros(count, *grid, device=self.backbone.device) for grid in self.store.grids.values()]
+        reference = [image.to(self.vla.device) for image in shown.values()]
+        age = [torch.zeros(count, *grid, device=self.vla.device) for grid in self.store.grids.values()]
         self.networks.eval()
-        choice = self.learner.choose(frames, reference, age, self.temperatures, None)
+        choice = self.losses.choose(frames, reference, age, self.temperatures, None)
         found: dict[str, Any] = {"ratio": 1 - choice.mask.mean(dim=1).cpu().numpy()}
         for camera in self.store.layout.cameras:
             shape = (count, camera.rows, camera.cols)
@@ -203,7 +201,7 @@ class Training:
         """
         path = self.config.out / STATE
         try:
-            state = torch.load(path, weights_only=True, map_location=self.backbone.device)
+            state = torch.load(path, weights_only=True, map_location=self.vla.device)
             self.networks.load_state_dict(state["networks"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.step, self.lam, self.seconds = int(state["step"]), float(state["lam"]), float(state["seconds"])
@@ -217,7 +215,7 @@ class Training:
 
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
         """Metrics as means over all processes: all steer λ alike, and all stop where the loss of one has broken."""
-        values = torch.tensor(list(metrics.values()), device=self.backbone.device)
+        values = torch.tensor(list(metrics.values()), device=self.vla.device)
         dist.all_reduce(values)
         return dict(zip(metrics, (values / self.world[0]).tolist(), strict=True))
 
@@ -246,12 +244,12 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
     """
     size, rank = _join(config)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
-    backbone = load_vla(config.model, device=device, dtype="auto", unnorm_key=config.unnorm_key)
-    _freeze(backbone)
-    tower = MixedTower(backbone) if config.vision_kv_reuse else None
+    vla = load_vla(config.model, device=device, dtype="auto", unnorm_key=config.unnorm_key)
+    vla.module.requires_grad_(False)
+    tower = MixedTower(vla) if config.vision_kv_reuse else None
     config.out.mkdir(parents=True, exist_ok=True)
-    store = _store(config, backbone, () if tower is None else tower.cameras, rank)
-    run = Training(config, backbone, store, tower, (size, rank))
+    store = _store(config, vla, () if tower is None else tower.cameras, rank)
+    run = Training(config, vla, store, tower, (size, rank))
     if (config.out / STATE).exists():
         _check_settings(config)
         run.resume()
@@ -305,12 +303,6 @@ def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, A
             return
 
 
-def _freeze(backbone: Backbone) -> None:
-    model = getattr(backbone, "model", None)
-    if isinstance(model, nn.Module):
-        model.requires_grad_(False)
-
-
 def _join(config: TrainConfig) -> tuple[int, int]:
     """Number of processes and this one's rank, as ``torchrun`` set them."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -319,12 +311,12 @@ def _join(config: TrainConfig) -> tuple[int, int]:
     return size, int(os.environ.get("RANK", "0"))
 
 
-def _store(config: TrainConfig, backbone: Backbone, tower_cameras: Sequence[str], rank: int) -> FrameStore:
+def _store(config: TrainConfig, vla: VLA, tower_cameras: Sequence[str], rank: int) -> FrameStore:
     folder = config.store or config.out / "store"
 
     def build() -> FrameStore:
         return FrameStore.build(
-            backbone,
+            vla,
             config.dataset,
             folder,
             flow=config.flow,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lac_vla.errors import CheckpointError
-from lac_vla.models.cogact.backbone import CogACTBackbone
+from lac_vla.models.cogact.build import CogACTVLA, build_cogact
 from lac_vla.models.cogact.config import CogACTConfig, head_config, own_options, vlm_config
-from lac_vla.models.cogact.model import CogACTVLA
 from lac_vla.models.llama import reset_rotary
 from lac_vla.models.prismatic.checkpoint import CONFIG, STATISTICS, unused_weights
-from lac_vla.models.prismatic.prompt import Encode, WordHash, load_tokenizer, save_tokenizer
+from lac_vla.models.protocols import VLA
+from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer, save_tokenizer
 from lac_vla.models.weights import WEIGHTS, check_shapes, randomise, read_json, read_torch, write_weights
 
 HUB_FILES = ("*.json", "*.safetensors", "checkpoints/*.pt")
@@ -56,7 +56,7 @@ def load_cogact(
     cameras: Sequence[str] | None = None,
     image_pipeline: str | None = None,
     encode: Encode | None = None,
-) -> CogACTBackbone:
+) -> VLA:
     """Load a run whose ``config.json`` holds ``data``; see :func:`lac_vla.models.load_vla`."""
     vlm = vlm_config(data, read_json(folder / STATISTICS))
     encode = encode or load_tokenizer(folder)
@@ -65,7 +65,7 @@ def load_cogact(
     config = CogACTConfig(vlm, head_config(data, found), **own_options(data))
     with torch.device("meta"):
         model = CogACTVLA(config)
-    backbone = CogACTBackbone(
+    vla = build_cogact(
         config, model, encode, name=name, unnorm_key=unnorm_key, cameras=cameras, image_pipeline=image_pipeline
     )
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -76,14 +76,14 @@ def load_cogact(
     reset_rotary(model.language_model, device)
     cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)  # as convolutions run fastest
     model.eval()
-    return backbone
+    return vla
 
 
-def save_cogact(backbone: CogACTBackbone, folder: Path, dtype: torch.dtype) -> None:
+def save_cogact(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
     """Write a model as :func:`load_cogact` reads it, everything spelt out; see :func:`lac_vla.models.save_vla`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = backbone.config
-    write_weights(backbone.model, folder, dtype)
+    config: CogACTConfig = vla.config
+    write_weights(vla.module, folder, dtype)
     vlm = config.vlm.to_json()
     statistics = vlm.pop("norm_stats")
     data = {
@@ -97,12 +97,10 @@ def save_cogact(backbone: CogACTBackbone, folder: Path, dtype: torch.dtype) -> N
     }
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(backbone.encode, folder)
+    save_tokenizer(vla.encode, folder)
 
 
-def random_cogact(
-    config: CogACTConfig, *, name: str, seed: int, dtype: torch.dtype, device: torch.device
-) -> CogACTBackbone:
+def random_cogact(config: CogACTConfig, *, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> VLA:
     """Make a model with random weights in place; see :func:`lac_vla.models.random_vla`."""
     with torch.device("meta"):
         model = CogACTVLA(config).to(dtype)
@@ -113,7 +111,13 @@ def random_cogact(
         randomise(model, seed)
         cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)
     model.eval()
-    return CogACTBackbone(config, model, WordHash(config.vlm.vocab_size - config.vlm.n_action_bins), name=name)
+    return build_cogact(config, model, WordHash(config.vlm.vocab_size - config.vlm.n_action_bins), name=name)
+
+
+def new_cogact(config: CogACTConfig, statistics: Mapping[str, Any], encode: Encode, *, name: str) -> VLA:
+    """Make a model to be trained; see :func:`lac_vla.models.untrained_vla`."""
+    config = replace(config, vlm=replace(config.vlm, norm_stats=statistics))
+    return build_cogact(config, CogACTVLA(config), encode, name=name)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
-from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models.cogact.sampler import DIFFUSION_STEPS, strided
+from lac_vla.errors import CheckpointError
+from lac_vla.models.heads.dit import DIT, DiTConfig
+from lac_vla.models.heads.sampler import Sampling
 from lac_vla.models.prismatic.config import OPENVLA_PROMPT_END, PrismaticConfig
 from lac_vla.models.prismatic.presets import MINI, OPENVLA_7B, TINY
 
@@ -18,76 +19,6 @@ COGNITION_TOKEN = 2
 """Llama 2's end of a sequence. It ends CogACT's prompts; its last hidden state is the cognition feature."""
 BASE_VLM = "prism-dinosiglip-224px+7b"
 """The VLM that all published CogACT models are built on; OpenVLA's."""
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """Shape of the diffusion transformer.
-
-    Attributes:
-        width: Of its residual stream.
-        depth: Blocks.
-        heads: Attention heads of a block.
-        action_dim: Values of an action; the last is the gripper.
-        horizon: Actions of a chunk: the present one and CogACT's ``future_action_window_size``.
-        condition: Width of the cognition feature.
-
-    Raises:
-        CheckpointError: If there is no such transformer.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    action_dim: int = 7
-    horizon: int = 16
-    condition: int = 4096
-
-    def __post_init__(self) -> None:
-        """Check the sizes."""
-        if min(self.width, self.depth, self.heads, self.action_dim, self.horizon, self.condition) < 1:
-            raise CheckpointError(f"{self}: every size must be at least 1")
-        if self.width % self.heads:
-            raise CheckpointError(f"action head: width {self.width} is no multiple of {self.heads} heads")
-
-
-DIT: Mapping[str, DiTConfig] = {
-    "DiT-S": DiTConfig(384, 6, 4),
-    "DiT-B": DiTConfig(768, 12, 12),
-    "DiT-L": DiTConfig(1024, 24, 16),
-}
-"""The published action heads, by CogACT's ``action_model_type``."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a chunk is drawn. The defaults are those of CogACT's evaluation in SIMPLER.
-
-    Attributes:
-        method: ``"ddim"``, deterministic given the first noise; or ``"ddpm"``, all steps, with new noise in each.
-        steps: Steps of DDIM.
-        guidance: Weight of the conditional against the unconditional prediction; 1 for no guidance.
-
-    Raises:
-        InputError: If a value makes no sense.
-    """
-
-    method: Literal["ddim", "ddpm"] = "ddim"
-    steps: int = 10
-    guidance: float = 1.5
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.method not in ("ddim", "ddpm"):
-            raise InputError(f"unknown sampler {self.method!r}: choose 'ddim' or 'ddpm'")
-        if self.guidance < 1:
-            raise InputError(f"guidance is {self.guidance}; give at least 1, which means none")
-        strided(DIFFUSION_STEPS, self.steps)
-
-    @property
-    def visited(self) -> range:
-        """The diffusion steps at which noise is predicted."""
-        return strided(DIFFUSION_STEPS, self.steps if self.method == "ddim" else DIFFUSION_STEPS)
 
 
 @dataclass(frozen=True)
@@ -99,7 +30,7 @@ class CogACTConfig:
             ``None``.
         head: The action head.
         prompt_end: Tokens behind the tokenizer's.
-        sampling: How the backbone draws actions unless told otherwise.
+        sampling: How the head draws actions unless told otherwise.
         gripper: What closed and open are in the data set's units, where the statistics leave the gripper unscaled.
         ensemble: How many of the last chunks an evaluation averages unless told otherwise; 1 for the newest alone.
 

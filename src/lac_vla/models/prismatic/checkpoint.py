@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 
 from lac_vla.models.llama import reset_rotary
-from lac_vla.models.prismatic.backbone import PrismaticBackbone
+from lac_vla.models.prismatic.build import build_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.model import PrismaticVLA
-from lac_vla.models.prismatic.prompt import Encode, WordHash, load_tokenizer, save_tokenizer
 from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.models.protocols import VLA
+from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer, save_tokenizer
 from lac_vla.models.weights import load_weights, randomise, read_json, write_weights
 
 CONFIG = "config.json"
@@ -35,7 +36,7 @@ def load_prismatic(
     cameras: Sequence[str] | None = None,
     image_pipeline: str | None = None,
     encode: Encode | None = None,
-) -> PrismaticBackbone:
+) -> VLA:
     """Load a checkpoint whose ``config.json`` holds ``data``; see :func:`lac_vla.models.load_vla`."""
     config = PrismaticConfig.from_json(data)
     if (folder / STATISTICS).is_file():
@@ -46,29 +47,27 @@ def load_prismatic(
     encode = encode or load_tokenizer(folder)
     with torch.device("meta"):
         model = PrismaticVLA(config)
-    backbone = PrismaticBackbone(
+    vla = build_prismatic(
         model, encode, name=name, unnorm_key=unnorm_key, cameras=cameras, image_pipeline=image_pipeline
     )
     load_weights(model, folder, dtype=dtype, device=device, unused=unused_weights(config))
     reset_rotary(model.language_model, device)
     cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)  # as convolutions run fastest
     model.eval()
-    return backbone
+    return vla
 
 
-def save_prismatic(backbone: PrismaticBackbone, folder: Path, dtype: torch.dtype) -> None:
+def save_prismatic(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
     """Write a model in the official layout; see :func:`lac_vla.models.save_vla`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = backbone.model.config
-    write_weights(backbone.model, folder, dtype)
+    config: PrismaticConfig = vla.config
+    write_weights(vla.module, folder, dtype)
     (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
     (folder / STATISTICS).write_text(json.dumps(config.norm_stats, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(backbone.encode, folder)
+    save_tokenizer(vla.encode, folder)
 
 
-def random_prismatic(
-    config: PrismaticConfig, *, name: str, seed: int, dtype: torch.dtype, device: torch.device
-) -> PrismaticBackbone:
+def random_prismatic(config: PrismaticConfig, *, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> VLA:
     """Make a model with random weights in place; see :func:`lac_vla.models.random_vla`."""
     with torch.device("meta"):
         model = PrismaticVLA(config).to(dtype)
@@ -78,7 +77,12 @@ def random_prismatic(
         randomise(model, seed)
         cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)
     model.eval()
-    return PrismaticBackbone(model, WordHash(config.vocab_size - config.n_action_bins), name=name)
+    return build_prismatic(model, WordHash(config.vocab_size - config.n_action_bins), name=name)
+
+
+def new_prismatic(config: PrismaticConfig, statistics: Mapping[str, Any], encode: Encode, *, name: str) -> VLA:
+    """Make a model to be trained; see :func:`lac_vla.models.untrained_vla`."""
+    return build_prismatic(PrismaticVLA(replace(config, norm_stats=statistics)), encode, name=name)
 
 
 def unused_weights(config: PrismaticConfig) -> re.Pattern[str]:

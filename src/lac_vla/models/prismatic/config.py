@@ -60,7 +60,7 @@ class PrismaticConfig:
         vit_towers: The vision transformers that cameras share (one, or two whose features are concatenated).
         cameras: Cameras in token order.
         projector_hidden: Hidden widths of the projector.
-        image_resize_strategy: A key of :data:`lac_vla.models.prismatic.images.PIPELINES`.
+        image_resize_strategy: A key of :data:`lac_vla.models.images.PIPELINES`.
         prompt_template: Holds ``{instruction}``.
         prompt_end_id: Token that ends every prompt; ``None`` for none.
         proprio_dim: Length of the proprioception vector; ``None`` if the model takes none.

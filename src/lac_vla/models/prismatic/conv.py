@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lac_vla.models.prismatic.towers import ConvTowerConfig, Keep
-from lac_vla.models.prismatic.vit import KeysValues
+from lac_vla.models.transformer import ImageKVCache
 
 
 @lru_cache(maxsize=8)
@@ -61,30 +61,30 @@ class ConvTower(nn.Module):
         padded = F.pad(features, (1, 1, 1, 1))[:, :, row:, column:]
         return F.conv2d(padded, self.head.weight, self.head.bias, stride=stride).flatten(2).transpose(1, 2)
 
-    def look(self, pixels: torch.Tensor, *, whole: bool) -> torch.Tensor:
-        """See :meth:`surroundings`; ``whole`` is no matter here: a convolution has no memory."""
+    def encode_stem(self, pixels: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        """Run :meth:`surroundings`; ``whole`` is no matter here: a convolution has no keys and values."""
         return self.surroundings(pixels)
 
-    def tokens(
-        self, surroundings: torch.Tensor, wanted: torch.Tensor | None = None, memory: KeysValues | None = None
+    def encode_tokens(
+        self, surroundings: torch.Tensor, token_mask: torch.Tensor | None = None, cache: ImageKVCache | None = None
     ) -> torch.Tensor:
-        """The last convolution, for some tokens of one image alone.
+        """Run the last convolution for some tokens of one image alone.
 
         Args:
             surroundings: From :meth:`surroundings`, (1, C, rows, cols).
-            wanted: Which tokens, bool, (tokens,); ``None`` for all.
-            memory: Not needed.
+            token_mask: Which tokens, bool, (tokens,); ``None`` for all.
+            cache: Not needed.
 
         Returns:
             Features in raster order, (n, widths[-1]).
         """
-        if wanted is None:
+        if token_mask is None:
             every: torch.Tensor = self.head(surroundings)[0]
             return every.flatten(1).T
         channels, height, width = surroundings.shape[1:]
         cells = F.pad(surroundings[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1)).reshape(-1, channels)
-        rows, cols = wanted.view(height, width).nonzero(as_tuple=True)
-        three = torch.arange(3, device=wanted.device)
+        rows, cols = token_mask.view(height, width).nonzero(as_tuple=True)
+        three = torch.arange(3, device=token_mask.device)
         around = ((rows[:, None, None] + three[:, None]) * (width + 2) + cols[:, None, None] + three).flatten()
         patches = cells.index_select(0, around).view(len(rows), 9 * channels)
         # Where the weights are kept channels last, as the loader keeps them, this flattening copies nothing.

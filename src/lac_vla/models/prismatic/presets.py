@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from lac_vla.models.prismatic.config import CameraConfig, PrismaticConfig
 from lac_vla.models.prismatic.towers import DINOV2_LARGE, SIGLIP_SO400M, ConvTowerConfig, ViTConfig
@@ -76,4 +78,38 @@ TINY = PrismaticConfig(
     llm_backbone_id="llama",
 )
 
-PRESETS: dict[str, PrismaticConfig] = {"openvla-7b": OPENVLA_7B, "mini": MINI, "mini-vit": MINI_VIT, "tiny": TINY}
+
+def _decoder(text_config: Mapping[str, Any]) -> PrismaticConfig:
+    """Put a decoder behind a tower that is a stub with the right number of tokens."""
+    tower = ConvTowerConfig((8, 8, 8, 8), norm_groups=4)
+    return PrismaticConfig(
+        text_config=text_config,
+        norm_stats=NO_STATS,
+        vision_backbone_id="conv",
+        vit_towers=(),
+        cameras=(CameraConfig("camera", 16 * tower.stride, tower),),
+        projector_hidden=(8,),
+    )
+
+
+LLAMA_8X512 = _decoder(
+    {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 768 + 64,
+        "pad_token_id": 0,
+    }
+)
+
+PRESETS: dict[str, PrismaticConfig] = {
+    "openvla-7b": OPENVLA_7B,
+    "mini": MINI,
+    "mini-vit": MINI_VIT,
+    "tiny": TINY,
+    "llama-8x512": LLAMA_8X512,
+    "llama-32x4096": _decoder(OPENVLA_7B.text_config),
+}
+"""By name; the last two are decoders (layers × width) without a purpose but to be timed."""

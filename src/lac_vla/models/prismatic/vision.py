@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -12,30 +12,31 @@ from torch import nn
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.conv import ConvTower
 from lac_vla.models.prismatic.towers import Keep, ViTConfig
-from lac_vla.models.prismatic.vit import KeysValues, ViT, ViTTower
+from lac_vla.models.prismatic.vit import ViT, ViTTower
+from lac_vla.models.transformer import ImageKVCache
 
-Glance: TypeAlias = Sequence[torch.Tensor]
-"""A frame half seen: what a backbone's ``look`` returns and its ``features`` goes on from."""
+Stem: TypeAlias = Sequence[torch.Tensor]
+"""Per camera or transformer, what a backbone's ``encode_stem`` returns and its ``encode_tokens`` goes on from."""
 
 
 @dataclass
-class TowerMemory:
+class FrameKVCache:
     """Keys and values that the vision transformers keep from one frame to the next.
 
     Attributes:
-        images: (Number of the transformer, number of the camera) → what it remembers.
+        images: (Number of the transformer, number of the camera) → its keys and values.
     """
 
-    images: dict[tuple[int, int], KeysValues] = field(default_factory=dict)
+    images: dict[tuple[int, int], ImageKVCache] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Memory that they take, bytes."""
         return sum(image.nbytes for image in self.images.values())
 
-    def of(self, tower: int, camera: int) -> KeysValues:
-        """What a transformer remembers of a camera's image."""
-        return self.images.setdefault((tower, camera), KeysValues())
+    def of(self, tower: int, camera: int) -> ImageKVCache:
+        """Get those of a transformer and a camera's image."""
+        return self.images.setdefault((tower, camera), ImageKVCache())
 
 
 class ViTBackbone(nn.Module):
@@ -74,43 +75,49 @@ class ViTBackbone(nn.Module):
         std = torch.tensor(self._std, device=images.device).view(-1, 1, 1)
         return (pixels.repeat(1, len(self._mean) // 3, 1, 1) - mean) / std
 
-    def look(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Glance:
-        """What can be computed of one frame before it is known which tokens matter.
+    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Stem:
+        """Compute of one frame what does not depend on which tokens matter.
 
         Args:
             pixel_values: Camera → normalised images, (1, C, H, W).
-            whole: Run the blocks, too: without a memory, they need all patches in any case.
+            whole: Run the blocks, too: without a cache, they need all patches in any case.
         """
         pixels = torch.cat([pixel_values[name] for name in self.grids])
-        glance = [vit.embed(part) for vit, part in zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)]
-        return [vit.encode(x) for vit, x in zip(self.vits, glance, strict=True)] if whole else glance
+        stem = [vit.embed(part) for vit, part in zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)]
+        return [vit.encode(x) for vit, x in zip(self.vits, stem, strict=True)] if whole else stem
 
-    def features(
-        self, glance: Glance, wanted: torch.Tensor | None = None, memory: TowerMemory | None = None
+    def encode_tokens(
+        self, stem: Stem, token_mask: torch.Tensor | None = None, cache: FrameKVCache | None = None
     ) -> torch.Tensor:
-        """Features of some tokens.
+        """Compute the features of some tokens.
 
         Args:
-            glance: From :meth:`look`; ``whole`` without a memory, and not with one.
-            wanted: Which tokens, bool, (N,); ``None`` for all.
-            memory: Keys and values of the other tokens; see :meth:`ViT.encode`.
+            stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
+            token_mask: Which tokens, bool, (N,); ``None`` for all.
+            cache: Keys and values of the other tokens; see :meth:`ViT.encode`.
 
         Returns:
             (n, F).
         """
-        if memory is None:
-            every = torch.cat(list(glance), dim=-1).flatten(0, 1)
-            return every if wanted is None else every[wanted]
+        if cache is None:
+            every = torch.cat(list(stem), dim=-1).flatten(0, 1)
+            return every if token_mask is None else every[token_mask]
         sizes = [rows * cols for rows, cols in self.grids.values()]
-        parts = [None] * len(sizes) if wanted is None else list(torch.split(wanted, sizes))
+        parts = [None] * len(sizes) if token_mask is None else list(torch.split(token_mask, sizes))
         cameras = []
         for camera, part in enumerate(parts):
             towers = [
-                vit.encode(x[camera : camera + 1], memory.of(tower, camera), part)[0]
-                for tower, (vit, x) in enumerate(zip(self.vits, glance, strict=True))
+                vit.encode(x[camera : camera + 1], cache.of(tower, camera), part)[0]
+                for tower, (vit, x) in enumerate(zip(self.vits, stem, strict=True))
             ]
             cameras.append(torch.cat(towers, dim=-1))
         return torch.cat(cameras)
+
+    def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Run the transformers over a batch of one camera's normalised images: (B, C, H, W) → (B, patches, F)."""
+        parts = zip(self.vits, torch.split(pixels, 3, dim=1), strict=True)
+        features = [vit.encode(vit.embed(three), cache.of(tower, camera)) for tower, (vit, three) in enumerate(parts)]
+        return torch.cat(features, dim=-1)
 
     def forward(self, pixel_values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Compute the features of all cameras.
@@ -154,40 +161,45 @@ class PerCameraBackbone(nn.Module):
         """Scale RGB images to [-1, 1]: uint8, (B, H, W, 3) → float32, (B, 3, H, W)."""
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
-    def look(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Glance:
-        """What can be computed of one frame before it is known which tokens matter.
+    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Stem:
+        """Compute of one frame what does not depend on which tokens matter.
 
         Args:
             pixel_values: Camera → RGB in [-1, 1], (1, 3, H, W).
-            whole: Run the blocks of transformers, too: without a memory, they need all patches in any case.
+            whole: Run the blocks of transformers, too: without a cache, they need all patches in any case.
         """
-        return [self._tower(name).look(pixel_values[name], whole=whole) for name in self.grids]
+        return [self._tower(name).encode_stem(pixel_values[name], whole=whole) for name in self.grids]
 
-    def features(
-        self, glance: Glance, wanted: torch.Tensor | None = None, memory: TowerMemory | None = None
+    def encode_tokens(
+        self, stem: Stem, token_mask: torch.Tensor | None = None, cache: FrameKVCache | None = None
     ) -> torch.Tensor:
-        """Features of some tokens.
+        """Compute the features of some tokens.
 
-        A convolution runs its last layer, about half of its work, for these alone; a transformer with a memory all
+        A convolution runs its last layer, about half of its work, for these alone; a transformer with a cache all
         blocks.
 
         Args:
-            glance: From :meth:`look`; ``whole`` without a memory, and not with one.
-            wanted: Which tokens, bool, (N,); ``None`` for all.
-            memory: Keys and values of the transformers' other tokens.
+            stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
+            token_mask: Which tokens, bool, (N,); ``None`` for all.
+            cache: Keys and values of the transformers' other tokens.
 
         Returns:
-            (n, F): without a memory, the same numbers as in :meth:`forward`.
+            (n, F): without a cache, the same numbers as in :meth:`forward`.
         """
         sizes = [rows * cols for rows, cols in self.grids.values()]
-        parts = [None] * len(sizes) if wanted is None else list(torch.split(wanted, sizes))
-        cameras = enumerate(zip(self.grids, glance, parts, strict=True))
+        parts = [None] * len(sizes) if token_mask is None else list(torch.split(token_mask, sizes))
+        cameras = enumerate(zip(self.grids, stem, parts, strict=True))
         return torch.cat(
             [
-                self._tower(name).tokens(x, part, None if memory is None else memory.of(0, camera))
+                self._tower(name).encode_tokens(x, part, None if cache is None else cache.of(0, camera))
                 for camera, (name, x, part) in cameras
             ]
         )
+
+    def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Run a camera's transformer over a batch, (B, 3, H, W) → (B, patches, F)."""
+        tower = cast(ViTTower, self._tower(list(self.grids)[camera]))
+        return tower.encode(tower.embed(tower.normalize(pixels)), cache.of(0, camera))
 
     def _tower(self, camera: str) -> ConvTower | ViTTower:
         return cast(ConvTower | ViTTower, self.towers[camera])
@@ -202,7 +214,7 @@ class PerCameraBackbone(nn.Module):
 
         Args:
             pixel_values: Camera → RGB in [-1, 1], (B, 3, H, W).
-            keep: Camera → regular subset of its tokens; of a camera that is absent, all are wanted.
+            keep: Camera → regular subset of its tokens; of a camera that is absent, all are kept.
             shift: Camera → pixels by which an augmentation moved the content down and right, (B, 2).
 
         Returns:

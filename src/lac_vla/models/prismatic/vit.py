@@ -3,59 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lac_vla.models.prismatic.towers import Keep, ViTConfig
-
-LAYER_NORM_EPS = 1e-6
-
-
-class Memory(Protocol):
-    """What stands between a block's keys and values and its attention."""
-
-    def update(
-        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the new keys and values of some rows, and return those that attention is to see.
-
-        Args:
-            block: Number of the block.
-            keys: (B, heads, rows, head_dim).
-            values: As ``keys``.
-            rows: Which of the tokens they are, int64; ``None`` for all.
-
-        Returns:
-            Keys and values of all tokens, each (B, heads, tokens, head_dim).
-        """
-        ...
-
-
-@dataclass
-class KeysValues:
-    """What the blocks of a transformer remember of one image's tokens, each (1, heads, tokens, head_dim)."""
-
-    blocks: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that they take, bytes."""
-        return sum(part.numel() * part.element_size() for block in self.blocks for part in block)
-
-    def update(
-        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the ``rows`` (int64; ``None`` for all) in their places, and return the keys and values of all tokens."""
-        if rows is None:  # copies: the projection's output, queries included, is not kept
-            self.blocks[block : block + 1] = [(keys.contiguous(), values.contiguous())]
-        else:
-            for slots, new in zip(self.blocks[block], (keys, values), strict=True):
-                slots.index_copy_(2, rows, new)
-        return self.blocks[block]
+from lac_vla.models.transformer import LAYER_NORM_EPS, Attention, FeedForward, ImageKVCache, KVCache
 
 
 class PatchEmbed(nn.Module):
@@ -69,44 +22,6 @@ class PatchEmbed(nn.Module):
         """(B, 3, H, W) → (B, patches, width), raster order."""
         embedded: torch.Tensor = self.proj(pixels)
         return embedded.flatten(2).transpose(1, 2)
-
-
-class Attention(nn.Module):
-    """Self-attention over all tokens."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(
-        self, x: torch.Tensor, memory: Memory | None = None, block: int = 0, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(B, tokens, width) → the same; with a memory, ``x`` may be some ``rows`` of the tokens it remembers."""
-        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if memory is not None:
-            keys, values = memory.update(block, keys, values, rows)
-        # Under autocast in the precision of the residual stream: on a CPU the backward pass is several times faster.
-        with torch.autocast(x.device.type, enabled=False):
-            attended = F.scaled_dot_product_attention(*(part.to(x.dtype) for part in (queries, keys, values)))
-        out: torch.Tensor = self.proj(attended.transpose(1, 2).flatten(2))
-        return out
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them, exact or ``approximate="tanh"``."""
-
-    def __init__(self, width: int, hidden: int, approximate: str = "none") -> None:
-        super().__init__()
-        self.approximate = approximate
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., width) → the same."""
-        out: torch.Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
-        return out
 
 
 class LayerScale(nn.Module):
@@ -134,10 +49,10 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
     def forward(
-        self, x: torch.Tensor, memory: Memory | None = None, block: int = 0, rows: torch.Tensor | None = None
+        self, x: torch.Tensor, cache: KVCache | None = None, block: int = 0, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, tokens, width) → the same; see :class:`Attention`."""
-        x = x + self.ls1(self.attn(self.norm1(x), memory, block, rows))
+        x = x + self.ls1(self.attn(self.norm1(x), cache, block, rows))
         out: torch.Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out
 
@@ -170,25 +85,27 @@ class ViT(nn.Module):
         extra = [token for token in (self.cls_token, self.reg_token) if token is not None]
         return torch.cat([*(token.expand(len(x), -1, -1) for token in extra), x], dim=1)
 
-    def encode(self, x: torch.Tensor, memory: Memory | None = None, wanted: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(
+        self, x: torch.Tensor, cache: KVCache | None = None, token_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run the blocks.
 
         Args:
-            x: From :meth:`embed`, (B, tokens, width); B = 1 with :class:`KeysValues`.
-            memory: Keys and values of the same image's predecessors: they stand for the patches that are not wanted,
-                and are brought up to date where they are. A new one is filled.
-            wanted: Patches to compute, bool, (patches,); ``None`` for all. Class and register tokens always are.
+            x: From :meth:`embed`, (B, tokens, width); B = 1 with :class:`ImageKVCache`.
+            cache: Keys and values of the same image's predecessors: they stand for the patches that are not in
+                ``token_mask``, and are brought up to date where they are. A new one is filled.
+            token_mask: Patches to compute, bool, (patches,); ``None`` for all. Class and register tokens always are.
 
         Returns:
             Features of these patches, (B, patches, features).
         """
         extra = x.shape[1] - self.pos_embed.shape[1]
         rows = None
-        if wanted is not None:
-            rows = torch.cat([wanted.new_ones(extra), wanted]).nonzero()[:, 0]
+        if token_mask is not None:
+            rows = torch.cat([token_mask.new_ones(extra), token_mask]).nonzero()[:, 0]
             x = x[:, rows]
         for index, block in enumerate(self.blocks):
-            x = block(x, memory, index, rows)
+            x = block(x, cache, index, rows)
         features: torch.Tensor = self.neck(x[:, extra:])
         return features
 
@@ -227,27 +144,27 @@ class ViTTower(ViT):
         grid = features.view(len(features), side, side, -1)
         return grid[:, row::stride, column::stride].flatten(1, 2)
 
-    def look(self, pixels: torch.Tensor, *, whole: bool) -> torch.Tensor:
+    def encode_stem(self, pixels: torch.Tensor, *, whole: bool) -> torch.Tensor:
         """The blocks' input, (1, tokens, width); if ``whole``, what comes out of them, (1, patches, features)."""
-        glance = self.embed(self.normalize(pixels))
-        return self.encode(glance) if whole else glance
+        stem = self.embed(self.normalize(pixels))
+        return self.encode(stem) if whole else stem
 
-    def tokens(
-        self, glance: torch.Tensor, wanted: torch.Tensor | None = None, memory: KeysValues | None = None
+    def encode_tokens(
+        self, stem: torch.Tensor, token_mask: torch.Tensor | None = None, cache: ImageKVCache | None = None
     ) -> torch.Tensor:
         """Features of some tokens of one image.
 
         Args:
-            glance: From :meth:`look`; ``whole`` without a memory, and not with one.
-            wanted: Which tokens, bool, (patches,); ``None`` for all.
-            memory: Keys and values of the other tokens; see :meth:`encode`.
+            stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
+            token_mask: Which tokens, bool, (patches,); ``None`` for all.
+            cache: Keys and values of the other tokens; see :meth:`encode`.
 
         Returns:
             (n, features).
         """
-        if memory is not None:
-            return self.encode(glance, memory, wanted)[0]
-        return glance[0] if wanted is None else glance[0, wanted]
+        if cache is not None:
+            return self.encode(stem, cache, token_mask)[0]
+        return stem[0] if token_mask is None else stem[0, token_mask]
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """RGB in [-1, 1] → with the mean and deviation that this transformer wants."""

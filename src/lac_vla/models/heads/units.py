@@ -1,7 +1,4 @@
-"""Actions as tokens, and the statistics that map them to the robot's own units.
-
-Source: OpenVLA (Kim et al., 2024), section 3.2 and its released rule of decoding.
-"""
+"""The statistics that map a model's normalised values to the robot's own units."""
 
 from __future__ import annotations
 
@@ -13,47 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.types import BoolArray, FloatArray, IntArray
+from lac_vla.types import BoolArray
 
-PROPRIO_LIMIT = 1.5
-"""Normalised proprioception is clipped to ± this: beyond the 1 % and 99 % quantiles, yet bounded."""
-
-
-@dataclass(frozen=True)
-class ActionTokenizer:
-    """Maps values in [-1, 1] to the last ``n_bins`` tokens of a vocabulary, and back to the bins' centres.
-
-    Attributes:
-        vocab_size: Size V of the vocabulary; token V − i means bin edge i.
-        n_bins: Edges, evenly spaced over [-1, 1]; they enclose ``n_bins`` − 1 bins.
-        edge_token: Whether +1, the upper edge itself, has a token of its own; else it is that of the highest bin.
-    """
-
-    vocab_size: int
-    n_bins: int = 256
-    edge_token: bool = True
-
-    @property
-    def edges(self) -> npt.NDArray[np.float64]:
-        """The edges of the bins, (n_bins,)."""
-        return np.linspace(-1.0, 1.0, self.n_bins)
-
-    @property
-    def centers(self) -> npt.NDArray[np.float64]:
-        """The values that tokens decode to, (n_bins − 1,)."""
-        edges = self.edges
-        return (edges[:-1] + edges[1:]) / 2.0
-
-    def encode(self, values: npt.ArrayLike) -> IntArray:
-        """Token ids of values (clipped to [-1, 1]), any shape, int64."""
-        bins = np.digitize(np.clip(np.asarray(values, dtype=np.float64), -1.0, 1.0), self.edges)
-        highest = self.n_bins if self.edge_token else self.n_bins - 1
-        return (self.vocab_size - np.minimum(bins, highest)).astype(np.int64)
-
-    def decode(self, ids: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Values of token ids, any shape. Ids that mean no action decode to the nearest bin."""
-        index = np.clip(self.vocab_size - np.asarray(ids, dtype=np.int64) - 1, 0, self.n_bins - 2)
-        return self.centers[index]
+OUT_OF_RANGE = 0.5
+"""Share of action values outside the model's quantiles from which on the statistics are taken to be the wrong ones."""
+SLACK = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +87,19 @@ def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str,
     raise InputError(f"{what}: choose one of {sorted(norm_stats)}")
 
 
-def libero_gripper(action: FloatArray) -> FloatArray:
-    """Turn the last value of OpenVLA's LIBERO actions, 0 closed .. 1 open, into LIBERO's −1 open, +1 closed.
+def check_units(normalized: npt.NDArray[np.float64], mask: BoolArray) -> None:
+    """Refuse actions that mostly lie outside the model's quantiles.
 
     Args:
-        action: (..., dim), float32; not modified.
+        normalized: In the model's units, (..., A).
+        mask: Which dimensions are scaled, (A,).
+
+    Raises:
+        InputError: If they do.
     """
-    action = action.copy()
-    action[..., -1] = -np.sign(2.0 * action[..., -1] - 1.0)
-    return action
+    outside = float(np.mean(np.abs(normalized[..., mask]) > 1 + SLACK))
+    if outside > OUT_OF_RANGE:
+        raise InputError(
+            f"{outside:.0%} of the action values lie outside the model's range: the dataset is in other units, or "
+            "--unnorm-key names the statistics of another one"
+        )

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,37 @@ def strided(total: int, steps: int) -> range:
         if len(choice) == steps:
             return choice
     raise InputError(f"{steps} steps of {total}: no stride gives that number; try 5, 10, 20 or 25")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a chunk is drawn. The defaults are those of CogACT's evaluation in SIMPLER.
+
+    Attributes:
+        method: ``"ddim"``, deterministic given the first noise; or ``"ddpm"``, all steps, with new noise in each.
+        steps: Steps of DDIM.
+        guidance: Weight of the conditional against the unconditional prediction; 1 for no guidance.
+
+    Raises:
+        InputError: If a value makes no sense.
+    """
+
+    method: Literal["ddim", "ddpm"] = "ddim"
+    steps: int = 10
+    guidance: float = 1.5
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.method not in ("ddim", "ddpm"):
+            raise InputError(f"unknown sampler {self.method!r}: choose 'ddim' or 'ddpm'")
+        if self.guidance < 1:
+            raise InputError(f"guidance is {self.guidance}; give at least 1, which means none")
+        strided(DIFFUSION_STEPS, self.steps)
+
+    @property
+    def visited(self) -> range:
+        """The diffusion steps at which noise is predicted."""
+        return strided(DIFFUSION_STEPS, self.steps if self.method == "ddim" else DIFFUSION_STEPS)
 
 
 def ddim(denoise: Denoise, draw: Draw, schedule: Schedule, steps: int) -> torch.Tensor:

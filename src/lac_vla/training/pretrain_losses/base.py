@@ -1,4 +1,4 @@
-"""What the bundled VLAs learn from a frame: what their head says about its action, and two helpers.
+"""The bundled VLAs learn from a frame by their head's own loss and by two helpers.
 
 The head's own loss alone localises slowly on little data. Two read-outs of the last prompt token's hidden state make
 the difference (they exist in training only, cost nothing at inference and are not part of the saved model): the next
@@ -11,19 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from lac_vla.engine.layers import NoCache, Segment, run_layers
 from lac_vla.errors import CheckpointError
-from lac_vla.models import CogACTBackbone, PrismaticBackbone, load_vla
-from lac_vla.models.llama import LlamaDecoder
-from lac_vla.models.prismatic.model import PrismaticVLA
-from lac_vla.models.prismatic.prompt import Encode
-from lac_vla.models.prismatic.towers import Keep
+from lac_vla.models import VLA, load_vla
 from lac_vla.types import TokenLayout
+
+Keep: TypeAlias = tuple[int, int, int]
+"""Row offset, column offset and stride of a regular subset of a token grid."""
 
 ACTION_DIMS = 7
 HINDSIGHT_VALUES = 9  # three positions
@@ -45,11 +45,11 @@ class Targets:
 
     @classmethod
     def join(cls, parts: Sequence[Targets]) -> Targets:
-        """One after the other."""
+        """Put targets one after the other."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def __getitem__(self, rows: torch.Tensor) -> Targets:
-        """Those of some frames."""
+        """Take those of some frames."""
         return Targets(self.chunk[rows], self.hindsight[rows], self.ahead[rows])
 
 
@@ -74,28 +74,31 @@ class Batch:
     targets: Targets
 
 
-class Objective(nn.Module, ABC):
+class PretrainLoss(nn.Module, ABC):
     """A model with its training-only helpers. A subclass knows the head's loss.
 
     Args:
-        model: The VLA.
+        vla: The model, with the statistics of its data.
         chunk: Actions that the chunk helper predicts.
 
     Attributes:
-        terms: Which of the losses are summed up.
+        vla: As given.
+        model: Its modules.
+        terms: The losses that are summed up.
     """
 
     terms: tuple[str, ...]
 
-    def __init__(self, model: PrismaticVLA, chunk: int) -> None:
+    def __init__(self, vla: VLA, chunk: int) -> None:
         super().__init__()
-        self.model = model
-        width = model.config.width
+        self.vla = vla
+        self.model: Any = vla.module
+        width = vla.decoder.shape.width
         self.chunk_head = nn.Sequential(
             nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, chunk * ACTION_DIMS)
         )
         self.hindsight_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, HINDSIGHT_VALUES))
-        self.layout = TokenLayout.of(model.vision_backbone.grids, n_prefix=1, n_suffix=0)
+        self.layout = TokenLayout.of(vla.grids, n_prefix=1, n_suffix=0)
 
     def take_weights(self, folder: Path) -> list[nn.Parameter]:
         """Copy a checkpoint's weights into the model, which has all of them, and perhaps more.
@@ -109,7 +112,7 @@ class Objective(nn.Module, ABC):
         Raises:
             CheckpointError: If the checkpoint has a weight that the model has not, or of another shape.
         """
-        weights = self._known(cast(Any, load_vla(folder)).model)
+        weights = self._known(load_vla(folder).module)
         try:
             unknown = self.model.load_state_dict(weights, strict=False).unexpected_keys
         except RuntimeError as error:
@@ -118,28 +121,24 @@ class Objective(nn.Module, ABC):
             raise CheckpointError(f"{folder} is of another model, it has {unknown[0]}: give another --start")
         return [parameter for name, parameter in self.model.named_parameters() if name in weights]
 
-    def _known(self, start: PrismaticVLA) -> dict[str, torch.Tensor]:
-        """Which weights of the start to copy."""
+    def _known(self, start: nn.Module) -> dict[str, torch.Tensor]:
+        """Choose the weights of the start that are copied."""
         return dict(start.state_dict())
 
     @abstractmethod
-    def backbone(self, encode: Encode) -> PrismaticBackbone | CogACTBackbone:
-        """The model as the engine takes it, with a tokenizer."""
-
-    @abstractmethod
     def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
-        """Ids of the tokens behind the prompts, (B, n)."""
+        """Make the ids of the tokens behind the prompts, (B, n)."""
 
     @abstractmethod
     def losses(
         self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Losses of what :meth:`read` returned, as :meth:`forward` gives them."""
+        """Compute the losses of what :meth:`read` returned, as :meth:`forward` gives them."""
 
     def forward(
         self, batch: Batch, keep: Keep | None, progress: float | None, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Losses of a batch.
+        """Compute the losses of a batch.
 
         Args:
             batch: The frames.
@@ -166,7 +165,7 @@ class Objective(nn.Module, ABC):
             Normalised last hidden states of the last prompt token and of all appended ones, (B, 1 + n, width).
         """
         model, (size, more) = self.model, appended.shape
-        embed = model.language_model.get_input_embeddings()
+        embed = self.model.language_model.get_input_embeddings()
         kept = {} if keep is None else {self.layout.cameras[0].name: keep}
         visual = model.projector(model.vision_backbone(batch.images, kept, batch.shifts))
         # [BOS | visual | proprio | text | appended | padding]: under a causal mask, padding behind everything that
@@ -184,7 +183,7 @@ class Objective(nn.Module, ABC):
         return hidden[torch.arange(size)[:, None], rows]
 
     def helpers(self, prompt_end: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
-        """Losses ``chunk`` and ``hindsight`` (normalised L1), of the last prompt token's hidden states, (B, width)."""
+        """Compute ``chunk`` and ``hindsight`` (normalised L1) of the last prompt token's hidden states, (B, width)."""
         size = len(prompt_end)
         chunk = self.chunk_head(prompt_end).float().view(size, -1, ACTION_DIMS)
         hindsight = (self.hindsight_head(prompt_end).float().view(size, 3, 3) - targets.hindsight).abs().mean(dim=-1)
@@ -204,22 +203,11 @@ class Objective(nn.Module, ABC):
         return torch.cat([torch.zeros(1, dtype=torch.long), *shown, torch.arange(behind) + 1 + self.layout.n_visual])
 
     def _decode(self, inputs: torch.Tensor, positions: torch.Tensor, wanted: int) -> torch.Tensor:
-        """The causal decoder over whole sequences, (B, length, width) → its last rows, (B, wanted, width).
+        """Run the causal decoder over whole sequences, (B, length, width) → its last rows, (B, wanted, width).
 
         Of the other rows the last layer computes keys and values alone.
         """
-        decoder = LlamaDecoder(self.model.language_model)
-        rotary = decoder.rotary(positions)
-        grouped = decoder.shape.kv_width != decoder.shape.width
-        length, hidden = inputs.shape[1], inputs
-        rows = [length] * (len(decoder.layers) - 1) + [wanted]
-        for layer, asking in zip(decoder.layers, rows, strict=True):
-            query, key, value = layer.qkv(hidden, rotary, asking)
-            seen = None if asking == length else torch.ones(asking, length, dtype=torch.bool).tril(length - asking)
-            # In float32: on a CPU the backward pass of attention is several times slower in bfloat16.
-            with torch.autocast(hidden.device.type, enabled=False):
-                attended = F.scaled_dot_product_attention(
-                    query.float(), key.float(), value.float(), seen, is_causal=seen is None, enable_gqa=grouped
-                )
-            hidden = layer.finish(hidden[:, -asking:], attended)
-        return decoder.norm(hidden)
+        decoder, length = self.vla.decoder, inputs.shape[1]
+        final = torch.ones(wanted, length, dtype=torch.bool).tril(length - wanted)
+        segment = Segment(length, 0, length, n_queries=wanted, final_mask=final)
+        return decoder.norm(run_layers(decoder.layers, inputs, decoder.rotary(positions), [segment], NoCache()).hidden)

@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import torch
 
-from lac_vla.models.prismatic.actions import ActionTokenizer
-from lac_vla.models.prismatic.backbone import PrismaticBackbone
-from lac_vla.models.prismatic.config import PrismaticConfig
-from lac_vla.models.prismatic.model import PrismaticVLA
-from lac_vla.models.prismatic.prompt import Encode
+from lac_vla.errors import InputError
+from lac_vla.models import VLA
+from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.training.config import PretrainConfig
-from lac_vla.training.objectives.base import ACTION_DIMS, Batch, Objective, Targets
+from lac_vla.training.pretrain_losses.base import ACTION_DIMS, Batch, PretrainLoss, Targets
 
 
-class TokenObjective(Objective):
-    """Losses ``tokens`` (nats), ``chunk``, ``hindsight``; and ``action_error``, without a gradient.
+class TokenLoss(PretrainLoss):
+    """Has the losses ``tokens`` (nats), ``chunk``, ``hindsight``; and ``action_error``, without a gradient.
 
     The action error is the mean distance of the most likely bin from the true one, in bins.
 
     Args:
-        config: The model's.
+        vla: See :class:`PretrainLoss`.
         run: The run.
     """
 
     terms: tuple[str, ...] = ("tokens", "chunk", "hindsight")
 
-    def __init__(self, config: PrismaticConfig, run: PretrainConfig) -> None:
-        super().__init__(PrismaticVLA(config), run.chunk)
+    def __init__(self, vla: VLA, run: PretrainConfig) -> None:
+        super().__init__(vla, run.chunk)
+        if not isinstance(vla.head, TokenHead):
+            raise InputError(f"{vla.name} does not answer in action tokens")
         self.sigma, self.noise = run.sigma, run.noise
-        self.tokenizer = ActionTokenizer(config.vocab_size, config.n_action_bins, config.edge_token)
-        self.n_bins = config.n_action_bins - 1
-        self.last_id = config.vocab_size - 1  # means bin 0; smaller ids mean higher bins
-
-    def backbone(self, encode: Encode) -> PrismaticBackbone:
-        """See :meth:`Objective.backbone`."""
-        return PrismaticBackbone(self.model, encode, name="mini")
+        self.tokenizer = vla.head.tokenizer
+        self.n_bins = self.tokenizer.n_bins - 1
+        self.last_id = self.tokenizer.vocab_size - 1  # means bin 0; smaller ids mean higher bins
 
     def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
-        """See :meth:`Objective.append`: the recorded action's tokens but the last, some of them replaced by chance."""
+        """Take the recorded action's tokens but the last, some of them replaced by chance."""
         shown = self._ids(batch.targets)
         if self.noise and progress is not None:
             chance = self.last_id - torch.randint(self.n_bins, shown.shape, generator=generator)
@@ -47,7 +43,7 @@ class TokenObjective(Objective):
     def losses(
         self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """See :meth:`Objective.losses`; the width of the soft targets falls with ``progress``.
+        """See :meth:`PretrainLoss.losses`; the width of the soft targets falls with ``progress``.
 
         ``read`` holds the row before every action token, (B, A, width).
         """
@@ -68,5 +64,5 @@ class TokenObjective(Objective):
         }
 
     def _ids(self, targets: Targets) -> torch.Tensor:
-        """Token ids of the recorded actions, (B, A)."""
+        """Encode the recorded actions, (B, A)."""
         return torch.from_numpy(self.tokenizer.encode(targets.chunk[:, 0].numpy()))

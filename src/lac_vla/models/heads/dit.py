@@ -6,17 +6,58 @@ The sequence is the condition, cognition feature plus time, and behind it one to
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import nn
 
-from lac_vla.models.cogact.config import DiTConfig
-from lac_vla.models.prismatic.vit import LAYER_NORM_EPS, Attention, FeedForward
+from lac_vla.errors import CheckpointError
+from lac_vla.models.transformer import LAYER_NORM_EPS, Attention, FeedForward
 
 FREQUENCIES = 256
 LONGEST_PERIOD = 10000
 MLP_RATIO = 4
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of the diffusion transformer.
+
+    Attributes:
+        width: Of its residual stream.
+        depth: Blocks.
+        heads: Attention heads of a block.
+        action_dim: Values of an action; the last is the gripper.
+        horizon: Actions of a chunk: the present one and CogACT's ``future_action_window_size``.
+        condition: Width of the cognition feature.
+
+    Raises:
+        CheckpointError: If there is no such transformer.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    action_dim: int = 7
+    horizon: int = 16
+    condition: int = 4096
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        if min(self.width, self.depth, self.heads, self.action_dim, self.horizon, self.condition) < 1:
+            raise CheckpointError(f"{self}: every size must be at least 1")
+        if self.width % self.heads:
+            raise CheckpointError(f"action head: width {self.width} is no multiple of {self.heads} heads")
+
+
+DIT: Mapping[str, DiTConfig] = {
+    "DiT-S": DiTConfig(384, 6, 4),
+    "DiT-B": DiTConfig(768, 12, 12),
+    "DiT-L": DiTConfig(1024, 24, 16),
+}
+"""The published action heads, by CogACT's ``action_model_type``."""
 
 
 class Embedder(nn.Module):
@@ -119,3 +160,16 @@ class DiT(nn.Module):
             tokens = block(tokens)
         noise: torch.Tensor = self.final_layer(tokens)[:, 1:]
         return noise
+
+
+def initialise(net: DiT) -> None:
+    """Set starting weights as CogACT does: Xavier, small embeddings, and a last layer that predicts nothing."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for embedding in (net.z_embedder.linear, net.t_embedder.mlp[0], net.t_embedder.mlp[2]):
+        nn.init.normal_(embedding.weight, std=0.02)  # type: ignore[arg-type]
+    nn.init.normal_(net.z_embedder.uncondition, std=0.02)
+    nn.init.normal_(net.positional_embedding, std=net.positional_embedding.shape[-1] ** -0.5)
+    nn.init.zeros_(net.final_layer.linear.weight)

@@ -1,0 +1,270 @@
+"""The engine: runs the plans of any number of sessions of one model in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from functools import partial
+from threading import RLock
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from lac_vla.engine.cuda_graphs import CAPACITY_MULTIPLE, CUDAGraphRunner
+from lac_vla.engine.kv_cache import SlotCache
+from lac_vla.engine.layers import RunLayers, run_layers
+from lac_vla.engine.options import EngineOptions
+from lac_vla.engine.plan import FramePlan, FrameResult
+from lac_vla.engine.prefill import AppendCursor, PrefillCursor, SequenceState, run_packed
+from lac_vla.errors import InputError
+from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext
+from lac_vla.models.protocols import VLA, DecoderStack, Rotary
+from lac_vla.timing import Stopwatch
+from lac_vla.types import BoolArray, Decision, SkippedTokens
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Run:
+    """One plan on its way through a run."""
+
+    plan: FramePlan
+    result: FrameResult
+    embeddings: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    decoding: Decoding | None = None
+    rows: AppendRows | None = None
+
+    @property
+    def sequence(self) -> SequenceState:
+        """The prompt; it exists once the vision encoder is done."""
+        if self.result.sequence is None:  # pragma: no cover - set before anything reads it
+            raise RuntimeError("the frame was not encoded")
+        return self.result.sequence
+
+
+class Engine:
+    """Runs one model on one device: vision stem, visual tokens, packed prefill, decoding rounds.
+
+    Rows of several sessions are packed, so that a layer's weights are read once for all; attention and cache writes go
+    sequence by sequence. The keys and values of all sessions lie in one pooled store.
+
+    Args:
+        model: The frozen model. Its weights may change in place.
+        options: What is done beside caching.
+
+    Attributes:
+        model: As given.
+        options: As given.
+        store: Keys and values of all sessions.
+        graphs: Replays CUDA graphs; ``None`` without the option ``cuda_graphs``.
+
+    Raises:
+        InputError: If an option does not fit the model.
+    """
+
+    def __init__(self, model: VLA, options: EngineOptions | None = None) -> None:
+        self.model, self.options = model, options or EngineOptions()
+        if self.options.vision_kv_reuse and model.vision.kv_cache() is None:
+            raise InputError(
+                f"vision_kv_reuse needs a vision transformer, and {model.name} sees by convolutions: leave it out"
+            )
+        decoder = model.decoder
+        self.store = SlotCache(model.n_layers, decoder.kv_heads, decoder.head_dim, decoder.dtype, decoder.device)
+        self.graphs = CUDAGraphRunner() if self.options.cuda_graphs else None
+        self._run_layers: RunLayers = run_layers if self.graphs is None else self.graphs
+        self._rotary: dict[int, tuple[DecoderStack, Rotary]] = {}
+        self._lock = RLock()
+
+    @torch.inference_mode()
+    def run(self, plans: Sequence[FramePlan]) -> list[FrameResult]:
+        """Compute frames of several sessions, at most one of each.
+
+        Args:
+            plans: Made by sessions of this engine; each can be run once.
+
+        Returns:
+            What became of every plan, in order. If one session's frame fails, its result holds the error, and the
+            others are computed all the same.
+
+        Raises:
+            InputError: If a plan is another engine's, was run before, or two are of one session. Nothing has been
+                computed then.
+        """
+        self._check(plans)
+        for plan in plans:
+            plan.used = True
+        runs = [_Run(plan, FrameResult(plan)) for plan in plans]
+        with self._lock:
+            clock = Stopwatch(self.model.device)
+            before = 0 if self.graphs is None else self.graphs.eager_runs
+            stems = [self._try(run, self._encode_stem) for run in runs]
+            for run, stem in zip(runs, stems, strict=True):
+                self._try(run, partial(self._open, stem=stem))
+            self._prefill(runs, clock)
+            self._decode(runs, clock)
+            for run in runs:
+                run.result.eager_runs = 0 if self.graphs is None else self.graphs.eager_runs - before
+                for stage, milliseconds in clock.stages.items():
+                    run.plan.clock.stages[stage] += milliseconds
+        return [run.result for run in runs]
+
+    def _check(self, plans: Sequence[FramePlan]) -> None:
+        for plan in plans:
+            if plan.engine is not self:
+                raise InputError(
+                    "this plan was made by a session of another engine: run it there, or make the session "
+                    "by the same CachedVLA"
+                )
+            if plan.used:
+                raise InputError("this plan was run before: make a new one by session.plan(frame)")
+        if len({id(plan.region) for plan in plans}) != len(plans):
+            raise InputError("two plans of one session in one run: commit the first before the second is made")
+
+    def _try(self, run: _Run, work: Callable[[_Run], T]) -> T | None:
+        """Do something for one session; what goes wrong is its own affair."""
+        if run.result.error is not None:
+            return None
+        try:
+            return work(run)
+        except Exception as error:  # whatever it is, it goes to the session that asked
+            run.result.error = error
+            return None
+
+    def _encode_stem(self, run: _Run) -> Any:
+        plan = run.plan
+        try:
+            with plan.clock.stage("tower"):
+                return self.model.vision.encode_stem(plan.frame, plan.images, plan.vision_kv)
+        finally:  # whatever happens, nothing of this frame goes on beside the next
+            if isinstance(plan.decided, Future):
+                with plan.clock.stage("policy"):
+                    wait([plan.decided])
+
+    def _open(self, run: _Run, stem: Any) -> None:
+        """Make room in the store, and embed the rows that are computed."""
+        plan, model = run.plan, self.model
+        decision, _ = plan.decision()
+        layout, clock = plan.prompt.layout, plan.clock
+        with clock.stage("bookkeeping"):
+            plan.begin()
+            needed = layout.length + model.head.max_new_tokens
+            if self.graphs is not None and needed > plan.region.size:
+                needed += 2 * CAPACITY_MULTIPLE - needed % CAPACITY_MULTIPLE
+            self.store.reserve(plan.region, needed)
+        visual, run.result.encoded = self._encode_tokens(plan, stem, decision)
+        with clock.stage("projector"):
+            draft = None if plan.drafted is None else model.head.draft(plan.drafted)
+            prefix, suffix = model.processor.embed(plan.prompt)
+            run.embeddings = torch.cat([prefix, visual, suffix] if draft is None else [prefix, visual, suffix, draft])
+        sequence = run.result.sequence = SequenceState(
+            layout,
+            plan.region,
+            decision,
+            draft=0 if draft is None else len(draft),
+            probe=plan.probe,
+            refine=plan.refine,
+            reads_hidden=model.head.reads == "hidden",
+        )
+        if run.embeddings.shape[0] != sequence.n_computed:
+            raise InputError(f"{run.embeddings.shape[0]} embeddings for {sequence.n_computed} tokens to compute")
+
+    def _encode_tokens(self, plan: FramePlan, stem: Any, decision: Decision) -> tuple[torch.Tensor, BoolArray]:
+        """Compute the visual tokens of a decision, (n, width); and tell which the vision encoder computed."""
+        vision, computed = self.model.vision, decision.exit_layer > 0
+        with plan.clock.stage("tower"):
+            partly = self.options.sparse_vision_head
+            if plan.vision_kv is not None:
+                partly = decision.skipped is SkippedTokens.REUSE
+            features = vision.encode_tokens(stem, computed if partly else None, plan.vision_kv)
+        with plan.clock.stage("projector"):
+            if not partly and not computed.all():
+                features = features[torch.from_numpy(computed).to(features.device)]
+            return vision.project(features), computed if partly else np.ones_like(computed)
+
+    def _prefill(self, runs: Sequence[_Run], clock: Stopwatch) -> None:
+        decoder = self.model.decoder
+        alive = [run for run in runs if run.result.error is None]
+        if not alive:
+            return
+        try:
+            with clock.stage("prefill"):
+                cursors = [PrefillCursor(decoder, run.sequence, self._rotary_of(decoder, run)) for run in alive]
+                hidden = run_packed(decoder, cursors, [run.embeddings for run in alive], self.store, self._run_layers)
+                for run, rows in zip(alive, hidden, strict=True):
+                    sequence, run.result.error = run.sequence, run.sequence.error
+                    if run.result.error is None:
+                        count = sequence.layout.n_suffix + sequence.draft if sequence.reads_hidden else 0
+                        sequence.hidden = decoder.norm(rows[len(rows) - count :])
+        except Exception as error:  # of all of them
+            self._fail(alive, error)
+
+    def _decode(self, runs: Sequence[_Run], clock: Stopwatch) -> None:
+        """Advance all sessions round by round; those that are done leave."""
+        with clock.stage("decode"):
+            for run in runs:
+                self._try(run, self._begin_decoding)
+            while open_runs := [run for run in runs if run.rows is not None and run.result.error is None]:
+                stack = open_runs[0].rows.stack if open_runs[0].rows is not None else None
+                together = [run for run in open_runs if run.rows is not None and run.rows.stack is stack]
+                try:
+                    self._round(stack or self.model.decoder, together)
+                except Exception as error:  # of all that were packed
+                    self._fail(together, error)
+
+    def _begin_decoding(self, run: _Run) -> None:
+        plan, sequence = run.plan, run.sequence
+        if plan.rng is None:
+            return
+        run.result.rng_state = plan.rng.bit_generator.state
+        region, length = sequence.region, sequence.layout.length
+
+        def slots(pool: torch.Tensor) -> torch.Tensor:
+            return pool[:, region.start : region.start + length]
+
+        context = HeadContext(
+            frame=plan.frame,
+            layout=sequence.layout,
+            hidden=sequence.hidden,
+            keys=lambda layer: slots(self.store.keys[layer]),
+            values=lambda layer: slots(self.store.values[layer]),
+            rng=plan.rng,
+            drafted=plan.drafted if sequence.draft else None,
+        )
+        run.decoding = self.model.head.decode(context)
+        self._advance(run, None)
+
+    def _round(self, stack: DecoderStack, runs: Sequence[_Run]) -> None:
+        """Run what several heads yielded through one stack, and send them its last hidden states."""
+        cursors, embeddings = [], []
+        for run in runs:
+            if run.rows is not None:
+                cursors.append(AppendCursor(stack, run.sequence, run.rows, self._rotary_of(stack, run)))
+                embeddings.append(run.rows.embeddings)
+        hidden = run_packed(stack, cursors, embeddings, self.store, self._run_layers)
+        for run, rows in zip(runs, hidden, strict=True):
+            run.rows = None
+            self._try(run, partial(self._advance, hidden=stack.norm(rows)))
+
+    def _advance(self, run: _Run, hidden: torch.Tensor | None) -> None:
+        """Let a head go on until it yields rows or answers."""
+        if run.decoding is None:  # pragma: no cover - it was begun
+            raise RuntimeError("decoding has not begun")
+        try:
+            run.rows = next(run.decoding) if hidden is None else run.decoding.send(hidden)
+        except StopIteration as answer:
+            run.rows = None
+            run.result.action, run.result.metadata = answer.value
+
+    def _fail(self, runs: Sequence[_Run], error: Exception) -> None:
+        for run in runs:
+            run.result.error, run.rows = error, None
+
+    def _rotary_of(self, stack: DecoderStack, run: _Run) -> Rotary:
+        """Get the position embedding of a stack from slot 0 on, for all slots of a session's region."""
+        size = run.plan.region.size
+        if id(stack) not in self._rotary or len(self._rotary[id(stack)][1][0]) < size:
+            self._rotary[id(stack)] = stack, stack.rotary(torch.arange(size, device=self.model.device))
+        return self._rotary[id(stack)][1]

@@ -1,0 +1,84 @@
+"""What a session remembers of its frames on the host: ages, reference pixels, the last frame, probed attention.
+
+Every visual slot knows its age and the pixels it was computed from, so that staleness is bounded and visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from lac_vla.types import BoolArray, CameraGrid, Decision, IntArray, TokenLayout, UInt8Image
+
+
+class FrameMemory:
+    """The host's side of one session's cache; its keys and values lie in the engine's store.
+
+    It is warm after :meth:`commit`; from :meth:`begin` until then it is cold, so that a frame which fails half way can
+    never be built upon.
+
+    Attributes:
+        layout: Of the frame that the cache holds; ``None`` while it has held none.
+        age: Frames since each visual slot was last computed in every layer, int64, (N,).
+        pixels: Camera → last frame's image.
+        reference: Camera → image of the pixels that each slot was computed from.
+        instruction: Of the last frame.
+        attention: Layer → probed attention of the last frame.
+        warm: Whether the visual slots may be reused.
+    """
+
+    def __init__(self) -> None:
+        self.layout: TokenLayout | None = None
+        self.age: IntArray = np.zeros(0, dtype=np.int64)
+        self.pixels: Mapping[str, UInt8Image] = {}
+        self.reference: dict[str, UInt8Image] = {}
+        self.instruction = ""
+        self.attention: dict[int, torch.Tensor] = {}
+        self.warm = False
+
+    def begin(self) -> None:
+        """Open a frame, or forget the visual slots: cold until :meth:`commit`."""
+        self.warm = False
+
+    def commit(
+        self,
+        layout: TokenLayout,
+        pixels: Mapping[str, UInt8Image],
+        instruction: str,
+        decision: Decision,
+        attention: dict[int, torch.Tensor],
+        elapsed: int = 1,
+    ) -> None:
+        """Close a frame: its slots may be reused by the next one.
+
+        Args:
+            layout: Where the frame's tokens are.
+            pixels: Camera → what the model saw.
+            instruction: The frame's.
+            decision: What was computed.
+            attention: Layer → probed attention.
+            elapsed: Frames by which the slots that were not computed grew older; 0 for a frame seen before.
+        """
+        active = decision.active
+        if self.layout is None or self.layout.grids != layout.grids:  # all is active then
+            self.age = np.zeros(layout.n_visual, dtype=np.int64)
+            self.reference = {}
+        self.age = np.where(active, 0, self.age + elapsed).astype(np.int64)
+        for camera in layout.cameras:
+            image = pixels[camera.name]
+            if active[camera.tokens].all():
+                self.reference[camera.name] = image.copy()
+            else:
+                copy_patches(self.reference[camera.name], image, active[camera.tokens], camera)
+        self.layout, self.pixels, self.instruction, self.warm = layout, dict(pixels), instruction, True
+        self.attention = attention
+
+
+def copy_patches(target: UInt8Image, source: UInt8Image, tokens: BoolArray, camera: CameraGrid) -> None:
+    """Copy the patches of ``tokens`` (bool, (rows·cols,)) from one H×W×3 image into another, in place."""
+    height, width, channels = source.shape
+    shape = (camera.rows, height // camera.rows, camera.cols, width // camera.cols, channels)
+    chosen = tokens.reshape(camera.rows, camera.cols)
+    target.reshape(shape).swapaxes(1, 2)[chosen] = source.reshape(shape).swapaxes(1, 2)[chosen]

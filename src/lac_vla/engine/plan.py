@@ -1,0 +1,87 @@
+"""What a session and an engine hand to each other: a plan of a frame, made on the host, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lac_vla.engine.kv_cache import Region
+from lac_vla.engine.prefill import Refine, SequenceState
+from lac_vla.models.protocols import PromptInputs
+from lac_vla.timing import Stopwatch
+from lac_vla.types import AttentionProbe, BoolArray, Decision, FloatArray, Frame, UInt8Image
+
+
+@dataclass(eq=False)
+class FramePlan:
+    """What is to be computed of one frame of one session.
+
+    Attributes:
+        engine: Whose session it is.
+        frame: The observation.
+        images: Camera → what the model sees.
+        prompt: Instruction and state.
+        region: The session's part of the store.
+        vision_kv: What the vision encoder keeps of the session's frames; ``None`` for nothing.
+        begin: Called once when the engine touches the store: from then on the cache may not be built upon.
+        clock: Stages timed so far.
+        decided: The decision, and the tokens where maximum age or budget overruled the policy, bool, (N,); perhaps
+            still being made beside the vision stem.
+        dense_reason: Why nothing is reused; ``None`` if the policy was asked.
+        probe: Attention to compute aside.
+        refine: See :class:`lac_vla.engine.prefill.SequenceState`.
+        drafted: What the preceding action's draft is made of; ``None`` for no draft.
+        rng: Chance of the action head; ``None`` to stop behind the prefill.
+        elapsed: Frames by which slots that are not computed grow older.
+        used: Whether an engine has taken it.
+    """
+
+    engine: Any
+    frame: Frame
+    images: Mapping[str, UInt8Image]
+    prompt: PromptInputs
+    region: Region
+    vision_kv: Any
+    begin: Callable[[], None]
+    clock: Stopwatch
+    decided: tuple[Decision, BoolArray] | Future[tuple[Decision, BoolArray]]
+    dense_reason: str | None = None
+    probe: AttentionProbe | None = None
+    refine: Refine | None = None
+    drafted: Mapping[str, Any] | None = None
+    rng: np.random.Generator | None = None
+    elapsed: int = 1
+    used: bool = False
+
+    def decision(self) -> tuple[Decision, BoolArray]:
+        """Wait for the decision, if it is still being made."""
+        return self.decided.result() if isinstance(self.decided, Future) else self.decided
+
+
+@dataclass(eq=False)
+class FrameResult:
+    """What became of a plan.
+
+    Attributes:
+        plan: The plan.
+        action: In the robot's own units, float32, (action_dim,) or (horizon, action_dim); ``None`` without decoding.
+        metadata: What the head says of it.
+        sequence: The prompt in the cache, and what was appended to it.
+        encoded: Visual tokens whose features the vision encoder computed, bool, (N,).
+        eager_runs: Runs of layers that were not replayed although ``cuda_graphs`` is on.
+        rng_state: Of the head's generator before the action was decoded.
+        error: What went wrong; the others are not to be used then.
+    """
+
+    plan: FramePlan
+    action: FloatArray | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    sequence: SequenceState | None = None
+    encoded: BoolArray | None = None
+    eager_runs: int = 0
+    rng_state: Mapping[str, Any] = field(default_factory=dict)
+    error: Exception | None = None

@@ -1,0 +1,168 @@
+"""What every action head is: a reader of the decoder's states that answers with an action, and has a loss.
+
+A head decodes as a generator: it yields rows that are to be appended to the sequence, and is sent their last hidden
+states. So one round of decoding advances all sessions of an engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lac_vla.errors import InputError
+from lac_vla.models.protocols import DecoderStack
+from lac_vla.types import FloatArray, Frame, TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class AppendRows:
+    """Rows to run behind the prompt.
+
+    Attributes:
+        embeddings: (n, width); in training (B, n, width).
+        at: How many of the rows appended before stay; the new ones take the place of the others. ``None``: all.
+        stack: Blocks to run them through, over the same keys and values; ``None`` for the decoder's own.
+    """
+
+    embeddings: torch.Tensor
+    at: int | None = None
+    stack: DecoderStack | None = None
+
+
+Decoding: TypeAlias = Generator[AppendRows, torch.Tensor, tuple[FloatArray, dict[str, Any]]]
+"""Yields rows, is sent their normalised last hidden states; returns the action and what is worth recording of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadContext:
+    """What a head reads of one frame.
+
+    Attributes:
+        frame: The observation.
+        layout: Where the prompt's tokens are.
+        hidden: Normalised last hidden states of the suffix, and of the draft behind it, (n_suffix + draft, width);
+            empty for a head that reads keys and values.
+        keys: Layer → keys of the prompt, (kv_heads, length, head_dim).
+        values: Layer → values, as ``keys``.
+        rng: The session's generator for actions that are sampled: the only source of chance.
+        drafted: What the draft was made of, see :meth:`ActionHead.draft`; ``None`` if there is none. It never changes
+            the action.
+    """
+
+    frame: Frame
+    layout: TokenLayout
+    hidden: torch.Tensor
+    keys: Callable[[int], torch.Tensor]
+    values: Callable[[int], torch.Tensor]
+    rng: np.random.Generator
+    drafted: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LossContext:
+    """What a head's loss reads of a batch; a gradient flows through all of it to the mask.
+
+    Attributes:
+        layout: Where the prompt's tokens are, without a suffix.
+        hidden: Normalised hidden states of the last prompt token and of every forced row, (B, n_rows, width).
+        keys: Layer → mixed keys, (B, kv_heads, length, head_dim); right-padded.
+        values: Layer → values, as ``keys``.
+        lengths: Of the prompts, int64, (B,): slots from there on are padding.
+        run: Runs rows behind the prompts, as :class:`HeadContext`'s decoding does by yielding them.
+    """
+
+    layout: TokenLayout
+    hidden: torch.Tensor
+    keys: Callable[[int], torch.Tensor]
+    values: Callable[[int], torch.Tensor]
+    lengths: torch.Tensor
+    run: Callable[[AppendRows], torch.Tensor]
+
+
+class ActionHead(ABC):
+    """Turns the decoder's states into actions. Only :meth:`decode` is needed to act, the rest to train beside it.
+
+    Attributes:
+        reads: ``"hidden"``: the suffix's last hidden states; ``"kv"``: the keys and values of every layer alone, so
+            that the last layer computes no queries.
+        max_new_tokens: Rows that it appends at most.
+        horizon: Actions per answer.
+        n_rows: Hidden states that its loss reads: the last prompt token's and every forced one's.
+    """
+
+    reads: ClassVar[Literal["hidden", "kv"]] = "hidden"
+    max_new_tokens: int = 0
+    horizon: int = 1
+    n_rows: int = 1
+
+    @abstractmethod
+    def decode(self, context: HeadContext) -> Decoding:
+        """Decode the action.
+
+        Args:
+            context: What may be read.
+
+        Returns:
+            The action in the robot's own units, float32, (action_dim,) or (horizon, action_dim); and what is worth
+            recording about it (token ids, …).
+        """
+
+    def draft(self, metadata: Mapping[str, Any]) -> torch.Tensor | None:
+        """Guess the rows that :meth:`decode` will append, to ride along in a causal prefill.
+
+        Args:
+            metadata: What :meth:`decode` recorded about the preceding action.
+
+        Returns:
+            Embeddings, (n, width), n < ``max_new_tokens``; ``None`` for no guess.
+        """
+        return None
+
+    def targets(self, actions: FloatArray) -> npt.NDArray[Any]:
+        """Say what the head is to answer.
+
+        Args:
+            actions: An episode's recorded actions in the data set's units, (T, A); or what the model itself answered
+                in every frame, (T, …).
+
+        Returns:
+            A row for every frame, (T, n).
+
+        Raises:
+            InputError: If the actions do not fit the model, or the head cannot be trained beside.
+        """
+        raise InputError(f"{type(self).__name__} has no loss: give it targets() and loss() to train beside it")
+
+    def forced(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """Embed the rows that are forced behind the prompt: (B, n) → (B, n_rows − 1, width); ``None`` for none."""
+        return None
+
+    def loss(
+        self,
+        context: LossContext,
+        targets: torch.Tensor,
+        generator: torch.Generator,
+        teacher: LossContext | None = None,
+    ) -> torch.Tensor:
+        """Compute the model's own loss on the targets; or, given a teacher, the divergence from it.
+
+        Args:
+            context: What may be read.
+            targets: See :meth:`targets`, (B, n).
+            generator: Of all chance.
+            teacher: The same of the dense pass.
+
+        Returns:
+            (B,).
+        """
+        raise InputError(f"{type(self).__name__} has no loss: give it targets() and loss() to train beside it")
+
+    def fingerprint(self) -> bytes:
+        """Name what stored targets depend on, besides what the decoder's last layer tells."""
+        return b""

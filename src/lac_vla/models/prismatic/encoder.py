@@ -1,0 +1,76 @@
+"""A Prismatic VLA's vision encoder: images → features → projected visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lac_vla.models.prismatic.model import PrismaticVLA
+from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.models.prismatic.vision import FrameKVCache, Stem
+from lac_vla.types import BoolArray, Frame, UInt8Image
+
+
+class PrismaticVision:
+    """Implements :class:`lac_vla.models.protocols.VisionEncoder` for OpenVLA and its relatives.
+
+    Args:
+        model: The modules.
+        cameras: Names of the cameras in ``Frame.images``, in the model's order.
+    """
+
+    def __init__(self, model: PrismaticVLA, cameras: Sequence[str]) -> None:
+        self._model = model
+        self._names = dict(zip(cameras, model.vision_backbone.grids, strict=True))
+
+    @property
+    def transformer_cameras(self) -> tuple[str, ...]:
+        """Cameras that vision transformers see."""
+        config = self._model.config
+        cameras = zip(self._names, config.cameras, strict=True)
+        return tuple(name for name, own in cameras if own.tower is None or isinstance(own.tower, ViTConfig))
+
+    def kv_cache(self) -> FrameKVCache | None:
+        """Make an empty cache; ``None`` if all towers are convolutions."""
+        return FrameKVCache() if self._model.config.has_transformer else None
+
+    def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Stem:
+        """Run what does not depend on which tokens matter; see :class:`lac_vla.models.protocols.VisionEncoder`."""
+        pixels = {own: self._normalize(images[name]) for name, own in self._names.items()}
+        return self._model.vision_backbone.encode_stem(pixels, whole=kv_cache is None)
+
+    def encode_tokens(
+        self, stem: Stem, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
+    ) -> torch.Tensor:
+        """Compute the features of the tokens in ``token_mask`` (all by default), (n, features)."""
+        device = self._model.language_model.lm_head.weight.device
+        mask = None if token_mask is None or token_mask.all() else torch.from_numpy(token_mask).to(device)
+        return self._model.vision_backbone.encode_tokens(stem, mask, kv_cache)
+
+    def encode_camera(self, camera: str, images: torch.Tensor, kv_cache: Any) -> torch.Tensor:
+        """Run a camera's transformers over a batch, differentiably.
+
+        Args:
+            camera: Its name in ``Frame.images``.
+            images: uint8, (B, H, W, 3).
+            kv_cache: ``of(tower, camera)`` gives what stands between keys and values and the attention.
+
+        Returns:
+            Projected tokens, (B, tokens, width).
+        """
+        vision = self._model.vision_backbone
+        pixels = vision.normalize(images).to(self._model.language_model.lm_head.weight.dtype)
+        features = vision.encode_camera(list(self._names).index(camera), pixels, kv_cache)
+        return self.project(features)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Project features row by row: (..., features) → (..., width)."""
+        rows: torch.Tensor = self._model.projector(features)
+        return rows
+
+    def _normalize(self, image: UInt8Image) -> torch.Tensor:
+        weight = self._model.language_model.lm_head.weight
+        pixels = torch.tensor(image, device=weight.device)[None]
+        return self._model.vision_backbone.normalize(pixels).to(weight.dtype)

@@ -1,0 +1,300 @@
+"""The four parts of a VLA: processor, vision encoder, decoder, action head. A family builds them; nothing is patched.
+
+frame → Processor → images, prompt            (on the host)
+images → VisionEncoder → visual tokens
+prompt, visual tokens → Decoder → hidden states, keys and values
+hidden states, or keys and values → ActionHead → actions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import torch
+from torch import nn
+
+from lac_vla.types import BoolArray, FloatArray, Frame, TokenLayout, UInt8Image
+
+if TYPE_CHECKING:
+    from lac_vla.models.heads.base import ActionHead
+
+Rotary: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine, each (rows, head_dim), signed and ordered as the model's own layers take them."""
+QueryRows: TypeAlias = slice | torch.Tensor
+"""Which rows of a run have queries: a slice, or their indices, int64."""
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a stack of Llama-like blocks.
+
+    Attributes:
+        layers: Blocks.
+        width: D, of the residual stream.
+        kv_width: D_kv, of the keys (kv_heads · head_dim).
+        ffn: M, of the gated feed-forward network.
+        q_width: D_q, of the queries (heads · head_dim); 0 for D.
+    """
+
+    layers: int
+    width: int
+    kv_width: int
+    ffn: int
+    q_width: int = 0
+
+    @property
+    def queries(self) -> int:
+        """Width of the queries, D_q."""
+        return self.q_width or self.width
+
+
+class DecoderLayer(Protocol):
+    """One decoder block, cut where the cache comes in: between the projections and the attention.
+
+    Leading batch dimensions are allowed everywhere.
+    """
+
+    def qkv(
+        self, hidden: torch.Tensor, rotary: Rotary, query_rows: QueryRows | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalise and project rows.
+
+        Args:
+            hidden: Residual stream of the rows, (rows, width).
+            rotary: Position embedding of the rows.
+            query_rows: Rows that need queries at all; ``None`` for every row.
+
+        Returns:
+            Queries (heads, query rows, head_dim), keys and values (kv_heads, rows, head_dim); queries and keys
+            rotated.
+        """
+        ...
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Output projection, residual, feed-forward.
+
+        Args:
+            hidden: The rows of :meth:`qkv` that have queries, (rows, width).
+            attended: Attention output, (heads, rows, head_dim).
+
+        Returns:
+            The rows' new residual stream, (rows, width).
+        """
+        ...
+
+
+class DecoderStack(Protocol):
+    """Blocks that run one after the other over the same rows: the decoder's own, or those of an action expert.
+
+    Attributes:
+        layers: The blocks.
+        shape: Their sizes.
+    """
+
+    @property
+    def layers(self) -> Sequence[DecoderLayer]: ...  # noqa: D102
+    @property
+    def shape(self) -> DecoderShape: ...  # noqa: D102
+
+    def rotary(self, positions: torch.Tensor) -> Rotary:
+        """Position embedding of sequence positions, int64, (rows,)."""
+        ...
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final normalisation."""
+        ...
+
+    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Tell which key positions a query position may attend to.
+
+        Args:
+            layout: Of the prompt.
+            queries: Positions, int64, (rows,).
+            keys: Positions, int64, (slots,).
+
+        Returns:
+            bool, (rows, slots).
+        """
+        ...
+
+
+class Decoder(DecoderStack, Protocol):
+    """The language model, whose keys and values are cached.
+
+    Attributes:
+        kv_heads: Key/value heads of a block.
+        head_dim: Width of a head.
+        device: Where it lives.
+        dtype: Of its hidden states.
+        causal: Whether every token sees just the tokens up to itself. If not, the visual tokens' keys and values
+            depend on the text behind them, and a new instruction drops the cache.
+    """
+
+    @property
+    def kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def head_dim(self) -> int: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def causal(self) -> bool: ...  # noqa: D102
+
+
+class VisionKVCache(Protocol):
+    """Keys and values that a vision encoder keeps from one frame to the next; its content is the encoder's own."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, bytes."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PromptInputs:
+    """A frame's instruction and state as the model takes them, on the host.
+
+    Attributes:
+        ids: Token ids of the whole prompt, without the visual tokens.
+        state: Normalised proprioception, float32, (proprio_dim,); ``None`` if the model takes none.
+        layout: Where the tokens are.
+    """
+
+    ids: Sequence[int]
+    state: FloatArray | None
+    layout: TokenLayout
+
+
+class Processor(Protocol):
+    """Turns a frame into what the model takes, and checks it.
+
+    Attributes:
+        grids: Camera → (rows, cols) of its visual tokens, in token order.
+        state_dim: Values of the proprioception that it takes; ``None`` for none.
+    """
+
+    @property
+    def grids(self) -> Mapping[str, tuple[int, int]]: ...  # noqa: D102
+    @property
+    def state_dim(self) -> int | None: ...  # noqa: D102
+
+    def images(self, frame: Frame) -> dict[str, UInt8Image]:
+        """Crop and resize the cameras' images to the model's size (geometry only), uint8, H×W×3.
+
+        Raises:
+            InputError: If a camera is missing.
+        """
+        ...
+
+    def prompt(self, frame: Frame) -> PromptInputs:
+        """Tokenise the instruction and normalise the state.
+
+        Raises:
+            InputError: If the state is missing or of another length, or the instruction is too long.
+        """
+        ...
+
+    def embed(self, prompt: PromptInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed the tokens before and behind the visual ones: (n_prefix, width) and (n_suffix, width)."""
+        ...
+
+
+class VisionEncoder(Protocol):
+    """Turns the cameras' images into visual tokens."""
+
+    def kv_cache(self) -> VisionKVCache | None:
+        """Make an empty cache for a session's frames; ``None`` if the encoder has no attention to cache."""
+        ...
+
+    def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: Any = None) -> Any:
+        """Compute what does not depend on which tokens matter.
+
+        Args:
+            frame: The observation, for encoders that resize by themselves.
+            images: See :meth:`Processor.images`.
+            kv_cache: What :meth:`encode_tokens` will be given.
+
+        Returns:
+            For :meth:`encode_tokens`.
+        """
+        ...
+
+    def encode_tokens(self, stem: Any, token_mask: BoolArray | None = None, kv_cache: Any = None) -> torch.Tensor:
+        """Compute the features of some visual tokens.
+
+        Args:
+            stem: From :meth:`encode_stem`.
+            token_mask: Which tokens, bool, (N,); ``None`` for all. Work that only the others need is left out.
+            kv_cache: From :meth:`kv_cache`: these tokens alone are computed, over the cached keys and values of the
+                others. ``None``: the features do not depend on what else is computed.
+
+        Returns:
+            (n, features).
+        """
+        ...
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Project features row by row: (n, features) → (n, width)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class VLA:
+    """A frozen Vision-Language-Action model: its four parts over one set of weights. It follows training in place.
+
+    Attributes:
+        name: For tables and error messages.
+        family: Key of :data:`lac_vla.models.FAMILIES`.
+        config: What it was built from.
+        module: All weights.
+        processor: Frame → images and prompt.
+        vision: Images → visual tokens.
+        decoder: Visual tokens and text → hidden states, keys and values.
+        head: These → actions.
+        encode: The tokenizer: text → token ids.
+        ensemble: Over how many of the last chunks an evaluation averages its actions unless told otherwise.
+    """
+
+    name: str
+    family: str
+    config: Any
+    module: nn.Module
+    processor: Processor
+    vision: VisionEncoder
+    decoder: Decoder
+    head: ActionHead
+    encode: Any = None
+    ensemble: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+        return self.decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return self.decoder.dtype
+
+    @property
+    def grids(self) -> Mapping[str, tuple[int, int]]:
+        """Camera → (rows, cols) of its visual tokens, in token order."""
+        return self.processor.grids
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.decoder.layers)
+
+    @property
+    def horizon(self) -> int:
+        """Actions per answer."""
+        return self.head.horizon
+
+    def encode_image(self, frame: Frame) -> torch.Tensor:
+        """Compute the projected tokens of a whole frame, (N, width)."""
+        stem = self.vision.encode_stem(frame, self.processor.images(frame))
+        return self.vision.project(self.vision.encode_tokens(stem))

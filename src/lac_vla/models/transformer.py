@@ -1,0 +1,93 @@
+"""Attention and feed-forward of vision and diffusion transformers, and the cache that may stand in the attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+LAYER_NORM_EPS = 1e-6
+
+
+class KVCache(Protocol):
+    """Stands between a block's keys and values and its attention."""
+
+    def update(
+        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the new keys and values of some rows, and return those that attention is to see.
+
+        Args:
+            block: Number of the block.
+            keys: (B, heads, rows, head_dim).
+            values: As ``keys``.
+            rows: Which of the tokens they are, int64; ``None`` for all.
+
+        Returns:
+            Keys and values of all tokens, each (B, heads, tokens, head_dim).
+        """
+        ...
+
+
+@dataclass
+class ImageKVCache:
+    """Caches the keys and values of one image's tokens in every block, each (1, heads, tokens, head_dim)."""
+
+    blocks: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take, bytes."""
+        return sum(part.numel() * part.element_size() for block in self.blocks for part in block)
+
+    def update(
+        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the ``rows`` (int64; ``None`` for all) in their places, and return the keys and values of all tokens."""
+        if rows is None:  # copies: the projection's output, queries included, is not kept
+            self.blocks[block : block + 1] = [(keys.contiguous(), values.contiguous())]
+        else:
+            for slots, new in zip(self.blocks[block], (keys, values), strict=True):
+                slots.index_copy_(2, rows, new)
+        return self.blocks[block]
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, block: int = 0, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, tokens, width) → the same; with a cache, ``x`` may be some ``rows`` of the tokens that it holds."""
+        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            keys, values = cache.update(block, keys, values, rows)
+        # Under autocast in the precision of the residual stream: on a CPU the backward pass is several times faster.
+        with torch.autocast(x.device.type, enabled=False):
+            attended = F.scaled_dot_product_attention(*(part.to(x.dtype) for part in (queries, keys, values)))
+        out: torch.Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them, exact or ``approximate="tanh"``."""
+
+    def __init__(self, width: int, hidden: int, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) → the same."""
+        out: torch.Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return out

@@ -1,1 +1,0 @@
-"""What the bundled VLAs are trained by: a loss per action head, over one trunk."""

@@ -1,0 +1,36 @@
+"""The bundled models that ``lac pretrain`` trains: preset, loss, and what it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lac_vla.bundled import MINI
+from lac_vla.models import VLA
+from lac_vla.training.config import PretrainConfig
+from lac_vla.training.pretrain_losses.base import PretrainLoss
+from lac_vla.training.pretrain_losses.diffusion import DiffusionLoss
+from lac_vla.training.pretrain_losses.tokens import TokenLoss
+from lac_vla.training.pretrain_losses.tower import TowerLoss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a bundled model is trained.
+
+    Attributes:
+        loss: Makes its loss of the model and the run.
+        start: Checkpoint whose weights it starts from unless told otherwise; ``None`` for chance.
+    """
+
+    loss: Callable[[VLA, PretrainConfig], PretrainLoss]
+    start: Path | None = None
+
+
+RECIPES: dict[str, Recipe] = {
+    "mini": Recipe(TokenLoss),
+    "mini-vit": Recipe(TowerLoss, start=MINI),
+    "mini-cogact": Recipe(DiffusionLoss, start=MINI),
+}
+"""By the name of the bundled model, which is also that of its preset."""
