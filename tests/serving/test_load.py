@@ -20,13 +20,13 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from lac_vla import CachedVLA, Dense, Random, random_vla
+from lac_vla.client.connection import AsyncClient, Client
+from lac_vla.client.wire import pack
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.models.cogact.config import TINY_COGACT
-from lac_vla.serving.client import AsyncClient, Client
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.server import Limits
 from lac_vla.serving.sessions import Rules
-from lac_vla.serving.wire import pack
 from tests.serving.conftest import KEYS, Running, observation
 
 pytestmark = pytest.mark.slow

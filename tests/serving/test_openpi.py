@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, Frame, Motion, PrismaticBackbone
-from lac_vla.serving.wire import unpack
+from lac_vla.client.wire import unpack
 from tests.serving.conftest import Running
 
 Start = Callable[..., Running]

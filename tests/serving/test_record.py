@@ -19,9 +19,9 @@ import pytest
 
 from lac_vla import CachedVLA, InputError, LACPolicy, load_vla
 from lac_vla.cli import main
+from lac_vla.client.connection import Client
 from lac_vla.datasets import LeRobotDataset
 from lac_vla.serving import raw, record
-from lac_vla.serving.client import Client
 from lac_vla.serving.config import ServeConfig, make_server
 from lac_vla.serving.metrics import Metrics
 from lac_vla.serving.record import Recorder

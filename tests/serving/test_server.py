@@ -23,11 +23,11 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from lac_vla import CachedVLA, Dense, Motion, PrismaticBackbone
+from lac_vla.client.connection import AsyncClient, Client, ServerError
+from lac_vla.client.wire import pack, unpack
 from lac_vla.policies import FastV
-from lac_vla.serving.client import AsyncClient, Client, ServerError
 from lac_vla.serving.metrics import JsonLines
 from lac_vla.serving.server import Limits, PolicyServer
-from lac_vla.serving.wire import pack, unpack
 from tests.serving.conftest import KEYS, Running, observation
 
 Start = Callable[..., Running]

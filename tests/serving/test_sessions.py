@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PolicyInput, PrismaticBackbone, random_vla
+from lac_vla.client.observation import ObservationKeys
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy
 from lac_vla.serving import sessions
 from lac_vla.serving.controller import DeadlineController, LatencyTable
-from lac_vla.serving.observation import ObservationKeys
 from lac_vla.serving.sessions import RobotSession, Rules
 from tests.serving.conftest import KEYS, observation
 

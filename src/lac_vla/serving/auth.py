@@ -10,10 +10,9 @@ import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lac_vla.client import KEY_VARIABLE
 from lac_vla.errors import InputError
 
-KEY_VARIABLE = "LAC_API_KEY"
-"""Environment variable that holds the key, if no file does. Never an argument: those are visible to all processes."""
 MIN_KEY = 16
 """Characters of a key."""
 

@@ -98,12 +98,12 @@ def make_server(config: ServeConfig) -> PolicyServer:
         MissingExtraError: If the extra ``serve`` is not installed.
     """
     from lac_vla import __version__
+    from lac_vla.client.observation import ObservationKeys
     from lac_vla.engine.budget import smallest_budget
     from lac_vla.factory import ModelOptions, load_methods
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
     from lac_vla.serving.controller import DeadlineController, LatencyTable
     from lac_vla.serving.metrics import Metrics
-    from lac_vla.serving.observation import ObservationKeys
     from lac_vla.serving.server import Limits, PolicyServer
     from lac_vla.serving.sessions import Rules
 

@@ -13,7 +13,6 @@ from lac_vla.engine.budget import smallest_budget
 from lac_vla.errors import InputError
 from lac_vla.models import Backbone
 from lac_vla.policies import CachePolicy
-from lac_vla.serving.observation import state_length
 from lac_vla.session import CachedVLA
 from lac_vla.types import Decision, Frame, PolicyInput
 
@@ -141,3 +140,10 @@ def sample_frames(backbone: Backbone, side: int = 224) -> list[Frame]:
         )
         for _ in range(4)
     ]
+
+
+def state_length(backbone: Backbone) -> int | None:
+    """Numbers of proprioception that a model takes; ``None`` if it takes none."""
+    # Not of the protocol: a model that takes proprioception knows the range of each value.
+    proprio = getattr(backbone, "proprio_range", None)
+    return None if proprio is None else int(proprio.dim)

@@ -24,9 +24,8 @@ import numpy as np
 from lac_vla.datasets import DatasetAppender, DatasetError, layout
 from lac_vla.datasets.schema import describe
 from lac_vla.errors import InputError, LacError, MissingExtraError
-from lac_vla.serving.controller import sample_frames
+from lac_vla.serving.controller import sample_frames, state_length
 from lac_vla.serving.metrics import Metrics, log
-from lac_vla.serving.observation import state_length
 from lac_vla.serving.raw import COLUMNS, SUFFIX, Header, RawEpisode, RawWriter
 from lac_vla.serving.sessions import Answer
 from lac_vla.session import CachedVLA

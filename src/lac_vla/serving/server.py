@@ -13,12 +13,12 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lac_vla.client import wire
+from lac_vla.client.observation import ObservationKeys
 from lac_vla.errors import InputError, LacError, MissingExtraError
-from lac_vla.serving import wire
 from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names_this_machine
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.metrics import Metrics, log
-from lac_vla.serving.observation import ObservationKeys
 from lac_vla.serving.sessions import Answer, RobotSession, Rules
 from lac_vla.serving.worker import Worker
 from lac_vla.session import CachedVLA

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.client.observation import ObservationKeys
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.serving.controller import DeadlineController, LatencyTable
-from lac_vla.serving.observation import ObservationKeys
 from lac_vla.session import CachedVLA
 from lac_vla.types import FloatArray, Frame
 

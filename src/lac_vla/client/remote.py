@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.client import KEY_VARIABLE
+from lac_vla.client.observation import ObservationKeys
 from lac_vla.errors import InputError
-from lac_vla.serving.auth import KEY_VARIABLE
-from lac_vla.serving.observation import ObservationKeys
 from lac_vla.timing import windows
 from lac_vla.types import FloatArray, Frame
 
@@ -46,7 +46,7 @@ class RemoteSession:
     """Drives a robot through a server.
 
     Attributes:
-        client: A :class:`lac_vla.serving.client.Client`, or what has its face.
+        client: A :class:`lac_vla.client.connection.Client`, or what has its face.
         last_info: About the last frame.
     """
 
@@ -74,7 +74,7 @@ class RemoteSession:
             InputError: If it serves something else.
             LacError: If there is no such server, or it refuses.
         """
-        from lac_vla.serving.client import Client
+        from lac_vla.client.connection import Client
 
         client = Client(url, os.environ.get(KEY_VARIABLE))
         session = cls(client)

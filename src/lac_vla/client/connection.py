@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from lac_vla.client.wire import pack, unpack
 from lac_vla.errors import LacError, MissingExtraError
-from lac_vla.serving.wire import pack, unpack
 
 try:
     from websockets.asyncio.client import connect as connect_async

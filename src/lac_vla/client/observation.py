@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from lac_vla.errors import InputError
-from lac_vla.models.base import Backbone
 from lac_vla.types import Frame
 
 LIBERO_IMAGES = ("observation/image", "observation/wrist_image")
@@ -96,10 +95,3 @@ def _find(message: Mapping[str, Any], key: str) -> Any:
             return None
         value = value[part]
     return value
-
-
-def state_length(backbone: Backbone) -> int | None:
-    """How many numbers of proprioception a model takes; ``None`` if it takes none."""
-    # Not of the protocol: a model that takes proprioception knows the range of each value.
-    proprio = getattr(backbone, "proprio_range", None)
-    return None if proprio is None else int(proprio.dim)
