@@ -66,10 +66,10 @@ def test_an_evaluation_is_of_what_is_served(config: EvalConfig, server: Running)
 
 
 def test_the_server_says_what_it_serves(server: Running) -> None:
-    facts = server.server.facts
-    assert (facts["model"], facts["method"]) == ("model", "random-0.5")
-    assert facts["cameras"] == {"agentview": "observation/image", "wrist": "observation/wrist_image"}
-    assert "/" not in json.dumps([facts["model"], facts["method"], facts["server"]])
+    metadata = server.server.metadata
+    assert (metadata["model"], metadata["method"]) == ("model", "random-0.5")
+    assert metadata["cameras"] == {"agentview": "observation/image", "wrist": "observation/wrist_image"}
+    assert "/" not in json.dumps([metadata["model"], metadata["method"], metadata["server"]])
 
 
 def test_a_deadline_and_slack_measure_the_machine(model: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_disk_that_is_too_slow_drops_whole_episodes(
     start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = 64 * 64 * 3
-    monkeypatch.setattr(record, "WAITING", 8 * image)  # four frames
+    monkeypatch.setattr(record, "MAX_WAITING", 8 * image)  # four frames
     go, write = threading.Event(), record.RawWriter.write
     monkeypatch.setattr(record.RawWriter, "write", lambda *args: go.wait() and write(*args))
     server = start(recorder=recorder(folder))
@@ -192,7 +192,7 @@ def test_a_disk_that_is_full(start: Start, folder: Path, monkeypatch: pytest.Mon
     server = start(recorder=recorder(folder))
     with Client(server.url) as client:
         play(client, 0, 3)
-        monkeypatch.setattr(record, "RESERVE", 2**60)
+        monkeypatch.setattr(record, "MIN_FREE", 2**60)
         client.infer(scene(0, 3))
         until(lambda: counted(server) == (0, 1))
         monkeypatch.undo()
@@ -257,7 +257,7 @@ def test_images_that_do_not_fit_are_not_recorded_but_answered(
 
 
 def test_a_robot_that_never_resets(start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "LONGEST", 4)
+    monkeypatch.setattr(record, "MAX_FRAMES", 4)
     server = start(recorder=recorder(folder, fps=0))
     with Client(server.url) as client:
         actions = [client.infer(scene(0, at))["actions"][0] for at in range(7)]

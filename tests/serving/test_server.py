@@ -49,7 +49,7 @@ def expected(backbone: PrismaticBackbone, seeds: list[int], prompt: str = "pick 
 
 
 def test_answers_are_those_of_the_library(start: Start, backbone: PrismaticBackbone) -> None:
-    with Client(start(facts={"model": "tiny"}).url) as client:
+    with Client(start(metadata={"model": "tiny"}).url) as client:
         assert client.metadata["model"] == "tiny"
         for i, action in enumerate(expected(backbone, [0, 1, 2])):
             answer = client.infer(observation(i))
@@ -59,7 +59,7 @@ def test_answers_are_those_of_the_library(start: Start, backbone: PrismaticBackb
             assert ("prev_total_ms" in answer["server_timing"]) == (i > 0)
             report = answer["lac"]
             assert report["ratio"] == (0 if i == 0 else 0.5)
-            assert report["fallback"] == ("first frame" if i == 0 else None)
+            assert report["dense_reason"] == ("first frame" if i == 0 else None)
             assert report["oldest_age"] <= i
             assert set(report["stages"]) >= {"prefill", "flow", "policy"}
 

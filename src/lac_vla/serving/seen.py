@@ -83,7 +83,7 @@ class Seen:
             instruction=answer.frame.instruction,
             frames=frame,
             step=replace(answer.step, metadata={}, probe=None),  # these may hold tensors
-            limit=report["limit"],
+            limit=report["token_budget"],
             ratios=(*self.ratios[1 - KEPT :], report["ratio"]),
             latencies=(*self.latencies[1 - KEPT :], took),
             events=events,
