@@ -86,7 +86,11 @@ def counted(server: Running) -> tuple[float, float]:
 
 
 def test_from_a_robots_log_to_a_policy(model: Path, folder: Path, tmp_path: Path) -> None:
-    server = Running(make_server(ServeConfig(str(model), "random:ratio=0.5", port=0, record=folder, record_fps=5)))
+    server = Running(
+        make_server(
+            ServeConfig(str(model), "random:ratio=0.5", port=0, record=folder, record_fps=5, actions_per_call=1)
+        )
+    )
     try:
         with Client(server.url) as client:
             actions = [play(client, 0, 6), play(client, 1, 7, prompt="put it down")]
@@ -103,7 +107,8 @@ def test_from_a_robots_log_to_a_policy(model: Path, folder: Path, tmp_path: Path
         assert (np.diff(episode.columns["seconds"]) > 0).all()
         np.testing.assert_array_equal(episode.columns["cache_ratio"], [0] + [0.5] * (len(episode) - 1))
         assert (episode.columns["latency_ms"] > 0).all()
-        assert (episode.metadata["model"], episode.metadata["horizon"]) == ("model", 1)
+        about = [episode.metadata[name] for name in ("model", "method", "actions_per_call", "horizon")]
+        assert about == ["model", "random-0.5", 1, 1]
     assert [episode.metadata["ended"] for episode in dataset] == ["reset", "closed by the client"]
     assert not folder.with_name("log.recording").exists()
     words = f"train --model {model} --dataset {folder} --out {tmp_path / 'run'} --loss distill --stage1-steps 1"

@@ -229,7 +229,9 @@ def test_cameras_that_do_not_fit(cameras: list[str], named: list[str], complaint
         ObservationKeys.parse(cameras, named, state="s", prompt="p")
 
 
-@pytest.mark.parametrize("wrong", [{"gap_s": 0}, {"shadow_threshold": 0}, {"shadow_every": -1}, {"cooldown": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"gap_s": 0}, {"shadow_threshold": 0}, {"shadow_every": -1}, {"cooldown": 0}, {"actions_per_call": -1}]
+)
 def test_options_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         SessionOptions(**wrong)

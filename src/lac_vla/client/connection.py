@@ -1,4 +1,4 @@
-"""A robot's side of the wire, synchronous and asyncio; openpi's own client does as well."""
+"""Connections to a policy server, synchronous and asyncio; openpi's own client works as well."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class ServerError(LacError):
 
 
 class Client:
-    """A connection to a policy server: one session. A context manager.
+    """A connection to a policy server, which is one session. A context manager.
 
     Args:
         url: ``ws://host:port``, or ``wss://…``.
         api_key: The server's key, if it has one.
-        timeout: Seconds to wait for anything.
+        timeout: Seconds to wait for every answer.
 
     Attributes:
-        metadata: What the server says about itself.
+        metadata: The server's description of itself.
 
     Raises:
         ServerError: If there is no such server, or it refuses.
@@ -46,7 +46,7 @@ class Client:
             raise ServerError(f"no session at {url}: {error}") from error
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """Send an observation, get ``actions`` and what there is to know about them.
+        """Send an observation, and return ``actions`` with the server's report of them.
 
         Raises:
             ServerError: If the server cannot answer. The connection is closed then.
@@ -69,7 +69,7 @@ class Client:
         self._ws.close()
 
     def __enter__(self) -> Client:
-        """The client itself."""
+        """Return the client itself."""
         return self
 
     def __exit__(
@@ -80,14 +80,14 @@ class Client:
 
 
 class AsyncClient:
-    """As :class:`Client`, for asyncio: ``client = await AsyncClient.connect(url)``."""
+    """A connection for asyncio, otherwise a :class:`Client`: ``client = await AsyncClient.connect(url)``."""
 
     def __init__(self, ws: Any, metadata: dict[str, Any]) -> None:
         self._ws, self.metadata, self._fresh = ws, metadata, False
 
     @classmethod
     async def connect(cls, url: str, api_key: str | None = None) -> AsyncClient:
-        """See :class:`Client`."""
+        """Connect, see :class:`Client`."""
         try:
             ws = await connect_async(url, additional_headers=_headers(api_key), **_OPTIONS)
             return cls(ws, _read(await ws.recv()))
@@ -95,7 +95,7 @@ class AsyncClient:
             raise ServerError(f"no session at {url}: {error}") from error
 
     async def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """See :meth:`Client.infer`."""
+        """Send an observation, see :meth:`Client.infer`."""
         request = pack(observation | {"reset": True} if self._fresh else observation)
         try:
             await self._ws.send(request)
@@ -106,7 +106,7 @@ class AsyncClient:
         return answer
 
     def reset(self) -> None:
-        """See :meth:`Client.reset`."""
+        """Begin a new episode with the next observation."""
         self._fresh = True
 
     async def close(self) -> None:

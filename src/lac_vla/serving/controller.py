@@ -106,7 +106,7 @@ class DeadlineController:
 
 @dataclass(frozen=True)
 class _Fixed(CachePolicy):
-    """Costs what a policy costs, and then has exactly so many tokens computed."""
+    """Runs a policy for its cost, and then has exactly so many tokens computed."""
 
     policy: CachePolicy
     tokens: int

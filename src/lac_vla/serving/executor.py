@@ -23,7 +23,7 @@ class ModelExecutor:
     request of every other, however fast that one asks. Idle work is a single short job at a time.
 
     Args:
-        capacity: How many requests may wait or run.
+        capacity: Requests that may wait or run.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -1,4 +1,4 @@
-"""An episode on disk while it happens: one file of equally long records, readable however far it came."""
+"""An episode on disk while it happens: one file of equally long records, readable at any time."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class RawEpisode:
-    """A file that was read: arrays that stay on the disk, as :meth:`DatasetAppender.add_episode` takes them.
+    """An episode read from its file: arrays that stay on the disk, as :meth:`DatasetAppender.add_episode` takes them.
 
     Attributes:
         header: The file's header.
@@ -109,7 +109,7 @@ class RawEpisode:
 
 
 class RawWriter:
-    """Writes one file.
+    """Writes the file of one episode.
 
     Args:
         path: Path of the new file.

@@ -101,7 +101,7 @@ class Recorder:
             self._queue(path, "the server was killed")
 
     def session(self, name: str, peer: Any = None) -> SessionRecorder:
-        """Record a session; where the robot sits is not kept."""
+        """Record a session; the robot's address is not kept."""
         return SessionRecorder(self, name)
 
     def begin(self, session: str, started_at: float) -> EpisodeBuffer:

@@ -17,7 +17,7 @@ from lac_vla.session import CachedVLA
 from lac_vla.types import FloatArray, Frame
 
 SLACK_SHARE = 0.5
-"""Of the idle time that a robot is expected to leave, what slack refresh takes at most."""
+"""Share of the expected idle time that slack refresh takes, at most."""
 LEARNING = 0.2
 """Weight of the newest idle time in the expected one."""
 MAX_SEED = 2**63 - 1
