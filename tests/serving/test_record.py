@@ -25,6 +25,7 @@ from lac_vla.serving import raw, record
 from lac_vla.serving.config import ServeConfig, make_server
 from lac_vla.serving.metrics import Metrics
 from lac_vla.serving.record import Recorder
+from lac_vla.serving.sessions import SessionOptions
 from tests.evaluation.worlds import save_tiny
 from tests.serving.conftest import Running
 
@@ -86,11 +87,9 @@ def counted(server: Running) -> tuple[float, float]:
 
 
 def test_from_a_robots_log_to_a_policy(model: Path, folder: Path, tmp_path: Path) -> None:
-    server = Running(
-        make_server(
-            ServeConfig(str(model), "random:ratio=0.5", port=0, record=folder, record_fps=5, actions_per_call=1)
-        )
-    )
+    options = SessionOptions(actions_per_call=1)
+    config = ServeConfig(str(model), "random:ratio=0.5", port=0, record=folder, record_fps=5, session_options=options)
+    server = Running(make_server(config))
     try:
         with Client(server.url) as client:
             actions = [play(client, 0, 6), play(client, 1, 7, prompt="put it down")]

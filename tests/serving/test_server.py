@@ -70,7 +70,7 @@ def test_answers_are_those_of_the_library(start: Start, backbone: PrismaticBackb
 def test_an_answer_holds_the_first_actions_of_the_chunk(start: Start, asked: int, answered: int) -> None:
     vla = CachedVLA(random_vla(TINY_COGACT, seed=1), Motion(0.5))
     session = vla.session(5)
-    with Client(start(vla, session_options=SessionOptions(actions_per_call=asked, seed=5)).url) as client:
+    with Client(start(vla, session_options=SessionOptions(actions_per_call=asked), seed=5).url) as client:
         for i in range(2):
             actions = client.infer(observation(i))["actions"]
             assert actions.shape == (answered, 7)

@@ -40,7 +40,7 @@ class Client:
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 60.0) -> None:
         self._timeout, self._fresh = timeout, False
         try:
-            self._ws = connect(url, additional_headers=_headers(api_key), **_OPTIONS).__enter__()
+            self._ws = connect(url, **_options(api_key)).__enter__()
             self.metadata = _read(self._ws.recv(timeout))
         except (OSError, InvalidHandshake, ConnectionClosed) as error:
             raise ServerError(f"no session at {url}: {error}") from error
@@ -89,7 +89,7 @@ class AsyncClient:
     async def connect(cls, url: str, api_key: str | None = None) -> AsyncClient:
         """Connect, see :class:`Client`."""
         try:
-            ws = await connect_async(url, additional_headers=_headers(api_key), **_OPTIONS)
+            ws = await connect_async(url, **_options(api_key))
             return cls(ws, _read(await ws.recv()))
         except (OSError, InvalidHandshake, ConnectionClosed) as error:
             raise ServerError(f"no session at {url}: {error}") from error
@@ -114,11 +114,9 @@ class AsyncClient:
         await self._ws.close()
 
 
-_OPTIONS: dict[str, Any] = {"compression": None, "max_size": _LARGEST}
-
-
-def _headers(api_key: str | None) -> dict[str, str] | None:
-    return None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+def _options(api_key: str | None) -> dict[str, Any]:
+    headers = None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+    return {"additional_headers": headers, "compression": None, "max_size": _LARGEST}
 
 
 def _read(message: str | bytes) -> dict[str, Any]:

@@ -143,9 +143,9 @@ def _scalar(found: dict[Any, Any]) -> np.generic:
     if set(found) != {_SCALAR, b"data", b"dtype"} or not isinstance(value, bool | int | float):
         raise InputError("a numpy scalar is a map of __npgeneric__: true, data (a number) and dtype")
     dtype = _dtype(found[b"dtype"])
-    if dtype.kind in "iu" and not (isinstance(value, int) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max):
-        raise InputError(f"a numpy scalar is {value}, which {dtype} does not hold")
     try:
+        if dtype.kind in "iu" and not (isinstance(value, int) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max):
+            raise OverflowError
         scalar: np.generic = dtype.type(value)
     except OverflowError as error:
         raise InputError(f"a numpy scalar is {value}, which {dtype} does not hold") from error

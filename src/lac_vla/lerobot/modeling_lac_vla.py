@@ -35,14 +35,9 @@ class LacVlaPolicy(PreTrainedPolicy):  # type: ignore[misc]
         if not config.model:
             raise InputError("which model? Give its checkpoint folder or hub id: --policy.model=…")
         options = ModelOptions(
-            device=config.device or "cpu",
-            unnorm_key=config.unnorm_key,
-            image_pipeline=config.image_pipeline,
-            flow=config.flow,
-            max_age=config.max_age,
-            options=config.options,
-            seed=config.seed,
-        )
+            device=config.device or "cpu", unnorm_key=config.unnorm_key, image_pipeline=config.image_pipeline,
+            flow=config.flow, max_age=config.max_age, options=config.options, seed=config.seed,
+        )  # fmt: skip
         vla = load_cached_vla(config.model, config.policy, options)
         self.bridge = Bridge(vla, config.cameras, options.seed, config.n_action_steps)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lac_vla.errors import InputError
 from lac_vla.factory import ModelOptions, load_methods
+from lac_vla.serving.sessions import SessionOptions
 
 if TYPE_CHECKING:
     from lac_vla.serving.server import PolicyServer
@@ -31,13 +32,7 @@ class ServeConfig:
         api_key_file: File whose first line is the API key; by default the environment variable LAC_API_KEY.
         tls_cert: Certificate, PEM.
         tls_key: Its key, PEM.
-        actions_per_call: Actions of the model's chunk in every answer, which the robot executes before it asks again;
-            0 for the whole chunk, of which the robot executes as many as it likes.
         deadline_ms: From a request's arrival to its answer; caps the tokens per frame. 0 for none.
-        slack: Between two requests, compute the stalest slots of the last frame anew.
-        shadow_every: Between two requests, after every so many frames, compare with the model without a cache.
-        shadow_threshold: Mean absolute difference of the actions from which on the cache is distrusted.
-        gap_s: A robot that was silent for longer begins a new episode.
         max_sessions: Robots at a time.
         max_rate: Requests per second and robot.
         max_message_mb: Size of a request.
@@ -45,7 +40,8 @@ class ServeConfig:
             continued.
         record_fps: Frames per second that it is to have; 0: those of the folder, or the rate of the first episode.
         view: A live page for the operator at ``/view``; ``lac view`` opens it.
-        model_options: How the model is loaded and run.
+        session_options: Options of every robot's session.
+        model_options: Options with which the model is loaded and run.
 
     Raises:
         InputError: If a setting makes no sense.
@@ -61,18 +57,14 @@ class ServeConfig:
     api_key_file: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
-    actions_per_call: int = 0
     deadline_ms: float = 0.0
-    slack: bool = False
-    shadow_every: int = 0
-    shadow_threshold: float = 0.1
-    gap_s: float = 5.0
     max_sessions: int = 32
     max_rate: float = 200.0
     max_message_mb: float = 8.0
     record: Path | None = None
     record_fps: int = 0
     view: bool = False
+    session_options: SessionOptions = field(default_factory=SessionOptions)
     model_options: ModelOptions = field(default_factory=ModelOptions)
 
     def __post_init__(self) -> None:
@@ -98,17 +90,12 @@ def make_server(config: ServeConfig) -> PolicyServer:
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
     from lac_vla.serving.controller import DeadlineController, LatencyTable
     from lac_vla.serving.server import Limits, PolicyServer
-    from lac_vla.serving.sessions import SessionOptions
 
     key, tls = read_key(config.api_key_file), tls_context(config.tls_cert, config.tls_key)
     check_exposure(config.host, key)
-    session_options = SessionOptions(
-        config.gap_s, config.slack, config.shadow_every, config.shadow_threshold,
-        actions_per_call=config.actions_per_call, seed=config.model_options.seed,
-    )  # fmt: skip
     [(method, vla)] = load_methods(config.model, (config.policy,), config.model_options).items()
     keys = ObservationKeys.parse(vla.model.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
-    table = LatencyTable.measure(vla) if config.deadline_ms or config.slack else None
+    table = LatencyTable.measure(vla) if config.deadline_ms or config.session_options.slack else None
     controller = None
     if config.deadline_ms and table is not None:
         n_visual = sum(rows * cols for rows, cols in vla.model.grids.values())
@@ -120,15 +107,15 @@ def make_server(config: ServeConfig) -> PolicyServer:
         "cameras": dict(keys.cameras),
         "state": keys.state,
         "prompt": keys.prompt,
-        "actions_per_call": config.actions_per_call or None,
+        "actions_per_call": config.session_options.actions_per_call or None,
         "max_age": vla.max_age,
         "options": str(vla.options),
         "deadline_ms": config.deadline_ms or None,
     }
     limits = Limits(config.max_sessions, config.max_rate, int(config.max_message_mb * 2**20))
     server = PolicyServer(
-        vla, keys, session_options, controller, table, metadata, config.host, config.port, key, tls, limits,
-        view=config.view,
+        vla, keys, config.session_options, controller, table, metadata, config.host, config.port, key, tls, limits,
+        view=config.view, seed=config.model_options.seed,
     )  # fmt: skip
     if config.record is not None:
         from lac_vla.serving.record import make_recorder

@@ -50,9 +50,7 @@ class LatencyTable:
             took = []
             for index in range(rounds + 2):  # the first is dense, the second warms up what is sparse
                 session.act(frames[index % len(frames)])
-                took.append(
-                    session.last_info.timings["observation_to_action"] if session.last_info is not None else math.nan
-                )
+                took.append(session.last_info.timings["observation_to_action"] if session.last_info else math.nan)
             times.append(float(np.quantile(took[2:], 0.9)))
         return cls(tuple(points), tuple(np.maximum.accumulate(times).tolist()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import time
@@ -88,6 +89,7 @@ class PolicyServer:
         metrics: Prometheus metrics.
         recorder: Records the sessions; ``None`` if nothing is recorded.
         view: Whether there is a live page for the operator.
+        seed: Seed of every session.
 
     Raises:
         InputError: If the address needs a key and there is none, or an answer cannot hold that many actions.
@@ -107,6 +109,7 @@ class PolicyServer:
     metrics: Metrics = field(default_factory=Metrics)
     recorder: Recorder | None = None
     view: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_exposure(self.host, self.key)
@@ -213,7 +216,7 @@ class PolicyServer:
         if len(self._robots) >= self.limits.sessions or self._stopping:  # several were admitted at the same moment
             await ws.close(1013, "all sessions are taken: try later")
             return
-        robot = RobotSession(self.vla, self.keys, self.session_options, self.controller, self.table)
+        robot = RobotSession(self.vla, self.keys, self.session_options, self.controller, self.table, self.seed)
         name = uuid.uuid4().hex
         self._robots[ws] = robot
         log("session opened", session=name, peer=ws.remote_address)
@@ -274,8 +277,6 @@ class PolicyServer:
 
     async def _fail(self, ws: ServerConnection, text: str) -> None:
         """Say what is wrong as openpi's server does: send a text and close the connection."""
-        try:
+        with contextlib.suppress(ConnectionClosed, asyncio.TimeoutError):
             await asyncio.wait_for(ws.send(text), self.limits.send_s)
             await ws.close(1011, "error")
-        except (ConnectionClosed, asyncio.TimeoutError):
-            pass

@@ -37,7 +37,6 @@ class SessionOptions:
         cooldown: Frames that are then computed in full.
         actions_per_call: Actions of the model's chunk in every answer, which the robot executes before it asks again;
             0 for the whole chunk, of which the robot executes as many as it likes.
-        seed: Seed of every session.
 
     Raises:
         InputError: If an option makes no sense.
@@ -49,7 +48,6 @@ class SessionOptions:
     shadow_threshold: float = 0.1
     cooldown: int = 10
     actions_per_call: int = 0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.gap_s > 0 or not self.shadow_threshold > 0:
@@ -86,6 +84,7 @@ class RobotSession:
         options: The server's options.
         controller: Keeps the deadline, for all sessions; ``None`` if there is none.
         table: Latencies, for slack refresh.
+        seed: Seed of the session.
 
     Raises:
         InputError: If slack refresh lacks its table.
@@ -98,11 +97,12 @@ class RobotSession:
         options: SessionOptions,
         controller: DeadlineController | None = None,
         table: LatencyTable | None = None,
+        seed: int = 0,
     ) -> None:
         if options.slack and table is None:
             raise InputError("slack refresh needs a latency table: LatencyTable.measure(vla)")
         self.keys, self.options, self.controller, self.table = keys, options, controller, table
-        self._session = vla.session(options.seed)
+        self._session = vla.session(seed)
         self._instruction: str | None = None
         self._episode: Any = None
         self._shapes: Mapping[str, tuple[int, int]] = {}
