@@ -77,7 +77,7 @@ def test_a_silence_begins_an_episode(backbone: PrismaticBackbone, clock: Clock) 
     assert one.answer(observation(2), clock.now).reset == "time gap"
 
 
-def test_a_scene_cut_is_a_fallback(backbone: PrismaticBackbone, clock: Clock) -> None:
+def test_a_scene_cut_makes_a_frame_dense(backbone: PrismaticBackbone, clock: Clock) -> None:
     one = robot(backbone)
     one.answer(observation(0), clock.now)
     cut = observation(1) | {"observation/image": np.full((64, 64, 3), 255, np.uint8)}
@@ -179,19 +179,19 @@ def test_slack_needs_a_table(backbone: PrismaticBackbone) -> None:
 def test_the_watchdog_distrusts_a_cache_that_disagrees(clock: Clock) -> None:
     options = SessionOptions(shadow_every=3, shadow_threshold=1e-9, cooldown=2)
     one = robot(random_vla(TINY_COGACT, seed=1), Stubborn(), options=options)  # its actions are continuous
-    fallbacks, shadows = [], []
+    reasons, shadows = [], []
     for i in range(8):
         answer = one.answer(observation(7 * i), clock.now)
-        fallbacks.append(answer.message["lac"]["dense_reason"])
+        reasons.append(answer.message["lac"]["dense_reason"])
         shadows.append(answer.message["lac"]["shadow"])
         job = one.spare()
         assert (job is not None) == ((i + 1) % 3 == 0)
         if job is not None:
             job()
     assert shadows[3] > 0  # what disagreed is told with the next answer
-    assert fallbacks[:3] == ["first frame", None, None]
-    assert all(f"shadow pass disagreed by {shadows[3]:.3g}" == f for f in fallbacks[3:5])
-    assert fallbacks[5] is None  # the cache gets another chance
+    assert reasons[:3] == ["first frame", None, None]
+    assert all(f"shadow pass disagreed by {shadows[3]:.3g}" == f for f in reasons[3:5])
+    assert reasons[5] is None  # the cache gets another chance
     assert one.answer(observation(0) | {"reset": True}, clock.now).message["lac"]["dense_reason"] == "first frame"
 
 
