@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "lac_vla"
 FLOORS = [
     {"errors", "types", "timing"},
-    {"flow"},
+    {"flow", "client"},
     {"policies", "models"},
     {"engine"},
     {"session", "bundled"},

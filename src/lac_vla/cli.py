@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         _refuse_old_names(sys.argv[1:] if arguments is None else arguments)
-        tyro.extras.subcommand_cli_from_dict(_verbs(), prog="lac", description=_DESCRIPTION, args=arguments)
+        tyro.extras.subcommand_cli_from_dict(
+            _verbs(), prog="lac", description=_DESCRIPTION, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+        )
     except LacError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from error

@@ -56,11 +56,11 @@ class ToyConfig(EnvConfig):
 
 
 def main(model, scratch):
-    from_lac = {"type": "lac_vla", "vla": model, "policy": "random:ratio=0.5", "device": "cpu"}
+    from_lac = {"type": "lac_vla", "model": model, "policy": "random:ratio=0.5", "device": "cpu"}
     before = "lac_vla" in PreTrainedConfig.get_known_choices()
     register_third_party_plugins()
     config = PreTrainedConfig.get_choice_class("lac_vla")(
-        vla=model, policy="random:ratio=0.5", device="cpu",
+        model=model, policy="random:ratio=0.5", device="cpu",
         cameras={"agentview": "observation.images.top", "wrist": "observation.images.hand"},
     )  # fmt: skip
     picture = PolicyFeature(FeatureType.VISUAL, (48, 64, 3))

@@ -13,6 +13,7 @@ from tests.serving.conftest import KEYS, observation
 
 from lac_vla import CachedVLA, InputError, MissingExtraError, Motion, PrismaticBackbone, random_vla
 from lac_vla.lerobot.bridge import Bridge, frame_of
+from lac_vla.models.cogact.config import TINY_COGACT
 
 CAMERAS = {"agentview": "observation.images.agentview", "wrist": "observation.images.image2"}
 
@@ -55,6 +56,23 @@ def test_actions_are_the_sessions(backbone: PrismaticBackbone) -> None:
     bridge.act(batch(3))
     assert bridge.last_info is not None
     assert bridge.last_info.dense_reason == "first frame"
+
+
+def test_a_chunk_is_executed_before_the_model_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_vla(TINY_COGACT, seed=1)
+    monkeypatch.setattr(type(model), "horizon", 16, raising=False)
+    vla = CachedVLA(model, Motion(0.5))
+    bridge, session = Bridge(vla, CAMERAS, seed=3, n_action_steps=4), vla.session(3)
+    chunks = [session.act(KEYS.frame(observation(seed))) for seed in (0, 4)]
+    actions = [bridge.next_action(batch(seed)) for seed in range(6)]
+    np.testing.assert_array_equal(actions, [*chunks[0][:4], *chunks[1][:2]])
+    bridge.reset()
+    session.reset()
+    [first, *_] = session.act(KEYS.frame(observation(9)))  # what was left of the chunk is dropped
+    np.testing.assert_array_equal(bridge.next_action(batch(9)), first)
+    for wrong in (0, 17):
+        with pytest.raises(InputError, match=f"n_action_steps is {wrong}; give 1 to 16"):
+            Bridge(vla, CAMERAS, n_action_steps=wrong)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, Motion, PrismaticBackbone, random_vla
-from lac_vla.serving.observation import ObservationKeys
+from lac_vla.client.observation import ObservationKeys
 from lac_vla.serving.server import PolicyServer
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lac_vla import InputError
-from lac_vla.serving.auth import KEY_VARIABLE, allowed, check_exposure, is_loopback, read_key, tls_context
+from lac_vla.client import KEY_VARIABLE
+from lac_vla.serving.auth import allowed, check_exposure, is_loopback, read_key, tls_context
 
 KEY = "0123456789abcdef"
 

@@ -6,16 +6,21 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lac_vla import InputError
+from lac_vla.cli import main
+from lac_vla.client.remote import RemoteSession
 from lac_vla.errors import LacError
 from lac_vla.evaluation import worker
 from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import EvalConfig, evaluate
+from lac_vla.factory import ModelOptions
 from lac_vla.serving.config import ServeConfig, make_server
+from lac_vla.serving.sessions import SessionOptions
 from tests.evaluation.test_runner import outcomes
 from tests.evaluation.worlds import FakeEnv, save_tiny
 from tests.serving.conftest import Running
@@ -66,14 +71,41 @@ def test_an_evaluation_is_of_what_is_served(config: EvalConfig, server: Running)
 
 
 def test_the_server_says_what_it_serves(server: Running) -> None:
-    facts = server.server.facts
-    assert (facts["model"], facts["method"]) == ("model", "random-0.5")
-    assert facts["cameras"] == {"agentview": "observation/image", "wrist": "observation/wrist_image"}
-    assert "/" not in json.dumps([facts["model"], facts["method"], facts["server"]])
+    metadata = server.server.metadata
+    assert (metadata["model"], metadata["method"]) == ("model", "random-0.5")
+    assert metadata["actions_per_call"] is None
+    assert metadata["cameras"] == {"agentview": "observation/image", "wrist": "observation/wrist_image"}
+    assert "/" not in json.dumps([metadata["model"], metadata["method"], metadata["server"]])
+
+
+def test_clients_are_told_how_many_actions_to_execute(model: Path) -> None:
+    one = SessionOptions(actions_per_call=1)
+    metadata = make_server(ServeConfig(str(model), "dense", session_options=one)).metadata
+    assert metadata["actions_per_call"] == 1
+    for told, actions in ((1, 1), (8, 8), (None, 1)):
+        session = RemoteSession(SimpleNamespace(metadata=metadata | {"actions_per_call": told}))
+        assert session.actions_per_call == actions
+    with pytest.raises(InputError, match="actions_per_call"):
+        RemoteSession(SimpleNamespace(metadata={key: metadata[key] for key in ("cameras", "state", "prompt")}))
+
+
+def test_nested_options_are_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[ServeConfig] = []
+    monkeypatch.setattr("lac_vla.serving.config.serve", configs.append)
+    words = "serve --model m --device cuda --dtype float16 --max-age 8 --options exact --seed 3 --threads 1 --flow none"
+    main([*words.split(), "--actions-per-call", "4", "--slack"])
+    session = SessionOptions(slack=True, actions_per_call=4)
+    options = ModelOptions("cuda", "float16", max_age=8, options="exact", seed=3, threads=1, flow="none")
+    assert configs == [ServeConfig("m", session_options=session, model_options=options)]
+
+
+def test_sessions_have_the_seed_of_the_command(model: Path) -> None:
+    server = make_server(ServeConfig(str(model), "random:ratio=0.5", model_options=ModelOptions(seed=3, max_age=9)))
+    assert (server.seed, server.vla.max_age) == (3, 9)
 
 
 def test_a_deadline_and_slack_measure_the_machine(model: Path) -> None:
-    config = ServeConfig(str(model), "random:ratio=0.5", deadline_ms=1e5, slack=True)
+    config = ServeConfig(str(model), "random:ratio=0.5", deadline_ms=1e5, session_options=SessionOptions(slack=True))
     made = make_server(config)
     assert made.table is not None
     assert made.controller is not None

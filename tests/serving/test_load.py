@@ -20,13 +20,13 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from lac_vla import CachedVLA, Dense, Random, random_vla
+from lac_vla.client.connection import AsyncClient, Client
+from lac_vla.client.wire import pack
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.models.cogact.config import TINY_COGACT
-from lac_vla.serving.client import AsyncClient, Client
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.server import Limits
-from lac_vla.serving.sessions import Rules
-from lac_vla.serving.wire import pack
+from lac_vla.serving.sessions import SessionOptions
 from tests.serving.conftest import KEYS, Running, observation
 
 pytestmark = pytest.mark.slow
@@ -160,7 +160,7 @@ def test_deadlines_are_kept(start: Start) -> None:
         answers = [client.infer(observation(i % 7, side=224))["lac"] for i in range(1000)]
     took = np.array([sum(a["stages"].values()) + a["waited_ms"] for a in answers[1:]])
     late = float(np.mean([a["late"] for a in answers[1:]]))
-    limits = [a["limit"] for a in answers[1:]]
+    limits = [a["token_budget"] for a in answers[1:]]
     print(f"\ndeadline {deadline:.1f} ms; {floor} tokens, the fewest, {table(floor):.1f} ms; all {table(212):.1f} ms:"
           f" p50 {np.median(took):.1f}, p99 {np.quantile(took, 0.99):.1f} ms, late {late:.1%},"
           f" tokens {min(limits)} to {max(limits)}")  # fmt: skip
@@ -173,7 +173,9 @@ def test_slack_makes_slots_younger_at_the_same_latency(start: Start) -> None:
     pace, told = 0.06, {}
     vlas = {slack: CachedVLA(random_vla("mini", seed=1), Random(0.8)) for slack in (False, True)}
     table = LatencyTable.measure(vlas[True])
-    urls = {slack: start(vla, table=table, rules=Rules(slack=slack)).url for slack, vla in vlas.items()}
+    urls = {
+        slack: start(vla, table=table, session_options=SessionOptions(slack=slack)).url for slack, vla in vlas.items()
+    }
     clients = {slack: Client(url) for slack, url in urls.items()}
     for i in range(150):
         for slack, client in clients.items():

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, Frame, Motion, PrismaticBackbone
-from lac_vla.serving.wire import unpack
+from lac_vla.client.wire import unpack
 from tests.serving.conftest import Running
 
 Start = Callable[..., Running]
@@ -52,7 +52,7 @@ def frames(stream: Any) -> list[tuple[int, bytes]]:
 
 
 def test_what_openpi_sent_is_answered_as_it_expects(start: Start, backbone: PrismaticBackbone) -> None:
-    server = start(facts={"model": "tiny"}, key=KEY).server
+    server = start(metadata={"model": "tiny"}, key=KEY).server
     with socket.create_connection((server.host, server.port), timeout=20) as robot:
         robot.sendall(TRANSCRIPT.read_bytes())
         stream = robot.makefile("rb")
@@ -112,7 +112,7 @@ def openpi_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [None, KEY])
 def test_the_real_client(start: Start, backbone: PrismaticBackbone, openpi_python: str, key: str | None) -> None:
-    server = start(facts={"model": "tiny"}, key=key).server
+    server = start(metadata={"model": "tiny"}, key=key).server
     port, said = tap(server.host, server.port)
     script = Path(__file__).with_name("openpi_robot.py")
     run = subprocess.run(

@@ -19,12 +19,13 @@ import pytest
 
 from lac_vla import CachedVLA, InputError, LACPolicy, load_vla
 from lac_vla.cli import main
+from lac_vla.client.connection import Client
 from lac_vla.datasets import LeRobotDataset
 from lac_vla.serving import raw, record
-from lac_vla.serving.client import Client
 from lac_vla.serving.config import ServeConfig, make_server
 from lac_vla.serving.metrics import Metrics
 from lac_vla.serving.record import Recorder
+from lac_vla.serving.sessions import SessionOptions
 from tests.evaluation.worlds import save_tiny
 from tests.serving.conftest import Running
 
@@ -86,7 +87,9 @@ def counted(server: Running) -> tuple[float, float]:
 
 
 def test_from_a_robots_log_to_a_policy(model: Path, folder: Path, tmp_path: Path) -> None:
-    server = Running(make_server(ServeConfig(str(model), "random:ratio=0.5", port=0, record=folder, record_fps=5)))
+    options = SessionOptions(actions_per_call=1)
+    config = ServeConfig(str(model), "random:ratio=0.5", port=0, record=folder, record_fps=5, session_options=options)
+    server = Running(make_server(config))
     try:
         with Client(server.url) as client:
             actions = [play(client, 0, 6), play(client, 1, 7, prompt="put it down")]
@@ -103,7 +106,8 @@ def test_from_a_robots_log_to_a_policy(model: Path, folder: Path, tmp_path: Path
         assert (np.diff(episode.columns["seconds"]) > 0).all()
         np.testing.assert_array_equal(episode.columns["cache_ratio"], [0] + [0.5] * (len(episode) - 1))
         assert (episode.columns["latency_ms"] > 0).all()
-        assert (episode.metadata["model"], episode.metadata["horizon"]) == ("model", 1)
+        about = [episode.metadata[name] for name in ("model", "method", "actions_per_call", "horizon")]
+        assert about == ["model", "random-0.5", 1, 1]
     assert [episode.metadata["ended"] for episode in dataset] == ["reset", "closed by the client"]
     assert not folder.with_name("log.recording").exists()
     words = f"train --model {model} --dataset {folder} --out {tmp_path / 'run'} --loss distill --stage1-steps 1"
@@ -165,7 +169,7 @@ def test_a_disk_that_is_too_slow_drops_whole_episodes(
     start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = 64 * 64 * 3
-    monkeypatch.setattr(record, "WAITING", 8 * image)  # four frames
+    monkeypatch.setattr(record, "MAX_WAITING", 8 * image)  # four frames
     go, write = threading.Event(), record.RawWriter.write
     monkeypatch.setattr(record.RawWriter, "write", lambda *args: go.wait() and write(*args))
     server = start(recorder=recorder(folder))
@@ -192,7 +196,7 @@ def test_a_disk_that_is_full(start: Start, folder: Path, monkeypatch: pytest.Mon
     server = start(recorder=recorder(folder))
     with Client(server.url) as client:
         play(client, 0, 3)
-        monkeypatch.setattr(record, "RESERVE", 2**60)
+        monkeypatch.setattr(record, "MIN_FREE", 2**60)
         client.infer(scene(0, 3))
         until(lambda: counted(server) == (0, 1))
         monkeypatch.undo()
@@ -257,7 +261,7 @@ def test_images_that_do_not_fit_are_not_recorded_but_answered(
 
 
 def test_a_robot_that_never_resets(start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "LONGEST", 4)
+    monkeypatch.setattr(record, "MAX_FRAMES", 4)
     server = start(recorder=recorder(folder, fps=0))
     with Client(server.url) as client:
         actions = [client.infer(scene(0, at))["actions"][0] for at in range(7)]

@@ -22,12 +22,14 @@ import pytest
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
-from lac_vla import CachedVLA, Dense, Motion, PrismaticBackbone
+from lac_vla import CachedVLA, Dense, InputError, Motion, PrismaticBackbone, random_vla
+from lac_vla.client.connection import AsyncClient, Client, ServerError
+from lac_vla.client.wire import pack, unpack
+from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import FastV
-from lac_vla.serving.client import AsyncClient, Client, ServerError
 from lac_vla.serving.metrics import JsonLines
 from lac_vla.serving.server import Limits, PolicyServer
-from lac_vla.serving.wire import pack, unpack
+from lac_vla.serving.sessions import SessionOptions
 from tests.serving.conftest import KEYS, Running, observation
 
 Start = Callable[..., Running]
@@ -49,7 +51,7 @@ def expected(backbone: PrismaticBackbone, seeds: list[int], prompt: str = "pick 
 
 
 def test_answers_are_those_of_the_library(start: Start, backbone: PrismaticBackbone) -> None:
-    with Client(start(facts={"model": "tiny"}).url) as client:
+    with Client(start(metadata={"model": "tiny"}).url) as client:
         assert client.metadata["model"] == "tiny"
         for i, action in enumerate(expected(backbone, [0, 1, 2])):
             answer = client.infer(observation(i))
@@ -59,9 +61,29 @@ def test_answers_are_those_of_the_library(start: Start, backbone: PrismaticBackb
             assert ("prev_total_ms" in answer["server_timing"]) == (i > 0)
             report = answer["lac"]
             assert report["ratio"] == (0 if i == 0 else 0.5)
-            assert report["fallback"] == ("first frame" if i == 0 else None)
+            assert report["dense_reason"] == ("first frame" if i == 0 else None)
             assert report["oldest_age"] <= i
             assert set(report["stages"]) >= {"prefill", "flow", "policy"}
+
+
+@pytest.mark.parametrize(("asked", "answered"), [(0, 16), (3, 3), (16, 16)])
+def test_an_answer_holds_the_first_actions_of_the_chunk(start: Start, asked: int, answered: int) -> None:
+    vla = CachedVLA(random_vla(TINY_COGACT, seed=1), Motion(0.5))
+    session = vla.session(5)
+    with Client(start(vla, session_options=SessionOptions(actions_per_call=asked), seed=5).url) as client:
+        for i in range(2):
+            actions = client.infer(observation(i))["actions"]
+            assert actions.shape == (answered, 7)
+            np.testing.assert_array_equal(actions, session.act(KEYS.frame(observation(i)))[:answered])
+
+
+def test_an_answer_cannot_hold_more_than_the_chunk(
+    backbone: PrismaticBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(backbone), "horizon", 1, raising=False)
+    PolicyServer(CachedVLA(backbone), KEYS, SessionOptions(actions_per_call=1))
+    with pytest.raises(InputError, match="actions_per_call is 2; the model answers with 1 "):
+        PolicyServer(CachedVLA(backbone), KEYS, SessionOptions(actions_per_call=2))
 
 
 def test_the_asynchronous_client_is_the_same(start: Start, backbone: PrismaticBackbone) -> None:

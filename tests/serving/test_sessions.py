@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PolicyInput, PrismaticBackbone, random_vla
+from lac_vla.client.observation import ObservationKeys
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy
 from lac_vla.serving import sessions
 from lac_vla.serving.controller import DeadlineController, LatencyTable
-from lac_vla.serving.observation import ObservationKeys
-from lac_vla.serving.sessions import RobotSession, Rules
+from lac_vla.serving.sessions import RobotSession, SessionOptions
 from tests.serving.conftest import KEYS, observation
 
 TABLE = LatencyTable((4, 26, 52), (5.0, 20.0, 40.0))
@@ -41,7 +41,7 @@ class Stubborn(CachePolicy):
 
 
 def robot(backbone: PrismaticBackbone, policy: CachePolicy | None = None, **options: Any) -> RobotSession:
-    return RobotSession(CachedVLA(backbone, policy or Motion(0.5)), KEYS, **{"rules": Rules(), **options})
+    return RobotSession(CachedVLA(backbone, policy or Motion(0.5)), KEYS, **{"options": SessionOptions(), **options})
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_what_begins_an_episode(
 
 
 def test_a_silence_begins_an_episode(backbone: PrismaticBackbone, clock: Clock) -> None:
-    one = robot(backbone, rules=Rules(gap_s=3))
+    one = robot(backbone, options=SessionOptions(gap_s=3))
     one.answer(observation(0), clock.now)
     clock.now += 2.9
     assert one.answer(observation(1), clock.now).reset is None
@@ -77,11 +77,11 @@ def test_a_silence_begins_an_episode(backbone: PrismaticBackbone, clock: Clock) 
     assert one.answer(observation(2), clock.now).reset == "time gap"
 
 
-def test_a_scene_cut_is_a_fallback(backbone: PrismaticBackbone, clock: Clock) -> None:
+def test_a_scene_cut_makes_a_frame_dense(backbone: PrismaticBackbone, clock: Clock) -> None:
     one = robot(backbone)
     one.answer(observation(0), clock.now)
     cut = observation(1) | {"observation/image": np.full((64, 64, 3), 255, np.uint8)}
-    assert one.answer(cut, clock.now).message["lac"]["fallback"] == "scene cut"
+    assert one.answer(cut, clock.now).message["lac"]["dense_reason"] == "scene cut"
 
 
 def test_a_seed_is_that_of_the_episode(backbone: PrismaticBackbone, clock: Clock) -> None:
@@ -99,7 +99,7 @@ def test_the_deadline_caps_the_tokens(backbone: PrismaticBackbone, clock: Clock,
     assert one.answer(observation(0), clock.now).message["lac"]["late"] is False
     controller.correction = 1.0
     answer = one.answer(observation(1), clock.now - waited_ms / 1e3)
-    assert answer.step.active.sum() == tokens == answer.message["lac"]["limit"]
+    assert answer.step.active.sum() == tokens == answer.message["lac"]["token_budget"]
     assert answer.message["lac"]["late"] is (waited_ms > 20)
 
 
@@ -119,10 +119,10 @@ def test_the_table_is_measured_on_the_model(backbone: PrismaticBackbone) -> None
 
 def test_the_controller_learns_from_what_frames_take() -> None:
     controller = DeadlineController(30.0, TABLE, 4)
-    before = controller.limit(0)
+    before = controller.token_budget(0)
     for _ in range(40):  # the machine takes twice as long as the table says
         controller.observe(26, 40.0)
-    assert controller.limit(0) < before
+    assert controller.token_budget(0) < before
     assert controller.correction > 2
     rng = np.random.default_rng(0)
     for _ in range(4000):
@@ -152,7 +152,7 @@ def drive(one: RobotSession, clock: Clock, frames: int = 12) -> list[float]:
 def test_slack_refresh_starts_the_next_frame_fresher(backbone: PrismaticBackbone, clock: Clock) -> None:
     plain = drive(robot(backbone, Motion(0.8)), clock)
     clock.now += 100
-    one = robot(backbone, Motion(0.8), rules=Rules(slack=True), table=TABLE)
+    one = robot(backbone, Motion(0.8), options=SessionOptions(slack=True), table=TABLE)
     fresher = drive(one, clock)
     assert np.mean(fresher) < np.mean(plain) / 2
     # the first two gaps tell how much time there is; 50 ms of 100 suffice for all
@@ -160,7 +160,7 @@ def test_slack_refresh_starts_the_next_frame_fresher(backbone: PrismaticBackbone
 
 
 def test_slack_refresh_keeps_within_the_idle_time(backbone: PrismaticBackbone, clock: Clock) -> None:
-    one = robot(backbone, Stubborn(), rules=Rules(slack=True), table=LatencyTable((4, 52), (10.0, 106.0)))
+    one = robot(backbone, Stubborn(), options=SessionOptions(slack=True), table=LatencyTable((4, 52), (10.0, 106.0)))
     one.answer(observation(0), clock.now)
     assert one.spare() is None  # nobody knows when the robot will ask again
     for i, idle in enumerate((0.1, 0.1, 0.1)):
@@ -173,34 +173,34 @@ def test_slack_refresh_keeps_within_the_idle_time(backbone: PrismaticBackbone, c
 
 def test_slack_needs_a_table(backbone: PrismaticBackbone) -> None:
     with pytest.raises(InputError, match="latency table"):
-        robot(backbone, rules=Rules(slack=True))
+        robot(backbone, options=SessionOptions(slack=True))
 
 
 def test_the_watchdog_distrusts_a_cache_that_disagrees(clock: Clock) -> None:
-    rules = Rules(shadow_every=3, shadow_threshold=1e-9, cooldown=2)
-    one = robot(random_vla(TINY_COGACT, seed=1), Stubborn(), rules=rules)  # its actions are continuous
-    fallbacks, shadows = [], []
+    options = SessionOptions(shadow_every=3, shadow_threshold=1e-9, cooldown=2)
+    one = robot(random_vla(TINY_COGACT, seed=1), Stubborn(), options=options)  # its actions are continuous
+    reasons, shadows = [], []
     for i in range(8):
         answer = one.answer(observation(7 * i), clock.now)
-        fallbacks.append(answer.message["lac"]["fallback"])
+        reasons.append(answer.message["lac"]["dense_reason"])
         shadows.append(answer.message["lac"]["shadow"])
         job = one.spare()
         assert (job is not None) == ((i + 1) % 3 == 0)
         if job is not None:
             job()
     assert shadows[3] > 0  # what disagreed is told with the next answer
-    assert fallbacks[:3] == ["first frame", None, None]
-    assert all(f"shadow pass disagreed by {shadows[3]:.3g}" == f for f in fallbacks[3:5])
-    assert fallbacks[5] is None  # the cache gets another chance
-    assert one.answer(observation(0) | {"reset": True}, clock.now).message["lac"]["fallback"] == "first frame"
+    assert reasons[:3] == ["first frame", None, None]
+    assert all(f"shadow pass disagreed by {shadows[3]:.3g}" == f for f in reasons[3:5])
+    assert reasons[5] is None  # the cache gets another chance
+    assert one.answer(observation(0) | {"reset": True}, clock.now).message["lac"]["dense_reason"] == "first frame"
 
 
 def test_the_watchdog_trusts_a_cache_that_agrees(backbone: PrismaticBackbone, clock: Clock) -> None:
-    one = robot(backbone, Dense(), rules=Rules(shadow_every=1, shadow_threshold=1e-4))
+    one = robot(backbone, Dense(), options=SessionOptions(shadow_every=1, shadow_threshold=1e-4))
     for i in range(4):
         answer = one.answer(observation(i), clock.now)
         assert one.spare()() < 1e-4
-    assert answer.message["lac"]["fallback"] is None
+    assert answer.message["lac"]["dense_reason"] is None
 
 
 def test_keys_are_found_flat_and_nested() -> None:
@@ -229,7 +229,9 @@ def test_cameras_that_do_not_fit(cameras: list[str], named: list[str], complaint
         ObservationKeys.parse(cameras, named, state="s", prompt="p")
 
 
-@pytest.mark.parametrize("wrong", [{"gap_s": 0}, {"shadow_threshold": 0}, {"shadow_every": -1}, {"cooldown": 0}])
-def test_rules_that_make_no_sense(wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"gap_s": 0}, {"shadow_threshold": 0}, {"shadow_every": -1}, {"cooldown": 0}, {"actions_per_call": -1}]
+)
+def test_options_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        Rules(**wrong)
+        SessionOptions(**wrong)

@@ -19,11 +19,11 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from lac_vla import CachedVLA, InputError, Motion, PrismaticBackbone
+from lac_vla.client.connection import Client, ServerError
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.report.overlay import overlay
 from lac_vla.serving.auth import browser_allowed, names_this_machine
 from lac_vla.serving.browse import open_page, page_address
-from lac_vla.serving.client import Client, ServerError
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.seen import EVENTS, HEIGHT, KEPT
 from lac_vla.serving.server import Limits
@@ -201,7 +201,7 @@ def test_the_page_loads_nothing(start: Start) -> None:
 
 
 def test_numbers_are_those_of_the_step(start: Start, backbone: PrismaticBackbone) -> None:
-    server, step = start(view=True, facts=FACTS | {"secret": "x"}), expected(backbone, [0, 1, 2])
+    server, step = start(view=True, metadata=FACTS | {"secret": "x"}), expected(backbone, [0, 1, 2])
     with Client(server.url) as client:
         answers = [client.infer(observation(seed)) for seed in (0, 1, 2)]
         told = settled(server, client.metadata["session"], 3)
@@ -359,7 +359,7 @@ def test_lac_view_opens_the_page_or_says_what_to_do(start: Start, monkeypatch: p
 @needs_browser
 def test_a_browser_shows_it(start: Start, backbone: PrismaticBackbone, tmp_path: Path) -> None:
     evil = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & pick up the bowl"
-    server = start(view=True, facts=FACTS)
+    server = start(view=True, metadata=FACTS)
     with Tab(tmp_path / "profile") as tab:
         tab.open(server.http + "/view")
         tab.wait("document.body.dataset.state === 'empty'")
@@ -406,7 +406,7 @@ def test_a_browser_shows_it(start: Start, backbone: PrismaticBackbone, tmp_path:
 
 @needs_browser
 def test_a_narrow_window_and_a_key(start: Start, tmp_path: Path) -> None:
-    server = start(view=True, key=KEY, facts=FACTS)
+    server = start(view=True, key=KEY, metadata=FACTS)
     with Client(server.url, KEY) as client, Tab(tmp_path / "profile", width=400) as tab:
         for seed in range(2):
             client.infer(observation(seed, "word" * 100))

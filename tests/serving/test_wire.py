@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from lac_vla import InputError
-from lac_vla.serving.wire import MAX_CONTAINERS, MAX_ITEMS, MAX_NESTING, pack, unpack
+from lac_vla.client.wire import MAX_CONTAINERS, MAX_ITEMS, MAX_NESTING, pack, unpack
 
 ARRAY: dict[Any, Any] = {b"__ndarray__": True, b"data": bytes(6), b"dtype": "|u1", b"shape": [2, 3]}
 

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 
-from lac_vla.serving.client import Client
+from lac_vla.client.connection import Client
 from tests.serving.conftest import observation
 
 

@@ -45,7 +45,7 @@ class DatasetAppender:
     Args:
         root: Folder of the dataset.
         fps: Frames per second; ``None`` for those of the folder.
-        threads: Of the video encoder; 0 leaves it to x264.
+        threads: Threads of the video encoder; 0 leaves their number to x264.
 
     Attributes:
         fps: Frames per second; must be set before a new dataset's first episode.
@@ -70,7 +70,7 @@ class DatasetAppender:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def __len__(self) -> int:
-        """Number of episodes."""
+        """Return the number of episodes."""
         return int(self._info.get("total_episodes", 0))
 
     def check(
@@ -111,7 +111,7 @@ class DatasetAppender:
             action: float32, (T, A).
             task: The instruction.
             columns: Further columns, (T,) or (T, n).
-            metadata: Facts about the episode, JSON.
+            metadata: Metadata of the episode, JSON.
 
         Returns:
             The episode's index.
@@ -175,7 +175,7 @@ class DatasetAppender:
         row: Mapping[str, Any],
         info: Mapping[str, Any],
     ) -> None:
-        """The tables, each under another name first, in the order in which they refer to one another."""
+        """Write the tables, each under another name first, in the order in which they refer to one another."""
         chunk, file = self._next
         written = {
             layout.DATA_PATH.format(chunk_index=chunk, file_index=file): data,

@@ -1,4 +1,4 @@
-"""Facts of the LeRobotDataset v3.0 layout: paths, versions; and the error that everything here raises."""
+"""Paths and versions of the LeRobotDataset v3.0 layout, and the error that everything here raises."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROVENANCE = "meta/provenance.json"
 """Our own addition, which LeRobot ignores: how the data came about."""
 
 METADATA = "lac_vla/metadata"
-"""Column of the episode table with an episode's facts as JSON; our own addition as well."""
+"""Column of the episode table with an episode's metadata as JSON; our own addition as well."""
 
 _FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 EPISODES_PATH = f"meta/episodes/{_FILE}.parquet"
@@ -48,12 +48,12 @@ class DatasetError(LacError, ValueError):
 
 
 def incomplete_path(root: Path) -> Path:
-    """Where a dataset is written until it is whole; then it is renamed to ``root``."""
+    """Return the folder in which a dataset is written until it is whole and renamed to ``root``."""
     return root.with_name(root.name + ".incomplete")
 
 
 def next_file(chunk: int, file: int) -> tuple[int, int]:
-    """The (chunk, file) indices behind the given ones."""
+    """Return the (chunk, file) indices behind the given ones."""
     return (chunk, file + 1) if file + 1 < CHUNKS_SIZE else (chunk + 1, 0)
 
 

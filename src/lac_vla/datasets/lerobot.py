@@ -33,21 +33,21 @@ class EpisodeImages(Mapping[str, UInt8Image]):
         self._decoded: dict[str, UInt8Image] = {}
 
     def __getitem__(self, camera: str) -> UInt8Image:
-        """All images of a camera, uint8, (T, H, W, 3)."""
+        """Return all images of a camera, uint8, (T, H, W, 3)."""
         if camera not in self._decoded:
             self._decoded[camera] = self.window(camera, 0, self._length)
         return self._decoded[camera]
 
     def __iter__(self) -> Iterator[str]:
-        """The cameras' names."""
+        """Iterate over the cameras' names."""
         return iter(self._clips)
 
     def __len__(self) -> int:
-        """Number of cameras."""
+        """Return the number of cameras."""
         return len(self._clips)
 
     def window(self, camera: str, start: int, stop: int) -> UInt8Image:
-        """Frames ``start`` to ``stop`` (exclusive) alone: decodes little more than them and keeps nothing.
+        """Decode frames ``start`` to ``stop`` (exclusive), little more than them, and keep nothing.
 
         Raises:
             KeyError: If there is no such camera.
@@ -61,7 +61,7 @@ class EpisodeImages(Mapping[str, UInt8Image]):
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """One episode.
+    """An episode of a dataset.
 
     Attributes:
         index: Its place in the dataset.
@@ -72,7 +72,7 @@ class Episode:
         state: float32, (T, S); S is 0 if the dataset has none.
         action: float32, (T, A); A is 0 if the dataset has none (plain observation logs).
         columns: All other columns, (T,) or (T, n).
-        metadata: What the writer noted about the episode.
+        metadata: The writer's metadata of the episode.
     """
 
     index: int
@@ -86,7 +86,7 @@ class Episode:
     metadata: Mapping[str, Any]
 
     def __len__(self) -> int:
-        """Number of frames T."""
+        """Return the number of frames T."""
         return len(self.action)
 
 
@@ -105,7 +105,7 @@ class LeRobotDataset:
         episodes: The episode table, one mapping per episode, without statistics.
         stats: Feature → ``min``, ``max``, ``mean``, ``std``, ``count``, ``q01``, ``q10``, ``q50``, ``q90``,
             ``q99``, as far as the dataset has them. Images' are scaled to [0, 1], (3, 1, 1).
-        provenance: How the data came about, if the dataset says so.
+        provenance: Origin of the data, if the dataset names it.
 
     Raises:
         DatasetError: If the folder is no complete dataset of version 3.x.
@@ -132,11 +132,11 @@ class LeRobotDataset:
         self._check_files()
 
     def __len__(self) -> int:
-        """Number of episodes."""
+        """Return the number of episodes."""
         return len(self.episodes)
 
     def __iter__(self) -> Iterator[Episode]:
-        """The episodes in order."""
+        """Iterate over the episodes in order."""
         return (self.episode(index) for index in range(len(self)))
 
     @property
@@ -274,7 +274,7 @@ def _read_table(path: Path) -> Any:
 
 
 def _numpy(column: Any) -> npt.NDArray[Any]:
-    """A column of numbers as (T,), of equally long lists as (T, n)."""
+    """Convert a column of numbers to (T,), one of equally long lists to (T, n)."""
     array = column.combine_chunks()
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if any(kind(array.type) for kind in kinds):

@@ -1,4 +1,4 @@
-"""What goes into a dataset: checks of an episode's arrays, the features they make, their columns."""
+"""Checks an episode's arrays, and makes the features, columns and rows with which a dataset describes them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def video_feature(camera: str, images: UInt8Image, length: int, fps: int) -> dic
 
 
 def vector_feature(dtype: str, width: int, names: Sequence[str] | None) -> dict[str, Any]:
-    """The ``info.json`` entry of a column with ``width`` numbers a frame."""
+    """Make the ``info.json`` entry of a column with ``width`` numbers a frame."""
     return {"dtype": dtype, "shape": [width], "names": None if names is None else list(names)}
 
 
@@ -77,7 +77,7 @@ def vector_column(
         name: The feature's name.
         values: Shape (T,) or (T, n).
         length: T of the episode.
-        names: What the n numbers are.
+        names: Names of the n numbers.
 
     Returns:
         The values, contiguous, (T,) where a frame has one number, else (T, n); and the feature's entry.
@@ -118,7 +118,7 @@ def check_episode(
         state: float32, (T, S); with S = 0 there is no such column.
         action: float32, (T, A).
         columns: Further columns, (T,) or (T, n).
-        names: What the numbers of ``observation.state`` and ``action`` are.
+        names: Names of the numbers of ``observation.state`` and ``action``.
         fps: Frames per second.
 
     Returns:
@@ -151,7 +151,7 @@ def check_episode(
 def with_bookkeeping(
     vectors: Mapping[str, npt.NDArray[Any]], length: int, fps: int, *, episode: int, task: int, first: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """An episode's columns, and those that every dataset has.
+    """Add the columns that every dataset has to an episode's own.
 
     Args:
         vectors: Column → values.
@@ -184,7 +184,7 @@ def episode_row(
     table: tuple[int, int],
     note: str,
 ) -> dict[str, Any]:
-    """A row of the episode table.
+    """Make a row of the episode table.
 
     Args:
         index: The episode's index.
@@ -216,7 +216,7 @@ def episode_row(
 def dataset_info(
     features: Mapping[str, Any], fps: int, robot_type: str | None, *, episodes: int, frames: int, tasks: int
 ) -> dict[str, Any]:
-    """What ``meta/info.json`` says."""
+    """Make the content of ``meta/info.json``."""
     return {
         "codebase_version": layout.VERSION,
         "robot_type": robot_type,
@@ -235,13 +235,13 @@ def dataset_info(
 
 
 def describe(features: Mapping[str, Mapping[str, Any]]) -> str:
-    """The features in one line, for messages."""
+    """Describe the features in one line, for messages."""
     own = {key: entry for key, entry in features.items() if key not in layout.BOOKKEEPING}
     return ", ".join(f"{key} {entry['dtype']}{tuple(entry['shape'])}" for key, entry in own.items())
 
 
 def data_table(vectors: Mapping[str, npt.NDArray[Any]]) -> Any:
-    """An Arrow table: numbers for (T,), lists of fixed length for (T, n)."""
+    """Make an Arrow table: numbers of (T,), lists of fixed length of (T, n)."""
     columns = {}
     for key, values in vectors.items():
         flat = pa.array(values.reshape(-1))
@@ -250,7 +250,7 @@ def data_table(vectors: Mapping[str, npt.NDArray[Any]]) -> Any:
 
 
 def tasks_table(tasks: Mapping[str, int]) -> Any:
-    """The task table, which LeRobot reads as a pandas frame whose index is the task's text."""
+    """Make the task table, which LeRobot reads as a pandas frame whose index is the task's text."""
     table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks, pa.string())})
     types = {"task_index": ("int64", "int64"), "task": ("unicode", "object")}
     pandas = {

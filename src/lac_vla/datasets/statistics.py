@@ -18,7 +18,7 @@ FeatureStats: TypeAlias = dict[str, npt.NDArray[Any]]
 
 
 def vector_stats(values: npt.NDArray[Any]) -> FeatureStats:
-    """Exact statistics over frames.
+    """Compute exact statistics over frames.
 
     Args:
         values: Shape (T,) or (T, n), any numeric or bool dtype.
@@ -40,7 +40,7 @@ def vector_stats(values: npt.NDArray[Any]) -> FeatureStats:
 
 
 class ImageHistogram:
-    """Counts of the 256 values of each colour channel: exact statistics of any number of images."""
+    """Counts the 256 values of each colour channel, for exact statistics of any number of images."""
 
     def __init__(self) -> None:
         self.counts = np.zeros((3, 256), dtype=np.int64)
@@ -61,7 +61,7 @@ class ImageHistogram:
         self.frames += other.frames
 
     def stats(self) -> FeatureStats:
-        """Statistics of the values scaled to [0, 1], float64 (3, 1, 1); ``count``, the frames, int64 (1,)."""
+        """Compute statistics of the values scaled to [0, 1], float64 (3, 1, 1); ``count``, the frames, int64 (1,)."""
         levels = np.arange(256) / 255.0
         total = self.counts.sum(axis=1, keepdims=True)
         mean = (self.counts * levels).sum(axis=1, keepdims=True) / total
@@ -82,7 +82,7 @@ class ImageHistogram:
 
 
 def merge(one: FeatureStats, other: FeatureStats) -> FeatureStats:
-    """Statistics of two sets of frames together; what only one of them has is left out.
+    """Merge the statistics of two sets of frames; what only one of them has is left out.
 
     All are exact but the quantiles, which are means weighted by the frames, as LeRobot's own are.
     """
@@ -104,10 +104,10 @@ def merge(one: FeatureStats, other: FeatureStats) -> FeatureStats:
 
 
 def to_lists(stats: Mapping[str, FeatureStats]) -> dict[str, dict[str, Any]]:
-    """The statistics as nested lists, for JSON."""
+    """Convert statistics to nested lists, for JSON."""
     return {key: {name: value.tolist() for name, value in entry.items()} for key, entry in stats.items()}
 
 
 def from_lists(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, FeatureStats]:
-    """The inverse of :func:`to_lists`."""
+    """Convert nested lists back, see :func:`to_lists`."""
     return {key: {name: np.asarray(value) for name, value in entry.items()} for key, entry in stats.items()}

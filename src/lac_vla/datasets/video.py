@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("data", "Reading and writing datasets") from error
 
 BT601, LIMITED = 5, 1
-"""Colour matrix and range of our videos, as FFmpeg numbers them: what OpenCV converts to and from."""
+"""Colour matrix and range of our videos, as FFmpeg numbers them; OpenCV converts to and from these."""
 _READS_AS_BT601 = (2, 5, 6)
 """Matrices that mean BT.601, or nothing is said."""
 
@@ -35,13 +35,13 @@ class VideoWriter:
         root: The dataset's folder.
         key: The camera's feature, e.g. ``observation.images.agentview``.
         fps: Frames per second.
-        height: Of the images, even.
-        width: Of the images, even.
+        height: Height of the images, even.
+        width: Width of the images, even.
         crf: x264's quality; 16 is visually lossless.
         gop: Frames from key frame to key frame.
         limit_mb: A new file begins before one grows beyond this.
         first: Chunk and file to begin with.
-        threads: Of the encoder; 0 leaves it to x264.
+        threads: Threads of the encoder; 0 leaves their number to x264.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ def read_frames(path: Path, start: float, count: int, fps: float) -> UInt8Image:
     Args:
         path: The video file.
         start: Timestamp of the first frame, seconds.
-        count: How many frames.
+        count: Number of frames.
         fps: Frames per second.
 
     Returns:
@@ -172,7 +172,7 @@ def read_frames(path: Path, start: float, count: int, fps: float) -> UInt8Image:
 
 
 def _rgb(frame: Any) -> UInt8Image:
-    """The frame as uint8, (H, W, 3). OpenCV converts many times faster than PyAV, without darkening the image."""
+    """Convert a frame to uint8, (H, W, 3). OpenCV is many times faster than PyAV, and does not darken the image."""
     plain = frame.format.name == "yuv420p" and int(frame.color_range) != 2 and not (frame.height | frame.width) % 2
     if plain and int(frame.colorspace) in _READS_AS_BT601:
         return np.asarray(cv2.cvtColor(frame.to_ndarray(), cv2.COLOR_YUV2RGB_I420), dtype=np.uint8)

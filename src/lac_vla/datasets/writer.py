@@ -45,10 +45,10 @@ class DatasetWriter:
     Args:
         root: Folder of the dataset; must not exist yet.
         fps: Frames per second.
-        state_names: What the numbers of the state are.
-        action_names: What the numbers of an action are.
-        robot_type: For ``info.json``.
-        provenance: How the data came about (simulator, rendering, noise …), JSON; kept in
+        state_names: Names of the numbers of the state.
+        action_names: Names of the numbers of an action.
+        robot_type: The robot's name in ``info.json``.
+        provenance: Origin of the data (simulator, rendering, noise …), JSON; kept in
             ``meta/provenance.json``.
         crf: x264's quality; 16 is visually lossless.
         gop: Frames from key frame to key frame: few make random access cheap, many make small files.
@@ -92,7 +92,7 @@ class DatasetWriter:
         self._data_bytes = 0
 
     def __enter__(self) -> DatasetWriter:
-        """The writer itself."""
+        """Return the writer itself."""
         return self
 
     def __exit__(
@@ -123,7 +123,7 @@ class DatasetWriter:
             task: The instruction.
             columns: Further columns, (T,) or (T, n). To LeRobot, names that begin with ``observation`` or
                 ``action`` are inputs and outputs of a policy: avoid them for anything else.
-            metadata: Facts about the episode (initial state, seed …), JSON; kept in the episode table.
+            metadata: Metadata of the episode (initial state, seed …), JSON; kept in the episode table.
 
         Returns:
             The episode's index.

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lac_vla.client.remote import RemoteSession
 from lac_vla.cost import CostModel
 from lac_vla.engine.step_info import PolicySession
 from lac_vla.evaluation.cluster import run_on_ray
@@ -13,7 +14,6 @@ from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.jobs import Job, play
 from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.evaluation.remote import RemoteSession
 from lac_vla.evaluation.rollout import Simulator, rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
 from lac_vla.factory import ModelOptions, load_methods, method_name

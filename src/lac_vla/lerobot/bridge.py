@@ -1,7 +1,8 @@
-"""From LeRobot's batches to frames, and a session behind them. LeRobot itself is not needed here."""
+"""A session over LeRobot's batches: turns them into frames, and chunks into actions. It does not need LeRobot."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,42 +18,56 @@ IMAGES = "observation.images."
 STATE = "observation.state"
 TASK = "task"
 ROUNDING = 1e-3
-"""By how much a value may lie outside 0..1."""
+"""Distance by which a value may lie outside 0..1."""
 
 
 class Bridge:
-    """One robot, as LeRobot sees it.
+    """A session of one robot, which answers LeRobot's batches.
 
     Args:
-        vla: Backbone and policy.
+        vla: Model and policy.
         cameras: The model's camera → key of its image in a batch; ``observation.images.<camera>`` for those left out.
-        seed: Of chance.
+        seed: Seed of the session.
+        n_action_steps: Actions of a chunk that are executed before the model is asked again.
 
     Raises:
-        InputError: If a camera is none of the model's.
+        InputError: If a camera is none of the model's, or its chunks have fewer actions.
     """
 
-    def __init__(self, vla: CachedVLA, cameras: Mapping[str, str] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, vla: CachedVLA, cameras: Mapping[str, str] | None = None, seed: int = 0, n_action_steps: int = 1
+    ) -> None:
         names = list(vla.model.grids)
         if unknown := sorted(set(cameras or {}) - set(names)):
             raise InputError(f"the model has no camera {unknown}; it has {names}")
         self.cameras = {name: (cameras or {}).get(name, IMAGES + name) for name in names}
-        self._session = vla.session(seed)
+        horizon = vla.model.horizon
+        if not 1 <= n_action_steps <= horizon:
+            raise InputError(f"n_action_steps is {n_action_steps}; give 1 to {horizon}, the length of a chunk")
+        self._session, self._n_action_steps = vla.session(seed), n_action_steps
+        self._queue: deque[FloatArray] = deque()
 
     @property
     def last_info(self) -> StepInfo | None:
-        """What the last :meth:`act` did."""
+        """The report of the last frame that the model answered."""
         return self._session.last_info
 
     def reset(self) -> None:
-        """Begin a new episode."""
+        """Begin a new episode; what is left of the last chunk is dropped."""
         self._session.reset()
+        self._queue.clear()
+
+    def next_action(self, batch: Mapping[str, Any]) -> FloatArray:
+        """Return the next action of the chunk, float32, (A,); ask the model, see :meth:`act`, when none is left."""
+        if not self._queue:
+            self._queue.extend(self.act(batch)[: self._n_action_steps])
+        return self._queue.popleft()
 
     def act(self, batch: Mapping[str, Any]) -> FloatArray:
-        """Answer a batch of one.
+        """Answer a batch of one with a whole chunk.
 
         Args:
-            batch: See :func:`frame_of`.
+            batch: The observation, see :func:`frame_of`.
 
         Returns:
             The actions, float32, (horizon, A), in the robot's units.
@@ -64,7 +79,7 @@ class Bridge:
 
 
 def frame_of(batch: Mapping[str, Any], cameras: Mapping[str, str]) -> Frame:
-    """The frame of a batch of one.
+    """Make the frame of a batch of one.
 
     Args:
         batch: Images, (1, 3, H, W), float in 0..1 or uint8; ``observation.state``, (1, S), if there is one; ``task``,
@@ -88,7 +103,7 @@ def frame_of(batch: Mapping[str, Any], cameras: Mapping[str, str]) -> Frame:
 
 
 def _image(value: Any, key: str) -> UInt8Image:
-    """H×W×3; exactly the image that became a float image by division by 255."""
+    """Return uint8, (H, W, 3), exactly the image that became a float image by division by 255."""
     image = _one(value, key, 4)
     if image.is_floating_point():
         if not (image.amin() >= -ROUNDING and image.amax() <= 1 + ROUNDING):  # NaN is outside, too
@@ -100,7 +115,7 @@ def _image(value: Any, key: str) -> UInt8Image:
 
 
 def _one(value: Any, key: str, dims: int) -> torch.Tensor:
-    """The only item of a batch."""
+    """Return the only item of a batch."""
     if not isinstance(value, torch.Tensor) or value.ndim != dims:
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise InputError(f"{key} is {shape}; give a tensor of {dims} dimensions, the batch first")

@@ -20,23 +20,25 @@ NO_TRAINING = "lac_vla runs a finished VLA inside LeRobot; train its caching pol
 @PreTrainedConfig.register_subclass("lac_vla")
 @dataclass
 class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
-    """What to run. LeRobot's own fields come on top.
+    """Settings of the policy, beside LeRobot's own.
 
     Attributes:
         model: Checkpoint folder or hub id.
         policy: Caching policy: ``lac`` (the one that comes with the model), ``lac:path=FOLDER``, ``dense``, …
         cameras: The model's camera → key of its image; ``observation.images.<camera>`` for those left out.
-        flow: Optical flow, if not the one that the policy was made for.
-        max_age: No slot is reused once it is this old, frames.
-        options: EngineOptions beside caching.
-        image_pipeline: The model's image geometry, if not its own.
-        unnorm_key: Statistics key of the checkpoint, if it has several.
-        seed: Of chance.
+        n_action_steps: Actions of a chunk that are executed before the model is asked again.
+        flow: See :class:`lac_vla.factory.ModelOptions`, as for all that follow.
+        max_age: Frames.
+        options: Engine options.
+        image_pipeline: Image geometry.
+        unnorm_key: Statistics key.
+        seed: Seed of the session.
     """
 
     model: str = ""
     policy: str = "lac"
     cameras: dict[str, str] = field(default_factory=dict)
+    n_action_steps: int = 1
     flow: str | None = None
     max_age: int = 16
     options: str = "default"
@@ -46,23 +48,23 @@ class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def observation_delta_indices(self) -> None:
-        """The present frame alone."""
+        """Ask for the present frame alone."""
 
     @property
     def action_delta_indices(self) -> None:
-        """No actions are needed."""
+        """Ask for no actions."""
 
     @property
     def reward_delta_indices(self) -> None:
-        """No rewards are needed."""
+        """Ask for no rewards."""
 
     def get_optimizer_preset(self) -> NoReturn:
-        """There is none."""
+        """Refuse, as nothing is trained here."""
         raise NotImplementedError(NO_TRAINING)
 
     def get_scheduler_preset(self) -> Any:
-        """There is none."""
+        """Return none, as nothing is trained here."""
         return None
 
     def validate_features(self) -> None:
-        """The model checks what it is shown."""
+        """Do nothing: the model checks its observations."""

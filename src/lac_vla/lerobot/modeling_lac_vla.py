@@ -19,8 +19,8 @@ class LacVlaPolicy(PreTrainedPolicy):  # type: ignore[misc]
 
     Args:
         config: The settings.
-        dataset_stats: LeRobot's; the checkpoint has its own.
-        dataset_meta: LeRobot's; not needed.
+        dataset_stats: LeRobot's statistics; not needed, the checkpoint has its own.
+        dataset_meta: LeRobot's description of a dataset; not needed.
 
     Raises:
         InputError: If a setting cannot be used.
@@ -35,32 +35,28 @@ class LacVlaPolicy(PreTrainedPolicy):  # type: ignore[misc]
         if not config.model:
             raise InputError("which model? Give its checkpoint folder or hub id: --policy.model=…")
         options = ModelOptions(
-            device=config.device or "cpu",
-            unnorm_key=config.unnorm_key,
-            image_pipeline=config.image_pipeline,
-            flow=config.flow,
-            max_age=config.max_age,
-            options=config.options,
-        )
+            device=config.device or "cpu", unnorm_key=config.unnorm_key, image_pipeline=config.image_pipeline,
+            flow=config.flow, max_age=config.max_age, options=config.options, seed=config.seed,
+        )  # fmt: skip
         vla = CachedVLA.from_pretrained(config.model, config.policy, options)
-        self.robot = Bridge(vla, config.cameras, config.seed)
+        self.bridge = Bridge(vla, config.cameras, options.seed, config.n_action_steps)
 
     def reset(self) -> None:
         """Begin a new episode."""
-        self.robot.reset()
+        self.bridge.reset()
 
     def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> torch.Tensor:
-        """All actions that the model answers: float32, (1, horizon, A)."""
-        return torch.from_numpy(self.robot.act(batch))[None].to(self.config.device)
+        """Ask the model, and return the whole chunk, float32, (1, horizon, A)."""
+        return torch.from_numpy(self.bridge.act(batch))[None].to(self.config.device)
 
     def select_action(self, batch: dict[str, Any], **_: Any) -> torch.Tensor:
-        """The next action: float32, (1, A). The model is asked on every frame; of a chunk the first action is taken."""
-        return self.predict_action_chunk(batch)[:, 0]
+        """Return the next action, float32, (1, A); the model is asked once in ``n_action_steps`` calls."""
+        return torch.from_numpy(self.bridge.next_action(batch))[None].to(self.config.device)
 
     def forward(self, batch: dict[str, Any]) -> NoReturn:
-        """Not trained here."""
+        """Refuse, as nothing is trained here."""
         raise NotImplementedError(NO_TRAINING)
 
     def get_optim_params(self) -> NoReturn:
-        """Not trained here."""
+        """Refuse, as nothing is trained here."""
         raise NotImplementedError(NO_TRAINING)

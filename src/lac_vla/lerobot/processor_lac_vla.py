@@ -1,4 +1,4 @@
-"""What LeRobot does around the policy: next to nothing, for the model normalises by its checkpoint's statistics."""
+"""LeRobot's processors around the policy: next to none, as the model normalises by its checkpoint's statistics."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PR
 
 
 def make_lac_vla_pre_post_processors(config: LacVlaConfig, dataset_stats: Any = None) -> tuple[Any, Any]:
-    """The two pipelines.
+    """Make the two pipelines.
 
     Args:
         config: The settings.
-        dataset_stats: LeRobot's; not needed.
+        dataset_stats: LeRobot's statistics; not needed.
     """
     before = [
         RenameObservationsProcessorStep(rename_map={}),

@@ -1,4 +1,4 @@
-"""Who may talk to the server: this machine alone, or whoever holds the key."""
+"""Access to the server: this machine alone, or everybody who holds the key."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lac_vla.client import KEY_VARIABLE
 from lac_vla.errors import InputError
 
-KEY_VARIABLE = "LAC_API_KEY"
-"""Environment variable that holds the key, if no file does. Never an argument: those are visible to all processes."""
 MIN_KEY = 16
 """Characters of a key."""
 
 
 def read_key(file: Path | None) -> str | None:
-    """The API key: a file's first line, else the environment's; ``None`` if there is neither.
+    """Read the API key: a file's first line, else the environment's; ``None`` if there is neither.
 
     Raises:
         InputError: If the file cannot be read, or the key is too short or cannot stand in a header.
@@ -40,14 +39,14 @@ def read_key(file: Path | None) -> str | None:
 
 
 def allowed(header: str | None, key: str | None) -> bool:
-    """Whether an ``Authorization`` header shows the key, in a time that does not tell how much of it is right."""
+    """Tell whether an ``Authorization`` header shows the key, in a time that does not depend on how much is right."""
     if key is None:
         return True
     return hmac.compare_digest((header or "").encode("utf-8", "replace"), f"Api-Key {key}".encode())
 
 
 def browser_allowed(header: str | None, key: str | None) -> bool:
-    """As :func:`allowed`, or by HTTP Basic with the key as the password, which a browser asks its user for."""
+    """Tell whether a browser shows the key, as in :func:`allowed` or as the password of HTTP Basic."""
     scheme, _, credentials = (header or "").partition(" ")
     if key is None or scheme.lower() != "basic":
         return allowed(header, key)
@@ -59,7 +58,7 @@ def browser_allowed(header: str | None, key: str | None) -> bool:
 
 
 def names_this_machine(host: str | None) -> bool:
-    """Whether a ``Host`` header says that the browser meant this machine.
+    """Tell whether a ``Host`` header says that the browser meant this machine.
 
     A web page elsewhere can make its own name point here, and its reader's browser then takes our answers for its own:
     without a key, the name alone tells the two apart.
@@ -72,7 +71,7 @@ def names_this_machine(host: str | None) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches an address."""
+    """Tell whether only this machine reaches an address."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -92,7 +91,7 @@ def check_exposure(host: str, key: str | None) -> None:
 
 
 def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """TLS from PEM files; ``None`` without a certificate.
+    """Load TLS settings from PEM files; ``None`` without a certificate.
 
     Raises:
         InputError: If one of the two files is missing, or they are not a certificate and its key.

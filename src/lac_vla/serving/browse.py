@@ -1,4 +1,4 @@
-"""``lac view``: is there a server with a live page? Then the browser opens it."""
+"""``lac view``: opens a server's live page in the browser, or says why there is none."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def open_page(url: str) -> str:
         url: ``ws://host:port`` or ``wss://…``, as robots are told.
 
     Returns:
-        What to tell the user.
+        A line for the user.
 
     Raises:
-        InputError: If this is no such address, nothing answers there, or its page is off.
+        InputError: If this is no such address, nothing answers there, or the page is off.
     """
     address = page_address(url)
     server = address.removesuffix("/view")
@@ -51,7 +51,7 @@ def open_page(url: str) -> str:
 
 
 def page_address(url: str) -> str:
-    """The page's address on a server.
+    """Return the address of a server's page.
 
     Raises:
         InputError: If ``url`` is no server's address.
@@ -68,7 +68,7 @@ def page_address(url: str) -> str:
 
 
 def _status(address: str, server: str) -> int:
-    """Of a GET."""
+    """Return the status of a GET request."""
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
             status: int = answer.status

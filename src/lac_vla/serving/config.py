@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lac_vla.errors import InputError
+from lac_vla.factory import ModelOptions, load_methods
+from lac_vla.serving.sessions import SessionOptions
 
 if TYPE_CHECKING:
     from lac_vla.serving.server import PolicyServer
@@ -31,24 +33,18 @@ class ServeConfig:
         tls_cert: Certificate, PEM.
         tls_key: Its key, PEM.
         deadline_ms: From a request's arrival to its answer; caps the tokens per frame. 0 for none.
-        slack: Between two requests, compute the stalest slots of the last frame anew.
-        shadow_every: Between two requests, after every so many frames, compare with the model without a cache.
-        shadow_threshold: Mean absolute difference of the actions from which on the cache is distrusted.
-        gap_s: A robot that was silent for longer begins a new episode.
         max_sessions: Robots at a time.
         max_rate: Requests per second and robot.
         max_message_mb: Size of a request.
         record: Folder of a LeRobot dataset of what the sessions see and do, for ``lac train``; one that is there is
             continued.
         record_fps: Frames per second that it is to have; 0: those of the folder, or the rate of the first episode.
-        flow: Optical flow, if not the one that the policy was made for.
-        max_age: No slot is reused once it is this old, frames.
-        options: EngineOptions beside caching.
-        image_pipeline: The model's image geometry, if not its own.
-        unnorm_key: Statistics key of the checkpoint, if it has several.
-        device: ``cpu`` or ``cuda``.
-        threads: CPU threads of torch; 0 leaves it to torch.
         view: A live page for the operator at ``/view``; ``lac view`` opens it.
+        session_options: Options of every robot's session.
+        model_options: Options with which the model is loaded and run.
+
+    Raises:
+        InputError: If a setting makes no sense.
     """
 
     model: str
@@ -62,23 +58,14 @@ class ServeConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     deadline_ms: float = 0.0
-    slack: bool = False
-    shadow_every: int = 0
-    shadow_threshold: float = 0.1
-    gap_s: float = 5.0
     max_sessions: int = 32
     max_rate: float = 200.0
     max_message_mb: float = 8.0
     record: Path | None = None
     record_fps: int = 0
-    flow: str | None = None
-    max_age: int = 16
-    options: str = "default"
-    image_pipeline: str | None = None
-    unnorm_key: str | None = None
-    device: str = "cpu"
-    threads: int = 0
     view: bool = False
+    session_options: SessionOptions = field(default_factory=SessionOptions)
+    model_options: ModelOptions = field(default_factory=ModelOptions)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -90,7 +77,7 @@ class ServeConfig:
 
 
 def make_server(config: ServeConfig) -> PolicyServer:
-    """Load the model, measure what is to be known about this machine, and make the server; it does not listen yet.
+    """Load the model, measure latencies where they are needed, and make the server; it does not listen yet.
 
     Raises:
         InputError: If a setting cannot be used.
@@ -98,69 +85,44 @@ def make_server(config: ServeConfig) -> PolicyServer:
         MissingExtraError: If the extra ``serve`` is not installed.
     """
     from lac_vla import __version__
+    from lac_vla.client.observation import ObservationKeys
     from lac_vla.engine.budget import smallest_budget
-    from lac_vla.factory import ModelOptions, load_methods
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
     from lac_vla.serving.controller import DeadlineController, LatencyTable
-    from lac_vla.serving.metrics import Metrics
-    from lac_vla.serving.observation import ObservationKeys
     from lac_vla.serving.server import Limits, PolicyServer
-    from lac_vla.serving.sessions import Rules
 
     key, tls = read_key(config.api_key_file), tls_context(config.tls_cert, config.tls_key)
     check_exposure(config.host, key)
-    rules = Rules(config.gap_s, config.slack, config.shadow_every, config.shadow_threshold)
-    options = ModelOptions(
-        device=config.device,
-        unnorm_key=config.unnorm_key,
-        image_pipeline=config.image_pipeline,
-        flow=config.flow,
-        max_age=config.max_age,
-        options=config.options,
-        threads=config.threads,
-    )
-    [(method, vla)] = load_methods(config.model, (config.policy,), options).items()
-    backbone = vla.model
-    keys = ObservationKeys.parse(backbone.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
-    table = LatencyTable.measure(vla) if config.deadline_ms or config.slack else None
+    [(method, vla)] = load_methods(config.model, (config.policy,), config.model_options).items()
+    keys = ObservationKeys.parse(vla.model.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
+    table = LatencyTable.measure(vla) if config.deadline_ms or config.session_options.slack else None
     controller = None
     if config.deadline_ms and table is not None:
-        n_visual = sum(rows * cols for rows, cols in backbone.grids.values())
+        n_visual = sum(rows * cols for rows, cols in vla.model.grids.values())
         controller = DeadlineController(config.deadline_ms, table, smallest_budget(n_visual, vla.max_age))
-    facts = {
+    metadata = {
         "server": f"lac-vla {__version__}",
-        "model": backbone.name,
+        "model": vla.model.name,
         "method": method,
         "cameras": dict(keys.cameras),
         "state": keys.state,
         "prompt": keys.prompt,
+        "actions_per_call": config.session_options.actions_per_call or None,
         "max_age": vla.max_age,
         "options": str(vla.options),
         "deadline_ms": config.deadline_ms or None,
     }
     limits = Limits(config.max_sessions, config.max_rate, int(config.max_message_mb * 2**20))
-    metrics, recorder = Metrics(), None
+    server = PolicyServer(
+        vla, keys, config.session_options, controller, table, metadata, config.host, config.port, key, tls, limits,
+        view=config.view, seed=config.model_options.seed,
+    )  # fmt: skip
     if config.record is not None:
         from lac_vla.serving.record import make_recorder
 
-        about = {name: facts[name] for name in ("server", "model", "method")}
-        recorder = make_recorder(vla, config.record, config.record_fps, about, metrics)
-    return PolicyServer(
-        vla,
-        keys,
-        rules,
-        controller,
-        table,
-        facts,
-        config.host,
-        config.port,
-        key,
-        tls,
-        limits,
-        metrics,
-        recorder=recorder,
-        view=config.view,
-    )
+        recorded = {name: metadata[name] for name in ("server", "model", "method", "actions_per_call")}
+        server.recorder = make_recorder(vla, config.record, config.record_fps, recorded, server.metrics)
+    return server
 
 
 def serve(config: ServeConfig) -> None:

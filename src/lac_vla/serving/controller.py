@@ -12,28 +12,27 @@ import numpy as np
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
-from lac_vla.models import Backbone
+from lac_vla.models import VLA
 from lac_vla.policies import CachePolicy
-from lac_vla.serving.observation import state_length
 from lac_vla.types import Decision, Frame, PolicyInput
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-"""Of the visual tokens, computed at the table's points."""
+"""Shares of the visual tokens that are computed at the table's points."""
 ROUNDS = 12
 """Frames per point of the table."""
 QUANTILE = 0.995
 """Share of the frames that are to keep the deadline."""
 STEP = 0.3
-"""How quickly the controller learns that the machine is slower than the table says."""
+"""Step of the controller's correction after a late frame, in its logarithm."""
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """How long a frame takes by the number of tokens computed, from observation to action.
+    """Latency of a frame, from observation to action, by the number of tokens computed.
 
     Attributes:
-        tokens: Rising.
-        milliseconds: A high quantile at each of them, never falling.
+        tokens: Numbers of tokens, rising.
+        milliseconds: A high quantile of the latency at each of them, never falling.
     """
 
     tokens: tuple[int, ...]
@@ -51,18 +50,16 @@ class LatencyTable:
             took = []
             for index in range(rounds + 2):  # the first is dense, the second warms up what is sparse
                 session.act(frames[index % len(frames)])
-                took.append(
-                    session.last_info.timings["observation_to_action"] if session.last_info is not None else math.nan
-                )
+                took.append(session.last_info.timings["observation_to_action"] if session.last_info else math.nan)
             times.append(float(np.quantile(took[2:], 0.9)))
         return cls(tuple(points), tuple(np.maximum.accumulate(times).tolist()))
 
     def __call__(self, tokens: float) -> float:
-        """Milliseconds of a frame with so many tokens."""
+        """Return the milliseconds of a frame with so many tokens."""
         return float(np.interp(tokens, self.tokens, self.milliseconds))
 
     def tokens_in(self, milliseconds: float) -> int:
-        """The most tokens that a frame of so many milliseconds can compute; 0 if it is not enough for the fewest."""
+        """Return the most tokens that a frame of so many milliseconds can compute; 0 if not even the fewest fit."""
         if milliseconds < self.milliseconds[0]:
             return 0
         # Where the table is level, the largest count of that time is meant: hence the tiny slope.
@@ -77,8 +74,8 @@ class DeadlineController:
     slowly otherwise that both balance when :data:`QUANTILE` of the frames are in time.
 
     Args:
-        deadline_ms: From a request's arrival to its answer.
-        table: Latencies.
+        deadline_ms: Milliseconds from a request's arrival to its answer.
+        table: Latencies on this machine.
         floor: Tokens per frame that are never denied, see :func:`lac_vla.engine.budget.smallest_budget`.
 
     Raises:
@@ -94,8 +91,8 @@ class DeadlineController:
         self.deadline_ms, self.table, self.floor = deadline_ms, table, floor
         self.correction = 1.0
 
-    def limit(self, waited_ms: float) -> int:
-        """Tokens that a frame can afford which has waited so long already; never fewer than the floor."""
+    def token_budget(self, waited_ms: float) -> int:
+        """Return the tokens that a frame can afford which has waited so long; never fewer than the floor."""
         return max(self.floor, self.table.tokens_in((self.deadline_ms - waited_ms) / self.correction))
 
     def observe(self, tokens: float, milliseconds: float) -> None:
@@ -107,7 +104,7 @@ class DeadlineController:
 
 @dataclass(frozen=True)
 class _Fixed(CachePolicy):
-    """Costs what a policy costs, and then has exactly so many tokens computed."""
+    """Runs a policy for its cost, and then has exactly so many tokens computed."""
 
     policy: CachePolicy
     tokens: int
@@ -127,12 +124,12 @@ class _Fixed(CachePolicy):
         return Decision.reuse(np.arange(inputs.layout.n_visual) >= self.tokens, inputs.n_layers)
 
 
-def sample_frames(backbone: Backbone, side: int = 224) -> list[Frame]:
-    """A few noisy pictures of one scene, as any camera of the model might send them."""
+def sample_frames(model: VLA, side: int = 224) -> list[Frame]:
+    """Make a few noisy pictures of one scene, as the model's cameras might send them."""
     rng = np.random.default_rng(0)
-    length = state_length(backbone)
+    length = model.processor.state_dim
     state = None if length is None else np.zeros(length, dtype=np.float32)
-    scenes = {camera: rng.integers(60, 190, (side, side, 3)) for camera in backbone.grids}
+    scenes = {camera: rng.integers(60, 190, (side, side, 3)) for camera in model.grids}
     return [
         Frame(
             {c: (scene + rng.integers(-9, 10, scene.shape)).astype(np.uint8) for c, scene in scenes.items()},

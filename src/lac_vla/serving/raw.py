@@ -1,4 +1,4 @@
-"""An episode on disk while it happens: one file of equally long records, readable however far it came."""
+"""An episode on disk while it happens: one file of equally long records, readable at any time."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from lac_vla.types import FloatArray, Frame, UInt8Image
 
 SUFFIX = ".frames"
 COLUMNS = {"seconds": np.float64, "cache_ratio": np.float32, "latency_ms": np.float32}
-"""What is recorded beside observation and action: when the request came, since the episode began; the share of the
-tokens that was reused; the time from the request's arrival to the answer."""
+"""Columns beside observation and action: the request's arrival since the episode began; the share of the tokens that
+was reused; the time from the request's arrival to the answer."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What all frames of an episode have in common.
+    """Describes what all frames of an episode have in common.
 
     Attributes:
         task: The instruction.
         images: Camera → (H, W).
         state: Length of the state, 0 for none.
         action: Length of an action.
-        about: Facts for the episode's metadata, JSON.
+        metadata: The episode's metadata, JSON.
     """
 
     task: str
     images: Mapping[str, tuple[int, int]]
     state: int
     action: int
-    about: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     @classmethod
-    def of(cls, frame: Frame, action: FloatArray, about: Mapping[str, Any]) -> Header:
-        """That of an episode which begins with this frame."""
+    def of(cls, frame: Frame, action: FloatArray, metadata: Mapping[str, Any]) -> Header:
+        """Make the header of an episode that begins with this frame."""
         return cls(
-            frame.instruction, frame.shapes, 0 if frame.proprio is None else frame.proprio.size, action.size, about
+            frame.instruction, frame.shapes, 0 if frame.proprio is None else frame.proprio.size, action.size, metadata
         )
 
     @property
     def record(self) -> np.dtype[np.void]:
-        """A frame as it lies in the file."""
+        """The dtype of a frame in the file."""
         fields: list[tuple[str, Any, tuple[int, ...]]] = [
             (f"images.{camera}", np.uint8, (*size, 3)) for camera, size in self.images.items()
         ]
@@ -57,14 +57,14 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class RawEpisode:
-    """A file that was read: arrays that stay on the disk, as :meth:`DatasetAppender.add_episode` takes them.
+    """An episode read from its file: arrays that stay on the disk, as :meth:`DatasetAppender.add_episode` takes them.
 
     Attributes:
-        header: Of the file.
+        header: The file's header.
         images: Camera → uint8, (T, H, W, 3).
         state: float32, (T, S).
         action: float32, (T, A).
-        columns: :data:`COLUMNS`, each (T,).
+        columns: The columns of :data:`COLUMNS`, each (T,).
     """
 
     header: Header
@@ -86,7 +86,7 @@ class RawEpisode:
         """Map a file; a record that was not finished is left out.
 
         Raises:
-            DatasetError: If it is none, or holds no frame.
+            DatasetError: If it is no such file, or holds no frame.
         """
         with path.open("rb") as file:
             try:
@@ -109,11 +109,11 @@ class RawEpisode:
 
 
 class RawWriter:
-    """Writes one file.
+    """Writes the file of one episode.
 
     Args:
-        path: Of the file.
-        header: Of the episode.
+        path: Path of the new file.
+        header: The episode's header.
 
     Raises:
         OSError: If the disk fails.
@@ -132,7 +132,7 @@ class RawWriter:
             OSError: If the disk fails.
         """
         header = self.header
-        if Header.of(frame, action, header.about) != header:
+        if Header.of(frame, action, header.metadata) != header:
             raise DatasetError("images, state, action or instruction changed in mid-episode")
         parts: list[npt.NDArray[Any]] = [frame.images[camera] for camera in header.images]
         parts += [np.zeros(0) if frame.proprio is None else frame.proprio, np.asarray(action, np.float32)]

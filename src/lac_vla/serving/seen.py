@@ -48,7 +48,7 @@ class Seen:
         instruction: Of the last request.
         frames: Requests answered.
         at: Time of the last answer, or of the connection, seconds.
-        step: What the session did last, without what the backbone says about its action.
+        step: What the session did last, without what the head says of its action.
         limit: Tokens that the deadline left, at most.
         ratios: Effective cache ratios of the last :data:`KEPT` requests, in [0, 1].
         latencies: Milliseconds from their arrival to their answer.
@@ -83,7 +83,7 @@ class Seen:
             instruction=answer.frame.instruction,
             frames=frame,
             step=replace(answer.step, metadata={}, probe=None),  # these may hold tensors
-            limit=report["limit"],
+            limit=report["token_budget"],
             ratios=(*self.ratios[1 - KEPT :], report["ratio"]),
             latencies=(*self.latencies[1 - KEPT :], took),
             events=events,

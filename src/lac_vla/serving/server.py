@@ -1,8 +1,9 @@
-"""The server: connections in, one session each; the model's thread does the work, the event loop never does."""
+"""The server: every connection is a session; the model runs in a thread of its own, never in the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import time
@@ -13,15 +14,15 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lac_vla.client import wire
+from lac_vla.client.observation import ObservationKeys
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.factory import CachedVLA
-from lac_vla.serving import wire
 from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names_this_machine
 from lac_vla.serving.controller import DeadlineController, LatencyTable
+from lac_vla.serving.executor import ModelExecutor
 from lac_vla.serving.metrics import Metrics, log
-from lac_vla.serving.observation import ObservationKeys
-from lac_vla.serving.sessions import Answer, RobotSession, Rules
-from lac_vla.serving.worker import Worker
+from lac_vla.serving.sessions import Answer, RobotSession, SessionOptions
 
 if TYPE_CHECKING:  # both need extras that serving does not
     from lac_vla.serving.record import Recorder
@@ -35,15 +36,15 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("serve", "Serving") from error
 
 
-class Watcher(Protocol):
-    """Is told what one session does, and never holds it up."""
+class AnswerObserver(Protocol):
+    """Watches the answers of one session, and never holds it up."""
 
     def add(self, answer: Answer, arrived: float, took_ms: float) -> None:
-        """A request that came at ``arrived`` (``time.perf_counter()``) was answered; the answer is sent."""
+        """See an answer that was sent to a request which came at ``arrived``, by ``time.perf_counter()``."""
         ...
 
-    def end(self, why: str) -> None:
-        """The session has ended."""
+    def end(self, reason: str) -> None:
+        """Finish, as the session has ended."""
         ...
 
 
@@ -52,12 +53,12 @@ FOREIGN = "without an API key this is shown to localhost and 127.0.0.1 alone; gi
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask of the server.
+    """Limits on what clients may ask of the server.
 
     Attributes:
-        sessions: Connections at a time.
-        rate_hz: Requests per second and session; a faster one is read more slowly.
-        message: Bytes of a request.
+        sessions: Connections at a time, at most.
+        rate_hz: Requests per second and session; a faster client is read more slowly.
+        message: Bytes of a request, at most.
         send_s: Seconds that a client may take to read an answer.
         idle_s: Seconds without a request after which a session ends.
     """
@@ -74,28 +75,32 @@ class PolicyServer:
     """Serves one model to many robots. An async context manager, from listening to shut down.
 
     Attributes:
-        vla: Backbone and policy.
+        vla: Model and policy.
         keys: Where requests hold what the model needs.
-        rules: For all sessions.
-        controller: Of the deadline.
+        session_options: Options of all sessions.
+        controller: Keeps the deadline; ``None`` if there is none.
         table: Latencies, for slack refresh.
-        facts: What the metadata says besides.
+        metadata: Metadata that clients get when they connect, beside the session's name.
         host: Address to listen on.
-        port: 0 for any free one; then the one that was taken.
+        port: Port to listen on; 0 for any free one, which it then names.
         key: The API key.
-        tls: For ``wss://``.
-        limits: Of every client.
-        metrics: What is counted.
-        recorder: Where sessions are recorded; ``None`` for nowhere.
+        tls: TLS settings, for ``wss://``.
+        limits: Limits of every client.
+        metrics: Prometheus metrics.
+        recorder: Records the sessions; ``None`` if nothing is recorded.
         view: Whether there is a live page for the operator.
+        seed: Seed of every session.
+
+    Raises:
+        InputError: If the address needs a key and there is none, or an answer cannot hold that many actions.
     """
 
     vla: CachedVLA
     keys: ObservationKeys
-    rules: Rules = field(default_factory=Rules)
+    session_options: SessionOptions = field(default_factory=SessionOptions)
     controller: DeadlineController | None = None
     table: LatencyTable | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 0
     key: str | None = None
@@ -104,10 +109,14 @@ class PolicyServer:
     metrics: Metrics = field(default_factory=Metrics)
     recorder: Recorder | None = None
     view: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_exposure(self.host, self.key)
-        self._worker = Worker(self.limits.sessions)
+        wanted = self.session_options.actions_per_call
+        if wanted > (horizon := self.vla.model.horizon):
+            raise InputError(f"actions_per_call is {wanted}; the model answers with {horizon} actions at most")
+        self._executor = ModelExecutor(self.limits.sessions)
         self._robots: dict[ServerConnection, RobotSession] = {}
         self._busy: set[ServerConnection] = set()
         self._stopping = False
@@ -117,11 +126,11 @@ class PolicyServer:
             from lac_vla.serving.view import View
 
             deadline = None if self.controller is None else self.controller.deadline_ms
-            self._view = View(self.facts, self.vla.max_age, deadline)
+            self._view = View(self.metadata, self.vla.max_age, deadline)
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address on which it listens."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'ws' if self.tls is None else 'wss'}://{host}:{self.port}"
 
@@ -142,7 +151,7 @@ class PolicyServer:
             logger=logging.getLogger("lac_vla.serving.websockets"),
         )
         self.port = self._server.sockets[0].getsockname()[1]
-        log("listening", url=self.url, **self.facts)
+        log("listening", url=self.url, **self.metadata)
         return self
 
     async def __aexit__(
@@ -154,7 +163,7 @@ class PolicyServer:
             self._server.close(close_connections=False)
             await asyncio.gather(*(ws.close(1001, "stopping") for ws in self._robots if ws not in self._busy))
             await self._server.wait_closed()
-        await self._worker.close()
+        await self._executor.close()
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)
         log("stopped")
@@ -172,7 +181,7 @@ class PolicyServer:
             if self._foreign(request):
                 return self._refuse(ws, HTTPStatus.FORBIDDEN, "foreign name", FOREIGN)
             self.metrics.sessions.set(len(self._robots))
-            self.metrics.waiting.set(self._worker.waiting)
+            self.metrics.waiting.set(self._executor.waiting)
             self.metrics.memory.set(sum(robot.nbytes for robot in self._robots.values()))
             return ws.respond(HTTPStatus.OK, self.metrics.text().decode())
         if len(self._robots) >= self.limits.sessions:
@@ -194,7 +203,7 @@ class PolicyServer:
         return await self._view.respond(request)
 
     def _foreign(self, request: Request) -> bool:
-        """Whether a page elsewhere may have asked, by a name of its own that points here."""
+        """Tell whether a page elsewhere may have asked, by a name of its own that points here."""
         return self.key is None and not names_this_machine(request.headers.get("Host"))
 
     def _refuse(self, ws: ServerConnection, status: HTTPStatus, reason: str, text: str) -> Response:
@@ -203,19 +212,19 @@ class PolicyServer:
         return ws.respond(status, text + "\n")
 
     async def _serve(self, ws: ServerConnection) -> None:
-        """One connection, from metadata to the end."""
+        """Serve one connection, from metadata to the end."""
         if len(self._robots) >= self.limits.sessions or self._stopping:  # several were admitted at the same moment
             await ws.close(1013, "all sessions are taken: try later")
             return
-        robot = RobotSession(self.vla, self.keys, self.rules, self.controller, self.table)
+        robot = RobotSession(self.vla, self.keys, self.session_options, self.controller, self.table, self.seed)
         name = uuid.uuid4().hex
         self._robots[ws] = robot
         log("session opened", session=name, peer=ws.remote_address)
-        watching = [by.session(name, ws.remote_address) for by in (self.recorder, self._view) if by is not None]
+        observers = [by.session(name, ws.remote_address) for by in (self.recorder, self._view) if by is not None]
         reason = "closed by the client"
         try:
-            await self._send(ws, {**self.facts, "session": name})
-            await self._answer_all(ws, robot, watching)
+            await self._send(ws, {**self.metadata, "session": name})
+            await self._answer_all(ws, robot, observers)
         except ConnectionClosed:
             pass
         except asyncio.TimeoutError:
@@ -233,13 +242,13 @@ class PolicyServer:
         finally:
             self._busy.discard(ws)
             self._robots.pop(ws, None)
-            self._worker.withdraw(ws)
-            for watcher in watching:
-                watcher.end(reason)
+            self._executor.withdraw(ws)
+            for observer in observers:
+                observer.end(reason)
             log("session closed", session=name, reason=reason)
 
-    async def _answer_all(self, ws: ServerConnection, robot: RobotSession, watching: Sequence[Watcher]) -> None:
-        """One request, one answer, until somebody hangs up."""
+    async def _answer_all(self, ws: ServerConnection, robot: RobotSession, observers: Sequence[AnswerObserver]) -> None:
+        """Answer one request after the other until somebody hangs up."""
         total, not_before = None, 0.0
         while not self._stopping:
             await asyncio.sleep(max(0.0, not_before - time.perf_counter()))
@@ -250,26 +259,24 @@ class PolicyServer:
             if isinstance(data, str):
                 raise InputError("requests are binary messages of openpi's protocol, not text")
             request = wire.unpack(data, self.limits.message)
-            answer = await self._worker.run(lambda request=request, at=arrived: robot.answer(request, at))  # type: ignore[misc]
+            answer = await self._executor.run(lambda request=request, at=arrived: robot.answer(request, at))  # type: ignore[misc]
             if total is not None:
                 answer.message["server_timing"]["prev_total_ms"] = total
             await self._send(ws, answer.message)
             total = 1e3 * (time.perf_counter() - arrived)
             self.metrics.count(answer, total / 1e3)
-            for watcher in watching:
-                watcher.add(answer, arrived, total)
+            for observer in observers:
+                observer.add(answer, arrived, total)
             self._busy.discard(ws)
             if (job := robot.spare()) is not None:
-                self._worker.offer(ws, job)
+                self._executor.offer(ws, job)
         await ws.close(1001, "stopping")
 
     async def _send(self, ws: ServerConnection, message: dict[str, Any]) -> None:
         await asyncio.wait_for(ws.send(wire.pack(message)), self.limits.send_s)
 
     async def _fail(self, ws: ServerConnection, text: str) -> None:
-        """Say what is wrong as openpi's server does: a text, and the connection is closed."""
-        try:
+        """Say what is wrong as openpi's server does: send a text and close the connection."""
+        with contextlib.suppress(ConnectionClosed, asyncio.TimeoutError):
             await asyncio.wait_for(ws.send(text), self.limits.send_s)
             await ws.close(1011, "error")
-        except (ConnectionClosed, asyncio.TimeoutError):
-            pass

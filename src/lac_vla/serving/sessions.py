@@ -1,4 +1,4 @@
-"""One robot's session behind the wire: when an episode begins, what a frame may cost, whether its cache is trusted."""
+"""One robot's session on the server: when an episode begins, what a frame may cost, whether its cache is trusted."""
 
 from __future__ import annotations
 
@@ -9,32 +9,37 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.client.observation import ObservationKeys
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
 from lac_vla.serving.controller import DeadlineController, LatencyTable
-from lac_vla.serving.observation import ObservationKeys
 from lac_vla.types import FloatArray, Frame
 
 SLACK_SHARE = 0.5
-"""Of the idle time that a robot is expected to leave, what slack refresh takes at most."""
+"""Share of the expected idle time that slack refresh takes, at most."""
 LEARNING = 0.2
 """Weight of the newest idle time in the expected one."""
 MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How the server treats every session.
+class SessionOptions:
+    """Options that all sessions of a server have in common.
 
     Attributes:
-        gap_s: A robot that was silent for longer begins a new episode: stock clients have no word for it.
+        gap_s: A robot that was silent for longer, in seconds, begins a new episode: stock clients cannot say it.
         slack: In idle time, compute the stalest slots of the last frame anew.
         shadow_every: In idle time, after every so many frames, compare the action with that of the model without a
             cache; 0 for never.
         shadow_threshold: Mean absolute difference of the two, in the action's units, from which on the cache is
             distrusted.
         cooldown: Frames that are then computed in full.
+        actions_per_call: Actions of the model's chunk in every answer, which the robot executes before it asks again;
+            0 for the whole chunk, of which the robot executes as many as it likes.
+
+    Raises:
+        InputError: If an option makes no sense.
     """
 
     gap_s: float = 5.0
@@ -42,23 +47,26 @@ class Rules:
     shadow_every: int = 0
     shadow_threshold: float = 0.1
     cooldown: int = 10
+    actions_per_call: int = 0
 
     def __post_init__(self) -> None:
         if not self.gap_s > 0 or not self.shadow_threshold > 0:
             raise InputError("gap_s and shadow_threshold must be greater than 0")
         if self.shadow_every < 0 or self.cooldown < 1:
             raise InputError("shadow_every must be at least 0, cooldown at least 1")
+        if self.actions_per_call < 0:
+            raise InputError(f"actions_per_call is {self.actions_per_call}; give at least 1, or 0 for the whole chunk")
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What became of a request.
+    """The answer to a request, and what it was made of.
 
     Attributes:
-        message: For the robot.
-        step: What the session did.
-        reset: Why a new episode began, if one did.
-        frame: What the robot saw.
+        message: The message for the robot.
+        step: The session's report of the frame.
+        reset: The reason if a new episode began.
+        frame: The robot's observation.
     """
 
     message: dict[str, Any]
@@ -71,26 +79,29 @@ class RobotSession:
     """The session of one connection. Its methods run in the model's thread, one at a time.
 
     Args:
-        vla: Backbone and policy.
+        vla: Model and policy.
         keys: Where requests hold what the model needs.
-        rules: Those of the server.
-        controller: Of the deadline, shared by all sessions; ``None`` for none.
+        options: The server's options.
+        controller: Keeps the deadline, for all sessions; ``None`` if there is none.
         table: Latencies, for slack refresh.
-        seed: Of chance.
+        seed: Seed of the session.
+
+    Raises:
+        InputError: If slack refresh lacks its table.
     """
 
     def __init__(
         self,
         vla: CachedVLA,
         keys: ObservationKeys,
-        rules: Rules,
+        options: SessionOptions,
         controller: DeadlineController | None = None,
         table: LatencyTable | None = None,
         seed: int = 0,
     ) -> None:
-        if rules.slack and table is None:
+        if options.slack and table is None:
             raise InputError("slack refresh needs a latency table: LatencyTable.measure(vla)")
-        self.keys, self.rules, self.controller, self.table = keys, rules, controller, table
+        self.keys, self.options, self.controller, self.table = keys, options, controller, table
         self._session = vla.session(seed)
         self._instruction: str | None = None
         self._episode: Any = None
@@ -123,7 +134,7 @@ class RobotSession:
         reset = self._begin(request, frame, arrived)
         session, waited = self._session, 1e3 * (start - arrived)
         if self.controller is not None:
-            session.token_budget = self.controller.limit(waited)
+            session.token_budget = self.controller.token_budget(waited)
         action = session.act(frame)
         step = session.last_info
         if step is None:  # pragma: no cover - act always leaves a step
@@ -132,7 +143,7 @@ class RobotSession:
         if self.controller is not None and step.dense_reason is None:
             self.controller.observe(step.decision.exit_layer.sum() / step.decision.n_layers, took)
         message = {
-            "actions": np.atleast_2d(action),
+            "actions": np.atleast_2d(action)[: self.options.actions_per_call or None],
             "policy_timing": {"infer_ms": step.timings["model_call"]},
             "server_timing": {"infer_ms": took},
             "lac": self._report(step, reset, waited, took),
@@ -146,14 +157,14 @@ class RobotSession:
         return Answer(message, step, reset, frame)
 
     def spare(self) -> Callable[[], object] | None:
-        """What this session would do before its robot asks again, if anything."""
-        every = self.rules.shadow_every
+        """Choose what this session does before its robot asks again, if anything."""
+        every = self.options.shadow_every
         if every and self._frames % every == 0:
             return self.shadow
-        return self.refresh if self.rules.slack and self._idle is not None else None
+        return self.refresh if self.options.slack and self._idle is not None else None
 
     def refresh(self) -> int:
-        """Slack refresh: as many of the stalest slots as the expected idle time allows; how many these were."""
+        """Compute as many of the stalest slots as the expected idle time allows, and return their number."""
         if self.table is None or self._idle is None:
             return 0
         correction = 1.0 if self.controller is None else self.controller.correction
@@ -171,13 +182,13 @@ class RobotSession:
         if dense is None or self._action is None:
             return None
         self._disagreement = float(np.abs(dense - self._action).mean())
-        if not self._disagreement <= self.rules.shadow_threshold:  # NaN is no agreement
+        if not self._disagreement <= self.options.shadow_threshold:  # NaN is no agreement
             self._session.force_dense = f"shadow pass disagreed by {self._disagreement:.3g}"
-            self._cooling = self.rules.cooldown
+            self._cooling = self.options.cooldown
         return self._disagreement
 
     def _begin(self, request: Mapping[str, Any], frame: Frame, arrived: float) -> str | None:
-        """Begin a new episode if this request does; why."""
+        """Begin a new episode if this request does, and return the reason; ``None`` at the first request of all."""
         episode, seed = request.get("episode_id"), request.get("seed")
         if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed <= MAX_SEED):
             raise InputError("seed must be a whole number from 0 on")
@@ -193,7 +204,7 @@ class RobotSession:
             reason = "new instruction"
         elif frame.shapes != self._shapes:
             reason = "other cameras"
-        elif idle > self.rules.gap_s:
+        elif idle > self.options.gap_s:
             reason = "time gap"
         if reason is not None:
             self._session.reset(None if seed is None else int(seed))
@@ -206,19 +217,17 @@ class RobotSession:
         return None if first else reason
 
     def _report(self, step: StepInfo, reset: str | None, waited: float, took: float) -> dict[str, Any]:
-        limit, late = self._session.token_budget, None
-        if self.controller is not None:
-            late = waited + took > self.controller.deadline_ms
+        deadline = None if self.controller is None else self.controller.deadline_ms
         return {
             "ratio": step.ratio,
             "nominal_ratio": step.nominal_ratio,
             "oldest_age": step.oldest_age,
             "mean_age": float(step.age.mean()),
             "recovered": int(step.recovered.sum()),
-            "limit": limit,
-            "late": late,
+            "token_budget": self._session.token_budget,
+            "late": None if deadline is None else waited + took > deadline,
             "reset": reset,
-            "fallback": step.dense_reason,
+            "dense_reason": step.dense_reason,
             "refreshed": self._refreshed,
             "shadow": self._disagreement,
             "waited_ms": waited,

@@ -1,4 +1,4 @@
-"""The one thread that runs the model: requests in the order of their arrival, other work when nobody waits."""
+"""The one thread that runs the model: requests in the order of their arrival, idle work when none waits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 class BusyError(LacError):
-    """As many requests wait as may wait."""
+    """The request queue is full."""
 
 
-class Worker:
+class ModelExecutor:
     """Runs jobs one at a time, off the event loop.
 
     Every connection hands in one request at a time, so the order of arrival is fair: a robot waits for at most one
     request of every other, however fast that one asks. Idle work is a single short job at a time.
 
     Args:
-        capacity: How many requests may wait or run.
+        capacity: Requests that may wait or run.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -48,7 +48,7 @@ class Worker:
         return await asyncio.shield(future)
 
     def offer(self, owner: Hashable, job: Callable[[], object]) -> None:
-        """Leave a job for when nobody waits; it takes the place of the owner's last one."""
+        """Leave a job for when no request waits; it replaces the owner's last one."""
         self._idle.pop(owner, None)
         self._idle[owner] = job
         self._rest()

@@ -1,12 +1,12 @@
-"""A robot's side of the wire, synchronous and asyncio; openpi's own client does as well."""
+"""Connections to a policy server, synchronous and asyncio; openpi's own client works as well."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import Any
 
+from lac_vla.client.wire import pack, unpack
 from lac_vla.errors import LacError, MissingExtraError
-from lac_vla.serving.wire import pack, unpack
 
 try:
     from websockets.asyncio.client import connect as connect_async
@@ -23,15 +23,15 @@ class ServerError(LacError):
 
 
 class Client:
-    """A connection to a policy server: one session. A context manager.
+    """A connection to a policy server, which is one session. A context manager.
 
     Args:
         url: ``ws://host:port``, or ``wss://…``.
         api_key: The server's key, if it has one.
-        timeout: Seconds to wait for anything.
+        timeout: Seconds to wait for every answer.
 
     Attributes:
-        metadata: What the server says about itself.
+        metadata: The server's description of itself.
 
     Raises:
         ServerError: If there is no such server, or it refuses.
@@ -40,13 +40,13 @@ class Client:
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 60.0) -> None:
         self._timeout, self._fresh = timeout, False
         try:
-            self._ws = connect(url, additional_headers=_headers(api_key), **_OPTIONS).__enter__()
+            self._ws = connect(url, **_options(api_key)).__enter__()
             self.metadata = _read(self._ws.recv(timeout))
         except (OSError, InvalidHandshake, ConnectionClosed) as error:
             raise ServerError(f"no session at {url}: {error}") from error
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """Send an observation, get ``actions`` and what there is to know about them.
+        """Send an observation, and return ``actions`` with the server's report of them.
 
         Raises:
             ServerError: If the server cannot answer. The connection is closed then.
@@ -69,7 +69,7 @@ class Client:
         self._ws.close()
 
     def __enter__(self) -> Client:
-        """The client itself."""
+        """Return the client itself."""
         return self
 
     def __exit__(
@@ -80,22 +80,22 @@ class Client:
 
 
 class AsyncClient:
-    """As :class:`Client`, for asyncio: ``client = await AsyncClient.connect(url)``."""
+    """A connection for asyncio, otherwise a :class:`Client`: ``client = await AsyncClient.connect(url)``."""
 
     def __init__(self, ws: Any, metadata: dict[str, Any]) -> None:
         self._ws, self.metadata, self._fresh = ws, metadata, False
 
     @classmethod
     async def connect(cls, url: str, api_key: str | None = None) -> AsyncClient:
-        """See :class:`Client`."""
+        """Connect, see :class:`Client`."""
         try:
-            ws = await connect_async(url, additional_headers=_headers(api_key), **_OPTIONS)
+            ws = await connect_async(url, **_options(api_key))
             return cls(ws, _read(await ws.recv()))
         except (OSError, InvalidHandshake, ConnectionClosed) as error:
             raise ServerError(f"no session at {url}: {error}") from error
 
     async def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """See :meth:`Client.infer`."""
+        """Send an observation, see :meth:`Client.infer`."""
         request = pack(observation | {"reset": True} if self._fresh else observation)
         try:
             await self._ws.send(request)
@@ -106,7 +106,7 @@ class AsyncClient:
         return answer
 
     def reset(self) -> None:
-        """See :meth:`Client.reset`."""
+        """Begin a new episode with the next observation."""
         self._fresh = True
 
     async def close(self) -> None:
@@ -114,11 +114,9 @@ class AsyncClient:
         await self._ws.close()
 
 
-_OPTIONS: dict[str, Any] = {"compression": None, "max_size": _LARGEST}
-
-
-def _headers(api_key: str | None) -> dict[str, str] | None:
-    return None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+def _options(api_key: str | None) -> dict[str, Any]:
+    headers = None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+    return {"additional_headers": headers, "compression": None, "max_size": _LARGEST}
 
 
 def _read(message: str | bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Messages as openpi writes them: msgpack, with arrays as maps; read with strict limits, never unpickled.
+"""Messages in openpi's format: msgpack, with arrays as maps; read with strict limits, never unpickled.
 
 The memory that a message can cost is bounded before it is spent: containers are counted while they are read, and an
 array's bytes must be there before an array is made of them.
@@ -40,7 +40,7 @@ def pack(message: Mapping[str, Any]) -> bytes:
     """Write a message.
 
     Raises:
-        InputError: If it holds something that the protocol has no word for.
+        InputError: If it holds something that the protocol cannot express.
     """
     try:
         packed: bytes = msgpack.packb(message, default=_from_numpy)
@@ -53,11 +53,11 @@ def unpack(data: bytes, limit: int = MAX_MESSAGE) -> dict[str, Any]:
     """Read a message: a map whose keys are texts. Its arrays are the receiver's own, and can be written to.
 
     Args:
-        data: The bytes.
-        limit: How many there may be.
+        data: The message's bytes.
+        limit: Bytes that it may have.
 
     Raises:
-        InputError: If they are too many, or not such a message, or it exceeds one of this module's limits.
+        InputError: If it is too long, or no such message, or exceeds one of this module's limits.
     """
     if len(data) > limit:
         raise InputError(f"a message of {len(data)} bytes; at most {limit} are read: send smaller images")
@@ -143,9 +143,9 @@ def _scalar(found: dict[Any, Any]) -> np.generic:
     if set(found) != {_SCALAR, b"data", b"dtype"} or not isinstance(value, bool | int | float):
         raise InputError("a numpy scalar is a map of __npgeneric__: true, data (a number) and dtype")
     dtype = _dtype(found[b"dtype"])
-    if dtype.kind in "iu" and not (isinstance(value, int) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max):
-        raise InputError(f"a numpy scalar is {value}, which {dtype} does not hold")
     try:
+        if dtype.kind in "iu" and not (isinstance(value, int) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max):
+            raise OverflowError
         scalar: np.generic = dtype.type(value)
     except OverflowError as error:
         raise InputError(f"a numpy scalar is {value}, which {dtype} does not hold") from error

@@ -1,4 +1,4 @@
-"""From a request's words to a frame, and back: where a robot's message holds what the model needs."""
+"""Turns a request into a frame and back: where a robot's message holds what the model needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from lac_vla.errors import InputError
-from lac_vla.models.base import Backbone
 from lac_vla.types import Frame
 
 LIBERO_IMAGES = ("observation/image", "observation/wrist_image")
@@ -22,11 +21,11 @@ MAX_PROMPT = 1000
 
 @dataclass(frozen=True)
 class ObservationKeys:
-    """Where a request holds what the model needs. A ``/`` may also lead into a map within the message.
+    """Keys under which a request holds what the model needs. A ``/`` may also lead into a map within the message.
 
     Attributes:
         cameras: The model's camera → key of its image, uint8, H×W×3.
-        state: Key of the proprioception.
+        state: Key of the proprioception, numbers, (S,).
         prompt: Key of the instruction.
     """
 
@@ -39,10 +38,10 @@ class ObservationKeys:
         """Read ``agentview=observation/image``; cameras that are not named are taken to be LIBERO's, in their order.
 
         Args:
-            cameras: Those of the model, in its order.
+            cameras: The model's cameras, in its order.
             named: Texts ``camera=key``.
-            state: See the attributes.
-            prompt: See the attributes.
+            state: Key of the proprioception.
+            prompt: Key of the instruction.
 
         Raises:
             InputError: If a text cannot be read, or names a camera that the model does not have, or one is left over.
@@ -80,14 +79,14 @@ class ObservationKeys:
         return Frame(images, prompt, state)
 
     def request(self, frame: Frame) -> dict[str, Any]:
-        """The message that :meth:`frame` reads as this frame."""
+        """Make the message that :meth:`frame` reads as this frame."""
         images = {key: frame.images[camera] for camera, key in self.cameras.items() if camera in frame.images}
         state = {} if frame.proprio is None else {self.state: frame.proprio}
         return {**images, **state, self.prompt: frame.instruction}
 
 
 def _find(message: Mapping[str, Any], key: str) -> Any:
-    """What is at ``key``, else at the end of the path that it spells; ``None`` if there is nothing."""
+    """Return what is at ``key``, else at the end of the path that it spells; ``None`` if there is nothing."""
     if key in message:
         return message[key]
     value: Any = message
@@ -96,10 +95,3 @@ def _find(message: Mapping[str, Any], key: str) -> Any:
             return None
         value = value[part]
     return value
-
-
-def state_length(backbone: Backbone) -> int | None:
-    """How many numbers of proprioception a model takes; ``None`` if it takes none."""
-    # Not of the protocol: a model that takes proprioception knows the range of each value.
-    proprio = getattr(backbone, "proprio_range", None)
-    return None if proprio is None else int(proprio.dim)

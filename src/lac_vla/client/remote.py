@@ -1,4 +1,4 @@
-"""A session behind a policy server, with the face of one that is here."""
+"""A policy session behind a server, with the interface of one that runs here."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.client import KEY_VARIABLE
+from lac_vla.client.observation import ObservationKeys
 from lac_vla.errors import InputError
-from lac_vla.serving.auth import KEY_VARIABLE
-from lac_vla.serving.observation import ObservationKeys
 from lac_vla.timing import windows
 from lac_vla.types import FloatArray, Frame
 
 
 @dataclass(frozen=True)
 class RemoteReport:
-    """What the server said about a frame; see :class:`lac_vla.session.StepInfo`.
+    """A server's report of a frame, see :class:`lac_vla.engine.step_info.StepReport`.
 
     Attributes:
-        ratio: Effective cache ratio.
-        nominal_ratio: What the policy aimed at.
-        oldest_age: Of the oldest slot, frames; ``None`` where the frame pruned.
+        ratio: Effective cache ratio, in [0, 1].
+        nominal_ratio: The cache ratio that the policy aimed at, in [0, 1]; ``None`` if it aims at none.
+        oldest_age: Age of the oldest slot, frames; ``None`` where the frame pruned.
         stages: Milliseconds by stage, on the server.
         round_trip: Milliseconds from observation to action, here.
     """
@@ -43,23 +43,30 @@ class RemoteReport:
 
 @dataclass
 class RemoteSession:
-    """Drives a robot through a server.
+    """Drives a robot through a server, see :class:`lac_vla.engine.step_info.PolicySession`.
 
     Attributes:
-        client: A :class:`lac_vla.serving.client.Client`, or what has its face.
-        last_info: About the last frame.
+        client: A :class:`lac_vla.client.connection.Client`, or anything with its interface.
+        last_info: The report of the last frame.
+        actions_per_call: Actions of an answer that the server wants executed before the next request; 1 if it leaves
+            that to its clients.
+
+    Raises:
+        InputError: If the server's metadata is not that of ``lac serve``.
     """
 
     client: Any
     last_info: RemoteReport | None = None
+    actions_per_call: int = field(default=1, init=False)
     _seed: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        about = self.client.metadata
+        metadata = self.client.metadata
         try:
-            self._keys = ObservationKeys(dict(about["cameras"]), about["state"], about["prompt"])
+            self._keys = ObservationKeys(dict(metadata["cameras"]), metadata["state"], metadata["prompt"])
+            self.actions_per_call = int(metadata["actions_per_call"] or 1)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError("this server does not say where it wants the images: is it one of `lac serve`?") from error
+            raise InputError(f"this server's metadata lacks what `lac serve` sends: {error!r}") from error
 
     @classmethod
     def connect(cls, url: str, model: str, method: str) -> RemoteSession:
@@ -74,7 +81,7 @@ class RemoteSession:
             InputError: If it serves something else.
             LacError: If there is no such server, or it refuses.
         """
-        from lac_vla.serving.client import Client
+        from lac_vla.client.connection import Client  # needs an optional dependency
 
         client = Client(url, os.environ.get(KEY_VARIABLE))
         session = cls(client)
@@ -94,15 +101,13 @@ class RemoteSession:
         self.client.reset()
 
     def act(self, frame: Frame) -> FloatArray:
-        """Send a frame, get the action."""
+        """Send a frame, and return the actions of the answer, float32, (n, A)."""
         request = self._keys.request(frame)
         if self._seed is not None:
             request["seed"] = self._seed
         start = time.perf_counter()
         answer = self.client.infer(request)
         round_trip = 1e3 * (time.perf_counter() - start)
-        about = answer["lac"]
-        self.last_info = RemoteReport(
-            about["ratio"], about["nominal_ratio"], about["oldest_age"], about["stages"], round_trip
-        )
+        report = {name: answer["lac"][name] for name in ("ratio", "nominal_ratio", "oldest_age", "stages")}
+        self.last_info = RemoteReport(**report, round_trip=round_trip)
         return np.asarray(answer["actions"], dtype=np.float32)
