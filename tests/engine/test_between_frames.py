@@ -19,6 +19,12 @@ from tests.engine.scenes import Pruner, Staircase, frame
 MODELS = {"tiny": lambda: random_vla("tiny"), "cogact": lambda: random_vla(TINY_COGACT, seed=1)}
 
 
+def keys_of(session: Session) -> torch.Tensor:
+    """The session's keys, (layers, kv_heads, slots, head_dim)."""
+    region = session._region
+    return session.engine.store.keys[:, :, region.start : region.start + region.size]
+
+
 class Everything(CachePolicy):
     """Reuses every token it may."""
 
@@ -35,18 +41,18 @@ def started(policy: CachePolicy, frames: int = 3, model: str = "tiny", **options
 
 def test_refreshed_slots_are_those_of_the_last_frame() -> None:
     session, fresh = started(Random(0.7), 4), started(Dense(), 4)
-    before, age = session._cache.keys.clone(), session._cache.age.copy()
+    before, age = keys_of(session).clone(), session.memory.age.copy()
     count = session.refresh(8)
     assert count == 8
-    chosen = (session._cache.age == 0) & (age > 0)
+    chosen = (session.memory.age == 0) & (age > 0)
     assert chosen.sum() == 8
     assert age[chosen].min() >= age[~chosen].max()  # the stalest
-    assert (session._cache.age[~chosen] == age[~chosen]).all()  # no time has passed
+    assert (session.memory.age[~chosen] == age[~chosen]).all()  # no time has passed
     slots = np.flatnonzero(~chosen) + 1
-    torch.testing.assert_close(session._cache.keys[:, :, slots], before[:, :, slots])
+    torch.testing.assert_close(keys_of(session)[:, :, slots], before[:, :, slots])
     first = np.flatnonzero(chosen) + 1  # the first layer's depend on nothing but the token
-    torch.testing.assert_close(session._cache.keys[0][:, first], fresh._cache.keys[0][:, first])
-    for camera, image in session._cache.reference.items():
+    torch.testing.assert_close(keys_of(session)[0][:, first], keys_of(fresh)[0][:, first])
+    for camera, image in session.memory.reference.items():
         grid = next(c for c in session.last_info.layout.cameras if c.name == camera)
         side = image.shape[0] // grid.rows
         mask = np.kron(chosen[grid.tokens].reshape(grid.rows, grid.cols), np.ones((side, side))).astype(bool)
@@ -58,7 +64,7 @@ def test_refreshing_everything_leaves_nothing_stale(model: str) -> None:
     session = started(Everything(), model=model)
     dense = started(Dense(), model=model)
     session.refresh(10**6)
-    assert session._cache.age.max() == 0
+    assert session.memory.age.max() == 0
     np.testing.assert_allclose(session.act(frame(2)), dense.act(frame(2)), atol=1e-5)
     assert session.last_info.ratio == 1
 
@@ -90,7 +96,7 @@ def test_the_shadow_is_what_the_dense_model_answers(model: str, options: str) ->
         expected = dense.act(frame(i))
     np.testing.assert_allclose(session.shadow(), expected, atol=1e-5)
     np.testing.assert_allclose(session.shadow(), expected, atol=1e-5)  # it draws nothing itself
-    assert session._cache.age.max() == 0
+    assert session.memory.age.max() == 0
     np.testing.assert_allclose(session.act(frame(5)).shape, expected.shape)
 
 
@@ -112,7 +118,7 @@ def test_a_frame_that_fails_between_frames_leaves_the_session_usable(monkeypatch
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.vla.model, "project", broken)
+        patch.setattr(session.model.vision, "project", broken)
         with pytest.raises(RuntimeError):
             session.refresh(4)
     session.act(frame(3))
@@ -173,6 +179,6 @@ def test_what_is_due_suffices_and_is_needed(ages: list[int], max_age: int, extra
         assert age.max() <= max_age
 
 
-def test_again_needs_a_frame() -> None:
+def test_nothing_is_recomputed_before_a_frame() -> None:
     with pytest.raises(InputError, match=r"session\.act"):
-        CachedVLA(random_vla("tiny")).session()._again(np.ones(52, dtype=np.bool_))
+        CachedVLA(random_vla("tiny")).session()._recompute(np.ones(52, dtype=np.bool_))

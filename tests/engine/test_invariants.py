@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lac_vla import CachedVLA, Decision, Dense, Frame, InputError, PrismaticBackbone, Random, Session, random_vla
-from lac_vla.models import CogACTBackbone
-from lac_vla.models.base import Extend
-from lac_vla.models.cogact.config import TINY_COGACT
+from lac_vla import VLA, CachedVLA, Decision, Dense, Frame, InputError, Random, Session, random_vla
+from lac_vla.models import FAMILIES
+from lac_vla.models.heads.base import Decoding, HeadContext
+from lac_vla.models.llama import LlamaDecoder
 from lac_vla.models.prismatic.presets import MINI, TINY
 from lac_vla.policies import CachePolicy, FastV, SparseVLM, VLACache
-from lac_vla.types import AttentionProbe, PolicyInput, SkippedTokens
+from lac_vla.types import AttentionProbe, PolicyInput, SkippedTokens, TokenLayout
 from tests.engine.reference import ReferenceDecoder
 from tests.engine.scenes import ALL_POLICIES, HESITANT, PRUNING, REUSING, frame
 
@@ -28,36 +27,35 @@ SEQUENCES: dict[str, list[Frame]] = {
 
 
 MODELS = {
-    "two cameras": TINY,
+    **{name: family.presets[family.tiny] for name, family in FAMILIES.items()},
     "one camera": replace(TINY, cameras=TINY.cameras[:1]),
-    "cogact": TINY_COGACT,
 }
-Model = PrismaticBackbone | CogACTBackbone
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def backbone(request: pytest.FixtureRequest) -> Model:
+def backbone(request: pytest.FixtureRequest) -> VLA:
     return random_vla(MODELS[request.param], seed=3)
 
 
-def reference(backbone: Model) -> ReferenceDecoder:
-    config = backbone.model.language_model.config
+def reference(backbone: VLA) -> ReferenceDecoder:
+    config = backbone.module.language_model.config
     return ReferenceDecoder(
-        dict(backbone.model.language_model.state_dict()), config.num_attention_heads, config.num_key_value_heads
+        dict(backbone.module.language_model.state_dict()), config.num_attention_heads, config.num_key_value_heads
     )
 
 
-def sequence_of(backbone: Model, observation: Frame, tokens: list[int]) -> torch.Tensor:
+def sequence_of(backbone: VLA, observation: Frame, tokens: list[int]) -> torch.Tensor:
     """Embeddings of the prompt and of the tokens that were fed back into the model, (length, width)."""
     with torch.inference_mode():
-        visual = backbone.project(backbone.see(backbone.pixels(observation)))
-        embed = backbone.model.language_model.get_input_embeddings()
+        visual = backbone.encode_image(observation)
+        prefix, suffix = backbone.processor.embed(backbone.processor.prompt(observation))
+        embed = backbone.module.language_model.get_input_embeddings()
         appended = embed(torch.tensor(tokens[:-1], dtype=torch.long))
-        return torch.cat([backbone.prefix(observation), visual, backbone.suffix(observation), appended])
+        return torch.cat([prefix, visual, suffix, appended])
 
 
 def run(session: Session, frames: list[Frame]) -> list[object]:
-    """What the backbone says about its actions: token ids, normalised values."""
+    """What the head says about its actions: token ids, normalised values."""
     infos: list[object] = []
     for observation in frames:
         session.act(observation)
@@ -67,7 +65,7 @@ def run(session: Session, frames: list[Frame]) -> list[object]:
 
 
 @pytest.mark.parametrize("sequence", SEQUENCES)
-def test_dense_equals_the_stock_model(backbone: Model, sequence: str) -> None:
+def test_dense_equals_the_stock_model(backbone: VLA, sequence: str) -> None:
     """Transformers' own forward pass, uncached: hidden states and, where there are any, greedy tokens."""
     session = CachedVLA(backbone, Dense()).session()
     for observation in SEQUENCES[sequence]:
@@ -76,15 +74,15 @@ def test_dense_equals_the_stock_model(backbone: Model, sequence: str) -> None:
         tokens, layout = session.last_info.metadata.get("tokens", []), session.last_info.layout
         embeddings = sequence_of(backbone, observation, tokens)
         with torch.inference_mode():
-            stock = backbone.model.language_model.model(inputs_embeds=embeddings[None], use_cache=False)
-            logits = backbone.model.language_model.lm_head(stock.last_hidden_state[0, layout.length - 1 :])
+            stock = backbone.module.language_model.model(inputs_embeds=embeddings[None], use_cache=False)
+            logits = backbone.module.language_model.lm_head(stock.last_hidden_state[0, layout.length - 1 :])
         torch.testing.assert_close(hidden, stock.last_hidden_state[0, layout.suffix.start :], rtol=1e-5, atol=1e-5)
         assert logits.argmax(-1).tolist() == tokens or not tokens
 
 
 @pytest.mark.parametrize("sequence", SEQUENCES)
 @pytest.mark.parametrize("name", ALL_POLICIES)
-def test_sparse_equals_the_reference(backbone: Model, name: str, sequence: str) -> None:
+def test_sparse_equals_the_reference(backbone: VLA, name: str, sequence: str) -> None:
     """Invariant 3, and 1 for its first frames: hidden states of the suffix, and every decoding step."""
     session = CachedVLA(backbone, ALL_POLICIES[name]()).session(seed=5)
     expected = reference(backbone)
@@ -103,30 +101,43 @@ def test_sparse_equals_the_reference(backbone: Model, name: str, sequence: str) 
 
 def capture_hidden(session: Session, observation: Frame) -> torch.Tensor:
     """Act, and return the hidden states of suffix and appended tokens as they stood in the end."""
-    backbone = session.vla.model
-    rows = torch.zeros(0)
-    original = backbone.act
+    head, rows = session.model.head, torch.zeros(0)
+    original = head.decode
 
-    def spy(frame: Frame, hidden: torch.Tensor, extend: Extend, rng: Any, last: Any = None) -> Any:
+    def spy(context: HeadContext) -> Decoding:
         nonlocal rows
-        rows, n = hidden, backbone.layout(frame).n_suffix
+        rows, n = context.hidden, context.layout.n_suffix
+        decoding = original(context)
+        try:
+            request = next(decoding)
+            while True:
+                new = yield request
+                rows = torch.cat([rows if request.at is None else rows[: n + request.at], new])
+                request = decoding.send(new)
+        except StopIteration as answer:
+            return answer.value  # type: ignore[no-any-return]
 
-        def spied(embeddings: torch.Tensor, at: int | None = None) -> torch.Tensor:
-            nonlocal rows
-            rows = torch.cat([rows if at is None else rows[: n + at], extend(embeddings, at)])
-            return rows[-len(embeddings) :]
-
-        return original(frame, hidden, spied, rng, last)
-
-    backbone.act = spy  # type: ignore[method-assign]
+    head.decode = spy  # type: ignore[method-assign]
     try:
         session.act(observation)
     finally:
-        del backbone.act  # type: ignore[attr-defined]
+        del head.decode
     return rows
 
 
-def test_watching_every_row_of_every_layer_changes_nothing(backbone: Model) -> None:
+def bidirectional(vla: VLA) -> VLA:
+    """The same model, but every token sees every other."""
+
+    class Both(LlamaDecoder):
+        causal = False
+
+        def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            return torch.ones(len(queries), len(keys), dtype=torch.bool)
+
+    return replace(vla, decoder=Both(vla.module.language_model))
+
+
+def test_watching_every_row_of_every_layer_changes_nothing(backbone: VLA) -> None:
     """The last layer computes the suffix only, unless somebody looks at the other rows."""
 
     @dataclass(frozen=True)
@@ -140,12 +151,12 @@ def test_watching_every_row_of_every_layer_changes_nothing(backbone: Model) -> N
         assert watched.last_info is not None
         layout, rows = watched.last_info.layout, int(watched.last_info.active.sum())
         shape = (layout.n_prefix + rows + layout.n_suffix, layout.length)
-        assert {tuple(seen.shape) for seen in watched._cache.attention.values()} == {shape}
-        assert all(torch.allclose(seen.sum(dim=1), torch.ones(shape[0])) for seen in watched._cache.attention.values())
+        assert {tuple(seen.shape) for seen in watched.memory.attention.values()} == {shape}
+        assert all(torch.allclose(seen.sum(dim=1), torch.ones(shape[0])) for seen in watched.memory.attention.values())
 
 
 @pytest.mark.parametrize("name", REUSING)
-def test_unchanged_frame_is_exact_under_reuse(backbone: Model, name: str) -> None:
+def test_unchanged_frame_is_exact_under_reuse(backbone: VLA, name: str) -> None:
     """Invariant 2."""
     session = CachedVLA(backbone, ALL_POLICIES[name]()).session()
     dense = CachedVLA(backbone, Dense()).session()
@@ -163,7 +174,7 @@ class PruneNothing(CachePolicy):
 @pytest.mark.parametrize(
     "policy", [PruneNothing(), FastV(ratio=0), SparseVLM(keep="576+576+576")], ids=lambda policy: type(policy).__name__
 )
-def test_pruning_nothing_is_exact(backbone: Model, policy: CachePolicy) -> None:
+def test_pruning_nothing_is_exact(backbone: VLA, policy: CachePolicy) -> None:
     """Invariant 2 for pruning within the frame."""
     session, dense = CachedVLA(backbone, policy).session(), CachedVLA(backbone, Dense()).session()
     for i in range(3):
@@ -171,7 +182,7 @@ def test_pruning_nothing_is_exact(backbone: Model, policy: CachePolicy) -> None:
 
 
 @pytest.mark.parametrize("name", REUSING)
-def test_no_slot_outlives_max_age(backbone: Model, name: str) -> None:
+def test_no_slot_outlives_max_age(backbone: VLA, name: str) -> None:
     """Invariant 6, with a policy's rule against it."""
     session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3).session()
     ages = np.zeros(0)
@@ -185,7 +196,7 @@ def test_no_slot_outlives_max_age(backbone: Model, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRUNING)
-def test_what_is_pruned_has_no_age(backbone: Model, name: str) -> None:
+def test_what_is_pruned_has_no_age(backbone: VLA, name: str) -> None:
     """It is absent, not old: no bound on ages would mean anything for it."""
     session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3).session()
     for i in range(6):
@@ -196,7 +207,7 @@ def test_what_is_pruned_has_no_age(backbone: Model, name: str) -> None:
     assert session.last_info.ratio > 0
 
 
-def test_protecting_everything_is_exact(backbone: Model) -> None:
+def test_protecting_everything_is_exact(backbone: VLA) -> None:
     """VLA-Cache with every token task-relevant recomputes every token, in every layer, on any frame."""
     session = CachedVLA(backbone, VLACache(similarity=0, protect=256)).session()
     dense = CachedVLA(backbone, Dense()).session()
@@ -204,7 +215,7 @@ def test_protecting_everything_is_exact(backbone: Model) -> None:
         torch.testing.assert_close(capture_hidden(session, frame(i)), capture_hidden(dense, frame(i)))
 
 
-def test_forced_tokens_are_the_old_ones(backbone: Model) -> None:
+def test_forced_tokens_are_the_old_ones(backbone: VLA) -> None:
     @dataclass(frozen=True)
     class ReuseAll(CachePolicy):
         def decide(self, inputs: PolicyInput) -> Decision:
@@ -221,7 +232,7 @@ def test_forced_tokens_are_the_old_ones(backbone: Model) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(ALL_POLICIES) - {"dense"}))
-def test_reset_makes_the_next_frame_dense_and_the_episode_repeatable(backbone: Model, name: str) -> None:
+def test_reset_makes_the_next_frame_dense_and_the_episode_repeatable(backbone: VLA, name: str) -> None:
     """Invariant 5: reset; and determinism."""
     session = CachedVLA(backbone, ALL_POLICIES[name]()).session(seed=11)
     frames = [frame(i) for i in range(4)]
@@ -235,7 +246,7 @@ def test_reset_makes_the_next_frame_dense_and_the_episode_repeatable(backbone: M
     assert run(session, frames) == first
 
 
-def test_scene_cut_drops_the_cache(backbone: Model) -> None:
+def test_scene_cut_drops_the_cache(backbone: VLA) -> None:
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0))
     black = Frame({camera: np.zeros_like(image) for camera, image in frame(0).images.items()}, "pick up the bowl")
@@ -248,14 +259,7 @@ def test_scene_cut_drops_the_cache(backbone: Model) -> None:
 
 
 def test_new_instruction_drops_the_cache_of_a_bidirectional_model() -> None:
-    class Bidirectional(PrismaticBackbone):
-        causal = False
-
-        def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-            return torch.ones(len(queries), len(keys), dtype=torch.bool)
-
-    causal = random_vla(TINY)
-    both = Bidirectional(causal.model, causal.encode)
+    both = bidirectional(random_vla(TINY))
     session = CachedVLA(both, Random(0.5)).session()
     session.act(frame(0))
     session.act(frame(1))
@@ -266,7 +270,7 @@ def test_new_instruction_drops_the_cache_of_a_bidirectional_model() -> None:
     assert session.last_info.dense_reason == "new instruction"
 
 
-def test_other_image_size_is_refused_until_reset(backbone: Model) -> None:
+def test_other_image_size_is_refused_until_reset(backbone: VLA) -> None:
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0))
     before = session.act(frame(1))
@@ -283,7 +287,7 @@ def test_other_image_size_is_refused_until_reset(backbone: Model) -> None:
     assert np.isfinite(before).all()
 
 
-def test_sessions_share_nothing(backbone: Model) -> None:
+def test_sessions_share_nothing(backbone: VLA) -> None:
     vla = CachedVLA(backbone, Random(0.5))
     alone = run(vla.session(seed=1), [frame(i) for i in range(5)])
     one, other = vla.session(seed=1), vla.session(seed=2)
@@ -294,8 +298,8 @@ def test_sessions_share_nothing(backbone: Model) -> None:
     assert mixed == alone
 
 
-@pytest.mark.parametrize("stage", ["features", "project", "act"])
-def test_after_an_exception_the_next_frame_is_dense_and_right(backbone: Model, stage: str) -> None:
+@pytest.mark.parametrize("part", ["vision.encode_tokens", "vision.project", "decoder.norm", "head.decode"])
+def test_after_an_exception_the_next_frame_is_dense_and_right(backbone: VLA, part: str) -> None:
     """Invariant 5: a frame that fails half way is never built upon."""
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0))
@@ -304,7 +308,8 @@ def test_after_an_exception_the_next_frame_is_dense_and_right(backbone: Model, s
         raise RuntimeError("device lost")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone, stage, fail)
+        part, name = part.split(".")
+        patch.setattr(getattr(backbone, part), name, fail)
         with pytest.raises(RuntimeError, match="device lost"):
             session.act(frame(1))
     hidden = capture_hidden(session, frame(2))
@@ -331,7 +336,7 @@ def test_bad_frames_leave_the_session_as_it_was(name: str) -> None:
     assert session.last_info.dense_reason is None
 
 
-def test_memory_of_a_session_is_flat(backbone: Model) -> None:
+def test_memory_of_a_session_is_flat(backbone: VLA) -> None:
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0, "a much longer instruction than the ones that follow it"))
     size = session.nbytes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PrismaticBackbone, Random, random_vla
+from lac_vla import VLA, CachedVLA, Decision, Dense, InputError, Motion, Random, random_vla
 from lac_vla.engine.options import EngineOptions
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.towers import ViTConfig
@@ -26,12 +26,12 @@ OWN = ViTConfig(16, 3, 2, 40, patch=8, neck=24, mean=(0.4, 0.5, 0.6), std=(0.2, 
 
 
 @pytest.fixture(scope="module")
-def conv() -> PrismaticBackbone:
+def conv() -> VLA:
     return random_vla("tiny", seed=3)
 
 
 @pytest.fixture(scope="module")
-def vit() -> PrismaticBackbone:
+def vit() -> VLA:
     """Two cameras, each through two transformers."""
     cameras = tuple(replace(camera, image_size=56, tower=None) for camera in TINY.cameras)
     return random_vla(
@@ -40,16 +40,16 @@ def vit() -> PrismaticBackbone:
 
 
 @pytest.fixture(scope="module")
-def mixed() -> PrismaticBackbone:
+def mixed() -> VLA:
     """A tower per camera: a transformer of its own, and a convolution."""
     first = replace(TINY.cameras[0], tower=OWN)
     return random_vla(replace(TINY, vision_backbone_id="towers", cameras=(first, TINY.cameras[1])), seed=5)
 
 
 @pytest.fixture(params=["vit", "mixed"])
-def remembering(request: pytest.FixtureRequest) -> PrismaticBackbone:
+def remembering(request: pytest.FixtureRequest) -> VLA:
     """A model of which some tower can reuse."""
-    backbone: PrismaticBackbone = request.getfixturevalue(request.param)
+    backbone: VLA = request.getfixturevalue(request.param)
     return backbone
 
 
@@ -80,7 +80,7 @@ def test_no_exact_option_changes_anything(request: pytest.FixtureRequest, model:
         assert fast.last_info.metadata == plain.last_info.metadata
 
 
-def test_an_unchanged_frames_draft_stands(conv: PrismaticBackbone) -> None:
+def test_an_unchanged_frames_draft_stands(conv: VLA) -> None:
     session = CachedVLA(conv).session()
     passes = []
     for seed in (0, 0, 1):
@@ -91,7 +91,7 @@ def test_an_unchanged_frames_draft_stands(conv: PrismaticBackbone) -> None:
     assert passes[2][0] == 6
 
 
-def test_a_new_episode_has_no_draft(conv: PrismaticBackbone) -> None:
+def test_a_new_episode_has_no_draft(conv: VLA) -> None:
     session = CachedVLA(conv).session()
     session.act(frame(0))
     session.reset()
@@ -100,32 +100,30 @@ def test_a_new_episode_has_no_draft(conv: PrismaticBackbone) -> None:
     assert session.last_info.draft == 0
 
 
-def test_the_tower_computes_what_is_needed(conv: PrismaticBackbone) -> None:
+def test_the_tower_computes_what_is_needed(conv: VLA) -> None:
     for options, share in (("sparse-vision-head", 0.5), ("none", 1.0)):
         session = CachedVLA(conv, Random(0.5), options=EngineOptions.parse(options)).session()
         session.act(frame(0))
         session.act(frame(1))
         assert session.last_info is not None
-        assert session.last_info.seen is not None
-        assert session.last_info.seen.mean() == share
+        assert session.last_info.encoded is not None
+        assert session.last_info.encoded.mean() == share
 
 
 @pytest.mark.parametrize("async_policy", [False, True])
-def test_a_tower_that_fails_at_first_glance_leaves_the_session_as_it_was(
-    conv: PrismaticBackbone, async_policy: bool
-) -> None:
+def test_a_tower_that_fails_at_first_glance_leaves_the_session_as_it_was(conv: VLA, async_policy: bool) -> None:
     session = CachedVLA(conv, Motion(0.5), options=EngineOptions(async_policy=async_policy)).session()
     session.act(frame(0))
 
     def fail(*_: object) -> None:
         raise RuntimeError("device lost")
 
-    conv.look = fail  # type: ignore[assignment, method-assign]
+    conv.vision.encode_stem = fail  # type: ignore[method-assign]
     try:
         with pytest.raises(RuntimeError, match="device lost"):
             session.act(frame(1))
     finally:
-        del conv.look  # type: ignore[attr-defined]
+        del conv.vision.encode_stem
     again = CachedVLA(conv, Motion(0.5)).session()
     again.act(frame(0))
     torch.testing.assert_close(capture_hidden(session, frame(1)), capture_hidden(again, frame(1)), **CLOSE)
@@ -175,48 +173,50 @@ class ReferenceViT:
 
 
 @torch.inference_mode()
-def test_the_towers_reuse_equals_the_reference(vit: PrismaticBackbone) -> None:
-    vision, memory = vit.model.vision_backbone, vit.tower_memory()
+def test_the_towers_reuse_equals_the_reference(vit: VLA) -> None:
+    vision, cache = vit.module.vision_backbone, vit.vision.kv_cache()
     references = [[ReferenceViT(tower, c) for tower, c in zip(vision.vits, (DINO, SIGLIP), strict=True)] for _ in "ab"]
     n = sum(rows * cols for rows, cols in vit.grids.values())
     rng = np.random.default_rng(0)
     for number in range(4):
         computed = rng.random(n) < (0.4 if number else 1)
-        glance = vit.look(vit.pixels(frame(number)), memory)
-        features = vit.features(glance, computed, memory)
+        stem = vit.vision.encode_stem(frame(number), vit.processor.images(frame(number)), cache)
+        features = vit.vision.encode_tokens(stem, computed, cache)
         expected = []
         for camera, cached in enumerate(torch.from_numpy(~computed).chunk(2)):
-            towers = zip(references[camera], glance, strict=True)
+            towers = zip(references[camera], stem, strict=True)
             expected.append(torch.cat([tower.run(x[camera], cached) for tower, x in towers], dim=-1))
         torch.testing.assert_close(features.double(), torch.cat(expected)[torch.from_numpy(computed)], **CLOSE)
 
 
 @torch.inference_mode()
-def test_each_camera_of_its_own_tower_reuses_what_it_can(mixed: PrismaticBackbone) -> None:
+def test_each_camera_of_its_own_tower_reuses_what_it_can(mixed: VLA) -> None:
     """The transformer as the reference, from its own pixels; the convolution's features are never stale."""
-    vision, memory, dense = mixed.model.vision_backbone, mixed.tower_memory(), random_vla("tiny")
+    vision, cache, dense = mixed.module.vision_backbone, mixed.vision.kv_cache(), random_vla("tiny")
     tower = vision.towers["agentview"]
-    dense.model.vision_backbone.towers["wrist"].load_state_dict(vision.towers["wrist"].state_dict())
+    dense.module.vision_backbone.towers["wrist"].load_state_dict(vision.towers["wrist"].state_dict())
     reference, rng = ReferenceViT(tower, OWN), np.random.default_rng(0)
     for share in (1, 0.4, 0, 0.4):
         observation = frame(int(10 * share))
         computed = rng.random(36 + 16) < share
-        pixels = mixed.pixels(observation)
-        features = mixed.features(mixed.look(pixels, memory), computed, memory)
+        pixels = mixed.processor.images(observation)
+        features = mixed.vision.encode_tokens(mixed.vision.encode_stem(observation, pixels, cache), computed, cache)
         image = torch.from_numpy(pixels["agentview"]).permute(2, 0, 1).double() / 255
         normal = (image - torch.tensor(OWN.mean)[:, None, None]) / torch.tensor(OWN.std)[:, None, None]
         patches = normal.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).reshape(36, -1)
         weight, bias = reference.w["patch_embed.proj.weight"].flatten(1), reference.w["patch_embed.proj.bias"]
         inputs = patches @ weight.T + bias + reference.w["pos_embed"][0]
         expected = reference.run(inputs, torch.from_numpy(~computed[:36]))
-        own = dense.see(dense.pixels(observation))[36:]
+        own = dense.vision.encode_tokens(dense.vision.encode_stem(observation, dense.processor.images(observation)))[
+            36:
+        ]
         torch.testing.assert_close(
             features.double(), torch.cat([expected, own.double()])[torch.from_numpy(computed)], **CLOSE
         )
 
 
 @pytest.mark.parametrize("name", ["dense", "random", "motion", "staircase"])
-def test_both_storeys_are_exact_where_nothing_has_changed(remembering: PrismaticBackbone, name: str) -> None:
+def test_both_storeys_are_exact_where_nothing_has_changed(remembering: VLA, name: str) -> None:
     """Invariants 1 and 2 with a tower that reuses: all recomputed, or the frame unchanged, is the uncached model."""
     session = CachedVLA(remembering, ALL_POLICIES[name](), options=EngineOptions(vision_kv_reuse=True)).session()
     dense = CachedVLA(remembering, Dense(), options=EngineOptions.parse("none")).session()
@@ -224,7 +224,7 @@ def test_both_storeys_are_exact_where_nothing_has_changed(remembering: Prismatic
         torch.testing.assert_close(capture_hidden(session, observation), capture_hidden(dense, observation), **CLOSE)
 
 
-def test_what_is_pruned_is_no_business_of_the_towers_memory(vit: PrismaticBackbone) -> None:
+def test_what_is_pruned_is_no_business_of_the_towers_memory(vit: VLA) -> None:
     """A token that is dropped within a frame has no age: the tower must not go on from what it once was."""
 
     @dataclass(frozen=True)
@@ -241,11 +241,11 @@ def test_what_is_pruned_is_no_business_of_the_towers_memory(vit: PrismaticBackbo
             capture_hidden(reusing, frame(number)), capture_hidden(plain, frame(number)), **CLOSE
         )
         assert reusing.last_info is not None
-        assert reusing.last_info.seen is not None
-        assert reusing.last_info.seen.all()
+        assert reusing.last_info.encoded is not None
+        assert reusing.last_info.encoded.all()
 
 
-def test_the_towers_memory_is_the_sessions_own(vit: PrismaticBackbone) -> None:
+def test_the_towers_memory_is_the_sessions_own(vit: VLA) -> None:
     vla = CachedVLA(vit, Random(0.5), options=EngineOptions(vision_kv_reuse=True))
     alone, one, other = vla.session(), vla.session(), vla.session()
     for i in range(4):
@@ -257,7 +257,7 @@ def test_the_towers_memory_is_the_sessions_own(vit: PrismaticBackbone) -> None:
     assert one.nbytes == size > CachedVLA(vit).session().nbytes
 
 
-def test_the_towers_reuse_changes_features_of_a_changed_frame(remembering: PrismaticBackbone) -> None:
+def test_the_towers_reuse_changes_features_of_a_changed_frame(remembering: VLA) -> None:
     """It is not exact, and is not sold as such."""
     stale, fresh = (
         CachedVLA(remembering, Random(0.5), options=EngineOptions(vision_kv_reuse=reuse)).session()
@@ -269,7 +269,7 @@ def test_the_towers_reuse_changes_features_of_a_changed_frame(remembering: Prism
     assert "vision_kv_reuse" not in str(EngineOptions.parse("exact"))
 
 
-def test_convolutions_have_no_memory(conv: PrismaticBackbone) -> None:
+def test_convolutions_have_no_memory(conv: VLA) -> None:
     with pytest.raises(InputError, match="vision transformer"):
         CachedVLA(conv, options=EngineOptions(vision_kv_reuse=True))
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from lac_vla import CachedVLA, Decision, PrismaticBackbone, Random, Session, random_vla
-from lac_vla import graphs as graphs_module
-from lac_vla.engine.cuda_graphs import ROOM
-from lac_vla.engine.options import EngineOptions, pad_to_bucket
+from lac_vla import VLA, CachedVLA, Decision, Random, Session, random_vla
+from lac_vla.engine import cuda_graphs
+from lac_vla.engine.budget import pad_to_bucket
+from lac_vla.engine.cuda_graphs import CAPACITY_MULTIPLE
+from lac_vla.engine.options import EngineOptions
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy, cache_lowest
 from lac_vla.types import PolicyInput, SkippedTokens
 from tests.engine.scenes import ALL_POLICIES, PRUNING, REUSING, frame
-from tests.engine.test_invariants import capture_hidden, reference, sequence_of
+from tests.engine.test_invariants import bidirectional, capture_hidden, reference, sequence_of
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 FRAMES = [frame(0), frame(0), frame(1), frame(2, "put the mug on the plate, then stop"), frame(3), frame(4, "stop")]
@@ -24,7 +25,7 @@ STAGED = {"staircase", "vla-cache", "vla-cache-suffix", "vla-cache-paper"}
 
 
 @pytest.fixture(scope="module")
-def backbone() -> PrismaticBackbone:
+def backbone() -> VLA:
     return random_vla("tiny", seed=3)
 
 
@@ -75,12 +76,12 @@ def test_other_decisions_stay(decision: Decision) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(REUSING) - {"dense"}))
-def test_a_bucket_makes_the_cache_no_older(backbone: PrismaticBackbone, name: str) -> None:
+def test_a_bucket_makes_the_cache_no_older(backbone: VLA, name: str) -> None:
     """Counts and ages over a session; and with max_age, whose forced tokens are rounded up as well."""
     session = CachedVLA(backbone, ALL_POLICIES[name](), max_age=3, options=EngineOptions(bucket=8)).session(seed=5)
     counts = set()
     for seed in range(8):
-        before = session._cache.age.copy()
+        before = session.memory.age.copy()
         act(session, seed)
         step = session.last_info
         assert step is not None
@@ -93,7 +94,7 @@ def test_a_bucket_makes_the_cache_no_older(backbone: PrismaticBackbone, name: st
     assert all(count % 8 == 0 or count == n for count in counts)
 
 
-def test_a_bucket_makes_the_cache_fresher(backbone: PrismaticBackbone) -> None:
+def test_a_bucket_makes_the_cache_fresher(backbone: VLA) -> None:
     plain, full = (
         CachedVLA(backbone, Random(0.9), options=EngineOptions(bucket=bucket)).session(seed=1) for bucket in (1, 16)
     )
@@ -101,12 +102,12 @@ def test_a_bucket_makes_the_cache_fresher(backbone: PrismaticBackbone) -> None:
     for seed in range(12):
         for session, age in zip((plain, full), ages, strict=True):
             act(session, seed)
-            age.append(float(session._cache.age.mean()))
+            age.append(float(session.memory.age.mean()))
     assert np.mean(ages[1]) < 0.7 * np.mean(ages[0])
 
 
 @pytest.mark.parametrize("name", PRUNING)
-def test_a_bucket_leaves_pruning_alone(backbone: PrismaticBackbone, name: str) -> None:
+def test_a_bucket_leaves_pruning_alone(backbone: VLA, name: str) -> None:
     plain, full = (
         CachedVLA(backbone, ALL_POLICIES[name](), options=EngineOptions(bucket=bucket)).session(seed=1)
         for bucket in (1, 7)
@@ -123,7 +124,7 @@ def test_a_bucket_leaves_pruning_alone(backbone: PrismaticBackbone, name: str) -
 
 @pytest.mark.parametrize("options", ["bucket=8", "default+bucket=8+cuda_graphs"])
 @pytest.mark.parametrize("name", ALL_POLICIES)
-def test_static_shapes_equal_the_reference(backbone: PrismaticBackbone, name: str, options: str) -> None:
+def test_static_shapes_equal_the_reference(backbone: VLA, name: str, options: str) -> None:
     session = CachedVLA(backbone, ALL_POLICIES[name](), options=EngineOptions.parse(options)).session(seed=5)
     expected = reference(backbone)
     for observation in FRAMES:
@@ -135,7 +136,7 @@ def test_static_shapes_equal_the_reference(backbone: PrismaticBackbone, name: st
 
 
 @pytest.mark.parametrize("name", REUSING)
-def test_an_unchanged_frame_is_exact(backbone: PrismaticBackbone, name: str) -> None:
+def test_an_unchanged_frame_is_exact(backbone: VLA, name: str) -> None:
     options = EngineOptions.parse("bucket=8+cuda_graphs")
     session = CachedVLA(backbone, ALL_POLICIES[name](), options=options).session()
     dense = capture_hidden(CachedVLA(backbone).session(), frame(4))
@@ -153,19 +154,12 @@ def test_a_head_without_tokens_runs_on_graphs() -> None:
     )
     for seed in range(3):
         np.testing.assert_allclose(static.act(frame(seed)), plain.act(frame(seed)), atol=1e-4)
-    assert static._graphs is not None
-    assert static._graphs.static == 3
+    assert static.engine.graphs is not None
+    assert static.engine.graphs.static_runs == 3
 
 
 def test_the_mask_of_a_bidirectional_model_hides_what_does_not_exist() -> None:
-    class Bidirectional(PrismaticBackbone):
-        causal = False
-
-        def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-            return torch.ones(len(queries), len(keys), dtype=torch.bool)
-
-    tiny = random_vla("tiny", seed=3)
-    both = Bidirectional(tiny.model, tiny.encode)
+    both = bidirectional(random_vla("tiny", seed=3))
     plain, static = (
         CachedVLA(both, Random(0.5), options=EngineOptions.parse(t)).session(seed=2) for t in ("none", "cuda_graphs")
     )
@@ -173,7 +167,7 @@ def test_the_mask_of_a_bidirectional_model_hides_what_does_not_exist() -> None:
         torch.testing.assert_close(capture_hidden(static, observation), capture_hidden(plain, observation), **CLOSE)
 
 
-def test_buckets_make_few_shapes_and_the_cache_stays_where_it_is(backbone: PrismaticBackbone) -> None:
+def test_buckets_make_few_shapes_and_the_cache_stays_where_it_is(backbone: VLA) -> None:
     @dataclass(frozen=True)
     class Restless(CachePolicy):
         """Another number of tokens in every frame."""
@@ -188,32 +182,33 @@ def test_buckets_make_few_shapes_and_the_cache_stays_where_it_is(backbone: Prism
         addresses = set()
         for seed in range(24):
             act(session, seed % 5)
-            addresses.add((session._cache.keys.data_ptr(), session._cache.values.data_ptr()))
+            addresses.add((session.engine.store.keys.data_ptr(), session.engine.store.values.data_ptr()))
         assert len(addresses) == 1
-        assert session._graphs is not None
-        assert session._graphs.eager_runs == 0
-        shapes[options] = len(session._graphs)
+        assert session.engine.graphs is not None
+        assert session.engine.graphs.eager_runs == 0
+        shapes[options] = len(session.engine.graphs)
     assert (
         shapes["draft+cuda_graphs+bucket=16"] <= 4 + 2 + 6 < shapes["draft+cuda_graphs"]
     )  # counts; dense frames; passes
 
 
-def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: PrismaticBackbone) -> None:
+def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: VLA) -> None:
     session = CachedVLA(backbone, Random(0.5), options=EngineOptions.parse("cuda_graphs")).session(seed=1)
     other = CachedVLA(backbone, Random(0.5), options=EngineOptions.parse("none")).session(seed=1)
-    assert session._graphs is not None
+    assert session.engine.graphs is not None
     homes = []
-    for instruction in ("stop", "stop", "pick up the bowl, now", "go " * 2 * ROOM, "stop"):
+    for instruction in ("stop", "stop", "pick up the bowl, now", "go " * 2 * CAPACITY_MULTIPLE, "stop"):
         observation = frame(len(homes), instruction)
         torch.testing.assert_close(capture_hidden(session, observation), capture_hidden(other, observation), **CLOSE)
-        assert session._cache.keys.shape[2] % ROOM == 0
-        homes.append(session._cache.keys.data_ptr())
-        assert {shape.mask.shape[1] for shape in session._graphs._shapes.values()} == {session._cache.keys.shape[2]}
+        keys, entries = session.engine.store.keys, session.engine.graphs._entries.values()
+        assert keys.shape[2] % CAPACITY_MULTIPLE == 0
+        homes.append(keys.data_ptr())
+        assert {entry.segment.length for entry in entries} == {keys.shape[2]}
     assert homes[0] == homes[1] == homes[2] != homes[3] == homes[4]
 
 
 @pytest.mark.parametrize("name", ALL_POLICIES)
-def test_what_falls_back_says_so(backbone: PrismaticBackbone, name: str) -> None:
+def test_what_falls_back_says_so(backbone: VLA, name: str) -> None:
     session = CachedVLA(backbone, ALL_POLICIES[name](), options=EngineOptions.parse("cuda_graphs")).session()
     for seed in (0, 1):
         act(session, seed)
@@ -222,13 +217,13 @@ def test_what_falls_back_says_so(backbone: PrismaticBackbone, name: str) -> None
     assert (session.last_info.eager_runs > 0) == (name in STAGED | set(PRUNING))
 
 
-def test_no_more_shapes_are_kept_than_the_limit(backbone: PrismaticBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs_module, "LIMIT", 2)
+def test_no_more_shapes_are_kept_than_the_limit(backbone: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "LIMIT", 2)
     session = CachedVLA(backbone, Random(0.5), options=EngineOptions.parse("cuda_graphs")).session()
     for seed in range(3):
         act(session, seed)
-        assert session._graphs is not None
-        assert len(session._graphs) == 2
+        assert session.engine.graphs is not None
+        assert len(session.engine.graphs) == 2
 
 
 @pytest.mark.gpu
@@ -242,8 +237,8 @@ def test_captured_graphs_equal_the_plain_loop(name: str) -> None:
     )
     for seed in (*range(8), *range(8)):
         torch.testing.assert_close(capture_hidden(static, frame(seed)), capture_hidden(plain, frame(seed)), **CLOSE)
-    assert static._graphs is not None
-    assert any(shape._graph is not None for shape in static._graphs._shapes.values())
+    assert static.engine.graphs is not None
+    assert any(entry._graph is not None for entry in static.engine.graphs._entries.values())
 
 
 def test_a_limit_keeps_whole_buckets() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.serving.conftest import KEYS, observation
 
-from lac_vla import CachedVLA, InputError, MissingExtraError, Motion, PrismaticBackbone, random_vla
+from lac_vla import VLA, CachedVLA, InputError, MissingExtraError, Motion, random_vla
 from lac_vla.lerobot.bridge import Bridge, frame_of
 from lac_vla.models.cogact.config import TINY_COGACT
 
@@ -32,7 +32,7 @@ def batch(seed: int = 0, **change: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def backbone() -> PrismaticBackbone:
+def backbone() -> VLA:
     return random_vla("tiny")
 
 
@@ -45,7 +45,7 @@ def test_every_pixel_value_survives(dtype: torch.dtype) -> None:
     assert frame.proprio is None
 
 
-def test_actions_are_the_sessions(backbone: PrismaticBackbone) -> None:
+def test_actions_are_the_sessions(backbone: VLA) -> None:
     vla = CachedVLA(backbone, Motion(0.5))
     bridge, session = Bridge(vla, {"wrist": CAMERAS["wrist"]}), vla.session()
     for seed in range(3):
@@ -95,7 +95,7 @@ def test_a_chunk_is_executed_before_the_model_is_asked_again(monkeypatch: pytest
     ],
 )
 def test_batches_that_cannot_be_used_change_nothing(
-    backbone: PrismaticBackbone, change: dict[str, Any], complaint: str
+    backbone: VLA, change: dict[str, Any], complaint: str
 ) -> None:
     bridge = Bridge(CachedVLA(backbone, Motion(0.5)), CAMERAS)
     bridge.act(batch(0))
@@ -106,7 +106,7 @@ def test_batches_that_cannot_be_used_change_nothing(
     assert bridge.last_info.dense_reason is None
 
 
-def test_cameras_are_named(backbone: PrismaticBackbone) -> None:
+def test_cameras_are_named(backbone: VLA) -> None:
     vla = CachedVLA(backbone)
     assert Bridge(vla).cameras["wrist"] == "observation.images.wrist"
     with pytest.raises(InputError, match=r"no \['observation.images.wrist'\], its images are .*image2"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, Motion, PrismaticBackbone, random_vla
+from lac_vla import VLA, CachedVLA, Motion, random_vla
 from lac_vla.client.observation import ObservationKeys
 from lac_vla.serving.server import PolicyServer
 
@@ -61,12 +61,12 @@ KEYS = ObservationKeys({"agentview": "observation/image", "wrist": "observation/
 
 
 @pytest.fixture(scope="session")
-def backbone() -> PrismaticBackbone:
+def backbone() -> VLA:
     return random_vla("tiny")
 
 
 @pytest.fixture
-def start(backbone: PrismaticBackbone) -> Iterator[Callable[..., Running]]:
+def start(backbone: VLA) -> Iterator[Callable[..., Running]]:
     """Start servers; they are stopped at the end."""
     running: list[Running] = []
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, Frame, Motion, PrismaticBackbone
+from lac_vla import VLA, CachedVLA, Frame, Motion
 from lac_vla.client.wire import unpack
 from tests.serving.conftest import Running
 
@@ -29,7 +29,7 @@ KEY = "a-key-of-some-length"
 PACKAGES = ("openpi-client", "typing_extensions")  # the second is needed, but not declared
 
 
-def expected(backbone: PrismaticBackbone) -> list[Any]:
+def expected(backbone: VLA) -> list[Any]:
     """What the library answers to the robot of ``openpi_robot.py``."""
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     frame = Frame({"agentview": image, "wrist": image[::-1].copy()}, "pick up the bowl")
@@ -51,7 +51,7 @@ def frames(stream: Any) -> list[tuple[int, bytes]]:
     return found
 
 
-def test_what_openpi_sent_is_answered_as_it_expects(start: Start, backbone: PrismaticBackbone) -> None:
+def test_what_openpi_sent_is_answered_as_it_expects(start: Start, backbone: VLA) -> None:
     server = start(metadata={"model": "tiny"}, key=KEY).server
     with socket.create_connection((server.host, server.port), timeout=20) as robot:
         robot.sendall(TRANSCRIPT.read_bytes())
@@ -111,7 +111,7 @@ def openpi_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [None, KEY])
-def test_the_real_client(start: Start, backbone: PrismaticBackbone, openpi_python: str, key: str | None) -> None:
+def test_the_real_client(start: Start, backbone: VLA, openpi_python: str, key: str | None) -> None:
     server = start(metadata={"model": "tiny"}, key=key).server
     port, said = tap(server.host, server.port)
     script = Path(__file__).with_name("openpi_robot.py")

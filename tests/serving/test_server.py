@@ -22,7 +22,7 @@ import pytest
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
-from lac_vla import CachedVLA, Dense, InputError, Motion, PrismaticBackbone, random_vla
+from lac_vla import VLA, CachedVLA, Dense, InputError, Motion, random_vla
 from lac_vla.client.connection import AsyncClient, Client, ServerError
 from lac_vla.client.wire import pack, unpack
 from lac_vla.models.cogact.config import TINY_COGACT
@@ -44,13 +44,13 @@ def get(url: str, **headers: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def expected(backbone: PrismaticBackbone, seeds: list[int], prompt: str = "pick up the bowl") -> list[Any]:
+def expected(backbone: VLA, seeds: list[int], prompt: str = "pick up the bowl") -> list[Any]:
     """What a session of the library answers to the same observations."""
     session = CachedVLA(backbone, Motion(0.5)).session()
     return [session.act(KEYS.frame(observation(seed, prompt))) for seed in seeds]
 
 
-def test_answers_are_those_of_the_library(start: Start, backbone: PrismaticBackbone) -> None:
+def test_answers_are_those_of_the_library(start: Start, backbone: VLA) -> None:
     with Client(start(metadata={"model": "tiny"}).url) as client:
         assert client.metadata["model"] == "tiny"
         for i, action in enumerate(expected(backbone, [0, 1, 2])):
@@ -78,7 +78,7 @@ def test_an_answer_holds_the_first_actions_of_the_chunk(start: Start, asked: int
 
 
 def test_an_answer_cannot_hold_more_than_the_chunk(
-    backbone: PrismaticBackbone, monkeypatch: pytest.MonkeyPatch
+    backbone: VLA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(backbone), "horizon", 1, raising=False)
     PolicyServer(CachedVLA(backbone), KEYS, SessionOptions(actions_per_call=1))
@@ -86,7 +86,7 @@ def test_an_answer_cannot_hold_more_than_the_chunk(
         PolicyServer(CachedVLA(backbone), KEYS, SessionOptions(actions_per_call=2))
 
 
-def test_the_asynchronous_client_is_the_same(start: Start, backbone: PrismaticBackbone) -> None:
+def test_the_asynchronous_client_is_the_same(start: Start, backbone: VLA) -> None:
     async def drive(url: str) -> list[Any]:
         client = await AsyncClient.connect(url)
         answers = [(await client.infer(observation(i)))["actions"][0] for i in range(2)]
@@ -99,7 +99,7 @@ def test_the_asynchronous_client_is_the_same(start: Start, backbone: PrismaticBa
     np.testing.assert_array_equal(asyncio.run(drive(start().url)), expected(backbone, [0, 1]))
 
 
-def test_sessions_do_not_mix(start: Start, backbone: PrismaticBackbone) -> None:
+def test_sessions_do_not_mix(start: Start, backbone: VLA) -> None:
     server = start()
     with Client(server.url) as one, Client(server.url) as other:
         assert one.metadata["session"] != other.metadata["session"]
@@ -256,7 +256,7 @@ def test_a_client_that_dies_in_mid_request(start: Start) -> None:
 
 
 def test_shutdown_answers_what_was_taken(
-    start: Start, backbone: PrismaticBackbone, monkeypatch: pytest.MonkeyPatch
+    start: Start, backbone: VLA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = threading.Event()
     slow = backbone.project
@@ -284,7 +284,7 @@ def test_shutdown_answers_what_was_taken(
         Client(server.url)
 
 
-def test_the_event_loop_stays_free(start: Start, backbone: PrismaticBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_event_loop_stays_free(start: Start, backbone: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
     server, started = start(), threading.Event()
     slow = backbone.project
 
@@ -319,7 +319,7 @@ def test_metrics_count_what_happened(start: Start) -> None:
     assert 'lac_stage_seconds_total{stage="prefill"}' in text
 
 
-def test_what_a_policy_prunes_has_no_age(start: Start, backbone: PrismaticBackbone) -> None:
+def test_what_a_policy_prunes_has_no_age(start: Start, backbone: VLA) -> None:
     server = start(CachedVLA(backbone, FastV()))
     with Client(server.url) as client:
         ages = [client.infer(observation(i))["lac"]["oldest_age"] for i in range(3)]
@@ -361,6 +361,6 @@ def test_tls(start: Start, tmp_path: Path) -> None:
         Client(server.url)
 
 
-def test_the_world_needs_a_key(backbone: PrismaticBackbone) -> None:
+def test_the_world_needs_a_key(backbone: VLA) -> None:
     with pytest.raises(ValueError, match="reachable from other machines"):
         PolicyServer(CachedVLA(backbone), KEYS, host="0.0.0.0")

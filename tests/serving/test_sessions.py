@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, Decision, Dense, InputError, Motion, PolicyInput, PrismaticBackbone, random_vla
+from lac_vla import VLA, CachedVLA, Decision, Dense, InputError, Motion, PolicyInput, random_vla
 from lac_vla.client.observation import ObservationKeys
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy
@@ -40,7 +40,7 @@ class Stubborn(CachePolicy):
         return Decision.reuse(np.ones(inputs.layout.n_visual, dtype=np.bool_), inputs.n_layers)
 
 
-def robot(backbone: PrismaticBackbone, policy: CachePolicy | None = None, **options: Any) -> RobotSession:
+def robot(backbone: VLA, policy: CachePolicy | None = None, **options: Any) -> RobotSession:
     return RobotSession(CachedVLA(backbone, policy or Motion(0.5)), KEYS, **{"options": SessionOptions(), **options})
 
 
@@ -56,7 +56,7 @@ def robot(backbone: PrismaticBackbone, policy: CachePolicy | None = None, **opti
     ],
 )
 def test_what_begins_an_episode(
-    backbone: PrismaticBackbone, clock: Clock, change: dict[str, Any], reason: str | None
+    backbone: VLA, clock: Clock, change: dict[str, Any], reason: str | None
 ) -> None:
     one = robot(backbone)
     first = one.answer(observation(0) | {"episode_id": "a"}, clock.now)
@@ -68,7 +68,7 @@ def test_what_begins_an_episode(
     assert (again.reset, again.step.dense_reason) == (None, None)  # only once
 
 
-def test_a_silence_begins_an_episode(backbone: PrismaticBackbone, clock: Clock) -> None:
+def test_a_silence_begins_an_episode(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone, options=SessionOptions(gap_s=3))
     one.answer(observation(0), clock.now)
     clock.now += 2.9
@@ -77,14 +77,14 @@ def test_a_silence_begins_an_episode(backbone: PrismaticBackbone, clock: Clock) 
     assert one.answer(observation(2), clock.now).reset == "time gap"
 
 
-def test_a_scene_cut_makes_a_frame_dense(backbone: PrismaticBackbone, clock: Clock) -> None:
+def test_a_scene_cut_makes_a_frame_dense(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone)
     one.answer(observation(0), clock.now)
     cut = observation(1) | {"observation/image": np.full((64, 64, 3), 255, np.uint8)}
     assert one.answer(cut, clock.now).message["lac"]["dense_reason"] == "scene cut"
 
 
-def test_a_seed_is_that_of_the_episode(backbone: PrismaticBackbone, clock: Clock) -> None:
+def test_a_seed_is_that_of_the_episode(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone)
     one.answer(observation(0) | {"reset": True, "seed": 5}, clock.now)
     assert one._session.seed == 5
@@ -93,7 +93,7 @@ def test_a_seed_is_that_of_the_episode(backbone: PrismaticBackbone, clock: Clock
 @pytest.mark.parametrize(
     ("waited_ms", "tokens"), [(0, 26), (12.5, 8), (19, 8), (100, 8)], ids=["all", "half", "floor", "late"]
 )
-def test_the_deadline_caps_the_tokens(backbone: PrismaticBackbone, clock: Clock, waited_ms: float, tokens: int) -> None:
+def test_the_deadline_caps_the_tokens(backbone: VLA, clock: Clock, waited_ms: float, tokens: int) -> None:
     controller = DeadlineController(20.0, LatencyTable((8, 26, 52), (7.5, 20.0, 40.0)), 8)
     one = robot(backbone, Dense(), controller=controller)
     assert one.answer(observation(0), clock.now).message["lac"]["late"] is False
@@ -110,7 +110,7 @@ def test_the_table_knows_both_directions() -> None:
     assert level.tokens_in(5) == 52
 
 
-def test_the_table_is_measured_on_the_model(backbone: PrismaticBackbone) -> None:
+def test_the_table_is_measured_on_the_model(backbone: VLA) -> None:
     table = LatencyTable.measure(CachedVLA(backbone, Motion(0.5), max_age=16), rounds=2)
     assert table.tokens == (4, 6, 13, 26, 39, 52)
     assert list(table.milliseconds) == sorted(table.milliseconds)
@@ -149,7 +149,7 @@ def drive(one: RobotSession, clock: Clock, frames: int = 12) -> list[float]:
     return ages
 
 
-def test_slack_refresh_starts_the_next_frame_fresher(backbone: PrismaticBackbone, clock: Clock) -> None:
+def test_slack_refresh_starts_the_next_frame_fresher(backbone: VLA, clock: Clock) -> None:
     plain = drive(robot(backbone, Motion(0.8)), clock)
     clock.now += 100
     one = robot(backbone, Motion(0.8), options=SessionOptions(slack=True), table=TABLE)
@@ -159,7 +159,7 @@ def test_slack_refresh_starts_the_next_frame_fresher(backbone: PrismaticBackbone
     assert one.answer(observation(99), clock.now).message["lac"]["refreshed"] > 0
 
 
-def test_slack_refresh_keeps_within_the_idle_time(backbone: PrismaticBackbone, clock: Clock) -> None:
+def test_slack_refresh_keeps_within_the_idle_time(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone, Stubborn(), options=SessionOptions(slack=True), table=LatencyTable((4, 52), (10.0, 106.0)))
     one.answer(observation(0), clock.now)
     assert one.spare() is None  # nobody knows when the robot will ask again
@@ -171,7 +171,7 @@ def test_slack_refresh_keeps_within_the_idle_time(backbone: PrismaticBackbone, c
     assert one.refresh() == 0  # not even the fewest fit
 
 
-def test_slack_needs_a_table(backbone: PrismaticBackbone) -> None:
+def test_slack_needs_a_table(backbone: VLA) -> None:
     with pytest.raises(InputError, match="latency table"):
         robot(backbone, options=SessionOptions(slack=True))
 
@@ -195,7 +195,7 @@ def test_the_watchdog_distrusts_a_cache_that_disagrees(clock: Clock) -> None:
     assert one.answer(observation(0) | {"reset": True}, clock.now).message["lac"]["dense_reason"] == "first frame"
 
 
-def test_the_watchdog_trusts_a_cache_that_agrees(backbone: PrismaticBackbone, clock: Clock) -> None:
+def test_the_watchdog_trusts_a_cache_that_agrees(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone, Dense(), options=SessionOptions(shadow_every=1, shadow_threshold=1e-4))
     for i in range(4):
         answer = one.answer(observation(i), clock.now)

@@ -18,7 +18,7 @@ from PIL import Image
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from lac_vla import CachedVLA, InputError, Motion, PrismaticBackbone
+from lac_vla import VLA, CachedVLA, InputError, Motion
 from lac_vla.client.connection import Client, ServerError
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.report.overlay import overlay
@@ -68,7 +68,7 @@ def settled(server: Running, session: str, frames: int) -> dict[str, Any]:
         time.sleep(0.01)
 
 
-def expected(backbone: PrismaticBackbone, seeds: list[int]) -> StepInfo:
+def expected(backbone: VLA, seeds: list[int]) -> StepInfo:
     """The last step of a session of the library with the same observations."""
     session = Session(CachedVLA(backbone, Motion(0.5)))
     for seed in seeds:
@@ -200,7 +200,7 @@ def test_the_page_loads_nothing(start: Start) -> None:
     assert get(start(view=True), "/view/")[0] == 200
 
 
-def test_numbers_are_those_of_the_step(start: Start, backbone: PrismaticBackbone) -> None:
+def test_numbers_are_those_of_the_step(start: Start, backbone: VLA) -> None:
     server, step = start(view=True, metadata=FACTS | {"secret": "x"}), expected(backbone, [0, 1, 2])
     with Client(server.url) as client:
         answers = [client.infer(observation(seed)) for seed in (0, 1, 2)]
@@ -230,7 +230,7 @@ def test_numbers_are_those_of_the_step(start: Start, backbone: PrismaticBackbone
         assert (camera["tokens"], camera["computed"]) == (grid.size, step.active[grid.tokens].sum())
 
 
-def test_pictures_are_the_overlay_of_the_same_step(start: Start, backbone: PrismaticBackbone) -> None:
+def test_pictures_are_the_overlay_of_the_same_step(start: Start, backbone: VLA) -> None:
     server, step = start(view=True), expected(backbone, [0, 1])
     with Client(server.url) as client, Client(server.url) as other:
         session = client.metadata["session"]
@@ -256,7 +256,7 @@ def test_there_is_nothing_else(start: Start, path: str) -> None:
     assert get(start(view=True), path)[0] == 404
 
 
-def test_resets_and_fallbacks_with_their_reasons(start: Start, backbone: PrismaticBackbone) -> None:
+def test_resets_and_fallbacks_with_their_reasons(start: Start, backbone: VLA) -> None:
     server = start(CachedVLA(backbone, Motion(0.5), scene_cut=0.01), view=True)  # every frame is a cut
     with Client(server.url) as client:
         for seed in range(4):
@@ -310,7 +310,7 @@ def test_who_has_gone_and_why(start: Start) -> None:
         assert good.infer(observation(1))["lac"]["ratio"] == 0.5
 
 
-def test_looking_changes_no_action(start: Start, backbone: PrismaticBackbone) -> None:
+def test_looking_changes_no_action(start: Start, backbone: VLA) -> None:
     server = start(view=True)
     session = Session(CachedVLA(backbone, Motion(0.5)))
     with Client(server.url) as client:
@@ -357,7 +357,7 @@ def test_lac_view_opens_the_page_or_says_what_to_do(start: Start, monkeypatch: p
 
 
 @needs_browser
-def test_a_browser_shows_it(start: Start, backbone: PrismaticBackbone, tmp_path: Path) -> None:
+def test_a_browser_shows_it(start: Start, backbone: VLA, tmp_path: Path) -> None:
     evil = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & pick up the bowl"
     server = start(view=True, metadata=FACTS)
     with Tab(tmp_path / "profile") as tab:

@@ -41,6 +41,7 @@ class Family:
         random: Makes a model with random weights of a configuration.
         config: Class of its configurations.
         presets: Configurations by name.
+        tiny: The preset that tests run.
         hub_files: Files to download from the hub.
     """
 
@@ -50,12 +51,17 @@ class Family:
     random: Callable[..., VLA]
     config: type
     presets: Mapping[str, Any]
+    tiny: str
     hub_files: Sequence[str] = HUB_FILES
 
 
 FAMILIES: dict[str, Family] = {
-    "openvla": Family(load_prismatic, save_prismatic, new_prismatic, random_prismatic, PrismaticConfig, PRESETS),
-    "cogact": Family(load_cogact, save_cogact, new_cogact, random_cogact, CogACTConfig, COGACT_PRESETS, COGACT_FILES),
+    "openvla": Family(
+        load_prismatic, save_prismatic, new_prismatic, random_prismatic, PrismaticConfig, PRESETS, "tiny"
+    ),
+    "cogact": Family(
+        load_cogact, save_cogact, new_cogact, random_cogact, CogACTConfig, COGACT_PRESETS, "cogact-tiny", COGACT_FILES
+    ),
 }
 """``model_type`` in a checkpoint's ``config.json`` → family."""
 

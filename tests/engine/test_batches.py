@@ -1,0 +1,333 @@
+"""Several sessions in one run: every one gets what it would get alone, and none knows of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lac_vla import CachedVLA, Dense, Frame, InputError, Random, Session, random_vla
+from lac_vla.engine.engine import Engine
+from lac_vla.engine.options import EngineOptions
+from lac_vla.engine.step_info import StepInfo
+from lac_vla.models import FAMILIES, VLA
+from lac_vla.models.heads.base import Decoding, HeadContext
+from lac_vla.policies import CachePolicy
+from lac_vla.types import AttentionProbe, Decision, FloatArray, TokenLayout
+from tests.engine.scenes import ALL_POLICIES, Pruner, Staircase, frame
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+TEXTS = ("pick up the bowl", "stop", "put the mug on the plate, then open the drawer and stop")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> VLA:
+    family = FAMILIES[request.param]
+    return random_vla(family.presets[family.tiny], seed=3)
+
+
+def make(engine: Engine, policy: CachePolicy, seed: int = 0, max_age: int = 4) -> Session:
+    return Session(engine, policy, policy.flow, max_age, 0.25, seed)
+
+
+def observe(robot: int, step: int) -> Frame:
+    """Robots see different pictures, are told different things, and are told another one in mid-episode."""
+    return frame(10 * robot + step, TEXTS[(robot + step // 3) % len(TEXTS)])
+
+
+def together(engine: Engine, sessions: Sequence[Session], frames: Sequence[Frame]) -> list[FloatArray]:
+    plans = [session.plan(observation) for session, observation in zip(sessions, frames, strict=True)]
+    results = engine.run(plans)
+    actions = []
+    for session, plan, result in zip(sessions, plans, results, strict=True):
+        session.commit(plan, result)
+        assert result.action is not None
+        actions.append(result.action)
+    return actions
+
+
+def same(one: StepInfo | None, other: StepInfo | None) -> None:
+    """Everything but the time that it took."""
+    assert one is not None
+    assert other is not None
+    assert (one.decision.exit_layer == other.decision.exit_layer).all()
+    assert (one.age == other.age).all()
+    assert (one.forced == other.forced).all()
+    assert one.dense_reason == other.dense_reason
+    assert one.decode_passes == other.decode_passes
+    assert one.draft == other.draft
+    assert one.metadata.get("tokens") == other.metadata.get("tokens")
+    np.testing.assert_allclose(one.metadata["normalized"], other.metadata["normalized"], **CLOSE)
+
+
+def assert_batch_equals_alone(
+    model: VLA, policies: Sequence[Callable[[], CachePolicy]], options: str = "default", steps: int = 6
+) -> None:
+    """Robots join one after the other: some see their first frame while others reuse old slots."""
+    packed = Engine(model, EngineOptions.parse(options))
+    sessions = [make(packed, policy(), seed) for seed, policy in enumerate(policies)]
+    alone = [make(Engine(model, packed.options), policy(), seed) for seed, policy in enumerate(policies)]
+    for step in range(steps):
+        there = [robot for robot in range(len(policies)) if step >= robot]
+        frames = [observe(robot, step) for robot in there]
+        actions = together(packed, [sessions[robot] for robot in there], frames)
+        for robot, observation, action in zip(there, frames, actions, strict=True):
+            np.testing.assert_allclose(action, alone[robot].act(observation), **CLOSE)
+            same(sessions[robot].last_info, alone[robot].last_info)
+            memory, other = sessions[robot].memory, alone[robot].memory
+            assert memory.attention.keys() == other.attention.keys()
+            for layer, attention in memory.attention.items():
+                torch.testing.assert_close(attention, other.attention[layer], **CLOSE)
+            torch.testing.assert_close(slots(sessions[robot]), slots(alone[robot]), **CLOSE)
+
+
+def slots(session: Session) -> torch.Tensor:
+    """Keys and values of the prompt, (2, layers, kv_heads, length, head_dim)."""
+    layout, start, store = session.memory.layout, session._region.start, session.engine.store
+    assert layout is not None
+    own = slice(start, start + layout.length)
+    return torch.stack([store.keys[:, :, own], store.values[:, :, own]])
+
+
+@pytest.mark.parametrize("name", ALL_POLICIES)
+def test_a_batch_of_one_policy_equals_its_sessions_alone(model: VLA, name: str) -> None:
+    assert_batch_equals_alone(model, [ALL_POLICIES[name]] * 3)
+
+
+@pytest.mark.parametrize("options", ["none", "default", "exact", "draft+bucket=8", "draft+bucket=8+cuda_graphs"])
+def test_a_batch_of_all_policies_equals_its_sessions_alone(model: VLA, options: str) -> None:
+    """Reuse, pruning, probes and refinement in mid-forward, all in one run."""
+    assert_batch_equals_alone(model, list(ALL_POLICIES.values()), options, steps=len(ALL_POLICIES) + 2)
+
+
+def test_rows_of_all_sessions_go_through_a_layer_at_once(model: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, calls = Engine(model), []
+    layer = model.decoder.layers[0]
+    original = type(layer).qkv
+
+    def counted(self: Any, hidden: torch.Tensor, *rest: Any) -> Any:
+        if self is layer:
+            calls.append(len(hidden))
+        return original(self, hidden, *rest)
+
+    monkeypatch.setattr(type(layer), "qkv", counted)
+    sessions = [make(engine, Random(0.5), seed) for seed in range(4)]
+    for step in range(3):
+        calls.clear()
+        together(engine, sessions, [observe(robot, step) for robot in range(4)])
+        infos = [session.last_info for session in sessions]
+        lengths = [info.layout.length - int(info.cached.sum()) + info.draft for info in infos if info is not None]
+        assert calls[0] == sum(lengths)
+        longest = max(len(info.decode_passes) for info in infos if info is not None)
+        assert len(calls) == 1 + longest  # those that are done leave the round
+
+
+@pytest.mark.parametrize("part", ["policy", "stem", "tokens", "head", "refine"])
+def test_what_fails_for_one_session_fails_for_it_alone(model: VLA, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken: list[bool] = []
+
+    @dataclass(frozen=True)
+    class Faulty(Random):
+        def probe(self, n_layers: int) -> AttentionProbe | None:
+            return AttentionProbe((0,), "last") if part == "refine" else None
+
+        def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
+            raise RuntimeError("broken")
+
+        def decide(self, inputs: Any) -> Decision:
+            if part == "policy" and broken:
+                raise RuntimeError("broken")
+            return super().decide(inputs)
+
+    options = EngineOptions.parse("default+async_policy" if part == "policy" else "default")
+    packed = Engine(model, options)
+    sessions = [make(packed, policy, 1) for policy in (Random(0.5), Faulty(0.5), Staircase())]
+    alone = [make(Engine(model), policy, 1) for policy in (Random(0.5), Dense(), Staircase())]
+    for step in range(2 if part == "policy" else 1):
+        frames = [observe(robot, step) for robot in range(3)]
+        together(packed, sessions, frames)
+        for session, observation in zip(alone, frames, strict=True):
+            session.act(observation)
+    frames = [observe(robot, 2) for robot in range(3)]
+    broken.append(True)
+    plans = [session.plan(observation) for session, observation in zip(sessions, frames, strict=True)]
+    with monkeypatch.context() as patch:
+        _break(part, plans[1], model, patch)
+        results = packed.run(plans)
+    broken.clear()
+    with pytest.raises(RuntimeError, match="broken"):
+        sessions[1].commit(plans[1], results[1])
+    for robot in (0, 2):
+        sessions[robot].commit(plans[robot], results[robot])
+        expected = alone[robot].act(frames[robot])
+        np.testing.assert_allclose(results[robot].action, expected, **CLOSE)
+        same(sessions[robot].last_info, alone[robot].last_info)
+    if part == "refine":
+        return  # it fails in every frame that is not dense
+    # the session is usable: what was touched is not built upon
+    sessions[1].act(observe(1, 3))
+    assert sessions[1].last_info is not None
+    assert sessions[1].last_info.dense_reason == (None if part in ("policy", "stem") else "first frame")
+
+
+def _break(part: str, plan: Any, model: VLA, patch: pytest.MonkeyPatch) -> None:
+    """Make a part of the model fail for one plan."""
+    vision, head = type(model.vision), type(model.head)
+    stem, tokens, decode = vision.encode_stem, vision.encode_tokens, head.decode
+    stems: list[Any] = []
+
+    def encode_stem(self: Any, frame: Frame, *rest: Any) -> Any:
+        made = stem(self, frame, *rest)
+        if frame is plan.frame:
+            stems.append(made)
+            if part == "stem":
+                raise RuntimeError("broken")
+        return made
+
+    def encode_tokens(self: Any, made: Any, *rest: Any) -> Any:
+        if part == "tokens" and any(made is own for own in stems):
+            raise RuntimeError("broken")
+        return tokens(self, made, *rest)
+
+    def decode_broken(self: Any, context: HeadContext) -> Decoding:
+        if part == "head" and context.frame is plan.frame:
+            raise RuntimeError("broken")
+        return decode(self, context)
+
+    patch.setattr(vision, "encode_stem", encode_stem)
+    patch.setattr(vision, "encode_tokens", encode_tokens)
+    patch.setattr(head, "decode", decode_broken)
+
+
+def test_what_fails_for_all_is_said_to_all(model: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model)
+    sessions = [make(engine, Random(0.5), seed) for seed in range(2)]
+    together(engine, sessions, [observe(0, 0), observe(1, 0)])
+    plans = [session.plan(observe(robot, 1)) for robot, session in enumerate(sessions)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.decoder.layers[1]), "finish", lambda *_: 1 / 0)
+        results = engine.run(plans)
+    for session, plan, result in zip(sessions, plans, results, strict=True):
+        with pytest.raises(ZeroDivisionError):
+            session.commit(plan, result)
+        session.act(observe(0, 2))
+        assert session.last_info is not None
+        assert session.last_info.dense_reason == "first frame"
+
+
+# Bad input.
+
+
+@pytest.fixture
+def vla() -> CachedVLA:
+    return CachedVLA(random_vla("tiny", seed=3), Random(0.5))
+
+
+def usable(session: Session, *, dense: str | None) -> None:
+    session.act(frame(3))
+    assert session.last_info is not None
+    assert session.last_info.dense_reason == dense
+
+
+def test_a_plan_of_another_model_is_refused(vla: CachedVLA) -> None:
+    session = vla.session()
+    session.act(frame(0))
+    plan = session.plan(frame(1))
+    with pytest.raises(InputError, match="another engine"):
+        Engine(vla.model).run([plan])
+    [result] = vla.engine.run([plan])  # nothing has happened to it
+    session.commit(plan, result)
+    usable(session, dense=None)
+
+
+def test_a_session_planned_twice_gives_the_first_plan_up(vla: CachedVLA) -> None:
+    session = vla.session()
+    session.act(frame(0))
+    plan = session.plan(frame(1))
+    with pytest.raises(InputError, match="not committed"):
+        session.plan(frame(2))
+    [result] = vla.engine.run([plan])
+    with pytest.raises(InputError, match="not the open plan"):
+        session.commit(plan, result)
+    usable(session, dense="first frame")  # its slots were written, and never committed
+
+
+def test_a_plan_that_was_never_run_leaves_the_cache(vla: CachedVLA) -> None:
+    session = vla.session()
+    session.act(frame(0))
+    session.plan(frame(1))
+    with pytest.raises(InputError, match="given up"):
+        session.act(frame(2))
+    usable(session, dense=None)
+
+
+def test_two_plans_of_one_session_in_one_run(vla: CachedVLA) -> None:
+    session, other = vla.session(), vla.session()
+    session.act(frame(0))
+    plan, good = session.plan(frame(1)), other.plan(frame(1))
+    with pytest.raises(InputError, match="two plans of one session"):
+        vla.engine.run([plan, good, plan])
+    results = vla.engine.run([plan, good])
+    session.commit(plan, results[0])
+    other.commit(good, results[1])
+    usable(session, dense=None)
+
+
+def test_a_plan_is_run_once(vla: CachedVLA) -> None:
+    session = vla.session()
+    plan = session.plan(frame(0))
+    [result] = vla.engine.run([plan])
+    with pytest.raises(InputError, match="run before"):
+        vla.engine.run([plan])
+    session.commit(plan, result)
+    with pytest.raises(InputError, match="not the open plan"):
+        session.commit(plan, result)
+    usable(session, dense=None)
+
+
+def test_a_result_belongs_to_its_plan(vla: CachedVLA) -> None:
+    one, other = vla.session(), vla.session()
+    mine, theirs = one.plan(frame(0)), other.plan(frame(1))
+    results = vla.engine.run([mine, theirs])
+    with pytest.raises(InputError, match="not the open plan"):
+        one.commit(mine, results[1])
+    one.commit(mine, results[0])
+    other.commit(theirs, results[1])
+
+
+def test_a_reset_gives_an_open_plan_up(vla: CachedVLA) -> None:
+    session = vla.session()
+    plan = session.plan(frame(0))
+    [result] = vla.engine.run([plan])
+    session.reset()
+    with pytest.raises(InputError, match="not the open plan"):
+        session.commit(plan, result)
+    usable(session, dense="first frame")
+
+
+def test_an_empty_run_is_no_error(vla: CachedVLA) -> None:
+    assert vla.engine.run([]) == []
+
+
+def test_refresh_and_shadow_between_others_frames(vla: CachedVLA) -> None:
+    """What one session does between frames leaves the others' slots alone."""
+    one, other, reference = vla.session(1), vla.session(2), CachedVLA(vla.model, Pruner()).session(2)
+    other = make(vla.engine, Pruner(), 2)
+    for step in range(4):
+        one.act(frame(step))
+        one.refresh(5)
+        np.testing.assert_allclose(other.act(frame(step)), reference.act(frame(step)), **CLOSE)
+        one.shadow()
+
+
+def test_a_replaced_head_runs_over_the_same_engine_parts(vla: CachedVLA) -> None:
+    """Two models that share weights are two models: each has an engine of its own."""
+    again = CachedVLA(replace(vla.model, name="other"), Random(0.5))
+    session = again.session()
+    session.act(frame(0))
+    with pytest.raises(InputError, match="another engine"):
+        vla.engine.run([session.plan(frame(1))])
