@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.models.heads.base import HeadContext
-from lac_vla.models.protocols import VLA, DecoderShape
+from lac_vla.models.protocols import DecoderShape
+from lac_vla.models.vla import VLA
 from lac_vla.types import AttentionProbe, BoolArray, Decision, Frame, SkippedTokens, TokenLayout
 
 

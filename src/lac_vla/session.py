@@ -19,7 +19,7 @@ from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.flow import estimate, flow_macs, make_flow
-from lac_vla.models.protocols import VLA
+from lac_vla.models.vla import VLA
 from lac_vla.policies import CachePolicy
 from lac_vla.timing import Stopwatch
 from lac_vla.types import (

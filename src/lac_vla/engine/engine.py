@@ -20,7 +20,8 @@ from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.prefill import AppendCursor, PrefillCursor, SequenceState, run_packed
 from lac_vla.errors import InputError
 from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext
-from lac_vla.models.protocols import VLA, DecoderStack, Rotary
+from lac_vla.models.protocols import DecoderStack, Rotary
+from lac_vla.models.vla import VLA
 from lac_vla.timing import Stopwatch
 from lac_vla.types import BoolArray, Decision, SkippedTokens
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from lac_vla.models.protocols import DecoderLayer, QueryRows, Rotary
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # made for every run: a frozen one takes several times as long
 class Segment:
     """The rows of one sequence in a packed run, and what they see. In training: of a batch of sequences.
 
@@ -79,7 +79,7 @@ class NoCache:
         return keys, values
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class LayersOutput:
     """The result of a run of layers.
 

@@ -23,8 +23,8 @@ from lac_vla.models.prismatic.checkpoint import (
 )
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import PRESETS
-from lac_vla.models.protocols import VLA
 from lac_vla.models.tokenizer import Encode
+from lac_vla.models.vla import VLA
 from lac_vla.models.weights import HUB_FILES, find_folder, read_json
 
 __all__ = ["FAMILIES", "VLA", "Encode", "Family", "load_vla", "random_vla", "save_vla", "untrained_vla"]

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import nn
 
 from lac_vla.types import BoolArray, FloatArray, Frame, TokenLayout, UInt8Image
-
-if TYPE_CHECKING:
-    from lac_vla.models.heads.base import ActionHead
 
 Rotary: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine, each (rows, head_dim), signed and ordered as the model's own layers take them."""
@@ -239,62 +235,3 @@ class VisionEncoder(Protocol):
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Project features row by row: (n, features) → (n, width)."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class VLA:
-    """A frozen Vision-Language-Action model: its four parts over one set of weights. It follows training in place.
-
-    Attributes:
-        name: For tables and error messages.
-        family: Key of :data:`lac_vla.models.FAMILIES`.
-        config: What it was built from.
-        module: All weights.
-        processor: Frame → images and prompt.
-        vision: Images → visual tokens.
-        decoder: Visual tokens and text → hidden states, keys and values.
-        head: These → actions.
-        encode: The tokenizer: text → token ids.
-        ensemble: Over how many of the last chunks an evaluation averages its actions unless told otherwise.
-    """
-
-    name: str
-    family: str
-    config: Any
-    module: nn.Module
-    processor: Processor
-    vision: VisionEncoder
-    decoder: Decoder
-    head: ActionHead
-    encode: Any = None
-    ensemble: int = 1
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lives."""
-        return self.decoder.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the hidden states."""
-        return self.decoder.dtype
-
-    @property
-    def grids(self) -> Mapping[str, tuple[int, int]]:
-        """Camera → (rows, cols) of its visual tokens, in token order."""
-        return self.processor.grids
-
-    @property
-    def n_layers(self) -> int:
-        """Number of decoder layers."""
-        return len(self.decoder.layers)
-
-    @property
-    def horizon(self) -> int:
-        """Actions per answer."""
-        return self.head.horizon
-
-    def encode_image(self, frame: Frame) -> torch.Tensor:
-        """Compute the projected tokens of a whole frame, (N, width)."""
-        stem = self.vision.encode_stem(frame, self.processor.images(frame))
-        return self.vision.project(self.vision.encode_tokens(stem))

@@ -16,7 +16,7 @@ import torch
 from lac_vla.engine.layers import Segment, attention_probabilities, run_layers
 from lac_vla.errors import InputError
 from lac_vla.models.heads.base import AppendRows, LossContext
-from lac_vla.models.protocols import VLA
+from lac_vla.models.vla import VLA
 from lac_vla.types import TokenLayout
 
 

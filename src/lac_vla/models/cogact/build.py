@@ -8,8 +8,8 @@ from lac_vla.models.cogact.config import CogACTConfig
 from lac_vla.models.heads.diffusion import DiffusionHead, DiffusionModel
 from lac_vla.models.prismatic.build import build_prismatic
 from lac_vla.models.prismatic.model import PrismaticVLA
-from lac_vla.models.protocols import VLA
 from lac_vla.models.tokenizer import Encode
+from lac_vla.models.vla import VLA
 
 
 class CogACTVLA(PrismaticVLA):

@@ -24,8 +24,8 @@ from lac_vla.models.cogact.build import CogACTVLA, build_cogact
 from lac_vla.models.cogact.config import CogACTConfig, head_config, own_options, vlm_config
 from lac_vla.models.llama import reset_rotary
 from lac_vla.models.prismatic.checkpoint import CONFIG, STATISTICS, unused_weights
-from lac_vla.models.protocols import VLA
 from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer, save_tokenizer
+from lac_vla.models.vla import VLA
 from lac_vla.models.weights import WEIGHTS, check_shapes, randomise, read_json, read_torch, write_weights
 
 HUB_FILES = ("*.json", "*.safetensors", "checkpoints/*.pt")

@@ -13,8 +13,8 @@ from lac_vla.models.llama import LlamaDecoder
 from lac_vla.models.prismatic.encoder import PrismaticVision
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.processor import PrismaticProcessor
-from lac_vla.models.protocols import VLA
 from lac_vla.models.tokenizer import Encode
+from lac_vla.models.vla import VLA
 
 MakeHead = Callable[[LlamaDecoder, Range], ActionHead]
 """Decoder and units of the actions → head."""

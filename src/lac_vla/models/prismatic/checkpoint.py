@@ -16,8 +16,8 @@ from lac_vla.models.prismatic.build import build_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.towers import ViTConfig
-from lac_vla.models.protocols import VLA
 from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer, save_tokenizer
+from lac_vla.models.vla import VLA
 from lac_vla.models.weights import load_weights, randomise, read_json, write_weights
 
 CONFIG = "config.json"
