@@ -224,6 +224,7 @@ def attention_probabilities(query: torch.Tensor, key: torch.Tensor, visible: tor
         (..., rows, slots).
     """
     query, key = query.float(), key.float()
-    key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    return scores.masked_fill(~visible.unsqueeze(-3), -torch.inf).softmax(dim=-1).mean(dim=-3)
+    if query.shape[-3] != key.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    scores = (query @ key.transpose(-1, -2)).div_(math.sqrt(query.shape[-1]))
+    return scores.masked_fill_(~visible.unsqueeze(-3), -torch.inf).softmax(dim=-1).mean(dim=-3)
