@@ -15,7 +15,6 @@ from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig, Sampling
-from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
 from lac_vla.models.prismatic.backbone import PrismaticBackbone
 from lac_vla.models.prismatic.checkpoint import CONFIG, load_prismatic, random_prismatic, save_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
@@ -24,7 +23,6 @@ from lac_vla.models.prismatic.prompt import Encode
 from lac_vla.models.weights import find_folder, read_json
 
 __all__ = [
-    "AdaptiveEnsemble",
     "Backbone",
     "CogACTBackbone",
     "CogACTConfig",

@@ -124,14 +124,3 @@ def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str,
             return stats
     what = "unnorm_key is missing" if key is None else f"unknown unnorm_key '{key}'"
     raise InputError(f"{what}: choose one of {sorted(norm_stats)}")
-
-
-def libero_gripper(action: FloatArray) -> FloatArray:
-    """Turn the last value of OpenVLA's LIBERO actions, 0 closed .. 1 open, into LIBERO's −1 open, +1 closed.
-
-    Args:
-        action: (..., dim), float32; not modified.
-    """
-    action = action.copy()
-    action[..., -1] = -np.sign(2.0 * action[..., -1] - 1.0)
-    return action

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
-from lac_vla.sims.simpler.episode import Robot
+from lac_vla.sims.simpler.episode import RobotSpec
 
 Action: TypeAlias = npt.NDArray[np.float64]
 Convention: TypeAlias = Literal["cogact", "openvla"]
@@ -100,7 +100,7 @@ class GoogleActions:
         return _with_gripper(checked, change)
 
 
-def conversion(robot: Robot, convention: Convention) -> ActionConversion:
+def conversion(robot: RobotSpec, convention: Convention) -> ActionConversion:
     """The conversion for a robot and a family of policies.
 
     Raises:

@@ -6,14 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lac_vla.errors import LacError
 from lac_vla.sims.simpler.actions import Action
-from lac_vla.sims.simpler.episode import Episode
+from lac_vla.sims.simpler.episode import EpisodeSpec
 from lac_vla.types import UInt8Image
-
-
-class SimulatorError(LacError, RuntimeError):
-    """A simulator died, hung or failed. The episode is lost; the next ``reset`` starts a new simulator."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +38,7 @@ class Backend(Protocol):
         """Whether episodes whose protocol demands ray tracing get it."""
         ...
 
-    def reset(self, episode: Episode) -> Observation:
+    def reset(self, episode: EpisodeSpec) -> Observation:
         """Start an episode.
 
         Raises:

@@ -8,15 +8,16 @@ from typing import Any
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
+from lac_vla.sims.base import Env, SimulatorError
 from lac_vla.sims.simpler.actions import ActionConversion
-from lac_vla.sims.simpler.backend import Backend, Observation, SimulatorError
-from lac_vla.sims.simpler.episode import Episode, Setup
+from lac_vla.sims.simpler.backend import Backend, Observation
+from lac_vla.sims.simpler.episode import EpisodeSpec, Setup
 from lac_vla.sims.simpler.protocol import episodes, tasks
 from lac_vla.types import Frame
 
 
 @dataclass
-class SimplerEnv:
+class SimplerEnv(Env):
     """A task whose initial states are the protocol's episodes.
 
     An episode always runs to its horizon: what counts is the goal at its last step, so ``step`` reports success there
@@ -25,7 +26,7 @@ class SimplerEnv:
     Attributes:
         setup: ``vm``, ``va`` or ``widowx``.
         task: Number of the task in the setup.
-        backend: The simulator; it is not closed with the environment.
+        backend: The simulator; it is closed with the environment.
         convert: From the policy's actions to the simulator's; it starts anew with every instruction.
         suite: Name of the setup among other benchmarks' suites.
 
@@ -38,7 +39,8 @@ class SimplerEnv:
     backend: Backend
     convert: ActionConversion
     suite: str = field(init=False)
-    _episode: Episode | None = field(default=None, init=False)
+    no_op: tuple[float, ...] = field(default=(0.0,) * 6 + (1.0,), init=False)
+    _episode: EpisodeSpec | None = field(default=None, init=False)
     _steps: int = field(default=-1, init=False)
     _success_any: bool = field(default=False, init=False)
     _grasped: bool = field(default=False, init=False)
@@ -127,6 +129,10 @@ class SimplerEnv:
             "backend": self.backend.name,
             "instructions": [list(change) for change in self._instructions],
         }
+
+    def close(self) -> None:
+        """See :meth:`Env.close`."""
+        self.backend.close()
 
     def _see(self, observation: Observation) -> Frame:
         self._steps += 1

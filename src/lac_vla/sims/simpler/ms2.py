@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
+from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler import ms2_server
 from lac_vla.sims.simpler.actions import Action
 from lac_vla.sims.simpler.assets import photo
-from lac_vla.sims.simpler.backend import Observation, SimulatorError
-from lac_vla.sims.simpler.episode import Episode
+from lac_vla.sims.simpler.backend import Observation
+from lac_vla.sims.simpler.episode import EpisodeSpec
 
 SERVER: Final = Path(ms2_server.__file__)
 
@@ -57,7 +58,7 @@ class Ms2Backend:
         self._words: IO[bytes] | None = None
         self._playing = False
 
-    def reset(self, episode: Episode) -> Observation:
+    def reset(self, episode: EpisodeSpec) -> Observation:
         """Start an episode, and the process if there is none.
 
         Raises:
@@ -112,7 +113,7 @@ class Ms2Backend:
         if self._words is not None:
             self._words.close()
 
-    def kwargs(self, episode: Episode) -> dict[str, Any]:
+    def kwargs(self, episode: EpisodeSpec) -> dict[str, Any]:
         """Keyword arguments of the episode's environment, as SIMPLER's own evaluation gives them."""
         robot, variant = episode.robot, episode.variant
         options = dict(variant.options)
@@ -200,7 +201,7 @@ class Ms2Backend:
         return self._words.read().decode("utf-8", "replace").strip()
 
 
-def reset_options(episode: Episode) -> dict[str, Any]:
+def reset_options(episode: EpisodeSpec) -> dict[str, Any]:
     """Options of the environment's ``reset``: where the robot stands, and what lies where."""
     stand = episode.stand
     if episode.object_xy is None:

@@ -15,10 +15,11 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
+from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler.actions import Action, euler_xyz
 from lac_vla.sims.simpler.assets import vulkan_missing
-from lac_vla.sims.simpler.backend import Observation, SimulatorError
-from lac_vla.sims.simpler.episode import Episode
+from lac_vla.sims.simpler.backend import Observation
+from lac_vla.sims.simpler.episode import EpisodeSpec
 from lac_vla.types import UInt8Image
 
 PACKAGES: Final = ("mani-skill", "sapien")
@@ -48,10 +49,10 @@ class Ms3Backend:
             raise MissingExtraError("simpler", f"ManiSkill3 (no module {error.name!r})") from error
         self.render = render
         self._env: Any = None
-        self._episode: Episode | None = None
+        self._episode: EpisodeSpec | None = None
         self._steps = 0
 
-    def reset(self, episode: Episode) -> Observation:
+    def reset(self, episode: EpisodeSpec) -> Observation:
         """Start an episode.
 
         Raises:
@@ -102,7 +103,7 @@ class Ms3Backend:
             self._env.close()
         self._env = self._episode = None
 
-    def _make(self, episode: Episode) -> Any:
+    def _make(self, episode: EpisodeSpec) -> Any:
         return self._gym.make(
             episode.port,
             num_envs=1,

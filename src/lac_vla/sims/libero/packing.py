@@ -16,7 +16,7 @@ from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.lerobot import LeRobotDataset
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.errors import LacError
-from lac_vla.sims.collect import load_episode
+from lac_vla.sims.libero.collect import load_episode
 
 IMAGES = "images."
 RENAMED = {"executed": "executed_action", "success": "next.success"}

@@ -6,10 +6,15 @@ as many episodes in every variant, so that this is the plain mean; in incomplete
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
+
+from rich import box
+from rich.table import Table
 
 from lac_vla.errors import InputError
 from lac_vla.sims.simpler.episode import Setup
@@ -21,6 +26,8 @@ NAMES: Final[dict[Setup, str]] = {
     "widowx": "SIMPLER, WidowX, visual matching",
 }
 DRAWERS: Final = ("top", "middle", "bottom")
+TABLE: Final = "simpler.json"
+"""File of a run that holds its table."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Outcome:
         grasped: The object was in the gripper at some step (WidowX).
         ray_traced: Rays were traced.
         backend: ``ms2`` or ``ms3``.
+        stress: The disturbance of the observations; empty for none.
     """
 
     setup: Setup
@@ -46,6 +54,7 @@ class Outcome:
     grasped: bool
     ray_traced: bool
     backend: str
+    stress: str = ""
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Outcome:
@@ -55,7 +64,7 @@ class Outcome:
             InputError: If the line is of another benchmark.
         """
         try:
-            more = line["simpler"]
+            more = line["outcome"]
             setup: Setup = line["suite"].removeprefix("simpler-")
             return cls(
                 setup=setup,
@@ -66,11 +75,10 @@ class Outcome:
                 grasped=more["grasped"],
                 ray_traced=more["ray_traced"],
                 backend=more["backend"],
+                stress=line["stress"],
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"this is no episode of SIMPLER (it lacks {error}); give a run of 'lac simpler'"
-            ) from error
+            raise InputError(f"this is no episode of SIMPLER (it lacks {error})") from error
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,11 @@ class Cell:
     played: int
     of: int
 
+    @property
+    def percent(self) -> str:
+        """The share in words, e.g. ``25.0 %``."""
+        return "-" if self.value is None else f"{100 * self.value:.1f} %"
+
 
 @dataclass(frozen=True)
 class Label:
@@ -101,6 +114,63 @@ class Label:
 
     title: str
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """SIMPLER's table of a run.
+
+    Attributes:
+        setup: Which table.
+        label: What it may be called.
+        last_step: Method → its row, success counted at the last step.
+        any_step: Method → its row, success counted at any step.
+    """
+
+    setup: Setup
+    label: Label
+    last_step: dict[str, tuple[Cell, ...]]
+    any_step: dict[str, tuple[Cell, ...]]
+
+    @classmethod
+    def read(cls, run: Path) -> PublishedTable:
+        """Make the table of a run's folder.
+
+        Raises:
+            InputError: If the run holds no episode of SIMPLER.
+        """
+        methods: dict[str, list[Outcome]] = {}
+        for text in (run / "episodes.jsonl").read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            methods.setdefault(line["method"], []).append(Outcome.from_json(line))
+        if not methods:
+            raise InputError(f"{run} holds no finished episode: let the run go on, or resume it")
+        setup = next(iter(methods.values()))[0].setup
+        last, some = (
+            {name: cells(setup, outcomes, any_step=any_step) for name, outcomes in methods.items()}
+            for any_step in (False, True)
+        )
+        return cls(setup, label(setup, methods), last, some)
+
+    def to_json(self) -> dict[str, Any]:
+        """The title, the reasons why it is none of SIMPLER's, and two rows of cells per method."""
+        rows = {
+            name: {key: [asdict(cell) for cell in row] for key, row in (("last_step", last), ("any_step", some))}
+            for (name, last), some in zip(self.last_step.items(), self.any_step.values(), strict=True)
+        }
+        return {"setup": self.setup, "title": self.label.title, "reasons": list(self.label.reasons), "methods": rows}
+
+    def to_terminal(self) -> Table:
+        """The table with one column per method."""
+        notes = [f"- {reason}" for reason in self.label.reasons]
+        table = Table(title=self.label.title, box=box.SIMPLE, caption="\n".join(notes), caption_justify="left")
+        for heading in ("last step (any step), played / of", *self.last_step):
+            table.add_column(heading, justify="right" if heading in self.last_step else "left")
+        rows = (zip(self.last_step[name], self.any_step[name], strict=True) for name in self.last_step)
+        for pairs in zip(*rows, strict=True):
+            values = (f"{last.percent} ({some.percent}) {last.played}/{last.of}" for last, some in pairs)
+            table.add_row(pairs[0][0].name, *values)
+        return table
 
 
 def cells(setup: Setup, outcomes: Iterable[Outcome], *, any_step: bool = False) -> tuple[Cell, ...]:
@@ -155,6 +225,8 @@ def label(setup: Setup, methods: Mapping[str, Sequence[Outcome]]) -> Label:
             reasons.append(f"not ray-traced: {name} in {', '.join(short)}")
         if others := sorted({outcome.backend for outcome in outcomes} - {"ms2"}):
             reasons.append(f"not the original simulator: {name} on {', '.join(others)}")
+        if stresses := sorted({outcome.stress for outcome in outcomes} - {""}):
+            reasons.append(f"under stress: {name} under {', '.join(stresses)}")
     if not methods:
         reasons.append("no episode was played")
     title = f"not {NAMES[setup]}: not comparable with its tables" if reasons else NAMES[setup]
