@@ -10,10 +10,10 @@ import pytest
 from lac_vla import CachedVLA, Dense, Frame, Motion, load_vla
 from lac_vla.bundled import MINI, MINI_COGACT, MINI_VIT
 from lac_vla.cost import CostModel
-from lac_vla.evaluation.config import FIRST_HELD_OUT
+from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.rollout import rollout
-from lac_vla.models import AdaptiveEnsemble
-from lac_vla.sims.libero import LiberoEnv
+from lac_vla.sims.libero.env import LiberoEnv
+from lac_vla.sims.libero.suites import FIRST_HELD_OUT
 
 
 def black() -> Frame:

@@ -91,7 +91,7 @@ class Benchmark(ABC):
         InputError: If the suite is unknown.
     """
 
-    suite: str
+    suite: str = ""
     suites: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
@@ -104,6 +104,17 @@ class Benchmark(ABC):
     @abstractmethod
     def trials(self) -> tuple[int, ...]:
         """The number of initial states of every task."""
+
+    def task_ids(self, tasks: Collection[int] = ()) -> tuple[int, ...]:
+        """Resolve a choice of tasks; empty for all.
+
+        Raises:
+            InputError: If there is no such task.
+        """
+        everything = range(len(self.trials))
+        if not set(tasks) <= set(everything):
+            raise InputError(f"tasks {tuple(tasks)}: {self.suite} has tasks 0..{everything[-1]}")
+        return tuple(tasks or everything)
 
     @abstractmethod
     def make_env(self, task: int) -> Env:
@@ -169,7 +180,7 @@ class Benchmark(ABC):
         return []
 
     def publish(self, run: Path) -> RenderableType | None:
-        """Write the benchmark's own table into a run's folder, and return it for the terminal; by default there is none.
+        """Write the benchmark's own table into a run's folder, and return it for the terminal, if it has one.
 
         Args:
             run: Folder with ``episodes.jsonl``.

@@ -112,6 +112,16 @@ class CogACTBackbone:
         return self._vlm.device
 
     @property
+    def ensemble(self) -> int:
+        """Number of the last chunks that an evaluation averages unless told otherwise."""
+        return self.config.ensemble
+
+    @property
+    def horizon(self) -> int:
+        """Number of actions of an answer."""
+        return self.config.head.horizon
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the VLM's hidden states; the action head's is its own."""
         return self._vlm.dtype

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.types import BoolArray, FloatArray, IntArray
+from lac_vla.types import BoolArray, IntArray
 
 PROPRIO_LIMIT = 1.5
 """Normalised proprioception is clipped to ± this: beyond the 1 % and 99 % quantiles, yet bounded."""

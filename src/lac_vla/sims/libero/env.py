@@ -48,6 +48,7 @@ CONTROL_HZ: Final = 20
 CAMERAS: Final[dict[str, str]] = {"agentview": "agentview", "robot0_eye_in_hand": "wrist"}
 """LIBERO's camera name → name of the image in a :class:`~lac_vla.types.Frame`."""
 
+
 def _axis_angle(quaternion: FloatArray) -> FloatArray:
     """Orientation (x, y, z, w) as axis × angle, radians, as in OpenVLA's proprioception."""
     w = float(np.clip(quaternion[3], -1.0, 1.0))

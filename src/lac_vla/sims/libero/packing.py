@@ -1,4 +1,4 @@
-"""Packs staged demonstrations (``lac collect``), one ``.npz`` file per episode, into a dataset."""
+"""Pack staged demonstrations (``lac collect``), one ``.npz`` file per episode, into a dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STATE_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "f
 ACTION_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "gripper")
 
 
-def from_staging(
+def pack(
     staging_dir: str | Path,
     out: str | Path,
     fps: int = 20,

@@ -108,5 +108,3 @@ class LiberoScene:
                 return float(origin[2])
             origin[2] -= 1e-4
         return -np.inf
-
-

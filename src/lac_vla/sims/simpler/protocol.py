@@ -25,7 +25,18 @@ from typing import Final
 import numpy as np
 
 from lac_vla.errors import InputError
-from lac_vla.sims.simpler.episode import GOOGLE, SETUPS, WIDOWX, XY, EpisodeSpec, Option, Setup, Stand, TaskSpec, Variant
+from lac_vla.sims.simpler.episode import (
+    GOOGLE,
+    SETUPS,
+    WIDOWX,
+    XY,
+    EpisodeSpec,
+    Option,
+    Setup,
+    Stand,
+    TaskSpec,
+    Variant,
+)
 
 
 def tasks(setup: Setup) -> tuple[TaskSpec, ...]:
