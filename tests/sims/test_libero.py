@@ -24,7 +24,6 @@ from lac_vla.sims.libero.collect import (
     CollectConfig,
     _known_failures,
     _record_failure,
-    _Report,
     _stage,
     load_episode,
 )
@@ -223,7 +222,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 def test_failures_are_remembered_by_seed(tmp_path: Path) -> None:
     config = CollectConfig(out=tmp_path)
-    _record_failure(config, _Report(task=2, init_state=5, solved=False, steps=220))
+    _record_failure(config, task=2, init_state=5, steps=220)
     assert _known_failures(config) == {(2, 5)}
     assert _known_failures(CollectConfig(out=tmp_path, seed=1)) == set()
 

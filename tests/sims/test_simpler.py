@@ -19,7 +19,7 @@ from lac_vla.sims.simpler.env import SimplerEnv
 from lac_vla.sims.simpler.episode import GOOGLE, SETUPS, WIDOWX, EpisodeSpec, Setup
 from lac_vla.sims.simpler.ms2 import Ms2Backend, reset_options
 from lac_vla.sims.simpler.protocol import episodes, tasks
-from lac_vla.sims.simpler.published_table import Outcome, cells, label
+from lac_vla.sims.simpler.published_table import Outcome, PublishedTable, cells
 
 # ---- the sweep
 
@@ -299,25 +299,25 @@ def test_widowxs_table_by_hand() -> None:
 
 
 def test_a_whole_traced_sweep_of_the_original_bears_the_name() -> None:
-    named = label("vm", {"dense": sweep("vm", lambda e: True), "lac": sweep("vm", lambda e: False)})
+    named = PublishedTable.of("vm", {"dense": sweep("vm", lambda e: True), "lac": sweep("vm", lambda e: False)})
     assert named.title == "SIMPLER, Google robot, visual matching"
     assert not named.reasons
 
 
 def test_the_name_is_refused_with_the_reason() -> None:
     whole = sweep("va", lambda e: True)
-    short = label("va", {"dense": whole, "lac": whole[3:]})
+    short = PublishedTable.of("va", {"dense": whole, "lac": whole[3:]})
     assert short.title.startswith("not SIMPLER, Google robot, variant aggregation")
     assert short.reasons == ("the sweep is not whole: lac lacks 3 of 1722: coke can horizontal 3",)
-    (flat,) = label("va", {"dense": sweep("va", lambda e: True, ray_traced=False)}).reasons
+    (flat,) = PublishedTable.of("va", {"dense": sweep("va", lambda e: True, ray_traced=False)}).reasons
     assert flat.startswith("not ray-traced: dense in open top drawer")
     assert "apple in drawer" in flat
     assert "coke" not in flat
-    (port,) = label("widowx", {"dense": sweep("widowx", lambda e: True, backend="ms3")}).reasons
+    (port,) = PublishedTable.of("widowx", {"dense": sweep("widowx", lambda e: True, backend="ms3")}).reasons
     assert port == "not the original simulator: dense on ms3"
-    (shaken,) = label("widowx", {"dense": sweep("widowx", lambda e: True, stress="shake")}).reasons
+    (shaken,) = PublishedTable.of("widowx", {"dense": sweep("widowx", lambda e: True, stress="shake")}).reasons
     assert shaken == "under stress: dense under shake"
-    assert label("vm", {}).reasons == ("no episode was played",)
+    assert PublishedTable.of("vm", {}).reasons == ("no episode was played",)
 
 
 def test_foreign_episodes_are_no_part_of_a_table() -> None:

@@ -228,18 +228,7 @@ class LiberoEnv(Env):
     # ---- what a policy does
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
-        """Start an episode.
-
-        Args:
-            init_state: Which of the benchmark's initial states, 0..``n_init_states - 1``.
-            seed: Seed of the scene's fixtures, whose position varies by a centimetre; evaluations use 0.
-
-        Returns:
-            The first observation, after the settling steps.
-
-        Raises:
-            InputError: If ``init_state`` or ``seed`` is out of range.
-        """
+        """See :meth:`Env.reset`. The seed places the scene's fixtures, within a centimetre; evaluations use 0."""
         self.restart(init_state, seed)
         return self.observe()
 
@@ -273,17 +262,11 @@ class LiberoEnv(Env):
         self._steps = 0
 
     def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
-        """Execute one action.
+        """Execute one action, see :meth:`Env.step`.
 
         Args:
             action: (7,) in [-1, 1]: xyz (× 0.05 m), axis-angle (× 0.5 rad), gripper (−1 open, +1 close; in the
                 convention ``"openvla"``, 1 open, 0 closed).
-
-        Returns:
-            The next observation, and whether the task's goal holds now.
-
-        Raises:
-            InputError: If the action is not a finite (7,) vector; the simulation has not moved then.
         """
         success = self.advance(action)
         return self.observe(), success

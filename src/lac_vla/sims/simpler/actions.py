@@ -1,4 +1,4 @@
-"""From what a VLA answers to what SIMPLER's simulators take.
+"""Turn actions as a VLA answers them into those that SIMPLER's simulators take.
 
 ====  ===================================================  ==========================================================
 part  a VLA trained on the robots' data sets               the simulators
@@ -16,7 +16,7 @@ evaluations differ in how; a policy is scored with its own. Sources: ``cogact_po
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeAlias, get_args
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,18 +29,6 @@ Convention: TypeAlias = Literal["cogact", "openvla"]
 ACTION_DIM: Final = 7
 SUDDEN: Final = 0.5
 """A change of the gripper's opening beyond which it is a command."""
-
-
-class ActionConversion(Protocol):
-    """Turns a policy's actions into a simulator's, one episode at a time."""
-
-    def reset(self) -> None:
-        """Begin an episode, or a new instruction."""
-        ...
-
-    def __call__(self, action: npt.ArrayLike) -> Action:
-        """Convert the next action, (7,)."""
-        ...
 
 
 @dataclass
@@ -98,6 +86,10 @@ class GoogleActions:
             change = self._command
             self._left -= 1
         return _with_gripper(checked, change)
+
+
+ActionConversion: TypeAlias = WidowXActions | GoogleActions
+"""Turns a policy's actions into a simulator's, one episode at a time; reset with every instruction."""
 
 
 def conversion(robot: RobotSpec, convention: Convention) -> ActionConversion:

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Collection
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -144,7 +144,7 @@ class Simpler(Benchmark):
             InputError: If the run holds no episode of SIMPLER.
         """
         table = PublishedTable.read(run)
-        (run / TABLE).write_text(json.dumps(table.to_json(), indent=2) + "\n", encoding="utf-8")
+        (run / TABLE).write_text(json.dumps(asdict(table), indent=2) + "\n", encoding="utf-8")
         return table.to_terminal()
 
     @property

@@ -53,31 +53,17 @@ class SimplerEnv(Env):
         self._all = [episode for episode in episodes(self.setup) if episode.task == self.task]
 
     @property
-    def n_init_states(self) -> int:
-        """Episodes of this task."""
-        return len(self._all)
-
-    @property
     def horizon(self) -> int:
         """Control steps of every episode."""
         return tasks(self.setup)[self.task].horizon
 
     @property
     def instruction(self) -> str:
-        """What the episode began with; the task's name before the first. The present one is in the frame."""
+        """The first instruction of the episode; before it, the task's name. The present one is in the frame."""
         return self._instructions[0][1] if self._instructions else tasks(self.setup)[self.task].name
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
-        """Start an episode.
-
-        Args:
-            init_state: Number of the episode in the task.
-            seed: Ignored: SIMPLER leaves nothing to chance.
-
-        Raises:
-            InputError: If there is no such episode.
-            SimulatorError: If the simulator fails.
-        """
+        """See :meth:`Env.reset`. The seed is ignored: SIMPLER leaves nothing to chance."""
         if not 0 <= init_state < len(self._all):
             raise InputError(f"init_state must be in 0..{len(self._all) - 1}, not {init_state}")
         self._episode, self._steps, self._instructions = None, -1, []
@@ -86,18 +72,7 @@ class SimplerEnv(Env):
         return self._see(observation)
 
     def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
-        """Execute an action.
-
-        Args:
-            action: (7,), as a VLA trained on the robot's data set answers.
-
-        Returns:
-            The next observation; and, at the last step, whether the goal holds.
-
-        Raises:
-            InputError: If the action is malformed or the episode is over; nothing has moved then.
-            SimulatorError: If the simulator fails.
-        """
+        """See :meth:`Env.step`. Success is reported at the last step alone."""
         if self._episode is None or self._steps >= self.horizon:
             raise InputError("the episode is over, or has not begun: reset the environment")
         command = self.convert(action)
@@ -111,14 +86,7 @@ class SimplerEnv(Env):
         return self._see(observation), self._steps == self.horizon and observation.success
 
     def outcome(self) -> dict[str, Any]:
-        """What the last episode came to, beside its success; JSON-serialisable.
-
-        ``variant``, ``success_any``, ``grasped``, ``ray_traced``, ``backend``, and ``instructions``: the step at which
-        each of them was first seen, and its words.
-
-        Raises:
-            InputError: If no episode has begun.
-        """
+        """See :meth:`Env.outcome`. ``instructions`` holds the step at which each was first seen, and its words."""
         if self._episode is None:
             raise InputError("no episode has been played to its end")
         return {

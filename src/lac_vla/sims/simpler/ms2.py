@@ -21,13 +21,13 @@ from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler import ms2_server
 from lac_vla.sims.simpler.actions import Action
 from lac_vla.sims.simpler.assets import photo
-from lac_vla.sims.simpler.backend import Observation
+from lac_vla.sims.simpler.backend import Backend, Observation
 from lac_vla.sims.simpler.episode import EpisodeSpec
 
 SERVER: Final = Path(ms2_server.__file__)
 
 
-class Ms2Backend:
+class Ms2Backend(Backend):
     """A SimplerEnv process. It is started when it is needed, and again after it died, hung or failed.
 
     Args:
@@ -59,11 +59,7 @@ class Ms2Backend:
         self._playing = False
 
     def reset(self, episode: EpisodeSpec) -> Observation:
-        """Start an episode, and the process if there is none.
-
-        Raises:
-            SimulatorError: If it cannot be started, dies, hangs or fails.
-        """
+        """See :meth:`Backend.reset`."""
         request = {
             "op": "reset",
             "env": episode.variant.env_id,
@@ -76,22 +72,13 @@ class Ms2Backend:
         return observation
 
     def step(self, action: Action) -> Observation:
-        """Execute an action, (7,).
-
-        Raises:
-            InputError: If no episode has begun.
-            SimulatorError: If the process dies, hangs or fails.
-        """
+        """See :meth:`Backend.step`."""
         if not self._playing:
             raise InputError("reset the simulator before the first step")
         return self._observe({"op": "step"}, np.asarray(action, dtype=np.float64), self.timeout_s)
 
     def metadata(self) -> Mapping[str, Any]:
-        """Versions of the other interpreter's packages.
-
-        Raises:
-            SimulatorError: If SimplerEnv cannot be imported there, or does not say its versions.
-        """
+        """See :meth:`Backend.metadata`."""
         message, _ = self._ask({"op": "hello"}, None, self.start_timeout_s)
         versions = message.get("versions")
         if not isinstance(versions, dict):
@@ -99,7 +86,7 @@ class Ms2Backend:
         return {"backend": self.name, "ray_tracing": self.ray_traced, **versions}
 
     def close(self) -> None:
-        """End the process, if need be by force."""
+        """See :meth:`Backend.close`."""
         process, self._process, self._playing = self._process, None, False
         if process is None:
             return

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ TABLE: Final = "simpler.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one episode of one method came to.
+    """The outcome of one episode of one method.
 
     Attributes:
         setup: Its setup.
@@ -104,33 +104,20 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Label:
-    """What a table may be called.
-
-    Attributes:
-        title: The benchmark's name, or that it is not the benchmark's table.
-        reasons: Why not; empty if it is.
-    """
-
-    title: str
-    reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class PublishedTable:
     """SIMPLER's table of a run.
 
     Attributes:
-        setup: Which table.
-        label: What it may be called.
-        last_step: Method → its row, success counted at the last step.
-        any_step: Method → its row, success counted at any step.
+        setup: The setup that the table is about.
+        title: The benchmark's name, or that it is not the benchmark's table.
+        reasons: Reasons why it is not; empty if it is.
+        methods: Method → one row with success counted at the last step (``last_step``), one at any (``any_step``).
     """
 
     setup: Setup
-    label: Label
-    last_step: dict[str, tuple[Cell, ...]]
-    any_step: dict[str, tuple[Cell, ...]]
+    title: str
+    reasons: tuple[str, ...]
+    methods: dict[str, dict[str, tuple[Cell, ...]]]
 
     @classmethod
     def read(cls, run: Path) -> PublishedTable:
@@ -145,28 +132,27 @@ class PublishedTable:
             methods.setdefault(line["method"], []).append(Outcome.from_json(line))
         if not methods:
             raise InputError(f"{run} holds no finished episode: let the run go on, or resume it")
-        setup = next(iter(methods.values()))[0].setup
-        last, some = (
-            {name: cells(setup, outcomes, any_step=any_step) for name, outcomes in methods.items()}
-            for any_step in (False, True)
-        )
-        return cls(setup, label(setup, methods), last, some)
+        return cls.of(next(iter(methods.values()))[0].setup, methods)
 
-    def to_json(self) -> dict[str, Any]:
-        """The title, the reasons why it is none of SIMPLER's, and two rows of cells per method."""
+    @classmethod
+    def of(cls, setup: Setup, methods: Mapping[str, Sequence[Outcome]]) -> PublishedTable:
+        """Make the table of some methods' episodes, and decide what it may be called."""
+        why = tuple(reason for name, outcomes in methods.items() for reason in reasons(setup, name, outcomes))
+        why = why if methods else ("no episode was played",)
         rows = {
-            name: {key: [asdict(cell) for cell in row] for key, row in (("last_step", last), ("any_step", some))}
-            for (name, last), some in zip(self.last_step.items(), self.any_step.values(), strict=True)
+            name: {"last_step": cells(setup, outcomes), "any_step": cells(setup, outcomes, any_step=True)}
+            for name, outcomes in methods.items()
         }
-        return {"setup": self.setup, "title": self.label.title, "reasons": list(self.label.reasons), "methods": rows}
+        return cls(setup, f"not {NAMES[setup]}: not comparable with its tables" if why else NAMES[setup], why, rows)
 
     def to_terminal(self) -> Table:
-        """The table with one column per method."""
-        notes = [f"- {reason}" for reason in self.label.reasons]
-        table = Table(title=self.label.title, box=box.SIMPLE, caption="\n".join(notes), caption_justify="left")
-        for heading in ("last step (any step), played / of", *self.last_step):
-            table.add_column(heading, justify="right" if heading in self.last_step else "left")
-        rows = (zip(self.last_step[name], self.any_step[name], strict=True) for name in self.last_step)
+        """Show it in the terminal, with one column per method."""
+        notes = "\n".join(f"- {reason}" for reason in self.reasons)
+        table = Table(title=self.title, box=box.SIMPLE, caption=notes or None, caption_justify="left")
+        table.add_column("last step (any step), played / of")
+        for name in self.methods:
+            table.add_column(name, justify="right")
+        rows = (zip(row["last_step"], row["any_step"], strict=True) for row in self.methods.values())
         for pairs in zip(*rows, strict=True):
             values = (f"{last.percent} ({some.percent}) {last.played}/{last.of}" for last, some in pairs)
             table.add_row(pairs[0][0].name, *values)
@@ -206,31 +192,20 @@ def cells(setup: Setup, outcomes: Iterable[Outcome], *, any_step: bool = False) 
     return (*cans, coke, near, *drawers, drawer, apple, _average("average", [coke, near, drawer, apple]))
 
 
-def label(setup: Setup, methods: Mapping[str, Sequence[Outcome]]) -> Label:
-    """Decide what a table of these methods may be called: a run lacks an asset's episodes where it lacks the asset.
-
-    Args:
-        setup: Which table.
-        methods: Name → episodes.
-    """
-    reasons = []
-    for name, outcomes in methods.items():
-        played = _by_episode(setup, outcomes)
-        absent = Counter(e.name for e in episodes(setup) if (e.task, e.number) not in played)
-        if absent:
-            which = ", ".join(f"{task} {n}" for task, n in absent.items())
-            reasons.append(f"the sweep is not whole: {name} lacks {absent.total()} of {len(episodes(setup))}: {which}")
-        flat = {task for task, number in played if not played[task, number].ray_traced}
-        if short := [task.name for k, task in enumerate(tasks(setup)) if k in flat and task.ray_traced]:
-            reasons.append(f"not ray-traced: {name} in {', '.join(short)}")
-        if others := sorted({outcome.backend for outcome in outcomes} - {"ms2"}):
-            reasons.append(f"not the original simulator: {name} on {', '.join(others)}")
-        if stresses := sorted({outcome.stress for outcome in outcomes} - {""}):
-            reasons.append(f"under stress: {name} under {', '.join(stresses)}")
-    if not methods:
-        reasons.append("no episode was played")
-    title = f"not {NAMES[setup]}: not comparable with its tables" if reasons else NAMES[setup]
-    return Label(title, tuple(reasons))
+def reasons(setup: Setup, name: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Say why a method's episodes make no table of SIMPLER's; of its episodes, those are missing whose assets are."""
+    played = _by_episode(setup, outcomes)
+    absent = Counter(e.name for e in episodes(setup) if (e.task, e.number) not in played)
+    if absent:
+        which = ", ".join(f"{task} {n}" for task, n in absent.items())
+        yield f"the sweep is not whole: {name} lacks {absent.total()} of {len(episodes(setup))}: {which}"
+    flat = {task for task, number in played if not played[task, number].ray_traced}
+    if short := [task.name for k, task in enumerate(tasks(setup)) if k in flat and task.ray_traced]:
+        yield f"not ray-traced: {name} in {', '.join(short)}"
+    if others := sorted({outcome.backend for outcome in outcomes} - {"ms2"}):
+        yield f"not the original simulator: {name} on {', '.join(others)}"
+    if stresses := sorted({outcome.stress for outcome in outcomes} - {""}):
+        yield f"under stress: {name} under {', '.join(stresses)}"
 
 
 def _by_episode(setup: Setup, outcomes: Iterable[Outcome]) -> dict[tuple[int, int], Outcome]:
