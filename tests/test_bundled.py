@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_it_is_small_and_documented(folder: Path) -> None:
 def test_it_solves_a_task_dense_and_with_reuse(folder: Path, ensemble: AdaptiveEnsemble | None) -> None:
     """Initial states that no demonstration used; two tries each, as another processor rounds otherwise."""
     backbone = load_vla(folder)
-    with LiberoEnv("libero_spatial", 0) as env:
+    with closing(LiberoEnv("libero_spatial", 0)) as env:
         for policy in (Dense(), Motion(0.5)):
             session = CachedVLA(backbone, policy).session()
             records = (rollout(env, session, "any", FIRST_HELD_OUT + k, ensemble=ensemble) for k in range(2))

@@ -114,10 +114,10 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
             console.print(published)
 
     def check(benchmark: Annotated[chosen, _flat()], tasks: tuple[int, ...] = ()) -> None:
-        """What a benchmark needs to be played, and this machine does not have; nothing is played.
+        """List what a benchmark needs to be played and this machine does not have; nothing is played.
 
         Args:
-            benchmark: What would be played.
+            benchmark: The suite, and the simulator that would play it.
             tasks: Task ids; empty for all.
         """
         wanted = benchmark.task_ids(tasks)
@@ -191,7 +191,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
         console.print(f"report: {page}")
 
     def bench(config: Annotated[BenchConfig, _flat()]) -> None:
-        """Where the milliseconds of a frame go: three windows, every stage, interleaved with the stock model."""
+        """Time the parts of a frame: three windows, every stage, interleaved with the stock model."""
         for table in bench_tables(run_bench(config)):
             console.print(table)
 

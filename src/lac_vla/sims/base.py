@@ -132,7 +132,7 @@ class Benchmark(ABC):
 
     @property
     def retries(self) -> int:
-        """How often an episode whose simulator died is begun again."""
+        """The number of times that an episode whose simulator died is begun again."""
         return 0
 
     def instructions(self) -> tuple[str, ...]:

@@ -25,7 +25,6 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, TypeAlias, get_args
 
 import numpy as np
@@ -107,7 +106,7 @@ def instructions(suite: str) -> tuple[str, ...]:
 class LiberoEnv(Env):
     """One LIBERO task.
 
-        with LiberoEnv("libero_spatial", 3) as env:
+        with closing(LiberoEnv("libero_spatial", 3)) as env:
             frame = env.reset(init_state=0)
             frame, success = env.step(action)
 
@@ -191,22 +190,12 @@ class LiberoEnv(Env):
         return self._instruction
 
     @property
-    def n_init_states(self) -> int:
-        """Number of initial states that the benchmark ships for this task."""
-        return len(self._init_states)
-
-    @property
     def horizon(self) -> int:
         """Control steps after which an episode counts as failed."""
         return SUITES[self.suite].horizon
 
-    @property
-    def steps(self) -> int:
-        """Actions executed since the last reset, without the settling ones."""
-        return self._steps
-
     def metadata(self) -> dict[str, Any]:
-        """What a result must be reported with; JSON-serialisable."""
+        """Describe the simulator for those who read a result; JSON-serialisable."""
         return {
             "benchmark": DISTRIBUTION,
             "benchmark_version": importlib.metadata.version(DISTRIBUTION),
@@ -241,8 +230,8 @@ class LiberoEnv(Env):
             reload: Reload the model even where the cheap path gives the same result.
         """
         env = self._open()
-        if not 0 <= init_state < self.n_init_states:
-            raise InputError(f"init_state must be in 0..{self.n_init_states - 1}, not {init_state}")
+        if not 0 <= init_state < len(self._init_states):
+            raise InputError(f"init_state must be in 0..{len(self._init_states) - 1}, not {init_state}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed must be in 0..2**32-1, not {seed}")
         if reload or seed != self._seed:
@@ -316,16 +305,6 @@ class LiberoEnv(Env):
                 self._env.close()
             self._env = self._observation = None
             gc.collect()
-
-    def __enter__(self) -> LiberoEnv:
-        """Enter a ``with`` block that closes the environment."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the environment."""
-        self.close()
 
     # ---- privileged: for scripted experts and tests, never for a policy
 

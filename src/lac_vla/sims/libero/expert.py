@@ -30,7 +30,7 @@ RETREAT = 0.08
 
 
 class Phase(IntEnum):
-    """What the expert is doing; recorded for auxiliary targets and analysis, never seen by a policy."""
+    """A phase of the expert's plan; recorded for auxiliary targets and analysis, never seen by a policy."""
 
     REACH = 0
     GRASP = 1
@@ -41,7 +41,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where and how to take an object.
+    """A way to take an object.
 
     Attributes:
         offset: From the object's body origin to the point between the fingertips, (3,) m, world axes.
@@ -54,7 +54,7 @@ class Grasp:
 
 @dataclass(frozen=True)
 class Hover:
-    """How high above its goal the gripper must be, given how far (horizontally) it still has to go.
+    """The height above its goal that the gripper needs, given the horizontal way that is left.
 
     Attributes:
         distances: Horizontal distance to the goal, (N,) m, ascending.
@@ -139,7 +139,7 @@ class ScriptedExpert:
             yield self._servo(goal, OPEN, turn=False)
 
     def destination(self) -> FloatArray:
-        """Where the object's origin has to be when the gripper opens, (3,) m."""
+        """Compute the place of the object's origin at which the gripper opens, (3,) m."""
         scene = self.scene
         bottom = float(scene.position(self.object)[2] - scene.points(self.object)[:, 2].min())
         if self.place in scene.body_of:

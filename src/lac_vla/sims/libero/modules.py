@@ -38,7 +38,7 @@ class RenderingLibraryError(LacError, OSError):
 
 
 def _has_library(name: str) -> bool:
-    """Whether the dynamic linker finds ``lib<name>``."""
+    """Return whether the dynamic linker finds ``lib<name>``."""
     if ctypes.util.find_library(name) is not None:
         return True
     for version in ("", ".1", ".6", ".8"):

@@ -107,7 +107,7 @@ def _order(note: Mapping[str, Any]) -> tuple[str, int, int, int]:
 
 
 def _common(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all episodes say alike, without what tells one from another."""
+    """Collect what all episodes say alike, without what tells one from another."""
     return {
         key: value
         for key, value in notes[0].items()

@@ -1,4 +1,4 @@
-"""What SIMPLER needs that is not on this machine, and where it comes from.
+"""List what SIMPLER needs and this machine does not have, and where it comes from.
 
 SIMPLER's photos, scenes and meshes are CC BY-NC: they are never redistributed here. A task counts as complete if the
 files that distinguish it are there (scene, photo, list of objects, cabinet); single meshes are not looked for.
@@ -80,7 +80,7 @@ def _object_list(episode: EpisodeSpec) -> str:
 def missing_for_original(
     wanted: Iterable[EpisodeSpec], assets: Path | None, python: str | None, *, ray_tracing: bool
 ) -> list[Missing]:
-    """What the original needs for some episodes and does not find. Its interpreter is not started.
+    """List what the original needs for some episodes and does not find. Its interpreter is not started.
 
     Args:
         wanted: The episodes.
@@ -108,7 +108,7 @@ def missing_for_original(
 
 
 def missing_for_port(wanted: Iterable[EpisodeSpec]) -> list[Missing]:
-    """What the port to ManiSkill3 needs for some episodes and does not find."""
+    """List what the port to ManiSkill3 needs for some episodes and does not find."""
     lacking = []
     if absent := sorted({episode.name for episode in wanted if episode.port is None}):
         need = f"The port has no Google robot: not there are {', '.join(absent)}"

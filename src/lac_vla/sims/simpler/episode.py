@@ -60,7 +60,7 @@ WIDOWX: Final = RobotSpec(
 
 @dataclass(frozen=True)
 class Stand:
-    """Where the robot's base stands, and the photo behind the scene as seen from there.
+    """The place of the robot's base, and the photo behind the scene as seen from there.
 
     Attributes:
         x: Metres, world.
@@ -125,7 +125,7 @@ class TaskSpec:
 
     @property
     def ray_traced(self) -> bool:
-        """Whether the protocol demands ray tracing: policies tell depth by the shadows."""
+        """Return whether the protocol demands ray tracing: policies tell depth by the shadows."""
         return any(variant.options.get("shader_dir") == "rt" for variant in self.variants)
 
 
@@ -161,5 +161,5 @@ class EpisodeSpec:
 
     @property
     def ray_traced(self) -> bool:
-        """Whether the protocol demands ray tracing."""
+        """Return whether the protocol demands ray tracing."""
         return self.variant.options.get("shader_dir") == "rt"

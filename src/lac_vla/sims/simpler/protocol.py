@@ -116,7 +116,7 @@ STANDS: Final = {
         ("c2", 0.865, 0.222, -0.025),
     )
 }
-"""Where the robot stands before the drawers in visual matching."""
+"""Places of the robot before the drawers in visual matching."""
 
 
 def _tasks(setup: Setup) -> tuple[TaskSpec, ...]:
