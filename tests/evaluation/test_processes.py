@@ -103,6 +103,8 @@ def test_an_error_of_loading_is_that_of_one_process(config: EvalConfig, monkeypa
         evaluate(config)
     assert (there.type, str(there.value)) == (here.type, str(here.value))
     assert not multiprocessing.active_children()
+    right = replace(config, workers=1, model_options=ModelOptions(threads=1))
+    assert len(outcomes(evaluate(right))) == 8, "a folder without an episode may be begun anew with other settings"
 
 
 def test_what_is_given_up_ends_at_once(config: EvalConfig) -> None:

@@ -91,6 +91,8 @@ def test_a_small_run_becomes_a_larger_one(config: ReproduceConfig) -> None:
     assert cost.rows[0][-1] == windows.rows[0][-1] == "1.00 ×"
     assert [len(table.rows) for table in (cost, windows, overheads)] == [3, 3, 3]
     assert not any("ncomplete" in text for text in statements(done))
+    fewer = reproduce(replace(config, tasks=(3,)))
+    assert {episode.task for episode in fewer.episodes} == {3}, "the folder holds more than was asked for"
 
 
 def test_incomplete_rows_are_marked(config: ReproduceConfig) -> None:
