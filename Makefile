@@ -50,7 +50,7 @@ sim-simpler: setup   ## ManiSkill3 and a Vulkan driver for SIMPLER's WidowX task
 	@sh scripts/install_vulkan.sh .vulkan
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[simpler]"
 	@if [ -f .vulkan/env.sh ]; then . .vulkan/env.sh; fi; \
-	for what in "widowx --backend ms3" "widowx" "vm" "va"; do $(BIN)/lac simpler --check --setup $$what || true; done
+	for what in "widowx --backend ms3" "widowx" "vm" "va"; do $(BIN)/lac check --suite simpler-$$what || true; done
 
 clean:
 	rm -rf $(VENV) .venv-compat-* .pytest_cache .mypy_cache .ruff_cache

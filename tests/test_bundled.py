@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 from lac_vla import CachedVLA, Dense, Frame, Motion, load_vla
 from lac_vla.bundled import MINI, MINI_COGACT, MINI_VIT
 from lac_vla.cost import CostModel
-from lac_vla.evaluation.config import FIRST_HELD_OUT
+from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.rollout import rollout
-from lac_vla.models import AdaptiveEnsemble
-from lac_vla.sims.libero import LiberoEnv
+from lac_vla.sims.libero.env import LiberoEnv
+from lac_vla.sims.libero.suites import FIRST_HELD_OUT
 
 
 def black() -> Frame:
@@ -48,7 +49,7 @@ def test_it_is_small_and_documented(folder: Path) -> None:
 def test_it_solves_a_task_dense_and_with_reuse(folder: Path, ensemble: AdaptiveEnsemble | None) -> None:
     """Initial states that no demonstration used; two tries each, as another processor rounds otherwise."""
     backbone = load_vla(folder)
-    with LiberoEnv("libero_spatial", 0) as env:
+    with closing(LiberoEnv("libero_spatial", 0)) as env:
         for policy in (Dense(), Motion(0.5)):
             session = CachedVLA(backbone, policy).session()
             records = (rollout(env, session, "any", FIRST_HELD_OUT + k, ensemble=ensemble) for k in range(2))

@@ -6,6 +6,7 @@ Without postponed annotations: tyro reads the verbs' types, and those are import
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 console = Console()
 
 
-def _flat(**options: Any) -> Any:
+def _flat() -> Any:
     """A config dataclass whose fields are options of the command itself."""
-    return tyro.conf.arg(name="", **options)
+    return tyro.conf.arg(name="")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,11 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Words behind ``lac``; by default those of the process.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        _refuse_old_names(sys.argv[1:] if arguments is None else arguments)
-        tyro.extras.subcommand_cli_from_dict(
-            _verbs(), prog="lac", description=_DESCRIPTION, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
-        )
+        _refuse_old_names(words)
+        tyro.extras.subcommand_cli_from_dict(_verbs(_suite(words)), prog="lac", description=_DESCRIPTION, args=words)
     except LacError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from error
@@ -50,39 +50,83 @@ Start with `lac demo`: the bundled VLA solves real LIBERO tasks on a CPU, dense 
 `lac VERB --help` explains each verb."""
 
 
-RENAMED = {"--vla": "--model", "--levers": "--options", "--tower-reuse": "--vision-kv-reuse"}
-"""Options by their names of before → of now."""
+RENAMED = {
+    "simpler": "eval --suite simpler-vm (with --check: lac check)",
+    "--vla": "--model",
+    "--levers": "--options",
+    "--tower-reuse": "--vision-kv-reuse",
+    "--setup": "--suite",
+    "--limit": "--init-states",
+}
+"""Verbs and options by their names of before → of now."""
 
 
-def _refuse_old_names(arguments: list[str]) -> None:
-    for word in arguments:
+def _refuse_old_names(words: list[str]) -> None:
+    for word in [*words[:1], *(word for word in words if word.startswith("--"))]:
         name = word.partition("=")[0].replace("_", "-")
         if name in RENAMED:
             raise InputError(f"{name} is called {RENAMED[name]} now")
 
 
-def _verbs() -> dict[str, Callable[..., Any]]:
-    """Verb → function. What a verb needs is imported here, so that no verb pays for another's dependencies."""
+def _suite(words: list[str]) -> str | None:
+    """Find the suite among the words of `lac eval` and `lac check`: it decides which options the benchmark has."""
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        name, _, value = word.partition("=")
+        if words[0] in ("eval", "check") and name == "--suite":
+            return value or following
+    return None
+
+
+def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
+    """Verb → function. What a verb needs is imported here, so that no verb pays for another's dependencies.
+
+    Raises:
+        InputError: If no benchmark has the suite.
+    """
     from lac_vla.bench import BenchConfig, bench_tables, run_bench
     from lac_vla.evaluation.config import EvalConfig
     from lac_vla.evaluation.reproduce import ReproduceConfig
-    from lac_vla.evaluation.simpler import SimplerConfig
     from lac_vla.serving.config import ServeConfig
-    from lac_vla.sims.collect import CollectConfig
+    from lac_vla.sims import benchmark_of
+    from lac_vla.sims.libero.collect import CollectConfig
     from lac_vla.training.config import PretrainConfig, TrainConfig
 
-    def evaluate(config: Annotated[EvalConfig, _flat()]) -> None:
-        """Closed-loop episodes on LIBERO, every policy on the same initial states; resumable; ends with a report.
+    # Their options are those of the benchmark that the suite belongs to: tyro reads them off these types.
+    chosen: Any = benchmark_of(suite)
+    text = {"__doc__": EvalConfig.__doc__}
+    benchmark_field = ("benchmark", Annotated[chosen, _flat()], field(default_factory=chosen))
+    chosen_config: Any = make_dataclass("Config", [benchmark_field], bases=(EvalConfig,), frozen=True, namespace=text)
 
-        SIMPLER has a verb of its own: `lac simpler`.
+    def evaluate(config: Annotated[chosen_config, _flat()]) -> None:
+        """Closed-loop episodes on a benchmark, every policy on the same initial states; resumable; ends with a report.
+
+        The suite decides on which benchmark: `lac eval --suite simpler-vm --help` shows the options of SIMPLER.
 
         Args:
             config: What to run.
         """
         from lac_vla.evaluation.runner import evaluate as run
 
-        run(config)
-        report((config.out,))
+        own: EvalConfig = EvalConfig(**vars(config))
+        run(own)
+        report((own.out,))
+        if (published := own.benchmark.publish(own.out)) is not None:
+            console.print(published)
+
+    def check(benchmark: Annotated[chosen, _flat()], tasks: tuple[int, ...] = ()) -> None:
+        """List what a benchmark needs to be played and this machine does not have; nothing is played.
+
+        Args:
+            benchmark: The suite, and the simulator that would play it.
+            tasks: Task ids; empty for all.
+        """
+        wanted = benchmark.task_ids(tasks)
+        lacking = benchmark.missing(wanted)
+        episodes = sum(benchmark.trials[task] for task in wanted)
+        console.print(f"{benchmark.suite}: {episodes} episodes; missing: {len(lacking)}")
+        for item in lacking:
+            console.print(f"- {item}", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1 if lacking else 0)
 
     def reproduce(
         benchmark: tyro.conf.Positional[Literal["libero"]], config: Annotated[ReproduceConfig, _flat()]
@@ -98,20 +142,6 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         from lac_vla.evaluation.reproduce import reproduce as run
 
         _report_reproduction(run(config))
-
-    def simpler(config: Annotated[SimplerConfig, _flat()]) -> None:
-        """SIMPLER's whole sweep and its published tables; with `--check`, what is missing here to run it."""
-        from lac_vla.evaluation.simpler import evaluate_simpler, missing
-        from lac_vla.evaluation.simpler_table import terminal_table
-
-        if not config.check:
-            console.print(terminal_table(evaluate_simpler(config)))
-            return
-        lacking = missing(config)
-        console.print(f"{config.setup}: {len(config.wanted)} episodes on {config.backend}; missing: {len(lacking)}")
-        for item in lacking:
-            console.print(f"- {item}", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(1 if lacking else 0)
 
     def demo(
         out: Path = Path("outputs/demo"),
@@ -130,8 +160,8 @@ def _verbs() -> dict[str, Callable[..., Any]]:
             workers: Processes.
         """
         from lac_vla.bundled import MINI
-        from lac_vla.evaluation.config import FIRST_HELD_OUT
         from lac_vla.evaluation.runner import evaluate as run
+        from lac_vla.sims.libero.suites import FIRST_HELD_OUT
 
         states = (FIRST_HELD_OUT, FIRST_HELD_OUT + episodes)
         config = EvalConfig(str(MINI), out, policies, tasks=tasks, init_states=states, workers=workers)
@@ -161,7 +191,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         console.print(f"report: {page}")
 
     def bench(config: Annotated[BenchConfig, _flat()]) -> None:
-        """Where the milliseconds of a frame go: three windows, every stage, interleaved with the stock model."""
+        """Time the parts of a frame: three windows, every stage, interleaved with the stock model."""
         for table in bench_tables(run_bench(config)):
             console.print(table)
 
@@ -172,11 +202,11 @@ def _verbs() -> dict[str, Callable[..., Any]]:
             config: What to collect.
             dataset: Folder of the dataset; by default `<out>-lerobot`.
         """
-        from lac_vla.datasets.staging import from_staging
-        from lac_vla.sims.collect import collect as run
+        from lac_vla.sims.libero.collect import collect as run
+        from lac_vla.sims.libero.packing import pack
 
         run(config)
-        packed = from_staging(config.out, dataset or config.out.with_name(config.out.name + "-lerobot"), overwrite=True)
+        packed = pack(config.out, dataset or config.out.with_name(config.out.name + "-lerobot"), overwrite=True)
         console.print(f"{len(packed)} episodes, {packed.total_frames} frames: {packed.root}")
 
     def pretrain(config: Annotated[PretrainConfig, _flat()], minutes: float = 0) -> None:
@@ -230,7 +260,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         "demo": demo,
         "eval": evaluate,
         "reproduce": reproduce,
-        "simpler": simpler,
+        "check": check,
         "bench": bench,
         "report": report,
         "collect": collect,
@@ -272,7 +302,7 @@ def _report_reproduction(done: "Reproduction") -> None:
     for table in tables:
         console.print(table.to_terminal())
     specs = {row.method: paths_by_name(row.spec) for row in (*done.rows, *done.curve)}
-    points = [e for e in done.points if e.method in specs]
+    points = [e for e in done.curve_episodes if e.method in specs]
     curve = tradeoff(summarize(points), points, specs) if done.curve else None
     config = done.config
     runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]

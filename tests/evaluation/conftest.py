@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from tests.evaluation.worlds import FakeEnv, save_tiny
 
-from lac_vla.evaluation import worker
+from lac_vla.sims.libero.benchmark import Libero
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(worker, "LiberoEnv", FakeEnv)
-    monkeypatch.setattr(worker, "instructions", lambda suite: ("pick up the bowl", "open the drawer"))
+    monkeypatch.setattr(Libero, "make_env", lambda self, task: FakeEnv(self.suite, task))
+    monkeypatch.setattr(Libero, "instructions", lambda self: ("pick up the bowl", "open the drawer"))
     return str(save_tiny(tmp_path / "model"))

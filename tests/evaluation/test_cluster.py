@@ -19,6 +19,7 @@ from lac_vla.evaluation import worker
 from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.runner import evaluate
+from lac_vla.factory import ModelOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +74,15 @@ class FakeRay:
 @pytest.fixture
 def config(model: str, tmp_path: Path) -> EvalConfig:
     policies = ("dense", "random:ratio=0.5")
-    return EvalConfig(model, tmp_path / "run", policies, tasks=(0, 3), init_states=(4, 8), videos=0, threads=1)
+    return EvalConfig(
+        model,
+        tmp_path / "run",
+        policies,
+        tasks=(0, 3),
+        init_states=(4, 8),
+        videos=0,
+        model_options=ModelOptions(threads=1),
+    )
 
 
 @pytest.fixture
@@ -149,7 +158,7 @@ def test_a_worker_that_is_lost_before_its_first_job_is_done_without(
 def test_a_cluster_without_room(config: EvalConfig, ray: FakeRay, device: str, needs: str) -> None:
     ray.room = 0
     with pytest.raises(LacError, match=needs):
-        evaluate(replace(config, ray="auto", workers=2, device=device))
+        evaluate(replace(config, ray="auto", workers=2, model_options=ModelOptions(device=device)))
     assert ray.up is None
 
 
@@ -163,7 +172,10 @@ def test_no_cluster_and_no_ray(config: EvalConfig, ray: FakeRay, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"unnorm_key": "nowhere"}, "nowhere"), ({"model": "no-such-folder/at/all"}, "no-such-folder")],
+    [
+        ({"model_options": ModelOptions(unnorm_key="nowhere")}, "nowhere"),
+        ({"model": "no-such-folder/at/all"}, "no-such-folder"),
+    ],
 )
 def test_an_error_of_a_worker_is_that_of_one_process(
     config: EvalConfig, ray: FakeRay, wrong: dict[str, Any], said: str

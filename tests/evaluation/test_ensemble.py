@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from tests.engine.scenes import frame
 from tests.evaluation.worlds import FakeEnv
 
 from lac_vla import CachedVLA, Frame, InputError, load_vla, random_vla, save_vla
-from lac_vla.evaluation import worker
 from lac_vla.evaluation.config import EvalConfig
+from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.runner import evaluate
-from lac_vla.models import AdaptiveEnsemble
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
+from lac_vla.sims.libero.benchmark import Libero
 
 EXECUTED: list[list[np.ndarray]] = []
 
@@ -40,8 +41,7 @@ class Recording(FakeEnv):
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
     """Of a model whose configuration asks for an ensemble of 3 chunks."""
-    monkeypatch.setattr(worker, "LiberoEnv", Recording)
-    monkeypatch.setattr(worker, "instructions", lambda suite: ("pick up the bowl",))
+    monkeypatch.setattr(Libero, "make_env", lambda self, task: Recording(self.suite, task))
     backbone = random_vla(replace(TINY_COGACT, ensemble=3))
     backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], 259))
     save_vla(backbone, tmp_path / "model")
@@ -67,3 +67,29 @@ def test_the_last_chunks_are_averaged_as_asked(config: EvalConfig, option: int |
 def test_ensembles_that_cannot_be(config: EvalConfig, change: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         evaluate(replace(config, ensemble=change))
+
+
+@pytest.mark.parametrize("number", [None, 1, 2, 16])
+def test_so_many_actions_of_a_chunk_are_executed(config: EvalConfig, number: int | None) -> None:
+    EXECUTED.clear()
+    run = evaluate(replace(config, ensemble=1, actions_per_call=number))
+    session, executed = CachedVLA(load_vla(config.model)).session(), number or 1
+    expected = [action for step in range(0, 5, executed) for action in session.act(frame(step))[:executed]]
+    episodes = [episode for episode in EXECUTED if episode]
+    assert [len(episode) for episode in episodes] == [4, 5]
+    for episode in episodes:
+        np.testing.assert_allclose(episode, expected[: len(episode)], rtol=1e-5, atol=1e-6)
+    settings, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
+    assert settings["actions_per_call"] == summary["actions_per_call"] == number
+    with pytest.raises(InputError, match=r"other \['actions_per_call'\]"):
+        evaluate(replace(config, ensemble=1, actions_per_call=3))
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "number", "message"),
+    [(None, 2, "an ensemble of 3 chunks needs a new one"), (2, 2, "an ensemble of 2"), (1, 17, "answers with 16")],
+)
+def test_actions_per_call_that_cannot_be(config: EvalConfig, ensemble: int | None, number: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(replace(config, ensemble=ensemble, actions_per_call=number))
+    assert not config.out.exists()

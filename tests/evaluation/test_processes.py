@@ -24,7 +24,8 @@ from lac_vla.evaluation.jobs import Job
 from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.runner import evaluate
-from lac_vla.sims.libero_backend import RenderingLibraryError
+from lac_vla.factory import ModelOptions
+from lac_vla.sims.libero.modules import RenderingLibraryError
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +63,14 @@ def config(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalC
     monkeypatch.setattr(worker, "run_on_processes", lambda _, *rest: run_on_processes(Fragile, *rest))
     policies = ("dense", "random:ratio=0.5")
     return EvalConfig(
-        model, tmp_path / "run", policies, tasks=(0, 3), init_states=(4, 6), videos=0, threads=1, workers=2
+        model,
+        tmp_path / "run",
+        policies,
+        tasks=(0, 3),
+        init_states=(4, 6),
+        videos=0,
+        workers=2,
+        model_options=ModelOptions(threads=1),
     )
 
 
@@ -88,13 +96,15 @@ def test_a_killed_process_ends_a_run_that_goes_on(config: EvalConfig) -> None:
 
 def test_an_error_of_loading_is_that_of_one_process(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "run_on_processes", run_on_processes)  # no simulator is reached
-    config = replace(config, unnorm_key="nowhere")
+    config = replace(config, model_options=ModelOptions(unnorm_key="nowhere", threads=1))
     with pytest.raises(LacError, match="nowhere") as here:
         evaluate(replace(config, workers=1))
     with pytest.raises(LacError) as there:
         evaluate(config)
     assert (there.type, str(there.value)) == (here.type, str(here.value))
     assert not multiprocessing.active_children()
+    right = replace(config, workers=1, model_options=ModelOptions(threads=1))
+    assert len(outcomes(evaluate(right))) == 8, "a folder without an episode may be begun anew with other settings"
 
 
 def test_what_is_given_up_ends_at_once(config: EvalConfig) -> None:
@@ -111,7 +121,7 @@ def test_processes_end_with_a_killed_parent(config: EvalConfig) -> None:
     config.out.mkdir()
     program = (
         "import sys; from tests.evaluation.test_processes import *\n"
-        f"c = EvalConfig({config.model!r}, Path({str(config.out)!r}), ('dense',), workers=2, threads=1)\n"
+        f"c = EvalConfig({config.model!r}, Path({str(config.out)!r}), ('dense',), workers=2)\n"
         "if __name__ == '__main__': list(run_on_processes(Endless, c, [Job(c, 0, s, ('dense',)) for s in (5, 6)]))"
     )
     path = os.pathsep.join([str(ROOT), *sys.path])

@@ -91,6 +91,8 @@ def test_a_small_run_becomes_a_larger_one(config: ReproduceConfig) -> None:
     assert cost.rows[0][-1] == windows.rows[0][-1] == "1.00 ×"
     assert [len(table.rows) for table in (cost, windows, overheads)] == [3, 3, 3]
     assert not any("ncomplete" in text for text in statements(done))
+    fewer = reproduce(replace(config, tasks=(3,)))
+    assert {episode.task for episode in fewer.episodes} == {3}, "the folder holds more than was asked for"
 
 
 def test_incomplete_rows_are_marked(config: ReproduceConfig) -> None:
@@ -149,7 +151,7 @@ def test_the_curve_runs_each_ratio_once_and_apart(config: ReproduceConfig) -> No
 def test_the_curve_compares_points_on_the_same_episodes(config: ReproduceConfig) -> None:
     done = reproduce(replace(config, curve=True, ratios=(0.5,), curve_trials=1))
     assert {e.init_state for e in done.episodes if e.method == "random-0.25"} == {4, 5}
-    assert {(e.method, e.init_state) for e in done.points} == {
+    assert {(e.method, e.init_state) for e in done.curve_episodes} == {
         (method, 4) for method in ("dense", "lac", "random-0.25", "random-0.5", "lac-0.5")
     }
     assert not any("ncomplete" in text for text in statements(done))
@@ -204,9 +206,9 @@ def test_a_row_of_curve_and_stress_is_run_for_both(config: ReproduceConfig) -> N
     """Under stress it is called by its method, on the curve by a label: one row all the same."""
     config = replace(config, curve=True, ratios=(0.5,), curve_trials=1)
     done = plan(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5", "lac:ratio=0.5")))
-    assert {row.method: done.trials(row) for row in done.further} == {"random-0.5": 2, "lac-0.5": 2}
+    assert {row.method: done.trials(row) for row in done.extra_rows} == {"random-0.5": 2, "lac-0.5": 2}
     calm = plan(config)
-    assert {row.method: calm.trials(row) for row in calm.further} == {"random-0.5": 1, "lac-0.5": 1}
+    assert {row.method: calm.trials(row) for row in calm.extra_rows} == {"random-0.5": 1, "lac-0.5": 1}
 
 
 def record(method: str, init: int, success: bool, ms: float) -> EpisodeRecord:

@@ -7,8 +7,8 @@ import pytest
 from tests.engine.scenes import frame
 
 from lac_vla import CachedVLA, Frame, InputError, Random, random_vla
+from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.rollout import rollout
-from lac_vla.models import AdaptiveEnsemble
 from lac_vla.models.cogact.config import TINY_COGACT
 
 

@@ -15,6 +15,7 @@ from lac_vla import InputError
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import evaluate, evaluate_together
+from lac_vla.factory import ModelOptions
 from lac_vla.policies import POLICIES, Random
 
 
@@ -56,8 +57,8 @@ def test_a_killed_run_goes_on_without_losing_or_repeating(config: EvalConfig, tm
 def test_other_settings_do_not_mix(config: EvalConfig) -> None:
     evaluate(replace(config, tasks=(0,), init_states=(4, 5)))
     with pytest.raises(InputError, match=r"other .*seed.*another --out"):
-        evaluate(replace(config, tasks=(0,), init_states=(4, 5), seed=1))
-    evaluate(replace(config, tasks=(0,), init_states=(4, 5), threads=1))
+        evaluate(replace(config, tasks=(0,), init_states=(4, 5), model_options=ModelOptions(seed=1)))
+    evaluate(replace(config, tasks=(0,), init_states=(4, 5), model_options=ModelOptions(threads=1)))
 
 
 def test_a_run_grows_by_policies_and_initial_states(config: EvalConfig) -> None:
@@ -116,13 +117,13 @@ def test_evaluations_under_several_stresses_make_every_simulator_once(config: Ev
     assert FakeEnv.made == len(config.task_ids) == 2
     for one, other in zip(alone, together, strict=True):
         assert outcomes(one.out) == outcomes(other.out)
-    for wrong in ({"seed": 1}, {"stress": None}, {"out": together[0].out}):
+    for wrong in ({"model_options": ModelOptions(seed=1)}, {"stress": None}, {"out": together[0].out}):
         with pytest.raises(InputError, match="all else alike"):
             evaluate_together([together[0], replace(together[1], **wrong)])  # type: ignore[arg-type]
-    kept = (together[0].out / "config.json").read_text()
+    kept, other = ((one.out / "config.json").read_text() for one in together[:2])
     more = [replace(one, policies=(*one.policies, "random:ratio=0.25")) for one in together]
-    (together[1].out / "config.json").write_text(json.dumps({**json.loads(kept), "seed": 1}))
-    with pytest.raises(InputError, match=r"together-drift holds a run with other \['seed'"):
+    (together[1].out / "config.json").write_text(json.dumps({**json.loads(other), "seed": 1}))
+    with pytest.raises(InputError, match=r"together-drift holds a run with other \['seed'\]"):
         evaluate_together(more)
     assert (together[0].out / "config.json").read_text() == kept, "refused before anything was changed"
 
@@ -157,14 +158,15 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"suite": "libero"},
+        {"tasks": (0, 10)},
         {"init_states": (5, 5)},
         {"init_states": (40, 60)},
         {"policies": ("x",)},
         {"policies": ("dense", "dense")},
         {"policies": ("a@dense", "a@random")},
         {"policies": ("lac",)},
-        {"flow": "raft"},
+        {"ensemble": 0},
+        {"actions_per_call": 0},
         {"stress": "earthquake"},
         {"workers": 0},
     ],

@@ -14,16 +14,19 @@ from tests.engine.scenes import frame
 from lac_vla.errors import InputError
 from lac_vla.evaluation.disturbances import Drift, Long
 from lac_vla.evaluation.stress import STRESSES, Stressed, describe_stress, make_stress
-from lac_vla.sims.libero import NO_OP
+from lac_vla.sims.base import Env
 from lac_vla.types import Frame
 
 OTHERS = ("pick up the bowl", "open the drawer", "push the plate")
 
 
-class Still:
+NO_OP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -0.5)
+
+
+class Still(Env):
     """A task in which nothing moves; or, with ``moving``, in which every frame is another."""
 
-    suite, task, instruction, horizon = "libero_spatial", 3, OTHERS[0], 90
+    suite, task, instruction, horizon, no_op = "libero_spatial", 3, OTHERS[0], 90, NO_OP
 
     def __init__(self, moving: bool = False) -> None:
         self.moving = moving

@@ -9,21 +9,24 @@ import numpy as np
 from tests.engine.scenes import frame
 
 from lac_vla import Frame, random_vla, save_vla
-from lac_vla.evaluation import worker
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.records import read_episodes
+from lac_vla.evaluation.worker import EpisodeWorker
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
+from lac_vla.sims.base import Env
+from lac_vla.sims.libero.benchmark import Libero
 
 
-class FakeEnv:
+class FakeEnv(Env):
     """A task that is solved after as many steps as its initial state's number; the pictures follow the actions."""
 
     horizon = 6
     instruction = "pick up the bowl"
+    no_op = (0.0,) * 7
     made = 0
     seeds: ClassVar[list[int]] = []
 
-    def __init__(self, suite: str, task: int, **_: Any) -> None:
+    def __init__(self, suite: str, task: int) -> None:
         self.suite, self.task = suite, task
         FakeEnv.made += 1
 
@@ -40,23 +43,20 @@ class FakeEnv:
     def _frame(self) -> Frame:
         return frame(100 * self.task + 10 * self.state + self.steps)
 
-    def close(self) -> None:
-        pass
-
 
 def save_tiny(folder: Path, name: str = "tiny") -> Path:
     """A checkpoint of random weights with a tokenizer."""
     backbone = random_vla(name)
-    words = backbone.model.config.vocab_size - backbone.model.config.n_action_bins
+    words = backbone.module.config.vocab_size - backbone.model.config.n_action_bins
     backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
     save_vla(backbone, folder)
     return folder
 
 
-def fake_worker(config: EvalConfig) -> worker.Worker:
+def fake_worker(config: EvalConfig) -> EpisodeWorker:
     """In another process: a worker on the fake simulator."""
-    worker.LiberoEnv = FakeEnv  # type: ignore[assignment, misc]
-    return worker.Worker(config)
+    Libero.make_env = lambda self, task: FakeEnv(self.suite, task)  # type: ignore[assignment, return-value, method-assign]
+    return EpisodeWorker(config)
 
 
 def outcomes(run: Path) -> list[Any]:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lac_vla.errors import CheckpointError, InputError
+from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.models.cogact.config import DIT, DiTConfig, Sampling
-from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
 from lac_vla.models.cogact.model import ActionHead
 from lac_vla.models.heads.sampler import Schedule, ddim, ddpm, strided
 

@@ -94,9 +94,7 @@ def test_a_chunk_is_executed_before_the_model_is_asked_again(monkeypatch: pytest
         ({CAMERAS["wrist"]: torch.zeros(1, 3, 8, 8, dtype=torch.int64)}, "uint8"),
     ],
 )
-def test_batches_that_cannot_be_used_change_nothing(
-    backbone: VLA, change: dict[str, Any], complaint: str
-) -> None:
+def test_batches_that_cannot_be_used_change_nothing(backbone: VLA, change: dict[str, Any], complaint: str) -> None:
     bridge = Bridge(CachedVLA(backbone, Motion(0.5)), CAMERAS)
     bridge.act(batch(0))
     with pytest.raises(InputError, match=complaint):

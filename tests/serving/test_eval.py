@@ -15,12 +15,12 @@ from lac_vla import InputError
 from lac_vla.cli import main
 from lac_vla.client.remote import RemoteSession
 from lac_vla.errors import LacError
-from lac_vla.evaluation import worker
 from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import EvalConfig, evaluate
 from lac_vla.factory import ModelOptions
 from lac_vla.serving.config import ServeConfig, make_server
 from lac_vla.serving.sessions import SessionOptions
+from lac_vla.sims.libero.benchmark import Libero
 from tests.evaluation.test_runner import outcomes
 from tests.evaluation.worlds import FakeEnv, save_tiny
 from tests.serving.conftest import Running
@@ -40,9 +40,10 @@ def server(model: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def config(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
-    monkeypatch.setattr(worker, "LiberoEnv", FakeEnv)
+    monkeypatch.setattr(Libero, "make_env", lambda self, task: FakeEnv(self.suite, task))
+    run, options = tmp_path / "run", ModelOptions(seed=3)
     return EvalConfig(
-        str(model), tmp_path / "run", ("random:ratio=0.5",), tasks=(0, 3), init_states=(4, 7), seed=3, videos=0
+        str(model), run, ("random:ratio=0.5",), tasks=(0, 3), init_states=(4, 7), videos=0, model_options=options
     )
 
 

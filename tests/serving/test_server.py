@@ -77,9 +77,7 @@ def test_an_answer_holds_the_first_actions_of_the_chunk(start: Start, asked: int
             np.testing.assert_array_equal(actions, session.act(KEYS.frame(observation(i)))[:answered])
 
 
-def test_an_answer_cannot_hold_more_than_the_chunk(
-    backbone: VLA, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_cannot_hold_more_than_the_chunk(backbone: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(backbone), "horizon", 1, raising=False)
     PolicyServer(CachedVLA(backbone), KEYS, SessionOptions(actions_per_call=1))
     with pytest.raises(InputError, match="actions_per_call is 2; the model answers with 1 "):
@@ -255,9 +253,7 @@ def test_a_client_that_dies_in_mid_request(start: Start) -> None:
         assert len(server.server._robots) == 1
 
 
-def test_shutdown_answers_what_was_taken(
-    start: Start, backbone: VLA, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shutdown_answers_what_was_taken(start: Start, backbone: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
     started = threading.Event()
     slow = backbone.project
 

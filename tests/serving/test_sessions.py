@@ -55,9 +55,7 @@ def robot(backbone: VLA, policy: CachePolicy | None = None, **options: Any) -> R
         ({"observation/image": np.zeros((32, 48, 3), np.uint8)}, "other cameras"),
     ],
 )
-def test_what_begins_an_episode(
-    backbone: VLA, clock: Clock, change: dict[str, Any], reason: str | None
-) -> None:
+def test_what_begins_an_episode(backbone: VLA, clock: Clock, change: dict[str, Any], reason: str | None) -> None:
     one = robot(backbone)
     first = one.answer(observation(0) | {"episode_id": "a"}, clock.now)
     assert first.reset is None

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import resource
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,21 @@ import numpy as np
 import pytest
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
-from lac_vla.sims import libero, libero_backend
-from lac_vla.sims.collect import (
+from lac_vla.sims.libero import env as libero_env
+from lac_vla.sims.libero import modules
+from lac_vla.sims.libero.collect import (
     CollectConfig,
     _known_failures,
     _record_failure,
-    _Report,
     _stage,
     load_episode,
 )
-from lac_vla.sims.libero import (
-    NO_OP,
-    SUITES,
-    LiberoEnv,
-    check_action,
-)
-from lac_vla.sims.libero_backend import RenderingLibraryError, choose_gl_backend, load_backend
-from lac_vla.sims.libero_expert import Demonstration, Phase, demonstrate
-from lac_vla.sims.libero_renderer import Renderer
+from lac_vla.sims.libero.demonstration import Demonstration, demonstrate
+from lac_vla.sims.libero.env import LiberoEnv, check_action, openvla_gripper
+from lac_vla.sims.libero.expert import Phase
+from lac_vla.sims.libero.modules import RenderingLibraryError, choose_gl_backend, load_libero
+from lac_vla.sims.libero.renderer import Renderer
+from lac_vla.sims.libero.suites import NO_OP, SUITES
 from lac_vla.types import Frame
 
 sim = pytest.mark.sim
@@ -56,9 +54,9 @@ def test_the_horizons_are_those_of_openvlas_evaluation() -> None:
 
 @pytest.fixture
 def fresh_backend() -> Iterator[None]:
-    load_backend.cache_clear()
+    load_libero.cache_clear()
     yield
-    load_backend.cache_clear()
+    load_libero.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_backend")
@@ -104,17 +102,17 @@ def test_the_backend_follows_the_machine(
 ) -> None:
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.setenv("PYOPENGL_PLATFORM", "")
-    monkeypatch.setattr(libero_backend.glob, "glob", lambda pattern: devices)
-    monkeypatch.setattr(libero_backend, "_has_library", lambda name: name in installed)
+    monkeypatch.setattr(modules.glob, "glob", lambda pattern: devices)
+    monkeypatch.setattr(modules, "_has_library", lambda name: name in installed)
     assert choose_gl_backend() == expected
-    assert libero_backend.os.environ["MUJOCO_GL"] == libero_backend.os.environ["PYOPENGL_PLATFORM"] == expected
+    assert modules.os.environ["MUJOCO_GL"] == modules.os.environ["PYOPENGL_PLATFORM"] == expected
 
 
 def test_the_users_backend_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setenv("PYOPENGL_PLATFORM", "")
-    monkeypatch.setattr(libero_backend.glob, "glob", lambda pattern: [])
-    monkeypatch.setattr(libero_backend, "_has_library", lambda name: True)
+    monkeypatch.setattr(modules.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(modules, "_has_library", lambda name: True)
     assert choose_gl_backend() == "egl"
 
 
@@ -124,7 +122,7 @@ def test_the_users_backend_is_respected(monkeypatch: pytest.MonkeyPatch) -> None
         ({"suite": "libero_90"}, "unknown suite"),
         ({"task": 10}, r"tasks 0\.\.9"),
         ({"rendering": "pretty"}, "unknown rendering"),
-        ({"image_convention": "raw"}, "unknown image convention"),
+        ({"convention": "raw"}, "unknown convention"),
         ({"cameras": ("frontview",)}, "unknown cameras"),
         ({"cameras": ()}, "unknown cameras"),
         ({"resolution": 4}, "resolution"),
@@ -133,7 +131,7 @@ def test_the_users_backend_is_respected(monkeypatch: pytest.MonkeyPatch) -> None
 def test_arguments_are_checked_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(libero, "load_backend", lambda: pytest.fail("the simulator was loaded"))
+    monkeypatch.setattr(libero_env, "load_libero", lambda: pytest.fail("the simulator was loaded"))
     with pytest.raises(InputError, match=message):
         LiberoEnv(**({"suite": "libero_spatial", "task": 0} | arguments))
 
@@ -151,6 +149,13 @@ def test_arguments_are_checked_before_anything_is_loaded(
 def test_a_bad_action_is_refused(action: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_action(action)
+
+
+def test_openvlas_gripper_is_binary_and_inverted() -> None:
+    action = np.array([[0.3, 0.0], [0.3, 0.4], [0.3, 0.996]])
+    np.testing.assert_array_equal(openvla_gripper(action)[:, 1], [1, 1, -1])
+    np.testing.assert_array_equal(openvla_gripper(action)[:, 0], action[:, 0])
+    assert action[0, 1] == 0.0
 
 
 class _FakeEnv:
@@ -218,7 +223,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 def test_failures_are_remembered_by_seed(tmp_path: Path) -> None:
     config = CollectConfig(out=tmp_path)
-    _record_failure(config, _Report(task=2, init_state=5, solved=False, steps=220))
+    _record_failure(config, task=2, init_state=5, steps=220)
     assert _known_failures(config) == {(2, 5)}
     assert _known_failures(CollectConfig(out=tmp_path, seed=1)) == set()
 
@@ -245,14 +250,16 @@ def test_a_collection_that_makes_no_sense_is_refused(tmp_path: Path, bad: dict[s
 @pytest.fixture(scope="module")
 def env() -> Iterator[LiberoEnv]:
     pytest.importorskip("libero")
-    with LiberoEnv("libero_spatial", 0, resolution=128) as environment:
+    with closing(LiberoEnv("libero_spatial", 0, resolution=128)) as environment:
         yield environment
 
 
 @pytest.fixture(scope="module")
 def official() -> Iterator[LiberoEnv]:
     pytest.importorskip("libero")
-    with LiberoEnv("libero_spatial", 0, resolution=64, rendering="official", image_convention="openvla") as environment:
+    with closing(
+        LiberoEnv("libero_spatial", 0, resolution=64, rendering="official", convention="openvla")
+    ) as environment:
         yield environment
 
 
@@ -322,7 +329,8 @@ def test_official_frames_are_the_benchmarks_own(official: LiberoEnv) -> None:
 
     actions = [NO_OP, (0.5, 0.5, -0.5, 0.0, 0.0, 0.1, 1.0), (0.5, -0.5, -0.5, 0.2, 0.0, 0.0, 1.0)]
     demonstrate(official, 1, images=False, max_steps=5)
-    frames = [official.reset(0), *(official.step(action)[0] for action in actions)]
+    openvla = [(*action[:6], (1 - action[6]) / 2) for action in actions]  # its checkpoints open at 1, and close at 0
+    frames = [official.reset(0), *(official.step(action)[0] for action in openvla)]
     theirs = OffScreenRenderEnv(bddl_file_name=official.domain.bddl_file_name, camera_heights=64, camera_widths=64)
     theirs.seed(0)
     theirs.reset()
@@ -379,7 +387,7 @@ def test_a_refused_action_leaves_the_simulation_where_it_was(env: LiberoEnv) -> 
     with pytest.raises(InputError, match="init_state"):
         env.reset(50)
     np.testing.assert_array_equal(before, env.state())
-    assert env.steps == 0
+    assert env.observe().timestamp == 0
 
 
 @sim

@@ -16,10 +16,10 @@ from lac_vla.errors import InputError
 from lac_vla.sims.simpler import assets, ms3
 from lac_vla.sims.simpler.actions import GoogleActions, WidowXActions, axis_angle, conversion, euler_xyz
 from lac_vla.sims.simpler.env import SimplerEnv
-from lac_vla.sims.simpler.episode import GOOGLE, SETUPS, WIDOWX, Episode, Setup
+from lac_vla.sims.simpler.episode import GOOGLE, SETUPS, WIDOWX, EpisodeSpec, Setup
 from lac_vla.sims.simpler.ms2 import Ms2Backend, reset_options
 from lac_vla.sims.simpler.protocol import episodes, tasks
-from lac_vla.sims.simpler.table import Outcome, cells, label
+from lac_vla.sims.simpler.published_table import Outcome, PublishedTable, cells
 
 # ---- the sweep
 
@@ -62,12 +62,12 @@ def test_no_episode_is_there_twice(setup: Setup) -> None:
         assert numbers == list(range(len(numbers)))
 
 
-def find(setup: Setup, name: str, variant: str, number: int = 0) -> Episode:
+def find(setup: Setup, name: str, variant: str, number: int = 0) -> EpisodeSpec:
     found = [e for e in episodes(setup) if e.name == name and e.variant.name == variant]
     return found[number]
 
 
-def told(episode: Episode, **options: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def told(episode: EpisodeSpec, **options: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """What the original's gymnasium is told: id, keyword arguments without those of every episode, reset options."""
     kwargs = Ms2Backend((), Path("data"), **options).kwargs(episode)
     common = {"obs_mode": "rgbd", "camera_cfgs": {"add_segmentation": True}}
@@ -234,7 +234,7 @@ def test_malformed_actions(action: Any) -> None:
 # ---- tables
 
 
-def outcome(episode: Episode, success: bool, **other: Any) -> Outcome:
+def outcome(episode: EpisodeSpec, success: bool, **other: Any) -> Outcome:
     facts = {"success_any": success, "grasped": success, "ray_traced": episode.ray_traced, "backend": "ms2"}
     return Outcome(episode.setup, episode.task, episode.number, success, **(facts | other))
 
@@ -248,7 +248,7 @@ def values(setup: Setup, outcomes: list[Outcome], **how: Any) -> dict[str, float
 
 
 def test_googles_table_by_hand() -> None:
-    def rule(episode: Episode) -> bool:
+    def rule(episode: EpisodeSpec) -> bool:
         return (
             episode.name == "coke can horizontal"
             or (episode.name == "coke can vertical" and episode.variant.name == "arm: plain")
@@ -299,23 +299,25 @@ def test_widowxs_table_by_hand() -> None:
 
 
 def test_a_whole_traced_sweep_of_the_original_bears_the_name() -> None:
-    named = label("vm", {"dense": sweep("vm", lambda e: True), "lac": sweep("vm", lambda e: False)})
+    named = PublishedTable.of("vm", {"dense": sweep("vm", lambda e: True), "lac": sweep("vm", lambda e: False)})
     assert named.title == "SIMPLER, Google robot, visual matching"
     assert not named.reasons
 
 
 def test_the_name_is_refused_with_the_reason() -> None:
     whole = sweep("va", lambda e: True)
-    short = label("va", {"dense": whole, "lac": whole[3:]})
+    short = PublishedTable.of("va", {"dense": whole, "lac": whole[3:]})
     assert short.title.startswith("not SIMPLER, Google robot, variant aggregation")
     assert short.reasons == ("the sweep is not whole: lac lacks 3 of 1722: coke can horizontal 3",)
-    (flat,) = label("va", {"dense": sweep("va", lambda e: True, ray_traced=False)}).reasons
+    (flat,) = PublishedTable.of("va", {"dense": sweep("va", lambda e: True, ray_traced=False)}).reasons
     assert flat.startswith("not ray-traced: dense in open top drawer")
     assert "apple in drawer" in flat
     assert "coke" not in flat
-    (port,) = label("widowx", {"dense": sweep("widowx", lambda e: True, backend="ms3")}).reasons
+    (port,) = PublishedTable.of("widowx", {"dense": sweep("widowx", lambda e: True, backend="ms3")}).reasons
     assert port == "not the original simulator: dense on ms3"
-    assert label("vm", {}).reasons == ("no episode was played",)
+    (shaken,) = PublishedTable.of("widowx", {"dense": sweep("widowx", lambda e: True, stress="shake")}).reasons
+    assert shaken == "under stress: dense under shake"
+    assert PublishedTable.of("vm", {}).reasons == ("no episode was played",)
 
 
 def test_foreign_episodes_are_no_part_of_a_table() -> None:
@@ -326,7 +328,7 @@ def test_foreign_episodes_are_no_part_of_a_table() -> None:
         cells("va", [one])
     with pytest.raises(InputError, match="none of vm's"):
         cells("vm", [dataclasses.replace(one, number=100)])
-    with pytest.raises(InputError, match="lac simpler"):
+    with pytest.raises(InputError, match="no episode of SIMPLER"):
         Outcome.from_json({"suite": "libero_spatial", "task": 0})
 
 

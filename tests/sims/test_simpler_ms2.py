@@ -14,9 +14,9 @@ import pytest
 from tests.sims import fakes
 
 from lac_vla.errors import InputError
+from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler import ms2_server
 from lac_vla.sims.simpler.actions import GoogleActions, WidowXActions
-from lac_vla.sims.simpler.backend import SimulatorError
 from lac_vla.sims.simpler.env import SimplerEnv
 from lac_vla.sims.simpler.ms2 import Ms2Backend
 from lac_vla.sims.simpler.protocol import episodes, tasks

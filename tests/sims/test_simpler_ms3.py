@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
+from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler import ms3
 from lac_vla.sims.simpler.assets import Missing, vulkan_missing
-from lac_vla.sims.simpler.backend import SimulatorError
-from lac_vla.sims.simpler.episode import Episode
+from lac_vla.sims.simpler.episode import EpisodeSpec
 from lac_vla.sims.simpler.ms3 import Ms3Backend
 from lac_vla.sims.simpler.protocol import episodes
 
 
-def picking(number: int) -> Episode:
+def picking(number: int) -> EpisodeSpec:
     """An episode of PickCube-v1, in the words of the protocol."""
     first = episodes("widowx")[0]
     robot = dataclasses.replace(first.robot, camera="base_camera", control_mode="pd_ee_delta_pose")

@@ -1,9 +1,8 @@
-"""Robot episodes in the LeRobotDataset v3.0 layout: written, read, packed from staged files."""
+"""Robot episodes in the LeRobotDataset v3.0 layout: written, read."""
 
 from lac_vla.datasets.append import DatasetAppender
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.lerobot import Episode, EpisodeImages, LeRobotDataset
-from lac_vla.datasets.staging import from_staging
 from lac_vla.datasets.writer import DatasetWriter
 
 __all__ = [
@@ -13,5 +12,4 @@ __all__ = [
     "Episode",
     "EpisodeImages",
     "LeRobotDataset",
-    "from_staging",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
@@ -17,10 +17,10 @@ from lac_vla.evaluation.jobs import Job, MakeRunner, Runner, play
 from lac_vla.evaluation.records import EpisodeRecord
 
 LOCAL = "local"
-"""In place of an address: a cluster on this machine alone, which ends with the run."""
+"""The address that stands for a cluster on this machine alone, which ends with the run."""
 
 PATIENCE_S = 600.0
-"""So long may a cluster take to start the first worker: some start nodes on demand."""
+"""Longest time for a cluster to start the first worker, seconds: some start nodes on demand."""
 
 
 class Actor:
@@ -37,7 +37,7 @@ class Actor:
         self._runner: Runner | None = None
 
     def ready(self) -> None:
-        """Answers once a node had room for this worker."""
+        """Answer once a node had room for this worker."""
 
     def work(self, job: Job) -> list[EpisodeRecord] | LacError:
         """Run the episodes of a job. An error that the user can act on is given back: Ray would bury its message."""
@@ -59,7 +59,9 @@ class Actor:
         return self._make(self._config)
 
 
-def run_on_ray(address: str, make: MakeRunner, config: EvalConfig, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
+def run_on_ray(
+    address: str, make: MakeRunner, config: EvalConfig, jobs: Sequence[Job]
+) -> Generator[EpisodeRecord, None, None]:
     """Run the episodes of all jobs on ``config.workers`` actors; they finish in any order.
 
     Args:
@@ -90,7 +92,7 @@ def run_on_ray(address: str, make: MakeRunner, config: EvalConfig, jobs: Sequenc
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at {address!r} ({error}): `ray start --head`, or --ray {LOCAL}") from error
     try:
-        gpus = int(config.device.startswith("cuda"))
+        gpus = int(config.model_options.device.startswith("cuda"))
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(Actor)
         todo = list(reversed(jobs))
         actors = [remote.remote(make, config, os.getcwd()) for _ in range(min(config.workers, len(jobs)))]

@@ -1,4 +1,4 @@
-"""The kinds of disturbance: what cameras, networks and people do to a robot's observations.
+"""The kinds of disturbance: cameras, networks and people change a robot's observations.
 
 All that happens in an episode is drawn before its first frame, and depends on the number of the step alone: never on
 what a method did.
@@ -24,8 +24,8 @@ Disturbance: TypeAlias = Callable[[Frame, int], Frame]
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a stress may know of an episode before it begins.
+class EpisodeDraw:
+    """An episode before it begins, as far as a stress may know it, to draw its disturbances from.
 
     Attributes:
         rng: The episode's own generator.
@@ -45,7 +45,7 @@ class Stress(ABC):
     """Steps for which the robot is held still before its actions count; the horizon is that much longer."""
 
     @abstractmethod
-    def begin(self, scene: Scene) -> Disturbance:
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
         """Draw all that will happen in one episode."""
 
 
@@ -63,10 +63,10 @@ class Shake(Stress):
     turn: float = 0.4
     memory: float = 0.5
 
-    def begin(self, scene: Scene) -> Disturbance:
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
         """See :meth:`Stress.begin`."""
-        moves = scene.rng.normal(size=(scene.steps, 3))
-        for t in range(1, scene.steps):
+        moves = draw.rng.normal(size=(draw.steps, 3))
+        for t in range(1, draw.steps):
             moves[t] = self.memory * moves[t - 1] + np.sqrt(1 - self.memory**2) * moves[t]
 
         def shaken(image: UInt8Image, step: int) -> UInt8Image:
@@ -92,9 +92,9 @@ class Lighting(Stress):
     begins: tuple[int, int] = (10, 40)
     lasts: int = 30
 
-    def begin(self, scene: Scene) -> Disturbance:
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
         """See :meth:`Stress.begin`."""
-        first = int(scene.rng.integers(*self.begins))
+        first = int(draw.rng.integers(*self.begins))
 
         def disturb(frame: Frame, step: int) -> Frame:
             if not first <= step < first + self.lasts:
@@ -119,9 +119,9 @@ class Drift(Stress):
     rate: float = 0.4
     reach: float = 40.0
 
-    def begin(self, scene: Scene) -> Disturbance:
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
         """See :meth:`Stress.begin`."""
-        direction = scene.rng.uniform(-1, 1, size=3)
+        direction = draw.rng.uniform(-1, 1, size=3)
         direction /= np.abs(direction).max()
         dithers: dict[str, npt.NDArray[np.float32]] = {}
 
@@ -130,7 +130,7 @@ class Drift(Stress):
             images = {}
             for camera, image in frame.images.items():
                 if camera not in dithers:
-                    dithers[camera] = scene.rng.random(image.shape, dtype=np.float32)
+                    dithers[camera] = draw.rng.random(image.shape, dtype=np.float32)
                 level = image + (wave * direction).astype(np.float32) + dithers[camera]
                 images[camera] = np.clip(np.floor(level), 0, 255).astype(np.uint8)
             return replace(frame, images=images)
@@ -152,11 +152,11 @@ class Occlusion(Stress):
     begins: tuple[int, int] = (10, 40)
     lasts: int = 30
 
-    def begin(self, scene: Scene) -> Disturbance:
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
         """See :meth:`Stress.begin`."""
-        first = int(scene.rng.integers(*self.begins))
-        top, leftwards = scene.rng.uniform(0, 1 - self.size), scene.rng.random() < 0.5
-        colour = scene.rng.integers(40, 216, size=3)
+        first = int(draw.rng.integers(*self.begins))
+        top, leftwards = draw.rng.uniform(0, 1 - self.size), draw.rng.random() < 0.5
+        colour = draw.rng.integers(40, 216, size=3)
 
         def disturb(frame: Frame, step: int) -> Frame:
             way = (step - first) / self.lasts
@@ -185,11 +185,11 @@ class Instruction(Stress):
     begins: tuple[int, int] = (10, 40)
     lasts: int = 10
 
-    def begin(self, scene: Scene) -> Disturbance:
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
         """See :meth:`Stress.begin`."""
-        if not scene.others:
+        if not draw.others:
             raise InputError("the stress 'instruction' needs a suite with at least two different instructions")
-        first, other = int(scene.rng.integers(*self.begins)), str(scene.rng.choice(list(scene.others)))
+        first, other = int(draw.rng.integers(*self.begins)), str(draw.rng.choice(list(draw.others)))
         return lambda frame, step: replace(frame, instruction=other) if 0 <= step - first < self.lasts else frame
 
 
@@ -205,10 +205,10 @@ class Drops(Stress):
     chance: float = 0.25
     longest: int = 4
 
-    def begin(self, scene: Scene) -> Disturbance:
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
         """See :meth:`Stress.begin`."""
-        delays = scene.rng.integers(1, self.longest + 1, size=scene.steps)
-        delays[scene.rng.random(scene.steps) >= self.chance] = 0
+        delays = draw.rng.integers(1, self.longest + 1, size=draw.steps)
+        delays[draw.rng.random(draw.steps) >= self.chance] = 0
         seen: deque[Frame] = deque(maxlen=self.longest + 1)
 
         def disturb(frame: Frame, step: int) -> Frame:
@@ -230,7 +230,7 @@ class Long(Stress):
 
     hold: int = 150
 
-    def begin(self, scene: Scene) -> Disturbance:
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
         """See :meth:`Stress.begin`."""
         return lambda frame, step: frame
 

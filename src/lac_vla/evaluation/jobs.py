@@ -1,4 +1,4 @@
-"""What several processes, here or on a cluster, divide between them."""
+"""Jobs are divided between the processes of an evaluation, here or on a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Job(NamedTuple):
             alone.
         task: Task id.
         init_state: Initial state.
-        methods: Those that are still to run on it.
+        methods: Methods that are still to run on it.
     """
 
     config: EvalConfig
@@ -27,7 +27,7 @@ class Job(NamedTuple):
 
 
 class Runner(Protocol):
-    """What runs one episode."""
+    """Runs one episode at a time."""
 
     def run(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
         """Run it."""

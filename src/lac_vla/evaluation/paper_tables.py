@@ -14,7 +14,7 @@ from lac_vla.evaluation.stats import mcnemar
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.summary import DENSE, MethodRow, Summary, summarize
 from lac_vla.policies import PolicySpec
-from lac_vla.sims.libero import SUITES
+from lac_vla.sims.libero.suites import SUITES
 
 PREFILL, CALL, WHOLE = "decoder_prefill", "model_call", "observation_to_action"
 SMALL = 1e9
@@ -83,7 +83,7 @@ def paper_tables(done: Reproduction) -> list[write.TextTable]:
     if len(suites) > 1:
         success.append(("average", lambda row, _: _average(row.method, by_suite, len(suites))))
     timing = f"{LATENCY}. {SHARED}" if done.workers > 1 else LATENCY
-    wanted, seeds = _wanted(done.config, done.config.trials), (done.config.seed, *done.config.more_seeds)
+    wanted, seeds = _wanted(done.config, done.config.trials), (done.config.model_options.seed, *done.config.more_seeds)
     layouts: list[tuple[str, Sequence[Row], Sequence[Column], str]] = [
         ("Table 1: success", done.table_1, (*success, *PAIRED), write.CAPTION),
         ("Table 1: cost", done.table_1, WORK, timing),
@@ -122,7 +122,7 @@ def _stress_table(done: Reproduction) -> write.TextTable:
     Those under all stresses are counted, not tested: an initial state is among them once for every stress.
     """
     config, methods = done.config, {row.method for row in done.stress_rows}
-    columns = {"calm": [e for e in done.calm if e.method in methods]}
+    columns = {"calm": [e for e in done.undisturbed if e.method in methods]}
     columns |= {name: [e for e in done.stressed if e.stress == name] for name in config.stresses}
     columns |= {"all stresses": done.stressed}
     summaries = {name: summarize(episodes) for name, episodes in columns.items() if episodes}
@@ -187,7 +187,7 @@ def statements(done: Reproduction) -> list[str]:
     summary = summarize(done.episodes)
     missing = sum(
         (found.trials if (found := summary.row(row.method)) else 0) < _wanted(config, done.trials(row))
-        for row in (*done.rows, *done.further)
+        for row in (*done.rows, *done.extra_rows)
     )
     if done.seeds and (pair := summarize(done.seeds).row(LAC.method)) and (paired := pair.paired):
         told = f"{paired.both + paired.only_method} solved by LAC, {paired.both + paired.only_dense} by dense"
@@ -222,7 +222,7 @@ def curve_verdict(done: Reproduction) -> str:
 
     By the numbers, chance or not. LAC without one of its parts counts neither as LAC nor as another method.
     """
-    summary = summarize(done.points)
+    summary = summarize(done.curve_episodes)
     ours, ahead, others = [], [], 0
     found = [(row, summary.row(row.method)) for row in (*done.rows, *done.curve)]
     points = [(row, point) for row, point in found if point is not None and point.ratio_effective is not None]
@@ -247,7 +247,9 @@ def curve_verdict(done: Reproduction) -> str:
     said = f"LAC does not lead all of the trade-off curve, {compared}. Ahead of all of LAC's: "
     label, best = max(ahead, key=lambda point: point[1].rate)
     nearest = max(ours, key=lambda own: own.rate)
-    return f"{said}{', '.join(named)}. {label} against LAC ({nearest.method}):{_why(best, nearest, done.points)}"
+    return (
+        f"{said}{', '.join(named)}. {label} against LAC ({nearest.method}):{_why(best, nearest, done.curve_episodes)}"
+    )
 
 
 def _no_worse(own: MethodRow, other: MethodRow) -> bool:
@@ -257,7 +259,7 @@ def _no_worse(own: MethodRow, other: MethodRow) -> bool:
 
 def stress_verdict(done: Reproduction) -> str:
     """How much was solved under the stresses, one at a time, and of the same initial states undisturbed."""
-    calm, stressed = summarize(done.calm), summarize(done.stressed)
+    calm, stressed = summarize(done.undisturbed), summarize(done.stressed)
     told = []
     for row in done.stress_rows:
         if (under := stressed.row(row.method)) and (before := calm.row(row.method)):

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -18,7 +18,7 @@ from lac_vla.evaluation.jobs import Job, MakeRunner, Runner, play
 from lac_vla.evaluation.records import EpisodeRecord
 
 
-def run_on_processes(make: MakeRunner, config: EvalConfig, jobs: Sequence[Job]) -> Iterator[EpisodeRecord]:
+def run_on_processes(make: MakeRunner, config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
     """Run the episodes of all jobs on ``config.workers`` processes; they finish in any order.
 
     An error ends the run as it would in one process: what other processes have in hand is given up, and nothing more
@@ -68,7 +68,7 @@ def _end_with(parent: connection.Connection) -> None:
 
 
 _RUNNER: list[Runner] = []
-"""This process's one, made within its first job: its error then reaches the parent."""
+"""The runner of this process, made within its first job: its error then reaches the parent."""
 
 
 def _work(make: MakeRunner, config: EvalConfig, job: Job) -> list[EpisodeRecord]:

@@ -39,6 +39,7 @@ class EpisodeRecord:
         latency_ms: Window or stage → milliseconds per step.
         peak_memory_mb: Of the process, or of the accelerator.
         video: Path within the run's folder, or ``None``.
+        outcome: Whatever else the benchmark records of an episode; JSON-serialisable.
         failure: Path of the picture of an episode that was not solved, within the run's folder, or ``None``.
     """
 
@@ -62,6 +63,7 @@ class EpisodeRecord:
     peak_memory_mb: float | None = None
     video: str | None = None
     failure: str | None = None
+    outcome: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def trial(self) -> Trial:

@@ -1,4 +1,4 @@
-"""The paper's LIBERO tables on a model of one's own: which rows, on which episodes."""
+"""The plan of the paper's LIBERO tables on a model of one's own: which rows, on which episodes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import json
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
+
+import tyro
 
 from lac_vla.bundled import MINI
 from lac_vla.errors import InputError
-from lac_vla.evaluation.config import FIRST_HELD_OUT, EvalConfig
+from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.runner import CONFIG as RUN_CONFIG
 from lac_vla.evaluation.runner import EPISODES, evaluate_together
-from lac_vla.factory import method_name
+from lac_vla.factory import ModelOptions, method_name
 from lac_vla.policies import LACPolicy, PolicySpec
 from lac_vla.policies.lac import SUBFOLDER
 from lac_vla.policies.lac.policy import CONFIG
+from lac_vla.sims.libero.benchmark import Libero
+from lac_vla.sims.libero.renderer import Convention, Rendering
+from lac_vla.sims.libero.suites import FIRST_HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -101,17 +106,16 @@ class ReproduceConfig:
         stress_policies: Only these methods there, chosen as by ``policies``; dense always runs. Empty for all.
         curve_trials: Initial states per task of the curve's points, the first ones; 0 for as many as ``trials``.
         stress_trials: The same under every stress.
-        options: EngineOptions beside caching, of all methods, see ``lac eval --help``.
-        seed: Of every session, and of the scene's fixtures, whose places vary by a centimetre.
         more_seeds: Dense and LAC run once more with each of these, for a closer comparison of the two.
         rendering: ``fast`` (altered pixels, those of the bundled VLA) or ``official``.
         convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints.
-        image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
         videos: Per method and task, how many episodes get an overlay video.
-        device: ``cpu`` or ``cuda``.
         workers: Processes. Latencies are only worth reporting from one.
-        threads: CPU threads of torch per process; 0 leaves it to torch.
         ray: Run the workers on the Ray cluster at this address, see ``lac eval --help``.
+        model_options: How the model is loaded and run, see ``lac eval --help``.
+
+    Raises:
+        InputError: If a setting makes no sense.
     """
 
     out: Path = Path("outputs/reproduce-libero")
@@ -129,17 +133,13 @@ class ReproduceConfig:
     stress_policies: tuple[str, ...] = ()
     curve_trials: int = 0
     stress_trials: int = 0
-    options: str = "default"
-    seed: int = 0
     more_seeds: tuple[int, ...] = ()
-    rendering: Literal["fast", "official"] = "fast"
-    convention: Literal["upright", "openvla"] = "upright"
-    image_pipeline: str | None = None
+    rendering: Rendering = "fast"
+    convention: Convention = "upright"
     videos: int = 1
-    device: str = "cpu"
     workers: int = 1
-    threads: int = 0
     ray: str | None = None
+    model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
     def __post_init__(self) -> None:
         if self.trials < 1 or not self.suites or len(set(self.suites)) < len(self.suites):
@@ -151,8 +151,9 @@ class ReproduceConfig:
             raise InputError("curve_policies need curve, and stress_policies need stresses: nothing would be run")
         if len(set(self.stresses)) < len(self.stresses):
             raise InputError(f"stresses are {self.stresses}: give every one once")
-        if len({self.seed, *self.more_seeds}) < 1 + len(self.more_seeds):
-            raise InputError(f"more_seeds is {self.more_seeds}: give every seed once, and not {self.seed}")
+        seed = self.model_options.seed
+        if len({seed, *self.more_seeds}) < 1 + len(self.more_seeds):
+            raise InputError(f"more_seeds is {self.more_seeds}: give every seed once, and not {seed}")
 
     @property
     def on_curve(self) -> int:
@@ -174,36 +175,30 @@ class ReproduceConfig:
         stress: str | None = None,
         seed: int | None = None,
     ) -> EvalConfig:
-        """The evaluation of some rows on one suite and ``trials`` initial states; by default with the first seed."""
+        """Make the evaluation of rows on one suite and ``trials`` initial states; by default with the first seed."""
         return EvalConfig(
             self.model,
             self.folder(suite, curve=curve, stress=stress, seed=seed),
             tuple(row.spec for row in rows),
-            suite=suite,
+            Libero(suite, self.rendering, self.convention),
             tasks=self.tasks,
             init_states=(self.first, self.first + trials),
-            seed=self.seed if seed is None else seed,
-            options=self.options,
             stress=stress,
-            rendering=self.rendering,
-            convention=self.convention,
-            image_pipeline=self.image_pipeline,
             videos=0 if curve or stress or seed is not None else self.videos,
-            device=self.device,
             workers=self.workers,
-            threads=self.threads,
             ray=self.ray,
+            model_options=self.model_options if seed is None else replace(self.model_options, seed=seed),
         )
 
     def folder(self, suite: str, *, curve: bool = False, stress: str | None = None, seed: int | None = None) -> Path:
-        """Where a suite's episodes are; those of the curve, under stress and of further seeds apart."""
+        """Name the folder of a suite's episodes; those of the curve, under stress and of further seeds apart."""
         parts = [suite, *(["curve"] if curve else []), *([stress] if stress else [])]
         return self.out / "-".join([*parts, *([] if seed is None else [f"seed{seed}"])])
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What was asked for, and what has been run of it.
+    """A reproduction that was asked for, and the episodes that have been run of it.
 
     Attributes:
         config: The request.
@@ -233,7 +228,7 @@ class Reproduction:
         return _once((*self.table_1, *self.ablations))
 
     @property
-    def further(self) -> tuple[Row, ...]:
+    def extra_rows(self) -> tuple[Row, ...]:
         """Rows that no table has: the curve's, and those that are run under stress; they run undisturbed, too."""
         there = {row.method for row in self.rows}
         return tuple(row for row in _once((*self.curve, *self.stress_rows)) if row.method not in there)
@@ -247,12 +242,12 @@ class Reproduction:
         return max(on_curve, self.config.under_stress if row.method in stressed else 0)
 
     @property
-    def points(self) -> list[EpisodeRecord]:
+    def curve_episodes(self) -> list[EpisodeRecord]:
         """The undisturbed episodes that the points of the curve share: those of its initial states."""
         return _first(self.config, self.config.on_curve, self.episodes)
 
     @property
-    def calm(self) -> list[EpisodeRecord]:
+    def undisturbed(self) -> list[EpisodeRecord]:
         """The undisturbed episodes of the initial states that are run under stress."""
         return _first(self.config, self.config.under_stress, self.episodes)
 
@@ -295,7 +290,7 @@ def plan(config: ReproduceConfig) -> Reproduction:
         stress_rows = _once((DENSE, *(row for word in words for row in _chosen(word, known)))) if words else table_1
     planned = Reproduction(config, table_1, ablations, curve, [], stress_rows=stress_rows)
     for suite in config.suites:  # refuse what cannot be made before the first episode
-        config.run(suite, (*planned.rows, *planned.further), config.trials)
+        config.run(suite, (*planned.rows, *planned.extra_rows), config.trials)
         for stress in config.stresses:
             config.run(suite, stress_rows, config.under_stress, stress=stress)
     return planned
@@ -318,14 +313,15 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         evaluate_together(runs)
         for run in runs:
             workers.append(int(json.loads((run.out / RUN_CONFIG).read_text(encoding="utf-8"))["workers"]))
-        methods = {method_name(spec) for run in runs for spec in run.policies}
-        return [e for run in runs for e in read_episodes(run.out / EPISODES) if e.method in methods]
+        methods, tasks = {method_name(spec) for spec in runs[0].policies}, runs[0].task_ids
+        found = [episode for run in runs for episode in read_episodes(run.out / EPISODES)]
+        return [episode for episode in found if episode.method in methods and episode.task in tasks]
 
-    trials = sorted({planned.trials(row) for row in planned.further})
+    trials = sorted({planned.trials(row) for row in planned.extra_rows})
     for suite in config.suites:
         episodes += played(config.run(suite, planned.rows, config.trials))
         for number in trials:
-            rows = tuple(row for row in planned.further if planned.trials(row) == number)
+            rows = tuple(row for row in planned.extra_rows if planned.trials(row) == number)
             episodes += played(config.run(suite, rows, number, curve=True))
         for seed in config.more_seeds:
             seeds += played(config.run(suite, (DENSE, LAC), config.trials, seed=seed))
@@ -348,7 +344,7 @@ def ablation_row(folder: Path) -> Row:
     home = folder / SUBFOLDER if (folder / SUBFOLDER / CONFIG).is_file() else folder
     about = json.loads((home / CONFIG).read_text(encoding="utf-8")).get("about", {})
     steps = about.get("training", {}).get("stage1_steps")
-    told = {
+    lacking = {
         "selector alone": config.ratio is not None,
         "without stage I": steps == 0,
         "language-guided": config.language,
@@ -356,13 +352,13 @@ def ablation_row(folder: Path) -> Row:
         "the paper's inputs": config.inputs == "paper",
     }
     name = (folder.parent if folder.name == SUBFOLDER else folder).resolve().name
-    what = ", ".join(words for words, holds in told.items() if holds) or "all parts, trained anew"
+    what = ", ".join(words for words, holds in lacking.items() if holds) or "all parts, trained anew"
     alone = ",recovery=0" if config.ratio is not None else ""
     return Row(f"{what[0].upper()}{what[1:]} ({name})", f"{name}@lac:path={folder}{alone}")
 
 
 def _first(config: ReproduceConfig, trials: int, episodes: Iterable[EpisodeRecord]) -> list[EpisodeRecord]:
-    """Those of the first initial states: a folder may hold more."""
+    """Keep the episodes of the first initial states: a folder may hold more."""
     return [e for e in episodes if e.init_state < config.first + trials]
 
 

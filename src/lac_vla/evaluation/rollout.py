@@ -5,43 +5,21 @@ from __future__ import annotations
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lac_vla.cost import CostModel
 from lac_vla.engine.step_info import PolicySession, StepInfo, StepObserver
+from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
 from lac_vla.session import Session
-from lac_vla.types import FloatArray, Frame
-
-
-class Simulator(Protocol):
-    """What an evaluation needs of a simulated task."""
-
-    suite: str
-    task: int
-
-    @property
-    def instruction(self) -> str: ...  # noqa: D102
-    @property
-    def horizon(self) -> int: ...  # noqa: D102
-
-    def reset(self, init_state: int, seed: int = 0) -> Frame:
-        """Start an episode from one of the task's initial states."""
-        ...
-
-    def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
-        """Execute an action: the next observation, and whether the task is solved."""
-        ...
+from lac_vla.sims.base import Env
 
 
 def rollout(
-    env: Simulator,
+    env: Env,
     session: PolicySession,
     method: str,
     init_state: int,
@@ -49,8 +27,8 @@ def rollout(
     seed: int = 0,
     cost: CostModel | None = None,
     observers: Sequence[StepObserver] = (),
-    to_robot: Callable[[FloatArray], FloatArray] | None = None,
     ensemble: AdaptiveEnsemble | None = None,
+    actions_per_call: int = 1,
     stress: str = "",
 ) -> EpisodeRecord:
     """Run one episode until the task is solved or its horizon reached.
@@ -63,8 +41,8 @@ def rollout(
         seed: Of the session's generator, and of the scene.
         cost: Counts multiply-accumulates of a session that is here.
         observers: Watch one.
-        to_robot: Turns the model's action into the simulator's units, if they differ.
         ensemble: Makes the frame's action out of the last frames' chunks; by default, the newest chunk's first.
+        actions_per_call: Number of actions of an answer that are executed before the session is asked again.
         stress: What ``env`` disturbs its observations by, for the record.
     """
     frame = env.reset(init_state, seed)
@@ -78,13 +56,13 @@ def rollout(
     passes: list[int] = []
     accepted: list[int | None] = []
     latency: defaultdict[str, list[float]] = defaultdict(list)
-    success, instruction = False, frame.instruction
-    while len(effective) < env.horizon and not success:
+    steps, success, instruction = 0, False, frame.instruction
+    while steps < env.horizon and not success:
         chunk = np.atleast_2d(session.act(frame))
         if ensemble is not None and frame.instruction != instruction:
             ensemble.reset()  # the last chunks were about something else
         instruction = frame.instruction
-        action = chunk[0] if ensemble is None else ensemble(chunk)
+        actions = chunk[:actions_per_call] if ensemble is None else ensemble(chunk)[None]
         step = session.last_info
         if step is None:  # pragma: no cover - act always leaves a step
             raise RuntimeError("the session did not report its step")
@@ -100,7 +78,11 @@ def rollout(
                 observer.add(frame, step)
         for name, value in {**step.timings, **step.stages}.items():
             latency[name].append(round(value, 4))
-        frame, success = env.step(action if to_robot is None else to_robot(action))
+        for action in actions:
+            frame, success = env.step(action)
+            steps += 1
+            if success or steps == env.horizon:
+                break
     return EpisodeRecord(
         method=method,
         suite=env.suite,
@@ -110,7 +92,7 @@ def rollout(
         seed=seed,
         stress=stress,
         success=success,
-        steps=len(effective),
+        steps=steps,
         horizon=env.horizon,
         ratio_effective=effective,
         ratio_nominal=nominal,
@@ -119,7 +101,7 @@ def rollout(
         passes=passes,
         accepted=accepted,
         latency_ms=dict(latency),
-        peak_memory_mb=peak_memory_mb(session.vla.model.device) if isinstance(session, Session) else None,
+        peak_memory_mb=peak_memory_mb(session.model.device) if isinstance(session, Session) else None,
     )
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,7 @@ from lac_vla.evaluation.records import finished
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.worker import run_jobs
 from lac_vla.factory import method_name
-from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
-from lac_vla.sims.libero import SUITES
 
 EPISODES, CONFIG, SUMMARY = "episodes.jsonl", "config.json", "summary.json"
 CHANGEABLE = ("workers", "threads", "videos", "server")
@@ -32,15 +30,16 @@ def evaluate(config: EvalConfig) -> Path:
     """Run what is still missing of an evaluation.
 
     Every finished episode is on disk before the next one begins; a killed run goes on where it stopped, without
-    losing or repeating an episode.
+    losing or repeating an episode. An episode whose simulator dies is begun again, as often as the benchmark allows.
 
-    A run may grow: more policies, and more initial states behind those that it has. What it holds is kept.
+    A run may grow: more policies, more tasks, and more initial states behind those that it has. What it holds is kept.
 
     Returns:
         The run's folder: ``config.json``, ``episodes.jsonl``, ``summary.json``, ``videos/``, ``failures/``.
 
     Raises:
         InputError: If the folder cannot be written or holds a run with other settings.
+        SimulatorError: If an episode's simulators died, too often.
     """
     evaluate_together([config])
     return config.out
@@ -54,29 +53,35 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
 
     Raises:
         InputError: As :func:`evaluate` does, or if they differ in more.
+        SimulatorError: As :func:`evaluate` does.
     """
     first = configs[0]
-    for name in EvalConfig.__dataclass_fields__:
-        values = {getattr(config, name) for config in configs}
-        if len(values) != (len(configs) if name in ("out", "stress") else 1):
-            raise InputError(f"evaluations that run together have an out and a stress each, and all else alike: {name}")
-    settings = [_check(config) for config in configs]
-    done = [(config, finished(config.out / EPISODES, config.stress or "")) for config in configs]
-    for config, agreed in zip(configs, settings, strict=True):
-        _open(config, agreed)
+    for field in fields(EvalConfig):
+        values = {getattr(config, field.name) for config in configs}
+        if len(values) != (len(configs) if field.name in ("out", "stress") else 1):
+            raise InputError(
+                f"evaluations that run together have an out and a stress each, and all else alike: {field.name}"
+            )
+    settings = [_settings(config) for config in configs]
+    done = [finished(config.out / EPISODES, config.stress or "") for config in configs]
+    simulator = first.benchmark.metadata(first.task_ids)
     methods = tuple(method_name(spec) for spec in first.policies)
+    begin, stop = first.states
     jobs = [
         Job(config, task, init_state, missing)
         for task in first.task_ids
-        for config, there in done
-        for init_state in range(*first.init_states)
+        for config, there in zip(configs, done, strict=True)
+        for init_state in range(begin, min(stop, first.benchmark.trials[task]))
         if (missing := tuple(m for m in methods if (m, task, init_state) not in there))
     ]
     with ExitStack() as opened:
+        records = opened.enter_context(closing(run_jobs(first, jobs))) if jobs else ()
+        for config, agreed in zip(configs, settings, strict=True):
+            _open(config, agreed, simulator)
         logs = {c.stress or "": opened.enter_context((c.out / EPISODES).open("a", encoding="utf-8")) for c in configs}
         bar = opened.enter_context(tqdm(total=sum(len(job.methods) for job in jobs), unit="episode", desc="rollouts"))
         solved: dict[str, list[bool]] = {method: [] for method in methods}
-        for record in opened.enter_context(closing(run_jobs(first, jobs))):
+        for record in records:
             log = logs[record.stress]
             log.write(json.dumps(asdict(record)) + "\n")
             log.flush()
@@ -84,41 +89,39 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
             solved[record.method].append(record.success)
             bar.update()
             bar.set_postfix({method: f"{sum(s)}/{len(s)}" for method, s in solved.items() if s})
+    for config in configs:
+        config.benchmark.publish(config.out)
 
 
-def _check(config: EvalConfig) -> dict[str, Any]:
-    """The run's settings, if its folder can take it; nothing is written yet."""
-    path = config.out / CONFIG
-    if not path.exists():
-        return _settings(config)
+def _settings(config: EvalConfig) -> dict[str, Any]:
+    """Agree on the run's settings with those of its folder; nothing is written yet.
+
+    A folder without a finished episode may be begun anew with other settings: a model may have refused them.
+    """
+    settings: dict[str, Any] = json.loads(json.dumps(config.settings(), default=str))
+    path, log = config.out / CONFIG, config.out / EPISODES
+    if not path.exists() or not log.exists() or not log.stat().st_size:
+        return settings
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); give another --out") from error
-    return _grown(config.out, before, _settings(config))
-
-
-def _open(config: EvalConfig, settings: Mapping[str, Any]) -> None:
-    """Prepare the run's folder."""
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (config.out / SUMMARY).write_text(json.dumps(_summary(config, settings), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to {config.out} ({error}); give another --out") from error
+    return _grown(config.out, before, settings)
 
 
 def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that goes on: with all the policies and initial states that it ever had."""
+    """Unite the settings of a run that goes on: all policies, tasks and initial states that it ever had."""
     specs = {method_name(spec): spec for spec in before.get("policies", [])}
     more = {method_name(spec): spec for spec in settings["policies"]}
     (first, stop), (new_first, new_stop) = before.get("init_states", (0, 0)), settings["init_states"]
-    grown = {
+    tasks = before.get("tasks", []), settings["tasks"]
+    fits = {
         "policies": all(specs.get(name, spec) == spec for name, spec in more.items()),
         "init_states": first == new_first,
+        "tasks": True,
     }
     different = [
-        key for key in settings if key not in CHANGEABLE and not grown.get(key, before.get(key) == settings[key])
+        key for key in settings if key not in CHANGEABLE and not fits.get(key, before.get(key) == settings[key])
     ]
     if different:
         raise InputError(f"{out} holds a run with other {different}; give another --out")
@@ -126,52 +129,46 @@ def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[
         **settings,
         "policies": list((specs | more).values()),
         "init_states": [first, max(stop, new_stop)],
+        "tasks": sorted({*tasks[0], *tasks[1]}) if all(tasks) else [],  # empty means all
         "workers": max(before.get("workers", 1), settings["workers"]),  # of its latencies, the worst
     }
 
 
-def _settings(config: EvalConfig) -> dict[str, Any]:
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    if Path(config.model).is_absolute():
-        plain["model"] = Path(config.model).name
-    plain["policies"] = [paths_by_name(spec) for spec in config.policies]
-    plain["flow"] = config.flow and paths_by_name(config.flow)
-    settings: dict[str, Any] = json.loads(json.dumps(plain))
-    return {key: value for key, value in settings.items() if key not in ("out", "ray")}
+def _open(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping[str, Any]) -> None:
+    """Prepare the run's folder."""
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        for name, content in ((CONFIG, settings), (SUMMARY, _summary(config, settings, simulator))):
+            (config.out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {config.out} ({error}); give another --out") from error
 
 
-def _summary(config: EvalConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    notes = []
-    if config.rendering == "fast":
-        notes.append("Altered rendering: reflections and multisampling are off. These are not the benchmark's pixels.")
+def _summary(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping[str, Any]) -> dict[str, Any]:
+    notes = [*config.benchmark.notes]
     if config.stress is not None:
         notes.append(describe_stress(config.stress))
     if settings["workers"] > 1:
         notes.append(f"{settings['workers']} processes shared the machine: latencies are not worth comparing.")
-    suite = SUITES[config.suite]
+    if config.actions_per_call is not None:
+        notes.append(f"{config.actions_per_call} actions of every answer are executed before the model is asked again.")
+    trials = config.benchmark.trials
+    n_tasks = len(settings["tasks"]) or len(trials)
     first, stop = settings["init_states"]
-    if len(config.task_ids) < suite.n_tasks or stop - first < suite.trials:
-        notes.append(
-            f"{len(config.task_ids)} of {suite.n_tasks} tasks, initial states {first} to {stop - 1} of {suite.trials}."
-        )
+    if n_tasks < len(trials) or stop - first < max(trials):
+        notes.append(f"{n_tasks} of {len(trials)} tasks, initial states {first} to {stop - 1} of {max(trials)}.")
     return {
         **provenance(),
         "model": describe_model(config.model),
-        "simulator": {
-            "suite": config.suite,
-            "horizon": suite.horizon,
-            "settle_steps": suite.settle_steps,
-            "rendering": config.rendering,
-            "convention": config.convention,
-            "stress": config.stress,
-        },
+        "simulator": {**simulator, "stress": config.stress},
         "methods": {method_name(spec): {"policy": spec, "seed": config.seed} for spec in settings["policies"]},
+        "actions_per_call": config.actions_per_call,
         "notes": notes,
     }
 
 
 def describe_model(model: str) -> dict[str, Any]:
-    """What the checkpoint says of itself in ``lac.json``, if it does."""
+    """Read what the checkpoint says of itself in ``lac.json``, if it does."""
     path = Path(model) / "lac.json"
     described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {"name": Path(model).name, **described}

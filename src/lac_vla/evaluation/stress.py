@@ -1,4 +1,4 @@
-"""Stress: a disturbance between the simulator and the session, the same for every method."""
+"""A stress is a disturbance between the simulator and the session, the same for every method."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from lac_vla.errors import InputError
 from lac_vla.evaluation import disturbances as kinds
-from lac_vla.evaluation.rollout import Simulator
-from lac_vla.sims.libero import NO_OP
+from lac_vla.sims.base import Env
 from lac_vla.types import Frame
 
 STRESSES: dict[str, Callable[[], kinds.Stress]] = {
@@ -39,14 +38,14 @@ def make_stress(name: str) -> kinds.Stress:
 
 
 def describe_stress(name: str) -> str:
-    """A stress in a sentence, with its strength."""
+    """Describe a stress in a sentence, with its strength."""
     stress = make_stress(name)
     sentence = (stress.__doc__ or "").split("\n", 1)[0]
     settings = ", ".join(f"{key} {value}" for key, value in asdict(stress).items())  # type: ignore[call-overload]
     return f"Stress '{name}' ({settings}): {sentence}"
 
 
-class Stressed:
+class Stressed(Env):
     """A simulated task under stress.
 
     Args:
@@ -56,9 +55,9 @@ class Stressed:
         instructions: Those of all tasks of the suite.
     """
 
-    def __init__(self, env: Simulator, stress: kinds.Stress, seed: int, instructions: Sequence[str] = ()) -> None:
+    def __init__(self, env: Env, stress: kinds.Stress, seed: int, instructions: Sequence[str] = ()) -> None:
         self.env, self.stress, self.seed = env, stress, seed
-        self.suite, self.task = env.suite, env.task
+        self.suite, self.task, self.no_op = env.suite, env.task, env.no_op
         self._others = [text for text in instructions if text != env.instruction]
         self._step = 0
         self._disturb: kinds.Disturbance | None = None
@@ -74,17 +73,17 @@ class Stressed:
         return self.env.horizon + self.stress.hold
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
-        """Start an episode; see :class:`Simulator`."""
+        """Start an episode; see :class:`Env`."""
         frame = self.env.reset(init_state, seed)
         rng = np.random.default_rng([self.seed, zlib.crc32(self.suite.encode()), self.task, init_state])
-        self._disturb = self.stress.begin(kinds.Scene(rng, self.horizon + 1, self._others))
+        self._disturb = self.stress.begin(kinds.EpisodeDraw(rng, self.horizon + 1, self._others))
         self._step = 0
         return self._disturb(frame, 0)
 
     def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
-        """Execute an action, unless the robot is held; see :class:`Simulator`."""
+        """Execute an action, unless the robot is held; see :class:`Env`."""
         if self._disturb is None:
             raise InputError("reset the environment before the first step")
-        frame, success = self.env.step(NO_OP if self._step < self.stress.hold else action)
+        frame, success = self.env.step(self.no_op if self._step < self.stress.hold else action)
         self._step += 1
         return self._disturb(frame, self._step), success

@@ -1,4 +1,4 @@
-"""From what a VLA answers to what SIMPLER's simulators take.
+"""Turn actions as a VLA answers them into those that SIMPLER's simulators take.
 
 ====  ===================================================  ==========================================================
 part  a VLA trained on the robots' data sets               the simulators
@@ -16,31 +16,19 @@ evaluations differ in how; a policy is scored with its own. Sources: ``cogact_po
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeAlias, get_args
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
-from lac_vla.sims.simpler.episode import Robot
+from lac_vla.sims.simpler.episode import RobotSpec
 
 Action: TypeAlias = npt.NDArray[np.float64]
 Convention: TypeAlias = Literal["cogact", "openvla"]
 ACTION_DIM: Final = 7
 SUDDEN: Final = 0.5
 """A change of the gripper's opening beyond which it is a command."""
-
-
-class ActionConversion(Protocol):
-    """Turns a policy's actions into a simulator's, one episode at a time."""
-
-    def reset(self) -> None:
-        """Begin an episode, or a new instruction."""
-        ...
-
-    def __call__(self, action: npt.ArrayLike) -> Action:
-        """Convert the next action, (7,)."""
-        ...
 
 
 @dataclass
@@ -100,7 +88,11 @@ class GoogleActions:
         return _with_gripper(checked, change)
 
 
-def conversion(robot: Robot, convention: Convention) -> ActionConversion:
+ActionConversion: TypeAlias = WidowXActions | GoogleActions
+"""Turns a policy's actions into a simulator's, one episode at a time; reset with every instruction."""
+
+
+def conversion(robot: RobotSpec, convention: Convention) -> ActionConversion:
     """The conversion for a robot and a family of policies.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What SIMPLER needs that is not on this machine, and where it comes from.
+"""List what SIMPLER needs and this machine does not have, and where it comes from.
 
 SIMPLER's photos, scenes and meshes are CC BY-NC: they are never redistributed here. A task counts as complete if the
 files that distinguish it are there (scene, photo, list of objects, cabinet); single meshes are not looked for.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lac_vla.sims.simpler.episode import Episode
+from lac_vla.sims.simpler.episode import EpisodeSpec
 
 ORIGINAL: Final = "git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv"
 """The original and its assets."""
@@ -55,7 +55,7 @@ def photo(assets: Path, name: str) -> Path:
     return assets / "real_inpainting" / name
 
 
-def original_files(episode: Episode, assets: Path) -> tuple[Path, ...]:
+def original_files(episode: EpisodeSpec, assets: Path) -> tuple[Path, ...]:
     """Files of the original's data folder that distinguish an episode."""
     variant, files = episode.variant, []
     if not variant.scene.startswith("dummy"):
@@ -68,7 +68,7 @@ def original_files(episode: Episode, assets: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def _object_list(episode: Episode) -> str:
+def _object_list(episode: EpisodeSpec) -> str:
     env_id = episode.variant.env_id
     if episode.robot.name == "widowx":
         return "info_bridge_custom_baked_tex_v0.json" if "BakedTex" in env_id else "info_bridge_custom_v0.json"
@@ -78,9 +78,9 @@ def _object_list(episode: Episode) -> str:
 
 
 def missing_for_original(
-    wanted: Iterable[Episode], assets: Path | None, python: str | None, *, ray_tracing: bool
+    wanted: Iterable[EpisodeSpec], assets: Path | None, python: str | None, *, ray_tracing: bool
 ) -> list[Missing]:
-    """What the original needs for some episodes and does not find. Its interpreter is not started.
+    """List what the original needs for some episodes and does not find. Its interpreter is not started.
 
     Args:
         wanted: The episodes.
@@ -107,8 +107,8 @@ def missing_for_original(
     return lacking
 
 
-def missing_for_port(wanted: Iterable[Episode]) -> list[Missing]:
-    """What the port to ManiSkill3 needs for some episodes and does not find."""
+def missing_for_port(wanted: Iterable[EpisodeSpec]) -> list[Missing]:
+    """List what the port to ManiSkill3 needs for some episodes and does not find."""
     lacking = []
     if absent := sorted({episode.name for episode in wanted if episode.port is None}):
         need = f"The port has no Google robot: not there are {', '.join(absent)}"

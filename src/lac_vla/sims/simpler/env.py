@@ -8,15 +8,16 @@ from typing import Any
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
+from lac_vla.sims.base import Env, SimulatorError
 from lac_vla.sims.simpler.actions import ActionConversion
-from lac_vla.sims.simpler.backend import Backend, Observation, SimulatorError
-from lac_vla.sims.simpler.episode import Episode, Setup
+from lac_vla.sims.simpler.backend import Backend, Observation
+from lac_vla.sims.simpler.episode import EpisodeSpec, Setup
 from lac_vla.sims.simpler.protocol import episodes, tasks
 from lac_vla.types import Frame
 
 
 @dataclass
-class SimplerEnv:
+class SimplerEnv(Env):
     """A task whose initial states are the protocol's episodes.
 
     An episode always runs to its horizon: what counts is the goal at its last step, so ``step`` reports success there
@@ -25,7 +26,7 @@ class SimplerEnv:
     Attributes:
         setup: ``vm``, ``va`` or ``widowx``.
         task: Number of the task in the setup.
-        backend: The simulator; it is not closed with the environment.
+        backend: The simulator; it is closed with the environment.
         convert: From the policy's actions to the simulator's; it starts anew with every instruction.
         suite: Name of the setup among other benchmarks' suites.
 
@@ -38,7 +39,8 @@ class SimplerEnv:
     backend: Backend
     convert: ActionConversion
     suite: str = field(init=False)
-    _episode: Episode | None = field(default=None, init=False)
+    no_op: tuple[float, ...] = field(default=(0.0,) * 6 + (1.0,), init=False)
+    _episode: EpisodeSpec | None = field(default=None, init=False)
     _steps: int = field(default=-1, init=False)
     _success_any: bool = field(default=False, init=False)
     _grasped: bool = field(default=False, init=False)
@@ -51,31 +53,17 @@ class SimplerEnv:
         self._all = [episode for episode in episodes(self.setup) if episode.task == self.task]
 
     @property
-    def n_init_states(self) -> int:
-        """Episodes of this task."""
-        return len(self._all)
-
-    @property
     def horizon(self) -> int:
         """Control steps of every episode."""
         return tasks(self.setup)[self.task].horizon
 
     @property
     def instruction(self) -> str:
-        """What the episode began with; the task's name before the first. The present one is in the frame."""
+        """The first instruction of the episode; before it, the task's name. The present one is in the frame."""
         return self._instructions[0][1] if self._instructions else tasks(self.setup)[self.task].name
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
-        """Start an episode.
-
-        Args:
-            init_state: Number of the episode in the task.
-            seed: Ignored: SIMPLER leaves nothing to chance.
-
-        Raises:
-            InputError: If there is no such episode.
-            SimulatorError: If the simulator fails.
-        """
+        """See :meth:`Env.reset`. The seed is ignored: SIMPLER leaves nothing to chance."""
         if not 0 <= init_state < len(self._all):
             raise InputError(f"init_state must be in 0..{len(self._all) - 1}, not {init_state}")
         self._episode, self._steps, self._instructions = None, -1, []
@@ -84,18 +72,7 @@ class SimplerEnv:
         return self._see(observation)
 
     def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
-        """Execute an action.
-
-        Args:
-            action: (7,), as a VLA trained on the robot's data set answers.
-
-        Returns:
-            The next observation; and, at the last step, whether the goal holds.
-
-        Raises:
-            InputError: If the action is malformed or the episode is over; nothing has moved then.
-            SimulatorError: If the simulator fails.
-        """
+        """See :meth:`Env.step`. Success is reported at the last step alone."""
         if self._episode is None or self._steps >= self.horizon:
             raise InputError("the episode is over, or has not begun: reset the environment")
         command = self.convert(action)
@@ -109,14 +86,7 @@ class SimplerEnv:
         return self._see(observation), self._steps == self.horizon and observation.success
 
     def outcome(self) -> dict[str, Any]:
-        """What the last episode came to, beside its success; JSON-serialisable.
-
-        ``variant``, ``success_any``, ``grasped``, ``ray_traced``, ``backend``, and ``instructions``: the step at which
-        each of them was first seen, and its words.
-
-        Raises:
-            InputError: If no episode has begun.
-        """
+        """See :meth:`Env.outcome`. ``instructions`` holds the step at which each was first seen, and its words."""
         if self._episode is None:
             raise InputError("no episode has been played to its end")
         return {
@@ -127,6 +97,10 @@ class SimplerEnv:
             "backend": self.backend.name,
             "instructions": [list(change) for change in self._instructions],
         }
+
+    def close(self) -> None:
+        """See :meth:`Env.close`."""
+        self.backend.close()
 
     def _see(self, observation: Observation) -> Frame:
         self._steps += 1

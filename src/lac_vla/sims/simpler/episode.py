@@ -14,7 +14,7 @@ XY: TypeAlias = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Robot:
+class RobotSpec:
     """A robot as both simulators drive it.
 
     Attributes:
@@ -36,7 +36,7 @@ class Robot:
     dataset: str
 
 
-GOOGLE: Final = Robot(
+GOOGLE: Final = RobotSpec(
     name="google",
     camera="overhead_camera",
     control_mode=(
@@ -47,7 +47,7 @@ GOOGLE: Final = Robot(
     image=(512, 640),
     dataset="fractal20220817_data",
 )
-WIDOWX: Final = Robot(
+WIDOWX: Final = RobotSpec(
     name="widowx",
     camera="3rd_view_camera",
     control_mode="arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos",
@@ -60,7 +60,7 @@ WIDOWX: Final = Robot(
 
 @dataclass(frozen=True)
 class Stand:
-    """Where the robot's base stands, and the photo behind the scene as seen from there.
+    """The place of the robot's base, and the photo behind the scene as seen from there.
 
     Attributes:
         x: Metres, world.
@@ -102,7 +102,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSpec:
     """One task of a setup, in all its variants.
 
     Attributes:
@@ -116,7 +116,7 @@ class Task:
     """
 
     name: str
-    robot: Robot
+    robot: RobotSpec
     horizon: int
     variants: tuple[Variant, ...]
     objects: tuple[XY, ...] = ()
@@ -125,12 +125,12 @@ class Task:
 
     @property
     def ray_traced(self) -> bool:
-        """Whether the protocol demands ray tracing: policies tell depth by the shadows."""
+        """Return whether the protocol demands ray tracing: policies tell depth by the shadows."""
         return any(variant.options.get("shader_dir") == "rt" for variant in self.variants)
 
 
 @dataclass(frozen=True)
-class Episode:
+class EpisodeSpec:
     """One episode: all that a simulator must be told.
 
     Attributes:
@@ -154,12 +154,12 @@ class Episode:
     variant: Variant
     stand: Stand
     horizon: int
-    robot: Robot = field(repr=False)
+    robot: RobotSpec = field(repr=False)
     object_xy: XY | None = None
     layout: int | None = None
     port: str | None = None
 
     @property
     def ray_traced(self) -> bool:
-        """Whether the protocol demands ray tracing."""
+        """Return whether the protocol demands ray tracing."""
         return self.variant.options.get("shader_dir") == "rt"

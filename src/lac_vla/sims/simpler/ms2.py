@@ -17,16 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
+from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler import ms2_server
 from lac_vla.sims.simpler.actions import Action
 from lac_vla.sims.simpler.assets import photo
-from lac_vla.sims.simpler.backend import Observation, SimulatorError
-from lac_vla.sims.simpler.episode import Episode
+from lac_vla.sims.simpler.backend import Backend, Observation
+from lac_vla.sims.simpler.episode import EpisodeSpec
 
 SERVER: Final = Path(ms2_server.__file__)
 
 
-class Ms2Backend:
+class Ms2Backend(Backend):
     """A SimplerEnv process. It is started when it is needed, and again after it died, hung or failed.
 
     Args:
@@ -57,12 +58,8 @@ class Ms2Backend:
         self._words: IO[bytes] | None = None
         self._playing = False
 
-    def reset(self, episode: Episode) -> Observation:
-        """Start an episode, and the process if there is none.
-
-        Raises:
-            SimulatorError: If it cannot be started, dies, hangs or fails.
-        """
+    def reset(self, episode: EpisodeSpec) -> Observation:
+        """See :meth:`Backend.reset`."""
         request = {
             "op": "reset",
             "env": episode.variant.env_id,
@@ -75,22 +72,13 @@ class Ms2Backend:
         return observation
 
     def step(self, action: Action) -> Observation:
-        """Execute an action, (7,).
-
-        Raises:
-            InputError: If no episode has begun.
-            SimulatorError: If the process dies, hangs or fails.
-        """
+        """See :meth:`Backend.step`."""
         if not self._playing:
             raise InputError("reset the simulator before the first step")
         return self._observe({"op": "step"}, np.asarray(action, dtype=np.float64), self.timeout_s)
 
     def metadata(self) -> Mapping[str, Any]:
-        """Versions of the other interpreter's packages.
-
-        Raises:
-            SimulatorError: If SimplerEnv cannot be imported there, or does not say its versions.
-        """
+        """See :meth:`Backend.metadata`."""
         message, _ = self._ask({"op": "hello"}, None, self.start_timeout_s)
         versions = message.get("versions")
         if not isinstance(versions, dict):
@@ -98,7 +86,7 @@ class Ms2Backend:
         return {"backend": self.name, "ray_tracing": self.ray_traced, **versions}
 
     def close(self) -> None:
-        """End the process, if need be by force."""
+        """See :meth:`Backend.close`."""
         process, self._process, self._playing = self._process, None, False
         if process is None:
             return
@@ -112,7 +100,7 @@ class Ms2Backend:
         if self._words is not None:
             self._words.close()
 
-    def kwargs(self, episode: Episode) -> dict[str, Any]:
+    def kwargs(self, episode: EpisodeSpec) -> dict[str, Any]:
         """Keyword arguments of the episode's environment, as SIMPLER's own evaluation gives them."""
         robot, variant = episode.robot, episode.variant
         options = dict(variant.options)
@@ -200,7 +188,7 @@ class Ms2Backend:
         return self._words.read().decode("utf-8", "replace").strip()
 
 
-def reset_options(episode: Episode) -> dict[str, Any]:
+def reset_options(episode: EpisodeSpec) -> dict[str, Any]:
     """Options of the environment's ``reset``: where the robot stands, and what lies where."""
     stand = episode.stand
     if episode.object_xy is None:

@@ -142,7 +142,7 @@ class Simulator:
 
 
 def answer(simulator: Simulator, request: dict[str, Any], array: Any) -> bytes:
-    """What a simulator says to a request, as bytes."""
+    """Answer a request, as bytes."""
     try:
         if request["op"] == "step":
             message, image = simulator.step(np.array(array))

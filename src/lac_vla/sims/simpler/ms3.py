@@ -15,16 +15,17 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
+from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler.actions import Action, euler_xyz
 from lac_vla.sims.simpler.assets import vulkan_missing
-from lac_vla.sims.simpler.backend import Observation, SimulatorError
-from lac_vla.sims.simpler.episode import Episode
+from lac_vla.sims.simpler.backend import Backend, Observation
+from lac_vla.sims.simpler.episode import EpisodeSpec
 from lac_vla.types import UInt8Image
 
 PACKAGES: Final = ("mani-skill", "sapien")
 
 
-class Ms3Backend:
+class Ms3Backend(Backend):
     """ManiSkill3's simulator, one environment at a time; the last one is kept open.
 
     Args:
@@ -48,16 +49,11 @@ class Ms3Backend:
             raise MissingExtraError("simpler", f"ManiSkill3 (no module {error.name!r})") from error
         self.render = render
         self._env: Any = None
-        self._episode: Episode | None = None
+        self._episode: EpisodeSpec | None = None
         self._steps = 0
 
-    def reset(self, episode: Episode) -> Observation:
-        """Start an episode.
-
-        Raises:
-            InputError: If the task is not in the port.
-            SimulatorError: If the simulator fails, for instance for lack of its assets.
-        """
+    def reset(self, episode: EpisodeSpec) -> Observation:
+        """See :meth:`Backend.reset`."""
         if episode.port is None:
             raise InputError(f"{episode.name!r} is not in ManiSkill3's port: use the original (ms2)")
         try:
@@ -75,12 +71,7 @@ class Ms3Backend:
         return self._look(observation, info)
 
     def step(self, action: Action) -> Observation:
-        """Execute an action, (7,).
-
-        Raises:
-            InputError: If no episode has begun.
-            SimulatorError: If the simulator fails.
-        """
+        """See :meth:`Backend.step`."""
         if self._env is None or self._episode is None:
             raise InputError("reset the simulator before the first step")
         command = np.array([*action[:3], *euler_xyz(action[3:6]), action[6]], dtype=np.float32)
@@ -92,17 +83,17 @@ class Ms3Backend:
         return self._look(observation, info)
 
     def metadata(self) -> Mapping[str, Any]:
-        """Versions and renderer."""
+        """See :meth:`Backend.metadata`."""
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
         return {"backend": self.name, "render": self.render, "numpy": np.__version__, **versions}
 
     def close(self) -> None:
-        """Free the simulator."""
+        """See :meth:`Backend.close`."""
         if self._env is not None:
             self._env.close()
         self._env = self._episode = None
 
-    def _make(self, episode: Episode) -> Any:
+    def _make(self, episode: EpisodeSpec) -> Any:
         return self._gym.make(
             episode.port,
             num_envs=1,

@@ -25,10 +25,21 @@ from typing import Final
 import numpy as np
 
 from lac_vla.errors import InputError
-from lac_vla.sims.simpler.episode import GOOGLE, SETUPS, WIDOWX, XY, Episode, Option, Setup, Stand, Task, Variant
+from lac_vla.sims.simpler.episode import (
+    GOOGLE,
+    SETUPS,
+    WIDOWX,
+    XY,
+    EpisodeSpec,
+    Option,
+    Setup,
+    Stand,
+    TaskSpec,
+    Variant,
+)
 
 
-def tasks(setup: Setup) -> tuple[Task, ...]:
+def tasks(setup: Setup) -> tuple[TaskSpec, ...]:
     """All tasks of a setup.
 
     Raises:
@@ -40,10 +51,10 @@ def tasks(setup: Setup) -> tuple[Task, ...]:
 
 
 @functools.cache
-def episodes(setup: Setup) -> tuple[Episode, ...]:
+def episodes(setup: Setup) -> tuple[EpisodeSpec, ...]:
     """All episodes of a setup, task by task."""
     return tuple(
-        Episode(
+        EpisodeSpec(
             setup=setup,
             task=index,
             number=number,
@@ -61,7 +72,7 @@ def episodes(setup: Setup) -> tuple[Episode, ...]:
     )
 
 
-def _places(task: Task) -> Iterator[tuple[Variant, Stand, XY | int]]:
+def _places(task: TaskSpec) -> Iterator[tuple[Variant, Stand, XY | int]]:
     for variant in task.variants:
         for stand in variant.stands:
             for place in task.objects or range(task.layouts):
@@ -105,21 +116,21 @@ STANDS: Final = {
         ("c2", 0.865, 0.222, -0.025),
     )
 }
-"""Where the robot stands before the drawers in visual matching."""
+"""Places of the robot before the drawers in visual matching."""
 
 
-def _tasks(setup: Setup) -> tuple[Task, ...]:
+def _tasks(setup: Setup) -> tuple[TaskSpec, ...]:
     if setup == "widowx":
         return _widowx()
     looks = _matched if setup == "vm" else _varied
     return (
         *(
-            Task(f"coke can {lie}", GOOGLE, 80, looks("coke", COKE, **{option: True}), COKE_PLACES)
+            TaskSpec(f"coke can {lie}", GOOGLE, 80, looks("coke", COKE, **{option: True}), COKE_PLACES)
             for lie, option in CANS.items()
         ),
-        Task("move near", GOOGLE, 80, looks("near", NEAR), layouts=60),
+        TaskSpec("move near", GOOGLE, 80, looks("near", NEAR), layouts=60),
         *(
-            Task(
+            TaskSpec(
                 f"{verb} {which} drawer".lower(),
                 GOOGLE,
                 113,
@@ -128,7 +139,7 @@ def _tasks(setup: Setup) -> tuple[Task, ...]:
             )
             for verb, which in DRAWERS
         ),
-        Task("apple in drawer", GOOGLE, 200, looks("apple", APPLE), APPLE_PLACES),
+        TaskSpec("apple in drawer", GOOGLE, 200, looks("apple", APPLE), APPLE_PLACES),
     )
 
 
@@ -178,7 +189,7 @@ def _varied(kind: str, env_id: str, **options: Option) -> tuple[Variant, ...]:
     return tuple(Variant(name, env, scene, {**options, **more}, stands) for name, env, scene, more in changes)
 
 
-def _widowx() -> tuple[Task, ...]:
+def _widowx() -> tuple[TaskSpec, ...]:
     table = (Stand(0.147, 0.028, photo="bridge_real_eval_1.png"),)
     sink = (Stand(0.127, 0.060, photo="bridge_sink.png"),)
     rows = (
@@ -190,6 +201,6 @@ def _widowx() -> tuple[Task, ...]:
     on_table = [Variant("base", f"{env}-v0", "bridge_table_1_v1", {}, table, "widowx") for _, env, _ in rows[:3]]
     in_sink = Variant("base", f"{rows[3][1]}-v0", "bridge_table_1_v2", {}, sink, "widowx_sink_camera_setup")
     return tuple(
-        Task(name, WIDOWX, horizon, (variant,), layouts=24, port=f"{env}-v1")
+        TaskSpec(name, WIDOWX, horizon, (variant,), layouts=24, port=f"{env}-v1")
         for (name, env, horizon), variant in zip(rows, (*on_table, in_sink), strict=True)
     )

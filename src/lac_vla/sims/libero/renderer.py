@@ -9,11 +9,11 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from lac_vla.sims.libero_backend import Backend
+from lac_vla.sims.libero.modules import LiberoModules
 from lac_vla.types import UInt8Image
 
 Rendering: TypeAlias = Literal["fast", "official"]
-ImageConvention: TypeAlias = Literal["upright", "openvla"]
+Convention: TypeAlias = Literal["upright", "openvla"]
 
 HIDDEN_GROUP: Final = 5
 """A geom group that the renderer leaves out."""
@@ -31,12 +31,12 @@ class Renderer:
         lib: LIBERO's modules.
         env: The environment.
         resolution: Side of the square images in pixels.
-        rendering: See :mod:`lac_vla.sims.libero`.
-        convention: See :mod:`lac_vla.sims.libero`.
+        rendering: See :mod:`lac_vla.sims.libero.env`.
+        convention: See :mod:`lac_vla.sims.libero.env`.
     """
 
     def __init__(
-        self, lib: Backend, env: Any, resolution: int, rendering: Rendering, convention: ImageConvention
+        self, lib: LiberoModules, env: Any, resolution: int, rendering: Rendering, convention: Convention
     ) -> None:
         self._lib, self._env = lib, env
         self._resolution, self._rendering, self._convention = resolution, rendering, convention

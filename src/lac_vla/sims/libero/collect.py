@@ -14,7 +14,7 @@ key                    shape           content
 ``action``             (T, 7)          float32, the expert's clean action: the label
 ``executed``           (T, 7)          float32, what the robot did: the clean action plus noise
 ``success``            (T,)            bool, whether the goal held after the action
-``phase``              (T,)            int8, :class:`~lac_vla.sims.libero_expert.Phase`
+``phase``              (T,)            int8, :class:`~lac_vla.sims.libero.expert.Phase`
 ``object_position``    (T, 3)          float32, m, world: the object to take
 ``target_position``    (T, 3)          float32, m, world: what it is put on or into
 ``meta``               ()              str, JSON: suite, task, instruction, init_state, seed, sigma, rendering
@@ -28,12 +28,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing.queues import Queue
 from pathlib import Path
-from queue import Empty
 from typing import Any, Literal
 
 import cv2
@@ -42,9 +40,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from lac_vla.errors import InputError, LacError
-from lac_vla.sims.libero import SUITES, LiberoEnv
-from lac_vla.sims.libero_expert import Demonstration, demonstrate, stack_frames
-from lac_vla.sims.libero_renderer import Rendering
+from lac_vla.sims.libero.demonstration import Demonstration, demonstrate, stack_frames
+from lac_vla.sims.libero.env import LiberoEnv
+from lac_vla.sims.libero.renderer import Rendering
+from lac_vla.sims.libero.suites import SUITES
 
 FORMAT = 1
 FAILURES = "failures.jsonl"
@@ -52,7 +51,7 @@ FAILURES = "failures.jsonl"
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """What to collect.
+    """The demonstrations to collect.
 
     Attributes:
         out: Folder of the staging files; it is created.
@@ -96,35 +95,7 @@ class CollectConfig:
             raise InputError(f"workers must be at least 1, not {self.workers}")
 
 
-@dataclass(frozen=True)
-class CollectSummary:
-    """What came of it.
-
-    Attributes:
-        collected: Task → episodes staged in this run.
-        failed: Task → episodes that the expert did not solve in this run.
-        skipped: Episodes that were there already, or known to fail.
-        seconds: Wall time.
-    """
-
-    collected: dict[int, int]
-    failed: dict[int, int]
-    skipped: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Report:
-    """One episode's outcome, sent by a worker; ``error`` ends the run."""
-
-    task: int
-    init_state: int
-    solved: bool
-    steps: int = 0
-    error: str | None = None
-
-
-def collect(config: CollectConfig) -> CollectSummary:
+def collect(config: CollectConfig) -> None:
     """Run the expert over initial states (outer) and tasks (inner), and stage what it solves.
 
     May be interrupted and started again: episodes staged, or recorded in ``failures.jsonl``, are skipped.
@@ -132,32 +103,26 @@ def collect(config: CollectConfig) -> CollectSummary:
     Raises:
         LacError: If a worker fails for any other reason than an unsolved episode.
     """
-    started = time.monotonic()
     config.out.mkdir(parents=True, exist_ok=True)
-    tasks = config.tasks or tuple(range(SUITES[config.suite].n_tasks))
     known = set() if config.retry_failures else _known_failures(config)
     jobs = [
         (task, init_state)
         for init_state in range(*config.init_states)
-        for task in tasks
+        for task in config.tasks or range(SUITES[config.suite].n_tasks)
         if not episode_path(config, task, init_state).exists() and (task, init_state) not in known
     ]
-    skipped = len(tasks) * (config.init_states[1] - config.init_states[0]) - len(jobs)
-    collected, failed = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0)
+    solved = 0
     with tqdm(total=len(jobs), desc=config.suite, unit="episode", smoothing=0.05) as bar:
-        for report in _run(config, jobs, tasks):
-            if report.solved:
-                collected[report.task] += 1
-            else:
-                failed[report.task] += 1
-                _record_failure(config, report)
+        for (task, init_state), demo_steps, staged in _run(config, jobs):
+            solved += staged
+            if not staged:
+                _record_failure(config, task, init_state, demo_steps)
             bar.update()
-            bar.set_postfix(solved=sum(collected.values()), failed=sum(failed.values()))
-    return CollectSummary(collected, failed, skipped, time.monotonic() - started)
+            bar.set_postfix(solved=solved, failed=bar.n - solved)
 
 
 def episode_path(config: CollectConfig, task: int, init_state: int) -> Path:
-    """Staging file of an episode."""
+    """Name the staging file of an episode."""
     return config.out / f"task{task:02d}_init{init_state:02d}_seed{config.seed}.npz"
 
 
@@ -232,23 +197,16 @@ def _stage(config: CollectConfig, env: LiberoEnv, init_state: int, demo: Demonst
 
 
 def _encode(image: npt.NDArray[np.uint8], codec: str) -> npt.NDArray[np.uint8]:
-    """One RGB image as PNG or JPEG bytes, (bytes,) uint8."""
-    suffix, options = (
-        (".png", [cv2.IMWRITE_PNG_COMPRESSION, 3])
-        if codec == "png"
-        else (
-            ".jpg",
-            [cv2.IMWRITE_JPEG_QUALITY, 95],
-        )
-    )
-    done, data = cv2.imencode(suffix, image[..., ::-1], options)
+    """Encode one RGB image as PNG or JPEG, (bytes,) uint8."""
+    options = {"png": [cv2.IMWRITE_PNG_COMPRESSION, 3], "jpeg": [cv2.IMWRITE_JPEG_QUALITY, 95]}[codec]
+    done, data = cv2.imencode(f".{codec}", image[..., ::-1], options)
     if not done:
         raise LacError(f"OpenCV could not encode an image as {codec}")
     return np.asarray(data, dtype=np.uint8).reshape(-1)
 
 
 def _known_failures(config: CollectConfig) -> set[tuple[int, int]]:
-    """(task, initial state) of the failures that earlier runs with this seed recorded."""
+    """Read (task, initial state) of the failures that earlier runs with this seed recorded."""
     path = config.out / FAILURES
     if not path.exists():
         return set()
@@ -256,9 +214,9 @@ def _known_failures(config: CollectConfig) -> set[tuple[int, int]]:
     return {(row["task"], row["init_state"]) for row in rows if row["seed"] == config.seed}
 
 
-def _record_failure(config: CollectConfig, report: _Report) -> None:
+def _record_failure(config: CollectConfig, task: int, init_state: int, steps: int) -> None:
     """Append one line to the list of failures."""
-    row = {"task": report.task, "init_state": report.init_state, "seed": config.seed, "steps": report.steps}
+    row = {"task": task, "init_state": init_state, "seed": config.seed, "steps": steps}
     with (config.out / FAILURES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -266,53 +224,36 @@ def _record_failure(config: CollectConfig, report: _Report) -> None:
 # ---- processes
 
 
-def _run(config: CollectConfig, jobs: list[tuple[int, int]], tasks: tuple[int, ...]) -> Iterator[_Report]:
-    """Yield the outcome of every job. A worker owns every n-th task of the list and all its jobs."""
+def _run(config: CollectConfig, jobs: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], int, bool]]:
+    """Yield every job's task and initial state, its steps, and whether it was staged, in any order.
+
+    A worker owns every n-th task and all its jobs, so that each environment is made once.
+    """
     context = multiprocessing.get_context("spawn")  # GL contexts do not survive a fork
-    reports: Queue[_Report] = context.Queue()
-    workers = []
-    for w in range(min(config.workers, len(tasks))):
-        mine = [job for job in jobs if tasks.index(job[0]) % config.workers == w]
-        if mine:
-            workers.append(context.Process(target=_work, args=(config, mine, reports), daemon=True))
-    for worker in workers:
-        worker.start()
+    tasks = sorted({task for task, _ in jobs})
+    workers = [ProcessPoolExecutor(1, context) for _ in range(min(config.workers, len(tasks)))]
     try:
-        remaining = len(jobs)
-        while remaining:
-            try:
-                report = reports.get(timeout=5.0)
-            except Empty:
-                if dead := [worker for worker in workers if worker.exitcode not in (None, 0)]:
-                    raise LacError(f"a collecting process died (exit status {dead[0].exitcode})") from None
-                continue
-            if report.error is not None:
-                raise LacError(f"task {report.task}, initial state {report.init_state}: {report.error}")
-            remaining -= 1
-            yield report
-        for worker in workers:
-            worker.join()
+        futures = {workers[tasks.index(job[0]) % len(workers)].submit(_play, config, *job): job for job in jobs}
+        for future in as_completed(futures):
+            if (error := future.exception()) is not None:
+                task, init_state = futures[future]
+                raise LacError(f"task {task}, initial state {init_state}: {type(error).__name__}: {error}") from error
+            yield futures[future], *future.result()
     finally:
         for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
+            worker.shutdown(cancel_futures=True)
 
 
-def _work(config: CollectConfig, jobs: list[tuple[int, int]], reports: Queue[_Report]) -> None:
-    """Body of a worker: keep one environment per task, run its episodes, stage the solved ones."""
-    envs: dict[int, LiberoEnv] = {}
+_ENVS: dict[int, LiberoEnv] = {}
+"""The environments of a worker's tasks."""
+
+
+def _play(config: CollectConfig, task: int, init_state: int) -> tuple[int, bool]:
+    """Run an episode in a worker, and stage it if the expert solves it."""
     cv2.setNumThreads(1)
-    for task, init_state in jobs:
-        try:
-            if task not in envs:
-                envs[task] = LiberoEnv(config.suite, task, resolution=config.resolution, rendering=config.rendering)
-            env = envs[task]
-            demo = demonstrate(env, init_state, seed=config.seed, noise=config.noise)
-            if demo.solved:
-                _stage(config, env, init_state, demo)
-            reports.put(_Report(task, init_state, demo.solved, len(demo)))
-        except Exception as error:  # handed to the parent, which raises it
-            reports.put(_Report(task, init_state, False, error=f"{type(error).__name__}: {error}"))
-            return
-    for env in envs.values():
-        env.close()
+    if task not in _ENVS:
+        _ENVS[task] = LiberoEnv(config.suite, task, resolution=config.resolution, rendering=config.rendering)
+    demo = demonstrate(_ENVS[task], init_state, seed=config.seed, noise=config.noise)
+    if demo.solved:
+        _stage(config, _ENVS[task], init_state, demo)
+    return len(demo), demo.solved

@@ -4,48 +4,33 @@ It solves what ``libero_spatial`` and ``libero_object`` ask for: take a bowl by 
 sides, and put it on a plate or into a basket. Its actions are very nearly a function of the present state: a
 closed-loop motion (``_funnel``) carries the gripper to a point through a cone above it, wherever noise has
 taken it before; there are no waiting phases, and ties in the choice of a grasp are always broken alike.
-
-Demonstrations are perturbed as in DART (Laskey et al. 2017): the executed action is the clean one plus noise,
-the clean one is recorded, and the states visited show how to recover.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from lac_vla.errors import InputError
-from lac_vla.sims.libero import LiberoEnv
-from lac_vla.types import Frame
-
-FloatArray: TypeAlias = npt.NDArray[np.float64]
+from lac_vla.sims.libero.env import FloatArray, LiberoEnv
+from lac_vla.sims.libero.scene import WRIST_HEIGHT, LiberoScene
 
 METRES_PER_UNIT = 0.05
 RADIANS_PER_UNIT = 0.5
 OPEN, CLOSE = -1.0, 1.0
 HOME_ROTATION = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 """Gripper pointing down; its fingers open along the world's y axis."""
-COLLISION_GROUP = 0
-MESH, SPHERE, CAPSULE, CYLINDER = 7, 2, 3, 5
-STABLE_STEPS = 10
-WRIST_HEIGHT = 0.21
-"""Height (m) of the wrist above the fingertips."""
 EASY_REACH = 0.645
 """Distance (m) from shoulder to wrist beyond which the elbow nears its limit and the arm gets stuck."""
-PATIENCE = 3 * STABLE_STEPS
-"""Steps after the release in which success must have become stable."""
 RETREAT = 0.08
 """Height (m) above the point of release at which the gripper counts as retreated."""
 
 
 class Phase(IntEnum):
-    """What the expert is doing; recorded for auxiliary targets and analysis, never seen by a policy."""
+    """A phase of the expert's plan; recorded for auxiliary targets and analysis, never seen by a policy."""
 
     REACH = 0
     GRASP = 1
@@ -56,7 +41,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where and how to take an object.
+    """A way to take an object.
 
     Attributes:
         offset: From the object's body origin to the point between the fingertips, (3,) m, world axes.
@@ -69,7 +54,7 @@ class Grasp:
 
 @dataclass(frozen=True)
 class Hover:
-    """How high above its goal the gripper must be, given how far (horizontally) it still has to go.
+    """The height above its goal that the gripper needs, given the horizontal way that is left.
 
     Attributes:
         distances: Horizontal distance to the goal, (N,) m, ascending.
@@ -82,39 +67,6 @@ class Hover:
     def at(self, distance: float) -> float:
         """Height (m) at a distance (m), with room for the hand behind it."""
         return float(np.interp(distance + 0.10, self.distances, self.heights))
-
-
-@dataclass
-class Demonstration:
-    """One episode of the expert; arrays have one row per step, taken before the action of that step.
-
-    Attributes:
-        actions: Clean actions, (T, 7), what a policy should imitate.
-        executed: The same with noise, (T, 7), what the robot did.
-        states: Proprioception, (T, 8).
-        success: Whether the goal held after the action, (T,).
-        phases: :class:`Phase` of each step, (T,).
-        objects: Position of the object to take, (T, 3) m.
-        targets: Position of what it is put on or into, (T, 3) m.
-        frames: Observations if they were asked for, else empty.
-        solved: Whether the object was released, the gripper retreated, and success held for ``STABLE_STEPS``.
-        sigma: Standard deviation of the noise on translation; half of it on rotation.
-    """
-
-    sigma: float
-    actions: list[FloatArray] = field(default_factory=list)
-    executed: list[FloatArray] = field(default_factory=list)
-    states: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    success: list[bool] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=list)
-    objects: list[FloatArray] = field(default_factory=list)
-    targets: list[FloatArray] = field(default_factory=list)
-    frames: list[Frame] = field(default_factory=list)
-    solved: bool = False
-
-    def __len__(self) -> int:
-        """Number of steps."""
-        return len(self.actions)
 
 
 def _yaw(angle: float) -> FloatArray:
@@ -130,104 +82,6 @@ def _rotation_vector(rotation: FloatArray) -> FloatArray:
     axis = np.array([skew[2, 1], skew[0, 2], skew[1, 0]])
     norm = float(np.linalg.norm(axis))
     return axis / norm * angle if norm > 1e-8 else np.zeros(3)
-
-
-class _Scene:
-    """Geometry of the simulated world, read from MuJoCo."""
-
-    def __init__(self, env: LiberoEnv) -> None:
-        import mujoco
-
-        self._mj = mujoco
-        self.env = env
-        self.domain, self.model, self.data = env.domain, env.model, env.data
-        self.body_of: dict[str, int] = dict(self.domain.obj_body_id)
-        self._geom_owner = self.model.geom_bodyid
-        self.robot_geoms = {
-            g
-            for g in range(self.model.ngeom)
-            if (self.model.body(self._geom_owner[g]).name or "").startswith(("robot0", "gripper0", "mount0"))
-        }
-        self._groups = np.zeros(6, dtype=np.uint8)
-        self._groups[COLLISION_GROUP] = 1
-        names = ("gripper0_finger_joint1", "gripper0_finger_joint2")
-        self._fingers = [int(self.model.joint(name).qposadr[0]) for name in names]
-        self.base = np.array(self.domain.robots[0].base_pos)
-        self._site = int(self.domain.robots[0].eef_site_id)
-
-    def position(self, name: str) -> FloatArray:
-        """Origin of an object's body, (3,) m."""
-        return np.array(self.data.xpos[self.body_of[name]])
-
-    def site(self, name: str) -> FloatArray:
-        """Position of a named site (a region of a fixture), (3,) m."""
-        return np.array(self.data.site(name).xpos)
-
-    @property
-    def eef(self) -> FloatArray:
-        """Point between the fingertips, (3,) m."""
-        return np.array(self.data.site_xpos[self._site])
-
-    @property
-    def eef_rotation(self) -> FloatArray:
-        """Orientation of the gripper, (3, 3)."""
-        return np.array(self.data.site_xmat[self._site]).reshape(3, 3)
-
-    @property
-    def opening(self) -> float:
-        """Distance of the fingers, m (0..0.08)."""
-        return float(sum(abs(self.data.qpos[i]) for i in self._fingers))
-
-    def reach(self, point: FloatArray) -> float:
-        """Distance (m) from shoulder to wrist, gripper pointing down at ``point``; 0.69 is a straight arm."""
-        outwards = float(np.hypot(*(point - self.base)[:2])) - 0.088
-        return float(np.hypot(outwards, point[2] + WRIST_HEIGHT - self.base[2] - 0.333))
-
-    def geoms(self, name: str) -> list[int]:
-        """Collision geoms of an object and of everything attached to it."""
-        bodies = {self.body_of[name]}
-        for body in range(self.model.nbody):
-            if int(self.model.body_parentid[body]) in bodies:
-                bodies.add(body)
-        return [
-            g
-            for g in range(self.model.ngeom)
-            if int(self._geom_owner[g]) in bodies and self.model.geom_group[g] == COLLISION_GROUP
-        ]
-
-    def points(self, name: str) -> FloatArray:
-        """Vertices of meshes and corners of the boxes around other collision geoms, (N, 3) m, world."""
-        model, data = self.model, self.data
-        clouds = []
-        for g in self.geoms(name):
-            kind, size = int(model.geom_type[g]), model.geom_size[g]
-            if kind == MESH:
-                mesh = int(model.geom_dataid[g])
-                start = int(model.mesh_vertadr[mesh])
-                local = model.mesh_vert[start : start + int(model.mesh_vertnum[mesh])]
-            else:
-                half = {
-                    SPHERE: (size[0], size[0], size[0]),
-                    CAPSULE: (size[0], size[0], size[1] + size[0]),
-                    CYLINDER: (size[0], size[0], size[1]),
-                }.get(kind, tuple(size))
-                local = np.array(np.meshgrid(*[(-h, h) for h in half])).reshape(3, -1).T
-            clouds.append(local @ data.geom_xmat[g].reshape(3, 3).T + data.geom_xpos[g])
-        return np.concatenate(clouds)
-
-    def height(self, spot: FloatArray, ignore: set[int]) -> float:
-        """Height (m) of the top surface at ``spot`` (2,), or -inf; neither the robot's nor ``ignore``'s."""
-        origin, down = np.array([*spot, 2.0]), np.array([0.0, 0.0, -1.0])
-        hit = np.array([-1], dtype=np.int32)
-        for _ in range(64):
-            distance = self._mj.mj_ray(self.model, self.data, origin, down, self._groups, 1, -1, hit)
-            if distance < 0:
-                break
-            origin[2] -= distance
-            if int(hit[0]) not in self.robot_geoms and int(hit[0]) not in ignore:
-                return float(origin[2])
-            origin[2] -= 1e-4
-        return -np.inf
 
 
 class ScriptedExpert:
@@ -251,7 +105,7 @@ class ScriptedExpert:
         if len(goals) != 1 or goals[0][0] not in ("on", "in") or goals[0][1] not in env.domain.objects_dict:
             raise InputError(f"the scripted expert cannot solve {env.suite} task {env.task}: goal {goals}")
         _, self.object, self.place = goals[0]
-        self.scene = _Scene(env)
+        self.scene = LiberoScene(env)
         self.phase = Phase.REACH
         self._rotation = HOME_ROTATION
         self._own = set(self.scene.geoms(self.object))
@@ -285,7 +139,7 @@ class ScriptedExpert:
             yield self._servo(goal, OPEN, turn=False)
 
     def destination(self) -> FloatArray:
-        """Where the object's origin has to be when the gripper opens, (3,) m."""
+        """Compute the place of the object's origin at which the gripper opens, (3,) m."""
         scene = self.scene
         bottom = float(scene.position(self.object)[2] - scene.points(self.object)[:, 2].min())
         if self.place in scene.body_of:
@@ -475,74 +329,3 @@ class ScriptedExpert:
             axis = -axis
         k = np.array([[0.0, -axis[2], axis[1]], [axis[2], 0.0, -axis[0]], [-axis[1], axis[0], 0.0]])
         return np.asarray(np.eye(3) + np.sin(angle) * k + (1.0 - np.cos(angle)) * k @ k)
-
-
-def episode_rng(env: LiberoEnv, init_state: int, seed: int) -> np.random.Generator:
-    """Generator of an episode's noise, a function of suite, task, initial state and seed alone."""
-    return np.random.default_rng([zlib.crc32(env.suite.encode()), env.task, init_state, seed])
-
-
-def demonstrate(
-    env: LiberoEnv,
-    init_state: int,
-    *,
-    seed: int = 0,
-    noise: tuple[float, float] = (0.05, 0.25),
-    images: bool = True,
-    max_steps: int | None = None,
-) -> Demonstration:
-    """Run the expert through one episode.
-
-    The episode goes on after the first success until the object is released, the gripper has retreated, and
-    success has held for ``STABLE_STEPS`` steps.
-
-    Args:
-        env: The task.
-        init_state: Which initial state.
-        seed: Seed of the fixtures and of the noise.
-        noise: Range that the standard deviation of the noise on translation is drawn from, in units of the
-            action; half of it on rotation, none on the gripper. ``(0, 0)`` for none.
-        images: Render every step.
-        max_steps: Longest episode; the suite's horizon by default.
-
-    Returns:
-        The episode, solved or not.
-    """
-    rng = episode_rng(env, init_state, seed)
-    demo = Demonstration(sigma=float(rng.uniform(*noise)))
-    env.restart(init_state, seed)
-    expert = ScriptedExpert(env)
-    stable, retreating, top = 0, 0, -np.inf
-    for clean in expert.actions():
-        if len(demo) >= (max_steps or env.horizon):
-            break
-        executed = clean.copy()
-        executed[:6] += rng.normal(size=6) * demo.sigma * np.array([1.0] * 3 + [0.5] * 3)
-        executed = np.clip(executed, -1.0, 1.0)
-        if images:
-            demo.frames.append(env.observe())
-        demo.actions.append(clean)
-        demo.executed.append(executed)
-        demo.states.append(env.proprio())
-        demo.phases.append(expert.phase)
-        demo.objects.append(expert.scene.position(expert.object))
-        demo.targets.append(expert.place_position())
-        demo.success.append(env.advance(executed))
-        if expert.phase is Phase.RETREAT:
-            if top == -np.inf:
-                top = expert.scene.eef[2] + RETREAT
-            stable = stable + 1 if demo.success[-1] else 0
-            retreating += 1
-            if stable >= STABLE_STEPS and expert.scene.eef[2] >= top:
-                demo.solved = True
-                break
-            if retreating > PATIENCE:
-                break
-    return demo
-
-
-def stack_frames(frames: list[Frame]) -> dict[str, Any]:
-    """Camera → images of an episode, uint8, (T, H, W, 3)."""
-    return (
-        {camera: np.stack([frame.images[camera] for frame in frames]) for camera in frames[0].images} if frames else {}
-    )

@@ -10,10 +10,11 @@ Two rendering modes:
 * ``"fast"``: reflections and multisampling off, three to five times cheaper on a CPU and slightly different
   pixels. For models that were trained on them.
 
-Two image conventions (MuJoCo's own images are upside down):
+Two conventions (MuJoCo's own images are upside down):
 
 * ``"upright"``: the true view.
-* ``"openvla"``: rotated by 180°, a mirrored world; what OpenVLA's LIBERO checkpoints were trained on.
+* ``"openvla"``: rotated by 180°, a mirrored world; what OpenVLA's LIBERO checkpoints were trained on. The gripper's
+  action is theirs, too: 0 closed .. 1 open.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ import importlib
 import importlib.metadata
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError, LacError
-from lac_vla.sims.libero_backend import DISTRIBUTION, load_backend, numpy_seed, quiet
-from lac_vla.sims.libero_renderer import ImageConvention, Renderer, Rendering
+from lac_vla.sims.base import Env
+from lac_vla.sims.libero.modules import DISTRIBUTION, load_libero, numpy_seed, quiet
+from lac_vla.sims.libero.renderer import Convention, Renderer, Rendering
+from lac_vla.sims.libero.suites import NO_OP, SUITES
 from lac_vla.types import Frame
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -45,32 +46,6 @@ PROPRIO_DIM: Final = 8
 CONTROL_HZ: Final = 20
 CAMERAS: Final[dict[str, str]] = {"agentview": "agentview", "robot0_eye_in_hand": "wrist"}
 """LIBERO's camera name → name of the image in a :class:`~lac_vla.types.Frame`."""
-NO_OP: Final[tuple[float, ...]] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
-
-
-@dataclass(frozen=True)
-class Suite:
-    """The evaluation protocol of one task suite.
-
-    Attributes:
-        horizon: Control steps after which an episode has failed (those of OpenVLA's evaluation).
-        settle_steps: No-op steps after the initial state is set, before the policy sees anything.
-        n_tasks: Number of tasks.
-        trials: Initial states per task, one trial each.
-    """
-
-    horizon: int
-    settle_steps: int = 10
-    n_tasks: int = 10
-    trials: int = 50
-
-
-SUITES: Final[dict[str, Suite]] = {
-    "libero_spatial": Suite(horizon=220),
-    "libero_object": Suite(horizon=280),
-    "libero_goal": Suite(horizon=300),
-    "libero_10": Suite(horizon=520),
-}
 
 
 def _axis_angle(quaternion: FloatArray) -> FloatArray:
@@ -105,22 +80,33 @@ def check_action(action: npt.ArrayLike) -> FloatArray:
     return array
 
 
+def openvla_gripper(action: FloatArray) -> FloatArray:
+    """Turn the last value of an OpenVLA checkpoint's action, 0 closed .. 1 open, into LIBERO's −1 open, +1 closed.
+
+    Args:
+        action: (..., 7); not modified.
+    """
+    action = action.copy()
+    action[..., -1] = -np.sign(2.0 * action[..., -1] - 1.0)
+    return action
+
+
 def instructions(suite: str) -> tuple[str, ...]:
     """The instructions of all tasks of a suite, a key of :data:`SUITES`, in their order.
 
     Raises:
         MissingExtraError: If the extra ``libero`` is not installed.
     """
-    backend = load_backend()
+    modules = load_libero()
     with quiet():
-        bench = backend.benchmark.get_benchmark(suite)()
+        bench = modules.benchmark.get_benchmark(suite)()
     return tuple(str(bench.get_task(task).language) for task in range(SUITES[suite].n_tasks))
 
 
-class LiberoEnv:
+class LiberoEnv(Env):
     """One LIBERO task.
 
-        with LiberoEnv("libero_spatial", 3) as env:
+        with closing(LiberoEnv("libero_spatial", 3)) as env:
             frame = env.reset(init_state=0)
             frame, success = env.step(action)
 
@@ -137,7 +123,7 @@ class LiberoEnv:
         resolution: Side of the square images in pixels.
         rendering: ``"fast"`` or ``"official"``, see the module's text.
         cameras: LIBERO's names of the cameras, keys of :data:`CAMERAS`.
-        image_convention: ``"upright"`` or ``"openvla"``, see the module's text.
+        convention: ``"upright"`` or ``"openvla"``, see the module's text.
 
     Raises:
         InputError: If an argument is not one of the values above.
@@ -153,7 +139,7 @@ class LiberoEnv:
         resolution: int = 256,
         rendering: Rendering = "fast",
         cameras: Sequence[str] = ("agentview", "robot0_eye_in_hand"),
-        image_convention: ImageConvention = "upright",
+        convention: Convention = "upright",
     ) -> None:
         if suite not in SUITES:
             raise InputError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
@@ -161,8 +147,8 @@ class LiberoEnv:
             raise InputError(f"{suite} has tasks 0..{SUITES[suite].n_tasks - 1}, not {task}")
         if rendering not in get_args(Rendering):
             raise InputError(f"unknown rendering {rendering!r}; one of {', '.join(get_args(Rendering))}")
-        if image_convention not in get_args(ImageConvention):
-            raise InputError(f"unknown image convention {image_convention!r}; one of {get_args(ImageConvention)}")
+        if convention not in get_args(Convention):
+            raise InputError(f"unknown convention {convention!r}; one of {', '.join(get_args(Convention))}")
         if not cameras or not set(cameras) <= set(CAMERAS):
             raise InputError(f"unknown cameras {tuple(cameras)}; one or both of {', '.join(CAMERAS)}")
         if not 16 <= resolution <= 2048:
@@ -172,9 +158,10 @@ class LiberoEnv:
         self.resolution = resolution
         self.rendering: Rendering = rendering
         self.cameras = tuple(cameras)
-        self.image_convention: ImageConvention = image_convention
+        self.convention: Convention = convention
+        self.no_op = NO_OP if convention == "upright" else (*NO_OP[:-1], 1.0)
 
-        self._lib = load_backend()
+        self._lib = load_libero()
         with quiet():
             bench = self._lib.benchmark.get_benchmark(suite)()
             definition = bench.get_task(task)
@@ -189,7 +176,7 @@ class LiberoEnv:
             )
         self._instruction = str(definition.language)
         self._env: Any = wrapper.env
-        self._renderer = Renderer(self._lib, self._env, resolution, rendering, image_convention)
+        self._renderer = Renderer(self._lib, self._env, resolution, rendering, convention)
         self._seed: int | None = None
         self._pristine: dict[str, FloatArray] = {}
         self._observation: dict[str, Any] | None = None
@@ -203,22 +190,12 @@ class LiberoEnv:
         return self._instruction
 
     @property
-    def n_init_states(self) -> int:
-        """Number of initial states that the benchmark ships for this task."""
-        return len(self._init_states)
-
-    @property
     def horizon(self) -> int:
         """Control steps after which an episode counts as failed."""
         return SUITES[self.suite].horizon
 
-    @property
-    def steps(self) -> int:
-        """Actions executed since the last reset, without the settling ones."""
-        return self._steps
-
     def metadata(self) -> dict[str, Any]:
-        """What a result must be reported with; JSON-serialisable."""
+        """Describe the simulator for those who read a result; JSON-serialisable."""
         return {
             "benchmark": DISTRIBUTION,
             "benchmark_version": importlib.metadata.version(DISTRIBUTION),
@@ -231,7 +208,7 @@ class LiberoEnv:
             "rendering": self.rendering,
             "resolution": self.resolution,
             "cameras": [CAMERAS[name] for name in self.cameras],
-            "image_convention": self.image_convention,
+            "image_convention": self.convention,
             "mujoco": str(self._lib.mujoco.__version__),
             "mujoco_gl": os.environ.get("MUJOCO_GL", ""),
             "numpy": np.__version__,
@@ -240,23 +217,12 @@ class LiberoEnv:
     # ---- what a policy does
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
-        """Start an episode.
-
-        Args:
-            init_state: Which of the benchmark's initial states, 0..``n_init_states - 1``.
-            seed: Seed of the scene's fixtures, whose position varies by a centimetre; evaluations use 0.
-
-        Returns:
-            The first observation, after the settling steps.
-
-        Raises:
-            InputError: If ``init_state`` or ``seed`` is out of range.
-        """
+        """See :meth:`Env.reset`. The seed places the scene's fixtures, within a centimetre; evaluations use 0."""
         self.restart(init_state, seed)
         return self.observe()
 
     def restart(self, init_state: int, seed: int = 0, *, reload: bool = False) -> None:
-        """Like :meth:`reset`, without rendering the first observation.
+        """Start an episode as :meth:`reset` does, without rendering the first observation.
 
         Args:
             init_state: Which of the benchmark's initial states.
@@ -264,8 +230,8 @@ class LiberoEnv:
             reload: Reload the model even where the cheap path gives the same result.
         """
         env = self._open()
-        if not 0 <= init_state < self.n_init_states:
-            raise InputError(f"init_state must be in 0..{self.n_init_states - 1}, not {init_state}")
+        if not 0 <= init_state < len(self._init_states):
+            raise InputError(f"init_state must be in 0..{len(self._init_states) - 1}, not {init_state}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed must be in 0..2**32-1, not {seed}")
         if reload or seed != self._seed:
@@ -285,16 +251,11 @@ class LiberoEnv:
         self._steps = 0
 
     def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
-        """Execute one action.
+        """Execute one action, see :meth:`Env.step`.
 
         Args:
-            action: (7,) in [-1, 1]: xyz (× 0.05 m), axis-angle (× 0.5 rad), gripper (−1 open, +1 close).
-
-        Returns:
-            The next observation, and whether the task's goal holds now.
-
-        Raises:
-            InputError: If the action is not a finite (7,) vector; the simulation has not moved then.
+            action: (7,) in [-1, 1]: xyz (× 0.05 m), axis-angle (× 0.5 rad), gripper (−1 open, +1 close; in the
+                convention ``"openvla"``, 1 open, 0 closed).
         """
         success = self.advance(action)
         return self.observe(), success
@@ -309,6 +270,8 @@ class LiberoEnv:
         env = self._open()
         if self._observation is None:
             raise InputError("reset the environment before the first step")
+        if self.convention == "openvla":
+            checked = openvla_gripper(checked)
         self._observation, _, success, _ = env.step(checked)
         self._steps += 1
         return bool(success)
@@ -342,16 +305,6 @@ class LiberoEnv:
                 self._env.close()
             self._env = self._observation = None
             gc.collect()
-
-    def __enter__(self) -> LiberoEnv:
-        """Enter a ``with`` block that closes the environment."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the environment."""
-        self.close()
 
     # ---- privileged: for scripted experts and tests, never for a policy
 

@@ -1,4 +1,4 @@
-"""Packs staged demonstrations (``lac collect``), one ``.npz`` file per episode, into a dataset."""
+"""Pack staged demonstrations (``lac collect``), one ``.npz`` file per episode, into a dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.lerobot import LeRobotDataset
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.errors import LacError
-from lac_vla.sims.collect import load_episode
+from lac_vla.sims.libero.collect import load_episode
 
 IMAGES = "images."
 RENAMED = {"executed": "executed_action", "success": "next.success"}
@@ -27,7 +27,7 @@ STATE_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "f
 ACTION_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "gripper")
 
 
-def from_staging(
+def pack(
     staging_dir: str | Path,
     out: str | Path,
     fps: int = 20,
@@ -107,7 +107,7 @@ def _order(note: Mapping[str, Any]) -> tuple[str, int, int, int]:
 
 
 def _common(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all episodes say alike, without what tells one from another."""
+    """Collect what all episodes say alike, without what tells one from another."""
     return {
         key: value
         for key, value in notes[0].items()

@@ -6,10 +6,15 @@ as many episodes in every variant, so that this is the plain mean; in incomplete
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
+
+from rich import box
+from rich.table import Table
 
 from lac_vla.errors import InputError
 from lac_vla.sims.simpler.episode import Setup
@@ -21,11 +26,13 @@ NAMES: Final[dict[Setup, str]] = {
     "widowx": "SIMPLER, WidowX, visual matching",
 }
 DRAWERS: Final = ("top", "middle", "bottom")
+TABLE: Final = "simpler.json"
+"""File of a run that holds its table."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one episode of one method came to.
+    """The outcome of one episode of one method.
 
     Attributes:
         setup: Its setup.
@@ -36,6 +43,7 @@ class Outcome:
         grasped: The object was in the gripper at some step (WidowX).
         ray_traced: Rays were traced.
         backend: ``ms2`` or ``ms3``.
+        stress: The disturbance of the observations; empty for none.
     """
 
     setup: Setup
@@ -46,6 +54,7 @@ class Outcome:
     grasped: bool
     ray_traced: bool
     backend: str
+    stress: str = ""
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Outcome:
@@ -55,7 +64,7 @@ class Outcome:
             InputError: If the line is of another benchmark.
         """
         try:
-            more = line["simpler"]
+            more = line["outcome"]
             setup: Setup = line["suite"].removeprefix("simpler-")
             return cls(
                 setup=setup,
@@ -66,11 +75,10 @@ class Outcome:
                 grasped=more["grasped"],
                 ray_traced=more["ray_traced"],
                 backend=more["backend"],
+                stress=line["stress"],
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"this is no episode of SIMPLER (it lacks {error}); give a run of 'lac simpler'"
-            ) from error
+            raise InputError(f"this is no episode of SIMPLER (it lacks {error})") from error
 
 
 @dataclass(frozen=True)
@@ -89,18 +97,66 @@ class Cell:
     played: int
     of: int
 
+    @property
+    def percent(self) -> str:
+        """The share in words, e.g. ``25.0 %``."""
+        return "-" if self.value is None else f"{100 * self.value:.1f} %"
+
 
 @dataclass(frozen=True)
-class Label:
-    """What a table may be called.
+class PublishedTable:
+    """SIMPLER's table of a run.
 
     Attributes:
+        setup: The setup that the table is about.
         title: The benchmark's name, or that it is not the benchmark's table.
-        reasons: Why not; empty if it is.
+        reasons: Reasons why it is not; empty if it is.
+        methods: Method → one row with success counted at the last step (``last_step``), one at any (``any_step``).
     """
 
+    setup: Setup
     title: str
     reasons: tuple[str, ...]
+    methods: dict[str, dict[str, tuple[Cell, ...]]]
+
+    @classmethod
+    def read(cls, run: Path) -> PublishedTable:
+        """Make the table of a run's folder.
+
+        Raises:
+            InputError: If the run holds no episode of SIMPLER.
+        """
+        methods: dict[str, list[Outcome]] = {}
+        for text in (run / "episodes.jsonl").read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            methods.setdefault(line["method"], []).append(Outcome.from_json(line))
+        if not methods:
+            raise InputError(f"{run} holds no finished episode: let the run go on, or resume it")
+        return cls.of(next(iter(methods.values()))[0].setup, methods)
+
+    @classmethod
+    def of(cls, setup: Setup, methods: Mapping[str, Sequence[Outcome]]) -> PublishedTable:
+        """Make the table of some methods' episodes, and decide what it may be called."""
+        why = tuple(reason for name, outcomes in methods.items() for reason in reasons(setup, name, outcomes))
+        why = why if methods else ("no episode was played",)
+        rows = {
+            name: {"last_step": cells(setup, outcomes), "any_step": cells(setup, outcomes, any_step=True)}
+            for name, outcomes in methods.items()
+        }
+        return cls(setup, f"not {NAMES[setup]}: not comparable with its tables" if why else NAMES[setup], why, rows)
+
+    def to_terminal(self) -> Table:
+        """Show it in the terminal, with one column per method."""
+        notes = "\n".join(f"- {reason}" for reason in self.reasons)
+        table = Table(title=self.title, box=box.SIMPLE, caption=notes or None, caption_justify="left")
+        table.add_column("last step (any step), played / of")
+        for name in self.methods:
+            table.add_column(name, justify="right")
+        rows = (zip(row["last_step"], row["any_step"], strict=True) for row in self.methods.values())
+        for pairs in zip(*rows, strict=True):
+            values = (f"{last.percent} ({some.percent}) {last.played}/{last.of}" for last, some in pairs)
+            table.add_row(pairs[0][0].name, *values)
+        return table
 
 
 def cells(setup: Setup, outcomes: Iterable[Outcome], *, any_step: bool = False) -> tuple[Cell, ...]:
@@ -136,29 +192,20 @@ def cells(setup: Setup, outcomes: Iterable[Outcome], *, any_step: bool = False) 
     return (*cans, coke, near, *drawers, drawer, apple, _average("average", [coke, near, drawer, apple]))
 
 
-def label(setup: Setup, methods: Mapping[str, Sequence[Outcome]]) -> Label:
-    """Decide what a table of these methods may be called: a run lacks an asset's episodes where it lacks the asset.
-
-    Args:
-        setup: Which table.
-        methods: Name → episodes.
-    """
-    reasons = []
-    for name, outcomes in methods.items():
-        played = _by_episode(setup, outcomes)
-        absent = Counter(e.name for e in episodes(setup) if (e.task, e.number) not in played)
-        if absent:
-            which = ", ".join(f"{task} {n}" for task, n in absent.items())
-            reasons.append(f"the sweep is not whole: {name} lacks {absent.total()} of {len(episodes(setup))}: {which}")
-        flat = {task for task, number in played if not played[task, number].ray_traced}
-        if short := [task.name for k, task in enumerate(tasks(setup)) if k in flat and task.ray_traced]:
-            reasons.append(f"not ray-traced: {name} in {', '.join(short)}")
-        if others := sorted({outcome.backend for outcome in outcomes} - {"ms2"}):
-            reasons.append(f"not the original simulator: {name} on {', '.join(others)}")
-    if not methods:
-        reasons.append("no episode was played")
-    title = f"not {NAMES[setup]}: not comparable with its tables" if reasons else NAMES[setup]
-    return Label(title, tuple(reasons))
+def reasons(setup: Setup, name: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Say why a method's episodes make no table of SIMPLER's; of its episodes, those are missing whose assets are."""
+    played = _by_episode(setup, outcomes)
+    absent = Counter(e.name for e in episodes(setup) if (e.task, e.number) not in played)
+    if absent:
+        which = ", ".join(f"{task} {n}" for task, n in absent.items())
+        yield f"the sweep is not whole: {name} lacks {absent.total()} of {len(episodes(setup))}: {which}"
+    flat = {task for task, number in played if not played[task, number].ray_traced}
+    if short := [task.name for k, task in enumerate(tasks(setup)) if k in flat and task.ray_traced]:
+        yield f"not ray-traced: {name} in {', '.join(short)}"
+    if others := sorted({outcome.backend for outcome in outcomes} - {"ms2"}):
+        yield f"not the original simulator: {name} on {', '.join(others)}"
+    if stresses := sorted({outcome.stress for outcome in outcomes} - {""}):
+        yield f"under stress: {name} under {', '.join(stresses)}"
 
 
 def _by_episode(setup: Setup, outcomes: Iterable[Outcome]) -> dict[tuple[int, int], Outcome]:

@@ -38,7 +38,7 @@ class RenderingLibraryError(LacError, OSError):
 
 
 def _has_library(name: str) -> bool:
-    """Whether the dynamic linker finds ``lib<name>``."""
+    """Return whether the dynamic linker finds ``lib<name>``."""
     if ctypes.util.find_library(name) is not None:
         return True
     for version in ("", ".1", ".6", ".8"):
@@ -101,7 +101,7 @@ def numpy_seed(seed: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Backend:
+class LiberoModules:
     """The modules of the optional extra, imported once the GL backend is known."""
 
     mujoco: Any
@@ -112,7 +112,7 @@ class Backend:
 
 
 @functools.cache
-def load_backend() -> Backend:
+def load_libero() -> LiberoModules:
     """Import the benchmark: never interactive, silent, with a headless renderer.
 
     Raises:
@@ -132,7 +132,7 @@ def load_backend() -> Backend:
     with quiet():
         try:
             _keep_robosuite_out_of_tmp()
-            return Backend(
+            return LiberoModules(
                 mujoco=load("mujoco"),
                 benchmark=load("libero.libero.benchmark"),
                 envs=load("libero.libero.envs"),

@@ -1,0 +1,188 @@
+"""The two things that a simulator brings: a benchmark, and an environment for each of its tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy.typing as npt
+from rich.console import RenderableType
+
+from lac_vla.errors import InputError, LacError
+from lac_vla.types import Frame
+
+
+class SimulatorError(LacError, RuntimeError):
+    """A simulator died, hung or failed. The episode is lost; the next ``reset`` starts a new simulator."""
+
+
+class Env(ABC):
+    """One simulated task: frames out, actions in.
+
+    Attributes:
+        suite: The suite of the task.
+        task: Number of the task in the suite, from 0.
+        no_op: An action that leaves the robot where it is, as ``step`` takes it.
+    """
+
+    suite: str
+    task: int
+    no_op: tuple[float, ...]
+
+    @property
+    @abstractmethod
+    def instruction(self) -> str:
+        """The task in words, as the episode began with them."""
+
+    @property
+    @abstractmethod
+    def horizon(self) -> int:
+        """Control steps after which an episode that is not solved has failed."""
+
+    @abstractmethod
+    def reset(self, init_state: int, seed: int = 0) -> Frame:
+        """Start an episode.
+
+        Args:
+            init_state: Which of the task's initial states, from 0.
+            seed: Seed of whatever the initial state leaves open.
+
+        Raises:
+            InputError: If there is no such initial state.
+            SimulatorError: If the simulator fails.
+        """
+
+    @abstractmethod
+    def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
+        """Execute an action, in the units in which policies of this benchmark answer.
+
+        Returns:
+            The next observation, and whether the task is solved.
+
+        Raises:
+            InputError: If the action is malformed; nothing has moved then.
+            SimulatorError: If the simulator fails.
+        """
+
+    def outcome(self) -> Mapping[str, Any]:
+        """Report what the benchmark records of the last episode beside its success; JSON-serialisable."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027 - there may be nothing to free
+        """Free the simulator. May be called more than once."""
+
+
+@dataclass(frozen=True)
+class Benchmark(ABC):
+    """A suite of simulated tasks with the options it is played with: all that the runner needs of a simulator.
+
+    A benchmark is a frozen dataclass that can be sent between processes. Its fields are options of ``lac eval`` and
+    settings of a run; those that change no episode (folders, time limits) are declared with ``compare=False`` and are
+    not recorded.
+
+    Attributes:
+        suite: One of ``suites``.
+        suites: The names of all suites, unique among benchmarks.
+
+    Raises:
+        InputError: If the suite is unknown.
+    """
+
+    suite: str = ""
+    suites: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        if self.suite not in self.suites:
+            raise InputError(f"unknown suite {self.suite!r}; choose one of {', '.join(self.suites)}")
+
+    # ---- what is played
+
+    @property
+    @abstractmethod
+    def trials(self) -> tuple[int, ...]:
+        """The number of initial states of every task."""
+
+    def task_ids(self, tasks: Collection[int] = ()) -> tuple[int, ...]:
+        """Resolve a choice of tasks; empty for all.
+
+        Raises:
+            InputError: If there is no such task.
+        """
+        everything = range(len(self.trials))
+        if not set(tasks) <= set(everything):
+            raise InputError(f"tasks {tuple(tasks)}: {self.suite} has tasks 0..{everything[-1]}")
+        return tuple(tasks or everything)
+
+    @abstractmethod
+    def make_env(self, task: int) -> Env:
+        """Make the simulator of a task.
+
+        Raises:
+            MissingExtraError: If a package is missing.
+            LacError: If the simulator cannot run here.
+        """
+
+    @property
+    def init_states(self) -> tuple[int, int]:
+        """First and one-past-last initial state of every task that an evaluation plays by default."""
+        return 0, max(self.trials)
+
+    @property
+    def retries(self) -> int:
+        """The number of times that an episode whose simulator died is begun again."""
+        return 0
+
+    def instructions(self) -> tuple[str, ...]:
+        """Instructions of all tasks, for the stress that gives a robot another one; empty if they are not known."""
+        return ()
+
+    # ---- how a model is used
+
+    @property
+    def cameras(self) -> tuple[str, ...] | None:
+        """Names of the cameras in the model's order; ``None`` if they are the model's own names."""
+        return None
+
+    @property
+    def unnorm_key(self) -> str | None:
+        """Statistics key that checkpoints trained for this robot have; ``None`` if it is left to the checkpoint."""
+        return None
+
+    @property
+    def ensemble(self) -> int | None:
+        """Number of chunks that the protocol averages; ``None`` if it is left to the model."""
+        return None
+
+    # ---- what is said of a run
+
+    def settings(self) -> dict[str, Any]:
+        """Options that change an episode, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
+
+    def metadata(self, tasks: Collection[int]) -> dict[str, Any]:
+        """Describe the simulator of some tasks for ``summary.json``; JSON-serialisable.
+
+        Raises:
+            LacError: If it can be said already that they cannot be played here.
+        """
+        return self.settings()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that a reader of the results must know."""
+        return ()
+
+    def missing(self, tasks: Collection[int]) -> list[str]:
+        """List what these tasks need and this machine does not have, with where to get it."""
+        return []
+
+    def publish(self, run: Path) -> RenderableType | None:
+        """Write the benchmark's own table into a run's folder, and return it for the terminal, if it has one.
+
+        Args:
+            run: Folder with ``episodes.jsonl``.
+        """
+        return None
