@@ -43,7 +43,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
     """Of a model whose configuration asks for an ensemble of 3 chunks."""
     monkeypatch.setattr(Libero, "make_env", lambda self, task: Recording(self.suite, task))
     backbone = random_vla(replace(TINY_COGACT, ensemble=3))
-    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], 259))
+    backbone = replace(backbone, encode=FileTokenizer(train_tokenizer(["pick up the bowl"], 259)))
     save_vla(backbone, tmp_path / "model")
     return EvalConfig(str(tmp_path / "model"), tmp_path / "run", ("dense",), tasks=(0,), init_states=(4, 6), videos=0)
 

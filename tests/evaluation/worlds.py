@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,8 +48,8 @@ class FakeEnv(Env):
 def save_tiny(folder: Path, name: str = "tiny") -> Path:
     """A checkpoint of random weights with a tokenizer."""
     backbone = random_vla(name)
-    words = backbone.module.config.vocab_size - backbone.model.config.n_action_bins
-    backbone.encode = FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259)))
+    words = backbone.module.config.vocab_size - backbone.module.config.n_action_bins
+    backbone = replace(backbone, encode=FileTokenizer(train_tokenizer(["pick up the bowl"], max(words, 259))))
     save_vla(backbone, folder)
     return folder
 
