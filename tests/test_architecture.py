@@ -16,6 +16,8 @@ FLOORS = [
     {"session", "bundled"},
     {"factory"},
     {"cost", "provenance"},
+    {"results"},
+    {"drawing"},
     {"datasets", "training", "sims", "evaluation", "bench", "serving", "report", "lerobot"},
     {"cli"},
 ]

@@ -240,10 +240,10 @@ def _verbs() -> dict[str, Callable[..., Any]]:
 
 
 def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
-    from lac_vla.evaluation.records import read_episodes
-    from lac_vla.evaluation.summary import summarize
-    from lac_vla.evaluation.table import terminal_tables
     from lac_vla.report import build_report
+    from lac_vla.results.records import read_episodes
+    from lac_vla.results.summary import summarize
+    from lac_vla.results.table import terminal_tables
 
     by_run = {str(run): read_episodes(run / "episodes.jsonl") for run in runs}
     episodes = [episode for found in by_run.values() for episode in found]
@@ -260,9 +260,9 @@ def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
 
 def _report_reproduction(done: "Reproduction") -> None:
     from lac_vla.evaluation.paper_tables import paper_tables, statements
-    from lac_vla.evaluation.summary import summarize
     from lac_vla.policies import paths_by_name
     from lac_vla.report import Opening, build_report, tradeoff
+    from lac_vla.results.summary import summarize
 
     said, tables = statements(done), paper_tables(done)
     for statement in said:

@@ -16,7 +16,6 @@ from lac_vla import InputError, LACConfig, LACPolicy
 from lac_vla.bundled import MINI
 from lac_vla.errors import CheckpointError
 from lac_vla.evaluation.paper_tables import curve_verdict, paper_tables, statements, verdict
-from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.reproduce import (
     ABLATIONS,
     CURVE,
@@ -32,6 +31,7 @@ from lac_vla.evaluation.reproduce import (
 )
 from lac_vla.factory import resolve_policy
 from lac_vla.policies import POLICIES, PolicySpec, Random
+from lac_vla.results.records import EpisodeRecord
 
 MOTION = next(row for row in TABLE_1 if row.method == "motion-0.8")
 

@@ -13,9 +13,9 @@ from tests.evaluation.worlds import FakeEnv, outcomes
 
 from lac_vla import InputError
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import evaluate, evaluate_together
 from lac_vla.policies import POLICIES, Random
+from lac_vla.results.records import read_episodes
 
 
 @pytest.fixture

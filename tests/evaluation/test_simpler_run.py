@@ -14,11 +14,11 @@ from tests.sims import fakes
 from lac_vla import InputError, random_vla
 from lac_vla.cli import main
 from lac_vla.evaluation import methods, simpler
-from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.simpler import SimplerConfig, evaluate_simpler
 from lac_vla.evaluation.simpler_table import tables, terminal_table
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.report import build_report
+from lac_vla.results.records import read_episodes
 from lac_vla.sims.simpler.backend import SimulatorError
 from lac_vla.sims.simpler.ms2 import Ms2Backend
 from lac_vla.sims.simpler.protocol import episodes, tasks

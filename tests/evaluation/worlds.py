@@ -11,8 +11,8 @@ from tests.engine.scenes import frame
 from lac_vla import Frame, random_vla, save_vla
 from lac_vla.evaluation import worker
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.records import read_episodes
 from lac_vla.models.prismatic.prompt import FileTokenizer, train_tokenizer
+from lac_vla.results.records import read_episodes
 
 
 class FakeEnv:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lac_vla.report.overlay import write_video
+from lac_vla.drawing.video import write_video
 
 SOLVED = {"dense": (True, True, True, False), "motion-0.5": (True, False, True, False)}
 INSTRUCTIONS = ("pick up the bowl", 'open the <b>drawer</b> & "wait"')

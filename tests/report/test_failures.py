@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, InputError, Motion, random_vla
-from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.drawing.observers import FailurePicture
 from lac_vla.report import build_report
-from lac_vla.report.failures import FailurePicture, gallery, lost
+from lac_vla.report.failures import gallery, lost
 from lac_vla.report.runs import Run
+from lac_vla.results.records import EpisodeRecord
 from tests.engine.scenes import frame
 from tests.report.pages import Page, check_self_contained
 

@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.evaluation.stats import wilson
-from lac_vla.evaluation.summary import summarize
-from lac_vla.evaluation.table import TextTable
 from lac_vla.report import Opening, build_report, tradeoff
+from lac_vla.results.records import EpisodeRecord
+from lac_vla.results.stats import wilson
+from lac_vla.results.summary import summarize
+from lac_vla.results.table import TextTable
 from tests.report.pages import Page, check_self_contained
 
 SPECS = {

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from lac_vla.cli import main
 from lac_vla.errors import InputError
 from lac_vla.report import build_training_report
-from lac_vla.report.training import training_table, write_saliency
+from lac_vla.report.training import training_table
 from lac_vla.report.training_run import TrainingRun, read_metrics
 from tests.report.pages import Page, check_self_contained, dump_dom, needs_browser
 
@@ -244,17 +243,6 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (other / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
         TrainingRun.read(other)
-
-
-def test_saliency_as_a_picture(tmp_path: Path) -> None:
-    run = save(tmp_path / "run", WHOLE)
-    with Image.open(write_saliency(run, tmp_path / "saliency.png")) as picture:
-        strip = 30 + 30 + 3 * 224 + 2 * 6
-        assert picture.size == (3 * 224 + 2 * 6, 2 * strip + 16)
-    with pytest.raises(InputError, match="cannot write"):
-        write_saliency(run, tmp_path / "nowhere" / "saliency.png")
-    with pytest.raises(InputError, match=r"no saliency\.npz"):
-        write_saliency(save(tmp_path / "new", [], finished=False), tmp_path / "saliency.png")
 
 
 def test_the_terminal_shows_where_the_run_stands(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from lac_vla import InputError
 from lac_vla.errors import LacError
 from lac_vla.evaluation import worker
-from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import EvalConfig, evaluate
+from lac_vla.results.records import read_episodes
 from lac_vla.serving.config import ServeConfig, make_server
 from tests.evaluation.test_runner import outcomes
 from tests.evaluation.worlds import FakeEnv, save_tiny

@@ -19,14 +19,14 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from lac_vla import CachedVLA, InputError, Motion, PrismaticBackbone
+from lac_vla.drawing.overlay import overlay
 from lac_vla.engine.step_info import StepInfo
-from lac_vla.report.overlay import overlay
 from lac_vla.serving.auth import browser_allowed, names_this_machine
 from lac_vla.serving.browse import open_page, page_address
 from lac_vla.serving.client import Client, ServerError
 from lac_vla.serving.controller import DeadlineController, LatencyTable
-from lac_vla.serving.seen import EVENTS, HEIGHT, KEPT
 from lac_vla.serving.server import Limits
+from lac_vla.serving.snapshot import EVENTS, HEIGHT, KEPT
 from lac_vla.session import Session
 from tests.report.pages import Page, needs_browser
 from tests.serving.chromium import Tab

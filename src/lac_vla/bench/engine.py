@@ -18,8 +18,8 @@ from lac_vla.bench.stock import STOCK, stock_prefill
 from lac_vla.cost import prefill_macs
 from lac_vla.engine.kv_cache import VisualKVCache
 from lac_vla.engine.prefill import partial_prefill
-from lac_vla.evaluation.stats import Percentiles
 from lac_vla.models import PrismaticBackbone
+from lac_vla.results.stats import Percentiles
 from lac_vla.types import Decision
 
 DENSE = "dense"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
-from lac_vla.evaluation import table as write
-from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.reproduce import DENSE as DENSE_ROW
 from lac_vla.evaluation.reproduce import LAC, ReproduceConfig, Reproduction, Row
 from lac_vla.evaluation.runner import describe_model
-from lac_vla.evaluation.stats import mcnemar
 from lac_vla.evaluation.stress import describe_stress
-from lac_vla.evaluation.summary import DENSE, MethodRow, Summary, summarize
 from lac_vla.policies import PolicySpec
+from lac_vla.results import table as write
+from lac_vla.results.records import EpisodeRecord
+from lac_vla.results.stats import mcnemar
+from lac_vla.results.summary import DENSE, MethodRow, Summary, summarize
 from lac_vla.sims.libero import SUITES
 
 PREFILL, CALL, WHOLE = "decoder_prefill", "model_call", "observation_to_action"

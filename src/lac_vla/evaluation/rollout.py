@@ -14,8 +14,8 @@ import torch
 
 from lac_vla.cost import CostModel
 from lac_vla.engine.step_info import PolicySession, StepInfo, StepObserver
-from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.models.cogact.ensemble import AdaptiveEnsemble
+from lac_vla.results.records import EpisodeRecord
 from lac_vla.session import Session
 from lac_vla.types import FloatArray, Frame
 

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from lac_vla.errors import InputError
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.jobs import Job
-from lac_vla.evaluation.records import finished
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.worker import run_jobs
 from lac_vla.factory import method_name
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
+from lac_vla.results.records import finished
 from lac_vla.sims.libero import SUITES
 
 EPISODES, CONFIG, SUMMARY = "episodes.jsonl", "config.json", "summary.json"

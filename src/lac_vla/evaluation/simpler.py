@@ -15,7 +15,6 @@ from tqdm import tqdm
 from lac_vla.cost import CostModel
 from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
-from lac_vla.evaluation.records import finished
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.evaluation.simpler_table import EPISODES, TABLE, tables
 from lac_vla.factory import ModelOptions, load_methods, make_policies, method_name
@@ -23,6 +22,7 @@ from lac_vla.flow import make_flow
 from lac_vla.models import AdaptiveEnsemble
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
+from lac_vla.results.records import finished
 from lac_vla.session import Session
 from lac_vla.sims.simpler.actions import Convention, conversion
 from lac_vla.sims.simpler.assets import Missing, missing_for_original, missing_for_port

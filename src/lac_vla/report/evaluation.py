@@ -11,17 +11,18 @@ from typing import Any
 import cv2
 import numpy as np
 
+from lac_vla.drawing import plots
+from lac_vla.drawing.overlay import RECOMPUTED, RECOVERED, heat_colours
+from lac_vla.drawing.picture import css, filmstrip, jpeg_base64
+from lac_vla.drawing.video import sample_frames
 from lac_vla.errors import InputError
-from lac_vla.evaluation import table as write
-from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.evaluation.summary import DENSE, WINDOWS, MethodRow
-from lac_vla.report import plots
 from lac_vla.report.failures import gallery
-from lac_vla.report.overlay import RECOMPUTED, RECOVERED, filmstrip, heat_colours
-from lac_vla.report.page import css, fact_groups, jpeg, setting, write_page
+from lac_vla.report.page import fact_groups, setting, write_page
 from lac_vla.report.runs import Run
 from lac_vla.report.tradeoff import tradeoff
-from lac_vla.report.video import sample_frames
+from lac_vla.results import table as write
+from lac_vla.results.records import EpisodeRecord
+from lac_vla.results.summary import DENSE, WINDOWS, MethodRow
 
 COLOURS = 7
 """Colours of the page's palette; the first is dense's."""
@@ -249,8 +250,8 @@ def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
         "horizon": episode.horizon,
         "ratio": write.percent(ratio, 0),
         "video": base64.b64encode(path.read_bytes()).decode(),
-        "strip": jpeg(cv2.resize(strip, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)),
-        "poster": jpeg(frames[len(frames) // 2]),
+        "strip": jpeg_base64(cv2.resize(strip, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)),
+        "poster": jpeg_base64(frames[len(frames) // 2]),
         "width": frames[0].shape[1],
         "height": frames[0].shape[0],
     }

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
 from lac_vla.errors import InputError, MissingExtraError
-from lac_vla.types import UInt8Image
 
 
 def write_page(template: str, out_html: str | Path, **context: Any) -> Path:
@@ -71,17 +66,6 @@ def setting(facts: Mapping[str, Any]) -> str:
     parts = [str(known[key]) for key in ("accelerator", "processor") if known.get(key)]
     parts += [f"{known[key]} {key}" for key in ("cores", "threads") if known.get(key)]
     return ", ".join(parts)
-
-
-def jpeg(image: UInt8Image) -> str:
-    """As JPEG, base64."""
-    _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 82])
-    return base64.b64encode(data.tobytes()).decode()
-
-
-def css(colour: tuple[int, int, int]) -> str:
-    """An RGB colour for a style sheet."""
-    return "rgb({}, {}, {})".format(*colour)
 
 
 def _pairs(group: Any) -> list[tuple[str, str]]:

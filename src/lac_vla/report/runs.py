@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation.records import EpisodeRecord, Trial, read_episodes
-from lac_vla.evaluation.summary import Summary, summarize
+from lac_vla.results.records import EpisodeRecord, Trial, read_episodes
+from lac_vla.results.summary import Summary, summarize
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.drawing import svg
 from lac_vla.errors import InputError
-from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.evaluation.summary import DENSE, MethodRow, Summary
 from lac_vla.policies import PolicySpec
-from lac_vla.report import svg
+from lac_vla.results.records import EpisodeRecord
+from lac_vla.results.summary import DENSE, MethodRow, Summary
 
 WINDOW = "observation_to_action"
 SWEPT: Mapping[str, frozenset[str]] = {

@@ -1,4 +1,4 @@
-"""The report of a training run: one self-contained HTML page, a table for the terminal, a picture of the saliency."""
+"""The report of a training run: one self-contained HTML page, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich import box
 from rich.table import Table
 
-from lac_vla.errors import InputError
-from lac_vla.report.overlay import RECOMPUTED, caption, heat_colours, saliency_strip, stacked
-from lac_vla.report.page import css, fact_groups, jpeg, setting, write_page
-from lac_vla.report.plots import Curve, curve_chart
+from lac_vla.drawing.overlay import RECOMPUTED, heat_colours, saliency_strip
+from lac_vla.drawing.picture import css, jpeg_base64
+from lac_vla.drawing.plots import Curve, curve_chart
+from lac_vla.report.page import fact_groups, setting, write_page
 from lac_vla.report.training_run import Saliency, TrainingRun
 from lac_vla.types import UInt8Image
 
@@ -116,30 +115,6 @@ def training_table(run: TrainingRun) -> Table:
         _minutes(run.seconds),
     )
     return table
-
-
-def write_saliency(run: str | Path, out: str | Path) -> Path:
-    """Write a run's saliency filmstrips, all cameras in one picture.
-
-    Args:
-        run: Folder of a run of ``lac train``.
-        out: The picture; its ending says the format.
-
-    Returns:
-        Its path.
-
-    Raises:
-        InputError: If the run has no saliency yet, or the picture cannot be written.
-    """
-    found = TrainingRun.read(run).saliency
-    if found is None or not found.frames:
-        raise InputError(f"{run} has no saliency.npz with frames in it: it is written at the run's first validation")
-    picture = stacked([caption(strip, camera) for camera, strip in _strips(found).items()], gap=16)
-    try:
-        Image.fromarray(picture).save(out)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {out} ({error}): choose another place, ending in .png") from error
-    return Path(out)
 
 
 def _statement(run: TrainingRun) -> str:
@@ -305,7 +280,7 @@ def _saliency(found: Saliency | None) -> dict[str, Any] | None:
         "high": _number(high),
         "colours": ", ".join(css(colour) for colour in heat_colours()),
         "strips": [
-            {"camera": camera, "rows": score.shape[1], "cols": score.shape[2], "jpeg": jpeg(strip)}
+            {"camera": camera, "rows": score.shape[1], "cols": score.shape[2], "jpeg": jpeg_base64(strip)}
             for (camera, strip), score in zip(_strips(found).items(), found.scores.values(), strict=True)
         ],
     }

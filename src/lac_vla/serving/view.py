@@ -25,10 +25,10 @@ from urllib.parse import parse_qs
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from lac_vla.report.overlay import RECOMPUTED, RECOVERED
-from lac_vla.report.page import css
-from lac_vla.serving.seen import Seen
+from lac_vla.drawing.overlay import RECOMPUTED, RECOVERED
+from lac_vla.drawing.picture import css
 from lac_vla.serving.sessions import Answer
+from lac_vla.serving.snapshot import Seen
 
 CLOSED = 5
 """Closed sessions that are shown."""

@@ -11,8 +11,8 @@ import numpy as np
 
 from lac_vla import timing
 from lac_vla.errors import InputError
-from lac_vla.evaluation.records import EpisodeRecord, Trial
-from lac_vla.evaluation.stats import Interval, Percentiles, bootstrap, mcnemar, percentiles, wilson
+from lac_vla.results.records import EpisodeRecord, Trial
+from lac_vla.results.stats import Interval, Percentiles, bootstrap, mcnemar, percentiles, wilson
 
 DENSE = "dense"
 """The method that the others are compared with."""

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation import table as write
-from lac_vla.evaluation.records import EpisodeRecord, read_episodes
-from lac_vla.evaluation.stats import Percentiles, wilson
-from lac_vla.evaluation.summary import summarize
+from lac_vla.results import table as write
+from lac_vla.results.records import EpisodeRecord, read_episodes
+from lac_vla.results.stats import Percentiles, wilson
+from lac_vla.results.summary import summarize
 
 
 def record(method: str, task: int, init: int, success: bool, **more: object) -> EpisodeRecord:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.drawing.overlay import camera_overlays
+from lac_vla.drawing.picture import jpeg_base64
 from lac_vla.engine.step_info import StepInfo
-from lac_vla.report.overlay import overlay
-from lac_vla.report.page import jpeg
 from lac_vla.serving.sessions import Answer
 
 KEPT = 120
@@ -142,19 +142,4 @@ class Seen:
     @cached_property
     def pictures(self) -> list[str]:
         """What every camera saw and what was computed of it, JPEG in base64; drawn when first asked for."""
-        step = self.step
-        if step is None:
-            return []
-        recovered = step.recovered
-        return [
-            jpeg(
-                overlay(
-                    step.pixels[camera.name],
-                    (camera.rows, camera.cols),
-                    step.active[camera.tokens],
-                    recovered[camera.tokens],
-                    height=HEIGHT,
-                )
-            )
-            for camera in step.layout.cameras
-        ]
+        return [] if self.step is None else [jpeg_base64(picture) for picture in camera_overlays(self.step, HEIGHT)]

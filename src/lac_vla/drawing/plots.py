@@ -9,9 +9,9 @@ from html import escape
 
 import numpy as np
 
-from lac_vla.evaluation.stats import percentiles
-from lac_vla.evaluation.table import milliseconds
-from lac_vla.report import svg
+from lac_vla.drawing import svg
+from lac_vla.results.stats import percentiles
+from lac_vla.results.table import milliseconds
 
 
 def interval_bar(rate: float, low: float, high: float, reference: float | None) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation.stats import Percentiles, bootstrap, mcnemar, percentiles, wilson
+from lac_vla.results.stats import Percentiles, bootstrap, mcnemar, percentiles, wilson
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lac_vla.report import plots, svg
+from lac_vla.drawing import plots, svg
 
 
 def test_interval_bar_places_its_marks() -> None:

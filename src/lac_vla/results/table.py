@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
-from lac_vla.evaluation.stats import Interval, Percentiles
-from lac_vla.evaluation.summary import WINDOWS, MethodRow, Paired, Summary
+from lac_vla.results.stats import Interval, Percentiles
+from lac_vla.results.summary import WINDOWS, MethodRow, Paired, Summary
 
 NONE = "-"
 """Written where a number does not exist."""
