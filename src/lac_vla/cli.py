@@ -243,7 +243,7 @@ def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
     from lac_vla.report import build_report
     from lac_vla.results.records import read_episodes
     from lac_vla.results.summary import summarize
-    from lac_vla.results.table import terminal_tables
+    from lac_vla.results.table import method_tables
 
     by_run = {str(run): read_episodes(run / "episodes.jsonl") for run in runs}
     episodes = [episode for found in by_run.values() for episode in found]
@@ -253,29 +253,27 @@ def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
     for name, found in by_run.items():
         if name:
             console.print(name, style="bold", markup=False, highlight=False)
-        for table in terminal_tables(summarize(found)):
-            console.print(table)
+        for table in method_tables(summarize(found)):
+            console.print(table.to_terminal())
     return build_report(runs, out)
 
 
 def _report_reproduction(done: "Reproduction") -> None:
-    from lac_vla.evaluation.paper_tables import paper_tables, statements
+    from lac_vla.evaluation.paper_tables import paper_tables
     from lac_vla.policies import paths_by_name
     from lac_vla.report import Opening, build_report, tradeoff
     from lac_vla.results.summary import summarize
 
-    said, tables = statements(done), paper_tables(done)
-    for statement in said:
-        console.print(statement, style="bold", highlight=False, markup=False, soft_wrap=True)
+    tables = paper_tables(done)
     for table in tables:
         console.print(table.to_terminal())
     specs = {row.method: paths_by_name(row.spec) for row in (*done.rows, *done.curve)}
-    points = [e for e in done.points if e.method in specs]
-    curve = tradeoff(summarize(points), points, specs) if done.curve else None
+    curve_episodes = [e for e in done.points if e.method in specs]
+    curve = tradeoff(summarize(curve_episodes), curve_episodes, specs) if done.curve else None
     config = done.config
     runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]
     title = "The paper's LIBERO tables on one model"
-    page = build_report(runs, config.out / "report.html", title=title, opening=Opening(said, tables, curve))
+    page = build_report(runs, config.out / "report.html", title=title, opening=Opening(tables, curve))
     console.print(f"report: {page}")
 
 

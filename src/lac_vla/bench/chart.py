@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lac_vla.bench.frame import FrameResult, FrameRow
 from lac_vla.drawing.svg import box, line, picture, text, ticks
-from lac_vla.results.table import milliseconds
+from lac_vla.results.format import milliseconds
 from lac_vla.timing import STAGES
 
 COLOURS = dict(

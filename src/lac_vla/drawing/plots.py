@@ -10,8 +10,8 @@ from html import escape
 import numpy as np
 
 from lac_vla.drawing import svg
+from lac_vla.results.format import milliseconds
 from lac_vla.results.stats import percentiles
-from lac_vla.results.table import milliseconds
 
 
 def interval_bar(rate: float, low: float, high: float, reference: float | None) -> str:
@@ -84,7 +84,7 @@ def latency_panel(samples: Mapping[str, tuple[str, Sequence[float]]], label: str
 
 
 def ratio_chart(
-    effective: Mapping[str, tuple[str, Sequence[Sequence[float]]]],
+    effective: Mapping[str, tuple[str, Sequence[Sequence[float | None]]]],
     nominal: Mapping[str, Sequence[Sequence[float | None]]],
 ) -> str:
     """Effective cache ratio over time: mean, and 10th to 90th percentile, of the episodes that still run.
@@ -116,7 +116,8 @@ def ratio_chart(
         parts.append(svg.text("tick", left + width * tick / span, top + height + 16, f"{tick:g}", "middle"))
     for name, (colour, runs) in effective.items():
         mean, low, high = _over_time(runs)
-        band = [point(t, r) for t, r in enumerate(high)] + [point(t, low[t]) for t in reversed(range(len(low)))]
+        rim = [*enumerate(high), *reversed(list(enumerate(low)))]
+        band = [point(t, r) for t, r in rim if not math.isnan(r)]
         style = f'style="--c:{colour}"'
         parts.append(f'<polygon class="band" {style} points="{" ".join(band)}"/>')
         aimed, _, _ = _over_time(nominal.get(name, ()))
@@ -124,7 +125,7 @@ def ratio_chart(
             drawn = " ".join(point(t, r) for t, r in enumerate(line) if not math.isnan(r))
             if drawn:
                 parts.append(f'<polyline class="{kind}" {style} points="{drawn}"/>')
-    parts.append(svg.text("tick", left + width / 2, top + height + 33, "step of the episode", "middle"))
+    parts.append(svg.text("tick", left + width / 2, top + height + 33, "call of the model in the episode", "middle"))
     return svg.picture(1160, top + height + 38, parts, "share of the computation that is reused, over time", "wide")
 
 

@@ -78,7 +78,7 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
         solved: dict[str, list[bool]] = {method: [] for method in methods}
         for record in opened.enter_context(closing(run_jobs(first, jobs))):
             log = logs[record.stress]
-            log.write(json.dumps(asdict(record)) + "\n")
+            log.write(json.dumps(record.to_json()) + "\n")
             log.flush()
             os.fsync(log.fileno())
             solved[record.method].append(record.success)

@@ -220,7 +220,7 @@ def _play(config: SimplerConfig, simulator: Backend, jobs: Sequence[tuple[Episod
                 if attempt == config.retries:
                     raise
                 tqdm.write(f"{episode.name}, episode {episode.number}: {error}; it is begun again")
-        yield {**asdict(record), "simpler": env.outcome()}
+        yield {**record.to_json(), "simpler": env.outcome()}
 
 
 def _sessions(config: SimplerConfig) -> dict[str, Session]:

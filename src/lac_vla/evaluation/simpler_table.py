@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from lac_vla.errors import InputError
-from lac_vla.results.table import percent
+from lac_vla.results.format import percent
 from lac_vla.sims.simpler.table import Outcome, cells, label
 
 EPISODES, TABLE = "episodes.jsonl", "simpler.json"

@@ -17,44 +17,44 @@ from lac_vla.drawing.picture import css, filmstrip, jpeg_base64
 from lac_vla.drawing.video import sample_frames
 from lac_vla.errors import InputError
 from lac_vla.report.failures import gallery
-from lac_vla.report.page import fact_groups, setting, write_page
+from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.runs import Run
 from lac_vla.report.tradeoff import tradeoff
-from lac_vla.results import table as write
-from lac_vla.results.records import EpisodeRecord
-from lac_vla.results.summary import DENSE, WINDOWS, MethodRow
+from lac_vla.results import format as write
+from lac_vla.results.records import WHOLE, EpisodeRecord
+from lac_vla.results.summary import DENSE, MethodRow
+from lac_vla.results.table import (
+    MEMORY,
+    SPEEDUP,
+    SUCCESS,
+    TIME,
+    TIME_NOTE,
+    WINDOWS,
+    Column,
+    TextTable,
+    metric_columns,
+    run_notes,
+)
 
 COLOURS = 7
 """Colours of the page's palette; the first is dense's."""
 
 VIDEO_TRIALS = 6
+"""At most so many trials are shown as videos."""
 VIDEO_MB = 40
-"""At most so many trials are shown as videos, and so much of them."""
-
-WINDOW_NAMES = {
-    "decoder_prefill": "Decoder prefill",
-    "model_call": "Model call",
-    "observation_to_action": "Observation → action",
-}
-WINDOW_MEANING = {
-    "decoder_prefill": "the language model reading the prompt: the part that caching shortens",
-    "model_call": "camera image to action inside the model: vision tower, prefill, action tokens",
-    "observation_to_action": "everything between an observation and its action, caching's own work included",
-}
+"""All videos of a run together are at most so large."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a page says before its runs.
+    """The part of a page before its runs.
 
     Attributes:
-        statements: Sentences, shown first.
         tables: Tables over all runs.
         curve: The trade-off over all runs, see :func:`lac_vla.report.tradeoff.tradeoff`.
     """
 
-    statements: Sequence[str] = ()
-    tables: Sequence[write.TextTable] = ()
+    tables: Sequence[TextTable] = ()
     curve: Mapping[str, Any] | None = None
 
 
@@ -83,13 +83,15 @@ def build_report(
     if not run_dirs:
         raise InputError("no run is given: name at least one folder of 'lac eval'")
     runs = [Run.read(folder) for folder in run_dirs]
+    groups = _column_groups()
     return write_page(
         "evaluation.html.j2",
         out_html,
         title=title or "Visual token caching: evaluation report",
         opening=opening or Opening(),
         runs=[_run(run, number) for number, run in enumerate(runs)],
-        windows=[{"key": key, "name": WINDOW_NAMES[key], "meaning": WINDOW_MEANING[key]} for key in WINDOWS],
+        groups=groups,
+        columns=[column for _, columns in groups for column in columns],
         ages=", ".join(css(colour) for colour in heat_colours()),
         recomputed=css(RECOMPUTED),
         recovered=css(RECOVERED),
@@ -107,21 +109,22 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         "id": f"run{number}",
         "name": run.folder.name,
         "suites": ", ".join(suites),
-        "facts": fact_groups(run.facts),
-        "setting": setting(run.facts),
+        "metadata": metadata_groups(run.metadata),
+        "setting": setting(run.metadata),
         "altered": run.altered,
         "rendering": run.rendering,
         "notes": _notes(run),
+        "table_notes": [TIME_NOTE, *run_notes(run.summary)],
         "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
         "tasks": _tasks(run),
         "names": [{"name": row.method, "colour": colours[row.method]} for row in rows],
         "latency": [
             {
-                "name": WINDOW_NAMES[window],
-                "meaning": WINDOW_MEANING[window],
+                "name": window.replace("_", " "),
+                "meaning": meaning,
                 "svg": plots.latency_panel(_samples(run, window, colours), f"latency of {window}"),
             }
-            for window in WINDOWS
+            for window, meaning in WINDOWS.items()
         ],
         "ratio": _ratio(run, colours),
         "curve": tradeoff(run.summary, run.episodes, run.specs),
@@ -129,19 +132,27 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         "trials": [_trial(run, group, colours) for group in shown],
         "recorded": len(trials),
         "dense": dense is not None,
-        "frames": sum(row.frames for row in rows),
+        "steps": sum(row.steps for row in rows),
         "episodes": len(run.episodes),
         "horizons": ", ".join(str(value) for value in sorted({e.horizon for e in run.episodes})),
         "seeds": ", ".join(str(value) for value in sorted({e.seed for e in run.episodes})),
     }
 
 
+def _column_groups() -> list[tuple[str, tuple[Column, ...]]]:
+    return [
+        ("Success", (*SUCCESS, SPEEDUP)),
+        ("Per call of the model", metric_columns()),
+        ("Latency p50 / p95, ms", TIME),
+        ("Peak", (MEMORY,)),
+    ]
+
+
 def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> dict[str, Any]:
-    whole = row.latency.get("observation_to_action")
+    whole = row.latency.get(WHOLE)
     reference = dense if dense is not row else None
-    before = reference.latency.get("observation_to_action") if reference else None
+    before = reference.latency.get(WHOLE) if reference else None
     policy = run.specs.get(row.method, "")
-    low, high = row.interval
     return {
         "name": row.method,
         "colour": colour,
@@ -150,23 +161,17 @@ def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> d
         "successes": row.successes,
         "trials": row.trials,
         "rate": write.percent(row.rate),
-        "interval": f"{100 * low:.1f} to {100 * high:.1f}",
-        "bar": plots.interval_bar(row.rate, low, high, reference.rate if reference else None),
+        "bar": plots.interval_bar(row.rate, *row.interval, reference.rate if reference else None),
         "paired": row.paired,
-        "difference": write.points(row.paired.difference) if row.paired else write.NONE,
-        "difference_interval": write.range_of_points(row.paired.interval) if row.paired else write.NONE,
-        "p": write.p_value(row.paired.p) if row.paired else write.NONE,
-        "nominal": write.percent(row.ratio_nominal, 0),
-        "effective": write.percent(row.ratio_effective),
-        "oldest": write.NONE if row.oldest_age is None else row.oldest_age,
-        "macs": write.count(row.macs),
-        "flops": write.count(row.flops),
-        "latency": [write.latency(row.latency.get(window)) for window in WINDOWS],
+        "cells": [[column.cell(row, dense) for column in columns] for _, columns in _column_groups()],
+        "effective": write.percent(row.ratio),
+        "oldest": row.metrics.get("oldest_age"),
         "median": write.NONE if whole is None else f"{write.milliseconds(whole.p50)} ms",
         "latency_change": _change(whole.p50 if whole else None, before.p50 if before else None),
-        "macs_change": _change(row.macs, reference.macs if reference else None),
-        "memory": write.memory(row.peak_memory_mb),
-        "frames": row.frames,
+        "macs": write.count(row.metrics.get("macs")),
+        "macs_change": _change(row.metrics.get("macs"), reference.metrics.get("macs") if reference else None),
+        "speedup": write.NONE if row.speedup is None else write.times(row.speedup.ratio),
+        "steps": row.steps,
     }
 
 
@@ -178,7 +183,7 @@ def _change(value: float | None, reference: float | None) -> str:
 
 
 def _notes(run: Run) -> list[str]:
-    notes = run.facts.get("notes", [])
+    notes = run.metadata.get("notes", [])
     known = [str(note) for note in notes] if isinstance(notes, list) else [str(notes)]
     if run.altered and not any("rendering" in note.lower() for note in known):
         known.insert(0, f"Altered rendering ({run.rendering}): these are not the benchmark's own pixels.")
@@ -206,12 +211,12 @@ def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tup
 
 
 def _ratio(run: Run, colours: Mapping[str, str]) -> str:
-    cached = [name for name in colours if name != DENSE]
-    effective = {
-        name: (colours[name], [e.ratio_effective for e in run.episodes if e.method == name]) for name in cached
-    }
-    nominal = {name: [e.ratio_nominal for e in run.episodes if e.method == name] for name in cached}
-    return plots.ratio_chart(effective, nominal)
+    def series(name: str, method: str) -> list[Sequence[float | None]]:
+        return [e.metrics[name] for e in run.episodes if e.method == method and name in e.metrics]
+
+    cached = [method for method in colours if method != DENSE]
+    effective = {method: (colours[method], series("ratio_effective", method)) for method in cached}
+    return plots.ratio_chart(effective, {method: series("ratio_nominal", method) for method in cached})
 
 
 def _shown(run: Run, trials: Sequence[list[EpisodeRecord]]) -> list[list[EpisodeRecord]]:
@@ -241,14 +246,14 @@ def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
     path = run.folder / str(episode.video)
     frames = sample_frames(path, 4)  # the first is dense with every method: nothing to see
     strip = filmstrip(frames[1:] or frames, 3)
-    ratio = float(np.mean(episode.ratio_effective)) if len(episode.ratio_effective) else None
+    ratios = [value for value in episode.metrics.get("ratio_effective", ()) if value is not None]
     return {
         "method": episode.method,
         "colour": colour,
         "success": episode.success,
         "steps": episode.steps,
         "horizon": episode.horizon,
-        "ratio": write.percent(ratio, 0),
+        "ratio": write.percent(float(np.mean(ratios)) if ratios else None, 0),
         "video": base64.b64encode(path.read_bytes()).decode(),
         "strip": jpeg_base64(cv2.resize(strip, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)),
         "poster": jpeg_base64(frames[len(frames) // 2]),

@@ -1,4 +1,4 @@
-"""What the reports share: a self-contained HTML page is written, with pictures, facts and colours in it."""
+"""The reports share how a self-contained HTML page is written, and how a run's metadata is shown in it."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def write_page(template: str, out_html: str | Path, **context: Any) -> Path:
     return out
 
 
-def fact_groups(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was recorded of a run, in groups of rows of name and value."""
+def metadata_groups(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Group what was recorded of a run; every group has rows of name and value."""
     groups: dict[str, Any] = {
-        "Run": {key: facts.get(key) for key in ("command", "created", "commit") if facts.get(key)},
-        "Model": facts.get("model"),
-        "Simulator": facts.get("simulator"),
-        "Hardware": facts.get("hardware"),
-        "Versions": facts.get("versions"),
+        "Run": {key: metadata.get(key) for key in ("command", "created", "commit") if metadata.get(key)},
+        "Model": metadata.get("model"),
+        "Simulator": metadata.get("simulator"),
+        "Hardware": metadata.get("hardware"),
+        "Versions": metadata.get("versions"),
     }
     return [{"name": name, "rows": _pairs(group)} for name, group in groups.items() if group]
 
 
-def setting(facts: Mapping[str, Any]) -> str:
-    """The machine that numbers hold for, in one line."""
-    hardware = facts.get("hardware")
+def setting(metadata: Mapping[str, Any]) -> str:
+    """Name the machine that numbers hold for, in one line."""
+    hardware = metadata.get("hardware")
     known = hardware if isinstance(hardware, Mapping) else {}
     parts = [str(known[key]) for key in ("accelerator", "processor") if known.get(key)]
     parts += [f"{known[key]} {key}" for key in ("cores", "threads") if known.get(key)]

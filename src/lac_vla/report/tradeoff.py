@@ -12,10 +12,9 @@ import numpy as np
 from lac_vla.drawing import svg
 from lac_vla.errors import InputError
 from lac_vla.policies import PolicySpec
-from lac_vla.results.records import EpisodeRecord
+from lac_vla.results.records import WHOLE, EpisodeRecord
 from lac_vla.results.summary import DENSE, MethodRow, Summary
 
-WINDOW = "observation_to_action"
 SWEPT: Mapping[str, frozenset[str]] = {
     "vla-cache": frozenset({"static", "protect"}),
     "sparsevlm": frozenset({"keep"}),
@@ -62,7 +61,7 @@ def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping
         ``families`` (name and colour), ``success`` and ``latency`` (SVG), ``trials`` (how many a point has, as a text);
         ``None`` with fewer than two points.
     """
-    reusing = [row for row in summary.methods if row.method != DENSE and row.ratio_effective is not None]
+    reusing = [row for row in summary.methods if row.method != DENSE and row.ratio is not None]
     if len(reusing) < 2:
         return None
     dense = summary.row(DENSE)
@@ -77,7 +76,7 @@ def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping
         success.append((name, colours[name], [_success(row, nominal) for row, nominal in rows]))
         timed = [_latency(row, nominal, episodes) for row, nominal in rows]
         latency.append((name, colours[name], [point for point in timed if point is not None]))
-    before = dense.latency.get(WINDOW) if dense else None
+    before = dense.latency.get(WHOLE) if dense else None
     fewest, most = min(row.trials for row in reusing), max(row.trials for row in reusing)
     return {
         "trials": str(most) if fewest == most else f"{fewest} to {most}",
@@ -151,13 +150,13 @@ def _family(spec: str) -> tuple[str, bool]:
 
 
 def _success(row: MethodRow, nominal: bool) -> Point:
-    return Point(row.method, row.ratio_effective or 0.0, row.rate, row.interval.low, row.interval.high, nominal)
+    return Point(row.method, row.ratio or 0.0, row.rate, row.interval.low, row.interval.high, nominal)
 
 
 def _latency(row: MethodRow, nominal: bool, episodes: Sequence[EpisodeRecord]) -> Point | None:
     """Median over all frames, with the range of their middle half."""
-    samples = [ms for e in episodes if e.method == row.method for ms in e.latency_ms.get(WINDOW, ())]
+    samples = [ms for e in episodes if e.method == row.method for ms in e.latency_ms.get(WHOLE, ())]
     if not samples:
         return None
     low, middle, high = np.percentile(samples, [25, 50, 75])
-    return Point(row.method, row.ratio_effective or 0.0, float(middle), float(low), float(high), nominal)
+    return Point(row.method, row.ratio or 0.0, float(middle), float(low), float(high), nominal)

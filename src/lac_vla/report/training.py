@@ -13,7 +13,7 @@ from rich.table import Table
 from lac_vla.drawing.overlay import RECOMPUTED, heat_colours, saliency_strip
 from lac_vla.drawing.picture import css, jpeg_base64
 from lac_vla.drawing.plots import Curve, curve_chart
-from lac_vla.report.page import fact_groups, setting, write_page
+from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.training_run import Saliency, TrainingRun
 from lac_vla.types import UInt8Image
 
@@ -83,21 +83,21 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
         MissingExtraError: If jinja2 is not installed.
     """
     found = TrainingRun.read(run)
-    facts = found.about.get("trained_with", {})
+    metadata = found.about.get("trained_with", {})
     return write_page(
         "training.html.j2",
         out,
         title="Visual token caching: training report",
         name=found.folder.name,
         statement=_statement(found),
-        setting=setting(facts),
+        setting=setting(metadata),
         notes=_notes(found),
         tiles=_tiles(found),
         panels=_panels(found),
         small=_small_panels(found),
         saliency=_saliency(found.saliency),
         settings=_settings(found.config),
-        facts=fact_groups(facts),
+        metadata=metadata_groups(metadata),
         recomputed=css(RECOMPUTED),
     )
 

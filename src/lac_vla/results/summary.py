@@ -1,29 +1,37 @@
-"""From episodes to the rows of a table. The terminal and the report show the same numbers."""
+"""Episodes are aggregated to the rows of the tables. The terminal and the reports show the same numbers."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
-from lac_vla import timing
 from lac_vla.errors import InputError
+from lac_vla.results.metrics import METRICS
 from lac_vla.results.records import EpisodeRecord, Trial
-from lac_vla.results.stats import Interval, Percentiles, bootstrap, mcnemar, percentiles, wilson
+from lac_vla.results.stats import (
+    Interval,
+    Percentiles,
+    bootstrap,
+    bootstrap_ratio,
+    mcnemar,
+    percentiles,
+    wilson,
+)
+
+T = TypeVar("T")
+Pair: TypeAlias = tuple[EpisodeRecord, EpisodeRecord]
+"""Dense's episode and a method's, of one trial."""
 
 DENSE = "dense"
 """The method that the others are compared with."""
 
-WINDOWS = tuple(timing.WINDOWS)
-"""The latency windows that are always reported together, from the narrowest to the widest."""
-
 
 @dataclass(frozen=True)
 class Paired:
-    """A method against dense on the trials that both ran.
+    """The comparison of a method with dense on the trials that both ran.
 
     Attributes:
         pairs: Number of these trials.
@@ -46,23 +54,37 @@ class Paired:
 
 
 @dataclass(frozen=True)
+class Speedup:
+    """The net speed-up of a method over dense, on the trials that both solved.
+
+    Attributes:
+        pairs: Number of these trials, at least 1.
+        ratio: Dense's time of all these episodes over the method's, see :attr:`EpisodeRecord.total_ms`: above 1 the
+            method is faster, longer episodes included.
+        interval: 95 % bootstrap interval over the pairs, stratified by task; ``None`` if no pair differs from another
+            of its task.
+    """
+
+    pairs: int
+    ratio: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
 class MethodRow:
     """One method over all its episodes.
 
     Attributes:
         method: Its name.
-        trials: Episodes.
-        successes: Of them.
+        trials: Number of episodes.
+        successes: Number of solved ones.
         interval: Wilson's 95 % interval of the success rate.
-        paired: Against dense; ``None`` for dense itself and where no trial is shared.
-        frames: Control steps over all episodes.
-        ratio_nominal: Mean of the ratio aimed at, over the frames that have one; ``None`` if none has.
-        ratio_effective: Mean over frames; ``None`` if it was not recorded.
-        oldest_age: The oldest slot of all frames, ≥ 1; ``None`` if nothing was ever reused, or it was not recorded.
-        macs: Mean multiply-accumulates per frame; ``None`` if they were not recorded.
-        passes: Mean decoding passes behind the prefill; ``None`` if they were not recorded.
-        accepted: Mean number of drafted tokens that stood; ``None`` without drafts.
-        latency: Window or stage → percentiles over all frames, milliseconds.
+        paired: Comparison with dense; ``None`` for dense itself and where no trial is shared.
+        speedup: Net speed-up over dense; ``None`` for dense itself and where nothing timed is paired.
+        steps: World steps over all episodes.
+        actions_per_call: Actions executed per call of the model; several if its episodes differ.
+        metrics: Name of a metric → its aggregate over all calls; without those that have none.
+        latency: Window or stage → percentiles over all calls, milliseconds.
         peak_memory_mb: The largest of all episodes; ``None`` if it was not recorded.
     """
 
@@ -71,15 +93,12 @@ class MethodRow:
     successes: int
     interval: Interval
     paired: Paired | None
-    frames: int
-    ratio_nominal: float | None
-    ratio_effective: float | None
-    oldest_age: int | None
-    macs: float | None
-    latency: dict[str, Percentiles]
+    speedup: Speedup | None
+    steps: int
+    actions_per_call: tuple[int, ...]
+    metrics: Mapping[str, float]
+    latency: Mapping[str, Percentiles]
     peak_memory_mb: float | None
-    passes: float | None = None
-    accepted: float | None = None
 
     @property
     def rate(self) -> float:
@@ -87,14 +106,21 @@ class MethodRow:
         return self.successes / self.trials
 
     @property
-    def flops(self) -> float | None:
-        """Mean floating-point operations per frame: two per multiply-accumulate."""
-        return None if self.macs is None else 2 * self.macs
+    def ratio(self) -> float | None:
+        """Mean effective cache ratio, in [0, 1]; ``None`` if it was not recorded."""
+        return self.metrics.get("ratio_effective")
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One task: (successes, trials) by method."""
+    """One task.
+
+    Attributes:
+        suite: Task suite.
+        task: Number of the task.
+        instruction: The task, in words.
+        outcomes: Method → (successes, trials).
+    """
 
     suite: str
     task: int
@@ -110,27 +136,15 @@ class Summary:
     tasks: tuple[TaskRow, ...]
 
     def row(self, method: str) -> MethodRow | None:
-        """The row of a method, or ``None``."""
+        """Find the row of a method, or ``None``."""
         return next((row for row in self.methods if row.method == method), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers, for ``summary.json``."""
-        rows = []
-        for row in self.methods:
-            content = dataclasses.asdict(row)
-            content |= {"rate": row.rate, "flops": row.flops, "interval": row.interval._asdict()}
-            if row.paired is not None and row.paired.interval is not None:
-                content["paired"]["interval"] = row.paired.interval._asdict()
-            content["latency"] = {name: value._asdict() for name, value in row.latency.items()}
-            rows.append(content)
-        return {"methods": rows, "tasks": [dataclasses.asdict(task) for task in self.tasks]}
 
 
 def summarize(episodes: Iterable[EpisodeRecord]) -> Summary:
     """Aggregate episodes.
 
-    Methods are paired with ``dense`` on (suite, task, initial state, seed, stress). Means and percentiles are over
-    frames: long episodes weigh more.
+    Methods are paired with ``dense`` on (suite, task, initial state, seed, stress). Metrics and latencies are
+    aggregated over calls of the model: long episodes weigh more.
 
     Args:
         episodes: At least one, of any number of methods.
@@ -147,60 +161,74 @@ def summarize(episodes: Iterable[EpisodeRecord]) -> Summary:
     if not by_method:
         raise InputError("there is no finished episode to summarise: let the run go on, or resume it")
     names = sorted(by_method, key=lambda name: name != DENSE)
-    dense = {episode.trial: episode.success for episode in by_method.get(DENSE, [])}
+    dense = {episode.trial: episode for episode in by_method.get(DENSE, [])}
     return Summary(
         methods=tuple(_method_row(name, by_method[name], dense) for name in names),
         tasks=tuple(_task_rows(names, by_method)),
     )
 
 
-def _method_row(name: str, episodes: Sequence[EpisodeRecord], dense: dict[Trial, bool]) -> MethodRow:
+def _method_row(name: str, episodes: Sequence[EpisodeRecord], dense: Mapping[Trial, EpisodeRecord]) -> MethodRow:
     successes = sum(episode.success for episode in episodes)
-    windows: dict[str, list[float]] = {}
-    for episode in episodes:
-        for window, values in episode.latency_ms.items():
-            windows.setdefault(window, []).extend(values)
-    latency = {window: percentiles(values) for window, values in windows.items()}
-    ages = [age for episode in episodes for age in episode.oldest_age if age]
+    latency = {window: percentiles(ms) for window, ms in _pooled(e.latency_ms for e in episodes).items()}
+    values = _pooled(episode.metrics for episode in episodes)
+    metrics = {key: metric.aggregate(values[key]) for key, metric in METRICS.items() if values.get(key)}
     memory = [episode.peak_memory_mb for episode in episodes if episode.peak_memory_mb is not None]
+    pairs = [] if name == DENSE else [(dense[e.trial], e) for e in episodes if e.trial in dense]
     return MethodRow(
         method=name,
         trials=len(episodes),
         successes=successes,
         interval=wilson(successes, len(episodes)),
-        paired=None if name == DENSE else _pair(episodes, dense),
-        frames=sum(episode.steps for episode in episodes),
-        ratio_nominal=_mean(ratio for episode in episodes for ratio in episode.ratio_nominal),
-        ratio_effective=_mean(ratio for episode in episodes for ratio in episode.ratio_effective),
-        oldest_age=max(ages, default=None),
-        macs=_mean(macs for episode in episodes for macs in episode.macs),
+        paired=_compare(pairs),
+        speedup=_speedup(pairs),
+        steps=sum(episode.steps for episode in episodes),
+        actions_per_call=tuple(sorted({episode.actions_per_call for episode in episodes})),
+        metrics={key: value for key, value in metrics.items() if value is not None},
         latency={window: value for window, value in latency.items() if value is not None},
         peak_memory_mb=max(memory, default=None),
-        passes=_mean(passes for episode in episodes for passes in episode.passes),
-        accepted=_mean(tokens for episode in episodes for tokens in episode.accepted),
     )
 
 
-def _pair(episodes: Sequence[EpisodeRecord], dense: dict[Trial, bool]) -> Paired | None:
-    by_task: dict[tuple[str, int], list[tuple[bool, bool]]] = {}
-    for episode in episodes:
-        if episode.trial in dense:
-            pair = (dense[episode.trial], episode.success)
-            by_task.setdefault((episode.suite, episode.task), []).append(pair)
-    pairs = [pair for task in by_task.values() for pair in task]
+def _pooled(series: Iterable[Mapping[str, Sequence[float | None]]]) -> dict[str, list[float]]:
+    """Join what the episodes have under every key, without ``None``."""
+    pooled: dict[str, list[float]] = {}
+    for episode in series:
+        for key, values in episode.items():
+            pooled.setdefault(key, []).extend(value for value in values if value is not None)
+    return pooled
+
+
+def _by_task(pairs: Sequence[Pair], value: Callable[[EpisodeRecord], T]) -> list[list[tuple[T, T]]]:
+    tasks: dict[tuple[str, int], list[tuple[T, T]]] = {}
+    for dense, method in pairs:
+        tasks.setdefault((method.suite, method.task), []).append((value(dense), value(method)))
+    return list(tasks.values())
+
+
+def _compare(pairs: Sequence[Pair]) -> Paired | None:
     if not pairs:
         return None
-    only_dense = sum(first and not second for first, second in pairs)
-    only_method = sum(second and not first for first, second in pairs)
+    only_dense = sum(dense.success and not method.success for dense, method in pairs)
+    only_method = sum(method.success and not dense.success for dense, method in pairs)
     return Paired(
         pairs=len(pairs),
-        both=sum(first and second for first, second in pairs),
+        both=sum(dense.success and method.success for dense, method in pairs),
         only_dense=only_dense,
         only_method=only_method,
         difference=(only_method - only_dense) / len(pairs),
-        interval=bootstrap(by_task.values()),
+        interval=bootstrap(_by_task(pairs, lambda episode: episode.success)),
         p=mcnemar(only_dense, only_method),
     )
+
+
+def _speedup(pairs: Sequence[Pair]) -> Speedup | None:
+    solved = [pair for pair in pairs if all(episode.success and episode.total_ms for episode in pair)]
+    if not solved:
+        return None
+    tasks = _by_task(solved, lambda episode: episode.total_ms or 0.0)
+    dense, method = np.sum([times for task in tasks for times in task], axis=0)
+    return Speedup(len(solved), float(dense / method), bootstrap_ratio(tasks))
 
 
 def _task_rows(names: Sequence[str], by_method: dict[str, list[EpisodeRecord]]) -> list[TaskRow]:
@@ -212,8 +240,3 @@ def _task_rows(names: Sequence[str], by_method: dict[str, list[EpisodeRecord]]) 
             successes, trials = row.outcomes.get(name, (0, 0))
             row.outcomes[name] = (successes + bool(episode.success), trials + 1)
     return [rows[key] for key in sorted(rows)]
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -1,113 +1,117 @@
-"""How the numbers of a summary are written, and the terminal's table of them."""
+"""The columns that the terminal and the reports share, and tables of texts made of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
 
-from lac_vla.results.stats import Interval, Percentiles
-from lac_vla.results.summary import WINDOWS, MethodRow, Paired, Summary
+from lac_vla.results import format as write
+from lac_vla.results.format import NONE
+from lac_vla.results.metrics import METRICS, Metric
+from lac_vla.results.records import WHOLE
+from lac_vla.results.summary import DENSE, MethodRow, Summary
 
-NONE = "-"
-"""Written where a number does not exist."""
+WINDOWS = {
+    "decoder_prefill": "the language model reading the prompt: the part that caching shortens",
+    "model_call": "camera image to action inside the model: vision tower, prefill, action tokens",
+    WHOLE: "everything between an observation and its action, caching's own work included",
+}
+"""Latency window → its meaning, from the narrowest to the widest; all of them are always reported together."""
 
-CAPTION = "95 % intervals: Wilson; of a difference, paired bootstrap by task. p: McNemar, exact, against dense"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share, e.g. 0.25 → ``25.0 %``."""
-    return NONE if value is None else f"{100 * value:.{digits}f} %"
-
-
-def points(value: float) -> str:
-    """A difference of shares in percentage points, with its sign, e.g. -0.02 → ``−2.0``."""
-    return "±0.0" if round(100 * value, 1) == 0 else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def p_value(value: float) -> str:
-    """A p-value to three digits, e.g. ``0.125``; very small ones as ``<0.001``."""
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+SUCCESS_NOTE = "95 % intervals: Wilson; of a difference, paired bootstrap by task. p: McNemar, exact, against dense"
+TIME_NOTE = (
+    "p50 / p95 in ms over all calls; below it, dense's p50 over the method's. "
+    "Latencies of a run with several processes are not worth comparing, see `lac bench`"
+)
+FLAG = "◂"
+"""Stands behind the label of a flagged row."""
 
 
-def count(value: float | None) -> str:
-    """A number of operations with its prefix, e.g. 2.5e9 → ``2.50 G``."""
-    if value is None:
-        return NONE
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.2f} {prefix}"
-    return f"{value:.0f}"
+@dataclass(frozen=True)
+class Column:
+    """One column of a table of methods.
+
+    Attributes:
+        heading: Its heading.
+        cell: Writes the cell of a method, next to dense (``None`` if that was not run).
+        help: What it shows, in a few words.
+    """
+
+    heading: str
+    cell: Callable[[MethodRow, MethodRow | None], str]
+    help: str = ""
 
 
-def milliseconds(value: float) -> str:
-    """Milliseconds with three digits, e.g. ``8.25``, ``82.5``, ``825``."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def latency(value: Percentiles | None) -> str:
-    """Median and 95th percentile, milliseconds, e.g. ``82.5 / 101``."""
-    return NONE if value is None else f"{milliseconds(value.p50)} / {milliseconds(value.p95)}"
-
-
-def decoding(summary: Summary) -> str:
-    """Mean passes per action by method, and drafted tokens that stood, e.g. ``dense 2.1 (1.2 of the draft stood)``."""
-    texts = []
-    for row in summary.methods:
-        if row.passes is not None:
-            stood = "" if row.accepted is None else f" ({row.accepted:.1f} of the draft stood)"
-            texts.append(f"{row.method} {row.passes:.1f}{stood}")
-    return ", ".join(texts)
-
-
-def memory(value: float | None) -> str:
-    """Megabytes, e.g. ``812 MB``."""
-    return NONE if value is None else f"{value:.0f} MB"
-
-
-def range_of_points(value: Interval | None) -> str:
-    """An interval of a difference in percentage points, e.g. ``[−8.0, +4.0]``."""
-    return NONE if value is None else f"[{points(value.low)}, {points(value.high)}]"
-
-
-def paired(value: Paired | None) -> str:
-    """Difference to dense in percentage points, interval and p-value, e.g. ``−2.0 [−8.0, +4.0] (p 0.125)``."""
-    if value is None:
-        return NONE
-    parts = [points(value.difference), range_of_points(value.interval), f"(p {p_value(value.p)})"]
-    return " ".join(part for part in parts if part != NONE)
-
-
-def success(row: MethodRow) -> str:
-    """Successes, trials, rate and interval, e.g. ``45/50  90.0 % [78.6, 95.7]``."""
+def solved(row: MethodRow) -> str:
+    """Write successes, trials, rate and interval, e.g. ``45/50 90.0 % [78.6, 95.7]``."""
     low, high = row.interval
-    return f"{row.successes}/{row.trials}  {percent(row.rate)} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{row.successes}/{row.trials} {write.percent(row.rate)}\n[{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def ratio(row: MethodRow) -> str:
-    """Cache ratio, nominal and effective."""
-    return f"{percent(row.ratio_nominal, 0)} / {percent(row.ratio_effective)}"
+def versus_dense(row: MethodRow) -> str:
+    """Write the paired difference in points, its p-value and interval, e.g. ``−2.0 (p 0.125) [−8.0, +4.0]``."""
+    if row.paired is None:
+        return NONE
+    interval = "" if row.paired.interval is None else f"\n{write.points_range(row.paired.interval)}"
+    return f"{write.points(row.paired.difference)} (p {write.p_value(row.paired.p)}){interval}"
 
 
-def terminal_tables(summary: Summary) -> tuple[Table, Table]:
-    """The run for the terminal: what was solved, and what it cost; one row per method in each."""
-    solved = Table(box=box.SIMPLE, caption=CAPTION)
-    lines = ["latency: p50 / p95 in ms over all frames; FLOPs = 2 x MACs, per frame; DIS flow is not counted in them"]
-    lines += [f"decoding passes behind the prefill: {text}" for text in filter(None, [decoding(summary)])]
-    cost = Table(box=box.SIMPLE, caption="\n".join(lines))
-    for table, headings in (
-        (solved, ("success", "vs dense, points", "ratio nom. / eff.")),
-        (cost, ("MACs", "FLOPs", *(window.replace("_", " ") for window in WINDOWS), "peak memory")),
-    ):
-        table.add_column("method", no_wrap=True)
-        for heading in headings:
-            table.add_column(heading, justify="right")
-    for row in summary.methods:
-        solved.add_row(row.method, success(row), paired(row.paired), ratio(row))
-        windows = [latency(row.latency.get(window)) for window in WINDOWS]
-        cost.add_row(row.method, count(row.macs), count(row.flops), *windows, memory(row.peak_memory_mb))
-    return solved, cost
+def net_speedup(row: MethodRow) -> str:
+    """Write the net speed-up and its interval, e.g. ``1.25 × [1.10, 1.41]``."""
+    if row.speedup is None:
+        return NONE
+    interval = row.speedup.interval
+    return write.times(row.speedup.ratio) + (f"\n[{interval.low:.2f}, {interval.high:.2f}]" if interval else "")
+
+
+def _window(name: str, meaning: str) -> Column:
+    def cell(row: MethodRow, dense: MethodRow | None) -> str:
+        own, reference = row.latency.get(name), dense.latency.get(name) if dense else None
+        faster = f"\n{write.times(reference.p50 / own.p50)}" if own and reference else ""
+        return write.latency(own) + faster
+
+    return Column(name.replace("_", " "), cell, meaning)
+
+
+def _of_metric(metric: Metric) -> Column:
+    def cell(row: MethodRow, _: MethodRow | None) -> str:
+        return metric.text(row.metrics[metric.name]) if metric.name in row.metrics else NONE
+
+    return Column(metric.heading, cell, metric.help)
+
+
+SUCCESS = (
+    Column("solved", lambda row, _: solved(row), "success rate; with few episodes the true one can lie anywhere in it"),
+    Column("vs dense, points", lambda row, _: versus_dense(row), "success rate minus that of dense, pair by pair"),
+)
+SPEEDUP = Column(
+    "net speed-up",
+    lambda row, _: net_speedup(row),
+    "time of the trials that both solved, dense over the method: observation to action, summed over an episode's calls",
+)
+TIME = tuple(_window(name, meaning) for name, meaning in WINDOWS.items())
+MEMORY = Column("peak memory", lambda row, _: write.memory(row.peak_memory_mb), "of the process so far, all methods")
+
+
+def metric_columns() -> tuple[Column, ...]:
+    """Make one column for every metric."""
+    return tuple(map(_of_metric, METRICS.values()))
+
+
+def run_notes(summary: Summary) -> list[str]:
+    """Say what the net speed-up of every method rests on, and how many actions were executed per call of the model."""
+    pairs = [f"{row.method} {row.speedup.pairs}" for row in summary.methods if row.speedup]
+    actions = {row.method: " or ".join(map(str, row.actions_per_call)) for row in summary.methods}
+    each = ", ".join(f"{method} {number}" for method, number in actions.items())
+    same = next(iter(actions.values())) if len(set(actions.values())) == 1 else each
+    return [
+        f"net speed-up: {SPEEDUP.help}. Pairs: {', '.join(pairs) or 'none'}. "
+        "Latencies of a run with several processes are not worth comparing",
+        f"actions per call of the model: {same}",
+    ]
 
 
 @dataclass(frozen=True)
@@ -115,24 +119,63 @@ class TextTable:
     """A table of texts, as the terminal and the report show it.
 
     Attributes:
-        title: What it is.
-        headings: Of its columns.
+        title: Its title.
+        headings: Headings of its columns.
         rows: Cells, row by row.
-        notes: Below it.
+        notes: Lines below it.
+        flagged: Indices of rows that stand out; a note says why.
     """
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    flagged: Collection[int] = ()
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        rows: Sequence[tuple[str, MethodRow | None]],
+        columns: Sequence[Column],
+        notes: Sequence[str],
+        flagged: Collection[int] = (),
+        dense: MethodRow | None = None,
+    ) -> TextTable:
+        """Fill a table of methods; a column in which nobody has a value is left out.
+
+        Args:
+            title: Its title.
+            rows: Label and numbers, ``None`` if the method was not run.
+            columns: Its columns.
+            notes: Lines below it.
+            flagged: Indices of flagged rows.
+            dense: The numbers of dense.
+        """
+        cells = [[NONE if row is None else column.cell(row, dense) for _, row in rows] for column in columns]
+        used = [k for k, column in enumerate(cells) if set(column) != {NONE}]
+        labels = [f"{label} {FLAG}" if index in flagged else label for index, (label, _) in enumerate(rows)]
+        headings = ("method", *(columns[k].heading for k in used))
+        return cls(title, headings, tuple(zip(labels, *(cells[k] for k in used), strict=True)), tuple(notes), flagged)
 
     def to_terminal(self) -> Table:
-        """For the terminal."""
+        """Make the terminal's table."""
         shown = Table(box=box.SIMPLE, title=self.title, title_justify="left", caption="\n".join(self.notes))
         shown.caption_justify = "left"
         for index, heading in enumerate(self.headings):
             word = max(map(len, heading.split()))
             shown.add_column(heading, justify="right" if index else "left", no_wrap=index == 0, min_width=word)
-        for cells in self.rows:
-            shown.add_row(*cells)
+        for index, cells in enumerate(self.rows):
+            shown.add_row(*cells, style="bold" if index in self.flagged else "")
         return shown
+
+
+def method_tables(summary: Summary) -> list[TextTable]:
+    """Make the tables of a run: what was solved, what every call did, and how long it took."""
+    rows, dense = [(row.method, row) for row in summary.methods], summary.row(DENSE)
+    explained = [f"{column.heading}: {column.help}" for column in metric_columns()]
+    return [
+        TextTable.of("Success", rows, (*SUCCESS, SPEEDUP), [SUCCESS_NOTE, *run_notes(summary)], dense=dense),
+        TextTable.of("Per call of the model", rows, metric_columns(), explained, dense=dense),
+        TextTable.of("Time", rows, (*TIME, MEMORY), [TIME_NOTE], dense=dense),
+    ]
