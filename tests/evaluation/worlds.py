@@ -62,6 +62,6 @@ def fake_worker(config: EvalConfig) -> worker.Worker:
 def outcomes(run: Path) -> list[Any]:
     """What an evaluation decides; not how long it took."""
     return [
-        (e.method, e.trial, e.success, e.steps, list(e.ratio_effective), list(e.oldest_age), list(e.macs))
+        (e.method, e.trial, e.success, e.steps, {name: list(values) for name, values in e.metrics.items()})
         for e in sorted(read_episodes(run / "episodes.jsonl"), key=lambda e: (e.method, e.trial))
     ]

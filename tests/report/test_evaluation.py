@@ -28,36 +28,39 @@ def test_the_table_shows_the_numbers_added_up_by_hand(page: Page) -> None:
     minus = "\N{MINUS SIGN}"
     assert page.row("dense") == [
         "dense",
-        "3/4",
-        "75.0 %",
-        "30.1 to 95.4",
+        "3/4 75.0 % [30.1, 95.4]",
         "-",
         "-",
         "0 %",
         "0.0 %",
-        "2.00 G",
-        "4.00 G",
-        "4.00 / 4.00",
-        "20.0 / 30.0",
-        "12.0 / 12.0",
+        "-",
+        "2.00 G 4.00 G",
+        "-",
+        "-",
+        "4.00 / 4.00 1.00 ×",
+        "20.0 / 30.0 1.00 ×",
+        "12.0 / 12.0 1.00 ×",
         "100 MB",
     ]
     assert page.row("motion-0.5") == [
         "motion-0.5",
-        "2/4",
-        "50.0 %",
-        "15.0 to 85.0",
-        f"{minus}25.0 [{minus}75.0, ±0.0]",
-        "1.000",
+        "2/4 50.0 % [15.0, 85.0]",
+        f"{minus}25.0 (p 1.000) [{minus}75.0, ±0.0]",
+        "2.00 ×",
         "50 %",
         "40.0 %",
-        "1.20 G",
-        "2.40 G",
-        "1.50 / 1.50",
-        "8.00 / 8.00",
-        "6.00 / 7.00",
+        "2",
+        "1.20 G 2.40 G",
+        "-",
+        "-",
+        "1.50 / 1.50 2.67 ×",
+        "8.00 / 8.00 2.50 ×",
+        "6.00 / 7.00 2.00 ×",
         "121 MB",
     ]
+    text = " ".join(page.text.split())
+    assert "Pairs: motion-0.5 2." in text
+    assert "actions per call of the model: 1" in text
     assert page.row("0")[2:] == ["2/2", "1/2"]
     assert page.row("1")[2:] == ["1/2", "1/2"]
     assert f"{minus}50 %" in page.text, "the median latency is halved"
@@ -116,7 +119,7 @@ def test_a_run_without_videos_dense_or_facts(run_dir: Path, tmp_path: Path) -> N
     ]
     (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bare))
     page = Page(build_report([tmp_path], tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert page.row("motion-0.5")[4:] == ["-"] * 10
+    assert page.row("motion-0.5")[2:] == ["-"] * 12
     assert "video" not in page.tags
     assert "Dense was not run" in page.text
 
@@ -148,7 +151,7 @@ def test_an_unwritable_place_is_named(run_dir: Path, tmp_path: Path) -> None:
 def test_a_browser_shows_the_table_and_plays_the_videos(html: Path, tmp_path: Path) -> None:
     shown = dump_dom(html, tmp_path)
     page = Page(shown)
-    assert page.row("motion-0.5")[1] == "2/4"
+    assert page.row("motion-0.5")[1].startswith("2/4")
     marks = re.findall(r'<figure[^>]*data-video="(\w+)"', shown)
     assert marks == ["playable"] * 4
     assert re.search(r'<html[^>]*data-overflow="false"', shown), "the page is wider than 1280 pixels"

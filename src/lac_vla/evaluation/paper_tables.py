@@ -101,7 +101,9 @@ def _setting(done: Reproduction, everything: Summary) -> TextTable:
     ]
     flagged = [index for index, (_, _, flag) in enumerate(rows) if flag]
     cells = tuple((f"{name} {FLAG}" if flag else name, words) for name, words, flag in rows)
-    return TextTable("Setting", ("", "value"), cells, (f"{FLAG} to be kept in mind with every number below",), flagged)
+    return TextTable(
+        "Setting", ("setting", "value"), cells, (f"{FLAG} to be kept in mind with every number below",), flagged
+    )
 
 
 def _labelled(rows: Sequence[Row], summary: Summary, wanted: int) -> tuple[Rows, list[str]]:
