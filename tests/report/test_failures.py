@@ -109,4 +109,8 @@ def test_few_of_many_losses_are_shown_and_those_of_different_tasks_first(run: Ru
     found = gallery(replace(run, episodes=episodes), {"motion-0.5": "red"})
     assert found is not None
     assert found["lost"] == 8
-    assert [(shown["task"], shown["init_state"]) for shown in found["shown"]] == [(0, 0), (1, 0), (0, 1)]
+    assert [(shown["episode"].task, shown["episode"].init_state) for shown in found["shown"]] == [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+    ]

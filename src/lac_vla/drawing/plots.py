@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,13 +16,13 @@ from lac_vla.results.stats import percentiles
 
 
 def interval_bar(rate: float, low: float, high: float, reference: float | None) -> str:
-    """A success rate with its interval on a line from 0 to 100 %.
+    """Draw a success rate with its interval on a line from 0 to 100 %.
 
     Args:
         rate: In [0, 1].
         low: Lower end of the interval.
         high: Upper end.
-        reference: Rate of dense, drawn as a thin upright line; ``None`` leaves it out.
+        reference: Success rate of dense, drawn as a thin upright line; ``None`` leaves it out.
 
     Returns:
         SVG.
@@ -37,11 +38,11 @@ def interval_bar(rate: float, low: float, high: float, reference: float | None) 
 
 
 def latency_panel(samples: Mapping[str, tuple[str, Sequence[float]]], label: str) -> str:
-    """Distributions of one latency window, one above the other.
+    """Draw the distributions of one latency window, one above the other.
 
     Args:
         samples: Method → its colour (CSS) and milliseconds.
-        label: What the panel shows, for readers who cannot see it.
+        label: Describes the panel to readers who cannot see it.
 
     Returns:
         SVG; empty if there are no samples.
@@ -87,46 +88,26 @@ def ratio_chart(
     effective: Mapping[str, tuple[str, Sequence[Sequence[float | None]]]],
     nominal: Mapping[str, Sequence[Sequence[float | None]]],
 ) -> str:
-    """Effective cache ratio over time: mean, and 10th to 90th percentile, of the episodes that still run.
+    """Draw the effective cache ratio over time: mean, and 10th to 90th percentile, of the episodes that still run.
 
     Args:
-        effective: Method → its colour (CSS), and per episode the ratio of every step, in [0, 1].
-        nominal: Method → per episode the ratio aimed at in every step; its mean is drawn dashed.
+        effective: Method → its colour (CSS), and per episode the ratio of every call, in [0, 1].
+        nominal: Method → per episode the ratio aimed at in every call; its mean is drawn dashed.
 
     Returns:
-        SVG; empty if there are no steps.
+        SVG; empty if there are fewer than two calls.
     """
-    steps = max((len(run) for _, runs in effective.values() for run in runs), default=0)
-    if steps < 2:
+    calls = max((len(run) for _, runs in effective.values() for run in runs), default=0)
+    if calls < 2:
         return ""
-    left, top, width, height = 46, 8, 1106, 240
-    span = steps - 1
-
-    def point(step: float, ratio: float) -> str:
-        return f"{left + width * step / span:.1f},{top + height * (1 - ratio):.1f}"
-
-    parts = []
-    for share in (0, 25, 50, 75, 100):
-        y = top + height * (1 - share / 100)
-        parts += [
-            svg.line("grid", left, left + width, y, y),
-            svg.text("tick", left - 6, y + 4, f"{share} %", "end"),
-        ]
-    for tick in svg.ticks(span):
-        parts.append(svg.text("tick", left + width * tick / span, top + height + 16, f"{tick:g}", "middle"))
+    area = Area((0, calls - 1), Axis.of([0, 1], wanted=4, share=True), width=1106, height=240)
+    parts = area.axes("call of the model in the episode")
     for name, (colour, runs) in effective.items():
         mean, low, high = _over_time(runs)
-        rim = [*enumerate(high), *reversed(list(enumerate(low)))]
-        band = [point(t, r) for t, r in rim if not math.isnan(r)]
-        style = f'style="--c:{colour}"'
-        parts.append(f'<polygon class="band" {style} points="{" ".join(band)}"/>')
+        parts.append(area.path("polygon", "band", colour, [*high, *reversed(low)]))
         aimed, _, _ = _over_time(nominal.get(name, ()))
-        for kind, line in (("aim", aimed), ("line", mean)):
-            drawn = " ".join(point(t, r) for t, r in enumerate(line) if not math.isnan(r))
-            if drawn:
-                parts.append(f'<polyline class="{kind}" {style} points="{drawn}"/>')
-    parts.append(svg.text("tick", left + width / 2, top + height + 33, "call of the model in the episode", "middle"))
-    return svg.picture(1160, top + height + 38, parts, "share of the computation that is reused, over time", "wide")
+        parts += [area.path("polyline", kind, colour, line) for kind, line in (("aim", aimed), ("line", mean)) if line]
+    return area.picture(parts, "share of the computation that is reused, over time", "wide")
 
 
 @dataclass(frozen=True)
@@ -134,8 +115,8 @@ class Curve:
     """One line of a :func:`curve_chart`.
 
     Attributes:
-        name: What it shows.
-        colour: CSS.
+        name: Its name.
+        colour: CSS colour.
         points: (step, value), by step.
         measured: Drawn strong, with a mark at every point; otherwise thin.
     """
@@ -156,13 +137,13 @@ def curve_chart(
     level: tuple[str, float] | None = None,
     border: tuple[str, float] | None = None,
 ) -> str:
-    """Metrics over the steps of a training run. The axis is logarithmic where positive values span a decade.
+    """Draw metrics over the steps of a training run; logarithmic where positive values span a decade.
 
     Args:
         curves: The lines.
-        label: What the chart shows, for readers who cannot see it.
+        label: Describes the chart to readers who cannot see it.
         steps: First and last step shown.
-        height: Of the plotting area.
+        height: Height of the plotting area, pixels.
         share: The values are shares: the axis goes from 0 to 100 %.
         level: Name and value of a level aimed at.
         border: Name and step of a mark between two parts of the run.
@@ -173,78 +154,127 @@ def curve_chart(
     values = [value for curve in curves for _, value in curve.points]
     if not values:
         return ""
-    left, top, width = 52.0, 10.0, 500.0
-    bottom, right = top + height, left + width
-    axis = _Axis.of([0.0, 1.0] if share else values, wanted=max(2, round(height / 45)), logarithmic=not share)
-    first, last = steps
-    span = max(1.0, last - first)
-
-    def x(step: float) -> float:
-        return left + width * (step - first) / span
-
-    def y(value: float) -> float:
-        return bottom - height * axis.place(value)
-
-    parts = []
-    for tick in axis.ticks:
-        text = f"{100 * tick:g} %" if share else f"{tick:g}"
-        parts += [svg.line("grid", left, right, y(tick), y(tick)), svg.text("tick", left - 6, y(tick) + 4, text, "end")]
-    every = svg.ticks(span)[-1] / max(1, len(svg.ticks(span)) - 1)
-    for number in range(math.ceil(first / every), math.floor(last / every) + 1):
-        parts.append(svg.text("tick", x(number * every), bottom + 16, f"{number * every:g}", "middle"))
+    axis = Axis.of([0.0, 1.0] if share else values, wanted=max(2, round(height / 45)), share=share, decades=not share)
+    area = Area(steps, axis, height=height)
+    parts = area.axes("step")
     if level is not None:
-        at = y(level[1])
-        parts += [svg.line("reference", left, right, at, at), svg.text("tick", right - 4, at - 5, level[0], "end")]
-    if border is not None and first < border[1] < last:
-        at = x(border[1])
-        parts += [svg.line("reference", at, at, top, bottom), svg.text("tick", at + 5, top + 10, border[0])]
+        parts += area.level(*level)
+    if border is not None and steps[0] < border[1] < steps[1]:
+        at, top = area.at(border[1], axis.high)
+        parts += [svg.line("reference", at, at, top, top + height), svg.text("tick", at + 5, top + 10, border[0])]
     for curve in curves:
-        style = f'style="--c:{curve.colour}"'
-        drawn = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.points)
-        parts.append(f'<polyline class="{"line" if curve.measured else "trace"}" {style} points="{drawn}"/>')
+        parts.append(area.path("polyline", "line" if curve.measured else "trace", curve.colour, curve.points))
         if curve.measured or len(curve.points) == 1:
             parts += [
-                f'<circle class="dot" {style} cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5">'
-                f"<title>{escape(curve.name)}, step {step:g}: {value:.4g}</title></circle>"
+                area.mark("dot", curve.colour, step, value, f"{curve.name}, step {step:g}: {value:.4g}")
                 for step, value in curve.points
             ]
-    parts.append(svg.text("tick", left + width / 2, bottom + 32, "step", "middle"))
-    return svg.picture(right + 8, bottom + 38, parts, label, "panel")
+    return area.picture(parts, label)
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """An upright axis: from a value to its place in [0, 1]."""
+class Axis:
+    """An upright axis: it turns a value into a place in [0, 1]."""
 
     low: float
     high: float
     ticks: list[float]
-    logarithmic: bool
+    share: bool = False
+    logarithmic: bool = False
 
     @classmethod
-    def of(cls, values: Sequence[float], *, wanted: int, logarithmic: bool) -> _Axis:
+    def of(cls, values: Sequence[float], *, wanted: int = 5, share: bool = False, decades: bool = False) -> Axis:
+        """Make an axis that shows 0 and all values, or with ``decades`` a logarithmic one if they span a decade."""
         low, high = min(values), max(values)
-        if logarithmic and low > 0 and high >= 10 * low:
+        if decades and low > 0 and high >= 10 * low:
             low, high = low / 1.2, high * 1.2
-            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
             factors = ((1, 2, 5), (1, 3), (1,))
-            marks = [[f * 10.0**d for d in decades for f in some if low <= f * 10.0**d <= high] for some in factors]
-            return cls(low, high, next((few for few in marks if len(few) <= wanted + 1), marks[-1]), True)
+            marks = [[f * 10.0**d for d in powers for f in some if low <= f * 10.0**d <= high] for some in factors]
+            few = next((few for few in marks if len(few) <= wanted + 1), marks[-1])
+            return cls(low, high, few, share, logarithmic=True)
         low = min(0.0, low)
-        return cls(low, high if high > low else low + 1, svg.ticks(max(high, 0.0), wanted), False)
+        return cls(low, high if high > low else low + 1, svg.ticks(max(high, 0.0), wanted), share)
 
     def place(self, value: float) -> float:
+        """Turn a value into its height, in [0, 1]."""
         if self.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
-def _over_time(runs: Sequence[Sequence[float | None]]) -> tuple[list[float], list[float], list[float]]:
-    """Per step, mean, 10th and 90th percentile over the runs that have a number there; NaN where none has."""
-    mean, low, high = [], [], []
-    for step in range(max((len(run) for run in runs), default=0)):
-        known = [value for run in runs if step < len(run) and (value := run[step]) is not None]
-        mean.append(float(np.mean(known)) if known else math.nan)
-        low.append(float(np.quantile(known, 0.1)) if known else math.nan)
-        high.append(float(np.quantile(known, 0.9)) if known else math.nan)
-    return mean, low, high
+@dataclass(frozen=True)
+class Area:
+    """A plotting area: values are drawn at their places, within two axes.
+
+    Attributes:
+        x: First and last value of the lower axis.
+        y: The upright axis.
+        width: Width without the axis's texts, pixels.
+        height: Height without the axis's texts, pixels.
+        share: The lower axis shows shares, as percentages.
+    """
+
+    x: tuple[float, float]
+    y: Axis
+    width: float = 500.0
+    height: float = 220.0
+    share: bool = False
+    left: ClassVar[float] = 52.0
+    top: ClassVar[float] = 20.0
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Give the pixel of a value."""
+        across = (x - self.x[0]) / max(1e-9, self.x[1] - self.x[0])
+        return self.left + self.width * across, self.top + self.height * (1 - self.y.place(y))
+
+    def axes(self, label: str) -> list[str]:
+        """Draw grid, ticks and the lower axis's label."""
+        first, last = self.x
+        left, right, bottom = self.left, self.left + self.width, self.top + self.height
+        parts = []
+        for tick in self.y.ticks:
+            _, y = self.at(first, tick)
+            parts += [
+                svg.line("grid", left, right, y, y),
+                svg.text("tick", left - 6, y + 4, _text(tick, self.y.share), "end"),
+            ]
+        every = [*svg.ticks(last - first), max(1.0, last - first)][1]
+        for number in range(math.ceil(first / every), math.floor(last / every) + 1):
+            x, _ = self.at(number * every, self.y.high)
+            parts.append(svg.text("tick", x, bottom + 16, _text(number * every, self.share), "middle"))
+        return [*parts, svg.text("tick", left + self.width / 2, bottom + 32, label, "middle")]
+
+    def level(self, name: str, value: float) -> list[str]:
+        """Draw a named level across the area."""
+        (left, y), right = self.at(self.x[0], value), self.left + self.width
+        return [svg.line("reference", left, right, y, y), svg.text("tick", right - 4, y - 5, name, "end")]
+
+    def path(self, tag: str, kind: str, colour: str, points: Sequence[tuple[float, float]]) -> str:
+        """Draw a ``polyline`` or a ``polygon`` of a class through points."""
+        drawn = " ".join("{:.1f},{:.1f}".format(*self.at(*point)) for point in points)
+        return f'<{tag} class="{kind}" style="--c:{colour}" points="{drawn}"/>'
+
+    def mark(self, kind: str, colour: str, x: float, y: float, words: str, radius: float = 3.5) -> str:
+        """Draw a point of a class that says its ``words`` under the pointer."""
+        at = 'cx="{:.1f}" cy="{:.1f}"'.format(*self.at(x, y))
+        return f'<circle class="{kind}" style="--c:{colour}" {at} r="{radius}"><title>{escape(words)}</title></circle>'
+
+    def picture(self, parts: Sequence[str], label: str, kind: str = "panel") -> str:
+        """Put the parts together; see :func:`lac_vla.drawing.svg.picture`."""
+        return svg.picture(self.left + self.width + 20, self.top + self.height + 38, parts, label, kind)
+
+
+def _text(tick: float, share: bool) -> str:
+    return f"{100 * tick:g} %" if share else f"{tick:g}"
+
+
+def _over_time(runs: Sequence[Sequence[float | None]]) -> list[list[tuple[float, float]]]:
+    """Give mean, 10th and 90th percentile as (call, value), over the runs that have a number there."""
+    lines: list[list[tuple[float, float]]] = [[], [], []]
+    for call in range(max((len(run) for run in runs), default=0)):
+        known = [value for run in runs if call < len(run) and (value := run[call]) is not None]
+        if known:
+            for line, value in zip(lines, (np.mean(known), *np.quantile(known, [0.1, 0.9])), strict=True):
+                line.append((call, float(value)))
+    return lines

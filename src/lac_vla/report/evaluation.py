@@ -116,7 +116,7 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         "notes": _notes(run),
         "table_notes": [TIME_NOTE, *run_notes(run.summary)],
         "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
-        "tasks": _tasks(run),
+        "tasks": run.summary.tasks,
         "names": [{"name": row.method, "colour": colours[row.method]} for row in rows],
         "latency": [
             {
@@ -129,7 +129,7 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         "ratio": _ratio(run, colours),
         "curve": tradeoff(run.summary, run.episodes, run.specs),
         "gallery": gallery(run, colours),
-        "trials": [_trial(run, group, colours) for group in shown],
+        "trials": [[_clip(run, episode, colours[episode.method]) for episode in group] for group in shown],
         "recorded": len(trials),
         "dense": dense is not None,
         "steps": sum(row.steps for row in rows),
@@ -149,29 +149,28 @@ def _column_groups() -> list[tuple[str, tuple[Column, ...]]]:
 
 
 def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> dict[str, Any]:
-    whole = row.latency.get(WHOLE)
     reference = dense if dense is not row else None
-    before = reference.latency.get(WHOLE) if reference else None
     policy = run.specs.get(row.method, "")
+    median, before = (of.latency[WHOLE].p50 if of and WHOLE in of.latency else None for of in (row, reference))
+    macs, macs_before = (of.metrics.get("macs") if of else None for of in (row, reference))
     return {
-        "name": row.method,
+        "row": row,
         "colour": colour,
         "policy": policy,
         "meaning": "computes everything in every frame" if row.method == DENSE else policy,
-        "successes": row.successes,
-        "trials": row.trials,
         "rate": write.percent(row.rate),
         "bar": plots.interval_bar(row.rate, *row.interval, reference.rate if reference else None),
-        "paired": row.paired,
         "cells": [[column.cell(row, dense) for column in columns] for _, columns in _column_groups()],
-        "effective": write.percent(row.ratio),
-        "oldest": row.metrics.get("oldest_age"),
-        "median": write.NONE if whole is None else f"{write.milliseconds(whole.p50)} ms",
-        "latency_change": _change(whole.p50 if whole else None, before.p50 if before else None),
-        "macs": write.count(row.metrics.get("macs")),
-        "macs_change": _change(row.metrics.get("macs"), reference.metrics.get("macs") if reference else None),
-        "speedup": write.NONE if row.speedup is None else write.times(row.speedup.ratio),
-        "steps": row.steps,
+        "tile": [
+            ("reused", write.percent(row.ratio), ""),
+            ("MACs a call", write.count(macs), _change(macs, macs_before)),
+            (
+                "median latency",
+                write.NONE if median is None else f"{write.milliseconds(median)} ms",
+                _change(median, before),
+            ),
+            ("net speed-up", write.NONE if row.speedup is None else write.times(row.speedup.ratio), ""),
+        ],
     }
 
 
@@ -188,19 +187,6 @@ def _notes(run: Run) -> list[str]:
     if run.altered and not any("rendering" in note.lower() for note in known):
         known.insert(0, f"Altered rendering ({run.rendering}): these are not the benchmark's own pixels.")
     return known
-
-
-def _tasks(run: Run) -> list[dict[str, Any]]:
-    names = [row.method for row in run.summary.methods]
-    rows = []
-    for task in run.summary.tasks:
-        outcomes = [task.outcomes.get(name) for name in names]
-        cells = [
-            {"text": f"{outcome[0]}/{outcome[1]}", "share": outcome[0] / outcome[1]} if outcome else None
-            for outcome in outcomes
-        ]
-        rows.append({"suite": task.suite, "task": task.task, "text": task.instruction, "cells": cells})
-    return rows
 
 
 def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tuple[str, list[float]]]:
@@ -230,29 +216,14 @@ def _shown(run: Run, trials: Sequence[list[EpisodeRecord]]) -> list[list[Episode
     return shown
 
 
-def _trial(run: Run, group: Sequence[EpisodeRecord], colours: Mapping[str, str]) -> dict[str, Any]:
-    first = group[0]
-    return {
-        "suite": first.suite,
-        "task": first.task,
-        "instruction": first.instruction,
-        "init_state": first.init_state,
-        "seed": first.seed,
-        "episodes": [_clip(run, episode, colours[episode.method]) for episode in group],
-    }
-
-
 def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
     path = run.folder / str(episode.video)
     frames = sample_frames(path, 4)  # the first is dense with every method: nothing to see
     strip = filmstrip(frames[1:] or frames, 3)
     ratios = [value for value in episode.metrics.get("ratio_effective", ()) if value is not None]
     return {
-        "method": episode.method,
+        "episode": episode,
         "colour": colour,
-        "success": episode.success,
-        "steps": episode.steps,
-        "horizon": episode.horizon,
         "ratio": write.percent(float(np.mean(ratios)) if ratios else None, 0),
         "video": base64.b64encode(path.read_bytes()).decode(),
         "strip": jpeg_base64(cv2.resize(strip, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)),

@@ -1,4 +1,4 @@
-"""Episodes that dense solves and a method loses: what was reused in them, and how old it was at the end."""
+"""Episodes that dense solves and a method loses are shown with what was reused in them, and how old it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PER_METHOD = 3
 
 
 def lost(run: Run) -> list[tuple[EpisodeRecord, EpisodeRecord]]:
-    """Pairs of dense's episode, solved, and a method's, not solved, in the order of methods, tasks and states."""
+    """Pair dense's episode, solved, with a method's, not solved, in the order of methods, tasks and states."""
     solved: dict[Trial, EpisodeRecord] = {e.trial: e for e in run.episodes if e.method == DENSE and e.success}
     order = {row.method: index for index, row in enumerate(run.summary.methods)}
     failed = [e for e in run.episodes if e.method != DENSE and not e.success and e.trial in solved]
@@ -22,7 +22,7 @@ def lost(run: Run) -> list[tuple[EpisodeRecord, EpisodeRecord]]:
 
 
 def gallery(run: Run, colours: dict[str, str]) -> dict[str, Any] | None:
-    """What the page shows of lost episodes; ``None`` if none was lost.
+    """Collect the lost episodes that the page shows; ``None`` if none was lost.
 
     Args:
         run: The run.
@@ -37,16 +37,6 @@ def gallery(run: Run, colours: dict[str, str]) -> dict[str, Any] | None:
         tasks = {e.task: (d, e) for d, e in reversed(pictured)}  # one of each task first
         rest = [pair for pair in pictured if pair not in tasks.values()]
         for dense, episode in [*(tasks[task] for task in sorted(tasks)), *rest][:PER_METHOD]:
-            shown.append(
-                {
-                    "method": method,
-                    "colour": colours[method],
-                    "task": episode.task,
-                    "init_state": episode.init_state,
-                    "instruction": episode.instruction,
-                    "dense_steps": dense.steps,
-                    "steps": episode.steps,
-                    "picture": base64.b64encode((run.folder / str(episode.failure)).read_bytes()).decode(),
-                }
-            )
+            picture = base64.b64encode((run.folder / str(episode.failure)).read_bytes()).decode()
+            shown.append({"dense": dense, "episode": episode, "colour": colours[method], "picture": picture})
     return {"lost": len(pairs), "shown": shown}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lac_vla.errors import InputError
+from lac_vla.results.files import read_object
 from lac_vla.results.records import EpisodeRecord, Trial, read_episodes
 from lac_vla.results.summary import Summary, summarize
 
@@ -40,12 +40,7 @@ class Run:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the folder of a run of 'lac eval'")
         path = folder / "summary.json"
-        try:
-            metadata = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}): resume the run, it writes it again") from error
-        if not isinstance(metadata, dict):
-            raise InputError(f"{path} holds no JSON object: resume the run, it writes it again")
+        metadata = read_object(path, "lac eval") if path.exists() else {}
         episodes = read_episodes(folder / "episodes.jsonl")
         return cls(folder, metadata, episodes, summarize(episodes))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from lac_vla.drawing import svg
+from lac_vla.drawing.plots import Area, Axis
 from lac_vla.errors import InputError
 from lac_vla.policies import PolicySpec
 from lac_vla.results.records import WHOLE, EpisodeRecord
@@ -21,7 +21,7 @@ SWEPT: Mapping[str, frozenset[str]] = {
 }
 """Options that make a policy reuse more or less, where that is not ``ratio``."""
 COLOURS = 6
-"""Of the page's palette, without dense's."""
+"""The page's palette has so many colours beside dense's."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Point:
     """One method.
 
     Attributes:
-        name: The method's.
+        name: Name of the method.
         x: Effective cache ratio, in [0, 1].
-        y: What is shown over it.
+        y: The value shown over it.
         low: Lower end of the error bar.
-        high: Its upper end.
+        high: Upper end of the error bar.
         nominal: Whether the method can be set to reuse more or less: such points are joined.
     """
 
@@ -50,12 +50,12 @@ Family = tuple[str, str, list[Point]]
 
 
 def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping[str, str]) -> dict[str, Any] | None:
-    """The two charts of a run.
+    """Draw the two charts of a run.
 
     Args:
         summary: Its numbers.
-        episodes: What they were made of.
-        specs: Method → its policy as on a command line: methods that differ in what sets their ratio are one line.
+        episodes: Its episodes.
+        specs: Method → its policy as on a command line: methods that differ in nothing but their ratio are one line.
 
     Returns:
         ``families`` (name and colour), ``success`` and ``latency`` (SVG), ``trials`` (how many a point has, as a text);
@@ -87,11 +87,11 @@ def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping
 
 
 def tradeoff_chart(families: Sequence[Family], unit: str, *, share: bool, dense: float | None) -> str:
-    """Points with error bars over the effective cache ratio; those of a family with a nominal ratio are joined.
+    """Draw points with error bars over the effective cache ratio; those of a family with a nominal ratio are joined.
 
     Args:
         families: The methods.
-        unit: What is shown.
+        unit: Unit of the values.
         share: The values are shares: the axis goes from 0 to 100 %.
         dense: Dense's value, a dashed line; ``None`` leaves it out.
 
@@ -101,45 +101,27 @@ def tradeoff_chart(families: Sequence[Family], unit: str, *, share: bool, dense:
     points = [point for _, _, family in families for point in family]
     if not points:
         return ""
-    left, top, width, height = 52.0, 20.0, 500.0, 260.0
     limit = 1.0 if share else 1.08 * max([point.high for point in points] + ([dense] if dense else []))
-
-    def x(ratio: float) -> float:
-        return left + width * ratio
-
-    def y(value: float) -> float:
-        return top + height * (1 - value / (limit or 1.0))
-
-    parts = []
-    for tick in svg.ticks(limit):
-        words = f"{100 * tick:g} %" if share else f"{tick:g}"
-        parts.append(svg.line("grid", left, left + width, y(tick), y(tick)))
-        parts.append(svg.text("tick", left - 6, y(tick) + 4, words, "end"))
-    for tick in svg.ticks(1.0):
-        parts.append(svg.text("tick", x(tick), top + height + 16, f"{100 * tick:g} %", "middle"))
+    area = Area((0.0, 1.0), Axis.of([0.0, limit], share=share), height=260, share=True)
+    parts = area.axes("effective cache ratio")
     if dense is not None:
-        parts.append(svg.line("reference", left, left + width, y(dense), y(dense)))
-        parts.append(svg.text("tick", left + 4, y(dense) - 6, "dense"))
+        parts += area.level("dense", dense)
     for name, colour, family in families:
-        style = f'style="--c:{colour}"'
-        joined = sorted((point for point in family if point.nominal), key=lambda point: point.x)
+        joined = sorted((point.x, point.y) for point in family if point.nominal)
         if len(joined) > 1:
-            drawn = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in joined)
-            parts.append(f'<polyline class="line" {style} points="{drawn}"/>')
+            parts.append(area.path("polyline", "line", colour, joined))
         for point in family:
-            at, words = x(point.x), f"{name}, {point.name}: {100 * point.x:.1f} % reused, "
+            (at, low), (_, high) = area.at(point.x, point.low), area.at(point.x, point.high)
+            parts.append(svg.line("whisker", at, at, low, high, colour))
+            words = f"{name}, {point.name}: {100 * point.x:.1f} % reused, "
             words += f"{100 * point.y:.1f} %" if share else f"{point.y:.3g} {unit}"
-            parts.append(svg.line("whisker", at, at, y(point.low), y(point.high), colour))
-            parts.append(
-                f'<circle class="{"dot" if point.nominal else "dot own"}" {style} cx="{at:.1f}" '
-                f'cy="{y(point.y):.1f}" r="{4 if point.nominal else 5.5}"><title>{escape(words)}</title></circle>'
-            )
-    parts.append(svg.text("tick", left + width / 2, top + height + 32, "effective cache ratio", "middle"))
-    return svg.picture(left + width + 20, top + height + 38, parts, f"{unit} over the effective cache ratio", "panel")
+            kind, radius = ("dot", 4.0) if point.nominal else ("dot own", 5.5)
+            parts.append(area.mark(kind, colour, point.x, point.y, words, radius))
+    return area.picture(parts, f"{unit} over the effective cache ratio")
 
 
 def _family(spec: str) -> tuple[str, bool]:
-    """A spec without what sets its ratio, and whether it can be set: ``motion:ratio=.5``: ``motion``, yes."""
+    """Strip a spec of options that set its ratio, and say if it has any: ``motion:ratio=.5``: ``motion``, yes."""
     try:
         parsed = PolicySpec.parse(spec)
     except InputError:  # a run of other software may describe its methods in words
@@ -154,7 +136,7 @@ def _success(row: MethodRow, nominal: bool) -> Point:
 
 
 def _latency(row: MethodRow, nominal: bool, episodes: Sequence[EpisodeRecord]) -> Point | None:
-    """Median over all frames, with the range of their middle half."""
+    """Give the median over all calls, with the range of their middle half."""
     samples = [ms for e in episodes if e.method == row.method for ms in e.latency_ms.get(WHOLE, ())]
     if not samples:
         return None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from lac_vla.errors import InputError
+from lac_vla.results.files import read_lines
 from lac_vla.results.metrics import METRICS
 
 Trial: TypeAlias = tuple[str, int, int, int, str]
@@ -115,21 +115,12 @@ def read_episodes(path: str | Path) -> list[EpisodeRecord]:
     Raises:
         InputError: If the file is missing, another line is damaged, or an episode stands there twice.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give the folder of a run of 'lac eval'") from error
     records: list[EpisodeRecord] = []
-    seen: set[tuple[str, Trial]] = set()
-    for number, line in _lines(text):
-        try:
-            record = EpisodeRecord.from_json(json.loads(line))
-        except (json.JSONDecodeError, AttributeError, TypeError, InputError) as error:
-            raise InputError(f"{path}, line {number}: {error}; take the line away and resume the run") from error
-        if (record.method, record.trial) in seen:
+    known: set[tuple[str, Trial]] = set()
+    for number, record in read_lines(Path(path), "lac eval", EpisodeRecord.from_json):
+        if (record.method, record.trial) in known:
             raise InputError(f"{path}, line {number}: this episode stands there twice; take one away")
-        seen.add((record.method, record.trial))
+        known.add((record.method, record.trial))
         records.append(record)
     return records
 
@@ -151,10 +142,3 @@ def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:
     if any(record.stress != stress for record in records):  # before records said it, those of a stress had ""
         raise InputError(f"{path} holds episodes that are not marked {stress!r}, of an older version: another --out")
     return {(record.method, record.task, record.init_state) for record in records}
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    whole, _, _ = text.rpartition("\n")
-    for number, line in enumerate(whole.split("\n"), start=1):
-        if line.strip():
-            yield number, line
