@@ -159,7 +159,7 @@ def _verbs() -> dict[str, Callable[..., Any]]:
         console.print(f"report: {page}")
 
     def bench(config: Annotated[BenchConfig, _flat()]) -> None:
-        """Where the milliseconds of a frame go: three windows, every stage, interleaved with the stock model."""
+        """Measure the milliseconds of a frame: three windows, every stage, interleaved with the stock model."""
         for table in bench_tables(run_bench(config)):
             console.print(table)
 
@@ -261,7 +261,7 @@ def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
 def _report_reproduction(done: "Reproduction") -> None:
     from lac_vla.evaluation.paper_tables import paper_tables
     from lac_vla.policies import paths_by_name
-    from lac_vla.report import Opening, build_report, tradeoff
+    from lac_vla.report import build_report, tradeoff
     from lac_vla.results.summary import summarize
 
     tables = paper_tables(done)
@@ -273,7 +273,7 @@ def _report_reproduction(done: "Reproduction") -> None:
     config = done.config
     runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]
     title = "The paper's LIBERO tables on one model"
-    page = build_report(runs, config.out / "report.html", title=title, opening=Opening(tables, curve))
+    page = build_report(runs, config.out / "report.html", title=title, tables=tables, curve=curve)
     console.print(f"report: {page}")
 
 

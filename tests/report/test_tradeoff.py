@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from lac_vla.report import Opening, build_report, tradeoff
+from lac_vla.report import build_report, tradeoff
 from lac_vla.results.records import EpisodeRecord
 from lac_vla.results.summary import summarize
 from lac_vla.results.table import FLAG, TextTable
@@ -130,8 +130,7 @@ def test_tables_over_all_runs_come_first(run_dir: Path, tmp_path: Path) -> None:
     table = TextTable("Table 1: of <this> model", ("method", "solved"), rows, ("* incomplete",), flagged=[1])
     played = episodes(*SPECS)
     curve = tradeoff(summarize(played), played, SPECS)
-    opening = Opening([table], curve)
-    html = build_report([run_dir], tmp_path / "report.html", opening=opening)
+    html = build_report([run_dir], tmp_path / "report.html", tables=[table], curve=curve)
     page = Page(html.read_text(encoding="utf-8"))
     assert page.row("LAC *") == ["LAC *", "3/4"]
     assert html.read_text(encoding="utf-8").count('<tr class="flagged">') == 1

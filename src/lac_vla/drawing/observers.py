@@ -30,15 +30,11 @@ class EpisodeVideo:
     """
 
     def __init__(self, path: str | Path, method: str, fps: int = 20, actions_per_call: int = 1) -> None:
+        self.path = Path(path)
         self._file = VideoFile(path, fps)
         self._method, self._fps, self._actions_per_call = method, fps, actions_per_call
         self._steps = 0
         self._last: UInt8Image | None = None
-
-    @property
-    def path(self) -> Path:
-        """Path of the file."""
-        return self._file.path
 
     def add(self, frame: Frame, step: StepInfo) -> None:
         """Add a call of the model; see :class:`lac_vla.engine.step_info.StepObserver`."""

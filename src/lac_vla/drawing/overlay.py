@@ -85,7 +85,7 @@ def heat(image: UInt8Image, scores: FloatArray, scale: tuple[float, float], *, h
 
 
 def heat_colours(n: int = 8) -> list[tuple[int, int, int]]:
-    """The colours of :func:`heat` from darkest to brightest, RGB."""
+    """List the colours of :func:`heat` from darkest to brightest, RGB."""
     ramp = _paint(np.linspace(0, 255, n).round().astype(np.uint8)[None])[0]
     return [(int(red), int(green), int(blue)) for red, green, blue in ramp]
 
@@ -93,13 +93,13 @@ def heat_colours(n: int = 8) -> list[tuple[int, int, int]]:
 def saliency_strip(
     images: UInt8Image, scores: FloatArray, active: BoolArray, scale: tuple[float, float], *, height: int = 224
 ) -> UInt8Image:
-    """Consecutive frames of one camera, a column each: the image, its saliency, and what is recomputed.
+    """Draw consecutive frames of one camera, a column each: the image, its saliency, and what is recomputed.
 
     Args:
         images: uint8, (n, H, W, 3), n at least 1.
         scores: (n, rows, cols).
         active: Recomputed, (n, rows, cols).
-        scale: As in :func:`heat`.
+        scale: The scores that are darkest and brightest, see :func:`heat`.
         height: Least height of every picture, pixels.
 
     Returns:

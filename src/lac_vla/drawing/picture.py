@@ -19,13 +19,13 @@ _GAP = 6
 
 
 def stacked(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
-    """As :func:`side_by_side`, from top to bottom."""
+    """Put pictures below each other; see :func:`side_by_side`."""
     turned = side_by_side([picture.swapaxes(0, 1) for picture in pictures], gap)
     return np.ascontiguousarray(turned.swapaxes(0, 1))
 
 
 def side_by_side(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
-    """Pictures from left to right on a dark ground, aligned at their tops.
+    """Put pictures side by side on a dark ground, aligned at their tops.
 
     Args:
         pictures: uint8, H×W×3, of any sizes; at least one.
@@ -45,7 +45,7 @@ def side_by_side(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
 
 
 def caption(picture: UInt8Image, left: str, right: str = "") -> UInt8Image:
-    """The picture under a dark strip with one line of text, at its left and right end.
+    """Put a dark strip with one line of text, at its left and right end, above a picture.
 
     Args:
         picture: uint8, H×W×3.
@@ -68,11 +68,11 @@ def caption(picture: UInt8Image, left: str, right: str = "") -> UInt8Image:
 
 
 def filmstrip(frames: Sequence[UInt8Image], n: int = 6) -> UInt8Image:
-    """Some frames of an episode, evenly spread, the first and the last among them.
+    """Put some frames of an episode side by side, evenly spread, the first and the last among them.
 
     Args:
         frames: uint8, H×W×3; at least one.
-        n: How many to show, if there are so many.
+        n: Number of frames to show, if there are so many.
 
     Returns:
         uint8, the frames side by side.

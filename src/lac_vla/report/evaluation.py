@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.runs import Run
 from lac_vla.report.tradeoff import tradeoff
 from lac_vla.results import format as write
-from lac_vla.results.records import WHOLE, EpisodeRecord
+from lac_vla.results.records import EpisodeRecord
 from lac_vla.results.summary import DENSE, MethodRow
 from lac_vla.results.table import (
     MEMORY,
@@ -39,23 +38,13 @@ from lac_vla.results.table import (
 COLOURS = 7
 """Colours of the page's palette; the first is dense's."""
 
+TILE = ("ratio, effective", "MACs, FLOPs", "observation to action", "net speed-up")
+"""Columns that a method's tile shows, too."""
+
 VIDEO_TRIALS = 6
 """At most so many trials are shown as videos."""
 VIDEO_MB = 40
 """All videos of a run together are at most so large."""
-
-
-@dataclass(frozen=True)
-class Opening:
-    """The part of a page before its runs.
-
-    Attributes:
-        tables: Tables over all runs.
-        curve: The trade-off over all runs, see :func:`lac_vla.report.tradeoff.tradeoff`.
-    """
-
-    tables: Sequence[TextTable] = ()
-    curve: Mapping[str, Any] | None = None
 
 
 def build_report(
@@ -63,7 +52,8 @@ def build_report(
     out_html: str | Path,
     *,
     title: str | None = None,
-    opening: Opening | None = None,
+    tables: Sequence[TextTable] = (),
+    curve: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the report of one or several runs.
 
@@ -71,7 +61,8 @@ def build_report(
         run_dirs: Folders of runs: ``episodes.jsonl``, ``summary.json``, ``videos/``.
         out_html: The page to write; its folder is created.
         title: Heading of the page.
-        opening: What the page says first, if it is about more than the runs one by one.
+        tables: Tables over all runs, shown first.
+        curve: The trade-off over all runs, see :func:`lac_vla.report.tradeoff.tradeoff`, shown behind them.
 
     Returns:
         The page's path.
@@ -88,7 +79,8 @@ def build_report(
         "evaluation.html.j2",
         out_html,
         title=title or "Visual token caching: evaluation report",
-        opening=opening or Opening(),
+        tables=tables,
+        curve=curve,
         runs=[_run(run, number) for number, run in enumerate(runs)],
         groups=groups,
         columns=[column for _, columns in groups for column in columns],
@@ -113,7 +105,7 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         "setting": setting(run.metadata),
         "altered": run.altered,
         "rendering": run.rendering,
-        "notes": _notes(run),
+        "notes": run.metadata.get("notes", []),
         "table_notes": [TIME_NOTE, *run_notes(run.summary)],
         "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
         "tasks": run.summary.tasks,
@@ -151,8 +143,7 @@ def _column_groups() -> list[tuple[str, tuple[Column, ...]]]:
 def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> dict[str, Any]:
     reference = dense if dense is not row else None
     policy = run.specs.get(row.method, "")
-    median, before = (of.latency[WHOLE].p50 if of and WHOLE in of.latency else None for of in (row, reference))
-    macs, macs_before = (of.metrics.get("macs") if of else None for of in (row, reference))
+    cells = {column.heading: column.cell(row, dense) for _, columns in _column_groups() for column in columns}
     return {
         "row": row,
         "colour": colour,
@@ -160,33 +151,9 @@ def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> d
         "meaning": "computes everything in every frame" if row.method == DENSE else policy,
         "rate": write.percent(row.rate),
         "bar": plots.interval_bar(row.rate, *row.interval, reference.rate if reference else None),
-        "cells": [[column.cell(row, dense) for column in columns] for _, columns in _column_groups()],
-        "tile": [
-            ("reused", write.percent(row.ratio), ""),
-            ("MACs a call", write.count(macs), _change(macs, macs_before)),
-            (
-                "median latency",
-                write.NONE if median is None else f"{write.milliseconds(median)} ms",
-                _change(median, before),
-            ),
-            ("net speed-up", write.NONE if row.speedup is None else write.times(row.speedup.ratio), ""),
-        ],
+        "cells": cells,
+        "tile": [(heading, cells[heading]) for heading in TILE],
     }
-
-
-def _change(value: float | None, reference: float | None) -> str:
-    """Relative change in whole percent, with its sign; empty where there is nothing to compare."""
-    if value is None or not reference:
-        return ""
-    return f"{100 * (value / reference - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
-
-
-def _notes(run: Run) -> list[str]:
-    notes = run.metadata.get("notes", [])
-    known = [str(note) for note in notes] if isinstance(notes, list) else [str(notes)]
-    if run.altered and not any("rendering" in note.lower() for note in known):
-        known.insert(0, f"Altered rendering ({run.rendering}): these are not the benchmark's own pixels.")
-    return known
 
 
 def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tuple[str, list[float]]]:
@@ -234,7 +201,7 @@ def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
 
 
 def _colours(methods: Sequence[str]) -> dict[str, str]:
-    """Method → CSS colour: dense is grey, the others take the palette's in turn."""
+    """Give every method its CSS colour: dense is grey, the others take the palette's in turn."""
     cached = [method for method in methods if method != DENSE]
     numbers = {method: 1 + index % (COLOURS - 1) for index, method in enumerate(cached)}
     return {method: f"var(--m{numbers.get(method, 0)})" for method in methods}

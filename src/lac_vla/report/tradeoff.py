@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,29 +23,10 @@ COLOURS = 6
 """The page's palette has so many colours beside dense's."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One method.
-
-    Attributes:
-        name: Name of the method.
-        x: Effective cache ratio, in [0, 1].
-        y: The value shown over it.
-        low: Lower end of the error bar.
-        high: Upper end of the error bar.
-        nominal: Whether the method can be set to reuse more or less: such points are joined.
-    """
-
-    name: str
-    x: float
-    y: float
-    low: float
-    high: float
-    nominal: bool
-
-
-Family = tuple[str, str, list[Point]]
-"""Name, colour (CSS) and points of a method at several ratios."""
+Family = tuple[str, str, list[tuple[MethodRow, bool]]]
+"""Name, colour (CSS), and the methods at several ratios: whether one can be set to reuse more or less."""
+Bar = tuple[float, float, float]
+"""A value, and the ends of its error bar."""
 
 
 def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping[str, str]) -> dict[str, Any] | None:
@@ -64,59 +44,73 @@ def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping
     reusing = [row for row in summary.methods if row.method != DENSE and row.ratio is not None]
     if len(reusing) < 2:
         return None
-    dense = summary.row(DENSE)
     grouped: dict[str, list[tuple[MethodRow, bool]]] = {}
     for row in reusing:
         name, nominal = _family(specs.get(row.method, row.method))
         grouped.setdefault(name, []).append((row, nominal))
-    colours = {name: f"var(--m{1 + index % COLOURS})" for index, name in enumerate(grouped)}
-    success: list[Family] = []
-    latency: list[Family] = []
-    for name, rows in grouped.items():
-        success.append((name, colours[name], [_success(row, nominal) for row, nominal in rows]))
-        timed = [_latency(row, nominal, episodes) for row, nominal in rows]
-        latency.append((name, colours[name], [point for point in timed if point is not None]))
-    before = dense.latency.get(WHOLE) if dense else None
+    families = [(name, f"var(--m{1 + k % COLOURS})", rows) for k, (name, rows) in enumerate(grouped.items())]
+    samples = {
+        row.method: [ms for e in episodes if e.method == row.method for ms in e.latency_ms.get(WHOLE, ())]
+        for row in summary.methods
+    }
+
+    def latency(row: MethodRow) -> Bar | None:
+        """Give the median over all calls, with the range of their middle half."""
+        if not samples[row.method]:
+            return None
+        low, middle, high = np.percentile(samples[row.method], [25, 50, 75])
+        return float(middle), float(low), float(high)
+
     fewest, most = min(row.trials for row in reusing), max(row.trials for row in reusing)
+    dense = summary.row(DENSE)
     return {
         "trials": str(most) if fewest == most else f"{fewest} to {most}",
-        "families": [{"name": name, "colour": colour} for name, colour in colours.items()],
-        "success": tradeoff_chart(success, "solved", share=True, dense=dense.rate if dense else None),
-        "latency": tradeoff_chart(latency, "ms", share=False, dense=before.p50 if before else None),
+        "families": [{"name": name, "colour": colour} for name, colour, _ in families],
+        "success": tradeoff_chart(families, lambda row: (row.rate, *row.interval), "solved", dense, share=True),
+        "latency": tradeoff_chart(families, latency, "ms", dense, share=False),
     }
 
 
-def tradeoff_chart(families: Sequence[Family], unit: str, *, share: bool, dense: float | None) -> str:
+def tradeoff_chart(
+    families: Sequence[Family],
+    value: Callable[[MethodRow], Bar | None],
+    unit: str,
+    dense: MethodRow | None,
+    *,
+    share: bool,
+) -> str:
     """Draw points with error bars over the effective cache ratio; those of a family with a nominal ratio are joined.
 
     Args:
         families: The methods.
+        value: Gives a method's value with its error bar, or ``None``.
         unit: Unit of the values.
+        dense: Dense, whose value is a dashed line; ``None`` leaves it out.
         share: The values are shares: the axis goes from 0 to 100 %.
-        dense: Dense's value, a dashed line; ``None`` leaves it out.
 
     Returns:
         SVG; empty if there are no points.
     """
-    points = [point for _, _, family in families for point in family]
-    if not points:
+    bars = {row.method: bar for _, _, rows in families for row, _ in rows if (bar := value(row)) is not None}
+    if not bars:
         return ""
-    limit = 1.0 if share else 1.08 * max([point.high for point in points] + ([dense] if dense else []))
+    level = value(dense) if dense else None
+    limit = 1.0 if share else 1.08 * max([high for _, _, high in bars.values()] + ([level[0]] if level else []))
     area = Area((0.0, 1.0), Axis.of([0.0, limit], share=share), height=260, share=True)
-    parts = area.axes("effective cache ratio")
-    if dense is not None:
-        parts += area.level("dense", dense)
-    for name, colour, family in families:
-        joined = sorted((point.x, point.y) for point in family if point.nominal)
+    parts = area.axes("effective cache ratio") + (area.level("dense", level[0]) if level else [])
+    for name, colour, rows in families:
+        points = [(row, row.ratio or 0.0, nominal) for row, nominal in rows if row.method in bars]
+        joined = sorted((ratio, bars[row.method][0]) for row, ratio, nominal in points if nominal)
         if len(joined) > 1:
             parts.append(area.path("polyline", "line", colour, joined))
-        for point in family:
-            (at, low), (_, high) = area.at(point.x, point.low), area.at(point.x, point.high)
+        for row, ratio, nominal in points:
+            middle, *ends = bars[row.method]
+            (at, low), (_, high) = (area.at(ratio, end) for end in ends)
             parts.append(svg.line("whisker", at, at, low, high, colour))
-            words = f"{name}, {point.name}: {100 * point.x:.1f} % reused, "
-            words += f"{100 * point.y:.1f} %" if share else f"{point.y:.3g} {unit}"
-            kind, radius = ("dot", 4.0) if point.nominal else ("dot own", 5.5)
-            parts.append(area.mark(kind, colour, point.x, point.y, words, radius))
+            words = f"{name}, {row.method}: {100 * ratio:.1f} % reused, "
+            words += f"{100 * middle:.1f} %" if share else f"{middle:.3g} {unit}"
+            kind, radius = ("dot", 4.0) if nominal else ("dot own", 5.5)
+            parts.append(area.mark(kind, colour, ratio, middle, words, radius))
     return area.picture(parts, f"{unit} over the effective cache ratio")
 
 
@@ -129,16 +123,3 @@ def _family(spec: str) -> tuple[str, bool]:
     swept = SWEPT.get(parsed.name, frozenset({"ratio"}))
     rest = [f"{key}={value}" for key, value in parsed.options.items() if key not in swept]
     return " ".join([parsed.name, *rest]), parsed.name in SWEPT or "ratio" in parsed.options
-
-
-def _success(row: MethodRow, nominal: bool) -> Point:
-    return Point(row.method, row.ratio or 0.0, row.rate, row.interval.low, row.interval.high, nominal)
-
-
-def _latency(row: MethodRow, nominal: bool, episodes: Sequence[EpisodeRecord]) -> Point | None:
-    """Give the median over all calls, with the range of their middle half."""
-    samples = [ms for e in episodes if e.method == row.method for ms in e.latency_ms.get(WHOLE, ())]
-    if not samples:
-        return None
-    low, middle, high = np.percentile(samples, [25, 50, 75])
-    return Point(row.method, row.ratio or 0.0, float(middle), float(low), float(high), nominal)

@@ -22,6 +22,14 @@ LOSS = {
     "distill": "divergence of the actions from those of the dense pass of the same model",
     "demo": "the model's own loss on the recorded actions",
 }
+HINTS = {
+    "alignment": "How far the saliency is from the attention of the dense model. Stage II does not train on it: there "
+    "it shows how far the selector moves away.",
+    "task": "Reusing less lowers it too: read it together with the ratio.",
+    "ratio": "Expected is the predictor's mean over its candidates; chosen is what was reused: sampled in training, "
+    "the likeliest candidate on held-out frames, as at inference.",
+    "lam": "Weight of the reward for reuse: it grows while the expected ratio is below the target.",
+}
 ELSEWHERE = {"out", "store", "tensorboard"}
 """Settings that do not bear on the result."""
 BLUE, ORANGE, GREEN, GREY = "var(--m1)", "var(--m2)", "var(--m3)", "var(--m0)"
@@ -52,8 +60,7 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
         setting=setting(metadata),
         notes=_notes(found),
         tiles=_tiles(found),
-        panels=_panels(found),
-        small=_small_panels(found),
+        cards=_cards(found),
         saliency=_saliency(found.saliency),
         settings=[
             (key.replace("_", " "), _setting(value)) for key, value in found.config.items() if key not in ELSEWHERE
@@ -114,85 +121,43 @@ def _notes(run: TrainingRun) -> list[str]:
 def _tiles(run: TrainingRun) -> list[tuple[str, str, str, str, str]]:
     """Give name, meaning, number, comment and colour of every tile."""
     loss, target = str(run.config.get("loss", NONE)), run.config.get("target_ratio")
-    first, chosen = run.curve("held_out_alignment")[:1], run.last("held_out_chosen_ratio")
+    task, aligned = _number(run.last("held_out_task")), _number(run.last("held_out_alignment"))
+    dense = "0 is the dense model" if loss == "distill" else ""
+    chosen, aim = percent(run.last("held_out_chosen_ratio"), 0), f"target {percent(target, 0)}" if target else ""
+    before = "".join(f"{_number(value)} at step {step:g}" for step, value in run.curve("held_out_alignment")[:1])
+    error = "mean squared error between the saliency and the model's own attention"
+    time = NONE if run.seconds is None else f"{_minutes(run.seconds)} min"
+    machine = setting(run.metadata.get("trained_with", {}))
     return [
-        (
-            "Task loss, held out",
-            LOSS.get(loss, loss),
-            _number(run.last("held_out_task")),
-            "0 is the dense model" if loss == "distill" else "",
-            BLUE,
-        ),
-        (
-            "Chosen ratio, held out",
-            "share of the visual tokens that the policy reuses",
-            percent(chosen, 0),
-            f"target {percent(target, 0)}" if target else "",
-            ORANGE,
-        ),
-        (
-            "Alignment, held out",
-            "mean squared error between the saliency and the model's own attention",
-            _number(run.last("held_out_alignment")),
-            f"{_number(first[0][1])} at step {first[0][0]:g}" if first else "",
-            GREEN,
-        ),
-        (
-            "Training time",
-            setting(run.metadata.get("trained_with", {})),
-            NONE if run.seconds is None else f"{_minutes(run.seconds)} min",
-            f"{run.step:,} of {run.steps:,} steps",
-            GREY,
-        ),
+        ("Task loss, held out", LOSS.get(loss, loss), task, dense, BLUE),
+        ("Chosen ratio, held out", "share of the visual tokens that the policy reuses", chosen, aim, ORANGE),
+        ("Alignment, held out", error, aligned, before, GREEN),
+        ("Training time", machine, time, f"{run.step:,} of {run.steps:,} steps", GREY),
     ]
 
 
-def _panels(run: TrainingRun) -> list[dict[str, Any]]:
+def _cards(run: TrainingRun) -> list[list[dict[str, Any]]]:
+    """Make the charts of every card."""
     begin, target = float(run.config.get("stage1_steps", 0)), run.config.get("target_ratio")
-    whole, second = (0.0, float(run.step)), (begin, float(run.step))
-    ratios = [*_curves(run, "expected_ratio", BLUE, "expected, "), *_curves(run, "chosen_ratio", ORANGE, "chosen, ")]
+    whole, second, border = (0.0, float(run.step)), (begin, float(run.step)), ("stage II", begin)
+    level = (f"target {percent(target, 0)}", float(target)) if target else None
     alignment = [
         Curve("training", GREEN, run.curve("loss", stage=1)),
         Curve("held out", GREEN, run.curve("held_out_alignment"), measured=True),
     ]
-    return [
-        _panel(
-            "Alignment loss (stage I)",
-            "How far the saliency is from the attention of the dense model. Stage II no longer trains on it: there it "
-            "shows how far the selector moves away.",
-            alignment,
-            steps=whole,
-            border=("stage II", begin),
-        ),
-        _panel(
-            "Task loss (stage II)",
-            f"{LOSS.get(str(run.config.get('loss')), 'task loss').capitalize()}. Reusing less lowers it too: read it "
-            "together with the ratio.",
-            _curves(run, "task", BLUE),
-            steps=second,
-        ),
-        _panel(
-            "Cache ratio (stage II)",
-            "Expected is the predictor's mean over its candidates; chosen is what was reused: sampled in training, the "
-            "likeliest candidate on held-out frames, as at inference.",
-            ratios,
-            steps=second,
-            height=300,
-            share=True,
-            level=(f"target {percent(target, 0)}", float(target)) if target else None,
-        ),
-    ]
-
-
-def _small_panels(run: TrainingRun) -> list[dict[str, Any]]:
-    begin, last = float(run.config.get("stage1_steps", 0)), float(run.step)
-    panels = []
-    if run.config.get("target_ratio") and not run.config.get("fixed_ratio"):
-        hint = "Weight of the reward for reuse: it grows while the expected ratio is below the target."
-        panels.append(_panel("λ, steered", hint, _curves(run, "lam", GREY)[:1], steps=(begin, last), height=90))
+    ratios = [*_curves(run, "expected_ratio", BLUE, "expected, "), *_curves(run, "chosen_ratio", ORANGE, "chosen, ")]
+    steered = [_panel("λ, steered", HINTS["lam"], _curves(run, "lam", GREY)[:1], steps=second, height=90)]
     gradient = _curves(run, "gradient", GREY)[:1]
-    border = ("stage II", begin)
-    return [*panels, _panel("Gradient norm", "Before clipping.", gradient, steps=(0, last), height=90, border=border)]
+    task_hint = f"{LOSS.get(str(run.config.get('loss')), 'task loss').capitalize()}. {HINTS['task']}"
+    return [
+        [_panel("Alignment loss (stage I)", HINTS["alignment"], alignment, steps=whole, border=border)],
+        [_panel("Task loss (stage II)", task_hint, _curves(run, "task", BLUE), steps=second)],
+        [_panel("Cache ratio (stage II)", HINTS["ratio"], ratios, steps=second, height=300, share=True, level=level)],
+        [
+            *(steered if target and not run.config.get("fixed_ratio") else []),
+            _panel("Gradient norm", "Before clipping.", gradient, steps=whole, height=90, border=border),
+        ],
+    ]
 
 
 def _curves(run: TrainingRun, name: str, colour: str, prefix: str = "") -> list[Curve]:
