@@ -185,3 +185,16 @@ def test_an_episode_without_steps_leaves_no_video(tmp_path: Path) -> None:
     video = EpisodeVideo(tmp_path / "episode.mp4", "dense")
     video.close(success=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_of_several_actions_per_call_runs_in_real_time(tmp_path: Path) -> None:
+    video = EpisodeVideo(tmp_path / "episode.mp4", "motion-0.5", fps=5, actions_per_call=3)
+    for number in range(2):
+        video.add(Frame({}, "pick up the bowl"), step(number))
+    video.close(success=True)
+    frames = [frame.astype(int) for frame in sample_frames(video.path, 100)]
+    assert len(frames) == 2 * 3 + 5
+    assert np.abs(frames[0] - frames[2]).mean() < 1, "the first call's picture stands for three steps"
+    counted, called = (draw.step_picture(step(1), "motion-0.5", number).astype(int) for number in (3, 1))
+    errors = [np.abs(frames[3][:30] - drawn[:30]).mean() for drawn in (counted, called)]
+    assert errors[0] < errors[1], "the caption counts world steps"

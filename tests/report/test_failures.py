@@ -59,6 +59,21 @@ def test_the_picture_shows_the_age_of_the_tokens(tmp_path: Path) -> None:
     assert old[0] == pytest.approx(fresh[0], abs=3), "above: what was recomputed, the same in both"
 
 
+def test_the_moments_are_calls_of_the_model(tmp_path: Path) -> None:
+    """Nine steps, two a call: five calls, of which the picture shows all but the first."""
+    session = CachedVLA(random_vla("tiny"), Motion(0.5)).session()
+    picture = FailurePicture(tmp_path / "lost.jpg", HORIZON, 16, actions_per_call=2)
+    widths = []
+    for number in range(5):
+        session.act(frame(number))
+        assert session.last_info is not None
+        picture.add(frame(number), session.last_info)
+        path = picture.close(success=False)
+        widths.append(0 if path is None else cv2.imread(str(path)).shape[1])
+    assert widths[0] == 0
+    assert widths[-1] > 3.9 * widths[1] > 0
+
+
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="choose another folder"):

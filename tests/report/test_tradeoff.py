@@ -126,13 +126,14 @@ def test_a_run_with_several_ratios_shows_its_curve(run_dir: Path, tmp_path: Path
 
 
 def test_tables_over_all_runs_come_first(run_dir: Path, tmp_path: Path) -> None:
-    rows = (("LAC *", "3/4"), (f"Dense {FLAG}", "4/4"))
+    rows = (("LAC *", "3/4"), ("Dense", "4/4"))
     table = TextTable("Table 1: of <this> model", ("method", "solved"), rows, ("* incomplete",), flagged=[1])
     played = episodes(*SPECS)
     curve = tradeoff(summarize(played), played, SPECS)
     html = build_report([run_dir], tmp_path / "report.html", tables=[table], curve=curve)
     page = Page(html.read_text(encoding="utf-8"))
     assert page.row("LAC *") == ["LAC *", "3/4"]
+    assert page.row(f"Dense {FLAG}") == [f"Dense {FLAG}", "4/4"]
     assert html.read_text(encoding="utf-8").count('<tr class="flagged">') == 1
     places = [page.text.index(words) for words in ("of <this> model", "against reuse", "2 of 10")]
     assert places == sorted(places)

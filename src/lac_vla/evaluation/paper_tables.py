@@ -27,6 +27,7 @@ from lac_vla.results.table import (
     Column,
     TextTable,
     metric_columns,
+    metric_notes,
     net_speedup,
     run_notes,
     solved,
@@ -65,12 +66,11 @@ def paper_tables(done: Reproduction) -> list[TextTable]:
             continue
         most, fastest = _best(rows, lambda row: row.rate), _best(rows, _speed) if done.workers == 1 else ()
         success_notes = [SUCCESS_NOTE, *run_notes(everything), *incomplete, f"{FLAG} solved most"]
-        explained = [f"{column.heading}: {column.help}" for column in metric_columns()]
         time_notes = [TIME_NOTE, *([f"{FLAG} fastest from observation to action"] if fastest else [])]
         dense = everything.row(DENSE)
         tables += [
             TextTable.of(f"{name}: success", rows, success, success_notes, most, dense),
-            TextTable.of(f"{name}: per call of the model", rows, metric_columns(), explained, dense=dense),
+            TextTable.of(f"{name}: per call of the model", rows, metric_columns(), metric_notes(), dense=dense),
             TextTable.of(f"{name}: time", rows, TIME, time_notes, fastest, dense),
         ]
     rows, _ = _labelled(done.rows, everything, wanted)
@@ -100,7 +100,7 @@ def _setting(done: Reproduction, everything: Summary) -> TextTable:
         ("incomplete", f"{incomplete} rows, marked *; the same command goes on with them", incomplete > 0),
     ]
     flagged = [index for index, (_, _, flag) in enumerate(rows) if flag]
-    cells = tuple((f"{name} {FLAG}" if flag else name, words) for name, words, flag in rows)
+    cells = tuple((name, words) for name, words, _ in rows)
     return TextTable(
         "Setting", ("setting", "value"), cells, (f"{FLAG} to be kept in mind with every number below",), flagged
     )
@@ -135,7 +135,7 @@ def _curve(done: Reproduction) -> TextTable:
         dominated_by = max(others, key=lambda p: p[1:3])[0] if others else NONE
         if not others:
             flagged.append(index)
-        cells.append((label + (f" {FLAG}" if not others else ""), solved(row), write.percent(ratio), dominated_by))
+        cells.append((label, solved(row), write.percent(ratio), dominated_by))
     notes = [f"{FLAG} no other point solves and leaves out as much, and more of one", *run_notes(summary)]
     headings = ("method", "solved", "ratio, effective", "dominated by")
     return TextTable("Trade-off curve", headings, tuple(cells), tuple(notes), flagged)

@@ -101,6 +101,11 @@ def metric_columns() -> tuple[Column, ...]:
     return tuple(map(_of_metric, METRICS.values()))
 
 
+def metric_notes() -> list[str]:
+    """Explain every metric in a line."""
+    return [f"{metric.heading}: {metric.help}" for metric in METRICS.values()]
+
+
 def run_notes(summary: Summary) -> list[str]:
     """Say what the net speed-up of every method rests on, and how many actions were executed per call of the model."""
     pairs = [f"{row.method} {row.speedup.pairs}" for row in summary.methods if row.speedup]
@@ -154,9 +159,15 @@ class TextTable:
         """
         cells = [[NONE if row is None else column.cell(row, dense) for _, row in rows] for column in columns]
         used = [k for k, column in enumerate(cells) if set(column) != {NONE}]
-        labels = [f"{label} {FLAG}" if index in flagged else label for index, (label, _) in enumerate(rows)]
+        labels = [label for label, _ in rows]
         headings = ("method", *(columns[k].heading for k in used))
         return cls(title, headings, tuple(zip(labels, *(cells[k] for k in used), strict=True)), tuple(notes), flagged)
+
+    @property
+    def flagged_rows(self) -> list[tuple[bool, tuple[str, ...]]]:
+        """Pair every row with whether it is flagged; if so, :data:`FLAG` stands behind its label."""
+        marked = [(index in self.flagged, row) for index, row in enumerate(self.rows)]
+        return [(flag, (f"{row[0]} {FLAG}", *row[1:]) if flag else row) for flag, row in marked]
 
     def to_terminal(self) -> Table:
         """Make the terminal's table."""
@@ -165,17 +176,16 @@ class TextTable:
         for index, heading in enumerate(self.headings):
             word = max(map(len, heading.split()))
             shown.add_column(heading, justify="right" if index else "left", no_wrap=index == 0, min_width=word)
-        for index, cells in enumerate(self.rows):
-            shown.add_row(*cells, style="bold" if index in self.flagged else "")
+        for flag, cells in self.flagged_rows:
+            shown.add_row(*cells, style="bold" if flag else "")
         return shown
 
 
 def method_tables(summary: Summary) -> list[TextTable]:
     """Make the tables of a run: what was solved, what every call did, and how long it took."""
     rows, dense = [(row.method, row) for row in summary.methods], summary.row(DENSE)
-    explained = [f"{column.heading}: {column.help}" for column in metric_columns()]
     return [
         TextTable.of("Success", rows, (*SUCCESS, SPEEDUP), [SUCCESS_NOTE, *run_notes(summary)], dense=dense),
-        TextTable.of("Per call of the model", rows, metric_columns(), explained, dense=dense),
+        TextTable.of("Per call of the model", rows, metric_columns(), metric_notes(), dense=dense),
         TextTable.of("Time", rows, (*TIME, MEMORY), [TIME_NOTE], dense=dense),
     ]
