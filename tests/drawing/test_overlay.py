@@ -190,7 +190,7 @@ def test_an_episode_without_steps_leaves_no_video(tmp_path: Path) -> None:
 def test_a_video_of_several_actions_per_call_runs_in_real_time(tmp_path: Path) -> None:
     video = EpisodeVideo(tmp_path / "episode.mp4", "motion-0.5", fps=5, actions_per_call=3)
     for number in range(2):
-        video.add(Frame({}, "pick up the bowl"), step(number))
+        video.add(Frame({"agentview": picture()}, "pick up the bowl"), step(number))
     video.close(success=True)
     frames = [frame.astype(int) for frame in sample_frames(video.path, 100)]
     assert len(frames) == 2 * 3 + 5
