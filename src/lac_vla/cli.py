@@ -282,5 +282,5 @@ def _report_training(run: Path, out: Path) -> Path:
     from lac_vla.report.training import training_table
     from lac_vla.report.training_run import TrainingRun
 
-    console.print(training_table(TrainingRun.read(run)))
+    console.print(training_table(TrainingRun.read(run)).to_terminal())
     return build_training_report(run, out)

@@ -64,7 +64,9 @@ def paper_tables(done: Reproduction) -> list[TextTable]:
         rows, incomplete = _labelled(chosen, everything, wanted)
         if not rows:
             continue
-        most, fastest = _best(rows, lambda row: row.rate), _best(rows, _speed) if done.workers == 1 else ()
+        most = _best(rows, lambda row: row.rate)
+        speeds = _best(rows, lambda row: 1 / row.latency[WHOLE].p50 if WHOLE in row.latency else 0)
+        fastest = speeds if done.workers == 1 else []
         success_notes = [SUCCESS_NOTE, *run_notes(everything), *incomplete, f"{FLAG} solved most"]
         time_notes = [TIME_NOTE, *([f"{FLAG} fastest from observation to action"] if fastest else [])]
         dense = everything.row(DENSE)
@@ -100,10 +102,8 @@ def _setting(done: Reproduction, everything: Summary) -> TextTable:
         ("incomplete", f"{incomplete} rows, marked *; the same command goes on with them", incomplete > 0),
     ]
     flagged = [index for index, (_, _, flag) in enumerate(rows) if flag]
-    cells = tuple((name, words) for name, words, _ in rows)
-    return TextTable(
-        "Setting", ("setting", "value"), cells, (f"{FLAG} to be kept in mind with every number below",), flagged
-    )
+    note = f"{FLAG} to be kept in mind with every number below"
+    return TextTable("Setting", ("setting", "value"), tuple(row[:2] for row in rows), (note,), flagged)
 
 
 def _labelled(rows: Sequence[Row], summary: Summary, wanted: int) -> tuple[Rows, list[str]]:
@@ -115,13 +115,9 @@ def _labelled(rows: Sequence[Row], summary: Summary, wanted: int) -> tuple[Rows,
 
 
 def _best(rows: Rows, value: Callable[[MethodRow], float]) -> list[int]:
-    """Find the rows with the largest value, if there is more than one row to compare."""
+    """Find the rows with the largest value above 0, if there is more than one row to compare."""
     values = {index: value(row) for index, (_, row) in enumerate(rows) if row is not None}
-    return [index for index, own in values.items() if own == max(values.values())] if len(values) > 1 else []
-
-
-def _speed(row: MethodRow) -> float:
-    return 1 / row.latency[WHOLE].p50 if WHOLE in row.latency else 0.0
+    return [index for index, own in values.items() if own == max(values.values()) > 0] if len(values) > 1 else []
 
 
 def _curve(done: Reproduction) -> TextTable:

@@ -109,7 +109,6 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         "table_notes": [TIME_NOTE, *run_notes(run.summary)],
         "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
         "tasks": run.summary.tasks,
-        "names": [{"name": row.method, "colour": colours[row.method]} for row in rows],
         "latency": [
             {
                 "name": window.replace("_", " "),
@@ -157,10 +156,10 @@ def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> d
 
 
 def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tuple[str, list[float]]]:
-    samples: dict[str, tuple[str, list[float]]] = {name: (colour, []) for name, colour in colours.items()}
-    for episode in run.episodes:
-        samples[episode.method][1].extend(episode.latency_ms.get(window, ()))
-    return samples
+    def samples(method: str) -> list[float]:
+        return [ms for e in run.episodes if e.method == method for ms in e.latency_ms.get(window, ())]
+
+    return {method: (colour, samples(method)) for method, colour in colours.items()}
 
 
 def _ratio(run: Run, colours: Mapping[str, str]) -> str:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from lac_vla.drawing.overlay import RECOMPUTED, heat_colours, saliency_strip
 from lac_vla.drawing.picture import css, jpeg_base64
@@ -16,6 +14,7 @@ from lac_vla.drawing.plots import Curve, curve_chart
 from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.training_run import Saliency, TrainingRun
 from lac_vla.results.format import NONE, percent
+from lac_vla.results.table import TextTable
 from lac_vla.types import UInt8Image
 
 LOSS = {
@@ -70,19 +69,12 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
     )
 
 
-def training_table(run: TrainingRun) -> Table:
+def training_table(run: TrainingRun) -> TextTable:
     """Make the terminal's table of how far a run is."""
-    table = Table(box=box.SIMPLE, caption="held out: argmax decisions, as at inference")
-    for heading in ("steps", "held-out task loss", "chosen ratio", "expected ratio", "minutes"):
-        table.add_column(heading, justify="right")
-    table.add_row(
-        f"{run.step}/{run.steps}",
-        _number(run.last("held_out_task")),
-        percent(run.last("held_out_chosen_ratio"), 0),
-        percent(run.last("held_out_expected_ratio"), 0),
-        _minutes(run.seconds),
-    )
-    return table
+    ratios = (percent(run.last(f"held_out_{name}_ratio"), 0) for name in ("chosen", "expected"))
+    cells = (f"{run.step}/{run.steps}", _number(run.last("held_out_task")), *ratios, _minutes(run.seconds))
+    headings = ("steps", "held-out task loss", "chosen ratio", "expected ratio", "minutes")
+    return TextTable("Training", headings, (cells,), ("held out: argmax decisions, as at inference",))
 
 
 def _statement(run: TrainingRun) -> str:

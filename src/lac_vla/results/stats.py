@@ -112,12 +112,11 @@ def bootstrap(strata: Iterable[Sequence[tuple[bool, bool]]], seed: int = 0) -> I
     return _interval(total / sum(map(sum, counts)))
 
 
-def bootstrap_ratio(strata: Iterable[Sequence[tuple[float, float]]], seed: int = 0) -> Interval | None:
+def bootstrap_ratio(strata: Iterable[Sequence[tuple[float, float]]]) -> Interval | None:
     """Percentile bootstrap of a ratio of totals over pairs: 95 %, stratified as in :func:`bootstrap`, seeded.
 
     Args:
         strata: Strata of trials: a positive amount of the reference and one of the method.
-        seed: Seed of the resampling.
 
     Returns:
         The interval of the reference's total over the method's; ``None`` if no pair differs from another of its
@@ -126,7 +125,7 @@ def bootstrap_ratio(strata: Iterable[Sequence[tuple[float, float]]], seed: int =
     groups = sorted(sorted(group) for group in _pooled(strata))
     if all(len(set(group)) < 2 for group in groups):
         return None
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     totals = np.zeros((RESAMPLES, 2))
     for group in groups:
         totals += rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=RESAMPLES) @ np.array(group)

@@ -37,7 +37,7 @@ class Column:
     Attributes:
         heading: Its heading.
         cell: Writes the cell of a method, next to dense (``None`` if that was not run).
-        help: What it shows, in a few words.
+        help: Its meaning, in a few words.
     """
 
     heading: str
