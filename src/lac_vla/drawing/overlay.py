@@ -12,7 +12,7 @@ from lac_vla.types import BoolArray, FloatArray, UInt8Image
 
 RECOMPUTED = (86, 180, 233)
 RECOVERED = (240, 150, 0)
-"""Sky blue and orange: told apart with any kind of colour vision, RGB."""
+"""Sky blue and orange, RGB: distinct with any kind of colour vision."""
 
 HEIGHT = 384
 """Least height of a camera's picture, pixels."""
@@ -154,7 +154,7 @@ def step_picture(step: StepInfo, method: str, number: int) -> UInt8Image:
 
 
 def _enlarged(image: UInt8Image, grid: tuple[int, ...], height: int) -> UInt8Image:
-    """The image at ``height`` or a little more: a whole number of pixels per token, both ways."""
+    """Enlarge the image to ``height`` or a little more: a whole number of pixels per token, both ways."""
     rows, cols = grid
     cell = -(-height // rows)
     cell_width = max(1, round(cell * rows / cols * image.shape[1] / image.shape[0]))
@@ -166,7 +166,7 @@ def _grey(image: UInt8Image) -> UInt8Image:
 
 
 def _paint(levels: UInt8Image) -> UInt8Image:
-    """0..255, (rows, cols) → colours, RGB."""
+    """Turn levels 0..255, (rows, cols), into colours, RGB."""
     return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1])
 
 
@@ -176,7 +176,7 @@ def _spread(mask: BoolArray, grid: tuple[int, int], size: tuple[int, int]) -> Bo
 
 
 def _outline(mask: BoolArray, thickness: int = 2) -> BoolArray:
-    """The rim of a region, within it; the picture's edge counts as an end."""
+    """Find the rim of a region, within it; the picture's edge counts as an end."""
     size = 2 * thickness + 1
     kernel = np.ones((size, size), dtype=np.uint8)
     inner = cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)

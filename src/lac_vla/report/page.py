@@ -16,7 +16,7 @@ def write_page(template: str, out_html: str | Path, **context: Any) -> Path:
     Args:
         template: File name in ``templates``.
         out_html: The page; its folder is created.
-        context: What the template shows.
+        context: Variables of the template.
 
     Returns:
         The page's path.

@@ -54,7 +54,7 @@ class Run:
 
     @property
     def rendering(self) -> str:
-        """Rendering mode of the simulator; empty if the run does not say."""
+        """Name the simulator's rendering mode; empty if the run does not say."""
         simulator = self.metadata.get("simulator")
         return str(simulator.get("rendering", "")) if isinstance(simulator, dict) else ""
 

@@ -193,7 +193,7 @@ def _strips(found: Saliency) -> dict[str, UInt8Image]:
 
 
 def _scale(found: Saliency) -> tuple[float, float]:
-    """One scale for all cameras, as their tokens compete; a single outlier does not darken all others."""
+    """Choose one scale for all cameras, as their tokens compete; a single outlier does not darken all others."""
     low, high = np.quantile(np.concatenate([score.ravel() for score in found.scores.values()]), [0.01, 0.99])
     return float(low), float(high)
 
@@ -207,7 +207,7 @@ def _setting(value: Any) -> str:
 
 
 def _model(value: Any) -> str:
-    """A model by its hub id, or by its folder's name."""
+    """Name a model by its hub id, or by its folder's name."""
     words = str(value or NONE).rstrip("/")
     is_id = words.count("/") == 1 and not words.startswith((".", "/", "~"))
     return words if is_id else words.split("/")[-1]

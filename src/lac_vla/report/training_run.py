@@ -57,12 +57,12 @@ class Saliency:
 
     @property
     def frames(self) -> int:
-        """Number of frames."""
+        """Count the frames."""
         return max((len(score) for score in self.scores.values()), default=0)
 
     @property
     def reused(self) -> float | None:
-        """Share of all tokens of all frames that is reused; ``None`` without frames."""
+        """Compute the share of all tokens of all frames that is reused; ``None`` without frames."""
         counts = [(mask.size, int(mask.sum())) for mask in self.active.values()]
         total = sum(size for size, _ in counts)
         return 1 - sum(active for _, active in counts) / total if total else None
@@ -112,27 +112,27 @@ class TrainingRun:
 
     @property
     def steps(self) -> int:
-        """Steps of both stages, as planned."""
+        """Count the steps of both stages, as planned."""
         return int(self.config.get("stage1_steps", 0)) + int(self.config["stage2_steps"])
 
     @property
     def step(self) -> int:
-        """The last step that was noted."""
+        """Give the last step that was noted."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     @property
     def seconds(self) -> float | None:
-        """Time of training so far, all resumes together."""
+        """Give the time of training so far in seconds, all resumes together."""
         return self.last("seconds")
 
     def curve(self, name: str, stage: int | None = None) -> list[tuple[float, float]]:
-        """(step, value) wherever the metric was noted, in one stage or both."""
+        """List (step, value) wherever the metric was noted, in one stage or both."""
         return [
             (row["step"], row[name]) for row in self.rows if name in row and (stage is None or row["stage"] == stage)
         ]
 
     def last(self, name: str) -> float | None:
-        """The metric's last value; ``None`` if it was never noted."""
+        """Give the metric's last value; ``None`` if it was never noted."""
         values = self.curve(name)
         return values[-1][1] if values else None
 
@@ -156,7 +156,7 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def _row(line: Any) -> Row:
-    """The numbers of a line. What is not finite was not measured: it is left out."""
+    """Check the numbers of a line; one that is not finite was not measured: it is left out."""
     if not isinstance(line, dict):
         raise ValueError("no JSON object")
     for name, value in line.items():

@@ -60,7 +60,7 @@ class Metric:
 
 
 def _oldest(ages: Sequence[float]) -> float | None:
-    """The largest age; ``None`` if nothing was ever reused."""
+    """Find the largest age; ``None`` if nothing was ever reused."""
     return max(ages) or None
 
 

@@ -139,6 +139,6 @@ def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:
         with path.open("r+b") as file:
             file.truncate(whole)
     records = read_episodes(path)
-    if any(record.stress != stress for record in records):  # before records said it, those of a stress had ""
+    if any(record.stress != stress for record in records):  # older logs have "" for every stress
         raise InputError(f"{path} holds episodes that are not marked {stress!r}, of an older version: another --out")
     return {(record.method, record.task, record.init_state) for record in records}

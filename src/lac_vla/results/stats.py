@@ -39,7 +39,7 @@ class Percentiles(NamedTuple):
 
 
 def wilson(successes: int, trials: int, z: float = Z95) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927), without continuity correction.
+    """Compute Wilson's score interval of a proportion (Wilson 1927), without continuity correction.
 
     Args:
         successes: In 0..trials.
@@ -64,7 +64,7 @@ def wilson(successes: int, trials: int, z: float = Z95) -> Interval:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact two-sided test: do two methods succeed equally often on the same trials?
+    """Make McNemar's exact two-sided test: do two methods succeed equally often on the same trials?
 
     Only discordant pairs count; if the methods are alike, each of them falls to either side like a fair coin.
 
@@ -86,7 +86,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def bootstrap(strata: Iterable[Sequence[tuple[bool, bool]]], seed: int = 0) -> Interval | None:
-    """Percentile bootstrap (Efron 1979) of a paired difference of success rates: 95 %, stratified, seeded.
+    """Bootstrap a paired difference of success rates (percentile, Efron 1979): 95 %, stratified, seeded.
 
     Pairs are drawn with replacement within each stratum, e.g. a task, so that an interval holds for these tasks and
     not for others like them. A resample is one multinomial draw of the three differences that a pair can have; the
@@ -113,7 +113,7 @@ def bootstrap(strata: Iterable[Sequence[tuple[bool, bool]]], seed: int = 0) -> I
 
 
 def bootstrap_ratio(strata: Iterable[Sequence[tuple[float, float]]]) -> Interval | None:
-    """Percentile bootstrap of a ratio of totals over pairs: 95 %, stratified as in :func:`bootstrap`, seeded.
+    """Bootstrap a ratio of totals over pairs (percentile): 95 %, stratified as in :func:`bootstrap`, seeded.
 
     Args:
         strata: Strata of trials: a positive amount of the reference and one of the method.

@@ -102,12 +102,12 @@ class MethodRow:
 
     @property
     def rate(self) -> float:
-        """Success rate, in [0, 1]."""
+        """Give the success rate, in [0, 1]."""
         return self.successes / self.trials
 
     @property
     def ratio(self) -> float | None:
-        """Mean effective cache ratio, in [0, 1]; ``None`` if it was not recorded."""
+        """Give the mean effective cache ratio, in [0, 1]; ``None`` if it was not recorded."""
         return self.metrics.get("ratio_effective")
 
 

@@ -147,5 +147,5 @@ class SessionSnapshot:
 
     @cached_property
     def pictures(self) -> list[str]:
-        """Every camera's image with what was computed of it, JPEG in base64; drawn when first asked for."""
+        """Draw what was computed of every camera's image, JPEG in base64, when first asked for."""
         return [] if self.step is None else [jpeg_base64(picture) for picture in camera_overlays(self.step, HEIGHT)]
