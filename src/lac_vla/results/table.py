@@ -110,8 +110,8 @@ def run_notes(summary: Summary) -> list[str]:
     """Say what the net speed-up of every method rests on, and how many actions were executed per call of the model."""
     pairs = [f"{row.method} {row.speedup.pairs}" for row in summary.methods if row.speedup]
     actions = {row.method: " or ".join(map(str, row.actions_per_call)) for row in summary.methods}
-    each = ", ".join(f"{method} {number}" for method, number in actions.items())
-    same = next(iter(actions.values())) if len(set(actions.values())) == 1 else each
+    numbers = set(actions.values())
+    same = numbers.pop() if len(numbers) == 1 else ", ".join(map(" ".join, actions.items()))
     return [
         f"net speed-up: {SPEEDUP.help}. Pairs: {', '.join(pairs) or 'none'}. "
         "Latencies of a run with several processes are not worth comparing",

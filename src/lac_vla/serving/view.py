@@ -7,16 +7,16 @@ at a time, in a thread that is neither the event loop's nor the model's.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import re
 import time
+from base64 import b64encode
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import cache
+from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -117,19 +117,15 @@ def page() -> tuple[bytes, str]:
     """Read the page, and make the policy under which nothing but its own style and script can work."""
     html = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
     html = html.replace("RECOMPUTED", css(RECOMPUTED)).replace("RECOVERED", css(RECOVERED))
-    hashes = {
-        tag: " ".join(f"'sha256-{_digest(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL))
-        for tag in ("style", "script")
-    }
+    hashes = {}
+    for tag in ("style", "script"):
+        digests = (sha256(text.encode()).digest() for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL))
+        hashes[tag] = " ".join(f"'sha256-{b64encode(digest).decode()}'" for digest in digests)
     policy = (
         f"default-src 'none'; style-src {hashes['style']}; script-src {hashes['script']}; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return html.encode(), policy
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _response(status: HTTPStatus, body: bytes, content: str = "text/plain; charset=utf-8", **headers: str) -> Response:
