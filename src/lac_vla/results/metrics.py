@@ -18,11 +18,6 @@ from lac_vla.engine.step_info import StepInfo, StepReport
 from lac_vla.results.format import count, percent
 
 
-def mean(values: Sequence[float]) -> float:
-    """Average over all calls."""
-    return float(np.mean(values))
-
-
 @dataclass(frozen=True)
 class Metric:
     """One number per call of the model.
@@ -34,7 +29,7 @@ class Metric:
         value: Its value for one call, or ``None`` where the call has none. The argument is what ``needs`` says.
         needs: ``"report"``: any :class:`StepReport`, a server's too. ``"step"``: a session's own :class:`StepInfo`.
             ``"cost"``: the multiply-accumulates by stage, see :meth:`lac_vla.cost.CostModel.step`.
-        aggregate: One number for the values of all calls of a method; there is at least one value.
+        aggregate: One number for all values of a method, of which there is at least one; by default their mean.
         text: Writes a value, or an aggregate, for people.
         exported: Its name for Prometheus, behind ``lac_``; by default ``name``.
         buckets: Upper bounds of a Prometheus histogram; empty for count and sum alone.
@@ -45,7 +40,7 @@ class Metric:
     help: str
     value: Callable[[Any], float | None]
     needs: Literal["report", "step", "cost"] = "step"
-    aggregate: Callable[[Sequence[float]], float | None] = mean
+    aggregate: Callable[[Sequence[float]], float | None] = lambda values: float(np.mean(values))
     text: Callable[[float], str] = "{:.1f}".format
     exported: str = ""
     buckets: Sequence[float] = ()
@@ -57,11 +52,6 @@ class Metric:
         if not isinstance(step, StepInfo) or (self.needs == "cost" and cost is None):
             return None
         return self.value(cost.step(step) if self.needs == "cost" and cost is not None else step)
-
-
-def _oldest(ages: Sequence[float]) -> float | None:
-    """Find the largest age; ``None`` if nothing was ever reused."""
-    return max(ages) or None
 
 
 METRICS: dict[str, Metric] = {
@@ -92,7 +82,7 @@ METRICS: dict[str, Metric] = {
             "Age of the oldest reused token, in frames; its maximum over all calls.",
             lambda step: step.oldest_age,
             needs="report",
-            aggregate=_oldest,
+            aggregate=lambda ages: max(ages) or None,
             text="{:.0f}".format,
             exported="oldest_age_frames",
             buckets=(0, 1, 2, 4, 8, 12, 16, 24, 32, 64),
