@@ -7,8 +7,8 @@ from pathlib import Path
 
 import cv2
 
-from lac_vla.report.overlay import filmstrip
-from lac_vla.report.video import sample_frames
+from lac_vla.drawing.picture import filmstrip
+from lac_vla.drawing.video import sample_frames
 
 
 def main(video: str, out: str) -> None:

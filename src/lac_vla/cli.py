@@ -191,7 +191,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
         console.print(f"report: {page}")
 
     def bench(config: Annotated[BenchConfig, _flat()]) -> None:
-        """Time the parts of a frame: three windows, every stage, interleaved with the stock model."""
+        """Measure the milliseconds of a frame: three windows, every stage, interleaved with the stock model."""
         for table in bench_tables(run_bench(config)):
             console.print(table)
 
@@ -272,10 +272,10 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
 
 
 def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
-    from lac_vla.evaluation.records import read_episodes
-    from lac_vla.evaluation.summary import summarize
-    from lac_vla.evaluation.table import terminal_tables
     from lac_vla.report import build_report
+    from lac_vla.results.records import read_episodes
+    from lac_vla.results.summary import summarize
+    from lac_vla.results.table import method_tables
 
     by_run = {str(run): read_episodes(run / "episodes.jsonl") for run in runs}
     episodes = [episode for found in by_run.values() for episode in found]
@@ -285,29 +285,27 @@ def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
     for name, found in by_run.items():
         if name:
             console.print(name, style="bold", markup=False, highlight=False)
-        for table in terminal_tables(summarize(found)):
-            console.print(table)
+        for table in method_tables(summarize(found)):
+            console.print(table.to_terminal())
     return build_report(runs, out)
 
 
 def _report_reproduction(done: "Reproduction") -> None:
-    from lac_vla.evaluation.paper_tables import paper_tables, statements
-    from lac_vla.evaluation.summary import summarize
+    from lac_vla.evaluation.paper_tables import paper_tables
     from lac_vla.policies import paths_by_name
-    from lac_vla.report import Opening, build_report, tradeoff
+    from lac_vla.report import build_report, tradeoff
+    from lac_vla.results.summary import summarize
 
-    said, tables = statements(done), paper_tables(done)
-    for statement in said:
-        console.print(statement, style="bold", highlight=False, markup=False, soft_wrap=True)
+    tables = paper_tables(done)
     for table in tables:
         console.print(table.to_terminal())
     specs = {row.method: paths_by_name(row.spec) for row in (*done.rows, *done.curve)}
-    points = [e for e in done.curve_episodes if e.method in specs]
-    curve = tradeoff(summarize(points), points, specs) if done.curve else None
+    curve_episodes = [e for e in done.curve_episodes if e.method in specs]
+    curve = tradeoff(summarize(curve_episodes), curve_episodes, specs) if done.curve else None
     config = done.config
     runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]
     title = "The paper's LIBERO tables on one model"
-    page = build_report(runs, config.out / "report.html", title=title, opening=Opening(said, tables, curve))
+    page = build_report(runs, config.out / "report.html", title=title, tables=tables, curve=curve)
     console.print(f"report: {page}")
 
 
@@ -316,5 +314,5 @@ def _report_training(run: Path, out: Path) -> Path:
     from lac_vla.report.training import training_table
     from lac_vla.report.training_run import TrainingRun
 
-    console.print(training_table(TrainingRun.read(run)))
+    console.print(training_table(TrainingRun.read(run)).to_terminal())
     return build_training_report(run, out)

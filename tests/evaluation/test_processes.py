@@ -22,9 +22,9 @@ from lac_vla.evaluation import worker
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.jobs import Job
 from lac_vla.evaluation.processes import run_on_processes
-from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.runner import evaluate
 from lac_vla.factory import ModelOptions
+from lac_vla.results.records import EpisodeRecord, read_episodes
 from lac_vla.sims.libero.modules import RenderingLibraryError
 
 ROOT = Path(__file__).parents[2]

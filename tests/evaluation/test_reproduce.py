@@ -1,4 +1,4 @@
-"""The paper's tables: which rows, on which episodes, and what is said before the numbers."""
+"""The paper's tables: which rows, on which episodes, and which of them are flagged."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tests.evaluation.worlds import FakeEnv, outcomes
 from lac_vla import InputError, LACConfig, LACPolicy
 from lac_vla.bundled import MINI
 from lac_vla.errors import CheckpointError
-from lac_vla.evaluation.paper_tables import curve_verdict, paper_tables, statements, verdict
-from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.evaluation.paper_tables import paper_tables
 from lac_vla.evaluation.reproduce import (
     ABLATIONS,
     CURVE,
@@ -32,6 +31,31 @@ from lac_vla.evaluation.reproduce import (
 )
 from lac_vla.factory import resolve_policy
 from lac_vla.policies import POLICIES, PolicySpec, Random
+from lac_vla.results.records import EpisodeRecord
+from lac_vla.results.table import FLAG, TextTable
+
+
+def table(done: Reproduction, title: str) -> TextTable:
+    """The first table whose title begins so."""
+    return next(found for found in paper_tables(done) if found.title.startswith(title))
+
+
+def cells(found: TextTable, label: str) -> dict[str, str]:
+    """The cells of a row by heading; line breaks become spaces."""
+    row = next(row for row in found.rows if row[0] == label)
+    return {heading: " ".join(cell.split()) for heading, cell in zip(found.headings, row, strict=True)}
+
+
+def flagged(found: TextTable) -> list[str]:
+    """Labels of the rows that are shown as flagged."""
+    return [cells[0].removesuffix(f" {FLAG}") for flag, cells in found.flagged_rows if flag]
+
+
+def incomplete(done: Reproduction) -> str:
+    """What the setting says of incomplete rows; empty if it is not flagged."""
+    setting = table(done, "Setting")
+    return cells(setting, "incomplete")["value"] if "incomplete" in flagged(setting) else ""
+
 
 MOTION = next(row for row in TABLE_1 if row.method == "motion-0.8")
 
@@ -82,29 +106,29 @@ def test_a_small_run_becomes_a_larger_one(config: ReproduceConfig) -> None:
     done = reproduce(config)
     assert len(done.episodes) == 3 * 2 * 2
     assert [line for line in outcomes(config.folder("libero_spatial")) if line[1][2] == 4] == before
-    first, cost, windows, overheads = paper_tables(done)
-    assert [cells[0] for cells in first.rows] == ["Dense", "LAC", "random-0.25"]
-    assert dict(zip(first.headings, first.rows[1], strict=True))["spatial solved"].startswith("4/4")
+    first = table(done, "Table 1: success")
+    assert flagged(first) == ["Dense", "LAC", "random-0.25"], "all solved as many"
+    assert cells(first, "LAC")["spatial solved"].startswith("4/4")
     assert "incomplete" not in " ".join(first.notes)
-    reused = dict(zip(first.headings, first.rows[2], strict=True))["ratio nom. / eff."]
-    assert reused.endswith(" / 19.4 %"), "effective: 7 of 36 tokens and 4 of 16 in all frames but the first"
-    assert cost.rows[0][-1] == windows.rows[0][-1] == "1.00 ×"
-    assert [len(table.rows) for table in (cost, windows, overheads)] == [3, 3, 3]
-    assert not any("ncomplete" in text for text in statements(done))
-    fewer = reproduce(replace(config, tasks=(3,)))
-    assert {episode.task for episode in fewer.episodes} == {3}, "the folder holds more than was asked for"
+    reused = cells(table(done, "Table 1: per call"), "random-0.25")["ratio, effective"]
+    assert reused == "19.4 %", "7 of 36 tokens and 4 of 16 in all frames but the first"
+    assert cells(table(done, "Table 1: time"), "Dense")["observation to action"].endswith(" 1.00 ×")
+    assert cells(first, "LAC")["net speed-up"].endswith("]")
+    assert any("Pairs: lac 4, random-0.25 4." in note for note in first.notes)
+    assert [len(found.rows) for found in paper_tables(done)[1:]] == [3, 3, 3, 3]
+    assert not incomplete(done)
 
 
 def test_incomplete_rows_are_marked(config: ReproduceConfig) -> None:
     done = reproduce(replace(config, policies=("lac",)))
     kept = [e for e in done.episodes if not (e.method == "lac" and e.task == 3)]
-    first = paper_tables(replace(done, episodes=kept))[0]
-    assert [cells[0] for cells in first.rows] == ["Dense", "LAC *"]
+    first = table(replace(done, episodes=kept), "Table 1: success")
+    assert [row[0] for row in first.rows] == ["Dense", "LAC *"]
+    assert flagged(first) == ["Dense", "LAC *"], "by the numbers, of those that there are"
     assert "* incomplete: LAC: 2 of 4 trials" in first.notes
-    assert any(text.startswith("Incomplete rows, marked *: 1.") for text in statements(replace(done, episodes=kept)))
-    never = replace(done, table_1=(*done.table_1, MOTION))
-    assert paper_tables(never)[0].rows[2][0] == "Motion *"
-    assert set(paper_tables(never)[0].rows[2][1:]) == {"-"}
+    assert incomplete(replace(done, episodes=kept)).startswith("1 rows, marked *")
+    never = table(replace(done, table_1=(*done.table_1, MOTION)), "Table 1: success")
+    assert set(cells(never, "Motion *").values()) == {"Motion *", "-"}
 
 
 def test_dense_and_lac_may_have_more_seeds(config: ReproduceConfig) -> None:
@@ -114,13 +138,12 @@ def test_dense_and_lac_may_have_more_seeds(config: ReproduceConfig) -> None:
     assert {(e.method, e.seed) for e in done.seeds} == {(m, seed) for m in ("dense", "lac") for seed in range(3)}
     assert FakeEnv.seeds == sorted(FakeEnv.seeds), "one seed after the other"
     assert set(FakeEnv.seeds) == {0, 1, 2}, "the scenes' seeds, too"
-    title, table = next((t.title, t) for t in paper_tables(done) if "seeds" in t.title)
-    assert title == "Dense and LAC with seeds 0, 1, 2"
-    assert [row[1].split()[0] for row in table.rows] == ["6/6", "6/6"]
-    assert table.rows[1][2].startswith("±0.0")
-    assert "Over 6 pairs with 3 seeds: 6 solved by LAC, 6 by dense." in statements(done)
+    seeds = table(done, "Dense and LAC with seeds 0, 1, 2")
+    assert [row[1].split()[0] for row in seeds.rows] == ["6/6", "6/6"]
+    assert seeds.rows[1][2].startswith("±0.0")
+    assert any("Pairs: lac 6." in note for note in seeds.notes)
     lost = [e for e in done.seeds if e.method == "dense" or e.seed < 2]
-    assert paper_tables(replace(done, seeds=lost))[1].rows[1][0] == "LAC *"
+    assert table(replace(done, seeds=lost), "Dense and LAC").rows[1][0] == "LAC *"
     for wrong in ({"more_seeds": (0,)}, {"more_seeds": (1, 1)}):
         with pytest.raises(InputError, match="every seed once"):
             replace(config, **wrong)
@@ -154,9 +177,9 @@ def test_the_curve_compares_points_on_the_same_episodes(config: ReproduceConfig)
     assert {(e.method, e.init_state) for e in done.curve_episodes} == {
         (method, 4) for method in ("dense", "lac", "random-0.25", "random-0.5", "lac-0.5")
     }
-    assert not any("ncomplete" in text for text in statements(done))
+    assert not incomplete(done)
     lost = [e for e in done.episodes if not (e.method == "lac-0.5" and e.task == 3)]
-    assert any(text.startswith("Incomplete rows, marked *: 1.") for text in statements(replace(done, episodes=lost)))
+    assert incomplete(replace(done, episodes=lost)).startswith("1 rows, marked *")
     for wrong in ({"curve_trials": -1}, {"curve_trials": 3}, {"stress_trials": 3}):
         with pytest.raises(InputError, match="give 0 to 2, the trials"):
             replace(config, **wrong)
@@ -166,28 +189,28 @@ def test_stresses_have_a_table_of_their_own(config: ReproduceConfig) -> None:
     stresses = ("drift", "long")
     config = replace(config, stresses=stresses, stress_policies=("lac",), stress_trials=1)
     done = reproduce(config)
-    assert {e.method for e in done.episodes} == {"dense", "lac", "random-0.25"}, "calm episodes alone"
+    assert {e.method for e in done.episodes} == {"dense", "lac", "random-0.25"}, "undisturbed episodes alone"
     for name in stresses:
         found = [e for e in done.stressed if e.stress == name]
         assert {(e.method, e.task, e.init_state) for e in found} == {
             (method, task, 4) for method in ("dense", "lac") for task in (0, 3)
         }
         assert json.loads((config.folder("libero_spatial", stress=name) / "config.json").read_text())["stress"] == name
-    table = paper_tables(done)[-1]
-    assert table.headings == ("method", "calm", *stresses, "all stresses")
-    assert [row[0] for row in table.rows] == ["Dense", "LAC"]
-    assert table.rows[0][1:] == ("2/2", "2/2", "2/2", "4/4")
-    assert table.rows[1][1].startswith("2/2\n")
-    assert [note.split(" (")[0] for note in table.notes[1:]] == ["Stress 'drift'", "Stress 'long'"]
-    told = "Solved under stress, 2 kinds, one at a time: Dense 4/4 (2/2 undisturbed), LAC 4/4 (2/2 undisturbed)."
-    assert told in statements(done)
+    shown = table(done, "Under stress")
+    assert shown.headings == ("method", "undisturbed", *stresses, "all stresses", "net speed-up")
+    assert [row[0] for row in shown.rows] == ["Dense", "LAC"]
+    assert shown.rows[0][1:] == ("2/2", "2/2", "2/2", "4/4", "-")
+    assert shown.rows[1][1].startswith("2/2\n")
+    assert "×" in shown.rows[1][-1]
+    assert any("Pairs: lac 4." in note for note in shown.notes)
+    assert [note.split(" (")[0] for note in shown.notes[-2:]] == ["Stress 'drift'", "Stress 'long'"]
     less = replace(done, stressed=[e for e in done.stressed if e.stress == "drift" or (e.method, e.task) == ("lac", 0)])
     assert paper_tables(less)[-1].notes[-1] == "incomplete: 2 of the cells have fewer than 2 trials"
-    dense, lac = (row[3:] for row in paper_tables(less)[-1].rows)
+    dense, lac = (row[3:5] for row in paper_tables(less)[-1].rows)
     assert (dense, [words.split("\n")[0] for words in lac]) == (("-", "2/2"), ["1/1", "3/3"])
     longer = reproduce(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5",), stress_trials=2))
     assert paper_tables(longer)[-1].rows[1][0] == "random-0.5"
-    assert paper_tables(longer)[-1].rows[1][1].startswith("4/4\n"), "a method that no table has runs calm, too"
+    assert paper_tables(longer)[-1].rows[1][1].startswith("4/4\n"), "a method that no table has runs undisturbed, too"
     again = reproduce(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5",)))
     assert [row[2].split("\n")[0] for row in paper_tables(again)[-1].rows] == ["2/2", "2/2"], "the same initial states"
     assert not any("incomplete" in note for note in paper_tables(again)[-1].notes)
@@ -207,8 +230,8 @@ def test_a_row_of_curve_and_stress_is_run_for_both(config: ReproduceConfig) -> N
     config = replace(config, curve=True, ratios=(0.5,), curve_trials=1)
     done = plan(replace(config, stresses=("long",), stress_policies=("random:ratio=0.5", "lac:ratio=0.5")))
     assert {row.method: done.trials(row) for row in done.extra_rows} == {"random-0.5": 2, "lac-0.5": 2}
-    calm = plan(config)
-    assert {row.method: calm.trials(row) for row in calm.extra_rows} == {"random-0.5": 1, "lac-0.5": 1}
+    undisturbed = plan(config)
+    assert {row.method: undisturbed.trials(row) for row in undisturbed.extra_rows} == {"random-0.5": 1, "lac-0.5": 1}
 
 
 def record(method: str, init: int, success: bool, ms: float) -> EpisodeRecord:
@@ -217,99 +240,77 @@ def record(method: str, init: int, success: bool, ms: float) -> EpisodeRecord:
     )
 
 
-def race(workers: int = 1, **rows: tuple[int, float]) -> str:
-    """Of every row, how many of ten it solved and its latency; what is said of LAC."""
+def race(workers: int = 1, **rows: tuple[int, float]) -> Reproduction:
+    """A reproduction in which every row solved so many of ten, at so many milliseconds a call."""
     names = {"dense": DENSE, "lac": LAC, "motion": MOTION}
     episodes = [
         record(names[name].method, init, init < solved, ms) for name, (solved, ms) in rows.items() for init in range(10)
     ]
     rows_of_table = tuple(names[name] for name in rows)
-    return " ".join(verdict(Reproduction(ReproduceConfig(trials=1), rows_of_table, (), (), episodes, workers=workers)))
+    return Reproduction(ReproduceConfig(trials=1), rows_of_table, (), (), episodes, workers=workers)
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "most", "fastest"),
     [
-        (
-            {"dense": (8, 20.0), "motion": (7, 11.0), "lac": (9, 10.0)},
-            ("leads in success: LAC 9/10", "leads in latency"),
-        ),
-        ({"dense": (8, 20.0), "motion": (9, 11.0), "lac": (8, 10.0)}, ("not lead in success: Motion solved 9/10",)),
-        ({"dense": (8, 20.0), "motion": (7, 9.0), "lac": (8, 10.0)}, ("not lead in success: Dense solved as many",)),
-        ({"dense": (8, 20.0), "motion": (1, 9.0), "lac": (9, 10.0)}, ("not lead in latency", "9.00 ms (solving 1/10)")),
-        ({"dense": (8, 20.0)}, ("are needed",)),
+        ({"dense": (8, 20.0), "motion": (7, 11.0), "lac": (9, 10.0)}, ["LAC"], ["LAC"]),
+        ({"dense": (8, 20.0), "motion": (9, 9.0), "lac": (8, 10.0)}, ["Motion"], ["Motion"]),
+        ({"dense": (8, 20.0), "motion": (7, 9.0), "lac": (8, 10.0)}, ["Dense", "LAC"], ["Motion"]),
+        ({"dense": (8, 20.0)}, [], []),
     ],
 )
-def test_whether_lac_leads_is_said(rows: dict[str, tuple[int, float]], said: tuple[str, ...]) -> None:
-    for part in said:
-        assert part in race(**rows)
-
-
-def test_who_does_not_lead_is_told_why() -> None:
-    def run(reused: float) -> str:
-        won = {"dense": {1, 2}, "motion-0.8": {1, 2, 3, 4}, "lac": {1, 5}}
-        share = {"dense": 0.0, "motion-0.8": reused, "lac": 0.8}
-        episodes = [
-            replace(record(method, init, init in solved, 9.0), ratio_effective=[share[method]])
-            for method, solved in won.items()
-            for init in range(10 if method != "motion-0.8" else 8)
-        ]
-        return verdict(Reproduction(ReproduceConfig(trials=1), (DENSE, MOTION, LAC), (), (), episodes))[0]
-
-    # 4/8 against 2/10. On the eight trials of both: 2, 3 and 4 against 5; exact McNemar of 3 and 1.
-    assert "Motion solved 4/8, LAC 2/10. On 8 shared trials it solved 3 that LAC lost, and lost 1 that" in run(0.1)
-    assert "(p 0.625)" in run(0.1)
-    assert run(0.1).endswith(
-        "It leaves out 10 % of the visual tokens, LAC 80 %: what is computed anew cannot be out of date."
-    )
-    assert "leaves out 90 % of the visual tokens, LAC 80 %, so its choice was the better one here" in run(0.9)
+def test_who_solved_most_and_who_is_fastest_is_flagged(
+    rows: dict[str, tuple[int, float]], most: list[str], fastest: list[str]
+) -> None:
+    assert flagged(table(race(**rows), "Table 1: success")) == most
+    assert flagged(table(race(**rows), "Table 1: time")) == fastest
 
 
 @pytest.mark.parametrize(
-    ("lac", "said"),
+    ("lac", "best", "dominated"),
     [
-        ({"lac": (8, 0.6), "lac-0.5": (9, 0.4)}, "LAC leads the trade-off curve"),
-        (
-            {"lac": (7, 0.8), "lac-0.5": (9, 0.4)},
-            "2 points of LAC against 2 of others. Ahead of all of LAC's: Motion (8",
-        ),
-        ({"lac": (10, 0.5)}, "Motion (8/10 at 60 %)"),
-        ({"lac": (10, 0.5)}, "Motion against LAC (lac): On 10 shared trials it solved 0 that LAC lost"),
-        ({"lac": (10, 0.5), "told@lac:ratio=0.5,language=1": (9, 0.7)}, "Motion (8/10 at 60 %)"),
+        ({"lac": (9, 0.6)}, ["Dense", "LAC"], {"Motion": "LAC", "Random, 0.5": "LAC"}),
+        ({"lac": (7, 0.8)}, ["Dense", "Motion", "LAC", "Random, 0.5"], {}),
+        ({"lac": (7, 0.5)}, ["Dense", "Motion", "Random, 0.5"], {"LAC": "Motion"}),
+        ({"lac": (8, 0.6)}, ["Dense", "Motion", "LAC", "Random, 0.5"], {}),
     ],
 )
-def test_whether_lac_leads_the_curve_is_said(lac: dict[str, tuple[int, float]], said: str) -> None:
+def test_points_of_the_curve_that_none_dominates_are_flagged(
+    lac: dict[str, tuple[int, float]], best: list[str], dominated: dict[str, str]
+) -> None:
     played = {"dense": (10, 0.0), "motion-0.8": (8, 0.6), "random-0.5": (9, 0.3), **lac}
     episodes = [
-        replace(record(method.split("@")[0], init, init < 40 + solved, 9.0), ratio_effective=[ratio])
+        replace(record(method, init, init < 40 + solved, 9.0), metrics={"ratio_effective": [ratio]})
         for method, (solved, ratio) in played.items()
         for init in range(40, 50)
     ]
-    specs = ("lac:ratio=0.5" if name == "lac-0.5" else name for name in lac if name != "lac")
-    points = (Row("Random, 0.5", "random:ratio=0.5"), *(Row(spec, spec) for spec in specs))
-    text = curve_verdict(Reproduction(ReproduceConfig(), (DENSE, MOTION, LAC), (), points, episodes))
-    assert said in text
-    assert "Random" not in text
+    points = (Row("Random, 0.5", "random:ratio=0.5"),)
+    curve = table(Reproduction(ReproduceConfig(), (DENSE, MOTION, LAC), (), points, episodes), "Trade-off curve")
+    assert flagged(curve) == best
+    assert {row[0]: row[-1] for row in curve.rows if row[-1] != "-"} == dominated
 
 
 def test_latencies_of_several_processes_are_not_compared(config: ReproduceConfig) -> None:
-    assert "not said" in race(workers=2, dense=(8, 20.0), lac=(9, 10.0))
+    done = race(workers=2, dense=(8, 20.0), lac=(9, 10.0))
+    assert flagged(table(done, "Table 1: time")) == []
+    assert "processes" in flagged(table(done, "Setting"))
     reproduce(replace(config, trials=1))
     folder = config.folder("libero_spatial") / "config.json"
     folder.write_text(folder.read_text().replace('"workers": 1', '"workers": 2'))
     done = reproduce(config)
     assert done.workers == 2, "whatever this call had"
-    assert "Several processes shared" in " ".join(paper_tables(done)[1].notes)
+    assert "several processes are not worth comparing" in " ".join(table(done, "Table 1: time").notes)
 
 
 def test_whose_figures_these_are() -> None:
     done = Reproduction(ReproduceConfig(), (DENSE, LAC), (), (), [record("dense", 0, True, 1.0)])
-    text = " ".join(statements(done))
-    assert "our small model 'mini' (2.9 M parameters)" in text
-    assert "never to be set beside the paper's" in text
-    assert "Altered rendering" in text
+    setting = table(done, "Setting")
+    assert cells(setting, "model")["value"].startswith("mini, 2.9 M parameters: not to be compared with the paper's")
+    assert cells(setting, "rendering")["value"].startswith("fast")
+    assert {"model", "rendering"} <= set(flagged(setting))
     official = Reproduction(ReproduceConfig(rendering="official"), (DENSE, LAC), (), (), done.episodes)
-    assert "Altered" not in " ".join(statements(official))
+    assert cells(table(official, "Setting"), "rendering")["value"] == "official"
+    assert "rendering" not in flagged(table(official, "Setting"))
 
 
 @pytest.mark.parametrize(
@@ -347,8 +348,8 @@ def test_nothing_of_the_machine_is_written(config: ReproduceConfig) -> None:
 def test_the_tables_fit_a_terminal(config: ReproduceConfig) -> None:
     done = reproduce(replace(config, policies=("lac", "lac-predictor"), trials=1))
     out = io.StringIO()
-    for table in paper_tables(done):
-        Console(file=out, width=80).print(table.to_terminal())
+    for found in paper_tables(done):
+        Console(file=out, width=80).print(found.to_terminal())
     text = out.getvalue()
     assert "…" not in text
     assert all(row.label in text for row in done.rows)

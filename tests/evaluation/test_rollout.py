@@ -7,9 +7,11 @@ import pytest
 from tests.engine.scenes import frame
 
 from lac_vla import CachedVLA, Frame, InputError, Random, random_vla
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.models.cogact.config import TINY_COGACT
+from lac_vla.types import FloatArray
 
 
 class Film:
@@ -58,3 +60,70 @@ def test_a_new_instruction_starts_the_ensemble_anew() -> None:
     rollout(single, vla.session(), "dense", 0)
     same = [np.allclose(a, b) for a, b in zip(averaged.actions, single.actions, strict=True)]
     assert same == [True, False, True, False, False]
+
+
+class Chunks:
+    """A session that answers its n-th call with the chunk n, n + 0.1, n + 0.2, and reports what another one does."""
+
+    def __init__(self, length: int = 3) -> None:
+        self._inner = CachedVLA(random_vla("tiny"), Random(0.5)).session()
+        self.length = length
+
+    @property
+    def last_info(self) -> StepInfo | None:
+        return self._inner.last_info
+
+    def reset(self, seed: int | None = None) -> None:
+        self.calls = 0
+        self._inner.reset(seed)
+
+    def act(self, frame: Frame) -> FloatArray:
+        self._inner.act(frame)
+        self.calls += 1
+        return np.array([[self.calls + 0.1 * k] * 7 for k in range(self.length)], np.float32)
+
+
+class Calls:
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+
+    def add(self, frame: Frame, step: StepInfo) -> None:
+        self.frames.append(frame)
+
+
+@pytest.mark.parametrize(
+    ("actions_per_call", "executed"),
+    [(1, [1, 2, 3, 4, 5]), (2, [1, 1.1, 2, 2.1, 3]), (3, [1, 1.1, 1.2, 2, 2.1])],
+)
+def test_several_actions_of_a_chunk_are_executed_before_the_model_is_asked_again(
+    actions_per_call: int, executed: list[float]
+) -> None:
+    film, session, watching = Film(), Chunks(), Calls()
+    record = rollout(film, session, "random", 0, actions_per_call=actions_per_call, observers=[watching])
+    np.testing.assert_allclose([action[0] for action in film.actions], executed, rtol=1e-6)
+    calls = len({int(action) for action in executed})
+    assert (record.steps, record.actions_per_call, session.calls) == (5, actions_per_call, calls)
+    assert {len(values) for values in (*record.latency_ms.values(), *record.metrics.values())} == {calls}
+    assert len(watching.frames) == calls
+    shown = frame(actions_per_call)  # the second call sees what the world became, not what the first call saw
+    np.testing.assert_array_equal(watching.frames[1].images["agentview"], shown.images["agentview"])
+
+
+def test_a_task_may_be_solved_within_a_chunk() -> None:
+    class Solved(Film):
+        def step(self, action: np.ndarray) -> tuple[Frame, bool]:
+            seen, _ = super().step(action)
+            return seen, len(self.actions) == 4
+
+    record = rollout(Solved(), Chunks(), "random", 0, actions_per_call=3)
+    assert (record.success, record.steps) == (True, 4)
+
+
+def test_more_actions_than_a_chunk_has_are_refused_before_the_world_moves() -> None:
+    film = Film()
+    with pytest.raises(InputError, match="a chunk has 3"):
+        rollout(film, Chunks(), "random", 0, actions_per_call=4)
+    assert film.actions == []
+    for wrong, ensemble in ((0, None), (2, AdaptiveEnsemble(2))):
+        with pytest.raises(InputError, match=f"actions_per_call is {wrong}"):
+            rollout(Film(), Chunks(), "random", 0, actions_per_call=wrong, ensemble=ensemble)

@@ -13,10 +13,10 @@ from tests.evaluation.worlds import FakeEnv, outcomes
 
 from lac_vla import InputError
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import evaluate, evaluate_together
 from lac_vla.factory import ModelOptions
 from lac_vla.policies import POLICIES, Random
+from lac_vla.results.records import read_episodes
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def test_every_method_runs_on_the_same_states(config: EvalConfig) -> None:
         assert episode.success == (episode.init_state <= FakeEnv.horizon)
         assert episode.steps == min(episode.init_state, FakeEnv.horizon)
         assert len(episode.latency_ms["observation_to_action"]) == episode.steps
-        assert episode.ratio_effective[0] == 0
+        assert episode.metrics["ratio_effective"][0] == 0
     reused = [e for e in episodes if e.method == "random-0.5"]
-    assert np.mean([r for e in reused for r in e.ratio_effective[1:]]) == pytest.approx(0.5, abs=0.05)
-    assert np.mean([m for e in reused for m in e.macs]) < np.mean(
-        [m for e in episodes if e not in reused for m in e.macs]
+    assert np.mean([r for e in reused for r in e.metrics["ratio_effective"][1:]]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([m for e in reused for m in e.metrics["macs"]]) < np.mean(
+        [m for e in episodes if e not in reused for m in e.metrics["macs"]]
     )
 
 

@@ -16,10 +16,10 @@ from tests.sims import fakes
 from lac_vla import InputError, factory, random_vla
 from lac_vla.cli import main
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import evaluate
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.report import build_report
+from lac_vla.results.records import read_episodes
 from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler.benchmark import Simpler
 from lac_vla.sims.simpler.env import SimplerEnv

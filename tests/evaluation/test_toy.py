@@ -16,10 +16,10 @@ from tests.evaluation.worlds import save_tiny
 from lac_vla import Frame, InputError
 from lac_vla.cli import main
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.runner import evaluate
-from lac_vla.evaluation.summary import summarize
 from lac_vla.report import build_report
+from lac_vla.results.records import read_episodes
+from lac_vla.results.summary import summarize
 from lac_vla.sims import BENCHMARKS
 from lac_vla.sims.base import Benchmark, Env, SimulatorError
 

@@ -11,9 +11,9 @@ from tests.engine.scenes import frame
 
 from lac_vla import Frame, random_vla, save_vla
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.records import read_episodes
 from lac_vla.evaluation.worker import EpisodeWorker
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
+from lac_vla.results.records import read_episodes
 from lac_vla.sims.base import Env
 from lac_vla.sims.libero.benchmark import Libero
 
@@ -63,6 +63,6 @@ def fake_worker(config: EvalConfig) -> EpisodeWorker:
 def outcomes(run: Path) -> list[Any]:
     """What an evaluation decides; not how long it took."""
     return [
-        (e.method, e.trial, e.success, e.steps, list(e.ratio_effective), list(e.oldest_age), list(e.macs))
+        (e.method, e.trial, e.success, e.steps, {name: list(values) for name, values in e.metrics.items()})
         for e in sorted(read_episodes(run / "episodes.jsonl"), key=lambda e: (e.method, e.trial))
     ]

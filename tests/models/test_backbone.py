@@ -12,8 +12,8 @@ from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models import Backbone, PrismaticBackbone, PrismaticConfig, random_vla
 from lac_vla.models.prismatic.config import CameraConfig
 from lac_vla.models.prismatic.presets import MINI, MINI_VIT, OPENVLA_7B, TINY
-from lac_vla.models.tokenizer import WordHash
 from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.models.tokenizer import WordHash
 from lac_vla.types import Frame
 
 PUBLISHED_PARAMETERS = 7_541_237_184

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lac_vla.models.cogact.model import ActionHead
 from torch.torch_version import TorchVersion
 
 from lac_vla import CachedVLA, Dense, Random, load_vla, random_vla, save_vla
@@ -26,7 +27,6 @@ from lac_vla.models.cogact.config import (
     head_config,
     vlm_config,
 )
-from lac_vla.models.cogact.model import ActionHead
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.types import Frame
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lac_vla.models.cogact.model import ActionHead
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.models.cogact.config import DIT, DiTConfig, Sampling
-from lac_vla.models.cogact.model import ActionHead
 from lac_vla.models.heads.sampler import Schedule, ddim, ddpm, strided
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

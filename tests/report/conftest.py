@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lac_vla.report.overlay import write_video
+from tests.report.pages import write_video
 
 SOLVED = {"dense": (True, True, True, False), "motion-0.5": (True, False, True, False)}
 INSTRUCTIONS = ("pick up the bowl", 'open the <b>drawer</b> & "wait"')
 
-FACTS = {
+METADATA = {
     "created": "2025-03-01T12:00:00+00:00",
     "command": "lac eval mini --policies dense motion:ratio=0.5",
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
@@ -83,5 +83,5 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
             lines.append(json.dumps({**record, **COSTS[method]}))
     (folder / "episodes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps(FACTS), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(METADATA), encoding="utf-8")
     return folder

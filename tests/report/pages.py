@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from lac_vla.drawing.video import VideoFile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -80,3 +84,12 @@ def dump_dom(html: Path, tmp_path: Path) -> str:
     """The page's document after its scripts ran in Chromium."""
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", html.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 20) -> Path:
+    """A video of these frames."""
+    video = VideoFile(path, fps)
+    for frame in frames:
+        video.add(frame)
+    video.close()
+    return path

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, InputError, Motion, random_vla
-from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.drawing.observers import FailurePicture
 from lac_vla.report import build_report
-from lac_vla.report.failures import FailurePicture, gallery, lost
+from lac_vla.report.failures import gallery, lost
 from lac_vla.report.runs import Run
+from lac_vla.results.records import EpisodeRecord
 from tests.engine.scenes import frame
 from tests.report.pages import Page, check_self_contained
 
@@ -56,6 +57,21 @@ def test_the_picture_shows_the_age_of_the_tokens(tmp_path: Path) -> None:
     fresh, old = bright
     assert old[1] > fresh[1] + 40, "below: dark for fresh, bright for old"
     assert old[0] == pytest.approx(fresh[0], abs=3), "above: what was recomputed, the same in both"
+
+
+def test_the_moments_are_calls_of_the_model(tmp_path: Path) -> None:
+    """Nine steps, two a call: five calls, of which the picture shows all but the first."""
+    session = CachedVLA(random_vla("tiny"), Motion(0.5)).session()
+    picture = FailurePicture(tmp_path / "lost.jpg", HORIZON, 16, actions_per_call=2)
+    widths = []
+    for number in range(5):
+        session.act(frame(number))
+        assert session.last_info is not None
+        picture.add(frame(number), session.last_info)
+        path = picture.close(success=False)
+        widths.append(0 if path is None else cv2.imread(str(path)).shape[1])
+    assert widths[0] == 0
+    assert widths[-1] > 3.9 * widths[1] > 0
 
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
@@ -108,4 +124,8 @@ def test_few_of_many_losses_are_shown_and_those_of_different_tasks_first(run: Ru
     found = gallery(replace(run, episodes=episodes), {"motion-0.5": "red"})
     assert found is not None
     assert found["lost"] == 8
-    assert [(shown["task"], shown["init_state"]) for shown in found["shown"]] == [(0, 0), (1, 0), (0, 1)]
+    assert [(shown["episode"].task, shown["episode"].init_state) for shown in found["shown"]] == [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+    ]

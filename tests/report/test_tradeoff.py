@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.evaluation.stats import wilson
-from lac_vla.evaluation.summary import summarize
-from lac_vla.evaluation.table import TextTable
-from lac_vla.report import Opening, build_report, tradeoff
+from lac_vla.report import build_report, tradeoff
+from lac_vla.results.records import EpisodeRecord
+from lac_vla.results.summary import summarize
+from lac_vla.results.table import FLAG, TextTable
 from tests.report.pages import Page, check_self_contained
 
 SPECS = {
@@ -38,7 +38,7 @@ def episodes(*methods: str) -> list[EpisodeRecord]:
             init == 0,
             2,
             220,
-            ratio_effective=[0.1 * number] * 2,
+            metrics={"ratio_effective": [0.1 * number] * 2},
             latency_ms={"observation_to_action": [10.0 + 2 * init, 11.0 + 2 * init]},
         )
         for number, method in enumerate(methods)
@@ -48,6 +48,11 @@ def episodes(*methods: str) -> list[EpisodeRecord]:
 
 def marks(chart: str, kind: str) -> list[ElementTree.Element]:
     return [e for e in ElementTree.fromstring(chart).iter() if kind in (e.get("class") or "").split()]
+
+
+def titles(chart: str) -> list[str]:
+    """Texts that the points show under the pointer."""
+    return [dot[0].text or "" for dot in marks(chart, "dot")]
 
 
 def test_settings_that_are_no_ratio_are_joined_too() -> None:
@@ -68,34 +73,39 @@ def test_settings_that_are_no_ratio_are_joined_too() -> None:
     assert found["trials"] == "2"
 
 
-def test_points_stand_where_their_numbers_are_and_ratios_of_one_method_are_joined() -> None:
+def test_points_show_their_numbers_and_ratios_of_one_method_are_joined() -> None:
     played = episodes(*SPECS)
     found = tradeoff(summarize(played), played, SPECS)
     assert found is not None
     assert [family["name"] for family in found["families"]] == ["motion", "motion keep=wrist", "lac"]
     assert len({family["colour"] for family in found["families"]}) == 3
     success = found["success"]
-    assert [float(dot.get("cx")) for dot in marks(success, "dot")] == pytest.approx([102, 152, 202, 252])
-    assert {float(dot.get("cy")) for dot in marks(success, "dot")} == {150.0}, "half solved: half way up"
-    low, high = wilson(1, 2)
-    ends = [(float(bar.get("y1")), float(bar.get("y2"))) for bar in marks(success, "whisker")]
-    assert ends == [pytest.approx((20 + 260 * (1 - low), 20 + 260 * (1 - high)), abs=0.1)] * 4
+    assert titles(success) == [
+        "motion, motion-0.5: 10.0 % reused, 50.0 %",
+        "motion, motion-0.9: 20.0 % reused, 50.0 %",
+        "motion keep=wrist, motion-wrist: 30.0 % reused, 50.0 %",
+        "lac, lac: 40.0 % reused, 50.0 %",
+    ]
+    across = [float(dot.get("cx") or "nan") for dot in marks(success, "dot")]
+    assert np.diff(across) == pytest.approx([across[1] - across[0]] * 3), "equal steps of reuse, equal steps across"
+    assert across[0] < across[1]
     (joined,) = marks(success, "line")
-    assert joined.get("points") == "102.0,150.0 152.0,150.0", "the two ratios of motion, and nothing else"
+    assert len((joined.get("points") or "").split()) == 2, "the two ratios of motion, and nothing else"
     assert len(marks(success, "own")) == 1, "lac has no ratio to set"
     assert len(marks(success, "reference")) == 1
+    assert len(marks(success, "whisker")) == 4
     latency = found["latency"]
-    bar = marks(latency, "whisker")[0]
-    middle, top = 11.5, 1.08 * 12.25
-    assert float(marks(latency, "dot")[0].get("cy")) == pytest.approx(20 + 260 * (1 - middle / top), abs=0.1)
-    assert float(bar.get("y1")) == pytest.approx(20 + 260 * (1 - 10.75 / top), abs=0.1)
-    assert "lac, lac: 40.0 % reused, 11.5 ms" in latency
+    assert "lac, lac: 40.0 % reused, 11.5 ms" in titles(latency)
+    for chart in (success, latency):
+        for dot, bar in zip(marks(chart, "dot"), marks(chart, "whisker"), strict=True):
+            low, middle, high = (float(value or "nan") for value in (bar.get("y1"), dot.get("cy"), bar.get("y2")))
+            assert low > middle > high, "the bar spans the point, the larger value above"
 
 
 def test_no_curve_of_one_point_or_of_runs_that_did_not_note_their_reuse() -> None:
     played = episodes("dense", "lac")
     assert tradeoff(summarize(played), played, SPECS) is None
-    bare = [EpisodeRecord(**{**vars(e), "ratio_effective": (), "latency_ms": {}}) for e in episodes(*SPECS)]
+    bare = [EpisodeRecord(**{**vars(e), "metrics": {}, "latency_ms": {}}) for e in episodes(*SPECS)]
     assert tradeoff(summarize(bare), bare, SPECS) is None
     timeless = [EpisodeRecord(**{**vars(e), "latency_ms": {}}) for e in episodes(*SPECS)]
     found = tradeoff(summarize(timeless), timeless, {"lac": "a policy: in words, not a spec"})
@@ -115,14 +125,16 @@ def test_a_run_with_several_ratios_shows_its_curve(run_dir: Path, tmp_path: Path
     assert "against reuse" in several
 
 
-def test_what_must_be_said_first_comes_first(run_dir: Path, tmp_path: Path) -> None:
-    table = TextTable("Table 1: of <this> model", ("method", "solved"), (("LAC *", "3/4"),), ("* incomplete",))
+def test_tables_over_all_runs_come_first(run_dir: Path, tmp_path: Path) -> None:
+    rows = (("LAC *", "3/4"), ("Dense", "4/4"))
+    table = TextTable("Table 1: of <this> model", ("method", "solved"), rows, ("* incomplete",), flagged=[1])
     played = episodes(*SPECS)
     curve = tradeoff(summarize(played), played, SPECS)
-    opening = Opening(["LAC does not lead."], [table], curve)
-    html = build_report([run_dir], tmp_path / "report.html", opening=opening)
+    html = build_report([run_dir], tmp_path / "report.html", tables=[table], curve=curve)
     page = Page(html.read_text(encoding="utf-8"))
     assert page.row("LAC *") == ["LAC *", "3/4"]
-    places = [page.text.index(words) for words in ("LAC does not lead.", "of <this> model", "against reuse", "2 of 10")]
+    assert page.row(f"Dense {FLAG}") == [f"Dense {FLAG}", "4/4"]
+    assert html.read_text(encoding="utf-8").count('<tr class="flagged">') == 1
+    places = [page.text.index(words) for words in ("of <this> model", "against reuse", "2 of 10")]
     assert places == sorted(places)
     check_self_contained(html)

@@ -186,7 +186,7 @@ def test_a_disk_that_is_too_slow_drops_whole_episodes(
         == server.server.recorder.metrics.unpacked._value.get()
         == 0
     )
-    assert any(row.facts["reason"] == "the disk is slower than the robots" for row in caplog.records)
+    assert any(row.metadata["reason"] == "the disk is slower than the robots" for row in caplog.records)
     dataset = LeRobotDataset(folder)
     assert len(dataset) == 1
     same(dataset.episode(0), 1, range(3), kept)
@@ -254,7 +254,7 @@ def test_images_that_do_not_fit_are_not_recorded_but_answered(
         assert len(play(client, 0, 3, **options)) == 3
         until(lambda: counted(server) == (1, 3))
     server.stop()
-    reasons = [row.facts["reason"] for row in caplog.records]
+    reasons = [row.metadata["reason"] for row in caplog.records]
     assert reasons[:2] == ["it has a single frame"] * 2
     assert complaint in reasons[2]
     assert counted(server) == (1, 3)

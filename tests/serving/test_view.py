@@ -20,13 +20,13 @@ from websockets.sync.client import connect
 
 from lac_vla import VLA, CachedVLA, InputError, Motion
 from lac_vla.client.connection import Client, ServerError
+from lac_vla.drawing.overlay import overlay
 from lac_vla.engine.step_info import StepInfo
-from lac_vla.report.overlay import overlay
 from lac_vla.serving.auth import browser_allowed, names_this_machine
 from lac_vla.serving.browse import open_page, page_address
 from lac_vla.serving.controller import DeadlineController, LatencyTable
-from lac_vla.serving.seen import EVENTS, HEIGHT, KEPT
 from lac_vla.serving.server import Limits
+from lac_vla.serving.snapshot import EVENTS, HEIGHT, KEPT
 from lac_vla.session import Session
 from tests.report.pages import Page, needs_browser
 from tests.serving.chromium import Tab
@@ -34,7 +34,7 @@ from tests.serving.conftest import KEYS, Running, observation
 
 Start = Callable[..., Running]
 KEY = "a-key-of-some-length"
-FACTS = {"server": "lac-vla", "model": "tiny", "method": "motion-0.5"}
+METADATA = {"server": "lac-vla", "model": "tiny", "method": "motion-0.5"}
 
 
 def basic(password: str, user: str = "lac") -> str:
@@ -53,17 +53,17 @@ def get(server: Running, path: str, method: str = "GET", **headers: str) -> tupl
 def state(server: Running, draw: str = "") -> dict[str, Any]:
     code, _, body = get(server, f"/view/state?draw={draw}")
     assert code == 200
-    told: dict[str, Any] = json.loads(body)
-    return told
+    found: dict[str, Any] = json.loads(body)
+    return found
 
 
 def settled(server: Running, session: str, frames: int) -> dict[str, Any]:
     """The page's numbers for a session once they count an answer that its client has in hand already."""
     end = time.monotonic() + 10
     while True:
-        told = next(s for s in state(server)["sessions"] if s["session"] == session)
-        if told["frames"] >= frames:
-            return told
+        shown = next(s for s in state(server)["sessions"] if s["session"] == session)
+        if shown["frames"] >= frames:
+            return shown
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -201,32 +201,32 @@ def test_the_page_loads_nothing(start: Start) -> None:
 
 
 def test_numbers_are_those_of_the_step(start: Start, backbone: VLA) -> None:
-    server, step = start(view=True, metadata=FACTS | {"secret": "x"}), expected(backbone, [0, 1, 2])
+    server, step = start(view=True, metadata=METADATA | {"secret": "x"}), expected(backbone, [0, 1, 2])
     with Client(server.url) as client:
         answers = [client.infer(observation(seed)) for seed in (0, 1, 2)]
-        told = settled(server, client.metadata["session"], 3)
+        shown = settled(server, client.metadata["session"], 3)
         whole = state(server)
-    assert {name: whole[name] for name in FACTS} == FACTS
+    assert {name: whole[name] for name in METADATA} == METADATA
     assert "secret" not in whole
     assert (whole["max_age"], whole["deadline_ms"], whole["closed"]) == (16, None, [])
-    assert told["instruction"] == "pick up the bowl"
-    assert told["peer"].startswith("127.0.0.1:")
-    assert (told["ratio"], told["nominal_ratio"], told["oldest_age"]) == (
+    assert shown["instruction"] == "pick up the bowl"
+    assert shown["peer"].startswith("127.0.0.1:")
+    assert (shown["ratio"], shown["nominal_ratio"], shown["oldest_age"]) == (
         step.ratio,
         step.nominal_ratio,
         step.oldest_age,
     )
-    assert (told["tokens"], told["computed"]) == (step.layout.n_visual, step.active.sum())
-    assert told["recovered"] == step.recovered.sum()
-    assert told["ages"] == np.bincount(step.age, minlength=17).tolist()
-    assert told["ratios"] == [0, 0.5, 0.5]
+    assert (shown["tokens"], shown["computed"]) == (step.layout.n_visual, step.active.sum())
+    assert shown["recovered"] == step.recovered.sum()
+    assert shown["ages"] == np.bincount(step.age, minlength=17).tolist()
+    assert shown["ratios"] == [0, 0.5, 0.5]
     took = [a["lac"]["waited_ms"] + a["server_timing"]["infer_ms"] for a in answers]
-    np.testing.assert_allclose(told["latencies_ms"], took, atol=0.006)
-    np.testing.assert_allclose([told["p50_ms"], told["p95_ms"]], np.quantile(took, [0.5, 0.95]))
-    assert told["stages"] == {name: round(value, 3) for name, value in answers[-1]["lac"]["stages"].items()}
-    assert told["events"] == [{"kind": "fallback", "reason": "first frame", "first": 1, "last": 1}]
-    assert [camera["name"] for camera in told["cameras"]] == ["agentview", "wrist"]
-    for camera, grid in zip(told["cameras"], step.layout.cameras, strict=True):
+    np.testing.assert_allclose(shown["latencies_ms"], took, atol=0.006)
+    np.testing.assert_allclose([shown["p50_ms"], shown["p95_ms"]], np.quantile(took, [0.5, 0.95]))
+    assert shown["stages"] == {name: round(value, 3) for name, value in answers[-1]["lac"]["stages"].items()}
+    assert shown["events"] == [{"kind": "fallback", "reason": "first frame", "first": 1, "last": 1}]
+    assert [camera["name"] for camera in shown["cameras"]] == ["agentview", "wrist"]
+    for camera, grid in zip(shown["cameras"], step.layout.cameras, strict=True):
         assert (camera["tokens"], camera["computed"]) == (grid.size, step.active[grid.tokens].sum())
 
 
@@ -240,7 +240,7 @@ def test_pictures_are_the_overlay_of_the_same_step(start: Start, backbone: VLA) 
             other.infer(observation(seed))
         for each in (client, other):
             settled(server, each.metadata["session"], 2)
-        mine, others = (told["cameras"] for told in state(server, f"{session},{32 * 'f'},../x,")["sessions"])
+        mine, others = (shown["cameras"] for shown in state(server, f"{session},{32 * 'f'},../x,")["sessions"])
     assert [camera["jpeg"] for camera in others] == [None, None]
     drawn = [np.asarray(Image.open(io.BytesIO(base64.b64decode(camera["jpeg"]))), dtype=int) for camera in mine]
     for picture, camera in zip(drawn, step.layout.cameras, strict=True):
@@ -264,8 +264,8 @@ def test_resets_and_fallbacks_with_their_reasons(start: Start, backbone: VLA) ->
         client.infer(observation(4, "open the drawer"))
         client.reset()
         client.infer(observation(4, "open the drawer"))
-        told = settled(server, client.metadata["session"], 6)
-    assert told["events"] == [
+        shown = settled(server, client.metadata["session"], 6)
+    assert shown["events"] == [
         {"kind": "reset", "reason": "reset", "first": 6, "last": 6},
         {"kind": "reset", "reason": "new instruction", "first": 5, "last": 5},
         {"kind": "fallback", "reason": "scene cut", "first": 2, "last": 4},
@@ -278,10 +278,10 @@ def test_a_long_session_is_cut_to_its_end(start: Start) -> None:
     with Client(server.url) as client:
         for i in range(KEPT + 3):
             client.infer(observation(i % 3, f"task {i // 4}"))
-        told = settled(server, client.metadata["session"], KEPT + 3)
-    assert len(told["ratios"]) == len(told["latencies_ms"]) == KEPT
-    assert told["ratios"][-3:] == [0.0, 0.5, 0.5]
-    assert [event["first"] for event in told["events"]] == [1 + 4 * i for i in range(30, 30 - EVENTS, -1)]
+        shown = settled(server, client.metadata["session"], KEPT + 3)
+    assert len(shown["ratios"]) == len(shown["latencies_ms"]) == KEPT
+    assert shown["ratios"][-3:] == [0.0, 0.5, 0.5]
+    assert [event["first"] for event in shown["events"]] == [1 + 4 * i for i in range(30, 30 - EVENTS, -1)]
 
 
 def test_late_answers_are_those_behind_the_deadline(start: Start) -> None:
@@ -289,9 +289,9 @@ def test_late_answers_are_those_behind_the_deadline(start: Start) -> None:
     server = start(view=True, controller=controller)
     with Client(server.url) as client:
         late = [client.infer(observation(seed))["lac"]["late"] for seed in (0, 1, 2)]
-        told = settled(server, client.metadata["session"], 3)
+        shown = settled(server, client.metadata["session"], 3)
     assert late == [True] * 3
-    assert (state(server)["deadline_ms"], told["late"], told["limit"]) == (1e-3, 3, 8)
+    assert (state(server)["deadline_ms"], shown["late"], shown["token_budget"]) == (1e-3, 3, 8)
 
 
 def test_who_has_gone_and_why(start: Start) -> None:
@@ -302,11 +302,11 @@ def test_who_has_gone_and_why(start: Start) -> None:
         with pytest.raises(ServerError):
             bad.infer({"prompt": "go"})
         end = time.monotonic() + 10
-        while len((told := state(server))["sessions"]) > 1 and time.monotonic() < end:
+        while len((shown := state(server))["sessions"]) > 1 and time.monotonic() < end:
             time.sleep(0.01)
-        assert [s["session"] for s in told["sessions"]] == [good.metadata["session"]]
-        assert [c["session"] for c in told["closed"]] == [bad.metadata["session"]]
-        assert "observation/image" in told["closed"][0]["reason"]
+        assert [s["session"] for s in shown["sessions"]] == [good.metadata["session"]]
+        assert [c["session"] for c in shown["closed"]] == [bad.metadata["session"]]
+        assert "observation/image" in shown["closed"][0]["reason"]
         assert good.infer(observation(1))["lac"]["ratio"] == 0.5
 
 
@@ -344,22 +344,22 @@ def test_no_addresses(url: str) -> None:
 def test_lac_view_opens_the_page_or_says_what_to_do(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address) or len(opened) < 3)
-    shown, keyed, off = start(view=True), start(view=True, key=KEY), start()
-    assert open_page(shown.url) == f"live page: {shown.http}/view"
+    live, keyed, off = start(view=True), start(view=True, key=KEY), start()
+    assert open_page(live.url) == f"live page: {live.http}/view"
     assert open_page(keyed.url).endswith("as the password")
-    assert open_page(shown.url).startswith("no browser here; open http")
+    assert open_page(live.url).startswith("no browser here; open http")
     with pytest.raises(InputError, match=r"page off.*--view"):
         open_page(off.url)
     off.stop()
     with pytest.raises(InputError, match=r"no server .*lac serve"):
         open_page(off.url)
-    assert opened == [f"{shown.http}/view", f"{keyed.http}/view", f"{shown.http}/view"]
+    assert opened == [f"{live.http}/view", f"{keyed.http}/view", f"{live.http}/view"]
 
 
 @needs_browser
 def test_a_browser_shows_it(start: Start, backbone: VLA, tmp_path: Path) -> None:
     evil = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & pick up the bowl"
-    server = start(view=True, metadata=FACTS)
+    server = start(view=True, metadata=METADATA)
     with Tab(tmp_path / "profile") as tab:
         tab.open(server.http + "/view")
         tab.wait("document.body.dataset.state === 'empty'")
@@ -387,6 +387,7 @@ def test_a_browser_shows_it(start: Start, backbone: VLA, tmp_path: Path) -> None
             assert "Latency of the last 3 requests" in tab.evaluate(f"{card}.querySelector('.latencies').ariaLabel")
             assert tab.evaluate(f"{card}.querySelectorAll('.stages rect').length") == 8
             assert "prefill" in text("times")
+            assert "ratio, effective: 50.0 %" in text("metrics")
             assert "request 1: computed in full (first frame)" in text("events")
             assert tab.evaluate(f"{card}.querySelector('.instruction').textContent") == evil
             assert tab.evaluate("document.title") == "lac view"
@@ -406,7 +407,7 @@ def test_a_browser_shows_it(start: Start, backbone: VLA, tmp_path: Path) -> None
 
 @needs_browser
 def test_a_narrow_window_and_a_key(start: Start, tmp_path: Path) -> None:
-    server = start(view=True, key=KEY, metadata=FACTS)
+    server = start(view=True, key=KEY, metadata=METADATA)
     with Client(server.url, KEY) as client, Tab(tmp_path / "profile", width=400) as tab:
         for seed in range(2):
             client.infer(observation(seed, "word" * 100))

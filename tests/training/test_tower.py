@@ -29,8 +29,8 @@ from lac_vla import (
 )
 from lac_vla.cli import main
 from lac_vla.models.prismatic.presets import TINY
-from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.policies.lac.inputs import resize
 from lac_vla.training import lac
 from lac_vla.training.config import TrainConfig

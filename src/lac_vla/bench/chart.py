@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lac_vla.bench.frame import FrameResult, FrameRow
-from lac_vla.evaluation.table import milliseconds
-from lac_vla.report.svg import box, line, picture, text, ticks
+from lac_vla.drawing.svg import box, line, picture, text, ticks
+from lac_vla.results.format import milliseconds
 from lac_vla.timing import STAGES
 
 COLOURS = dict(

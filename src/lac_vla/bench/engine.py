@@ -19,8 +19,8 @@ from lac_vla.cost import prefill_macs
 from lac_vla.engine.engine import Engine
 from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.prefill import PrefillCursor, SequenceState, run_packed
-from lac_vla.evaluation.stats import Percentiles
 from lac_vla.models import VLA
+from lac_vla.results.stats import Percentiles
 from lac_vla.types import Decision
 
 DENSE = "dense"

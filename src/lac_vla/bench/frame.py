@@ -22,8 +22,8 @@ from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.evaluation.rollout import peak_memory_mb
-from lac_vla.evaluation.stats import Percentiles
 from lac_vla.models import VLA
+from lac_vla.results.stats import Percentiles
 from lac_vla.session import Session
 from lac_vla.timing import STAGES, WINDOWS
 

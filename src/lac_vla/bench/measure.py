@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation.stats import Percentiles, percentiles
+from lac_vla.results.stats import Percentiles, percentiles
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from lac_vla.bench.model import open_model, open_shapes
 from lac_vla.bench.roofline import Roofline, RooflineResult, floors
 from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.errors import InputError
-from lac_vla.evaluation.stats import Percentiles
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
+from lac_vla.results.stats import Percentiles
 
 Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult | RooflineResult]
 

@@ -13,7 +13,7 @@ from lac_vla.bench.measure import Ratio, Target
 from lac_vla.bench.memory import MemoryResult
 from lac_vla.bench.roofline import RooflineResult
 from lac_vla.bench.run import BenchResult
-from lac_vla.evaluation.table import NONE, count, latency, memory, milliseconds, percent
+from lac_vla.results.format import NONE, count, latency, memory, milliseconds, percent
 from lac_vla.timing import STAGES, WINDOWS
 
 SWEPT = "\nrandom weights: what is reused and which drafts stand is swept, or says nothing about a trained model"

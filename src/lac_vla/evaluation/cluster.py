@@ -14,7 +14,7 @@ from typing import Any
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.jobs import Job, MakeRunner, Runner, play
-from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.results.records import EpisodeRecord
 
 LOCAL = "local"
 """The address that stands for a cluster on this machine alone, which ends with the run."""

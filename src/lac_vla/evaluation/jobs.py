@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, TypeAlias
 
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.results.records import EpisodeRecord
 
 
 class Job(NamedTuple):

@@ -15,7 +15,7 @@ from multiprocessing import connection
 from lac_vla.errors import LacError
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.jobs import Job, MakeRunner, Runner, play
-from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.results.records import EpisodeRecord
 
 
 def run_on_processes(make: MakeRunner, config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:

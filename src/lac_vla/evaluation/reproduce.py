@@ -13,13 +13,13 @@ import tyro
 from lac_vla.bundled import MINI
 from lac_vla.errors import InputError
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.records import EpisodeRecord, read_episodes
 from lac_vla.evaluation.runner import CONFIG as RUN_CONFIG
 from lac_vla.evaluation.runner import EPISODES, evaluate_together
 from lac_vla.factory import ModelOptions, method_name
 from lac_vla.policies import LACPolicy, PolicySpec
 from lac_vla.policies.lac import SUBFOLDER
 from lac_vla.policies.lac.policy import CONFIG
+from lac_vla.results.records import EpisodeRecord, read_episodes
 from lac_vla.sims.libero.benchmark import Libero
 from lac_vla.sims.libero.renderer import Convention, Rendering
 from lac_vla.sims.libero.suites import FIRST_HELD_OUT

@@ -12,8 +12,10 @@ import torch
 
 from lac_vla.cost import CostModel
 from lac_vla.engine.step_info import PolicySession, StepInfo, StepObserver
+from lac_vla.errors import InputError
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
-from lac_vla.evaluation.records import EpisodeRecord
+from lac_vla.results.metrics import METRICS
+from lac_vla.results.records import EpisodeRecord
 from lac_vla.session import Session
 from lac_vla.sims.base import Env
 
@@ -31,54 +33,55 @@ def rollout(
     actions_per_call: int = 1,
     stress: str = "",
 ) -> EpisodeRecord:
-    """Run one episode until the task is solved or its horizon reached.
+    """Run one episode until the task is solved or its horizon, in world steps, is reached.
 
     Args:
         env: The task.
         session: Drives the robot; it is reset with ``seed``.
         method: Name of the method, for the record.
         init_state: Initial state.
-        seed: Of the session's generator, and of the scene.
-        cost: Counts multiply-accumulates of a session that is here.
-        observers: Watch one.
+        seed: Seed of the session's generator, and of the scene.
+        cost: Counts multiply-accumulates of a session in this process.
+        observers: Are shown every call of a session in this process.
         ensemble: Makes the frame's action out of the last frames' chunks; by default, the newest chunk's first.
-        actions_per_call: Number of actions of an answer that are executed before the session is asked again.
-        stress: What ``env`` disturbs its observations by, for the record.
+        actions_per_call: Actions of a chunk, (horizon, A), that are executed before the model is asked again.
+        stress: Name of the stress that ``env`` puts on its observations, for the record.
+
+    Raises:
+        InputError: If ``actions_per_call`` is below 1, above 1 with an ensemble, or above the length of a chunk.
     """
+    if actions_per_call < 1 or (actions_per_call > 1 and ensemble is not None):
+        raise InputError(
+            f"actions_per_call is {actions_per_call}: give at least 1; an ensemble makes one action per call, "
+            "so give 1 with it, or leave the ensemble out"
+        )
     frame = env.reset(init_state, seed)
     session.reset(seed)
     if ensemble is not None:
         ensemble.reset()
-    effective: list[float] = []
-    nominal: list[float | None] = []
-    oldest: list[int | None] = []
-    macs: list[float] = []
-    passes: list[int] = []
-    accepted: list[int | None] = []
+    metrics: dict[str, list[float | None]] = {name: [] for name in METRICS}
     latency: defaultdict[str, list[float]] = defaultdict(list)
     steps, success, instruction = 0, False, frame.instruction
     while steps < env.horizon and not success:
         chunk = np.atleast_2d(session.act(frame))
+        if len(chunk) < actions_per_call:
+            raise InputError(
+                f"actions_per_call is {actions_per_call}, but a chunk has {len(chunk)} actions: give at most that"
+            )
         if ensemble is not None and frame.instruction != instruction:
-            ensemble.reset()  # the last chunks were about something else
+            ensemble.reset()  # the last chunks belong to another instruction
         instruction = frame.instruction
-        actions = chunk[:actions_per_call] if ensemble is None else ensemble(chunk)[None]
-        step = session.last_info
-        if step is None:  # pragma: no cover - act always leaves a step
+        info = session.last_info
+        if info is None:  # pragma: no cover - act always leaves a step info
             raise RuntimeError("the session did not report its step")
-        effective.append(step.ratio)
-        nominal.append(step.nominal_ratio)
-        oldest.append(step.oldest_age)
-        if isinstance(step, StepInfo):
-            passes.append(len(step.decode_passes))
-            accepted.append(step.accepted)
-            if cost is not None:
-                macs.append(float(sum(cost.step(step).values())))
-            for observer in observers:
-                observer.add(frame, step)
-        for name, value in {**step.timings, **step.stages}.items():
+        for name, metric in METRICS.items():
+            metrics[name].append(metric.measure(info, cost))
+        for name, value in {**info.timings, **info.stages}.items():
             latency[name].append(round(value, 4))
-        for action in actions:
+        if isinstance(info, StepInfo):
+            for observer in observers:
+                observer.add(frame, info)
+        for action in chunk[:actions_per_call] if ensemble is None else [ensemble(chunk)]:
             frame, success = env.step(action)
             steps += 1
             if success or steps == env.horizon:
@@ -94,19 +97,15 @@ def rollout(
         success=success,
         steps=steps,
         horizon=env.horizon,
-        ratio_effective=effective,
-        ratio_nominal=nominal,
-        oldest_age=oldest,
-        macs=macs,
-        passes=passes,
-        accepted=accepted,
+        actions_per_call=actions_per_call,
+        metrics={name: values for name, values in metrics.items() if any(value is not None for value in values)},
         latency_ms=dict(latency),
         peak_memory_mb=peak_memory_mb(session.model.device) if isinstance(session, Session) else None,
     )
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far: of the accelerator's allocator, or of this process, in MB."""
+    """Measure the largest memory so far, of the accelerator's allocator or of this process, in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from tqdm import tqdm
 from lac_vla.errors import InputError
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.jobs import Job
-from lac_vla.evaluation.records import finished
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.worker import run_jobs
 from lac_vla.factory import method_name
 from lac_vla.provenance import provenance
+from lac_vla.results.records import finished
 
 EPISODES, CONFIG, SUMMARY = "episodes.jsonl", "config.json", "summary.json"
 CHANGEABLE = ("workers", "threads", "videos", "server")
@@ -83,7 +83,7 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
         solved: dict[str, list[bool]] = {method: [] for method in methods}
         for record in records:
             log = logs[record.stress]
-            log.write(json.dumps(asdict(record)) + "\n")
+            log.write(json.dumps(record.to_json()) + "\n")
             log.flush()
             os.fsync(log.fileno())
             solved[record.method].append(record.success)

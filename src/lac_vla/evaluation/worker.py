@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from lac_vla.client.remote import RemoteSession
 from lac_vla.cost import CostModel
+from lac_vla.drawing.observers import EpisodeVideo, FailurePicture
 from lac_vla.engine.step_info import PolicySession
 from lac_vla.errors import InputError
 from lac_vla.evaluation.cluster import run_on_ray
@@ -17,12 +18,10 @@ from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.jobs import Job, play
 from lac_vla.evaluation.processes import run_on_processes
-from lac_vla.evaluation.records import EpisodeRecord
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
 from lac_vla.factory import load_methods, method_name
-from lac_vla.report.failures import FailurePicture
-from lac_vla.report.overlay import EpisodeVideo
+from lac_vla.results.records import EpisodeRecord
 from lac_vla.session import Session
 from lac_vla.sims.base import Env, SimulatorError
 

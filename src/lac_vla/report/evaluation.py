@@ -4,57 +4,47 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
+from lac_vla.drawing import plots
+from lac_vla.drawing.overlay import RECOMPUTED, RECOVERED, heat_colours
+from lac_vla.drawing.picture import css, filmstrip, jpeg_base64
+from lac_vla.drawing.video import sample_frames
 from lac_vla.errors import InputError
-from lac_vla.evaluation import table as write
-from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.evaluation.summary import DENSE, WINDOWS, MethodRow
-from lac_vla.report import plots
 from lac_vla.report.failures import gallery
-from lac_vla.report.overlay import RECOMPUTED, RECOVERED, filmstrip, heat_colours
-from lac_vla.report.page import css, fact_groups, jpeg, setting, write_page
+from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.runs import Run
 from lac_vla.report.tradeoff import tradeoff
-from lac_vla.report.video import sample_frames
+from lac_vla.results import format as write
+from lac_vla.results.records import EpisodeRecord
+from lac_vla.results.summary import DENSE, MethodRow
+from lac_vla.results.table import (
+    MEMORY,
+    SPEEDUP,
+    SUCCESS,
+    TIME,
+    TIME_NOTE,
+    WINDOWS,
+    Column,
+    TextTable,
+    metric_columns,
+    run_notes,
+)
 
 COLOURS = 7
 """Colours of the page's palette; the first is dense's."""
 
+TILE = ("ratio, effective", "MACs, FLOPs", "observation to action", "net speed-up")
+"""Columns that a method's tile shows, too."""
+
 VIDEO_TRIALS = 6
+"""At most so many trials are shown as videos."""
 VIDEO_MB = 40
-"""At most so many trials are shown as videos, and so much of them."""
-
-WINDOW_NAMES = {
-    "decoder_prefill": "Decoder prefill",
-    "model_call": "Model call",
-    "observation_to_action": "Observation → action",
-}
-WINDOW_MEANING = {
-    "decoder_prefill": "the language model reading the prompt: the part that caching shortens",
-    "model_call": "camera image to action inside the model: vision tower, prefill, action tokens",
-    "observation_to_action": "everything between an observation and its action, caching's own work included",
-}
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What a page says before its runs.
-
-    Attributes:
-        statements: Sentences, shown first.
-        tables: Tables over all runs.
-        curve: The trade-off over all runs, see :func:`lac_vla.report.tradeoff.tradeoff`.
-    """
-
-    statements: Sequence[str] = ()
-    tables: Sequence[write.TextTable] = ()
-    curve: Mapping[str, Any] | None = None
+"""All videos of a run together are at most so large."""
 
 
 def build_report(
@@ -62,7 +52,8 @@ def build_report(
     out_html: str | Path,
     *,
     title: str | None = None,
-    opening: Opening | None = None,
+    tables: Sequence[TextTable] = (),
+    curve: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the report of one or several runs.
 
@@ -70,7 +61,8 @@ def build_report(
         run_dirs: Folders of runs: ``episodes.jsonl``, ``summary.json``, ``videos/``.
         out_html: The page to write; its folder is created.
         title: Heading of the page.
-        opening: What the page says first, if it is about more than the runs one by one.
+        tables: Tables over all runs, shown first.
+        curve: The trade-off over all runs, see :func:`lac_vla.report.tradeoff.tradeoff`, shown behind them.
 
     Returns:
         The page's path.
@@ -82,13 +74,16 @@ def build_report(
     if not run_dirs:
         raise InputError("no run is given: name at least one folder of 'lac eval'")
     runs = [Run.read(folder) for folder in run_dirs]
+    groups = _column_groups()
     return write_page(
         "evaluation.html.j2",
         out_html,
         title=title or "Visual token caching: evaluation report",
-        opening=opening or Opening(),
+        tables=tables,
+        curve=curve,
         runs=[_run(run, number) for number, run in enumerate(runs)],
-        windows=[{"key": key, "name": WINDOW_NAMES[key], "meaning": WINDOW_MEANING[key]} for key in WINDOWS],
+        groups=groups,
+        columns=[column for _, columns in groups for column in columns],
         ages=", ".join(css(colour) for colour in heat_colours()),
         recomputed=css(RECOMPUTED),
         recovered=css(RECOVERED),
@@ -106,111 +101,74 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         "id": f"run{number}",
         "name": run.folder.name,
         "suites": ", ".join(suites),
-        "facts": fact_groups(run.facts),
-        "setting": setting(run.facts),
+        "metadata": metadata_groups(run.metadata),
+        "setting": setting(run.metadata),
         "altered": run.altered,
         "rendering": run.rendering,
-        "notes": _notes(run),
+        "notes": run.metadata.get("notes", []),
+        "table_notes": [TIME_NOTE, *run_notes(run.summary)],
         "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
-        "tasks": _tasks(run),
-        "names": [{"name": row.method, "colour": colours[row.method]} for row in rows],
+        "tasks": run.summary.tasks,
         "latency": [
             {
-                "name": WINDOW_NAMES[window],
-                "meaning": WINDOW_MEANING[window],
+                "name": window.replace("_", " "),
+                "meaning": meaning,
                 "svg": plots.latency_panel(_samples(run, window, colours), f"latency of {window}"),
             }
-            for window in WINDOWS
+            for window, meaning in WINDOWS.items()
         ],
         "ratio": _ratio(run, colours),
         "curve": tradeoff(run.summary, run.episodes, run.specs),
         "gallery": gallery(run, colours),
-        "trials": [_trial(run, group, colours) for group in shown],
+        "trials": [[_clip(run, episode, colours[episode.method]) for episode in group] for group in shown],
         "recorded": len(trials),
         "dense": dense is not None,
-        "frames": sum(row.frames for row in rows),
+        "steps": sum(row.steps for row in rows),
         "episodes": len(run.episodes),
         "horizons": ", ".join(str(value) for value in sorted({e.horizon for e in run.episodes})),
         "seeds": ", ".join(str(value) for value in sorted({e.seed for e in run.episodes})),
     }
 
 
+def _column_groups() -> list[tuple[str, tuple[Column, ...]]]:
+    return [
+        ("Success", (*SUCCESS, SPEEDUP)),
+        ("Per call of the model", metric_columns()),
+        ("Latency p50 / p95, ms", TIME),
+        ("Peak", (MEMORY,)),
+    ]
+
+
 def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> dict[str, Any]:
-    whole = row.latency.get("observation_to_action")
     reference = dense if dense is not row else None
-    before = reference.latency.get("observation_to_action") if reference else None
     policy = run.specs.get(row.method, "")
-    low, high = row.interval
+    cells = {column.heading: column.cell(row, dense) for _, columns in _column_groups() for column in columns}
     return {
-        "name": row.method,
+        "row": row,
         "colour": colour,
         "policy": policy,
         "meaning": "computes everything in every frame" if row.method == DENSE else policy,
-        "successes": row.successes,
-        "trials": row.trials,
         "rate": write.percent(row.rate),
-        "interval": f"{100 * low:.1f} to {100 * high:.1f}",
-        "bar": plots.interval_bar(row.rate, low, high, reference.rate if reference else None),
-        "paired": row.paired,
-        "difference": write.points(row.paired.difference) if row.paired else write.NONE,
-        "difference_interval": write.range_of_points(row.paired.interval) if row.paired else write.NONE,
-        "p": write.p_value(row.paired.p) if row.paired else write.NONE,
-        "nominal": write.percent(row.ratio_nominal, 0),
-        "effective": write.percent(row.ratio_effective),
-        "oldest": write.NONE if row.oldest_age is None else row.oldest_age,
-        "macs": write.count(row.macs),
-        "flops": write.count(row.flops),
-        "latency": [write.latency(row.latency.get(window)) for window in WINDOWS],
-        "median": write.NONE if whole is None else f"{write.milliseconds(whole.p50)} ms",
-        "latency_change": _change(whole.p50 if whole else None, before.p50 if before else None),
-        "macs_change": _change(row.macs, reference.macs if reference else None),
-        "memory": write.memory(row.peak_memory_mb),
-        "frames": row.frames,
+        "bar": plots.interval_bar(row.rate, *row.interval, reference.rate if reference else None),
+        "cells": cells,
+        "tile": [(heading, cells[heading]) for heading in TILE],
     }
-
-
-def _change(value: float | None, reference: float | None) -> str:
-    """Relative change in whole percent, with its sign; empty where there is nothing to compare."""
-    if value is None or not reference:
-        return ""
-    return f"{100 * (value / reference - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
-
-
-def _notes(run: Run) -> list[str]:
-    notes = run.facts.get("notes", [])
-    known = [str(note) for note in notes] if isinstance(notes, list) else [str(notes)]
-    if run.altered and not any("rendering" in note.lower() for note in known):
-        known.insert(0, f"Altered rendering ({run.rendering}): these are not the benchmark's own pixels.")
-    return known
-
-
-def _tasks(run: Run) -> list[dict[str, Any]]:
-    names = [row.method for row in run.summary.methods]
-    rows = []
-    for task in run.summary.tasks:
-        outcomes = [task.outcomes.get(name) for name in names]
-        cells = [
-            {"text": f"{outcome[0]}/{outcome[1]}", "share": outcome[0] / outcome[1]} if outcome else None
-            for outcome in outcomes
-        ]
-        rows.append({"suite": task.suite, "task": task.task, "text": task.instruction, "cells": cells})
-    return rows
 
 
 def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tuple[str, list[float]]]:
-    samples: dict[str, tuple[str, list[float]]] = {name: (colour, []) for name, colour in colours.items()}
-    for episode in run.episodes:
-        samples[episode.method][1].extend(episode.latency_ms.get(window, ()))
-    return samples
+    def samples(method: str) -> list[float]:
+        return [ms for e in run.episodes if e.method == method for ms in e.latency_ms.get(window, ())]
+
+    return {method: (colour, samples(method)) for method, colour in colours.items()}
 
 
 def _ratio(run: Run, colours: Mapping[str, str]) -> str:
-    cached = [name for name in colours if name != DENSE]
-    effective = {
-        name: (colours[name], [e.ratio_effective for e in run.episodes if e.method == name]) for name in cached
-    }
-    nominal = {name: [e.ratio_nominal for e in run.episodes if e.method == name] for name in cached}
-    return plots.ratio_chart(effective, nominal)
+    def series(name: str, method: str) -> list[Sequence[float | None]]:
+        return [e.metrics[name] for e in run.episodes if e.method == method and name in e.metrics]
+
+    cached = [method for method in colours if method != DENSE]
+    effective = {method: (colours[method], series("ratio_effective", method)) for method in cached}
+    return plots.ratio_chart(effective, {method: series("ratio_nominal", method) for method in cached})
 
 
 def _shown(run: Run, trials: Sequence[list[EpisodeRecord]]) -> list[list[EpisodeRecord]]:
@@ -224,40 +182,25 @@ def _shown(run: Run, trials: Sequence[list[EpisodeRecord]]) -> list[list[Episode
     return shown
 
 
-def _trial(run: Run, group: Sequence[EpisodeRecord], colours: Mapping[str, str]) -> dict[str, Any]:
-    first = group[0]
-    return {
-        "suite": first.suite,
-        "task": first.task,
-        "instruction": first.instruction,
-        "init_state": first.init_state,
-        "seed": first.seed,
-        "episodes": [_clip(run, episode, colours[episode.method]) for episode in group],
-    }
-
-
 def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
     path = run.folder / str(episode.video)
     frames = sample_frames(path, 4)  # the first is dense with every method: nothing to see
     strip = filmstrip(frames[1:] or frames, 3)
-    ratio = float(np.mean(episode.ratio_effective)) if len(episode.ratio_effective) else None
+    ratios = [value for value in episode.metrics.get("ratio_effective", ()) if value is not None]
     return {
-        "method": episode.method,
+        "episode": episode,
         "colour": colour,
-        "success": episode.success,
-        "steps": episode.steps,
-        "horizon": episode.horizon,
-        "ratio": write.percent(ratio, 0),
+        "ratio": write.percent(float(np.mean(ratios)) if ratios else None, 0),
         "video": base64.b64encode(path.read_bytes()).decode(),
-        "strip": jpeg(cv2.resize(strip, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)),
-        "poster": jpeg(frames[len(frames) // 2]),
+        "strip": jpeg_base64(cv2.resize(strip, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)),
+        "poster": jpeg_base64(frames[len(frames) // 2]),
         "width": frames[0].shape[1],
         "height": frames[0].shape[0],
     }
 
 
 def _colours(methods: Sequence[str]) -> dict[str, str]:
-    """Method → CSS colour: dense is grey, the others take the palette's in turn."""
+    """Give every method its CSS colour: dense is grey, the others take the palette's in turn."""
     cached = [method for method in methods if method != DENSE]
     numbers = {method: 1 + index % (COLOURS - 1) for index, method in enumerate(cached)}
     return {method: f"var(--m{numbers.get(method, 0)})" for method in methods}

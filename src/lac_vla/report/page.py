@@ -1,18 +1,13 @@
-"""What the reports share: a self-contained HTML page is written, with pictures, facts and colours in it."""
+"""The reports share how a self-contained HTML page is written, and how a run's metadata is shown in it."""
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
 from lac_vla.errors import InputError, MissingExtraError
-from lac_vla.types import UInt8Image
 
 
 def write_page(template: str, out_html: str | Path, **context: Any) -> Path:
@@ -21,7 +16,7 @@ def write_page(template: str, out_html: str | Path, **context: Any) -> Path:
     Args:
         template: File name in ``templates``.
         out_html: The page; its folder is created.
-        context: What the template shows.
+        context: Variables of the template.
 
     Returns:
         The page's path.
@@ -52,36 +47,25 @@ def write_page(template: str, out_html: str | Path, **context: Any) -> Path:
     return out
 
 
-def fact_groups(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was recorded of a run, in groups of rows of name and value."""
+def metadata_groups(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Group what was recorded of a run; every group has rows of name and value."""
     groups: dict[str, Any] = {
-        "Run": {key: facts.get(key) for key in ("command", "created", "commit") if facts.get(key)},
-        "Model": facts.get("model"),
-        "Simulator": facts.get("simulator"),
-        "Hardware": facts.get("hardware"),
-        "Versions": facts.get("versions"),
+        "Run": {key: metadata.get(key) for key in ("command", "created", "commit") if metadata.get(key)},
+        "Model": metadata.get("model"),
+        "Simulator": metadata.get("simulator"),
+        "Hardware": metadata.get("hardware"),
+        "Versions": metadata.get("versions"),
     }
     return [{"name": name, "rows": _pairs(group)} for name, group in groups.items() if group]
 
 
-def setting(facts: Mapping[str, Any]) -> str:
-    """The machine that numbers hold for, in one line."""
-    hardware = facts.get("hardware")
+def setting(metadata: Mapping[str, Any]) -> str:
+    """Name the machine that numbers hold for, in one line."""
+    hardware = metadata.get("hardware")
     known = hardware if isinstance(hardware, Mapping) else {}
     parts = [str(known[key]) for key in ("accelerator", "processor") if known.get(key)]
     parts += [f"{known[key]} {key}" for key in ("cores", "threads") if known.get(key)]
     return ", ".join(parts)
-
-
-def jpeg(image: UInt8Image) -> str:
-    """As JPEG, base64."""
-    _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 82])
-    return base64.b64encode(data.tobytes()).decode()
-
-
-def css(colour: tuple[int, int, int]) -> str:
-    """An RGB colour for a style sheet."""
-    return "rgb({}, {}, {})".format(*colour)
 
 
 def _pairs(group: Any) -> list[tuple[str, str]]:

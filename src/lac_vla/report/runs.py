@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation.records import EpisodeRecord, Trial, read_episodes
-from lac_vla.evaluation.summary import Summary, summarize
+from lac_vla.results.files import read_object
+from lac_vla.results.records import EpisodeRecord, Trial, read_episodes
+from lac_vla.results.summary import Summary, summarize
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Run:
     """One evaluation on disk.
 
     Attributes:
-        folder: Where it is.
-        facts: ``summary.json``: command, versions, hardware, model, simulator, methods, notes.
+        folder: Its folder.
+        metadata: ``summary.json``: command, versions, hardware, model, simulator, methods, notes.
         episodes: The finished ones.
-        summary: Their numbers.
+        summary: The numbers of the episodes.
     """
 
     folder: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     episodes: list[EpisodeRecord]
     summary: Summary
 
@@ -40,36 +40,31 @@ class Run:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the folder of a run of 'lac eval'")
         path = folder / "summary.json"
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}): resume the run, it writes it again") from error
-        if not isinstance(facts, dict):
-            raise InputError(f"{path} holds no JSON object: resume the run, it writes it again")
+        metadata = read_object(path, "lac eval") if path.exists() else {}
         episodes = read_episodes(folder / "episodes.jsonl")
-        return cls(folder, facts, episodes, summarize(episodes))
+        return cls(folder, metadata, episodes, summarize(episodes))
 
     @property
     def specs(self) -> dict[str, str]:
-        """Method → its policy, as on a command line; without those of which the run does not say it."""
-        methods = self.facts.get("methods")
+        """Map a method to its policy, as on a command line, where the run says it."""
+        methods = self.metadata.get("methods")
         described = methods.items() if isinstance(methods, dict) else ()
-        found = {name: facts.get("policy") if isinstance(facts, dict) else facts for name, facts in described}
+        found = {name: about.get("policy") if isinstance(about, dict) else about for name, about in described}
         return {str(name): str(policy) for name, policy in found.items() if policy}
 
     @property
     def rendering(self) -> str:
-        """Rendering mode of the simulator; empty if the run does not say."""
-        simulator = self.facts.get("simulator")
+        """Name the simulator's rendering mode; empty if the run does not say."""
+        simulator = self.metadata.get("simulator")
         return str(simulator.get("rendering", "")) if isinstance(simulator, dict) else ""
 
     @property
     def altered(self) -> bool:
-        """Whether the images are known not to be the benchmark's own."""
+        """The images are known not to be the benchmark's own."""
         return self.rendering not in ("", "official")
 
     def recorded(self) -> list[list[EpisodeRecord]]:
-        """Trials with videos, each with its episodes in the order of the methods.
+        """Group the episodes with videos by trial, each group with its episodes in the order of the methods.
 
         Those on which methods disagree come first, then one of each task, then the rest.
         """

@@ -2,145 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lac_vla.drawing import svg
+from lac_vla.drawing.plots import Area, Axis
 from lac_vla.errors import InputError
-from lac_vla.evaluation.records import EpisodeRecord
-from lac_vla.evaluation.summary import DENSE, MethodRow, Summary
 from lac_vla.policies import PolicySpec
-from lac_vla.report import svg
+from lac_vla.results.records import WHOLE, EpisodeRecord
+from lac_vla.results.summary import DENSE, MethodRow, Summary
 
-WINDOW = "observation_to_action"
 SWEPT: Mapping[str, frozenset[str]] = {
     "vla-cache": frozenset({"static", "protect"}),
     "sparsevlm": frozenset({"keep"}),
 }
 """Options that make a policy reuse more or less, where that is not ``ratio``."""
 COLOURS = 6
-"""Of the page's palette, without dense's."""
+"""The page's palette has so many colours beside dense's."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One method.
-
-    Attributes:
-        name: The method's.
-        x: Effective cache ratio, in [0, 1].
-        y: What is shown over it.
-        low: Lower end of the error bar.
-        high: Its upper end.
-        nominal: Whether the method can be set to reuse more or less: such points are joined.
-    """
-
-    name: str
-    x: float
-    y: float
-    low: float
-    high: float
-    nominal: bool
-
-
-Family = tuple[str, str, list[Point]]
-"""Name, colour (CSS) and points of a method at several ratios."""
+Family = tuple[str, str, list[tuple[MethodRow, bool]]]
+"""Name, colour (CSS), and the methods at several ratios: whether one can be set to reuse more or less."""
+Bar = tuple[float, float, float]
+"""A value, and the ends of its error bar."""
 
 
 def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping[str, str]) -> dict[str, Any] | None:
-    """The two charts of a run.
+    """Draw the two charts of a run.
 
     Args:
         summary: Its numbers.
-        episodes: What they were made of.
-        specs: Method → its policy as on a command line: methods that differ in what sets their ratio are one line.
+        episodes: Its episodes.
+        specs: Method → its policy as on a command line: methods that differ in nothing but their ratio are one line.
 
     Returns:
         ``families`` (name and colour), ``success`` and ``latency`` (SVG), ``trials`` (how many a point has, as a text);
         ``None`` with fewer than two points.
     """
-    reusing = [row for row in summary.methods if row.method != DENSE and row.ratio_effective is not None]
+    reusing = [row for row in summary.methods if row.method != DENSE and row.ratio is not None]
     if len(reusing) < 2:
         return None
-    dense = summary.row(DENSE)
     grouped: dict[str, list[tuple[MethodRow, bool]]] = {}
     for row in reusing:
         name, nominal = _family(specs.get(row.method, row.method))
         grouped.setdefault(name, []).append((row, nominal))
-    colours = {name: f"var(--m{1 + index % COLOURS})" for index, name in enumerate(grouped)}
-    success: list[Family] = []
-    latency: list[Family] = []
-    for name, rows in grouped.items():
-        success.append((name, colours[name], [_success(row, nominal) for row, nominal in rows]))
-        timed = [_latency(row, nominal, episodes) for row, nominal in rows]
-        latency.append((name, colours[name], [point for point in timed if point is not None]))
-    before = dense.latency.get(WINDOW) if dense else None
+    families = [(name, f"var(--m{1 + k % COLOURS})", rows) for k, (name, rows) in enumerate(grouped.items())]
+    samples = {
+        row.method: [ms for e in episodes if e.method == row.method for ms in e.latency_ms.get(WHOLE, ())]
+        for row in summary.methods
+    }
+
+    def latency(row: MethodRow) -> Bar | None:
+        """Give the median over all calls, with the range of their middle half."""
+        if not samples[row.method]:
+            return None
+        low, middle, high = np.percentile(samples[row.method], [25, 50, 75])
+        return float(middle), float(low), float(high)
+
     fewest, most = min(row.trials for row in reusing), max(row.trials for row in reusing)
+    dense = summary.row(DENSE)
     return {
         "trials": str(most) if fewest == most else f"{fewest} to {most}",
-        "families": [{"name": name, "colour": colour} for name, colour in colours.items()],
-        "success": tradeoff_chart(success, "solved", share=True, dense=dense.rate if dense else None),
-        "latency": tradeoff_chart(latency, "ms", share=False, dense=before.p50 if before else None),
+        "families": [{"name": name, "colour": colour} for name, colour, _ in families],
+        "success": tradeoff_chart(families, lambda row: (row.rate, *row.interval), "solved", dense, share=True),
+        "latency": tradeoff_chart(families, latency, "ms", dense, share=False),
     }
 
 
-def tradeoff_chart(families: Sequence[Family], unit: str, *, share: bool, dense: float | None) -> str:
-    """Points with error bars over the effective cache ratio; those of a family with a nominal ratio are joined.
+def tradeoff_chart(
+    families: Sequence[Family],
+    value: Callable[[MethodRow], Bar | None],
+    unit: str,
+    dense: MethodRow | None,
+    *,
+    share: bool,
+) -> str:
+    """Draw points with error bars over the effective cache ratio; those of a family with a nominal ratio are joined.
 
     Args:
         families: The methods.
-        unit: What is shown.
+        value: Gives a method's value with its error bar, or ``None``.
+        unit: Unit of the values.
+        dense: Dense, whose value is a dashed line; ``None`` leaves it out.
         share: The values are shares: the axis goes from 0 to 100 %.
-        dense: Dense's value, a dashed line; ``None`` leaves it out.
 
     Returns:
         SVG; empty if there are no points.
     """
-    points = [point for _, _, family in families for point in family]
-    if not points:
+    bars = {row.method: bar for _, _, rows in families for row, _ in rows if (bar := value(row)) is not None}
+    if not bars:
         return ""
-    left, top, width, height = 52.0, 20.0, 500.0, 260.0
-    limit = 1.0 if share else 1.08 * max([point.high for point in points] + ([dense] if dense else []))
-
-    def x(ratio: float) -> float:
-        return left + width * ratio
-
-    def y(value: float) -> float:
-        return top + height * (1 - value / (limit or 1.0))
-
-    parts = []
-    for tick in svg.ticks(limit):
-        words = f"{100 * tick:g} %" if share else f"{tick:g}"
-        parts.append(svg.line("grid", left, left + width, y(tick), y(tick)))
-        parts.append(svg.text("tick", left - 6, y(tick) + 4, words, "end"))
-    for tick in svg.ticks(1.0):
-        parts.append(svg.text("tick", x(tick), top + height + 16, f"{100 * tick:g} %", "middle"))
-    if dense is not None:
-        parts.append(svg.line("reference", left, left + width, y(dense), y(dense)))
-        parts.append(svg.text("tick", left + 4, y(dense) - 6, "dense"))
-    for name, colour, family in families:
-        style = f'style="--c:{colour}"'
-        joined = sorted((point for point in family if point.nominal), key=lambda point: point.x)
+    level = value(dense) if dense else None
+    limit = 1.0 if share else 1.08 * max([high for _, _, high in bars.values()] + ([level[0]] if level else []))
+    area = Area((0.0, 1.0), Axis.of([0.0, limit], share=share), height=260, share=True)
+    parts = area.axes("effective cache ratio") + (area.level("dense", level[0]) if level else [])
+    for name, colour, rows in families:
+        points = [(row, row.ratio or 0.0, nominal) for row, nominal in rows if row.method in bars]
+        joined = sorted((ratio, bars[row.method][0]) for row, ratio, nominal in points if nominal)
         if len(joined) > 1:
-            drawn = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in joined)
-            parts.append(f'<polyline class="line" {style} points="{drawn}"/>')
-        for point in family:
-            at, words = x(point.x), f"{name}, {point.name}: {100 * point.x:.1f} % reused, "
-            words += f"{100 * point.y:.1f} %" if share else f"{point.y:.3g} {unit}"
-            parts.append(svg.line("whisker", at, at, y(point.low), y(point.high), colour))
-            parts.append(
-                f'<circle class="{"dot" if point.nominal else "dot own"}" {style} cx="{at:.1f}" '
-                f'cy="{y(point.y):.1f}" r="{4 if point.nominal else 5.5}"><title>{escape(words)}</title></circle>'
-            )
-    parts.append(svg.text("tick", left + width / 2, top + height + 32, "effective cache ratio", "middle"))
-    return svg.picture(left + width + 20, top + height + 38, parts, f"{unit} over the effective cache ratio", "panel")
+            parts.append(area.path("polyline", "line", colour, joined))
+        for row, ratio, nominal in points:
+            middle, *ends = bars[row.method]
+            (at, low), (_, high) = (area.at(ratio, end) for end in ends)
+            parts.append(svg.line("whisker", at, at, low, high, colour))
+            words = f"{name}, {row.method}: {100 * ratio:.1f} % reused, "
+            words += f"{100 * middle:.1f} %" if share else f"{middle:.3g} {unit}"
+            kind, radius = ("dot", 4.0) if nominal else ("dot own", 5.5)
+            parts.append(area.mark(kind, colour, ratio, middle, words, radius))
+    return area.picture(parts, f"{unit} over the effective cache ratio")
 
 
 def _family(spec: str) -> tuple[str, bool]:
-    """A spec without what sets its ratio, and whether it can be set: ``motion:ratio=.5``: ``motion``, yes."""
+    """Strip a spec of options that set its ratio, and say if it has any: ``motion:ratio=.5``: ``motion``, yes."""
     try:
         parsed = PolicySpec.parse(spec)
     except InputError:  # a run of other software may describe its methods in words
@@ -148,16 +123,3 @@ def _family(spec: str) -> tuple[str, bool]:
     swept = SWEPT.get(parsed.name, frozenset({"ratio"}))
     rest = [f"{key}={value}" for key, value in parsed.options.items() if key not in swept]
     return " ".join([parsed.name, *rest]), parsed.name in SWEPT or "ratio" in parsed.options
-
-
-def _success(row: MethodRow, nominal: bool) -> Point:
-    return Point(row.method, row.ratio_effective or 0.0, row.rate, row.interval.low, row.interval.high, nominal)
-
-
-def _latency(row: MethodRow, nominal: bool, episodes: Sequence[EpisodeRecord]) -> Point | None:
-    """Median over all frames, with the range of their middle half."""
-    samples = [ms for e in episodes if e.method == row.method for ms in e.latency_ms.get(WINDOW, ())]
-    if not samples:
-        return None
-    low, middle, high = np.percentile(samples, [25, 50, 75])
-    return Point(row.method, row.ratio_effective or 0.0, float(middle), float(low), float(high), nominal)

@@ -1,71 +1,36 @@
-"""The report of a training run: one self-contained HTML page, a table for the terminal, a picture of the saliency."""
+"""The report of a training run: one self-contained HTML page, and a table for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from rich import box
-from rich.table import Table
 
-from lac_vla.errors import InputError
-from lac_vla.report.overlay import RECOMPUTED, caption, heat_colours, saliency_strip, stacked
-from lac_vla.report.page import css, fact_groups, jpeg, setting, write_page
-from lac_vla.report.plots import Curve, curve_chart
+from lac_vla.drawing.overlay import RECOMPUTED, heat_colours, saliency_strip
+from lac_vla.drawing.picture import css, jpeg_base64
+from lac_vla.drawing.plots import Curve, curve_chart
+from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.training_run import Saliency, TrainingRun
+from lac_vla.results.format import NONE, percent
+from lac_vla.results.table import TextTable
 from lac_vla.types import UInt8Image
-
-NONE = "–"
-"""Written where a number does not exist."""
 
 LOSS = {
     "distill": "divergence of the actions from those of the dense pass of the same model",
     "demo": "the model's own loss on the recorded actions",
 }
-SETTINGS = {
-    "Data": {
-        "vla": "model",
-        "dataset": "dataset",
-        "episodes": "episodes asked for",
-        "held_out": "share held out",
-        "window": "frames in a window",
-        "flow": "optical flow",
-        "unnorm_key": "statistics key",
-    },
-    "Objective": {
-        "loss": "task loss",
-        "lam": "λ at the start",
-        "target_ratio": "target ratio",
-        "ratios": "candidate ratios",
-        "fixed_ratio": "fixed ratio",
-    },
-    "Optimisation": {
-        "stage1_steps": "steps of stage I",
-        "stage2_steps": "steps of stage II",
-        "stage1_batch": "frames a step, stage I",
-        "batch": "windows a step, stage II",
-        "lr": "peak learning rate",
-        "tau_ratio": "τ of the ratio",
-        "tau_score": "τ of the mask",
-        "every": "steps between validations",
-        "seed": "seed",
-        "device": "device",
-    },
-    "Policy": {
-        "inputs": "inputs",
-        "language": "reads the instruction",
-        "width": "channels",
-        "recovery": "chance of recovery",
-    },
+HINTS = {
+    "alignment": "How far the saliency is from the attention of the dense model. Stage II does not train on it: there "
+    "it shows how far the selector moves away.",
+    "task": "Reusing less lowers it too: read it together with the ratio.",
+    "ratio": "Expected is the predictor's mean over its candidates; chosen is what was reused: sampled in training, "
+    "the likeliest candidate on held-out frames, as at inference.",
+    "lam": "Weight of the reward for reuse: it grows while the expected ratio is below the target.",
 }
 ELSEWHERE = {"out", "store", "tensorboard"}
 """Settings that do not bear on the result."""
-ALL_OR_NONE = {"episodes": "all", "target_ratio": "none", "fixed_ratio": "none: chosen frame by frame"}
-"""What a zero means."""
-
 BLUE, ORANGE, GREEN, GREY = "var(--m1)", "var(--m2)", "var(--m3)", "var(--m0)"
 
 
@@ -84,85 +49,55 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
         MissingExtraError: If jinja2 is not installed.
     """
     found = TrainingRun.read(run)
-    facts = found.about.get("trained_with", {})
+    metadata = found.metadata.get("trained_with", {})
     return write_page(
         "training.html.j2",
         out,
         title="Visual token caching: training report",
         name=found.folder.name,
         statement=_statement(found),
-        setting=setting(facts),
+        setting=setting(metadata),
         notes=_notes(found),
         tiles=_tiles(found),
-        panels=_panels(found),
-        small=_small_panels(found),
+        cards=_cards(found),
         saliency=_saliency(found.saliency),
-        settings=_settings(found.config),
-        facts=fact_groups(facts),
+        settings=[
+            (key.replace("_", " "), _setting(value)) for key, value in found.config.items() if key not in ELSEWHERE
+        ],
+        metadata=metadata_groups(metadata),
         recomputed=css(RECOMPUTED),
     )
 
 
-def training_table(run: TrainingRun) -> Table:
-    """Where a run stands, for the terminal."""
-    table = Table(box=box.SIMPLE, caption="held out: argmax decisions, as at inference")
-    for heading in ("steps", "held-out task loss", "chosen ratio", "expected ratio", "minutes"):
-        table.add_column(heading, justify="right")
-    table.add_row(
-        f"{run.step}/{run.steps}",
-        _number(run.last("held_out_task")),
-        _percent(run.last("held_out_chosen_ratio")),
-        _percent(run.last("held_out_expected_ratio")),
-        _minutes(run.seconds),
-    )
-    return table
-
-
-def write_saliency(run: str | Path, out: str | Path) -> Path:
-    """Write a run's saliency filmstrips, all cameras in one picture.
-
-    Args:
-        run: Folder of a run of ``lac train``.
-        out: The picture; its ending says the format.
-
-    Returns:
-        Its path.
-
-    Raises:
-        InputError: If the run has no saliency yet, or the picture cannot be written.
-    """
-    found = TrainingRun.read(run).saliency
-    if found is None or not found.frames:
-        raise InputError(f"{run} has no saliency.npz with frames in it: it is written at the run's first validation")
-    picture = stacked([caption(strip, camera) for camera, strip in _strips(found).items()], gap=16)
-    try:
-        Image.fromarray(picture).save(out)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {out} ({error}): choose another place, ending in .png") from error
-    return Path(out)
+def training_table(run: TrainingRun) -> TextTable:
+    """Make the terminal's table of how far a run is."""
+    ratios = (percent(run.last(f"held_out_{name}_ratio"), 0) for name in ("chosen", "expected"))
+    cells = (f"{run.step}/{run.steps}", _number(run.last("held_out_task")), *ratios, _minutes(run.seconds))
+    headings = ("steps", "held-out task loss", "chosen ratio", "expected ratio", "minutes")
+    return TextTable("Training", headings, (cells,), ("held out: argmax decisions, as at inference",))
 
 
 def _statement(run: TrainingRun) -> str:
-    """What was trained on what, in one sentence."""
-    config, about = run.config, run.about
+    """Say in one sentence what was trained on which data."""
+    config, metadata = run.config, run.metadata
     fixed = config.get("fixed_ratio")
-    what = f"a selector at a fixed cache ratio of {_percent(fixed)}" if fixed else "a selector and a ratio predictor"
+    what = f"a selector at a fixed cache ratio of {percent(fixed, 0)}" if fixed else "a selector and a ratio predictor"
     data = str(config.get("dataset", NONE))
-    if "frames" in about and "episodes" in about:
-        data = f"{about['frames']:,} frames of {about['episodes']:,} episodes of {data}"
+    if "frames" in metadata and "episodes" in metadata:
+        data = f"{metadata['frames']:,} frames of {metadata['episodes']:,} episodes of {data}"
     cameras = run.saliency.scores.items() if run.saliency else ()
     seen = " and ".join(f"{name} ({score.shape[1]}×{score.shape[2]} tokens)" for name, score in cameras)
     if seen:
         data += f", seen through {seen}"
     time = "" if run.seconds is None else f" and {_minutes(run.seconds)} minutes"
     return (
-        f"LAC, {what}, learned which visual tokens of {_model(config.get('vla'))} to recompute on {data}, "
+        f"LAC, {what}, learned which visual tokens of {_model(config.get('model'))} to recompute on {data}, "
         f"in {run.step:,} of {run.steps:,} steps{time}; the model itself stayed as it was."
     )
 
 
 def _notes(run: TrainingRun) -> list[str]:
-    """What is not there yet."""
+    """List what is not there yet."""
     notes = []
     if not run.rows:
         notes.append("metrics.jsonl is empty: the run has not noted a step yet.")
@@ -175,123 +110,61 @@ def _notes(run: TrainingRun) -> list[str]:
     return notes
 
 
-def _tiles(run: TrainingRun) -> list[dict[str, str]]:
+def _tiles(run: TrainingRun) -> list[tuple[str, str, str, str, str]]:
+    """Give name, meaning, number, comment and colour of every tile."""
     loss, target = str(run.config.get("loss", NONE)), run.config.get("target_ratio")
-    first, now = run.curve("held_out_alignment")[:1], run.last("held_out_alignment")
+    task, aligned = _number(run.last("held_out_task")), _number(run.last("held_out_alignment"))
+    dense = "0 is the dense model" if loss == "distill" else ""
+    chosen, aim = percent(run.last("held_out_chosen_ratio"), 0), f"target {percent(target, 0)}" if target else ""
+    before = "".join(f"{_number(value)} at step {step:g}" for step, value in run.curve("held_out_alignment")[:1])
+    error = "mean squared error between the saliency and the model's own attention"
+    time = NONE if run.seconds is None else f"{_minutes(run.seconds)} min"
+    machine = setting(run.metadata.get("trained_with", {}))
     return [
-        {
-            "name": "Task loss, held out",
-            "what": LOSS.get(loss, loss),
-            "big": _number(run.last("held_out_task")),
-            "small": "0 is the dense model" if loss == "distill" else "",
-            "colour": BLUE,
-        },
-        {
-            "name": "Chosen ratio, held out",
-            "what": "share of the visual tokens that the policy reuses",
-            "big": _percent(run.last("held_out_chosen_ratio")),
-            "small": f"target {_percent(target)}" if target else "",
-            "colour": ORANGE,
-        },
-        {
-            "name": "Alignment, held out",
-            "what": "mean squared error between the saliency and the model's own attention",
-            "big": _number(now),
-            "small": f"{_number(first[0][1])} at step {first[0][0]:g}" if first else "",
-            "colour": GREEN,
-        },
-        {
-            "name": "Training time",
-            "what": setting(run.about.get("trained_with", {})),
-            "big": f"{_minutes(run.seconds)} min" if run.seconds is not None else NONE,
-            "small": f"{run.step:,} of {run.steps:,} steps",
-            "colour": GREY,
-        },
+        ("Task loss, held out", LOSS.get(loss, loss), task, dense, BLUE),
+        ("Chosen ratio, held out", "share of the visual tokens that the policy reuses", chosen, aim, ORANGE),
+        ("Alignment, held out", error, aligned, before, GREEN),
+        ("Training time", machine, time, f"{run.step:,} of {run.steps:,} steps", GREY),
     ]
 
 
-def _panels(run: TrainingRun) -> list[dict[str, Any]]:
+def _cards(run: TrainingRun) -> list[list[dict[str, Any]]]:
+    """Make the charts of every card."""
     begin, target = float(run.config.get("stage1_steps", 0)), run.config.get("target_ratio")
+    whole, second, border = (0.0, float(run.step)), (begin, float(run.step)), ("stage II", begin)
+    level = (f"target {percent(target, 0)}", float(target)) if target else None
+    alignment = [
+        Curve("training", GREEN, run.curve("loss", stage=1)),
+        Curve("held out", GREEN, run.curve("held_out_alignment"), measured=True),
+    ]
+    ratios = [*_curves(run, "expected_ratio", BLUE, "expected, "), *_curves(run, "chosen_ratio", ORANGE, "chosen, ")]
+    steered = [_panel("λ, steered", HINTS["lam"], _curves(run, "lam", GREY)[:1], steps=second, height=90)]
+    gradient = _curves(run, "gradient", GREY)[:1]
+    task_hint = f"{LOSS.get(str(run.config.get('loss')), 'task loss').capitalize()}. {HINTS['task']}"
     return [
-        _panel(
-            "Alignment loss (stage I)",
-            "How far the saliency is from the attention of the dense model. Stage II no longer trains on it: there it "
-            "shows how far the selector moves away.",
-            [
-                Curve("training", GREEN, run.curve("loss", stage=1)),
-                Curve("held out", GREEN, run.curve("held_out_alignment"), measured=True),
-            ],
-            steps=(0, run.step),
-            border=("stage II", begin),
-        ),
-        _panel(
-            "Task loss (stage II)",
-            f"{LOSS.get(str(run.config.get('loss')), 'task loss').capitalize()}. Reusing less lowers it too: read it "
-            "together with the ratio.",
-            [
-                Curve("training", BLUE, run.curve("task")),
-                Curve("held out", BLUE, run.curve("held_out_task"), measured=True),
-            ],
-            steps=(begin, run.step),
-        ),
-        _panel(
-            "Cache ratio (stage II)",
-            "Expected is the predictor's mean over its candidates; chosen is what was reused: sampled in training, the "
-            "likeliest candidate on held-out frames, as at inference.",
-            [
-                Curve("expected, training", BLUE, run.curve("expected_ratio")),
-                Curve("expected, held out", BLUE, run.curve("held_out_expected_ratio"), measured=True),
-                Curve("chosen, training", ORANGE, run.curve("chosen_ratio")),
-                Curve("chosen, held out", ORANGE, run.curve("held_out_chosen_ratio"), measured=True),
-            ],
-            steps=(begin, run.step),
-            height=300,
-            share=True,
-            level=(f"target {_percent(target)}", float(target)) if target else None,
-        ),
+        [_panel("Alignment loss (stage I)", HINTS["alignment"], alignment, steps=whole, border=border)],
+        [_panel("Task loss (stage II)", task_hint, _curves(run, "task", BLUE), steps=second)],
+        [_panel("Cache ratio (stage II)", HINTS["ratio"], ratios, steps=second, height=300, share=True, level=level)],
+        [
+            *(steered if target and not run.config.get("fixed_ratio") else []),
+            _panel("Gradient norm", "Before clipping.", gradient, steps=whole, height=90, border=border),
+        ],
     ]
 
 
-def _small_panels(run: TrainingRun) -> list[dict[str, Any]]:
-    begin = float(run.config.get("stage1_steps", 0))
-    panels = [
-        _panel(
-            "Gradient norm",
-            "Before clipping.",
-            [Curve("training", GREY, run.curve("gradient"))],
-            steps=(0, run.step),
-            height=90,
-            border=("stage II", begin),
-        )
+def _curves(run: TrainingRun, name: str, colour: str, prefix: str = "") -> list[Curve]:
+    """Make the curves of a metric in training and on held-out episodes."""
+    return [
+        Curve(f"{prefix}training", colour, run.curve(name)),
+        Curve(f"{prefix}held out", colour, run.curve(f"held_out_{name}"), measured=True),
     ]
-    if run.config.get("target_ratio") and not run.config.get("fixed_ratio"):
-        steered = _panel(
-            "λ, steered",
-            "Weight of the reward for reuse: it grows while the expected ratio is below the target.",
-            [Curve("training", GREY, run.curve("lam"))],
-            steps=(begin, run.step),
-            height=90,
-        )
-        panels.insert(0, steered)
-    return panels
 
 
 def _panel(name: str, hint: str, curves: Sequence[Curve], **options: Any) -> dict[str, Any]:
-    percent = options.get("share", False)
-    return {
-        "name": name,
-        "hint": hint,
-        "svg": curve_chart(curves, name, **options),
-        "legend": [
-            {
-                "name": curve.name,
-                "colour": curve.colour,
-                "measured": curve.measured,
-                "last": (_percent if percent else _number)(curve.points[-1][1] if curve.points else None),
-            }
-            for curve in curves
-        ],
-    }
+    last = [curve.points[-1][1] if curve.points else None for curve in curves]
+    texts = [percent(value, 0) if options.get("share") else _number(value) for value in last]
+    svg = curve_chart(curves, name, **options)
+    return {"name": name, "hint": hint, "svg": svg, "legend": list(zip(curves, texts, strict=True))}
 
 
 def _saliency(found: Saliency | None) -> dict[str, Any] | None:
@@ -300,12 +173,12 @@ def _saliency(found: Saliency | None) -> dict[str, Any] | None:
     low, high = _scale(found)
     return {
         "frames": found.frames,
-        "reused": _percent(found.reused),
+        "reused": percent(found.reused, 0),
         "low": _number(low),
         "high": _number(high),
         "colours": ", ".join(css(colour) for colour in heat_colours()),
         "strips": [
-            {"camera": camera, "rows": score.shape[1], "cols": score.shape[2], "jpeg": jpeg(strip)}
+            {"camera": camera, "rows": score.shape[1], "cols": score.shape[2], "jpeg": jpeg_base64(strip)}
             for (camera, strip), score in zip(_strips(found).items(), found.scores.values(), strict=True)
         ],
     }
@@ -320,37 +193,21 @@ def _strips(found: Saliency) -> dict[str, UInt8Image]:
 
 
 def _scale(found: Saliency) -> tuple[float, float]:
-    """One scale for all cameras, as their tokens compete; a single outlier does not darken all others."""
+    """Choose one scale for all cameras, as their tokens compete; a single outlier does not darken all others."""
     low, high = np.quantile(np.concatenate([score.ravel() for score in found.scores.values()]), [0.01, 0.99])
     return float(low), float(high)
 
 
-def _settings(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The settings in groups; one that no group knows is shown under its own name."""
-    named = {key for group in SETTINGS.values() for key in group}
-    other = {key: key.replace("_", " ") for key in config if key not in named | ELSEWHERE}
-    groups = {**SETTINGS, "Other": other}
-    return [
-        {"name": name, "rows": [(words, _setting(key, config.get(key))) for key, words in group.items()]}
-        for name, group in groups.items()
-        if group
-    ]
-
-
-def _setting(key: str, value: Any) -> str:
-    if value is None or value == "":
-        return NONE
+def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value == 0 and key in ALL_OR_NONE:
-        return ALL_OR_NONE[key]
     if isinstance(value, list):
-        return (" → " if key.startswith("tau") else ", ").join(str(item) for item in value)
-    return _model(value) if key == "vla" else str(value)
+        return ", ".join(str(item) for item in value)
+    return NONE if value in (None, "") else str(value)
 
 
 def _model(value: Any) -> str:
-    """A model by its hub id, or by its folder's name."""
+    """Name a model by its hub id, or by its folder's name."""
     words = str(value or NONE).rstrip("/")
     is_id = words.count("/") == 1 and not words.startswith((".", "/", "~"))
     return words if is_id else words.split("/")[-1]
@@ -358,10 +215,6 @@ def _model(value: Any) -> str:
 
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.3g}"
-
-
-def _percent(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.0f} %"
 
 
 def _minutes(seconds: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zipfile
 import zlib
@@ -14,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from lac_vla.errors import InputError
+from lac_vla.results.files import read_lines, read_object
 from lac_vla.types import BoolArray, FloatArray, UInt8Image
 
 METRICS, CONFIG, POLICY, SALIENCY = "metrics.jsonl", "config.json", "policy/config.json", "saliency.npz"
+COMMAND = "lac train"
 
 Row = Mapping[str, float]
 """One line of ``metrics.jsonl``: ``step``, ``stage``, ``seconds``, and what was measured there."""
@@ -24,7 +25,7 @@ Row = Mapping[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Saliency:
-    """What the policy would do on consecutive held-out frames.
+    """The policy's decisions on consecutive held-out frames.
 
     Attributes:
         images: Camera → uint8, (n, H, W, 3).
@@ -56,12 +57,12 @@ class Saliency:
 
     @property
     def frames(self) -> int:
-        """How many there are."""
+        """Count the frames."""
         return max((len(score) for score in self.scores.values()), default=0)
 
     @property
     def reused(self) -> float | None:
-        """Share of all tokens of all frames that is reused; ``None`` without frames."""
+        """Compute the share of all tokens of all frames that is reused; ``None`` without frames."""
         counts = [(mask.size, int(mask.sum())) for mask in self.active.values()]
         total = sum(size for size, _ in counts)
         return 1 - sum(active for _, active in counts) / total if total else None
@@ -75,16 +76,16 @@ class TrainingRun:
     """One run of ``lac train`` on disk, finished or not.
 
     Attributes:
-        folder: Where it is.
+        folder: Its folder.
         config: Its settings.
-        about: What was saved with the policy: frames, episodes, provenance; empty before the first save.
+        metadata: Saved with the policy: frames, episodes, provenance; empty before the first save.
         rows: The metrics, by step.
         saliency: Pictures of the last saved policy, or ``None``.
     """
 
     folder: Path
     config: Mapping[str, Any]
-    about: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     rows: list[Row]
     saliency: Saliency | None
 
@@ -96,42 +97,42 @@ class TrainingRun:
             InputError: If it is none, or a file in it is damaged.
         """
         folder = Path(folder)
-        config = _object(folder / CONFIG)
+        config = read_object(folder / CONFIG, COMMAND)
         if "stage2_steps" not in config:
             raise InputError(f"{folder / CONFIG} holds no settings of 'lac train': give the folder of such a run")
-        about = _object(folder / POLICY).get("about", {}) if (folder / POLICY).exists() else {}
+        metadata = read_object(folder / POLICY, COMMAND).get("about", {}) if (folder / POLICY).exists() else {}
         pictures = folder / SALIENCY
         return cls(
             folder,
             config,
-            about if isinstance(about, dict) else {},
+            metadata if isinstance(metadata, dict) else {},
             read_metrics(folder / METRICS),
             Saliency.read(pictures) if pictures.exists() else None,
         )
 
     @property
     def steps(self) -> int:
-        """Steps of both stages, as planned."""
+        """Count the steps of both stages, as planned."""
         return int(self.config.get("stage1_steps", 0)) + int(self.config["stage2_steps"])
 
     @property
     def step(self) -> int:
-        """The last step that was noted."""
+        """Give the last step that was noted."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     @property
     def seconds(self) -> float | None:
-        """Time of training so far, all resumes together."""
+        """Give the time of training so far in seconds, all resumes together."""
         return self.last("seconds")
 
     def curve(self, name: str, stage: int | None = None) -> list[tuple[float, float]]:
-        """(step, value) wherever the metric was noted, in one stage or both."""
+        """List (step, value) wherever the metric was noted, in one stage or both."""
         return [
             (row["step"], row[name]) for row in self.rows if name in row and (stage is None or row["stage"] == stage)
         ]
 
     def last(self, name: str) -> float | None:
-        """The metric's last value; ``None`` if it was never noted."""
+        """Give the metric's last value; ``None`` if it was never noted."""
         values = self.curve(name)
         return values[-1][1] if values else None
 
@@ -145,19 +146,8 @@ def read_metrics(path: Path) -> list[Row]:
     Raises:
         InputError: If the file cannot be read, or another line is damaged.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give the folder of a run of 'lac train'") from error
     rows: dict[tuple[float, bool], Row] = {}
-    whole, _, _ = text.rpartition("\n")
-    for number, line in enumerate(whole.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _row(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: {error}; take the line away") from error
+    for _, row in read_lines(path, COMMAND, _row):
         step = row["step"]
         if rows and next(reversed(rows))[0] > step:
             rows = {key: kept for key, kept in rows.items() if key[0] <= step}
@@ -166,7 +156,7 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def _row(line: Any) -> Row:
-    """The numbers of a line. What is not finite was not measured: it is left out."""
+    """Check the numbers of a line; one that is not finite was not measured: it is left out."""
     if not isinstance(line, dict):
         raise ValueError("no JSON object")
     for name, value in line.items():
@@ -176,13 +166,3 @@ def _row(line: Any) -> Row:
     if "step" not in row or row.get("stage") not in (1, 2):
         raise ValueError("no step, or no stage 1 or 2")
     return row
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give the folder of a run of 'lac train'") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object: resume the run, it writes it again")
-    return found

@@ -1,4 +1,4 @@
-"""What an operator watches: Prometheus metrics, and logs of one JSON object per line."""
+"""The server exports Prometheus metrics, and logs one JSON object per line."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import time
 from typing import Any
 
 from lac_vla.errors import MissingExtraError
+from lac_vla.results.metrics import METRICS
 from lac_vla.serving.sessions import Answer
 
 try:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 except ModuleNotFoundError as error:
     raise MissingExtraError("serve", "Serving") from error
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.35, 0.5, 1, 2, 5)
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
-AGES = (0, 1, 2, 4, 8, 12, 16, 24, 32, 64)
+"""Upper bounds of the histogram of request times."""
 
 LOG = logging.getLogger("lac_vla.serving")
 
@@ -34,8 +34,6 @@ class Metrics:
         self.memory = Gauge("lac_cache_bytes", "Keys and values of all sessions", registry=registry)
         self.seconds = Histogram("lac_request_seconds", "From arrival to answer", buckets=SECONDS, registry=registry)
         self.stages = Counter("lac_stage_seconds", "Time spent, by stage", ["stage"], registry=registry)
-        self.ratio = Histogram("lac_cache_ratio", "Share of the tokens reused", buckets=SHARES, registry=registry)
-        self.age = Histogram("lac_oldest_age_frames", "Age of the oldest slot", buckets=AGES, registry=registry)
         self.dense = Counter("lac_dense_frames", "Frames computed in full", ["reason"], registry=registry)
         self.resets = Counter("lac_resets", "Episodes begun", ["reason"], registry=registry)
         self.late = Counter("lac_late_answers", "Answers behind their deadline", registry=registry)
@@ -43,17 +41,26 @@ class Metrics:
         self.unwritten = Gauge("lac_unwritten_bytes", "Frames that wait for the disk", registry=registry)
         self.unpacked = Gauge("lac_unpacked_episodes", "Ended, not in the dataset yet", registry=registry)
         self.refreshed = Counter("lac_refreshed_tokens", "Slots computed in idle time", registry=registry)
+        self.steps: dict[str, Histogram | Summary] = {}
+        for name, metric in METRICS.items():
+            if metric.needs != "cost":  # a server counts no operations
+                exported = f"lac_{metric.exported or name}"
+                self.steps[name] = (
+                    Histogram(exported, metric.help, buckets=metric.buckets, registry=registry)
+                    if metric.buckets
+                    else Summary(exported, metric.help, registry=registry)
+                )
 
     def count(self, answer: Answer, seconds: float) -> None:
-        """Count an answer that took so long from the request's arrival."""
+        """Count an answer that was sent ``seconds`` after the request's arrival."""
         report, step = answer.message["lac"], answer.step
         self.requests.labels("answered").inc()
         self.seconds.observe(seconds)
         for stage, milliseconds in step.stages.items():
             self.stages.labels(stage).inc(milliseconds / 1e3)
-        self.ratio.observe(step.ratio)
-        if step.oldest_age is not None:
-            self.age.observe(step.oldest_age)
+        for name, exported in self.steps.items():
+            if (value := METRICS[name].measure(step)) is not None:
+                exported.observe(value)
         if step.dense_reason is not None:  # the number in a disagreement is no label
             self.dense.labels(step.dense_reason.partition(" by ")[0]).inc()
         if answer.reset is not None:
@@ -63,13 +70,13 @@ class Metrics:
         self.refreshed.inc(report["refreshed"])
 
     def text(self) -> bytes:
-        """All of them, as Prometheus reads them."""
+        """Write all of them as Prometheus reads them."""
         exposition: bytes = generate_latest(self._registry)
         return exposition
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per line: time, level, event, and what belongs to the event."""
+    """Formats a record as one JSON object per line: time, level, event, and the event's metadata."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See :meth:`logging.Formatter.format`."""
@@ -77,16 +84,16 @@ class JsonLines(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),
-            **getattr(record, "facts", {}),
+            **getattr(record, "metadata", {}),
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
 
 
-def log(event: str, *, level: int = logging.INFO, exc_info: bool = False, **facts: Any) -> None:
-    """Log an event with its facts."""
-    LOG.log(level, event, extra={"facts": facts}, exc_info=exc_info)
+def log(event: str, *, level: int = logging.INFO, exc_info: bool = False, **metadata: Any) -> None:
+    """Log an event with its metadata."""
+    LOG.log(level, event, extra={"metadata": metadata}, exc_info=exc_info)
 
 
 def log_to_stderr() -> None:

@@ -7,16 +7,16 @@ at a time, in a thread that is neither the event loop's nor the model's.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import re
 import time
+from base64 import b64encode
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import cache
+from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -25,39 +25,39 @@ from urllib.parse import parse_qs
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from lac_vla.report.overlay import RECOMPUTED, RECOVERED
-from lac_vla.report.page import css
-from lac_vla.serving.seen import Seen
+from lac_vla.drawing.overlay import RECOMPUTED, RECOVERED
+from lac_vla.drawing.picture import css
 from lac_vla.serving.sessions import Answer
+from lac_vla.serving.snapshot import SessionSnapshot
 
 CLOSED = 5
-"""Closed sessions that are shown."""
+"""So many closed sessions are shown."""
 
 
 class View:
     """The page of one server. All but :meth:`respond`'s drawing is called in the event loop.
 
     Args:
-        facts: What the server's metadata says.
+        metadata: The server's metadata.
         max_age: No slot is reused once it is so old, frames.
-        deadline_ms: From a request's arrival to its answer; ``None`` for none.
+        deadline_ms: Milliseconds from a request's arrival to its answer; ``None`` for no deadline.
     """
 
-    def __init__(self, facts: Mapping[str, Any], max_age: int, deadline_ms: float | None) -> None:
-        self._facts = {name: str(facts[name]) for name in ("server", "model", "method") if name in facts}
+    def __init__(self, metadata: Mapping[str, Any], max_age: int, deadline_ms: float | None) -> None:
+        self._metadata = {name: str(metadata[name]) for name in ("server", "model", "method") if name in metadata}
         self._max_age, self._deadline_ms = max_age, deadline_ms
-        self._seen: dict[str, Seen] = {}
+        self._snapshots: dict[str, SessionSnapshot] = {}
         self._closed: deque[dict[str, Any]] = deque(maxlen=CLOSED)
         self._drawing = asyncio.Lock()
 
-    def session(self, name: str, peer: Any) -> Watched:
+    def session(self, name: str, peer: Any) -> ViewedSession:
         """Show a session, from the robot's connection on."""
         address = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unknown"
-        self._seen[name] = Seen(name, address, time.monotonic())
-        return Watched(self._seen, self._closed, name)
+        self._snapshots[name] = SessionSnapshot(name, address, time.monotonic())
+        return ViewedSession(self._snapshots, self._closed, name)
 
     async def respond(self, request: Request) -> Response:
-        """Answer a browser's request: ``/view`` is the page, ``/view/state?draw=SESSION,SESSION`` what it shows."""
+        """Answer a browser's request: ``/view`` is the page, ``/view/state?draw=SESSION,SESSION`` its content."""
         path, _, query = request.path.partition("?")
         if getattr(request, "method", "GET") != "GET":  # older releases of websockets take nothing else
             return _response(HTTPStatus.METHOD_NOT_ALLOWED, b"this page can only be read: GET\n", Allow="GET")
@@ -65,21 +65,22 @@ class View:
             body, policy = page()
             return _response(HTTPStatus.OK, body, "text/html; charset=utf-8", Content_Security_Policy=policy)
         if path == "/view/state":
-            seen, closed = list(self._seen.values()), list(self._closed)
+            snapshots, closed = list(self._snapshots.values()), list(self._closed)
             drawn = frozenset(",".join(parse_qs(query).get("draw", [])).split(","))
             async with self._drawing:
-                body = await asyncio.to_thread(self._state, seen, closed, drawn)
+                body = await asyncio.to_thread(self._state, snapshots, closed, drawn)
             return _response(HTTPStatus.OK, body, "application/json")
         return _response(HTTPStatus.NOT_FOUND, b"there is nothing but /view\n")
 
-    def _state(self, sessions: list[Seen], closed: list[dict[str, Any]], drawn: frozenset[str]) -> bytes:
+    def _state(self, snapshots: list[SessionSnapshot], closed: list[dict[str, Any]], drawn: frozenset[str]) -> bytes:
         now = time.monotonic()
         state = {
-            **self._facts,
+            **self._metadata,
             "max_age": self._max_age,
             "deadline_ms": self._deadline_ms,
             "sessions": [
-                seen.summary(now, self._max_age, self._deadline_ms, draw=seen.session in drawn) for seen in sessions
+                snapshot.summary(now, self._max_age, self._deadline_ms, draw=snapshot.session in drawn)
+                for snapshot in snapshots
             ],
             "closed": closed,
         }
@@ -87,39 +88,39 @@ class View:
 
 
 @dataclass(frozen=True)
-class Watched:
+class ViewedSession:
     """One session on the page.
 
     Attributes:
-        seen: The page's open sessions.
-        closed: Its closed ones, newest first.
-        name: Of this one.
+        snapshots: The page's open sessions, by name.
+        closed: Its closed sessions, newest first.
+        name: Name of this session.
     """
 
-    seen: dict[str, Seen]
+    snapshots: dict[str, SessionSnapshot]
     closed: deque[dict[str, Any]]
     name: str
 
     def add(self, answer: Answer, arrived: float, took_ms: float) -> None:
-        """A request was answered."""
-        self.seen[self.name] = self.seen[self.name].after(answer, time.monotonic())
+        """Show a request that was answered."""
+        self.snapshots[self.name] = self.snapshots[self.name].after(answer, time.monotonic())
 
     def end(self, why: str) -> None:
-        """The robot has gone, or was sent away."""
-        gone = self.seen.pop(self.name)
-        facts = {"session": gone.session, "peer": gone.peer, "frames": gone.frames}
-        self.closed.appendleft({**facts, "reason": why, "at": time.time()})
+        """Move the session to the closed ones: its robot has gone, or was sent away."""
+        gone = self.snapshots.pop(self.name)
+        metadata = {"session": gone.session, "peer": gone.peer, "frames": gone.frames}
+        self.closed.appendleft({**metadata, "reason": why, "at": time.time()})
 
 
 @cache
 def page() -> tuple[bytes, str]:
-    """The page, and the content security policy under which nothing but its own style and script can work."""
+    """Read the page, and make the policy under which nothing but its own style and script can work."""
     html = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
     html = html.replace("RECOMPUTED", css(RECOMPUTED)).replace("RECOVERED", css(RECOVERED))
-    hashes = {
-        tag: " ".join(f"'sha256-{_digest(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL))
-        for tag in ("style", "script")
-    }
+    hashes = {}
+    for tag in ("style", "script"):
+        digests = (sha256(text.encode()).digest() for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL))
+        hashes[tag] = " ".join(f"'sha256-{b64encode(digest).decode()}'" for digest in digests)
     policy = (
         f"default-src 'none'; style-src {hashes['style']}; script-src {hashes['script']}; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -127,12 +128,8 @@ def page() -> tuple[bytes, str]:
     return html.encode(), policy
 
 
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
 def _response(status: HTTPStatus, body: bytes, content: str = "text/plain; charset=utf-8", **headers: str) -> Response:
-    """An answer that no cache keeps and no other site's page can use."""
+    """Make an answer that no cache keeps and no other site's page can use."""
     lines = {
         "Date": formatdate(usegmt=True),
         "Connection": "close",

@@ -1,10 +1,9 @@
-"""H.264 videos that any browser plays, and frames out of them."""
+"""H.264 videos that any browser plays are written, and frames of them decoded."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ class VideoFile:
     It is encoded in the calling thread, so that nothing runs behind what is timed between two frames.
 
     Args:
-        path: Of the ``.mp4`` file; its folder is created.
+        path: Path of the ``.mp4`` file; its folder is created.
         fps: Frames per second.
         crf: x264's quality: less is better and larger.
     """
@@ -78,36 +77,12 @@ class VideoFile:
             self._container.mux(packet)
 
 
-def write_video(path: str | Path, frames: Iterable[UInt8Image], fps: int) -> Path:
-    """Write a video: H.264, yuv420p.
-
-    Args:
-        path: Of the ``.mp4`` file; its folder is created.
-        frames: uint8, H×W×3, all of one size.
-        fps: Frames per second.
-
-    Returns:
-        The path.
-
-    Raises:
-        InputError: If there is no frame, or they differ in size.
-        MissingExtraError: If PyAV is not installed.
-    """
-    video = VideoFile(path, fps)
-    for frame in frames:
-        video.add(frame)
-    video.close()
-    if not video.path.exists():
-        raise InputError(f"{path} would be a video without frames")
-    return video.path
-
-
 def sample_frames(path: str | Path, n: int) -> list[UInt8Image]:
-    """Some frames of a video, evenly spread, the first and the last among them.
+    """Decode some frames of a video, evenly spread, the first and the last among them.
 
     Args:
-        path: Of the video.
-        n: How many, if there are so many.
+        path: Path of the video.
+        n: Number of frames, if the video has so many.
 
     Returns:
         uint8, H×W×3 each.

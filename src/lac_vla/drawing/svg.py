@@ -8,7 +8,7 @@ from html import escape
 
 
 def ticks(limit: float, wanted: int = 5) -> list[float]:
-    """Round numbers from 0 to ``limit``, about ``wanted`` of them."""
+    """Choose round numbers from 0 to ``limit``, about ``wanted`` of them."""
     if limit <= 0:
         return [0.0]
     rough = limit / wanted
@@ -18,18 +18,18 @@ def ticks(limit: float, wanted: int = 5) -> list[float]:
 
 
 def line(kind: str, x1: float, x2: float, y1: float, y2: float, colour: str | None = None) -> str:
-    """A straight line of a class, from (x1, y1) to (x2, y2)."""
+    """Draw a straight line of a class, from (x1, y1) to (x2, y2)."""
     style = f' style="--c:{colour}"' if colour else ""
     return f'<line class="{kind}"{style} x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
 
 
 def text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> str:
-    """Words of a class, whose ``anchor`` (``start``, ``middle``, ``end``) is at x and whose baseline at y."""
+    """Write words of a class, whose ``anchor`` (``start``, ``middle``, ``end``) is at x and whose baseline at y."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
 def box(colour: str, x: float, y: float, width: float, height: float, title: str) -> str:
-    """A filled rectangle that says its ``title`` under the pointer."""
+    """Draw a filled rectangle that says its ``title`` under the pointer."""
     return (
         f'<rect fill="{colour}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}">'
         f"<title>{escape(title)}</title></rect>"
@@ -37,13 +37,13 @@ def box(colour: str, x: float, y: float, width: float, height: float, title: str
 
 
 def picture(width: float, height: float, parts: Sequence[str], label: str, kind: str, style: str = "") -> str:
-    """All parts together.
+    """Put all parts together.
 
     Args:
-        width: Of the picture.
-        height: Of the picture.
+        width: Width of the picture.
+        height: Height of the picture.
         parts: Its shapes, the lowest first.
-        label: What it shows, for readers who cannot see it.
+        label: Describes it to readers who cannot see it.
         kind: Its class.
         style: A style sheet of its own, for a picture in a file; empty for one in a page.
     """

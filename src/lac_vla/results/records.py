@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from lac_vla.errors import InputError
+from lac_vla.results.files import read_lines
+from lac_vla.results.metrics import METRICS
 
 Trial: TypeAlias = tuple[str, int, int, int, str]
-"""What pairs the episodes of two methods: suite, task, initial state, seed, stress."""
+"""Suite, task, initial state, seed and stress: episodes of two methods with the same trial are a pair."""
+
+
+WHOLE = "observation_to_action"
+"""The latency window of a whole call of the model."""
+RENAMED = {"passes": "decode_passes"}
+"""Keys of earlier logs → their metrics."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +32,15 @@ class EpisodeRecord:
         task: Number of the task in the suite.
         instruction: The task, in words.
         init_state: Number of the initial state.
-        seed: Of the session's generator.
+        seed: Seed of the session's generator.
         success: Whether the task was solved within the horizon.
-        steps: Control steps taken.
-        horizon: Control steps allowed.
-        stress: What disturbed it; empty for nothing.
-        ratio_effective: Per step, the share of (token, layer) pairs that was not computed.
-        ratio_nominal: Per step, the cache ratio the policy aimed at; ``None`` where it aims at none.
-        oldest_age: Per step, the age of the oldest slot, in frames; ``None`` where the step pruned.
-        macs: Per step, multiply-accumulates.
-        passes: Per step, decoding passes behind the prefill.
-        accepted: Per step, how many of the drafted tokens stood; ``None`` where there was no draft.
-        latency_ms: Window or stage → milliseconds per step.
-        peak_memory_mb: Of the process, or of the accelerator.
+        steps: World steps taken.
+        horizon: World steps allowed.
+        stress: Name of the stress that disturbed the episode; empty for none.
+        actions_per_call: Actions of the model's chunk that are executed per call, at least 1.
+        metrics: Name of a metric, see :mod:`lac_vla.results.metrics` → one value per call, or ``None``.
+        latency_ms: Window or stage → milliseconds, one value per call.
+        peak_memory_mb: Largest memory of the process, or of the accelerator, in MB.
         video: Path within the run's folder, or ``None``.
         outcome: Whatever else the benchmark records of an episode; JSON-serialisable.
         failure: Path of the picture of an episode that was not solved, within the run's folder, or ``None``.
@@ -53,12 +56,8 @@ class EpisodeRecord:
     steps: int
     horizon: int
     stress: str = ""
-    ratio_effective: Sequence[float] = ()
-    ratio_nominal: Sequence[float | None] = ()
-    oldest_age: Sequence[int | None] = ()
-    macs: Sequence[float] = ()
-    passes: Sequence[int] = ()
-    accepted: Sequence[int | None] = ()
+    actions_per_call: int = 1
+    metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     latency_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     peak_memory_mb: float | None = None
     video: str | None = None
@@ -67,24 +66,43 @@ class EpisodeRecord:
 
     @property
     def trial(self) -> Trial:
-        """What this episode shares with the same episode of another method."""
+        """Identify what this episode shares with the same episode of another method."""
         return (self.suite, self.task, self.init_state, self.seed, self.stress)
+
+    @property
+    def total_ms(self) -> float | None:
+        """Sum the window :data:`WHOLE` over all calls of the model, in milliseconds.
+
+        This is all the computation that the episode waited for. An episode that reuse makes longer has more calls,
+        and so counts for more; the time of the world's own steps, and of a network, is not in it. ``None`` if the
+        window was not recorded.
+        """
+        spent = self.latency_ms.get(WHOLE)
+        return sum(spent) if spent else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the line of ``episodes.jsonl``: metrics stand beside the other keys."""
+        line = dataclasses.asdict(self)
+        metrics: dict[str, Any] = line.pop("metrics")
+        return line | metrics
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> EpisodeRecord:
-        """Read a record; keys it does not know are left aside.
+        """Read a line; keys that are neither fields nor metrics are left aside.
 
         Raises:
             InputError: If a key is missing.
         """
+        line = {RENAMED.get(key, key): value for key, value in line.items()}
         known = {name: line[name] for name in cls.__dataclass_fields__ if name in line}
+        known["metrics"] = {name: line[name] for name in METRICS if line.get(name)}
         try:
             return cls(**known)
         except TypeError as error:
             fields = dataclasses.fields(cls)
             needed = [field.name for field in fields if field.default is MISSING is field.default_factory]
-            lacking = ", ".join(name for name in needed if name not in known)
-            raise InputError(f"an episode record lacks {lacking or error}") from error
+            missing = ", ".join(name for name in needed if name not in known)
+            raise InputError(f"an episode record lacks {missing or error}") from error
 
 
 def read_episodes(path: str | Path) -> list[EpisodeRecord]:
@@ -99,30 +117,21 @@ def read_episodes(path: str | Path) -> list[EpisodeRecord]:
     Raises:
         InputError: If the file is missing, another line is damaged, or an episode stands there twice.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give the folder of a run of 'lac eval'") from error
     records: list[EpisodeRecord] = []
-    seen: set[tuple[str, Trial]] = set()
-    for number, line in _lines(text):
-        try:
-            record = EpisodeRecord.from_json(json.loads(line))
-        except (json.JSONDecodeError, AttributeError, TypeError, InputError) as error:
-            raise InputError(f"{path}, line {number}: {error}; take the line away and resume the run") from error
-        if (record.method, record.trial) in seen:
+    known: set[tuple[str, Trial]] = set()
+    for number, record in read_lines(Path(path), "lac eval", EpisodeRecord.from_json):
+        if (record.method, record.trial) in known:
             raise InputError(f"{path}, line {number}: this episode stands there twice; take one away")
-        seen.add((record.method, record.trial))
+        known.add((record.method, record.trial))
         records.append(record)
     return records
 
 
 def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:
-    """Which (method, task, initial state) a run's log holds; half a last line, left by a killed run, is cut off.
+    """List the (method, task, initial state) of a run's log; half a last line, left by a killed run, is cut off.
 
     Raises:
-        InputError: As :func:`read_episodes` does, or if one is not of this stress.
+        InputError: If the log is damaged, see :func:`read_episodes`, or holds an episode of another stress.
     """
     if not path.exists():
         return set()
@@ -132,13 +141,6 @@ def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:
         with path.open("r+b") as file:
             file.truncate(whole)
     records = read_episodes(path)
-    if any(record.stress != stress for record in records):  # before records said it, those of a stress had ""
+    if any(record.stress != stress for record in records):  # older logs have "" for every stress
         raise InputError(f"{path} holds episodes that are not marked {stress!r}, of an older version: another --out")
     return {(record.method, record.task, record.init_state) for record in records}
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    whole, _, _ = text.rpartition("\n")
-    for number, line in enumerate(whole.split("\n"), start=1):
-        if line.strip():
-            yield number, line

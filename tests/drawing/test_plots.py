@@ -5,15 +5,30 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lac_vla.report import plots, svg
+from lac_vla.drawing import plots, svg
 
 
-def test_interval_bar_places_its_marks() -> None:
+def numbers(element: ElementTree.Element, *names: str) -> list[float]:
+    return [float(element.get(name) or "nan") for name in names]
+
+
+def points(line: ElementTree.Element) -> list[tuple[float, float]]:
+    pairs = (point.split(",") for point in (line.get("points") or "").split())
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def test_interval_bar_shows_rate_interval_and_reference_on_one_scale() -> None:
     tree = ElementTree.fromstring(plots.interval_bar(0.5, 0.25, 0.75, 1.0))
-    assert tree.find("circle").get("cx") == "60.0"
     lines = {line.get("class"): line for line in tree.iter("line")}
-    assert (lines["range"].get("x1"), lines["range"].get("x2")) == ("32.0", "88.0")
-    assert lines["reference"].get("x1") == "116.0"
+    start, end = numbers(lines["axis"], "x1", "x2")
+
+    def share(x: float) -> float:
+        return (x - start) / (end - start)
+
+    assert share(numbers(next(tree.iter("circle")), "cx")[0]) == pytest.approx(0.5)
+    assert [share(x) for x in numbers(lines["range"], "x1", "x2")] == pytest.approx([0.25, 0.75])
+    assert share(numbers(lines["reference"], "x1")[0]) == pytest.approx(1.0)
+    assert tree.get("aria-label") == "50.0 %, 95 % interval 25.0 to 75.0 %"
     assert 'class="reference"' not in plots.interval_bar(0.5, 0.25, 0.75, None)
 
 
@@ -30,10 +45,10 @@ def test_latency_panel_shows_every_method_that_has_samples() -> None:
 def test_ratio_chart_averages_the_episodes_that_still_run() -> None:
     svg = plots.ratio_chart({"motion": ("blue", [[0.0, 0.5, 1.0], [0.0, 0.0]])}, {"motion": [[None, 0.5, 0.5]]})
     tree = ElementTree.fromstring(svg)
-    lines = {line.get("class"): line.get("points").split() for line in tree.iter("polyline")}
-    heights = [float(point.split(",")[1]) for point in lines["line"]]
-    top, bottom = 8, 8 + 240
-    assert heights == pytest.approx([bottom, bottom - 0.25 * 240, top])
+    lines = {line.get("class"): points(line) for line in tree.iter("polyline")}
+    grid = sorted(numbers(line, "y1")[0] for line in tree.iter("line") if line.get("class") == "grid")
+    shares = [(grid[-1] - y) / (grid[-1] - grid[0]) for _, y in lines["line"]]
+    assert shares == pytest.approx([0.0, 0.25, 1.0], abs=1e-3)
     assert len(lines["aim"]) == 2
     assert plots.ratio_chart({"motion": ("blue", [[0.0]])}, {}) == ""
     assert not re.search("nan", svg)
@@ -47,17 +62,23 @@ def test_ticks_are_round(limit: float, expected: list[float]) -> None:
     assert svg.ticks(limit) == pytest.approx(expected)
 
 
-def test_curve_chart_places_its_points() -> None:
+def test_curve_chart_shows_its_points_and_the_level_on_one_scale() -> None:
     curves = [
         plots.Curve("a<b", "red", [(10, 0.0), (20, 1.0)]),
         plots.Curve("held out", "blue", [(20, 0.5)], measured=True),
     ]
     svg = plots.curve_chart(curves, "ratio", steps=(10, 20), height=100, share=True, level=("target", 0.75))
     tree = ElementTree.fromstring(svg)
-    lines = {line.get("class"): line.get("points") for line in tree.iter("polyline")}
-    assert lines == {"trace": "52.0,110.0 552.0,10.0", "line": "552.0,60.0"}
-    assert [mark.find("title").text for mark in tree.iter("circle")] == ["held out, step 20: 0.5"]
-    assert [line.get("y1") for line in tree.iter("line") if line.get("class") == "reference"] == ["35.0"]
+    lines = {line.get("class"): points(line) for line in tree.iter("polyline")}
+    (left, bottom), (right, top) = lines["trace"]
+    assert left < right
+    assert top < bottom
+    ((x, y),) = lines["line"]
+    assert (x, y) == pytest.approx((right, (top + bottom) / 2))
+    assert [mark[0].text for mark in tree.iter("circle")] == ["held out, step 20: 0.5"]
+    (level,) = (line for line in tree.iter("line") if line.get("class") == "reference")
+    assert numbers(level, "y1")[0] == pytest.approx(bottom + 0.75 * (top - bottom))
+    assert "target" in [text.text for text in tree.iter("text")]
     assert plots.curve_chart([plots.Curve("none", "red", [])], "nothing", steps=(0, 0)) == ""
 
 

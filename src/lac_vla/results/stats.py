@@ -1,28 +1,30 @@
-"""The statistics of a success table: Wilson's interval, McNemar's test, a bootstrap, percentiles. Pure functions."""
+"""The statistics of the tables: Wilson's interval, McNemar's test, bootstraps, percentiles. Pure functions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from lac_vla.errors import InputError
+
+T = TypeVar("T")
 
 Z95 = 1.959963984540054
 """The 0.975 quantile of the normal distribution."""
 
-
 RESAMPLES = 10_000
-"""Of the bootstrap."""
+"""Resamples of a bootstrap."""
 
 SMALL_STRATUM = 5
 """Strata with fewer pairs are resampled together: resampling one pair within itself would hide all that varies."""
 
 
 class Interval(NamedTuple):
-    """A confidence interval of a proportion, within [0, 1], or of a difference of two, within [-1, 1]."""
+    """A confidence interval of a proportion, of a difference of two, or of a ratio."""
 
     low: float
     high: float
@@ -37,7 +39,7 @@ class Percentiles(NamedTuple):
 
 
 def wilson(successes: int, trials: int, z: float = Z95) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927), without continuity correction.
+    """Compute Wilson's score interval of a proportion (Wilson 1927), without continuity correction.
 
     Args:
         successes: In 0..trials.
@@ -62,7 +64,7 @@ def wilson(successes: int, trials: int, z: float = Z95) -> Interval:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact two-sided test: do two methods succeed equally often on the same trials?
+    """Make McNemar's exact two-sided test: do two methods succeed equally often on the same trials?
 
     Only discordant pairs count; if the methods are alike, each of them falls to either side like a fair coin.
 
@@ -84,49 +86,60 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def bootstrap(strata: Iterable[Sequence[tuple[bool, bool]]], seed: int = 0) -> Interval | None:
-    """Percentile bootstrap (Efron 1979) of a paired difference of success rates: 95 %, stratified, seeded.
+    """Bootstrap a paired difference of success rates (percentile, Efron 1979): 95 %, stratified, seeded.
 
     Pairs are drawn with replacement within each stratum, e.g. a task, so that an interval holds for these tasks and
     not for others like them. A resample is one multinomial draw of the three differences that a pair can have; the
     order of the pairs changes nothing.
 
     Args:
-        strata: Per stratum, and in it per trial: whether the reference and whether the method succeeded.
-        seed: Of the resampling.
+        strata: Strata of trials: whether the reference and whether the method succeeded.
+        seed: Seed of the resampling.
 
     Returns:
         The interval of method minus reference; ``None`` if no pair differs from another of its stratum: resampling
         knows nothing then of what varies, and would claim certainty.
     """
-    groups: list[list[int]] = []
-    pooled: list[int] = []
-    for pairs in strata:
-        differences = [int(method) - int(reference) for reference, method in pairs]
-        if len(differences) < SMALL_STRATUM:
-            pooled += differences
-        else:
-            groups.append(differences)
-    groups += [pooled]
+    groups = _pooled([[int(method) - int(reference) for reference, method in pairs] for pairs in strata])
     if all(len(set(group)) < 2 for group in groups):
         return None
-    counts = sorted((group.count(1), group.count(-1), group.count(0)) for group in groups if group)
+    counts = sorted((group.count(1), group.count(-1), group.count(0)) for group in groups)
     rng = np.random.default_rng(seed)
     total = np.zeros(RESAMPLES, dtype=np.int64)
     for count in counts:
         drawn = rng.multinomial(sum(count), np.array(count) / sum(count), size=RESAMPLES)
         total += drawn[:, 0] - drawn[:, 1]
-    low, high = np.percentile(total / sum(map(sum, counts)), [2.5, 97.5])
-    return Interval(float(low), float(high))
+    return _interval(total / sum(map(sum, counts)))
+
+
+def bootstrap_ratio(strata: Iterable[Sequence[tuple[float, float]]]) -> Interval | None:
+    """Bootstrap a ratio of totals over pairs (percentile): 95 %, stratified as in :func:`bootstrap`, seeded.
+
+    Args:
+        strata: Strata of trials: a positive amount of the reference and one of the method.
+
+    Returns:
+        The interval of the reference's total over the method's; ``None`` if no pair differs from another of its
+        stratum.
+    """
+    groups = sorted(sorted(group) for group in _pooled(strata))
+    if all(len(set(group)) < 2 for group in groups):
+        return None
+    rng = np.random.default_rng(0)
+    totals = np.zeros((RESAMPLES, 2))
+    for group in groups:
+        totals += rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=RESAMPLES) @ np.array(group)
+    return _interval(totals[:, 0] / totals[:, 1])
 
 
 def percentiles(values: Iterable[float]) -> Percentiles | None:
-    """Median and 95th percentile, linearly interpolated (numpy's default).
+    """Compute the median and the 95th percentile, linearly interpolated (numpy's default).
 
     Args:
-        values: Measurements, any number of them.
+        values: Any number of measurements.
 
     Returns:
-        ``None`` if there are none.
+        The percentiles; ``None`` without measurements.
 
     Raises:
         InputError: If one is not finite.
@@ -138,3 +151,20 @@ def percentiles(values: Iterable[float]) -> Percentiles | None:
         raise InputError("a measurement is NaN or infinite: the episode that holds it must be run again")
     p50, p95 = np.percentile(array, [50, 95])
     return Percentiles(float(p50), float(p95), int(array.size))
+
+
+def _pooled(strata: Iterable[Sequence[T]]) -> list[list[T]]:
+    """Put small strata together, see :data:`SMALL_STRATUM`; none of the groups is empty."""
+    groups: list[list[T]] = []
+    pooled: list[T] = []
+    for pairs in strata:
+        if len(pairs) < SMALL_STRATUM:
+            pooled += pairs
+        else:
+            groups.append(list(pairs))
+    return [group for group in (*groups, pooled) if group]
+
+
+def _interval(resamples: npt.NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(resamples, [2.5, 97.5])
+    return Interval(float(low), float(high))

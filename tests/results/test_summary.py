@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation import table as write
-from lac_vla.evaluation.records import EpisodeRecord, read_episodes
-from lac_vla.evaluation.stats import Percentiles, wilson
-from lac_vla.evaluation.summary import summarize
+from lac_vla.results import format as write
+from lac_vla.results.records import EpisodeRecord, read_episodes
+from lac_vla.results.stats import Percentiles, wilson
+from lac_vla.results.summary import MethodRow, summarize
+from lac_vla.results.table import FLAG, SPEEDUP, SUCCESS, TextTable, method_tables
 
 
 def record(method: str, task: int, init: int, success: bool, **more: object) -> EpisodeRecord:
@@ -47,19 +48,18 @@ def test_rows_by_hand() -> None:
     summary = summarize(episodes())
     dense, motion = summary.methods
     assert (dense.method, dense.successes, dense.trials, dense.paired) == ("dense", 3, 5, None)
-    assert (dense.macs, dense.flops, dense.ratio_effective, dense.latency) == (100.0, 200.0, None, {})
-    assert (motion.method, motion.successes, motion.trials, motion.frames) == ("motion-0.6", 3, 6, 12)
+    assert (dense.metrics, dense.ratio, dense.latency) == ({"macs": 100.0}, None, {})
+    assert (motion.method, motion.successes, motion.trials, motion.steps) == ("motion-0.6", 3, 6, 12)
     assert motion.interval == wilson(3, 6)
     assert motion.paired is not None
     assert (motion.paired.pairs, motion.paired.both) == (5, 1)
     assert (motion.paired.only_dense, motion.paired.only_method) == (2, 1)
     assert motion.paired.difference == pytest.approx(-1 / 5)
     assert motion.paired.p == 1.0
-    assert motion.ratio_effective == pytest.approx(0.25)
-    assert motion.ratio_nominal == pytest.approx(0.6)
-    assert motion.macs == pytest.approx(75.0)
+    assert motion.metrics == pytest.approx(
+        {"ratio_effective": 0.25, "ratio_nominal": 0.6, "macs": 75.0, "oldest_age": 3}
+    )
     assert motion.latency["model_call"] == Percentiles(15.0, 20.0, 10)
-    assert (motion.oldest_age, dense.oldest_age) == (3, None)
     assert motion.peak_memory_mb == 102.0
     assert [(task.task, task.outcomes) for task in summary.tasks] == [
         (0, {"dense": (2, 2), "motion-0.6": (2, 3)}),
@@ -71,11 +71,70 @@ def test_rows_by_hand() -> None:
 def test_a_method_that_reuses_nothing_has_no_oldest_token(ages: list[int | None]) -> None:
     """First frames, and scene cuts, are dense; the others prune."""
     (row,) = summarize([record("fastv-0.5", 0, 0, True, oldest_age=ages)]).methods
-    assert row.oldest_age is None
-    again = EpisodeRecord.from_json(
-        json.loads(json.dumps(dataclasses.asdict(record("fastv-0.5", 0, 0, True, oldest_age=ages))))
-    )
-    assert again.oldest_age == ages
+    assert "oldest_age" not in row.metrics
+
+
+def test_a_record_is_read_as_it_was_written() -> None:
+    for episode in episodes():
+        assert EpisodeRecord.from_json(json.loads(json.dumps(episode.to_json()))) == episode
+    old = record("dense", 0, 0, True, passes=[2, 0], accepted=[None, 6], macs=[], unknown=3)
+    assert old.metrics == {"decode_passes": [2, 0], "accepted": [None, 6]}
+    assert old.actions_per_call == 1
+    assert old.to_json()["decode_passes"] == [2, 0]
+
+
+def timed(method: str, task: int, init: int, ms: list[float], *, success: bool = True) -> EpisodeRecord:
+    return record(method, task, init, success, latency_ms={"observation_to_action": ms}, steps=len(ms))
+
+
+def row_of(method: str, *episodes: EpisodeRecord) -> MethodRow:
+    row = summarize(episodes).row(method)
+    assert row is not None
+    return row
+
+
+def test_the_net_speed_up_is_the_time_of_what_both_solved() -> None:
+    """A frame takes half as long, but the task takes half as long again: 4/3 times as fast, not twice."""
+    row = row_of("lac", timed("dense", 0, 0, [10.0] * 4), timed("lac", 0, 0, [5.0] * 6))
+    assert row.speedup is not None
+    assert (row.speedup.pairs, row.speedup.ratio, row.speedup.interval) == (1, pytest.approx(4 / 3), None)
+    more = [timed("dense", 0, 1, [20.0], success=False), timed("lac", 0, 1, [1.0])]  # one alone solved it
+    more += [timed("dense", 0, 2, [20.0]), timed("lac", 0, 2, [1.0], success=False), timed("lac", 0, 3, [1.0])]
+    more += [record("dense", 0, 4, True), timed("lac", 0, 4, [1.0])]  # nothing was timed
+    same = row_of("lac", timed("dense", 0, 0, [10.0] * 4), timed("lac", 0, 0, [5.0] * 6), *more)
+    assert same.speedup == row.speedup
+    alone = row_of("lac", timed("dense", 0, 1, [20.0], success=False), timed("lac", 0, 1, [1.0]))
+    assert alone.speedup is None
+    assert row_of("dense", timed("dense", 0, 0, [10.0])).speedup is None
+
+
+def test_the_net_speed_up_has_an_interval_and_its_pairs_are_told() -> None:
+    pairs = [(timed("dense", 0, k, [10.0]), timed("lac", 0, k, [5.0 if k % 2 else 10.0])) for k in range(40)]
+    summary = summarize([episode for pair in pairs for episode in pair])
+    lac = summary.methods[1]
+    assert lac.speedup is not None
+    assert lac.speedup.interval is not None
+    assert lac.speedup.ratio == pytest.approx(400 / 300)
+    assert 1.1 < lac.speedup.interval.low < lac.speedup.ratio < lac.speedup.interval.high < 1.6
+    table = method_tables(summary)[0]
+    assert table.rows[1][table.headings.index("net speed-up")].startswith("1.33 ×\n[1.2")
+    assert any("Pairs: lac 40." in note and "several processes" in note for note in table.notes)
+
+
+def test_actions_per_call_stand_below_the_table() -> None:
+    chunked = dataclasses.replace(record("lac", 0, 0, True), actions_per_call=4)
+    assert "actions per call of the model: 4" in method_tables(summarize([chunked]))[0].notes
+    both = method_tables(summarize([record("dense", 0, 0, True), chunked]))[0]
+    assert "actions per call of the model: dense 1, lac 4" in both.notes
+
+
+def test_flagged_rows_stand_out_and_empty_columns_are_left_out() -> None:
+    rows = [(row.method, row) for row in summarize(episodes()).methods]
+    table = TextTable.of("t", [*rows, ("never", None)], (*SUCCESS, SPEEDUP), (), flagged=[1])
+    assert table.headings == ("method", "solved", "vs dense, points")
+    assert [cells[0] for cells in table.rows] == ["dense", "motion-0.6", "never"]
+    assert [cells[0] for _, cells in table.flagged_rows] == ["dense", f"motion-0.6 {FLAG}", "never"]
+    assert table.rows[2][1:] == ("-", "-")
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"stress": "drift"}])
@@ -84,17 +143,11 @@ def test_other_seeds_and_stresses_are_no_pair(other: dict[str, Any]) -> None:
     assert summarize(episodes).methods[1].paired is None
 
 
-def test_summary_is_json() -> None:
-    content = json.loads(json.dumps(summarize(episodes()).to_json()))
-    assert content["methods"][1]["latency"]["model_call"] == {"p50": 15.0, "p95": 20.0, "n": 10}
-    assert content["methods"][1]["rate"] == 0.5
-
-
 def test_decoding_is_reported_where_it_was_recorded() -> None:
-    first = dataclasses.replace(record("dense", 0, 0, True), passes=(6, 2, 0), accepted=(None, 1, 6))
-    summary = summarize([first, record("lac", 0, 0, True)])
-    assert (summary.methods[0].passes, summary.methods[0].accepted) == (pytest.approx(8 / 3), 3.5)
-    assert write.decoding(summary) == "dense 2.7 (3.5 of the draft stood)"
+    first = record("dense", 0, 0, True, decode_passes=(6, 2, 0), accepted=(None, 1, 6))
+    dense, lac = summarize([first, record("lac", 0, 0, True)]).methods
+    assert dense.metrics == {"decode_passes": pytest.approx(8 / 3), "accepted": 3.5}
+    assert lac.metrics == {}
 
 
 def test_nothing_to_summarise() -> None:
@@ -104,13 +157,15 @@ def test_nothing_to_summarise() -> None:
 
 def test_terminal_table_shows_the_numbers() -> None:
     out = io.StringIO()
-    Console(file=out, width=100).print(*write.terminal_tables(summarize(episodes())))
+    Console(file=out, width=100).print(*(table.to_terminal() for table in method_tables(summarize(episodes()))))
     text = out.getvalue()
     for part in (
         "motion-0.6",
-        "3/6  50.0 %",
-        "\N{MINUS SIGN}20.0 [\N{MINUS SIGN}80.0, +40.0] (p 1.000)",
-        "60 % / 25.0 %",
+        "3/6 50.0 %",
+        "\N{MINUS SIGN}20.0 (p 1.000)",
+        "[\N{MINUS SIGN}80.0, +40.0]",
+        "60 %",
+        "25.0 %",
         "15.0 / 20.0",
     ):
         assert part in text

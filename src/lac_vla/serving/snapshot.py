@@ -1,4 +1,4 @@
-"""What the live page shows of one session: the last frame as a picture and in numbers, and the requests before it."""
+"""The live page shows snapshots of sessions: the last frame as a picture and in numbers, and the requests before it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.drawing.overlay import camera_overlays
+from lac_vla.drawing.picture import jpeg_base64
 from lac_vla.engine.step_info import StepInfo
-from lac_vla.report.overlay import overlay
-from lac_vla.report.page import jpeg
+from lac_vla.results.metrics import METRICS
 from lac_vla.serving.sessions import Answer
 
 KEPT = 120
-"""Requests whose ratio and latency are shown."""
+"""The ratio and latency of so many requests are shown."""
 EVENTS = 8
-"""Resets and fallbacks that are shown."""
+"""So many resets and dense frames are shown."""
 HEIGHT = 280
 """Least height of a picture, pixels: a phone's width. It costs the server's processor what it is large."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Why frames were computed in full, or an episode began.
+    """The reason why frames were computed in full, or why an episode began.
 
     Attributes:
         kind: ``"reset"`` or ``"fallback"``.
-        reason: As the server gives it.
+        reason: The server's reason.
         first: Number of the frame, from 1 on.
         last: Number of the last frame in a row with this reason.
     """
@@ -39,17 +40,17 @@ class Event:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """One session after one answer. Never changed, so that it may be drawn while the model goes on.
+class SessionSnapshot:
+    """One session after one answer. It never changes, so that it may be drawn while the model goes on.
 
     Attributes:
         session: Its name, as in the log.
         peer: The robot's address.
-        instruction: Of the last request.
-        frames: Requests answered.
         at: Time of the last answer, or of the connection, seconds.
-        step: What the session did last, without what the head says of its action.
-        limit: Tokens that the deadline left, at most.
+        instruction: Instruction of the last request.
+        frames: Number of answered requests.
+        step: The report of the last frame, without the head's metadata.
+        token_budget: Tokens that the deadline allowed, at most; ``None`` without a deadline.
         ratios: Effective cache ratios of the last :data:`KEPT` requests, in [0, 1].
         latencies: Milliseconds from their arrival to their answer.
         events: The last :data:`EVENTS`, oldest first.
@@ -61,13 +62,13 @@ class Seen:
     instruction: str = ""
     frames: int = 0
     step: StepInfo | None = None
-    limit: int | None = None
+    token_budget: int | None = None
     ratios: tuple[float, ...] = ()
     latencies: tuple[float, ...] = ()
     events: tuple[Event, ...] = ()
 
-    def after(self, answer: Answer, at: float) -> Seen:
-        """The session after one more answer, given at the time ``at`` (seconds)."""
+    def after(self, answer: Answer, at: float) -> SessionSnapshot:
+        """Make the snapshot after one more answer, given at the time ``at`` (seconds)."""
         report, frame = answer.message["lac"], self.frames + 1
         events = self.events
         reason = answer.reset or answer.step.dense_reason
@@ -83,22 +84,22 @@ class Seen:
             instruction=answer.frame.instruction,
             frames=frame,
             step=replace(answer.step, metadata={}, probe=None),  # these may hold tensors
-            limit=report["token_budget"],
-            ratios=(*self.ratios[1 - KEPT :], report["ratio"]),
+            token_budget=report["token_budget"],
+            ratios=(*self.ratios[1 - KEPT :], answer.step.ratio),
             latencies=(*self.latencies[1 - KEPT :], took),
             events=events,
         )
 
     def summary(self, now: float, max_age: int, deadline_ms: float | None, *, draw: bool) -> dict[str, Any]:
-        """What the page shows, for JSON.
+        """Give the page's numbers and pictures, for JSON.
 
         Args:
-            now: Seconds, by the clock of ``at``.
+            now: Present time by the clock of ``at``, seconds.
             max_age: No slot is reused once it is so old, frames.
-            deadline_ms: From a request's arrival to its answer; ``None`` for none.
-            draw: Whether the pictures are in it.
+            deadline_ms: Milliseconds from a request's arrival to its answer; ``None`` for no deadline.
+            draw: Whether to draw the pictures.
         """
-        told: dict[str, Any] = {
+        shown: dict[str, Any] = {
             "session": self.session,
             "peer": self.peer,
             "silent_s": round(now - self.at, 1),
@@ -106,19 +107,24 @@ class Seen:
         }
         step = self.step
         if step is None:
-            return told
+            return shown
         p50, p95 = np.quantile(self.latencies, (0.5, 0.95)).tolist()
         late = 0 if deadline_ms is None else sum(took > deadline_ms for took in self.latencies)
-        return told | {
+        return shown | {
             "instruction": self.instruction,
-            "beyond": step.decision.skipped.value,
+            "skipped": step.decision.skipped.value,
             "ratio": step.ratio,
             "nominal_ratio": step.nominal_ratio,
             "tokens": step.layout.n_visual,
             "computed": int(step.active.sum()),
             "recovered": int((step.recovered & step.active).sum()),
-            "limit": self.limit,
+            "token_budget": self.token_budget,
             "oldest_age": step.oldest_age,
+            "metrics": [
+                {"heading": metric.heading, "help": metric.help, "text": metric.text(value)}
+                for metric in METRICS.values()
+                if (value := metric.measure(step)) is not None
+            ],
             "ages": np.bincount(np.minimum(step.age, max_age), minlength=max_age + 1).tolist(),
             "ratios": [round(ratio, 4) for ratio in self.ratios],
             "latencies_ms": [round(took, 2) for took in self.latencies],
@@ -141,20 +147,5 @@ class Seen:
 
     @cached_property
     def pictures(self) -> list[str]:
-        """What every camera saw and what was computed of it, JPEG in base64; drawn when first asked for."""
-        step = self.step
-        if step is None:
-            return []
-        recovered = step.recovered
-        return [
-            jpeg(
-                overlay(
-                    step.pixels[camera.name],
-                    (camera.rows, camera.cols),
-                    step.active[camera.tokens],
-                    recovered[camera.tokens],
-                    height=HEIGHT,
-                )
-            )
-            for camera in step.layout.cameras
-        ]
+        """Draw what was computed of every camera's image, JPEG in base64, when first asked for."""
+        return [] if self.step is None else [jpeg_base64(picture) for picture in camera_overlays(self.step, HEIGHT)]

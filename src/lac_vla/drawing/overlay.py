@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from pathlib import Path
-
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
+from lac_vla.drawing.picture import caption, side_by_side, stacked
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
-from lac_vla.report.video import VideoFile, write_video
-from lac_vla.types import BoolArray, FloatArray, Frame, UInt8Image
-
-__all__ = [
-    "EpisodeVideo",
-    "caption",
-    "filmstrip",
-    "heat",
-    "heat_colours",
-    "overlay",
-    "saliency_strip",
-    "side_by_side",
-    "stacked",
-    "step_picture",
-    "write_video",
-]
+from lac_vla.types import BoolArray, FloatArray, UInt8Image
 
 RECOMPUTED = (86, 180, 233)
 RECOVERED = (240, 150, 0)
-"""Sky blue and orange: told apart with any kind of colour vision, RGB."""
-INK, PAPER = (238, 238, 238), (24, 26, 30)
+"""Sky blue and orange, RGB: distinct with any kind of colour vision."""
 
 HEIGHT = 384
 """Least height of a camera's picture, pixels."""
-_STRIP = 30
-_GAP = 6
 
 
 def overlay(
@@ -107,7 +85,7 @@ def heat(image: UInt8Image, scores: FloatArray, scale: tuple[float, float], *, h
 
 
 def heat_colours(n: int = 8) -> list[tuple[int, int, int]]:
-    """The colours of :func:`heat` from darkest to brightest, RGB."""
+    """List the colours of :func:`heat` from darkest to brightest, RGB."""
     ramp = _paint(np.linspace(0, 255, n).round().astype(np.uint8)[None])[0]
     return [(int(red), int(green), int(blue)) for red, green, blue in ramp]
 
@@ -115,13 +93,13 @@ def heat_colours(n: int = 8) -> list[tuple[int, int, int]]:
 def saliency_strip(
     images: UInt8Image, scores: FloatArray, active: BoolArray, scale: tuple[float, float], *, height: int = 224
 ) -> UInt8Image:
-    """Consecutive frames of one camera, a column each: the image, its saliency, and what is recomputed.
+    """Draw consecutive frames of one camera, a column each: the image, its saliency, and what is recomputed.
 
     Args:
         images: uint8, (n, H, W, 3), n at least 1.
         scores: (n, rows, cols).
         active: Recomputed, (n, rows, cols).
-        scale: As in :func:`heat`.
+        scale: The scores that are darkest and brightest, see :func:`heat`.
         height: Least height of every picture, pixels.
 
     Returns:
@@ -138,142 +116,45 @@ def saliency_strip(
     return side_by_side(columns)
 
 
-def stacked(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
-    """As :func:`side_by_side`, from top to bottom."""
-    turned = side_by_side([picture.swapaxes(0, 1) for picture in pictures], gap)
-    return np.ascontiguousarray(turned.swapaxes(0, 1))
-
-
-def side_by_side(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
-    """Pictures from left to right on a dark ground, aligned at their tops.
-
-    Args:
-        pictures: uint8, H×W×3, of any sizes; at least one.
-        gap: Pixels between two.
-
-    Returns:
-        uint8, as high as the highest.
-    """
-    height = max(picture.shape[0] for picture in pictures)
-    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
-    canvas = np.full((height, width, 3), PAPER, dtype=np.uint8)
-    left = 0
-    for picture in pictures:
-        canvas[: picture.shape[0], left : left + picture.shape[1]] = picture
-        left += picture.shape[1] + gap
-    return canvas
-
-
-def caption(picture: UInt8Image, left: str, right: str = "") -> UInt8Image:
-    """The picture under a dark strip with one line of text, at its left and right end.
-
-    Args:
-        picture: uint8, H×W×3.
-        left: Text; cut off where the right one begins.
-        right: Text.
-
-    Returns:
-        uint8, (H + 30)×W×3.
-    """
-    width = picture.shape[1]
-    strip = Image.new("RGB", (width, _STRIP), PAPER)
-    draw = ImageDraw.Draw(strip)
-    font = _font()
-    end = width - 8 - draw.textlength(right, font=font)
-    while left and draw.textlength(left, font=font) > end - 16:
-        left = left[:-1]
-    draw.text((8, _STRIP // 2), left, font=font, fill=INK, anchor="lm")
-    draw.text((end, _STRIP // 2), right, font=font, fill=INK, anchor="lm")
-    return np.concatenate([np.asarray(strip, dtype=np.uint8), picture])
-
-
-def step_picture(step: StepInfo, method: str, number: int) -> UInt8Image:
-    """One step of a session: all cameras' overlays side by side, under a line that says what was done.
-
-    Args:
-        step: What the session did.
-        method: Name of the method.
-        number: Of the step in the episode.
-
-    Returns:
-        uint8, H×W×3.
-    """
-    pictures = [
+def camera_overlays(step: StepInfo, height: int = HEIGHT) -> list[UInt8Image]:
+    """Draw :func:`overlay` for every camera of a step, in the layout's order."""
+    return [
         overlay(
             step.pixels[camera.name],
             (camera.rows, camera.cols),
             step.active[camera.tokens],
             step.recovered[camera.tokens],
+            height=height,
         )
         for camera in step.layout.cameras
     ]
+
+
+def reuse_text(step: StepInfo) -> str:
+    """Say how much a step reused or pruned, e.g. ``62 % reused, oldest 3``."""
+    what = "pruned" if step.oldest_age is None else f"reused, oldest {step.oldest_age}"
+    return f"{100 * step.ratio:.0f} % {what}"
+
+
+def step_picture(step: StepInfo, method: str, number: int) -> UInt8Image:
+    """Draw one step of a session: all cameras' overlays side by side, under a line that says what was done.
+
+    Args:
+        step: The session's report of the step.
+        method: Name of the method.
+        number: Number of the step in the episode.
+
+    Returns:
+        uint8, H×W×3.
+    """
     left = f"{method}   step {number}"
     if step.dense_reason is not None:
         left += f"   (dense: {step.dense_reason})"
-    what = "pruned" if step.oldest_age is None else f"reused   oldest {step.oldest_age}"
-    right = f"{100 * step.ratio:.0f} % {what}"
-    return caption(side_by_side(pictures), left, right)
-
-
-def filmstrip(frames: Sequence[UInt8Image], n: int = 6) -> UInt8Image:
-    """Some frames of an episode, evenly spread, the first and the last among them.
-
-    Args:
-        frames: uint8, H×W×3; at least one.
-        n: How many to show, if there are so many.
-
-    Returns:
-        uint8, the frames side by side.
-
-    Raises:
-        InputError: If there are no frames, or ``n`` is below 1.
-    """
-    if not len(frames) or n < 1:
-        raise InputError(f"a filmstrip of {n} out of {len(frames)} frames: give at least one of each")
-    picked = np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int)
-    return side_by_side([frames[index] for index in picked])
-
-
-class EpisodeVideo:
-    """The overlay video of one episode: watches a rollout.
-
-    Args:
-        path: Of the ``.mp4`` file.
-        method: Name of the method, for the caption.
-        fps: Frames per second; 20 is real time in LIBERO.
-    """
-
-    def __init__(self, path: str | Path, method: str, fps: int = 20) -> None:
-        self._file = VideoFile(path, fps)
-        self._method, self._fps = method, fps
-        self._steps = 0
-        self._last: UInt8Image | None = None
-
-    @property
-    def path(self) -> Path:
-        """Of the file."""
-        return self._file.path
-
-    def add(self, frame: Frame, step: StepInfo) -> None:
-        """See one observation and what the session did with it."""
-        self._last = step_picture(step, self._method, self._steps)
-        self._file.add(self._last)
-        self._steps += 1
-
-    def close(self, *, success: bool) -> None:
-        """Hold the last picture for a second, framed green if the task was solved, else red; finish."""
-        if self._last is not None:
-            framed = self._last.copy()
-            colour = (0, 158, 115) if success else (213, 60, 60)
-            for edge in (framed[:6], framed[-6:], framed[:, :6], framed[:, -6:]):
-                edge[...] = colour
-            for _ in range(self._fps):
-                self._file.add(framed)
-        self._file.close()
+    return caption(side_by_side(camera_overlays(step)), left, reuse_text(step))
 
 
 def _enlarged(image: UInt8Image, grid: tuple[int, ...], height: int) -> UInt8Image:
-    """The image at ``height`` or a little more: a whole number of pixels per token, both ways."""
+    """Enlarge the image to ``height`` or a little more: a whole number of pixels per token, both ways."""
     rows, cols = grid
     cell = -(-height // rows)
     cell_width = max(1, round(cell * rows / cols * image.shape[1] / image.shape[0]))
@@ -285,7 +166,7 @@ def _grey(image: UInt8Image) -> UInt8Image:
 
 
 def _paint(levels: UInt8Image) -> UInt8Image:
-    """0..255, (rows, cols) → colours, RGB."""
+    """Turn levels 0..255, (rows, cols), into colours, RGB."""
     return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1])
 
 
@@ -295,13 +176,8 @@ def _spread(mask: BoolArray, grid: tuple[int, int], size: tuple[int, int]) -> Bo
 
 
 def _outline(mask: BoolArray, thickness: int = 2) -> BoolArray:
-    """The rim of a region, within it; the picture's edge counts as an end."""
+    """Find the rim of a region, within it; the picture's edge counts as an end."""
     size = 2 * thickness + 1
     kernel = np.ones((size, size), dtype=np.uint8)
     inner = cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return np.logical_and(mask, np.asarray(inner) == 0)
-
-
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=16)

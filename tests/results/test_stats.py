@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lac_vla.errors import InputError
-from lac_vla.evaluation.stats import Percentiles, bootstrap, mcnemar, percentiles, wilson
+from lac_vla.results.stats import Percentiles, bootstrap, bootstrap_ratio, mcnemar, percentiles, wilson
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,24 @@ def test_bootstrap_does_not_depend_on_the_order_and_claims_no_certainty() -> Non
     assert bootstrap([first, second], seed=1) == pytest.approx(bootstrap([first, second]), abs=0.06)
     assert bootstrap([[(True, False)] * 9, [(True, True)] * 9, [(True, True)] * 3]) is None
     assert bootstrap([]) is None
+
+
+def test_bootstrap_ratio_agrees_with_all_resamples() -> None:
+    pairs = [(9.0, 3.0), (4.0, 4.0), (5.0, 2.0), (6.0, 9.0), (8.0, 4.0)]
+    exact = [sum(d for d, _ in drawn) / sum(m for _, m in drawn) for drawn in product(pairs, repeat=5)]
+    assert bootstrap_ratio([pairs]) == pytest.approx(np.percentile(exact, [2.5, 97.5]), rel=0.02)
+    assert bootstrap_ratio([pairs[::-1]]) == bootstrap_ratio([pairs])
+
+
+def test_bootstrap_ratio_draws_within_tasks_and_claims_no_certainty() -> None:
+    fast, slow = [(100.0, 10.0)] * 5 + [(100.0, 20.0)], [(1.0, 2.0)] * 6
+    within, together = bootstrap_ratio([fast, slow]), bootstrap_ratio([fast + slow])
+    assert within is not None
+    assert together is not None
+    assert within.high - within.low < together.high - together.low
+    assert bootstrap_ratio([[(1.0, 2.0)] * 9, [(3.0, 2.0)] * 9]) is None
+    assert bootstrap_ratio([[(1.0, 2.0)]]) is None
+    assert bootstrap_ratio([]) is None
 
 
 def test_percentiles_by_hand() -> None:

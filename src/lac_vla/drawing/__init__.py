@@ -1,0 +1,1 @@
+"""Pictures, videos and plots that evaluation, serving and report share."""

@@ -1,0 +1,107 @@
+"""Pictures are put together, captioned and encoded."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lac_vla.errors import InputError
+from lac_vla.types import UInt8Image
+
+INK, PAPER = (238, 238, 238), (24, 26, 30)
+_STRIP = 30
+_GAP = 6
+
+
+def stacked(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
+    """Put pictures below each other; see :func:`side_by_side`."""
+    turned = side_by_side([picture.swapaxes(0, 1) for picture in pictures], gap)
+    return np.ascontiguousarray(turned.swapaxes(0, 1))
+
+
+def side_by_side(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
+    """Put pictures side by side on a dark ground, aligned at their tops.
+
+    Args:
+        pictures: uint8, H×W×3, of any sizes; at least one.
+        gap: Pixels between two.
+
+    Returns:
+        uint8, as high as the highest.
+    """
+    height = max(picture.shape[0] for picture in pictures)
+    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = np.full((height, width, 3), PAPER, dtype=np.uint8)
+    left = 0
+    for picture in pictures:
+        canvas[: picture.shape[0], left : left + picture.shape[1]] = picture
+        left += picture.shape[1] + gap
+    return canvas
+
+
+def caption(picture: UInt8Image, left: str, right: str = "") -> UInt8Image:
+    """Put a dark strip with one line of text, at its left and right end, above a picture.
+
+    Args:
+        picture: uint8, H×W×3.
+        left: Text; cut off where the right one begins.
+        right: Text.
+
+    Returns:
+        uint8, (H + 30)×W×3.
+    """
+    width = picture.shape[1]
+    strip = Image.new("RGB", (width, _STRIP), PAPER)
+    draw = ImageDraw.Draw(strip)
+    font = _font()
+    end = width - 8 - draw.textlength(right, font=font)
+    while left and draw.textlength(left, font=font) > end - 16:
+        left = left[:-1]
+    draw.text((8, _STRIP // 2), left, font=font, fill=INK, anchor="lm")
+    draw.text((end, _STRIP // 2), right, font=font, fill=INK, anchor="lm")
+    return np.concatenate([np.asarray(strip, dtype=np.uint8), picture])
+
+
+def filmstrip(frames: Sequence[UInt8Image], n: int = 6) -> UInt8Image:
+    """Put some frames of an episode side by side, evenly spread, the first and the last among them.
+
+    Args:
+        frames: uint8, H×W×3; at least one.
+        n: Number of frames to show, if there are so many.
+
+    Returns:
+        uint8, the frames side by side.
+
+    Raises:
+        InputError: If there are no frames, or ``n`` is below 1.
+    """
+    if not len(frames) or n < 1:
+        raise InputError(f"a filmstrip of {n} out of {len(frames)} frames: give at least one of each")
+    picked = np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int)
+    return side_by_side([frames[index] for index in picked])
+
+
+def jpeg(image: UInt8Image, quality: int = 82) -> bytes:
+    """Encode a picture, uint8, H×W×3, as JPEG; ``quality`` in 0..100."""
+    _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return data.tobytes()
+
+
+def jpeg_base64(image: UInt8Image) -> str:
+    """Encode a picture, uint8, H×W×3, as JPEG in base64, for a page."""
+    return base64.b64encode(jpeg(image)).decode()
+
+
+def css(colour: tuple[int, int, int]) -> str:
+    """Write an RGB colour for a style sheet."""
+    return "rgb({}, {}, {})".format(*colour)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=16)

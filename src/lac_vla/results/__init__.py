@@ -1,0 +1,1 @@
+"""Episode records, metrics, statistics, and the tables made of them."""

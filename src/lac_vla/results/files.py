@@ -1,0 +1,63 @@
+"""Logs of one JSON object per line, and single JSON objects, are read from the folder of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lac_vla.errors import InputError
+
+T = TypeVar("T")
+
+
+def read_lines(path: Path, command: str, parse: Callable[[Any], T]) -> Iterator[tuple[int, T]]:
+    """Read a log. A last line without its end is what a killed run leaves: it is not counted.
+
+    Args:
+        path: The log.
+        command: The command that writes it, for the message.
+        parse: Makes a value of a line's content; its ``TypeError``, ``ValueError``, … say that the line is damaged.
+
+    Yields:
+        Number of the line, from 1 on, and its value.
+
+    Raises:
+        InputError: If the file cannot be read, or a line is damaged.
+    """
+    whole, _, _ = _text(path, command).rpartition("\n")
+    for number, line in enumerate(whole.split("\n"), start=1):
+        if line.strip():
+            try:
+                value = parse(json.loads(line))
+            except (ValueError, AttributeError, TypeError, InputError) as error:
+                raise InputError(f"{path}, line {number}: {error}; take the line away and resume the run") from error
+            yield number, value
+
+
+def read_object(path: Path, command: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: The file.
+        command: The command that writes it, for the message.
+
+    Raises:
+        InputError: If it cannot be read, or holds something else.
+    """
+    text = _text(path, command)
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}): resume the run, it writes it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object: resume the run, it writes it again")
+    return found
+
+
+def _text(path: Path, command: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give the folder of a run of '{command}'") from error

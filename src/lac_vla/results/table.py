@@ -1,0 +1,191 @@
+"""The columns that the terminal and the reports share, and tables of texts made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+
+from lac_vla.results import format as write
+from lac_vla.results.format import NONE
+from lac_vla.results.metrics import METRICS, Metric
+from lac_vla.results.records import WHOLE
+from lac_vla.results.summary import DENSE, MethodRow, Summary
+
+WINDOWS = {
+    "decoder_prefill": "the language model reading the prompt: the part that caching shortens",
+    "model_call": "camera image to action inside the model: vision tower, prefill, action tokens",
+    WHOLE: "everything between an observation and its action, caching's own work included",
+}
+"""Latency window → its meaning, from the narrowest to the widest; all of them are always reported together."""
+
+SUCCESS_NOTE = "95 % intervals: Wilson; of a difference, paired bootstrap by task. p: McNemar, exact, against dense"
+TIME_NOTE = (
+    "p50 / p95 in ms over all calls; below it, dense's p50 over the method's. "
+    "Latencies of a run with several processes are not worth comparing, see `lac bench`"
+)
+FLAG = "◂"
+"""Stands behind the label of a flagged row."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table of methods.
+
+    Attributes:
+        heading: Its heading.
+        cell: Writes the cell of a method, next to dense (``None`` if that was not run).
+        help: Its meaning, in a few words.
+    """
+
+    heading: str
+    cell: Callable[[MethodRow, MethodRow | None], str]
+    help: str = ""
+
+
+def solved(row: MethodRow) -> str:
+    """Write successes, trials, rate and interval, e.g. ``45/50 90.0 % [78.6, 95.7]``."""
+    low, high = row.interval
+    return f"{row.successes}/{row.trials} {write.percent(row.rate)}\n[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def versus_dense(row: MethodRow) -> str:
+    """Write the paired difference in points, its p-value and interval, e.g. ``−2.0 (p 0.125) [−8.0, +4.0]``."""
+    if row.paired is None:
+        return NONE
+    interval = "" if row.paired.interval is None else f"\n{write.points_range(row.paired.interval)}"
+    return f"{write.points(row.paired.difference)} (p {write.p_value(row.paired.p)}){interval}"
+
+
+def net_speedup(row: MethodRow) -> str:
+    """Write the net speed-up and its interval, e.g. ``1.25 × [1.10, 1.41]``."""
+    if row.speedup is None:
+        return NONE
+    interval = row.speedup.interval
+    return write.times(row.speedup.ratio) + (f"\n[{interval.low:.2f}, {interval.high:.2f}]" if interval else "")
+
+
+def _window(name: str, meaning: str) -> Column:
+    def cell(row: MethodRow, dense: MethodRow | None) -> str:
+        own, reference = row.latency.get(name), dense.latency.get(name) if dense else None
+        faster = f"\n{write.times(reference.p50 / own.p50)}" if own and reference else ""
+        return write.latency(own) + faster
+
+    return Column(name.replace("_", " "), cell, meaning)
+
+
+def _of_metric(metric: Metric) -> Column:
+    def cell(row: MethodRow, _: MethodRow | None) -> str:
+        return metric.text(row.metrics[metric.name]) if metric.name in row.metrics else NONE
+
+    return Column(metric.heading, cell, metric.help)
+
+
+SUCCESS = (
+    Column("solved", lambda row, _: solved(row), "success rate; with few episodes the true one can lie anywhere in it"),
+    Column("vs dense, points", lambda row, _: versus_dense(row), "success rate minus that of dense, pair by pair"),
+)
+SPEEDUP = Column(
+    "net speed-up",
+    lambda row, _: net_speedup(row),
+    "time of the trials that both solved, dense over the method: observation to action, summed over an episode's calls",
+)
+TIME = tuple(_window(name, meaning) for name, meaning in WINDOWS.items())
+MEMORY = Column("peak memory", lambda row, _: write.memory(row.peak_memory_mb), "of the process so far, all methods")
+
+
+def metric_columns() -> tuple[Column, ...]:
+    """Make one column for every metric."""
+    return tuple(map(_of_metric, METRICS.values()))
+
+
+def metric_notes() -> list[str]:
+    """Explain every metric in a line."""
+    return [f"{metric.heading}: {metric.help}" for metric in METRICS.values()]
+
+
+def run_notes(summary: Summary) -> list[str]:
+    """Say what the net speed-up of every method rests on, and how many actions were executed per call of the model."""
+    pairs = [f"{row.method} {row.speedup.pairs}" for row in summary.methods if row.speedup]
+    actions = {row.method: " or ".join(map(str, row.actions_per_call)) for row in summary.methods}
+    numbers = set(actions.values())
+    same = numbers.pop() if len(numbers) == 1 else ", ".join(map(" ".join, actions.items()))
+    return [
+        f"net speed-up: {SPEEDUP.help}. Pairs: {', '.join(pairs) or 'none'}. "
+        "Latencies of a run with several processes are not worth comparing",
+        f"actions per call of the model: {same}",
+    ]
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of texts, as the terminal and the report show it.
+
+    Attributes:
+        title: Its title.
+        headings: Headings of its columns.
+        rows: Cells, row by row.
+        notes: Lines below it.
+        flagged: Indices of rows that stand out; a note says why.
+    """
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    flagged: Collection[int] = ()
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        rows: Sequence[tuple[str, MethodRow | None]],
+        columns: Sequence[Column],
+        notes: Sequence[str],
+        flagged: Collection[int] = (),
+        dense: MethodRow | None = None,
+    ) -> TextTable:
+        """Fill a table of methods; a column in which nobody has a value is left out.
+
+        Args:
+            title: Its title.
+            rows: Label and numbers, ``None`` if the method was not run.
+            columns: Its columns.
+            notes: Lines below it.
+            flagged: Indices of flagged rows.
+            dense: The numbers of dense.
+        """
+        cells = [[NONE if row is None else column.cell(row, dense) for _, row in rows] for column in columns]
+        used = [k for k, column in enumerate(cells) if set(column) != {NONE}]
+        labels = [label for label, _ in rows]
+        headings = ("method", *(columns[k].heading for k in used))
+        return cls(title, headings, tuple(zip(labels, *(cells[k] for k in used), strict=True)), tuple(notes), flagged)
+
+    @property
+    def flagged_rows(self) -> list[tuple[bool, tuple[str, ...]]]:
+        """Pair every row with whether it is flagged; if so, :data:`FLAG` stands behind its label."""
+        marked = [(index in self.flagged, row) for index, row in enumerate(self.rows)]
+        return [(flag, (f"{row[0]} {FLAG}", *row[1:]) if flag else row) for flag, row in marked]
+
+    def to_terminal(self) -> Table:
+        """Make the terminal's table."""
+        shown = Table(box=box.SIMPLE, title=self.title, title_justify="left", caption="\n".join(self.notes))
+        shown.caption_justify = "left"
+        for index, heading in enumerate(self.headings):
+            word = max(map(len, heading.split()))
+            shown.add_column(heading, justify="right" if index else "left", no_wrap=index == 0, min_width=word)
+        for flag, cells in self.flagged_rows:
+            shown.add_row(*cells, style="bold" if flag else "")
+        return shown
+
+
+def method_tables(summary: Summary) -> list[TextTable]:
+    """Make the tables of a run: what was solved, what every call did, and how long it took."""
+    rows, dense = [(row.method, row) for row in summary.methods], summary.row(DENSE)
+    return [
+        TextTable.of("Success", rows, (*SUCCESS, SPEEDUP), [SUCCESS_NOTE, *run_notes(summary)], dense=dense),
+        TextTable.of("Per call of the model", rows, metric_columns(), metric_notes(), dense=dense),
+        TextTable.of("Time", rows, (*TIME, MEMORY), [TIME_NOTE], dense=dense),
+    ]
