@@ -110,7 +110,10 @@ def test_an_episode_whose_simulator_died_is_begun_again(model: str, tmp_path: Pa
     CRASHES[:] = [2]
     again = evaluate(EvalConfig(model, tmp_path / "again", ("dense",), Fragile()))
     assert not CRASHES, "it did die"
-    ratios = ([(e.steps, e.success, e.macs) for e in read_episodes(run / "episodes.jsonl")] for run in (whole, again))
+    ratios = (
+        [(e.steps, e.success, e.metrics["macs"]) for e in read_episodes(run / "episodes.jsonl")]
+        for run in (whole, again)
+    )
     assert next(ratios) == next(ratios)
     CRASHES[:] = [2, 1]
     with pytest.raises(SimulatorError, match="the toy broke"):

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lac_vla.evaluation.remote import RemoteReport
 from tests.engine.scenes import frame
 from tests.report.pages import Page
 
 from lac_vla import CachedVLA, Frame, Random, random_vla
+from lac_vla.client.remote import RemoteReport
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.report import build_report
@@ -42,7 +42,7 @@ class Walk:
 
 def answer(session: Session) -> Answer:
     assert session.last_info is not None
-    lac = {"late": None, "refreshed": 0, "waited_ms": 0.0, "ratio": session.last_info.ratio, "limit": None}
+    lac = {"late": None, "refreshed": 0, "waited_ms": 0.0, "ratio": session.last_info.ratio, "token_budget": None}
     return Answer({"lac": lac, "server_timing": {"infer_ms": 1.0}}, session.last_info, None, frame(0))
 
 
@@ -86,7 +86,7 @@ def test_one_new_object_appears_the_whole_way(tmp_path: Path, monkeypatch: pytes
 
 def test_every_metric_of_a_session_is_measured_and_a_server_reports_some() -> None:
     session = CachedVLA(random_vla("tiny"), Random(0.5)).session()
-    cost = CostModel.of(session.vla.model, frame(0))
+    cost = CostModel.of(session.model, frame(0))
     session.act(frame(0))
     session.act(frame(1))
     step = session.last_info

@@ -255,7 +255,7 @@ def test_a_client_that_dies_in_mid_request(start: Start) -> None:
 
 def test_shutdown_answers_what_was_taken(start: Start, backbone: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
     started = threading.Event()
-    slow = backbone.project
+    slow = backbone.vision.project
 
     def project(features: Any) -> Any:
         started.set()
@@ -266,7 +266,7 @@ def test_shutdown_answers_what_was_taken(start: Start, backbone: VLA, monkeypatc
     with Client(server.url) as busy, Client(server.url) as idle:
         answers: list[dict[str, Any]] = []
         with monkeypatch.context() as patch:
-            patch.setattr(backbone, "project", project)
+            patch.setattr(backbone.vision, "project", project)
             asking = threading.Thread(target=lambda: answers.append(busy.infer(observation())))
             asking.start()
             assert started.wait(10)
@@ -282,7 +282,7 @@ def test_shutdown_answers_what_was_taken(start: Start, backbone: VLA, monkeypatc
 
 def test_the_event_loop_stays_free(start: Start, backbone: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
     server, started = start(), threading.Event()
-    slow = backbone.project
+    slow = backbone.vision.project
 
     def project(features: Any) -> Any:
         started.set()
@@ -290,7 +290,7 @@ def test_the_event_loop_stays_free(start: Start, backbone: VLA, monkeypatch: pyt
         return slow(features)
 
     with Client(server.url) as client, monkeypatch.context() as patch:
-        patch.setattr(backbone, "project", project)
+        patch.setattr(backbone.vision, "project", project)
         asking = threading.Thread(target=client.infer, args=(observation(),))
         asking.start()
         assert started.wait(10)

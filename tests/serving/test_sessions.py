@@ -139,7 +139,7 @@ def drive(one: RobotSession, clock: Clock, frames: int = 12) -> list[float]:
     ages = []
     for i in range(frames):
         if i:
-            ages.append(float(one._session._cache.age.mean()))
+            ages.append(float(one._session.memory.age.mean()))
         one.answer(observation(i), clock.now)
         if (job := one.spare()) is not None:
             job()

@@ -27,7 +27,6 @@ from lac_vla.serving.browse import open_page, page_address
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.server import Limits
 from lac_vla.serving.snapshot import EVENTS, HEIGHT, KEPT
-from lac_vla.session import Session
 from tests.report.pages import Page, needs_browser
 from tests.serving.chromium import Tab
 from tests.serving.conftest import KEYS, Running, observation
@@ -70,7 +69,7 @@ def settled(server: Running, session: str, frames: int) -> dict[str, Any]:
 
 def expected(backbone: VLA, seeds: list[int]) -> StepInfo:
     """The last step of a session of the library with the same observations."""
-    session = Session(CachedVLA(backbone, Motion(0.5)))
+    session = CachedVLA(backbone, Motion(0.5)).session()
     for seed in seeds:
         session.act(KEYS.frame(observation(seed)))
     assert session.last_info is not None
@@ -312,7 +311,7 @@ def test_who_has_gone_and_why(start: Start) -> None:
 
 def test_looking_changes_no_action(start: Start, backbone: VLA) -> None:
     server = start(view=True)
-    session = Session(CachedVLA(backbone, Motion(0.5)))
+    session = CachedVLA(backbone, Motion(0.5)).session()
     with Client(server.url) as client:
         for seed in range(4):
             action = client.infer(observation(seed))["actions"][0]

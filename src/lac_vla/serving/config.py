@@ -7,7 +7,9 @@ import contextlib
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from lac_vla.errors import InputError
 from lac_vla.factory import ModelOptions, load_methods
@@ -64,8 +66,8 @@ class ServeConfig:
     record: Path | None = None
     record_fps: int = 0
     view: bool = False
-    session_options: SessionOptions = field(default_factory=SessionOptions)
-    model_options: ModelOptions = field(default_factory=ModelOptions)
+    session_options: Annotated[SessionOptions, tyro.conf.arg(name="")] = field(default_factory=SessionOptions)
+    model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
