@@ -22,7 +22,7 @@ from lac_vla.session import Session
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is loaded and run; the same options in every command.
+    """Options with which a model is loaded and run, the same in every command.
 
     Attributes:
         device: ``cpu`` or ``cuda``.

@@ -1,4 +1,4 @@
-"""What comes with the package: three small VLAs and caching policies, trained on scripted demonstrations.
+"""Models that come with the package: three small VLAs and caching policies, trained on scripted demonstrations.
 
 Each is a checkpoint folder for :func:`lac_vla.load_vla`; its README says how it was made.
 """

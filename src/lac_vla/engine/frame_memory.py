@@ -1,4 +1,4 @@
-"""What a session remembers of its frames on the host: ages, reference pixels, the last frame, probed attention.
+"""A session remembers of its frames, on the host: ages, reference pixels, the last frame, probed attention.
 
 Every visual slot knows its age and the pixels it was computed from, so that staleness is bounded and visible.
 """

@@ -18,7 +18,7 @@ from lac_vla.errors import InputError
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What a session does beside caching; but for rounding, only ``vision_kv_reuse`` and ``bucket`` change any number.
+    """Options beside caching; but for rounding, only ``vision_kv_reuse`` and ``bucket`` change any number.
 
     Attributes:
         draft: Decode action tokens by draft and verification: the last action's tokens ride along in the prefill,

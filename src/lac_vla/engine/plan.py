@@ -1,4 +1,4 @@
-"""What a session and an engine hand to each other: a plan of a frame, made on the host, and what became of it."""
+"""Plans and results: a session plans a frame on the host, and an engine hands back what became of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lac_vla.types import AttentionProbe, BoolArray, Decision, FloatArray, Frame
 
 @dataclass(eq=False)
 class FramePlan:
-    """What is to be computed of one frame of one session.
+    """A plan says what is to be computed of one frame of one session.
 
     Attributes:
         engine: Whose session it is.
@@ -64,7 +64,7 @@ class FramePlan:
 
 @dataclass(eq=False)
 class FrameResult:
-    """What became of a plan.
+    """A result is what became of a plan.
 
     Attributes:
         plan: The plan.

@@ -7,9 +7,10 @@ probed in different layers: the packed run stops wherever the rows of one of the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,8 +23,6 @@ from lac_vla.types import AttentionProbe, BoolArray, Decision, SkippedTokens, To
 
 Refine: TypeAlias = Callable[[int, torch.Tensor, Decision], Decision]
 """See :meth:`lac_vla.policies.base.CachePolicy.refine`, without the layout."""
-RotaryOf: TypeAlias = Callable[[DecoderStack, int], Rotary]
-"""Stack and a number of slots → position embedding of at least these, from slot 0 on."""
 
 
 @dataclass(eq=False)
@@ -70,35 +69,36 @@ class SequenceState:
 
     @property
     def full_last_layer(self) -> bool:
-        """Whether all rows of the prefill have queries in the last layer, not those of suffix and draft alone."""
+        """Tell whether all rows of the prefill have queries in the last layer, not those of suffix and draft alone."""
         last = self.decision.n_layers - 1
         return self.probe is not None and self.probe.rows == "all" and last in self.probe.layers
 
 
-class Cursor(Protocol):
-    """One sequence's way through the layers of a stack."""
+class Cursor(ABC):
+    """One sequence's way through the layers of a stack.
 
-    sequence: SequenceState
+    Args:
+        sequence: State of the sequence.
+        rotary: Position embedding from slot 0 on.
+    """
 
-    def segment(self, layer: int) -> Segment:
-        """Plan the rows from a layer on."""
-        ...
+    def __init__(self, sequence: SequenceState, rotary: Rotary) -> None:
+        self.sequence, self._rotary = sequence, rotary
 
-    def rotary(self) -> Rotary:
-        """Get the position embedding of these rows."""
-        ...
+    @abstractmethod
+    def segment(self, layer: int) -> tuple[Segment, Rotary]:
+        """Plan the rows from a layer on, and give them their position embedding."""
 
+    @abstractmethod
     def next_stop(self, layer: int) -> int:
         """Find the last layer, plus one, up to which the rows stay the same and nothing looks at them."""
-        ...
 
     def kept(self, layer: int) -> torch.Tensor | None:
         """Tell which of the present rows go on in a layer, bool, (rows,); ``None`` for all."""
-        ...
+        return None
 
-    def after(self, stop: int, query: torch.Tensor, keys: torch.Tensor) -> None:
+    def after(self, stop: int, query: torch.Tensor, keys: torch.Tensor) -> None:  # noqa: B027 - most rows are not probed
         """See the queries and keys of layer ``stop`` − 1."""
-        ...
 
 
 def run_packed(
@@ -129,9 +129,9 @@ def run_packed(
             if (kept := cursors[i].kept(first)) is not None:
                 hidden[i] = hidden[i][kept]
         stop = min(cursors[i].next_stop(first) for i in alive)
-        segments = [cursors[i].segment(first) for i in alive]
-        packed, rotary = _packed([hidden[i] for i in alive]), _rotaries([cursors[i].rotary() for i in alive])
-        out: LayersOutput = run(stack.layers, packed, rotary, segments, store, first, stop)
+        segments, rotaries = zip(*(cursors[i].segment(first) for i in alive), strict=True)
+        rotary = _packed([cos for cos, _ in rotaries]), _packed([sin for _, sin in rotaries])
+        out: LayersOutput = run(stack.layers, _packed([hidden[i] for i in alive]), rotary, segments, store, first, stop)
         final = stop == n_layers
         counts = [s.n_rows if not final or s.n_queries is None else s.n_queries for s in segments]
         rows = torch.split(out.hidden, counts) if len(counts) > 1 else [out.hidden]
@@ -148,7 +148,7 @@ def run_packed(
     return hidden
 
 
-class PrefillCursor:
+class PrefillCursor(Cursor):
     """The rows of a prompt that its decision keeps, and of a draft behind it.
 
     Args:
@@ -158,8 +158,8 @@ class PrefillCursor:
     """
 
     def __init__(self, decoder: Decoder, sequence: SequenceState, rotary: Rotary) -> None:
-        self.sequence = sequence
-        self._decoder, self._every_rotary = decoder, rotary
+        super().__init__(sequence, rotary)
+        self._decoder = decoder
         self._mask = self._row_mask(0)
         self._segment: Segment | None = None
         self._positions = torch.zeros(0)
@@ -180,17 +180,12 @@ class PrefillCursor:
         ends += [probed + 1 for probed in (probe.layers if probe is not None else ()) if probed >= layer]
         return min([*ends, len(self._decoder.layers)])
 
-    def segment(self, layer: int) -> Segment:
+    def segment(self, layer: int) -> tuple[Segment, Rotary]:
         """See :meth:`Cursor.segment`."""
         if self._segment is None:
             self._segment = self._plan()
-        return self._segment
-
-    def rotary(self) -> Rotary:
-        """See :meth:`Cursor.rotary`."""
-        cos, sin = self._every_rotary
         own = slice(self._mask.size) if self._mask.all() else self._positions
-        return cos[own], sin[own]
+        return self._segment, (self._rotary[0][own], self._rotary[1][own])
 
     def after(self, stop: int, query: torch.Tensor, keys: torch.Tensor) -> None:
         """Keep which slots exist, and probe the attention if the policy wants it."""
@@ -207,7 +202,7 @@ class PrefillCursor:
             sequence.decision = sequence.refine(layer, sequence.attention[layer], sequence.decision)
 
     def _row_mask(self, layer: int) -> BoolArray:
-        """Which slots of prompt and draft are computed in a layer, bool, (length + draft,)."""
+        """Tell which slots of prompt and draft are computed in a layer, bool, (length + draft,)."""
         layout = self.sequence.layout
         mask = np.ones(layout.length + self.sequence.draft, dtype=np.bool_)
         mask[layout.visual] = self.sequence.decision.exit_layer > layer
@@ -260,7 +255,7 @@ class PrefillCursor:
         return attention_probabilities(query[:, first:asked], keys[:, : len(slots)], visible)
 
 
-class AppendCursor:
+class AppendCursor(Cursor):
     """Rows behind all that is in the sequence, or over a part of what was appended before.
 
     Args:
@@ -271,60 +266,40 @@ class AppendCursor:
     """
 
     def __init__(self, stack: DecoderStack, sequence: SequenceState, rows: AppendRows, rotary: Rotary) -> None:
-        self.sequence = sequence
+        super().__init__(sequence, rotary)
         kept = sequence.appended if rows.at is None else rows.at
         n_rows = rows.embeddings.shape[0]
         self._start = sequence.layout.length + kept
         self._stop = self._start + n_rows
-        self._rotary = rotary
+        own = slice(self._start, self._stop)
+        self._rows_rotary = rotary[0][own], rotary[1][own]
         self._visible: torch.Tensor | None = None
         if n_rows > 1:  # a single new row sees all that exists: no mask to build, and the kernel's fast path
             every = torch.arange(self._stop, device=rows.embeddings.device)
             self._visible = stack.visible(sequence.layout, every[self._start :], every)
-        self._segments: list[tuple[torch.Tensor | None, Segment]] = []
         sequence.appended = kept + n_rows
         if rows.stack is None:
             sequence.decode_passes.append((kept, sequence.appended))
         else:
             sequence.stack_passes.append((rows.stack, kept, sequence.appended))
 
-    def kept(self, layer: int) -> None:
-        """See :meth:`Cursor.kept`: all rows go on."""
-
     def next_stop(self, layer: int) -> int:
         """See :meth:`Cursor.next_stop`."""
         slots = self.sequence.slots
         return next((i for i in range(layer + 1, len(slots)) if slots[i] is not slots[layer]), len(slots))
 
-    def segment(self, layer: int) -> Segment:
+    def segment(self, layer: int) -> tuple[Segment, Rotary]:
         """See :meth:`Cursor.segment`."""
         exist = self.sequence.slots[layer]
-        if self._segments and self._segments[-1][0] is exist:
-            return self._segments[-1][1]
-        slots, mask = exist, self._visible
+        slots, mask, region = exist, self._visible, self.sequence.region
         if exist is not None:
             new = torch.arange(self.sequence.layout.length, self._stop, device=exist.device)
             slots = torch.cat([exist, new])
             mask = mask[:, slots] if mask is not None else None
-        region, n_rows = self.sequence.region, self._stop - self._start
-        segment = Segment(
-            n_rows, region.start + self._start, self._stop, region.start, region.size, slots, mask, causal=False
-        )
-        self._segments.append((exist, segment))
-        return segment
-
-    def rotary(self) -> Rotary:
-        """See :meth:`Cursor.rotary`."""
-        cos, sin = self._rotary
-        return cos[self._start : self._stop], sin[self._start : self._stop]
-
-    def after(self, stop: int, query: torch.Tensor, keys: torch.Tensor) -> None:
-        """See :meth:`Cursor.after`: nothing looks at them."""
+        first, n_rows = region.start + self._start, self._stop - self._start
+        segment = Segment(n_rows, first, self._stop, region.start, region.size, slots, mask, causal=False)
+        return segment, self._rows_rotary
 
 
 def _packed(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _rotaries(parts: Sequence[Rotary]) -> Rotary:
-    return parts[0] if len(parts) == 1 else (torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts]))

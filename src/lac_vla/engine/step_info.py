@@ -81,7 +81,7 @@ class StepInfo:
 
     @property
     def accepted(self) -> int | None:
-        """How many of the drafted tokens stood; ``None`` if there was no draft."""
+        """Number of drafted tokens that were accepted; ``None`` if there was no draft."""
         if not self.draft:
             return None
         return self.decode_passes[0][0] if self.decode_passes else self.draft
@@ -114,7 +114,7 @@ class StepInfo:
 
 
 class StepReport(Protocol):
-    """What a record says about a frame; a session's own :class:`StepInfo`, or what a server reports of one."""
+    """The part of a report that records need; a session's own :class:`StepInfo`, or what a server says of one."""
 
     @property
     def ratio(self) -> float: ...  # noqa: D102
