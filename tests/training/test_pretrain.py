@@ -12,13 +12,16 @@ import torch
 
 from lac_vla import CachedVLA, CheckpointError, EngineOptions, Frame, InputError, load_vla, random_vla, save_vla
 from lac_vla.datasets.writer import DatasetWriter
-from lac_vla.models.cogact.config import CogACTConfig, DiTConfig, Sampling
-from lac_vla.models.cogact.model import SCHEDULE
-from lac_vla.models.prismatic.presets import TINY
+from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
+from lac_vla.models.cogact.config import CogACTConfig
+from lac_vla.models.heads.diffusion import SCHEDULE
+from lac_vla.models.heads.dit import DiTConfig
+from lac_vla.models.heads.sampler import Sampling
+from lac_vla.models.prismatic.presets import MINI, PRESETS, TINY
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.training.config import PretrainConfig
-from lac_vla.training.families import FAMILIES, DiffusionFamily, TokenFamily, TowerFamily
 from lac_vla.training.pretrain import Pretraining, pretrain
+from lac_vla.training.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     text = {**TINY.text_config, "vocab_size": 576 + 64}
-    monkeypatch.setitem(FAMILIES, "mini", TokenFamily(replace(TINY, proprio_dim=8, text_config=text)))
+    monkeypatch.setitem(PRESETS, "mini", replace(TINY, proprio_dim=8, norm_stats=MINI.norm_stats, text_config=text))
 
 
 @pytest.fixture
@@ -50,10 +53,10 @@ def config(dataset: Path, tmp_path: Path) -> PretrainConfig:
 
 
 def test_the_saved_model_acts(config: PretrainConfig) -> None:
-    backbone = load_vla(pretrain(config))
+    vla = load_vla(pretrain(config))
     images = {camera: np.zeros((256, 256, 3), np.uint8) for camera in ("agentview", "wrist")}
     frame = Frame(images, "pick up the bowl", np.zeros(8, np.float32))
-    assert backbone.layout(frame).n_visual == 36 + 16
+    assert vla.processor.prompt(frame).layout.n_visual == 36 + 16
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert {"held_out_tokens", "held_out_hindsight"} <= set(lines[-1])
     assert json.loads((config.out / "model" / "lac.json").read_text())["samples_shown"] == 64
@@ -103,14 +106,15 @@ def diffusion(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> Pretra
     """A head with a chunk of 6 on the trunk of a short run with action tokens."""
     start = pretrain(replace(config, out=config.out.with_name("trunk"), coarse_samples=8, fine_samples=8))
     cogact = CogACTConfig(
-        replace(FAMILIES["mini"].vlm, prompt_end_id=None),
+        replace(PRESETS["mini"], prompt_end_id=None),
         DiTConfig(24, 1, 2, horizon=6, condition=32),
         prompt_end=(2,),
         sampling=Sampling(steps=4),
         gripper=(1.0, -1.0),
         ensemble=3,
     )
-    monkeypatch.setitem(FAMILIES, "mini-cogact", DiffusionFamily(cogact, start))
+    monkeypatch.setitem(COGACT_PRESETS, "mini-cogact", cogact)
+    monkeypatch.setitem(RECIPES, "mini-cogact", replace(RECIPES["mini-cogact"], start=start))
     return replace(
         config, model="mini-cogact", coarse_samples=0, fine_samples=64, frozen_samples=32, frozen_frames=16, chunk=4
     )
@@ -118,12 +122,12 @@ def diffusion(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> Pretra
 
 def test_cogact_starts_from_a_trunk_and_acts(diffusion: PretrainConfig) -> None:
     saved = pretrain(diffusion)
-    backbone, trunk = load_vla(saved), load_vla(FAMILIES["mini-cogact"].start)
-    assert backbone.config.gripper == (1.0, -1.0)
-    assert (backbone.config.prompt_end, backbone.config.ensemble, backbone.sampling.steps) == ((2,), 3, 4)
-    assert backbone.prompt_ids("pick up the bowl") == trunk.prompt_ids("pick up the bowl")
+    vla, trunk = load_vla(saved), load_vla(RECIPES["mini-cogact"].start)
+    assert vla.config.gripper == (1.0, -1.0)
+    assert (vla.config.prompt_end, vla.ensemble, vla.head.sampling.steps) == ((2,), 3, 4)
+    assert vla.processor.prompt_ids("pick up the bowl") == trunk.processor.prompt_ids("pick up the bowl")
     images = {camera: np.zeros((256, 256, 3), np.uint8) for camera in ("agentview", "wrist")}
-    chunk = CachedVLA(backbone).session().act(Frame(images, "pick up the bowl", np.zeros(8, np.float32)))
+    chunk = CachedVLA(vla).session().act(Frame(images, "pick up the bowl", np.zeros(8, np.float32)))
     assert chunk.shape == (6, 7)
     assert set(chunk[:, 6]) <= {-1.0, 1.0}
     lines = [json.loads(line) for line in (diffusion.out / "metrics.jsonl").read_text().splitlines()]
@@ -134,7 +138,7 @@ def test_what_is_loaded_is_held_fixed_at_first(diffusion: PretrainConfig) -> Non
     run = Pretraining(diffusion)
     names = [name for name, _ in run.objective.model.named_parameters() if not name.startswith("action_model")]
     weights = dict(run.objective.model.named_parameters())
-    start = load_vla(FAMILIES["mini-cogact"].start).model.state_dict()
+    start = load_vla(RECIPES["mini-cogact"].start).module.state_dict()
     for name in names:
         assert torch.equal(weights[name], start[name]), name
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -187,15 +191,15 @@ VIT = ViTConfig(16, 3, 2, 32, patch=8, neck=24)
 def tower(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
     """A transformer for the first camera of a model of a short run."""
     start = pretrain(replace(config, out=config.out.with_name("conv"), coarse_samples=8, fine_samples=8))
-    vlm = FAMILIES["mini"].vlm
+    vlm = PRESETS["mini"]
     cameras = (replace(vlm.cameras[0], tower=VIT), vlm.cameras[1])
-    family = TowerFamily(replace(vlm, vision_backbone_id="towers", cameras=cameras), start)
-    monkeypatch.setitem(FAMILIES, "mini-vit", family)
+    monkeypatch.setitem(PRESETS, "mini-vit", replace(vlm, vision_backbone_id="towers", cameras=cameras))
+    monkeypatch.setitem(RECIPES, "mini-vit", replace(RECIPES["mini-vit"], start=start))
     return replace(config, model="mini-vit", coarse_samples=40, fine_samples=24, frozen_samples=32)
 
 
 def test_a_new_tower_imitates_the_old_one_while_the_rest_is_fixed(tower: PretrainConfig) -> None:
-    run, start = Pretraining(tower), load_vla(FAMILIES["mini-vit"].start).model.state_dict()
+    run, start = Pretraining(tower), load_vla(RECIPES["mini-vit"].start).module.state_dict()
     new, old = "vision_backbone.towers.agentview.", {}
     for name, weight in run.objective.state_dict().items():
         assert "stem" not in name or "wrist" in name  # the teacher is not saved
@@ -213,7 +217,7 @@ def test_a_new_tower_imitates_the_old_one_while_the_rest_is_fixed(tower: Pretrai
 def test_the_imitation_is_that_of_the_moved_old_tower(tower: PretrainConfig) -> None:
     """Against the definition; nothing is left for a tower that says what the old one says; and training lowers it."""
     run = Pretraining(replace(tower, frozen_samples=3200, coarse_samples=3200, warmup=10))
-    objective, start = run.objective, load_vla(FAMILIES["mini-vit"].start).model.vision_backbone.towers["agentview"]
+    objective, start = run.objective, load_vla(RECIPES["mini-vit"].start).module.vision_backbone.towers["agentview"]
     batch = run.data.batch(run.data.train[:8], run.chance)
     assert batch.shifts["agentview"].any()
     with torch.no_grad():
@@ -233,11 +237,11 @@ def test_the_imitation_is_that_of_the_moved_old_tower(tower: PretrainConfig) -> 
 
 
 def test_a_model_with_a_new_tower_acts(tower: PretrainConfig) -> None:
-    backbone = load_vla(pretrain(tower))
-    assert backbone.model.config.cameras[0].tower == VIT
+    vla = load_vla(pretrain(tower))
+    assert vla.module.config.cameras[0].tower == VIT
     images = {camera: np.zeros((256, 256, 3), np.uint8) for camera in ("agentview", "wrist")}
     frame = Frame(images, "pick up the bowl", np.zeros(8, np.float32))
-    assert CachedVLA(backbone, options=EngineOptions(vision_kv_reuse=True)).session().act(frame).shape == (7,)
+    assert CachedVLA(vla, options=EngineOptions(vision_kv_reuse=True)).session().act(frame).shape == (7,)
     lines = [json.loads(line) for line in (tower.out / "metrics.jsonl").read_text().splitlines()]
     assert {"held_out_imitation", "held_out_tokens", "held_out_action_error"} <= set(lines[-1])
 
@@ -248,11 +252,11 @@ def test_a_run_with_a_new_tower_resumes_exactly(tower: PretrainConfig, stop: int
 
 
 def test_there_must_be_a_tower_to_imitate(tower: PretrainConfig, tmp_path: Path) -> None:
-    cameras = tuple(replace(camera, tower=None) for camera in FAMILIES["mini"].vlm.cameras)
+    cameras = tuple(replace(camera, tower=None) for camera in PRESETS["mini"].cameras)
     vlm = replace(TINY, vision_backbone_id="siglip", vit_towers=(VIT,), cameras=cameras[:1])
     save_vla(random_vla(vlm), tmp_path / "shared")
     (tmp_path / "shared" / "tokenizer.json").write_bytes(
-        (FAMILIES["mini-vit"].start / "tokenizer.json").read_bytes()  # type: ignore[operator]
+        (RECIPES["mini-vit"].start / "tokenizer.json").read_bytes()  # type: ignore[operator]
     )
     with pytest.raises(CheckpointError, match="no tower of its own for camera 'agentview'"):
         Pretraining(replace(tower, start=tmp_path / "shared"))
@@ -269,7 +273,7 @@ def test_the_noise_loss_is_that_of_the_forward_process(diffusion: PretrainConfig
     clean = torch.cat([targets.chunk] * 8)
     t = torch.randint(100, (24,), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
-    squares, net = 0.0, objective.vla.action_model.net
+    squares, net = 0.0, objective.head.model.net
     for index in range(24):
         bar = SCHEDULE.alpha_bar[int(t[index])]
         noisy = bar**0.5 * clean[index] + (1 - bar) ** 0.5 * noise[index]
@@ -285,9 +289,9 @@ def test_the_noise_loss_is_that_of_the_forward_process(diffusion: PretrainConfig
 def test_a_start_that_does_not_fit(diffusion: PretrainConfig, config: PretrainConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing is loaded"):
         Pretraining(replace(config, frozen_samples=8))
-    save_vla(random_vla("mini"), tmp_path / "wide")
+    save_vla(random_vla(MINI), tmp_path / "wide")
     (tmp_path / "wide" / "tokenizer.json").write_bytes(
-        (FAMILIES["mini-cogact"].start / "tokenizer.json").read_bytes()  # type: ignore[operator]
+        (RECIPES["mini-cogact"].start / "tokenizer.json").read_bytes()  # type: ignore[operator]
     )
     with pytest.raises(CheckpointError, match="another --start"):
         Pretraining(replace(diffusion, start=tmp_path / "wide"))
@@ -309,16 +313,16 @@ def test_nan_stops_with_the_last_state_kept(config: PretrainConfig) -> None:
 def test_a_state_of_another_model_is_refused(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config.out.mkdir()
     Pretraining(config).save()
-    vlm = FAMILIES["mini"].vlm
+    vlm = PRESETS["mini"]
     wider = {**vlm.text_config, "intermediate_size": 96}
-    monkeypatch.setitem(FAMILIES, "mini", TokenFamily(replace(vlm, text_config=wider)))
+    monkeypatch.setitem(PRESETS, "mini", replace(vlm, text_config=wider))
     with pytest.raises(CheckpointError, match="another --out"):
         Pretraining(config).resume()
 
 
 def test_missing_camera(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    vlm = FAMILIES["mini"].vlm
+    vlm = PRESETS["mini"]
     cameras = (replace(vlm.cameras[0], name="overhead"), vlm.cameras[1])
-    monkeypatch.setitem(FAMILIES, "mini", TokenFamily(replace(vlm, cameras=cameras)))
+    monkeypatch.setitem(PRESETS, "mini", replace(vlm, cameras=cameras))
     with pytest.raises(InputError, match="no camera 'overhead'"):
         Pretraining(config)
