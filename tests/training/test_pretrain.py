@@ -83,22 +83,22 @@ def test_resume_equals_an_unbroken_run(config: PretrainConfig) -> None:
 def test_a_coarse_step_sees_a_quarter_at_its_own_positions(config: PretrainConfig) -> None:
     """With attention cut to the same quarter, coarse and fine agree: the subset keeps features and positions."""
     run = Pretraining(config)
-    objective = run.objective
-    positions = objective._positions((1, 0, 2), behind=3)
+    loss = run.loss
+    positions = loss._positions((1, 0, 2), behind=3)
     grid = torch.arange(36).view(6, 6)[1::2, 0::2].flatten() + 1
     expected = [0, *grid.tolist(), *range(37, 53), 53, 54, 55]
     assert positions.tolist() == expected
     batch = run.data.batch(run.data.train[:4], None)
-    vision = objective.model.vision_backbone
+    vision = loss.model.vision_backbone
     full = vision(batch.images)
     torch.testing.assert_close(vision(batch.images, {"agentview": (1, 0, 2)})[:, :9], full[:, grid - 1])
 
 
 def test_the_last_layer_is_computed_for_the_rows_that_are_read(config: PretrainConfig) -> None:
-    objective = Pretraining(config).objective
+    loss = Pretraining(config).loss
     inputs = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
-    whole = objective._decode(inputs, torch.arange(9), 9)
-    torch.testing.assert_close(objective._decode(inputs, torch.arange(9), 3), whole[:, -3:])
+    whole = loss._decode(inputs, torch.arange(9), 9)
+    torch.testing.assert_close(loss._decode(inputs, torch.arange(9), 3), whole[:, -3:])
 
 
 @pytest.fixture
@@ -136,8 +136,8 @@ def test_cogact_starts_from_a_trunk_and_acts(diffusion: PretrainConfig) -> None:
 
 def test_what_is_loaded_is_held_fixed_at_first(diffusion: PretrainConfig) -> None:
     run = Pretraining(diffusion)
-    names = [name for name, _ in run.objective.model.named_parameters() if not name.startswith("action_model")]
-    weights = dict(run.objective.model.named_parameters())
+    names = [name for name, _ in run.loss.model.named_parameters() if not name.startswith("action_model")]
+    weights = dict(run.loss.model.named_parameters())
     start = load_vla(RECIPES["mini-cogact"].start).module.state_dict()
     for name in names:
         assert torch.equal(weights[name], start[name]), name
@@ -153,9 +153,9 @@ def test_what_is_loaded_is_held_fixed_at_first(diffusion: PretrainConfig) -> Non
 
 def test_reading_ahead_is_what_a_step_would_read(diffusion: PretrainConfig) -> None:
     run = Pretraining(replace(diffusion, shift=0.0, proprio_noise=0.0, proprio_dropout=0.0, frozen_frames=1000))
-    state = run.chance.rng.bit_generator.state
+    state = run.random.rng.bit_generator.state
     read, targets = run.read_ahead()
-    assert run.chance.rng.bit_generator.state == state
+    assert run.random.rng.bit_generator.state == state
     assert len(read) == len(run.data.train) == len(targets.chunk)
     order = np.random.default_rng(run.config.seed + 1).permutation(run.data.train)
     assert torch.equal(targets.chunk, run.data.batch(order, None).targets.chunk)
@@ -201,39 +201,39 @@ def tower(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> PretrainCo
 def test_a_new_tower_imitates_the_old_one_while_the_rest_is_fixed(tower: PretrainConfig) -> None:
     run, start = Pretraining(tower), load_vla(RECIPES["mini-vit"].start).module.state_dict()
     new, old = "vision_backbone.towers.agentview.", {}
-    for name, weight in run.objective.state_dict().items():
+    for name, weight in run.loss.state_dict().items():
         assert "stem" not in name or "wrist" in name  # the teacher is not saved
         old[name] = weight.clone()
         if name.startswith("model.") and new not in name:
             assert torch.equal(weight, start[name.removeprefix("model.")]), name
     while run.frozen:
         assert run.step().keys() == {"imitation"}
-    for name, weight in run.objective.state_dict().items():
+    for name, weight in run.loss.state_dict().items():
         assert torch.equal(weight, old[name]) == (new not in name), name
     assert run.step().keys() >= {"tokens", "chunk", "hindsight"}
-    assert not torch.equal(run.objective.model.projector.fc1.weight, start["projector.fc1.weight"])
+    assert not torch.equal(run.loss.model.projector.fc1.weight, start["projector.fc1.weight"])
 
 
 def test_the_imitation_is_that_of_the_moved_old_tower(tower: PretrainConfig) -> None:
     """Against the definition; nothing is left for a tower that says what the old one says; and training lowers it."""
     run = Pretraining(replace(tower, frozen_samples=3200, coarse_samples=3200, warmup=10))
-    objective, start = run.objective, load_vla(RECIPES["mini-vit"].start).module.vision_backbone.towers["agentview"]
-    batch = run.data.batch(run.data.train[:8], run.chance)
+    loss, start = run.loss, load_vla(RECIPES["mini-vit"].start).module.vision_backbone.towers["agentview"]
+    batch = run.data.batch(run.data.train[:8], run.random)
     assert batch.shifts["agentview"].any()
     with torch.no_grad():
         target = start(batch.images["agentview"], None, batch.shifts["agentview"])
-        found = objective.model.vision_backbone(batch.images)[:, :36]
+        found = loss.model.vision_backbone(batch.images)[:, :36]
         expected = (found - target).square().sum() / (target - target.mean(dim=(0, 1))).square().sum()
-        first = objective.imitate(batch)["imitation"]
+        first = loss.imitate(batch)["imitation"]
         torch.testing.assert_close(first, expected)
     for _ in range(60):
         run.step()
     with torch.no_grad():
-        assert objective.imitate(batch)["imitation"] < 0.8 * first
-    objective.model.vision_backbone.towers["agentview"].forward = lambda pixels: start(
+        assert loss.imitate(batch)["imitation"] < 0.8 * first
+    loss.model.vision_backbone.towers["agentview"].forward = lambda pixels: start(
         pixels, None, batch.shifts["agentview"]
     )
-    assert objective.imitate(batch)["imitation"] == 0
+    assert loss.imitate(batch)["imitation"] == 0
 
 
 def test_a_model_with_a_new_tower_acts(tower: PretrainConfig) -> None:
@@ -265,15 +265,15 @@ def test_there_must_be_a_tower_to_imitate(tower: PretrainConfig, tmp_path: Path)
 def test_the_noise_loss_is_that_of_the_forward_process(diffusion: PretrainConfig) -> None:
     """Against the definition, written out; and a head that knows the noise has none."""
     run = Pretraining(diffusion)
-    objective = run.objective
+    loss = run.loss
     targets = run.data.batch(run.data.train[:3], None).targets
     feature = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(1))
-    found = objective.losses(feature, targets, None, torch.Generator().manual_seed(5))["noise"]
+    found = loss.losses(feature, targets, None, torch.Generator().manual_seed(5))["noise"]
     generator = torch.Generator().manual_seed(5)
     clean = torch.cat([targets.chunk] * 8)
     t = torch.randint(100, (24,), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
-    squares, net = 0.0, objective.head.model.net
+    squares, net = 0.0, loss.head.model.net
     for index in range(24):
         bar = SCHEDULE.alpha_bar[int(t[index])]
         noisy = bar**0.5 * clean[index] + (1 - bar) ** 0.5 * noise[index]
@@ -304,7 +304,7 @@ def test_nan_stops_with_the_last_state_kept(config: PretrainConfig) -> None:
     run.save()
     before = (config.out / "state.pt").read_bytes()
     with torch.no_grad():
-        next(iter(run.objective.parameters())).fill_(float("nan"))
+        next(iter(run.loss.parameters())).fill_(float("nan"))
     with pytest.raises(InputError, match="resume with a lower --lr"):
         run.step()
     assert (config.out / "state.pt").read_bytes() == before

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.training.worlds import save_with_tokenizer
+from tests.training.worlds import save_with_tokenizer, store_of, tiny
 
 from lac_vla import CachedVLA, CheckpointError, Frame, InputError, LACPolicy, load_vla, random_vla, save_vla
+from lac_vla.bundled import BUNDLED
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.training import store as store_module
@@ -388,3 +389,30 @@ if os.environ["RANK"] == "1":
 """
     ends = two_processes(run, 29518, broken)
     assert all(status != 0 and "the loss became nan" in errors for status, _, errors in ends), ends
+
+
+def test_lambda_rises_below_the_target_ratio_and_falls_above(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vla = tiny()
+    steered = replace(config, stage1_steps=0, target_ratio=0.6)
+    run = Training(steered, vla, store_of(vla))
+
+    def lambda_after(run: Training, expected: float) -> float:
+        monkeypatch.setattr(run.losses, "window", lambda *_, **__: {"loss": 0.0, "expected_ratio": expected})
+        run.advance()
+        return run.lam
+
+    first, falls = lambda_after(run, 0.2), lambda_after(run, 0.9)
+    assert first > config.lam
+    assert falls < first
+    assert first / config.lam > first / falls > 1  # the further from the target, the faster
+    assert lambda_after(run, 0.6) == falls
+    assert lambda_after(Training(replace(steered, target_ratio=0.0), vla, store_of(vla)), 0.2) == config.lam
+
+
+def test_a_bundled_model_is_trained_beside_by_its_name(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUNDLED, "mini", Path(config.model))
+    train(replace(config, model="mini", stage1_steps=1, stage2_steps=1))
+    assert json.loads((config.out / "config.json").read_text())["model"] == "mini"
+    LACPolicy.from_pretrained(config.out)

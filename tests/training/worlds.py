@@ -67,10 +67,10 @@ def store_of(
         for name, (rows, cols) in grids.items():
             shape = (rows * SIDE, cols * SIDE, 3)
             images[name][frame] = rng.integers(0, 256, shape) if paint is None else paint(rng, at, (rows, cols))
-    said = [instructions[episode % len(instructions)] for episode in range(episodes)]
+    texts = [instructions[episode % len(instructions)] for episode in range(episodes)]
     with torch.no_grad():
-        prefix, _ = embedded(vla, said[0])
-        suffixes = [embedded(vla, text)[1].float().numpy() for text in said]
+        prefix, _ = embedded(vla, texts[0])
+        suffixes = [embedded(vla, text)[1].float().numpy() for text in texts]
     lengths = np.array([len(suffix) for suffix in suffixes])
     padded = [np.pad(suffix, ((0, lengths.max() - len(suffix)), (0, 0))) for suffix in suffixes]
     flow = {name: np.zeros((*image.shape[:3], 2), np.float16) for name, image in images.items()}
@@ -84,7 +84,7 @@ def store_of(
         targets=vla.head.targets(rng.uniform(-1, 1, (total, 7))),
         images=images,
         flow=flow,
-        instructions=said,
+        instructions=texts,
         start=stop - length,
         stop=stop,
         has_actions=True,

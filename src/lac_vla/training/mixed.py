@@ -23,7 +23,7 @@ from lac_vla.types import TokenLayout
 
 @dataclass(frozen=True, eq=False)
 class LayerKV:
-    """Keys and values of a batch, one entry per layer: each (B, kv_heads, slots, head_dim)."""
+    """Holds keys and values of a batch, one entry per layer: each (B, kv_heads, slots, head_dim)."""
 
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
@@ -39,7 +39,7 @@ class LayerKV:
 
 
 class MixedKV:
-    """Implements :class:`lac_vla.engine.layers.KVStore` for training: mixes fresh with cached keys and values.
+    """Implements :class:`lac_vla.engine.layers.KVStore` for training: it mixes fresh with cached keys and values.
 
     Args:
         visual: The visual slots of the sequence.
@@ -226,11 +226,12 @@ def mix(fresh: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, visual: sl
         As ``fresh``.
     """
     mixed = weight * fresh[:, :, visual] + (1 - weight) * old
-    return torch.cat([fresh[:, :, : visual.start], mixed.to(fresh.dtype), fresh[:, :, visual.stop :]], dim=2)
+    start, stop, _ = visual.indices(fresh.shape[2])
+    return torch.cat([fresh[:, :, :start], mixed.to(fresh.dtype), fresh[:, :, stop:]], dim=2)
 
 
 def alignment_teacher(attention: torch.Tensor) -> torch.Tensor:
-    """S_VLA of stage I, eq. 6: attention to the visual tokens, (B, N), min-max scaled to [0, 1] for every frame."""
+    """Make S_VLA, eq. 6, of the attention to the visual tokens, (B, N): min-max scaled to [0, 1] for every frame."""
     low, high = attention.amin(dim=1, keepdim=True), attention.amax(dim=1, keepdim=True)
     return (attention - low) / (high - low).clamp(min=1e-12)
 
