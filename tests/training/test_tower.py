@@ -117,7 +117,7 @@ def in_order(cache):  # type: ignore[no-untyped-def]
 
 
 @torch.inference_mode()
-def test_both_storeys_equal_a_session(vla: VLA) -> None:
+def test_tower_and_decoder_equal_a_session(vla: VLA) -> None:
     """Invariant 4 with the option ``vision_kv_reuse``: hidden states of all rows that a task reads."""
     numbers = [0, 1, 2, 3]
     store = seen_store(vla, numbers)
@@ -154,7 +154,7 @@ def slopes(loss: Callable[[torch.Tensor], torch.Tensor], mask: torch.Tensor, tok
     return grad[0, tokens].numpy(), np.array(finite)
 
 
-def test_mask_gradient_is_the_first_order_value_of_refreshing_on_both_storeys(vla: VLA) -> None:
+def test_mask_gradient_is_the_first_order_value_of_refreshing_in_tower_and_decoder(vla: VLA) -> None:
     """∂L/∂M against finite differences, L a fixed projection; a part of it is owed to the tower alone."""
     vla.module.double()
     store = seen_store(vla, [0, 6])

@@ -192,7 +192,7 @@ class LACLoss:
         probe_layers: tuple[int, ...] = (),
         vision: VisionOutput | None = None,
     ) -> MixedOutput:
-        """Run the decoder over the prompts of some frames and their forced action tokens.
+        """Run the decoder over the prompts of some frames and the rows forced behind them.
 
         The visual tokens are the stored ones, or those of ``vision``.
         """
@@ -204,25 +204,17 @@ class LACLoss:
         with torch.no_grad():
             answer = head.forced(self._load(store.targets, order))
             prefix = torch.from_numpy(store.prefix).to(self.device, dtype).expand(len(order), -1, -1)
-            # [prefix | visual | suffix | forced tokens | padding]: under a causal mask padding changes nothing.
-            tail = suffix
+            tail = suffix  # the sequence is [prefix | visual | suffix | forced rows | padding]
             if answer is not None:
                 tail = F.pad(suffix, (0, 0, 0, answer.shape[1]))
                 places = lengths[:, None] + torch.arange(answer.shape[1], device=self.device)
                 tail = tail.scatter(1, places[..., None].expand_as(answer), answer.to(dtype))
         embeddings = torch.cat([prefix, visual, tail], dim=1)  # differentiable: a tower that reuses depends on the mask
-        layout = store.layout
+        layout, rows = store.layout, head.n_rows
         whole = layout.visual.stop + lengths
         with _autocast(self.device):
             return mixed_forward(
-                self.vla,
-                embeddings,
-                layout,
-                whole,
-                n_rows=head.n_rows,
-                mask=mask,
-                old=old,
-                probe_layers=probe_layers,
+                self.vla, embeddings, layout, whole, n_rows=rows, mask=mask, old=old, probe_layers=probe_layers
             )
 
     def inputs(
