@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.evaluation.worlds import save_tiny
+from tests.training.worlds import save_with_tokenizer, store_of, tiny
 
-from lac_vla import CachedVLA, CheckpointError, Frame, InputError, LACPolicy, load_vla, save_vla
+from lac_vla import CachedVLA, CheckpointError, Frame, InputError, LACPolicy, load_vla, random_vla, save_vla
+from lac_vla.bundled import BUNDLED
 from lac_vla.datasets.writer import DatasetWriter
+from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.training import store as store_module
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.store import FrameStore
@@ -49,12 +51,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("vla") / "tiny")
+    return save_with_tokenizer(random_vla("tiny"), tmp_path_factory.mktemp("vla") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def cogact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("vla") / "cogact", "cogact-tiny")
+    return save_with_tokenizer(random_vla("cogact-tiny"), tmp_path_factory.mktemp("vla") / "cogact")
 
 
 def short_run(vla: Path, dataset: Path, out: Path) -> TrainConfig:
@@ -105,7 +107,7 @@ def test_a_trained_policy_drives_the_model(config: TrainConfig, loss: str, optio
 
 @pytest.mark.parametrize("loss", ["distill", "demo"])
 def test_cogact_is_trained_and_resumed_exactly(config: TrainConfig, cogact: Path, tmp_path: Path, loss: str) -> None:
-    config = replace(config, vla=str(cogact), loss=loss, recovery=0.0)  # type: ignore[arg-type]
+    config = replace(config, model=str(cogact), loss=loss, recovery=0.0)  # type: ignore[arg-type]
     policy = LACPolicy.from_pretrained(train(config))
     store = FrameStore.open(config.out / "store")
     assert store.targets.dtype == np.float32
@@ -127,7 +129,7 @@ def test_cogact_is_trained_and_resumed_exactly(config: TrainConfig, cogact: Path
 def test_plain_logs_teach_cogact_by_its_own_chunks(config: TrainConfig, cogact: Path, tmp_path: Path) -> None:
     logs = write_dataset(tmp_path / "logs", episodes=2, length=6)
     strip_actions(logs)
-    config = replace(config, vla=str(cogact), dataset=logs, held_out=0.5, recovery=0.0)
+    config = replace(config, model=str(cogact), dataset=logs, held_out=0.5, recovery=0.0)
     store = FrameStore.open(train(config).parent / "store")
     assert not store.has_actions
     assert store.targets.shape == (12, 16 * 7)
@@ -136,13 +138,13 @@ def test_plain_logs_teach_cogact_by_its_own_chunks(config: TrainConfig, cogact: 
 
 def test_a_store_of_another_head_is_refused(config: TrainConfig, model: Path, cogact: Path, tmp_path: Path) -> None:
     """Same trunk, other head: the stored targets are another model's."""
-    train(replace(config, vla=str(cogact)))
+    train(replace(config, model=str(cogact)))
     other = load_vla(cogact)
     with torch.no_grad():
-        other.model.action_model.net.final_layer.linear.bias.add_(1.0)
+        other.module.action_model.net.final_layer.linear.bias.add_(1.0)
     save_vla(other, tmp_path / "other")
     with pytest.raises(InputError, match=r"stored embeddings of other .*model"):
-        train(replace(config, vla=str(tmp_path / "other"), out=tmp_path / "run2", store=config.out / "store"))
+        train(replace(config, model=str(tmp_path / "other"), out=tmp_path / "run2", store=config.out / "store"))
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -212,9 +214,9 @@ def test_plain_logs_can_be_distilled_but_not_imitated(config: TrainConfig, tmp_p
     strip_actions(logs)
     config = replace(config, dataset=logs, held_out=0.5)
     store = FrameStore.open(train(config).parent / "store")
-    backbone = load_vla(config.model)
+    vla = load_vla(config.model)
     assert not store.has_actions
-    session = CachedVLA(backbone).session()
+    session = CachedVLA(vla).session()
     images = {name: np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8) for name in CAMERAS}
     session.act(Frame(images, "put it down"))
     assert store.targets.min() >= 0
@@ -288,17 +290,17 @@ def test_settings_out_of_range_are_refused(config: TrainConfig) -> None:
 
 
 def test_a_store_of_another_tower_is_refused(config: TrainConfig, model: Path) -> None:
-    backbone = load_vla(model)
+    vla = load_vla(model)
 
     def build() -> FrameStore:
         return FrameStore.build(
-            backbone, config.dataset, config.out / "store", flow="none", patch_pixels=config.patch_pixels
+            vla, config.dataset, config.out / "store", flow="none", patch_pixels=config.patch_pixels
         )
 
     stored = build().visual[0]
     assert np.array_equal(build().visual[0], stored)
     with torch.no_grad():
-        for weight in backbone.model.vision_backbone.parameters():
+        for weight in vla.module.vision_backbone.parameters():
             weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(InputError, match="another vision tower; give another --store"):
         build()
@@ -307,20 +309,20 @@ def test_a_store_of_another_tower_is_refused(config: TrainConfig, model: Path) -
 def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
     train(config)
     store = FrameStore.open(config.out / "store")
-    backbone = load_vla(config.model)
+    vla = load_vla(config.model)
     from lac_vla.datasets import LeRobotDataset
 
     episode = LeRobotDataset(config.dataset).episode(1)
     frame = Frame({c: episode.images[c][4] for c in CAMERAS}, episode.instruction)
     at = int(store.start[1]) + 4
     with torch.inference_mode():
-        expected = backbone.project(backbone.see(backbone.pixels(frame))).numpy()
-        suffix = backbone.suffix(frame).numpy()
+        expected = vla.encode_image(frame).numpy()
+        suffix = vla.processor.embed(vla.processor.prompt(frame))[1].numpy()
     np.testing.assert_allclose(store.visual[at].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(store.suffix[at, : store.suffix_length[at]], suffix)
-    assert np.array_equal(
-        store.targets[at], backbone.actions.encode(backbone.action_range.normalize(episode.action[4]))
-    )
+    head = vla.head
+    assert isinstance(head, TokenHead)
+    assert np.array_equal(store.targets[at], head.tokenizer.encode(head.action_range.normalize(episode.action[4])))
     assert store.images["agentview"].shape[1:] == (6 * config.patch_pixels, 6 * config.patch_pixels, 3)
 
 
@@ -378,12 +380,39 @@ def test_where_the_loss_of_one_process_breaks_both_stop(config: TrainConfig, tmp
     run = replace(config, stage1_steps=0, stage2_steps=2, out=tmp_path / "two", store=tmp_path / "store")
     broken = """
 import os
-from lac_vla.training.lac import Learner
-window = Learner.window
+from lac_vla.training.lac import LACLoss
+window = LACLoss.window
 def nan(*args, **options):
     return {**window(*args, **options), "loss": float("nan")}
 if os.environ["RANK"] == "1":
-    Learner.window = nan
+    LACLoss.window = nan
 """
     ends = two_processes(run, 29518, broken)
     assert all(status != 0 and "the loss became nan" in errors for status, _, errors in ends), ends
+
+
+def test_lambda_rises_below_the_target_ratio_and_falls_above(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vla = tiny()
+    steered = replace(config, stage1_steps=0, target_ratio=0.6)
+    run = Training(steered, vla, store_of(vla))
+
+    def lambda_after(run: Training, expected: float) -> float:
+        monkeypatch.setattr(run.losses, "window", lambda *_, **__: {"loss": 0.0, "expected_ratio": expected})
+        run.advance()
+        return run.lam
+
+    first, falls = lambda_after(run, 0.2), lambda_after(run, 0.9)
+    assert first > config.lam
+    assert falls < first
+    assert first / config.lam > first / falls > 1  # the further from the target, the faster
+    assert lambda_after(run, 0.6) == falls
+    assert lambda_after(Training(replace(steered, target_ratio=0.0), vla, store_of(vla)), 0.2) == config.lam
+
+
+def test_a_bundled_model_is_trained_beside_by_its_name(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUNDLED, "mini", Path(config.model))
+    train(replace(config, model="mini", stage1_steps=1, stage2_steps=1))
+    assert json.loads((config.out / "config.json").read_text())["model"] == "mini"
+    LACPolicy.from_pretrained(config.out)

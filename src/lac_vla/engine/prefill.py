@@ -271,6 +271,7 @@ class AppendCursor(Cursor):
         n_rows = rows.embeddings.shape[0]
         self._start = sequence.layout.length + kept
         self._stop = self._start + n_rows
+        self._n_layers = len(stack.layers)
         own = slice(self._start, self._stop)
         self._rows_rotary = rotary[0][own], rotary[1][own]
         self._visible: torch.Tensor | None = None
@@ -286,7 +287,7 @@ class AppendCursor(Cursor):
     def next_stop(self, layer: int) -> int:
         """See :meth:`Cursor.next_stop`."""
         slots = self.sequence.slots
-        return next((i for i in range(layer + 1, len(slots)) if slots[i] is not slots[layer]), len(slots))
+        return next((i for i in range(layer + 1, self._n_layers) if slots[i] is not slots[layer]), self._n_layers)
 
     def segment(self, layer: int) -> tuple[Segment, Rotary]:
         """See :meth:`Cursor.segment`."""

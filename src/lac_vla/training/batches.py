@@ -1,4 +1,4 @@
-"""Demonstrations as a model is shown them: targets of every frame, and augmented batches."""
+"""Makes augmented batches of demonstrations, with the targets of every frame."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ STATISTICS_KEY = "libero"
 
 
 def statistics(bank: FrameBank) -> dict[str, Any]:
-    """The data set's, as a model keeps them; the gripper is not scaled."""
+    """Compute the data set's statistics as a model keeps them; the gripper is not scaled."""
     scaled = [dim for dim in range(bank.action.shape[1]) if dim != GRIPPER]
     return {STATISTICS_KEY: {"action": quantiles(bank.action, scaled), "proprio": quantiles(bank.state)}}
 
 
 @dataclass
-class Chance:
-    """Where a run's chance comes from.
+class Generators:
+    """The random generators of a run.
 
     Attributes:
-        rng: What is shown, and how it is moved and tinted.
-        noise: Of pixels, tokens and actions.
+        rng: Draws what is shown, and how it is moved and tinted.
+        generator: Draws the noise of pixels, tokens and actions.
     """
 
     rng: np.random.Generator
-    noise: torch.Generator
+    generator: torch.Generator
 
     @classmethod
-    def of(cls, seed: int) -> Chance:
-        """Chance that a number decides."""
+    def seeded(cls, seed: int) -> Generators:
+        """Seed both alike."""
         return cls(np.random.default_rng(seed), torch.Generator().manual_seed(seed))
 
 
 class Demonstrations:
-    """Frames with their targets.
+    """Holds frames with their targets.
 
     Args:
         bank: The frames.
@@ -72,19 +72,18 @@ class Demonstrations:
             row[: len(ids)] = ids
         self._text_of = bank.task[bank.episode]
 
-    def batch(self, frames: IntArray, chance: Chance | None) -> Batch:
+    def batch(self, frames: IntArray, random: Generators | None) -> Batch:
         """Assemble frames.
 
         Args:
             frames: Which.
-            chance: Of the augmentation: images are shifted and tinted, the proprioception is disturbed; ``None`` for
-                none.
+            random: Augments: images are shifted and tinted, the proprioception is disturbed; ``None`` for neither.
         """
-        images, shifts = self._images(frames, chance)
+        images, shifts = self._images(frames, random)
         proprio = self._proprio[frames]
-        if chance is not None:
-            proprio = proprio + chance.rng.normal(0, self._config.proprio_noise, proprio.shape)
-            proprio = proprio * (chance.rng.random((len(frames), 1)) >= self._config.proprio_dropout)
+        if random is not None:
+            proprio = proprio + random.rng.normal(0, self._config.proprio_noise, proprio.shape)
+            proprio = proprio * (random.rng.random((len(frames), 1)) >= self._config.proprio_dropout)
         task = self._text_of[frames]
         longest = self._text_length[task].max()
         return Batch(
@@ -101,21 +100,21 @@ class Demonstrations:
         )
 
     def _images(
-        self, frames: IntArray, chance: Chance | None
+        self, frames: IntArray, random: Generators | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Normalised pixels of every camera, and by how many their content was moved."""
+        """Normalise every camera's pixels; also return by how many their content was moved."""
         count, images, shifts = len(frames), {}, {}
         for camera, stored in self.bank.images.items():
             chosen = stored[frames]
             moved = np.zeros((count, 2), dtype=np.int64)
-            if chance is not None:
+            if random is not None:
                 limit = round(self._config.shift * chosen.shape[1])
-                moved = chance.rng.integers(-limit, limit + 1, size=(count, 2))
+                moved = random.rng.integers(-limit, limit + 1, size=(count, 2))
             pixels = torch.from_numpy(shift_images(chosen, moved)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            if chance is not None:
-                gain = torch.from_numpy(chance.rng.uniform(0.85, 1.15, (count, 3, 1, 1))).float()
-                offset = torch.from_numpy(chance.rng.uniform(-0.1, 0.1, (count, 1, 1, 1))).float()
-                pixels = pixels * gain + offset + 0.02 * torch.randn(pixels.shape, generator=chance.noise)
+            if random is not None:
+                gain = torch.from_numpy(random.rng.uniform(0.85, 1.15, (count, 3, 1, 1))).float()
+                offset = torch.from_numpy(random.rng.uniform(-0.1, 0.1, (count, 1, 1, 1))).float()
+                pixels = pixels * gain + offset + 0.02 * torch.randn(pixels.shape, generator=random.generator)
             images[camera] = pixels
             shifts[camera] = torch.from_numpy(moved)
         return images, shifts

@@ -1,4 +1,4 @@
-"""What a training run depends on: of a policy (``lac train``), of the bundled VLA (``lac pretrain``)."""
+"""The settings of a training run: of a policy (``lac train``), of a bundled VLA (``lac pretrain``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lac_vla.errors import InputError
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """What a pretraining run depends on.
+    """Settings of ``lac pretrain``, which trains a bundled VLA on demonstrations.
 
     Attributes:
         dataset: LeRobot dataset with the demonstrations.
@@ -19,7 +19,7 @@ class PretrainConfig:
         model: Which bundled model: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
             first camera) or ``mini-cogact`` (the same trunk, CogACT's head).
         start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-vit`` and ``mini-cogact``
-            start from the bundled ``mini`` by default, ``mini`` from chance.
+            start from the bundled ``mini`` by default, ``mini`` from random weights.
         start_lr: Learning rate of these weights, as a share of ``lr``.
         frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained, or
             the new tower, which then imitates the old one.
@@ -32,7 +32,7 @@ class PretrainConfig:
         warmup: Steps to the peak.
         ema: Decay of the averaged weights, which are the ones saved.
         sigma: Width of the soft action targets at the start and at the end, in bins.
-        noise: Share of teacher-forced action tokens replaced by chance.
+        noise: Share of teacher-forced action tokens replaced by random ones.
         shift: Augmentation: images move by up to this share of their side.
         proprio_noise: Standard deviation of the noise on the normalised proprioception.
         proprio_dropout: Share of the frames whose proprioception is blanked.
@@ -72,16 +72,16 @@ class PretrainConfig:
 
     @property
     def samples(self) -> int:
-        """Frames shown in all."""
+        """Count the frames shown in all."""
         return self.coarse_samples + self.fine_samples
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Two-stage training of a LAC policy beside a frozen VLA.
+    """Settings of ``lac train``, which trains a LAC policy beside a frozen VLA in two stages.
 
     Attributes:
-        model: Checkpoint folder or hub id.
+        model: Checkpoint folder, name of a bundled model, or hub id.
         dataset: LeRobot v3 dataset: demonstrations, or (with ``--loss distill``) plain observation logs.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``policy/`` (for ``--policies lac:path=``).
         loss: Task loss of stage II. ``distill``: divergence from the dense pass of the same model; ``demo``: the
@@ -164,10 +164,10 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Steps of both stages."""
+        """Count the steps of both stages."""
         return self.stage1_steps + self.stage2_steps
 
 
 def describe(config: PretrainConfig | TrainConfig) -> dict[str, Any]:
-    """A configuration as plain data; of folders only the names."""
+    """Turn a configuration into plain data; only the names of folders are kept."""
     return {key: value.name if isinstance(value, Path) else value for key, value in asdict(config).items()}

@@ -1,4 +1,4 @@
-"""Demonstration frames in memory: images at the model's size, and what a behaviour-cloning step asks of a frame."""
+"""Holds demonstration frames in memory: images at the model's size, and the targets of behaviour cloning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GRIPPER = 6
 
 @dataclass(frozen=True, eq=False)
 class FrameBank:
-    """All frames of a dataset, episode after episode.
+    """Holds all frames of a dataset, episode after episode.
 
     Attributes:
         images: Camera → uint8, (F, size, size, 3).
@@ -85,11 +85,11 @@ class FrameBank:
 
     @property
     def episode(self) -> IntArray:
-        """Episode of every frame, (F,)."""
+        """Number the episode of every frame, (F,)."""
         return np.repeat(np.arange(len(self.start)), self.stop - self.start)
 
     def split(self, held_out: float, seed: int) -> tuple[IntArray, IntArray]:
-        """Frames for training and for validation, divided by episode.
+        """Divide the frames by episode into those for training and those for validation.
 
         Args:
             held_out: Share of the episodes kept for validation.
@@ -100,13 +100,13 @@ class FrameBank:
         return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
     def chunks(self, horizon: int) -> FloatArray:
-        """The actions that follow every frame, the last one repeated past the episode's end, (F, horizon, A)."""
+        """Gather the next actions of every frame, (F, horizon, A); the last one is repeated past the episode's end."""
         last = self.stop[self.episode] - 1
         steps = np.minimum(np.arange(len(self))[:, None] + np.arange(horizon), last[:, None])
         return np.asarray(self.action[steps])
 
     def hindsight(self) -> tuple[FloatArray, BoolArray]:
-        """Where the hand is now, where it will close and where it will open again: read off the recording.
+        """Read off the recording where the hand is now, where it will close and where it will open again.
 
         Returns:
             Positions in metres, (F, 3, 3), and which of them lie ahead or now, bool, (F, 3). What lies behind is no
@@ -149,7 +149,7 @@ def shift_images(images: npt.NDArray[np.uint8], shifts: npt.NDArray[np.int64]) -
 
 
 def quantiles(values: FloatArray, columns: Sequence[int] | None = None) -> dict[str, list[float] | list[bool]]:
-    """Statistics in the layout of OpenVLA's ``dataset_statistics.json``.
+    """Compute statistics in the layout of OpenVLA's ``dataset_statistics.json``.
 
     Args:
         values: (F, D).

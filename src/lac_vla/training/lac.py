@@ -1,4 +1,4 @@
-"""``lac train``: both networks of LAC, trained beside a frozen VLA in two stages (paper, eqs. 6-8).
+"""The losses of ``lac train``: both networks of LAC learn beside a frozen VLA in two stages (paper, eqs. 6-8).
 
 Stage I aligns the selector with the attention of dense passes. Stage II trains selector and predictor end to end on
 windows of consecutive frames, each frame on the stale cache that the policy's own decisions left.
@@ -35,7 +35,7 @@ from lac_vla.types import IntArray
 
 @dataclass(frozen=True)
 class Temperatures:
-    """τ of the ratio (eq. 9) and τ_s of the mask (eq. 11)."""
+    """Holds τ of the ratio (eq. 9) and τ_s of the mask (eq. 11)."""
 
     ratio: float
     score: float
@@ -43,7 +43,7 @@ class Temperatures:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What the two networks decided about a batch of frames.
+    """The decision of both networks about a batch of frames.
 
     Attributes:
         mask: M, 1 = active, (B, N).
@@ -57,7 +57,7 @@ class Choice:
 
 
 class LACLoss:
-    """The losses of both stages: a frozen model, stored frames and a policy whose networks have gradients.
+    """Computes the losses of both stages from a frozen model, stored frames and a policy whose networks have gradients.
 
     Args:
         vla: The frozen model; its weights should want no gradient. Its head has the task loss.
@@ -88,7 +88,7 @@ class LACLoss:
         self._words = words(list(store.instructions)).to(self.device) if self.config.language else None
 
     def alignment(self, frames: IntArray) -> torch.Tensor:
-        """Stage I, eq. 6: L_align = MSE(S, S_VLA), a scalar. ``frames``: not the first of their episodes."""
+        """Compute stage I's L_align = MSE(S, S_VLA), eq. 6, a scalar. ``frames``: not the first of their episodes."""
         with torch.no_grad():
             dense = self.decode(frames, probe_layers=upper_half(self.vla.n_layers))
             if dense.attention is None:  # pragma: no cover - it was asked for
@@ -96,8 +96,8 @@ class LACLoss:
             teacher = alignment_teacher(dense.attention)
         grids = self.store.grids.items()
         previous = [self._pixels(name, frames - 1) for name in self.store.grids]
-        young = [torch.zeros(len(frames), *grid, device=self.device) for _, grid in grids]
-        scores = self.policy.selector(self.inputs(frames, previous, young), self._text(frames))
+        age = [torch.zeros(len(frames), *grid, device=self.device) for _, grid in grids]
+        scores = self.policy.selector(self.inputs(frames, previous, age), self._text(frames))
         return F.mse_loss(scores, teacher)
 
     def window(
@@ -111,7 +111,7 @@ class LACLoss:
         task_weight: float = 1.0,
         learn: bool = True,
     ) -> dict[str, float]:
-        """Stage II, eqs. 7-8, on windows of consecutive frames; with ``learn``, gradients are accumulated.
+        """Compute stage II's loss, eqs. 7-8, on windows of consecutive frames; with ``learn``, accumulate gradients.
 
         The cache is detached between frames, so every frame is differentiated by itself, and memory does not grow with
         the window. So is what a tower that reuses remembers; the dense passes have whole towers.
@@ -120,8 +120,8 @@ class LACLoss:
             first: First frame of every window, (B,).
             length: T.
             temperatures: Of both relaxations.
-            generator: Of all chance; ``None`` for argmax without Gumbel noise, as inference does, and a task's own
-                chance from a fixed seed.
+            generator: Draws all noise; ``None`` for argmax without Gumbel noise, as inference does, and a fixed seed
+                for the head's own.
             lam: λ.
             task_weight: Of the task loss (0 in a test: the ratio reward alone).
             learn: Whether to differentiate.
@@ -130,7 +130,7 @@ class LACLoss:
             Means over frames and windows: ``loss``, ``task``, ``chosen_ratio``, ``expected_ratio`` (by p̃; not for a
             fixed ratio).
         """
-        size, chance = len(first), generator or torch.Generator().manual_seed(0)
+        size, head_generator = len(first), generator or torch.Generator().manual_seed(0)
         every = first[None, :] + np.arange(length)[:, None]  # (T, B)
         with torch.no_grad():  # dense: all frames to distil from them, the first alone otherwise
             dense = self.decode(every.reshape(-1) if self.loss == "distill" else first)
@@ -147,7 +147,8 @@ class LACLoss:
                 result = self.decode(frames, mask=choice.mask, old=old, vision=vision)
                 own = slice(index * size, (index + 1) * size)
                 teacher = dense.context(own) if self.loss == "distill" else None
-                task = self.vla.head.loss(result.context(), self._load(self.store.targets, frames), chance, teacher)
+                targets = self._load(self.store.targets, frames)
+                task = self.vla.head.loss(result.context(), targets, head_generator, teacher)
                 loss = task_weight * task.mean()
                 if choice.probabilities is not None:
                     loss = loss + lam * ratio_reward(choice.probabilities, self.ratios).mean()
@@ -191,7 +192,7 @@ class LACLoss:
         probe_layers: tuple[int, ...] = (),
         vision: VisionOutput | None = None,
     ) -> MixedOutput:
-        """Run the decoder over the prompts of some frames and their forced action tokens.
+        """Run the decoder over the prompts of some frames and the rows forced behind them.
 
         The visual tokens are the stored ones, or those of ``vision``.
         """
@@ -203,31 +204,23 @@ class LACLoss:
         with torch.no_grad():
             answer = head.forced(self._load(store.targets, order))
             prefix = torch.from_numpy(store.prefix).to(self.device, dtype).expand(len(order), -1, -1)
-            # [prefix | visual | suffix | forced tokens | padding]: under a causal mask padding changes nothing.
-            tail = suffix
+            tail = suffix  # the sequence is [prefix | visual | suffix | forced rows | padding]
             if answer is not None:
                 tail = F.pad(suffix, (0, 0, 0, answer.shape[1]))
                 places = lengths[:, None] + torch.arange(answer.shape[1], device=self.device)
                 tail = tail.scatter(1, places[..., None].expand_as(answer), answer.to(dtype))
         embeddings = torch.cat([prefix, visual, tail], dim=1)  # differentiable: a tower that reuses depends on the mask
-        layout = store.layout
+        layout, rows = store.layout, head.n_rows
         whole = layout.visual.stop + lengths
         with _autocast(self.device):
             return mixed_forward(
-                self.vla,
-                embeddings,
-                layout,
-                whole,
-                n_rows=head.n_rows,
-                mask=mask,
-                old=old,
-                probe_layers=probe_layers,
+                self.vla, embeddings, layout, whole, n_rows=rows, mask=mask, old=old, probe_layers=probe_layers
             )
 
     def inputs(
         self, frames: IntArray, reference: Sequence[torch.Tensor], age: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """The networks' inputs of every camera; see :func:`lac_vla.policies.lac.inputs.compose`."""
+        """Compose the networks' inputs of every camera; see :func:`lac_vla.policies.lac.inputs.compose`."""
         composed = []
         for name, pixels, old in zip(self.store.grids, reference, age, strict=True):
             flow = self._load(self.store.flow[name], frames) if self.config.flow != "none" else None
@@ -237,7 +230,7 @@ class LACLoss:
     def _refresh(
         self, frames: IntArray, active: torch.Tensor, reference: list[torch.Tensor], age: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Reference pixels and ages as the session keeps them."""
+        """Update reference pixels and ages as a session does."""
         pixels, ages, side = [], [], self.config.patch_pixels
         for camera, before, old in zip(self.store.layout.cameras, reference, age, strict=True):
             fresh = active[:, camera.tokens].view(-1, camera.rows, camera.cols)
@@ -249,12 +242,12 @@ class LACLoss:
     def _encode(
         self, tower: MixedTower, frames: IntArray, mask: torch.Tensor | None = None, old: VisionOutput | None = None
     ) -> VisionOutput:
-        """Run the tower, over what it remembers of the preceding frames if there is a mask."""
+        """Run the tower; with a mask, over its keys and values of the preceding frames."""
         images = {camera: self._load(self.store.tower_pixels[camera], frames) for camera in tower.cameras}
         return tower.encode(images, self._stored(frames), mask, None if old is None else old.slots)
 
     def _stored(self, frames: IntArray) -> torch.Tensor:
-        """Embeddings of the visual tokens as a whole tower gives them, (B, N, width)."""
+        """Load the embeddings of the visual tokens as a whole tower gives them, (B, N, width)."""
         return self._load(self.store.visual, frames).to(self.vla.dtype)
 
     def _text(self, frames: IntArray) -> torch.Tensor | None:
@@ -268,19 +261,19 @@ class LACLoss:
 
 
 def annealed(ends: tuple[float, float], progress: float) -> float:
-    """Geometric path from the first to the last value, ``progress`` in 0..1."""
+    """Go from the first to the last value geometrically, ``progress`` in 0..1."""
     return float(ends[0] * (ends[1] / ends[0]) ** min(1.0, max(0.0, progress)))
 
 
 def cosine(progress: float) -> float:
-    """Learning rate factor: from 1 down to 0.1."""
+    """Compute the learning rate's factor, which falls from 1 to 0.1."""
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
 
 
 def _autocast(device: torch.device) -> Any:
-    """bfloat16 products where a float32 CPU model profits; a model on a GPU has its own dtype already."""
+    """Let a float32 model on a CPU multiply in bfloat16; a model on a GPU has its own dtype already."""
     return torch.autocast("cpu", dtype=torch.bfloat16) if device.type == "cpu" and AUTOCAST else nullcontext()
 
 
 AUTOCAST: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether this CPU computes bfloat16 products in hardware."""
+"""True if this CPU computes bfloat16 products in hardware."""

@@ -9,28 +9,30 @@ first-order value of refreshing token i.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from lac_vla.engine.layers import Segment, attention_probabilities, run_layers
 from lac_vla.errors import InputError
 from lac_vla.models.heads.base import AppendRows, LossContext
+from lac_vla.models.protocols import Decoder, DecoderStack
 from lac_vla.models.vla import VLA
 from lac_vla.types import TokenLayout
 
 
 @dataclass(frozen=True, eq=False)
 class LayerKV:
-    """Keys and values of a batch's visual slots, one entry per layer: each (B, kv_heads, N, head_dim), detached."""
+    """Holds keys and values of a batch, one entry per layer: each (B, kv_heads, slots, head_dim)."""
 
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add a layer; it is detached."""
-        self.keys.append(keys.detach())
-        self.values.append(values.detach())
+        """Add a layer."""
+        self.keys.append(keys)
+        self.values.append(values)
 
     def of(self, batch: slice) -> LayerKV:
         """Take a part of the batch."""
@@ -38,28 +40,25 @@ class LayerKV:
 
 
 class MixedKV:
-    """Implements :class:`lac_vla.engine.layers.KVStore` for training: mixes fresh with cached keys and values.
+    """Implements :class:`lac_vla.engine.layers.KVStore` for training: it mixes fresh with cached keys and values.
 
     Args:
         visual: The visual slots of the sequence.
         mask: M, 1 = active, (B, N); ``None`` for a dense pass.
         old: The preceding frame's slots; needed with a mask.
-        attached: Whether to keep every layer's keys and values, with their gradient, for a head that reads them.
+        keep: Whether a head reads keys and values, so that ``sequence`` is kept.
 
     Attributes:
-        slots: The visual slots as the next frame finds them.
-        keys: Per layer, the mixed keys of the whole sequence, if they are kept.
-        values: As ``keys``.
+        slots: The visual slots as the next frame finds them, detached.
+        sequence: Mixed keys and values of the whole sequence, with their gradient, if they are kept.
     """
 
     def __init__(
-        self, visual: slice, mask: torch.Tensor | None = None, old: LayerKV | None = None, *, attached: bool = False
+        self, visual: slice, mask: torch.Tensor | None = None, old: LayerKV | None = None, *, keep: bool = False
     ) -> None:
-        self._visual, self._old, self._attached = visual, old, attached
+        self._visual, self._old, self._keep = visual, old, keep
         self._weight = None if mask is None or old is None else mask[:, None, :, None]
-        self.slots = LayerKV()
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.slots, self.sequence = LayerKV(), LayerKV()
 
     def update(
         self, layer: int, segment: Segment | None, keys: torch.Tensor, values: torch.Tensor
@@ -68,10 +67,9 @@ class MixedKV:
         if self._weight is not None and self._old is not None:
             keys = mix(keys, self._old.keys[layer], self._weight, self._visual)
             values = mix(values, self._old.values[layer], self._weight, self._visual)
-        self.slots.append(keys[:, :, self._visual], values[:, :, self._visual])
-        if self._attached:
-            self.keys.append(keys)
-            self.values.append(values)
+        self.slots.append(keys[:, :, self._visual].detach(), values[:, :, self._visual].detach())
+        if self._keep:
+            self.sequence.append(keys, values)
         return keys, values
 
 
@@ -79,30 +77,32 @@ class MixedKV:
 class AppendedKV:
     """Implements :class:`lac_vla.engine.layers.KVStore` for rows behind a batch of prompts."""
 
-    store: MixedKV
+    prompts: LayerKV
 
     def update(
         self, layer: int, segment: Segment, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the rows behind the prompts' keys and values; see :meth:`lac_vla.engine.layers.KVStore.update`."""
-        return torch.cat([self.store.keys[layer], keys], dim=2), torch.cat([self.store.values[layer], values], dim=2)
+        prompts = self.prompts
+        return torch.cat([prompts.keys[layer], keys], dim=2), torch.cat([prompts.values[layer], values], dim=2)
 
 
 @dataclass(frozen=True, eq=False)
 class MixedOutput:
-    """What a pass leaves.
+    """The result of a pass.
 
     Attributes:
-        vla: The model.
+        decoder: The model's.
         layout: Of the prompts, without a suffix.
-        hidden: Normalised last hidden states of the rows asked for, (B, R, width).
+        hidden: Normalised last hidden states of the rows asked for, (B, R, width); empty if the head reads keys and
+            values.
         store: Keys and values.
         lengths: Of the prompts, int64, (B,).
         attention: Attention of the rows asked for to the visual tokens, mean over heads, rows and probed layers,
-            (B, N); ``None`` unless asked for.
+            (B, N), float32; ``None`` unless asked for.
     """
 
-    vla: VLA
+    decoder: Decoder
     layout: TokenLayout
     hidden: torch.Tensor
     store: MixedKV
@@ -111,28 +111,29 @@ class MixedOutput:
 
     def context(self, batch: slice = slice(None)) -> LossContext:
         """Make what a head's loss reads of a part of the batch."""
+        prompts, lengths = self.store.sequence.of(batch), self.lengths[batch]
         return LossContext(
             layout=self.layout,
             hidden=self.hidden[batch],
-            keys=lambda layer: self.store.keys[layer][batch],
-            values=lambda layer: self.store.values[layer][batch],
-            lengths=self.lengths[batch],
-            run=self._append,
+            keys=prompts.keys.__getitem__,
+            values=prompts.values.__getitem__,
+            lengths=lengths,
+            run=partial(self._append, prompts, lengths),
         )
 
-    def _append(self, rows: AppendRows) -> torch.Tensor:
+    def _append(self, prompts: LayerKV, lengths: torch.Tensor, rows: AppendRows) -> torch.Tensor:
         """Run rows behind the prompts, (B, n, width) → (B, n, width)."""
-        if rows.at not in (None, 0) or not self.store.keys:
+        if rows.at not in (None, 0) or not prompts.keys:
             raise InputError("a loss appends rows once, behind the prompt, and its head reads keys and values")
-        stack = rows.stack or self.vla.decoder
-        length, n_rows = self.store.keys[0].shape[2], rows.embeddings.shape[1]
-        slots = torch.arange(length, device=self.lengths.device)
-        positions = self.lengths[:, None] + torch.arange(n_rows, device=self.lengths.device)
-        visible = torch.stack([stack.visible(self.layout, own, torch.cat([slots, own])) for own in positions])
-        visible[..., :length] &= slots < self.lengths[:, None, None]  # what is behind a prompt is padding
-        cos, sin = (part.view(*positions.shape, -1)[:, None] for part in stack.rotary(positions.flatten()))
-        segment = Segment(n_rows, length, length + n_rows, mask=visible[:, None], causal=False)
-        out = run_layers(stack.layers, rows.embeddings, (cos, sin), [segment], AppendedKV(self.store))
+        stack = rows.stack or self.decoder
+        length, n_rows = prompts.keys[0].shape[2], rows.embeddings.shape[1]
+        own = lengths[:, None] + torch.arange(n_rows, device=lengths.device)
+        slots = torch.arange(length, device=own.device).expand(len(own), -1)
+        real = torch.cat([slots < lengths[:, None], torch.ones_like(own, dtype=torch.bool)], dim=1)
+        visible = _visible(stack, self.layout, lengths, own, torch.cat([slots, own], dim=1), real)
+        cos, sin = (part.view(*own.shape, -1)[:, None] for part in stack.rotary(own.flatten()))
+        segment = Segment(n_rows, length, length + n_rows, mask=visible[:, None])
+        out = run_layers(stack.layers, rows.embeddings, (cos, sin), [segment], AppendedKV(prompts))
         return stack.norm(out.hidden)
 
 
@@ -150,8 +151,8 @@ def mixed_forward(
     """Run a batch of prompts, with the rows forced behind them, through the frozen decoder.
 
     Args:
-        vla: The model. Its attention must be causal if the prompts are padded on the right.
-        embeddings: Whole sequences, (B, length, width).
+        vla: The model.
+        embeddings: Whole sequences, right-padded, (B, length, width).
         layout: Of the prompts; its suffix does not count.
         lengths: Of the prompts, int64, (B,).
         n_rows: Hidden states wanted: those of the last prompt row and of the n_rows − 1 behind it.
@@ -165,23 +166,52 @@ def mixed_forward(
     decoder, reads_kv = vla.decoder, vla.head.reads == "kv"
     length = embeddings.shape[1]
     positions = torch.arange(length, device=embeddings.device)
-    visible = None if decoder.causal else decoder.visible(layout, positions, positions)
+    rows = lengths[:, None] - 1 + torch.arange(n_rows, device=lengths.device)
+    slots = positions.expand(len(lengths), -1)
+    real = slots < lengths[:, None] + n_rows - 1
+    visible = None if decoder.causal else _visible(decoder, layout, lengths, slots, slots, real)[:, None]
     last = len(decoder.layers) - 1
     n_queries = 0 if reads_kv and last not in probe_layers else None
-    segment = Segment(length, 0, length, mask=visible, n_queries=n_queries, final_mask=None)
-    store = MixedKV(layout.visual, mask, old, attached=reads_kv)
-    rows = lengths[:, None] - 1 + torch.arange(n_rows, device=lengths.device)
+    segment = Segment(length, 0, length, mask=visible, n_queries=n_queries)
+    store = MixedKV(layout.visual, mask, old, keep=reads_kv)
     rotary, hidden, first, maps = decoder.rotary(positions), embeddings, 0, []
     for stop in sorted({*(layer + 1 for layer in probe_layers), last + 1}):
         out = run_layers(decoder.layers, hidden, rotary, [segment], store, first, stop)
         hidden, first = out.hidden, stop
         if stop - 1 in probe_layers:
             query = out.query.gather(2, rows[:, None, :, None].expand(-1, out.query.shape[1], -1, out.query.shape[-1]))
-            seen = torch.stack([decoder.visible(layout, row, positions) for row in rows])
-            maps.append(attention_probabilities(query, out.keys[0], seen)[..., layout.visual].mean(dim=1))
-    if not reads_kv:
-        hidden = decoder.norm(hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1])))
-    return MixedOutput(vla, layout, hidden, store, lengths, torch.stack(maps).mean(dim=0) if maps else None)
+            seen = _visible(decoder, layout, lengths, rows, slots, real)
+            with torch.autocast(query.device.type, enabled=False):
+                maps.append(attention_probabilities(query, out.keys[0], seen)[..., layout.visual].mean(dim=1))
+    read = rows[:, :0] if reads_kv else rows
+    hidden = decoder.norm(hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1])))
+    return MixedOutput(decoder, layout, hidden, store, lengths, torch.stack(maps).mean(dim=0) if maps else None)
+
+
+def _visible(
+    stack: DecoderStack,
+    layout: TokenLayout,
+    lengths: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    real: torch.Tensor,
+) -> torch.Tensor:
+    """Tell which slots rows may attend to, each in its own prompt's layout; padding is hidden.
+
+    Args:
+        stack: The layers.
+        layout: Of the prompts, without a suffix.
+        lengths: Of the prompts, int64, (B,).
+        queries: Positions, int64, (B, rows).
+        keys: Positions, int64, (B, slots).
+        real: Slots that are no padding, bool, (B, slots).
+
+    Returns:
+        bool, (B, rows, slots).
+    """
+    layouts = [replace(layout, n_suffix=length - layout.visual.stop) for length in lengths.tolist()]
+    seen = [stack.visible(own, *positions) for own, *positions in zip(layouts, queries, keys, strict=True)]
+    return torch.stack(seen) & real[:, None]
 
 
 def mix(fresh: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, visual: slice) -> torch.Tensor:
@@ -196,13 +226,13 @@ def mix(fresh: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, visual: sl
     Returns:
         As ``fresh``.
     """
-    weight = weight.to(fresh.dtype)
     mixed = weight * fresh[:, :, visual] + (1 - weight) * old
-    return torch.cat([fresh[:, :, : visual.start], mixed.to(fresh.dtype), fresh[:, :, visual.stop :]], dim=2)
+    start, stop, _ = visual.indices(fresh.shape[2])
+    return torch.cat([fresh[:, :, :start], mixed.to(fresh.dtype), fresh[:, :, stop:]], dim=2)
 
 
 def alignment_teacher(attention: torch.Tensor) -> torch.Tensor:
-    """S_VLA of stage I, eq. 6: attention to the visual tokens, (B, N), min-max scaled to [0, 1] for every frame."""
+    """Make S_VLA, eq. 6, of the attention to the visual tokens, (B, N): min-max scaled to [0, 1] for every frame."""
     low, high = attention.amin(dim=1, keepdim=True), attention.amax(dim=1, keepdim=True)
     return (attention - low) / (high - low).clamp(min=1e-12)
 

@@ -26,7 +26,7 @@ from lac_vla.models import Encode, random_vla, save_vla, untrained_vla
 from lac_vla.models.images import make_pipeline
 from lac_vla.models.tokenizer import FileTokenizer, load_tokenizer, train_tokenizer
 from lac_vla.provenance import provenance
-from lac_vla.training.batches import Chance, Demonstrations, statistics
+from lac_vla.training.batches import Demonstrations, Generators, statistics
 from lac_vla.training.config import PretrainConfig, describe
 from lac_vla.training.frames import FrameBank
 from lac_vla.training.pretrain_losses.base import Batch, Keep, PretrainLoss, Targets
@@ -34,11 +34,11 @@ from lac_vla.training.pretrain_losses.tower import TowerLoss
 from lac_vla.training.recipes import RECIPES
 
 CARD = "lac.json"
-"""Beside the weights: how the model was made, for the reports of evaluations."""
+"""The file beside the weights that says how the model was made, for the reports of evaluations."""
 
 
 class Pretraining:
-    """One run: data, model, optimiser and where it stands.
+    """Holds one run: data, model, optimiser and progress.
 
     Args:
         config: The run.
@@ -47,7 +47,7 @@ class Pretraining:
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         torch.manual_seed(config.seed)
-        self.chance = Chance.of(config.seed)
+        self.random = Generators.seeded(config.seed)
         recipe = RECIPES[config.model]
         shape: Any = random_vla(config.model, device="meta").module
         self.start = start = config.start or recipe.start
@@ -60,12 +60,12 @@ class Pretraining:
             encode: Encode = FileTokenizer(train_tokenizer(bank.instructions, words))
         else:
             encode = load_tokenizer(start)
-        self.objective = recipe.loss(untrained_vla(config.model, statistics(bank), encode), config)
-        self.loaded: list[nn.Parameter] = [] if start is None else self.objective.take_weights(start)
-        self.data = Demonstrations(bank, self.objective.vla, config)
-        self.average = AveragedModel(self.objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
+        self.loss = recipe.loss(untrained_vla(config.model, statistics(bank), encode), config)
+        self.loaded: list[nn.Parameter] = [] if start is None else self.loss.take_weights(start)
+        self.data = Demonstrations(bank, self.loss.vla, config)
+        self.average = AveragedModel(self.loss, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
         old = {id(weight) for weight in self.loaded}
-        new = [weight for weight in self.objective.parameters() if id(weight) not in old]
+        new = [weight for weight in self.loss.parameters() if id(weight) not in old]
         groups = [{"params": weights} for weights in (new, self.loaded) if weights]
         self.optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         self.seen = 0
@@ -73,18 +73,18 @@ class Pretraining:
 
     @torch.no_grad()
     def read_ahead(self) -> tuple[torch.Tensor, Targets]:
-        """What a trunk that is held fixed reads in some augmented frames, and their targets.
+        """Run a trunk that is held fixed over some augmented frames, for the head to read; also return their targets.
 
-        Its chance is its own: an interrupted run reads the same.
+        It draws from generators of its own: an interrupted run reads the same.
         """
-        config, chance = self.config, Chance.of(self.config.seed + 1)
-        chosen = chance.rng.permutation(self.data.train)[: config.frozen_frames]
+        config, random = self.config, Generators.seeded(self.config.seed + 1)
+        chosen = random.rng.permutation(self.data.train)[: config.frozen_frames]
         read, targets = [], []
         for frames in tqdm(np.array_split(chosen, math.ceil(len(chosen) / 64)), desc="reading frames", unit="batch"):
-            batch = self.data.batch(frames, chance)
+            batch = self.data.batch(frames, random)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                appended = self.objective.append(batch, 0.0, chance.noise)
-                read.append(self.objective.read(batch, None, appended).float())
+                appended = self.loss.append(batch, 0.0, random.generator)
+                read.append(self.loss.read(batch, None, appended).float())
             targets.append(batch.targets)
         return torch.cat(read), Targets.join(targets)
 
@@ -107,12 +107,12 @@ class Pretraining:
 
     @property
     def frozen(self) -> bool:
-        """Whether the weights that were loaded stay as they are."""
+        """Tell if the weights that were loaded stay as they are."""
         return self.seen < self.config.frozen_samples
 
     @property
     def coarse(self) -> bool:
-        """Whether the run is in its coarse phase."""
+        """Tell if the run is in its coarse phase."""
         return self.seen < self.config.coarse_samples
 
     def step(self) -> dict[str, float]:
@@ -123,15 +123,15 @@ class Pretraining:
         """
         config = self.config
         self.set_rates()
-        self.objective.train()
+        self.loss.train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if not self.frozen:
                 losses = self.show_frames()
-            elif isinstance(self.objective, TowerLoss):
-                losses = self.objective.imitate(self.draw()[0])
+            elif isinstance(self.loss, TowerLoss):
+                losses = self.loss.imitate(self.draw()[0])
             else:
                 losses = self.show_read()
-        total = torch.stack([losses[term] for term in self.objective.terms if term in losses]).sum()
+        total = torch.stack([losses[term] for term in self.loss.terms if term in losses]).sum()
         if not torch.isfinite(total):
             raise InputError(
                 f"the loss became {total.item()} after {self.seen} samples; the state of the last validation is kept: "
@@ -139,37 +139,37 @@ class Pretraining:
             )
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.loss.parameters(), 1.0)
         self.optimiser.step()
-        self.average.update_parameters(self.objective)
+        self.average.update_parameters(self.loss)
         self.seen += config.batch
         return {name: float(value.detach()) for name, value in losses.items()}
 
     def draw(self) -> tuple[Batch, Keep | None]:
-        """Some frames, and what is shown of their tokens."""
-        rng = self.chance.rng
+        """Draw some frames, and what is shown of their tokens."""
+        rng = self.random.rng
         frames = rng.choice(self.data.train, size=self.config.batch)
         keep = (int(rng.integers(2)), int(rng.integers(2)), 2) if self.coarse else None
-        return self.data.batch(frames, self.chance), keep
+        return self.data.batch(frames, self.random), keep
 
     def show_frames(self) -> dict[str, torch.Tensor]:
-        """Losses of a batch of frames, drawn by chance."""
+        """Compute the losses of a random batch of frames."""
         batch, keep = self.draw()
         progress = self.seen / self.config.samples
-        losses: dict[str, torch.Tensor] = self.objective(batch, keep, progress, self.chance.noise)
+        losses: dict[str, torch.Tensor] = self.loss(batch, keep, progress, self.random.generator)
         return losses
 
     def show_read(self) -> dict[str, torch.Tensor]:
-        """Losses of a batch of frames that the trunk has read ahead."""
+        """Compute the losses of a random batch of frames that the trunk has read ahead."""
         if self._read is None:
             self._read = self.read_ahead()
         read, targets = self._read
-        rows = torch.from_numpy(self.chance.rng.integers(len(read), size=self.config.batch))
-        return self.objective.losses(read[rows], targets[rows], self.seen / self.config.samples, self.chance.noise)
+        rows = torch.from_numpy(self.random.rng.integers(len(read), size=self.config.batch))
+        return self.loss.losses(read[rows], targets[rows], self.seen / self.config.samples, self.random.generator)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Losses of the averaged weights on a fixed choice of held-out frames, without noise or augmentation."""
+        """Compute the averaged weights' losses on a fixed choice of held-out frames, without noise or augmentation."""
         chosen = np.random.default_rng(0).permutation(self.data.held_out)[: 8 * self.config.batch]
         keep = (0, 0, 2) if self.coarse else None
         generator = torch.Generator().manual_seed(0)
@@ -185,11 +185,11 @@ class Pretraining:
         out = self.config.out
         state = {
             "seen": torch.tensor(self.seen),
-            "objective": self.objective.state_dict(),
+            "objective": self.loss.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "noise_rng": self.chance.noise.get_state(),
-            "rng": json.dumps(self.chance.rng.bit_generator.state),
+            "noise_rng": self.random.generator.get_state(),
+            "rng": json.dumps(self.random.rng.bit_generator.state),
         }
         torch.save(state, out / "state.tmp")
         (out / "state.tmp").replace(out / "state.pt")
@@ -198,13 +198,13 @@ class Pretraining:
         (out / "model" / CARD).write_text(json.dumps(self.card(), indent=2) + "\n", encoding="utf-8")
 
     def card(self) -> dict[str, Any]:
-        """How the model came about, as plain data."""
-        model = self.objective.model
+        """Describe how the model was made, as plain data."""
+        model = self.loss.model
         return {
             "description": "small VLA trained by behaviour cloning of a scripted expert",
             "started_from": self.start and self.start.name,
             "parameters": sum(weight.numel() for weight in model.parameters()),
-            "visual_tokens": self.objective.layout.n_visual,
+            "visual_tokens": self.loss.layout.n_visual,
             "episodes": len(self.data.bank.start),
             "frames": len(self.data.bank),
             "samples_shown": self.seen,
@@ -222,13 +222,13 @@ class Pretraining:
         path = self.config.out / "state.pt"
         state = torch.load(path, weights_only=True)
         try:
-            self.objective.load_state_dict(state["objective"])
+            self.loss.load_state_dict(state["objective"])
             self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is not a state of this run; give another --out: {error}") from error
-        self.chance.noise.set_state(state["noise_rng"])
-        self.chance.rng.bit_generator.state = json.loads(state["rng"])
+        self.random.generator.set_state(state["noise_rng"])
+        self.random.rng.bit_generator.state = json.loads(state["rng"])
         self.seen = int(state["seen"])
 
 

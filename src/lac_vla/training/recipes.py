@@ -1,4 +1,4 @@
-"""The bundled models that ``lac pretrain`` trains: preset, loss, and what it starts from."""
+"""The bundled models that ``lac pretrain`` trains: loss and start."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lac_vla.training.pretrain_losses.tower import TowerLoss
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a bundled model is trained.
+    """Says how a bundled model is trained.
 
     Attributes:
         loss: Makes its loss of the model and the run.
-        start: Checkpoint whose weights it starts from unless told otherwise; ``None`` for chance.
+        start: Checkpoint whose weights it starts from unless told otherwise; ``None`` for random weights.
     """
 
     loss: Callable[[VLA, PretrainConfig], PretrainLoss]
@@ -33,4 +33,4 @@ RECIPES: dict[str, Recipe] = {
     "mini-vit": Recipe(TowerLoss, start=MINI),
     "mini-cogact": Recipe(DiffusionLoss, start=MINI),
 }
-"""By the name of the bundled model, which is also that of its preset."""
+"""Name of a bundled model, which is also that of its preset → recipe."""

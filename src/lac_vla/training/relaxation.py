@@ -13,24 +13,24 @@ import torch
 
 
 def gumbel_noise(shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-    """Standard Gumbel noise, float32; drawn on the CPU so that a seed means the same on every device."""
+    """Draw standard Gumbel noise, float32, on the CPU so that a seed means the same on every device."""
     uniform = torch.rand(shape, generator=generator).clamp(1e-9, 1 - 1e-7)
     return -torch.log(-torch.log(uniform)).to(device)
 
 
 def soft_ratio(logits: torch.Tensor, noise: torch.Tensor | float, temperature: float) -> torch.Tensor:
-    """Gumbel-Softmax over the candidate ratios, eq. 9: p̃ = softmax((L + g) / τ), (B, C)."""
+    """Compute the Gumbel-Softmax over the candidate ratios, eq. 9: p̃ = softmax((L + g) / τ), (B, C)."""
     return ((logits + noise) / temperature).softmax(dim=-1)
 
 
 def straight_through(soft: torch.Tensor) -> torch.Tensor:
-    """One-hot of the largest entry forward, the soft distribution backward, eq. 10, (B, C)."""
+    """Return the largest entry's one-hot forward, the soft distribution backward, eq. 10, (B, C)."""
     hard = torch.zeros_like(soft).scatter(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
     return hard + (soft - soft.detach())
 
 
 def candidate_masks(scores: torch.Tensor, ratios: Sequence[float], temperature: float) -> torch.Tensor:
-    """The masks m_j of all candidate ratios, eq. 11: 1 = active, 0 = cached.
+    """Make the masks m_j of all candidate ratios, eq. 11: 1 = active, 0 = cached.
 
     Forward, the k_j = ⌊N·r_j + ½⌋ lowest scores are cached, ties going to the lower index. Backward, the mask is
     σ((s − θ_j) / τ_s), θ_j the k_j-th lowest score, without gradient through θ_j; k_j = 0 has no threshold and no
@@ -59,7 +59,7 @@ def candidate_masks(scores: torch.Tensor, ratios: Sequence[float], temperature: 
 
 
 def bridge(chosen: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """M = Σ_j p_j · m_j: forward the chosen ratio's hard mask, backward the task gradient for both networks.
+    """Compute M = Σ_j p_j · m_j: forward the chosen ratio's hard mask, backward the task gradient for both networks.
 
     ∂L/∂s comes through the chosen mask's sigmoid; ∂L/∂p_j is how the loss would change, to first order, if more weight
     lay on the mask of ratio j.
@@ -75,5 +75,5 @@ def bridge(chosen: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def ratio_reward(probabilities: torch.Tensor, ratios: torch.Tensor) -> torch.Tensor:
-    """L_ratio = −Σ_j p̃_j r_j, eq. 8: the negative expected cache ratio, (B,)."""
+    """Compute L_ratio = −Σ_j p̃_j r_j, eq. 8: the negative expected cache ratio, (B,)."""
     return -(probabilities * ratios).sum(dim=-1)

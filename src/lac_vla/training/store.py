@@ -1,4 +1,4 @@
-"""Stored embeddings: what the frozen tower and projector say about every frame, computed once, memory-mapped.
+"""Stores the embeddings that the frozen tower and projector make of every frame: computed once, memory-mapped.
 
 Training touches the decoder only. A store is a folder of ``.npy`` files and ``store.json``; it is filled episode by
 episode under another name and renamed when it is whole.
@@ -35,7 +35,7 @@ SAME = 0.05
 
 @dataclass(frozen=True, eq=False)
 class FrameStore:
-    """Frames of a dataset as training reads them. F frames, N visual tokens, width D, S the longest suffix.
+    """Holds a dataset's frames for training. F frames, N visual tokens, width D, S the longest suffix.
 
     Attributes:
         grids: Camera → (rows, cols).
@@ -72,11 +72,11 @@ class FrameStore:
 
     @property
     def layout(self) -> TokenLayout:
-        """The layout of a prompt without its suffix."""
+        """Lay out a prompt without its suffix."""
         return TokenLayout.of(self.grids, len(self.prefix), 0)
 
     def windows(self, episodes: IntArray, length: int) -> tuple[IntArray, IntArray]:
-        """All windows of ``length`` consecutive frames within some episodes.
+        """List all windows of ``length`` consecutive frames within some episodes.
 
         Returns:
             First frame and episode of every window.
@@ -128,7 +128,7 @@ class FrameStore:
             raise InputError(f"{dataset} holds no episodes")
         count = len(source) if not episodes else min(episodes, len(source))
         chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
-        about = {
+        metadata = {
             "dataset": dataset.name,
             "frames": source.total_frames,
             "episodes": chosen,
@@ -142,7 +142,7 @@ class FrameStore:
         if meta.is_file():
             found = json.loads(meta.read_text(encoding="utf-8"))["about"]
             unread = {"flow": flow == "none", "tower_cameras": not tower_cameras}  # whether it is there or not
-            different = [key for key in about if not unread.get(key) and found.get(key) != about[key]]
+            different = [key for key in metadata if not unread.get(key) and found.get(key) != metadata[key]]
             if different == ["tower_cameras"]:
                 raise InputError(
                     f"{folder} holds no pixels of the cameras {list(tower_cameras)}, which --vision-kv-reuse needs: "
@@ -153,7 +153,7 @@ class FrameStore:
             if not builder.agrees(cls.open(folder).visual[0]):
                 raise InputError(f"{folder} holds stored embeddings of another vision tower; give another --store")
         else:
-            builder.write(folder, about)
+            builder.write(folder, metadata)
         store = cls.open(folder)
         if labels and not store.has_actions:
             raise InputError(f"{dataset} records no actions, which --loss demo needs; use --loss distill")
@@ -220,7 +220,7 @@ class _Builder:
 
     @torch.inference_mode()
     def agrees(self, stored: npt.NDArray[np.float16]) -> bool:
-        """Whether the first frame's embeddings, (N, width), are this model's, but for rounding on other hardware.
+        """Tell if the first frame's embeddings, (N, width), are this model's, but for rounding on other hardware.
 
         The fingerprint does not see the vision tower.
         """
@@ -238,7 +238,7 @@ class _Builder:
         prefix, suffix = processor.embed(processor.prompt(frame))
         return prefix.float().cpu().numpy(), suffix.float().cpu().numpy()
 
-    def write(self, folder: Path, about: Mapping[str, Any]) -> None:
+    def write(self, folder: Path, metadata: Mapping[str, Any]) -> None:
         """Compute everything, then give the folder its name."""
         vla, side = self.vla, self.patch_pixels
         first = self.source.episode(self.chosen[0])
@@ -284,7 +284,7 @@ class _Builder:
             array.flush()
         stop = np.cumsum(lengths)
         meta = {
-            "about": dict(about),
+            "about": dict(metadata),
             "grids": {name: list(grid) for name, grid in layout.grids.items()},
             "instructions": [self.source.episode(index).instruction for index in self.chosen],
             "start": (stop - lengths).tolist(),
@@ -346,7 +346,7 @@ class _Builder:
         return episode.state[at] if episode.state.shape[1] else None
 
     def _targets(self, episode: Episode, frames: list[Frame]) -> npt.NDArray[Any]:
-        """Recorded actions as the head's answers; without any, what the dense model answers itself."""
+        """Turn recorded actions into the head's answers; without any, those of the dense model itself."""
         actions = episode.action[: len(frames)]
         if not actions.shape[1]:
             self.dense.reset()

@@ -1,4 +1,4 @@
-"""Mixed keys and values one storey up: a vision transformer that recomputes the active patches alone, in training.
+"""Mixes keys and values in vision transformers, too: their pass in training when only active patches are recomputed.
 
 As in :mod:`lac_vla.training.mixed`, all patches are computed, and in every block K = M·K_new + (1 − M)·K_old, and V
 alike. With a hard M the active patches are exactly those of the option ``vision_kv_reuse`` (tested against the engine),
@@ -8,7 +8,7 @@ and both networks learn what a patch that grows stale does to the features of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,9 +21,9 @@ from lac_vla.training.mixed import LayerKV, MixedKV
 from lac_vla.types import TokenLayout
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class VisionOutput:
-    """What the vision encoder makes of a batch of frames.
+    """The vision encoder's output for a batch of frames.
 
     Attributes:
         visual: Projected visual tokens, (B, N, width).
@@ -35,7 +35,7 @@ class VisionOutput:
 
 
 class MixedTower:
-    """The frozen vision transformers of a model, and its projector.
+    """Runs the frozen vision transformers of a model, and its projector.
 
     Args:
         vla: The model.
@@ -80,42 +80,34 @@ class MixedTower:
             if camera.name not in self.cameras:
                 parts.append(visual[:, camera.tokens])
                 continue
-            caches = _MixedCaches(camera.size, None if mask is None else mask[:, camera.tokens], old or {})
+            caches = _MixedCaches(camera.size, None if mask is None else mask[:, camera.tokens], old)
             parts.append(self._vision.encode_camera(camera.name, images[camera.name], caches))
-            slots |= {key: cache.slots for key, cache in caches.used.items()}
+            slots |= {key: cache.store.slots for key, cache in caches.used.items()}
         return VisionOutput(torch.cat(parts, dim=1), slots)
 
 
-@dataclass(eq=False)
 class _MixedCaches:
     """Stands for the cache of a camera's transformers; see :class:`lac_vla.models.transformer.KVCache`."""
 
-    n_patches: int
-    mask: torch.Tensor | None
-    old: Mapping[tuple[int, int], LayerKV]
-    used: dict[tuple[int, int], _MixedCache] = field(default_factory=dict)
+    def __init__(
+        self, n_patches: int, mask: torch.Tensor | None, old: Mapping[tuple[int, int], LayerKV] | None
+    ) -> None:
+        # The patches stand behind class and register tokens, which are always new.
+        self._visual, self._mask, self._old = slice(-n_patches, None), mask, old or {}
+        self.used: dict[tuple[int, int], _MixedCache] = {}
 
     def of(self, tower: int, camera: int) -> _MixedCache:
         key = (tower, camera)
-        return self.used.setdefault(key, _MixedCache(self.n_patches, self.mask, self.old.get(key)))
+        return self.used.setdefault(key, _MixedCache(MixedKV(self._visual, self._mask, self._old.get(key))))
 
 
+@dataclass(frozen=True, eq=False)
 class _MixedCache:
-    """Mixes the patches' keys and values, which stand behind class and register tokens; those are always new."""
+    """Mixes the keys and values of an image's patches."""
 
-    def __init__(self, n_patches: int, mask: torch.Tensor | None, old: LayerKV | None) -> None:
-        self._args = n_patches, mask, old
-        self._store: MixedKV | None = None
-
-    @property
-    def slots(self) -> LayerKV:
-        """The mixtures, by block."""
-        return LayerKV() if self._store is None else self._store.slots
+    store: MixedKV
 
     def update(
         self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._store is None:
-            n_patches, mask, old = self._args
-            self._store = MixedKV(slice(keys.shape[2] - n_patches, keys.shape[2]), mask, old)
-        return self._store.update(block, None, keys, values)
+        return self.store.update(block, None, keys, values)

@@ -1,4 +1,4 @@
-"""The run behind ``lac train``: data, optimiser, checkpoints, exact resume, metrics; on one process or several."""
+"""Runs ``lac train``: data, optimiser, checkpoints, exact resume, metrics; in one process or several."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from lac_vla.bundled import find_model
 from lac_vla.errors import CheckpointError, InputError, MissingExtraError
 from lac_vla.models import VLA, load_vla
 from lac_vla.policies.lac import SUBFOLDER, LACConfig, LACPolicy
@@ -29,12 +30,12 @@ from lac_vla.types import IntArray
 STATE, METRICS, CONFIG, PICTURES = "state.pt", "metrics.jsonl", "config.json", "saliency.npz"
 VALIDATION_WINDOWS = 32
 STEERING = 0.02
-"""How fast λ follows a target ratio: log λ moves by this times the ratio's distance, in units of 0.1, per step."""
+"""Speed at which λ follows a target ratio: per step, log λ moves by this times the distance in units of 0.1."""
 CLIP = 1.0
 
 
 class Training:
-    """One run: what is trained, on what, and where it stands.
+    """Holds one run: what is trained, on what, and its progress.
 
     Args:
         config: The run.
@@ -80,12 +81,12 @@ class Training:
 
     @property
     def stage(self) -> int:
-        """1 or 2."""
+        """Number the stage of the next step: 1 or 2."""
         return 1 if self.step < self.config.stage1_steps else 2
 
     @property
     def temperatures(self) -> Temperatures:
-        """Of this step."""
+        """Compute the temperatures of this step."""
         config = self.config
         progress = (self.step - config.stage1_steps) / max(1, config.stage2_steps)
         return Temperatures(annealed(config.tau_ratio, progress), annealed(config.tau_score, progress))
@@ -93,7 +94,7 @@ class Training:
     def advance(self) -> dict[str, float]:
         """Take one step of whichever stage it is.
 
-        All chance of a step comes from (seed, step, rank), so a resumed run draws what an unbroken one draws.
+        All generators of a step are seeded by (seed, step, rank), so a resumed run draws what an unbroken one draws.
 
         Returns:
             Its metrics.
@@ -136,7 +137,7 @@ class Training:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Losses on held-out windows, with the decisions of inference (argmax, no noise)."""
+        """Compute losses on held-out windows, with the decisions of inference (argmax, no noise)."""
         rng = np.random.default_rng(0)
         self.networks.eval()
         rows = []
@@ -152,7 +153,7 @@ class Training:
 
     @torch.no_grad()
     def pictures(self, length: int = 6) -> dict[str, Any]:
-        """Saliency over consecutive held-out frames: images and scores of every camera, and the chosen ratios."""
+        """Collect images, scores and masks of every camera over consecutive held-out frames, and the chosen ratios."""
         first = int(self.held_first[len(self.held_first) // 2])
         count = min(length, int(self.store.stop[self.losses.episode[first]]) - first - 1)
         frames: IntArray = first + 1 + np.arange(count)
@@ -181,7 +182,7 @@ class Training:
         }
         torch.save(state, out / f"{STATE}.partial")
         (out / f"{STATE}.partial").replace(out / STATE)
-        about = {
+        metadata = {
             "training": describe(self.config),
             "steps": self.step,
             "seconds": round(self.seconds),
@@ -190,7 +191,7 @@ class Training:
             "episodes": len(self.store.start),
             "trained_with": provenance(),
         }
-        self.policy.save_pretrained(out / SUBFOLDER, about=about)
+        self.policy.save_pretrained(out / SUBFOLDER, about=metadata)
         np.savez_compressed(out / PICTURES, **self.pictures())
 
     def resume(self) -> None:
@@ -214,7 +215,7 @@ class Training:
         return [weight for weight in self.networks.parameters() if weight.grad is not None]
 
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Metrics as means over all processes: all steer λ alike, and all stop where the loss of one has broken."""
+        """Average metrics over all processes: all steer λ alike, and all stop where the loss of one has broken."""
         values = torch.tensor(list(metrics.values()), device=self.vla.device)
         dist.all_reduce(values)
         return dict(zip(metrics, (values / self.world[0]).tolist(), strict=True))
@@ -244,7 +245,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
     """
     size, rank = _join(config)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
-    vla = load_vla(config.model, device=device, dtype="auto", unnorm_key=config.unnorm_key)
+    vla = load_vla(find_model(config.model), device=device, dtype="auto", unnorm_key=config.unnorm_key)
     vla.module.requires_grad_(False)
     tower = MixedTower(vla) if config.vision_kv_reuse else None
     config.out.mkdir(parents=True, exist_ok=True)
@@ -304,7 +305,7 @@ def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, A
 
 
 def _join(config: TrainConfig) -> tuple[int, int]:
-    """Number of processes and this one's rank, as ``torchrun`` set them."""
+    """Read the number of processes and this one's rank, as ``torchrun`` set them, and meet the others."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")

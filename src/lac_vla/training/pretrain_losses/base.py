@@ -31,7 +31,7 @@ HINDSIGHT_VALUES = 9  # three positions
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What is to be learned from frames.
+    """Holds the targets of frames.
 
     Attributes:
         chunk: Next actions, normalised as the model's head answers, (B, H, A).
@@ -55,7 +55,7 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Demonstration frames, ready for the model.
+    """Holds demonstration frames, ready for the model.
 
     Attributes:
         images: Camera → normalised pixels, float32, (B, 3, H, W).
@@ -63,7 +63,7 @@ class Batch:
         proprio: Normalised, (B, S).
         text: Prompt token ids behind the visual tokens, right-padded, (B, T).
         text_length: Their true lengths, (B,).
-        targets: What is to be learned from them.
+        targets: See :class:`Targets`.
     """
 
     images: dict[str, torch.Tensor]
@@ -75,7 +75,7 @@ class Batch:
 
 
 class PretrainLoss(nn.Module, ABC):
-    """A model with its training-only helpers. A subclass knows the head's loss.
+    """Wraps a model with its training-only helpers. A subclass knows the head's loss.
 
     Args:
         vla: The model, with the statistics of its data.
@@ -145,7 +145,7 @@ class PretrainLoss(nn.Module, ABC):
             keep: Row offset, column offset and stride of the visual tokens kept of the first camera (coarse phase), at
                 their own positions; ``None`` for all.
             progress: Share of the run that is over; ``None`` to validate, without training's noise.
-            generator: Of the noise.
+            generator: Draws the noise.
 
         Returns:
             Scalars: the ``terms``, and whatever else is worth watching.
@@ -193,7 +193,7 @@ class PretrainLoss(nn.Module, ABC):
         }
 
     def _positions(self, keep: Keep | None, behind: int) -> torch.Tensor:
-        """Sequence positions of the tokens shown, of which ``behind`` follow the visual ones."""
+        """List the sequence positions of the tokens shown, of which ``behind`` follow the visual ones."""
         shown = []
         for index, camera in enumerate(self.layout.cameras):
             grid = torch.arange(camera.size).view(camera.rows, camera.cols) + camera.start

@@ -1,4 +1,4 @@
-"""A diffusion head, learned by predicting noise.
+"""A diffusion head learns by predicting noise.
 
 Source: CogACT (Li et al., 2024, arXiv 2411.19650) and its released training: several noisings of every chunk for one
 pass of the VLM, and now and then no condition, for classifier-free guidance.

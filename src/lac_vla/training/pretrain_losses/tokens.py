@@ -1,4 +1,4 @@
-"""Action tokens, learned by cross-entropy with soft targets and noisy teacher forcing."""
+"""Action tokens are learned by cross-entropy with soft targets and noisy teacher forcing."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class TokenLoss(PretrainLoss):
         self.last_id = self.tokenizer.vocab_size - 1  # means bin 0; smaller ids mean higher bins
 
     def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
-        """Take the recorded action's tokens but the last, some of them replaced by chance."""
+        """Take the recorded action's tokens but the last, some of them replaced by random ones."""
         shown = self._ids(batch.targets)
         if self.noise and progress is not None:
-            chance = self.last_id - torch.randint(self.n_bins, shown.shape, generator=generator)
-            shown = torch.where(torch.rand(shown.shape, generator=generator) < self.noise, chance, shown)
+            drawn = self.last_id - torch.randint(self.n_bins, shown.shape, generator=generator)
+            shown = torch.where(torch.rand(shown.shape, generator=generator) < self.noise, drawn, shown)
         return shown[:, :-1]
 
     def losses(

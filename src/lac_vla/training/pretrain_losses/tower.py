@@ -1,4 +1,4 @@
-"""A new vision tower for a camera of a VLA that acts in tokens, learned by imitating the tower that it replaces."""
+"""A new vision tower of a VLA that acts in tokens learns by imitating the tower that it replaces."""
 
 from __future__ import annotations
 
