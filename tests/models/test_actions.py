@@ -1,4 +1,4 @@
-"""Action tokens, units and grippers."""
+"""Action tokens and units."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models.prismatic.actions import ActionTokenizer, Range, choose_stats, libero_gripper
+from lac_vla.models.heads.tokens import ActionTokenizer
+from lac_vla.models.heads.units import Range, choose_stats
 
 TOKENIZER = ActionTokenizer(32000)
 STATS = {"q01": [-1.0, 0.0, 2.0], "q99": [3.0, 0.5, 2.0], "mask": [True, True, True]}
@@ -55,10 +56,3 @@ def test_statistics_are_chosen_by_key() -> None:
         choose_stats(stats, "x")
     with pytest.raises(InputError, match=r"unnorm_key is missing.*'bridge'"):
         choose_stats(stats, None)
-
-
-def test_libero_gripper_is_binary_and_inverted() -> None:
-    action = np.array([[0.3, 0.0], [0.3, 0.4], [0.3, 0.996]], dtype=np.float32)
-    np.testing.assert_array_equal(libero_gripper(action)[:, 1], [1, 1, -1])
-    np.testing.assert_array_equal(libero_gripper(action)[:, 0], action[:, 0])
-    assert action[0, 1] == 0.0

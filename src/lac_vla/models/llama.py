@@ -58,7 +58,7 @@ class LlamaLayer:
         self._head_dim = head_dim
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(*x.shape[:-1], -1, self._head_dim).transpose(-3, -2)
+        return x.unflatten(-1, (-1, self._head_dim)).transpose(-3, -2)
 
     def qkv(
         self, hidden: torch.Tensor, rotary: Rotary, query_rows: QueryRows | None = None
