@@ -162,9 +162,14 @@ class RooflineResult:
 
 
 def floors(
-    roofline: Roofline, model: str, layout: TokenLayout, new_tokens: int, active: Sequence[float]
+    roofline: Roofline,
+    model: str,
+    layout: TokenLayout,
+    new_tokens: int,
+    active: Sequence[float],
+    n_queries: int | None = None,
 ) -> RooflineResult:
-    """The section's floors for some shares of active visual tokens, from shapes alone.
+    """Compute the section's floors for some shares of active visual tokens, from shapes alone.
 
     Args:
         roofline: Decoder and GPU.
@@ -172,6 +177,7 @@ def floors(
         layout: Of the prompt.
         new_tokens: That an action is decoded into; 0 for a head without tokens.
         active: Shares, beside 1.
+        n_queries: See :func:`lac_vla.cost.prefill_macs`.
     """
     dense = Decision.dense(layout.n_visual, roofline.shape.layers)
     passes = [(i, i + 1) for i in range(new_tokens - 1)]
@@ -179,7 +185,7 @@ def floors(
     for share in (1.0, *active):
         count = round(share * layout.n_visual)
         decision = Decision.reuse(np.arange(layout.n_visual) >= count, roofline.shape.layers)
-        prefill = roofline.prefill_ms(layout, decision)
+        prefill = roofline.prefill_ms(layout, decision, n_queries=n_queries)
         rows.append(
             RooflineRow(
                 active=count / layout.n_visual,
@@ -187,7 +193,7 @@ def floors(
                 prefill_ms=prefill,
                 bound="compute" if prefill > roofline.weight_ms else "bandwidth",
                 action_ms=prefill + roofline.decode_ms(layout, decision, passes),
-                faster=roofline.prefill_ms(layout, dense) / prefill,
+                faster=roofline.prefill_ms(layout, dense, n_queries=n_queries) / prefill,
             )
         )
     return RooflineResult(

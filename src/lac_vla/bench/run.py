@@ -131,11 +131,12 @@ def _sections(config: BenchConfig) -> dict[str, Measure]:
 
 
 def _floors(config: BenchConfig, model: VLA) -> RooflineResult:
-    """The section ``roofline``, for the prompt of a synthetic frame."""
-    cameras = tuple(model.grids)
-    layout = model.processor.prompt(synthetic(cameras, None, 1, config.seed).frames[0]).layout
+    """Run the section ``roofline``, for the prompt of a synthetic frame."""
+    [frame] = synthetic(tuple(model.grids), model.processor.state_dim, 1, config.seed).frames
+    layout = model.processor.prompt(frame).layout
     roofline = Roofline(str(config.roofline), model.decoder.shape)
-    return floors(roofline, model.name, layout, model.head.max_new_tokens, config.active)
+    n_queries = layout.n_suffix if model.head.reads == "hidden" else 0
+    return floors(roofline, model.name, layout, model.head.max_new_tokens, config.active, n_queries)
 
 
 def write_result(result: BenchResult, folder: Path) -> Path:

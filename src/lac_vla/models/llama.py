@@ -103,6 +103,7 @@ class LlamaDecoder:
             width=int(config.hidden_size),
             kv_width=self.kv_heads * self.head_dim,
             ffn=int(config.intermediate_size),
+            q_width=int(config.num_attention_heads) * self.head_dim,
         )
         self.layers = tuple(LlamaLayer(block, self.head_dim) for block in model.model.layers)
 
