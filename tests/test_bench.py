@@ -17,8 +17,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from lac_vla import CachedVLA, CheckpointError, Dense, InputError, LacError, PrismaticBackbone, random_vla
-from lac_vla.bench import BenchConfig, BenchResult, bench_tables, engine, model, run, run_bench, shapes
+from lac_vla import VLA, CachedVLA, CheckpointError, Dense, InputError, LacError, random_vla
+from lac_vla.bench import BenchConfig, BenchResult, bench_tables, engine, model, run, run_bench
+from lac_vla.bench import config as bench_config
 from lac_vla.bench.chart import COLOURS
 from lac_vla.bench.engine import Prefills
 from lac_vla.bench.frame import _targets as frame_targets
@@ -27,39 +28,49 @@ from lac_vla.bench.measure import Ratio, Target, take_turns
 from lac_vla.bench.memory import resident_mb
 from lac_vla.bench.roofline import Roofline, floors
 from lac_vla.bench.scene import make_scene, synthetic
-from lac_vla.bench.shapes import LAYOUT, decoder_config
+from lac_vla.bench.shapes import LAYOUT, SHAPES
 from lac_vla.bench.stock import StockSession
-from lac_vla.bench.sweep import Scripted, expand
+from lac_vla.bench.sweep import expand, scripted
 from lac_vla.cost import layer_macs
 from lac_vla.datasets import DatasetWriter
-from lac_vla.models.base import DecoderShape
 from lac_vla.models.cogact.config import TINY_COGACT
+from lac_vla.models.heads.tokens import TokenHead
+from lac_vla.models.prismatic.presets import LLAMA_8X512, PRESETS
+from lac_vla.models.protocols import DecoderShape
 from lac_vla.policies import POLICIES, Random
 from lac_vla.timing import STAGES, WINDOWS
 from lac_vla.types import Decision, TokenLayout
 from tests.engine.scenes import frame as shot
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512 + 64,
-    "pad_token_id": 0,
-}
+SMALL = replace(
+    LLAMA_8X512,
+    text_config={
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512 + 64,
+        "pad_token_id": 0,
+    },
+)
+
+
+def with_small_shape(patch: pytest.MonkeyPatch) -> None:
+    """Add a decoder of milliseconds, which the targets are applied to."""
+    patch.setitem(PRESETS, "small", SMALL)
+    patch.setattr(bench_config, "SHAPES", (*SHAPES, "small"))
+    patch.setattr(engine, "TARGET_SHAPE", "small")
 
 
 @pytest.fixture(scope="module")
-def tiny() -> PrismaticBackbone:
+def tiny() -> VLA:
     return random_vla("tiny", seed=2)
 
 
 @pytest.fixture(autouse=True)
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder of milliseconds, which the targets are applied to."""
-    monkeypatch.setitem(shapes.SHAPES, "small", SMALL)  # type: ignore[arg-type]
-    monkeypatch.setattr(engine, "TARGET_SHAPE", "small")
+    with_small_shape(monkeypatch)
 
 
 def config(out: Path, **changes: Any) -> BenchConfig:
@@ -98,13 +109,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("active", [1.0, 0.5, 0.1])
 def test_stock_and_engine_prefill_the_same(active: float) -> None:
     """The prompt is the cached one, so that reuse must be exact as well."""
-    prefills = Prefills(random_vla(decoder_config(SMALL)), seed=0)
+    prefills = Prefills(random_vla(SMALL), seed=0)
     decision = prefills.decision(active)
     assert decision.active.sum() == round(active * LAYOUT.n_visual)
     torch.testing.assert_close(prefills.ours(decision)(), prefills.stock(), rtol=1e-5, atol=1e-5)
 
 
-def test_stock_and_dense_session_act_the_same(tiny: PrismaticBackbone) -> None:
+def test_stock_and_dense_session_act_the_same(tiny: VLA) -> None:
     stock, session = StockSession(tiny), CachedVLA(tiny, Dense()).session()
     for frame in synthetic(("agentview", "wrist"), None, 4, 1).frames:
         np.testing.assert_allclose(stock.act(frame), session.act(frame), atol=1e-6)
@@ -148,9 +159,10 @@ def test_several_values_are_several_policies(text: str, specs: list[str]) -> Non
 
 @pytest.mark.parametrize("kept", [0, 2, 6])
 @pytest.mark.parametrize("policy", [Dense(), Random(0.5)], ids=["dense", "random"])
-def test_so_many_drafted_tokens_stand_as_were_prescribed(tiny: PrismaticBackbone, policy: Any, kept: int) -> None:
+def test_so_many_drafted_tokens_are_accepted_as_were_prescribed(tiny: VLA, policy: Any, kept: int) -> None:
     """Behind them every pass settles one token, whatever the frame and whatever is reused."""
-    session = CachedVLA(Scripted(tiny, kept), policy).session()
+    assert isinstance(tiny.head, TokenHead)
+    session = CachedVLA(scripted(tiny, tiny.head, kept), policy).session()
     for seed in range(3):
         session.act(shot(seed))
         assert session.last_info is not None
@@ -176,13 +188,14 @@ def test_floors_of_a_7b_decoder(gpu: str, ridge: float, prefill: float, decode: 
     every_row = roofline.compute_ms(32 * layer_macs(LLAMA_7B, 285, 285))
     assert max(every_row, roofline.weight_ms) == pytest.approx(prefill, rel=0.01)
     layout = TokenLayout.of({"camera": (16, 16)}, 1, 28)
-    least = roofline.prefill_ms(layout, Decision.dense(256, 32))
-    assert 0.96 * prefill < least < 1.01 * prefill  # the last layer's rows do not all ask
+    least = roofline.prefill_ms(layout, Decision.dense(256, 32), n_queries=28)
+    assert 0.96 * prefill < least < 1.01 * prefill  # in the last layer few rows have queries
     assert roofline.decode_ms(layout, Decision.dense(256, 32), [(0, 1), (1, 2)]) == 2 * roofline.weight_ms
 
 
 def test_below_the_ridge_fewer_rows_buy_nothing() -> None:
-    result = floors(Roofline("h200", LLAMA_7B), "x", TokenLayout.of({"camera": (16, 16)}, 1, 28), 7, (0.75, 0.5, 0.1))
+    layout = TokenLayout.of({"camera": (16, 16)}, 1, 28)
+    result = floors(Roofline("h200", LLAMA_7B), "x", layout, 7, (0.75, 0.5, 0.1), n_queries=28)
     assert [row.rows for row in result.rows] == [285, 221, 157, 55]
     assert [row.bound for row in result.rows] == ["compute", "compute", "bandwidth", "bandwidth"]
     assert result.rows[2].faster == result.rows[3].faster
@@ -207,7 +220,7 @@ def test_floors_of_a_7b_model_need_no_weights(tmp_path: Path, monkeypatch: pytes
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.SHAPES, "small", SMALL)  # type: ignore[arg-type]
+        with_small_shape(patch)
         return run_bench(
             config(
                 tmp_path_factory.mktemp("swept"),
@@ -241,7 +254,7 @@ def test_a_sweep_says_what_is_prescribed(swept: BenchResult) -> None:
 def test_every_row_has_its_own_floor(swept: BenchResult) -> None:
     assert swept.frame is not None
     rows = {row.name: row for row in swept.frame.rows}
-    floor = Roofline("h100", random_vla("tiny").shape)
+    floor = Roofline("h100", random_vla("tiny").decoder.shape)
     assert rows["dense"].floor_ms["prefill"] >= rows["random:ratio=.9"].floor_ms["prefill"] >= floor.weight_ms
     assert rows["dense"].floor_ms["decode"] == pytest.approx(6 * floor.weight_ms)
     assert rows["dense +draft, 3/6 kept"].floor_ms["decode"] < rows["dense"].floor_ms["decode"]
@@ -322,8 +335,7 @@ def test_the_synthetic_scene_moves_before_a_background_that_stands_still() -> No
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.SHAPES, "small", SMALL)  # type: ignore[arg-type]
-        patch.setattr(engine, "TARGET_SHAPE", "small")
+        with_small_shape(patch)
         return run_bench(config(tmp_path_factory.mktemp("out")))
 
 
@@ -414,7 +426,7 @@ def test_the_tables_show_it(result: BenchResult) -> None:
         assert word in text
 
 
-def test_replayed_frames_come_with_their_episodes(dataset: Path, tiny: PrismaticBackbone, tmp_path: Path) -> None:
+def test_replayed_frames_come_with_their_episodes(dataset: Path, tiny: VLA, tmp_path: Path) -> None:
     scene = make_scene(tiny, dataset, 6, 0)
     assert len(scene.frames) == 6
     assert scene.starts == {0, 3}
@@ -498,9 +510,8 @@ def test_a_model_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_a_dataset_must_have_the_models_cameras_and_state(dataset: Path, tmp_path: Path) -> None:
-    tower = decoder_config(SMALL)  # its camera is called "camera"
     with pytest.raises(InputError, match=r"\['camera'\] are missing"):
-        make_scene(random_vla(tower), dataset, 5, 0)
+        make_scene(random_vla(SMALL), dataset, 5, 0)  # its camera is called "camera"
     with pytest.raises(InputError, match="needs 8 values"):
         run_bench(config(tmp_path, random_weights="mini", replay=dataset))
 
