@@ -15,7 +15,11 @@ from lac_vla.types import FloatArray
 
 
 def decode(
-    vla: VLA, frame: Frame, hidden: torch.Tensor, extend: Callable[[AppendRows], torch.Tensor] = pytest.fail, seed: int = 0
+    vla: VLA,
+    frame: Frame,
+    hidden: torch.Tensor,
+    extend: Callable[[AppendRows], torch.Tensor] = pytest.fail,
+    seed: int = 0,
 ) -> tuple[FloatArray, dict[str, Any]]:
     """Let a head answer.
 

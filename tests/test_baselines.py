@@ -218,7 +218,9 @@ class TestVLACache:
     def test_released(self) -> None:
         """Token 1 changed too much, token 4 is looked at: six may leave, int(1.65) at layer 1, int(4.04) at 2."""
         now = {"a": picture(2, 4, p1=21, p7=20)}  # cosines 0.9958 and 0.9962
-        decision = VLACache(static=256, protect=32).decide(policy_input(self.LAYOUT, now, {"a": STILL}, self.attention()))
+        decision = VLACache(static=256, protect=32).decide(
+            policy_input(self.LAYOUT, now, {"a": STILL}, self.attention())
+        )
         assert decision.exit_layer.tolist() == [1, 4, 2, 2, 4, 2, 4, 4]
         assert decision.skipped is SkippedTokens.REUSE
 

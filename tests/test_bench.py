@@ -214,6 +214,18 @@ def test_floors_of_a_7b_model_need_no_weights(tmp_path: Path, monkeypatch: pytes
         assert len(bench_tables(ran)) == 1
 
 
+def test_floors_are_of_what_the_engine_computes(tmp_path: Path) -> None:
+    """In the last layer the suffix alone has queries; a state is part of it."""
+    ran = run_bench(config(tmp_path, random_weights="mini", sections=("roofline",), roofline="h200"))
+    assert ran.roofline is not None
+    mini = random_vla("mini", device="meta")
+    roofline, n_suffix = Roofline("h200", mini.decoder.shape), ran.roofline.tokens - ran.roofline.visual_tokens - 1
+    layout = TokenLayout.of(mini.grids, 1, n_suffix)
+    dense = Decision.dense(layout.n_visual, mini.n_layers)
+    assert ran.roofline.rows[0].prefill_ms == roofline.prefill_ms(layout, dense, n_queries=n_suffix)
+    assert ran.roofline.rows[0].prefill_ms < roofline.prefill_ms(layout, dense)
+
+
 # A model that says no tokens; floors, sweeps and the chart of a whole run.
 
 
@@ -238,9 +250,9 @@ def test_a_sweep_says_what_is_prescribed(swept: BenchResult) -> None:
     rows = {row.name: row for row in swept.frame.rows}
     methods = ["dense", "random:ratio=.5", "random:ratio=.9"]
     optioned = [f"{m} +{option}{end}" for option in ("draft", "default+bucket=8+cuda_graphs") for m in methods
-               for end in ("", ", 3/6 kept")]  # fmt: skip
+               for end in ("", ", 3/6 accepted")]  # fmt: skip
     assert list(rows) == ["dense stock", *methods, *optioned]
-    half = rows["random:ratio=.9 +default+bucket=8+cuda_graphs, 3/6 kept"]
+    half = rows["random:ratio=.9 +default+bucket=8+cuda_graphs, 3/6 accepted"]
     assert half.swept == ("ratio", "acceptance")
     assert (half.accepted, half.passes, half.same_actions) == (0.5, 3, None)
     assert half.ratio_effective == pytest.approx(1 - 8 / 52)
@@ -257,7 +269,7 @@ def test_every_row_has_its_own_floor(swept: BenchResult) -> None:
     floor = Roofline("h100", random_vla("tiny").decoder.shape)
     assert rows["dense"].floor_ms["prefill"] >= rows["random:ratio=.9"].floor_ms["prefill"] >= floor.weight_ms
     assert rows["dense"].floor_ms["decode"] == pytest.approx(6 * floor.weight_ms)
-    assert rows["dense +draft, 3/6 kept"].floor_ms["decode"] < rows["dense"].floor_ms["decode"]
+    assert rows["dense +draft, 3/6 accepted"].floor_ms["decode"] < rows["dense"].floor_ms["decode"]
     assert all(row.times_floor == {} for row in rows.values())  # this is no H100
     text = shown(swept)
     for word in ("84.6 % swept", "50.0 % swept", "floors of one h100", "floors only", "random weights: what is reused"):

@@ -32,7 +32,7 @@ LLAMA_7B = DecoderShape(layers=32, width=4096, kv_width=4096, ffn=11008)
 
 
 def engine_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision) -> int:
-    """Count a prefill of our engine before a head that reads hidden states: in the last layer the suffix has queries."""
+    """Count a prefill of our engine for a head that reads hidden states: in the last layer the suffix has queries."""
     return prefill_macs(shape, layout, decision, n_queries=layout.n_suffix)
 
 

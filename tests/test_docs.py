@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -26,12 +28,11 @@ def commands(text: str) -> list[str]:
 @cache
 def explained(*words: str) -> frozenset[str]:
     """List the options in the help of a verb."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        lines: list[str] = []
-        patch.setattr("builtins.print", lambda *parts, **_: lines.append(" ".join(map(str, parts))))
+    text = io.StringIO()
+    with redirect_stdout(text), pytest.raises(SystemExit) as stop:
         main([*words, "--help"])
     assert stop.value.code in (0, None)
-    return frozenset(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", "\n".join(lines)))
+    return frozenset(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", text.getvalue()))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -43,6 +44,7 @@ def test_the_options_of_commands_in_documents_exist(document: Path) -> None:
 
 
 def test_commands_are_found_in_blocks_and_in_prose() -> None:
-    text = "Run `lac eval --a\n1`.\n```bash\nlac train --b 2 \\\n  lac fast --c  # --d\nlac demo && lac view --e\n```\nlac eval --f"
+    block = "lac train --b 2 \\\n  lac fast --c  # --d\nlac demo && lac view --e\n"
+    text = f"Run `lac eval --a\n1`.\n```bash\n{block}```\nlac eval --f"
     assert commands(text) == ["eval --a 1", "train --b 2    lac fast --c  ", "demo ", "view --e"]
     assert len(commands((ROOT / "README.md").read_text(encoding="utf-8"))) > 15

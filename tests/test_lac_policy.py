@@ -186,7 +186,9 @@ def test_the_instruction_matters_with_language_only() -> None:
         policy = random_policy(fixed=0.5, language=language, recovery=0.0)
         if language:
             torch.nn.init.normal_(policy.selector.trunk.text.weight, std=3)  # type: ignore[union-attr]
-        depths = [policy.decide(policy_input(instruction=text)).exit_layer for text in ("pick up the bowl", "open the drawer")]
+        depths = [
+            policy.decide(policy_input(instruction=text)).exit_layer for text in ("pick up the bowl", "open the drawer")
+        ]
         assert np.array_equal(*depths) != language
     assert torch.equal(words(["Pick up"]), words(["pick UP"]))
     assert float(words(["a b c d"]).sum()) == 1

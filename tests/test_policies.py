@@ -12,7 +12,9 @@ LAYOUT = TokenLayout.of({"a": (2, 2)}, 1, 1)
 GREY = np.full((8, 8, 3), 100, np.uint8)
 
 
-def policy_input(pixels: np.ndarray, reference: np.ndarray, flow: np.ndarray | None = None, seed: int = 0) -> PolicyInput:
+def policy_input(
+    pixels: np.ndarray, reference: np.ndarray, flow: np.ndarray | None = None, seed: int = 0
+) -> PolicyInput:
     return PolicyInput(
         layout=LAYOUT,
         n_layers=3,

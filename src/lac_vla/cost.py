@@ -1,4 +1,4 @@
-"""What a frame costs in multiply-accumulates (MACs); FLOPs = 2 × MACs.
+"""The cost of a frame in multiply-accumulates (MACs); FLOPs = 2 × MACs.
 
 The decoder is counted analytically, as in the paper's equations 13-14, from the decision that was really taken: every
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where

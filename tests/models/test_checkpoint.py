@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.heads import decode
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models import VLA, load_vla, random_vla, save_vla
@@ -22,7 +23,6 @@ from lac_vla.models.prismatic.config import VICUNA_PROMPT, PrismaticConfig
 from lac_vla.models.prismatic.presets import MINI, OPENVLA_7B, PRESETS
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.types import Frame
-from tests.heads import decode
 
 Weights = dict[str, torch.Tensor]
 Write = Callable[..., Path]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.heads import decode
 from torch.torch_version import TorchVersion
 
 from lac_vla import VLA, CachedVLA, Dense, Random, load_vla, random_vla, save_vla
@@ -22,7 +23,6 @@ from lac_vla.models.heads.dit import DIT, DiTConfig
 from lac_vla.models.heads.sampler import Sampling
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.types import Frame
-from tests.heads import decode
 
 Weights = dict[str, torch.Tensor]
 Parts = dict[str, Any]
@@ -290,9 +290,7 @@ def test_the_prompt_ends_with_the_cognition_token() -> None:
 
     module = random_vla(TINY_COGACT).module
     ended = build_cogact(replace(TINY_COGACT, prompt_end=(9, 2)), module, remember)
-    prompt = ended.processor.prompt(
-        Frame({name: np.zeros((48, 48, 3), np.uint8) for name in ended.grids}, "Pick Up")
-    )
+    prompt = ended.processor.prompt(Frame({name: np.zeros((48, 48, 3), np.uint8) for name in ended.grids}, "Pick Up"))
     embedding = module.language_model.get_input_embeddings().weight
     assert torch.equal(ended.processor.embed(prompt)[1], embedding[[5, 6, 9, 2]])
     assert prompt.layout.n_suffix == 4

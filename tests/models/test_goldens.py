@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.heads import decode
 
 from lac_vla import VLA, CachedVLA, load_vla
 from lac_vla.models.heads.base import AppendRows
 from lac_vla.types import Frame
-from tests.heads import decode
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 PROMPTS = ("short", "longer")

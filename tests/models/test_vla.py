@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.heads import decode
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models import random_vla
@@ -17,7 +18,6 @@ from lac_vla.models.prismatic.presets import MINI, MINI_VIT, OPENVLA_7B, TINY
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.models.tokenizer import WordHash
 from lac_vla.types import Frame
-from tests.heads import decode
 
 PUBLISHED_PARAMETERS = 7_541_237_184
 """Of openvla/openvla-7b, by the index of its safetensors files (15,082,474,368 bytes of bfloat16)."""

@@ -1,4 +1,4 @@
-"""What ``lac bench`` is told to measure."""
+"""Settings of ``lac bench``."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class BenchConfig:
         policies: Methods of the section ``frame``, beside the two dense ones; ``random:ratio=.25,.5,.9`` are three.
         options: Sets of options beside caching, each for dense and for every policy: ``none`` is the baseline and
             always there; ``draft``, ``draft+async_policy``, ``default``, ``exact`` (all that change no number), …
-        acceptance: Shares of the drafted tokens that are made to stand, in [0, 1], for random weights, where what
-            stands by itself means nothing: a further row each for every method with the option ``draft``.
+        acceptance: Shares of the drafted tokens that are made to be accepted, in [0, 1], for random weights, where
+            their own acceptance means nothing: a further row each for every method with the option ``draft``.
         frames: Observations of the section ``frame``.
         minutes: The section ``frame`` ends with the round in which it has taken so long; 0 for no limit.
         warmup: Rounds, or observations, that are run first and not counted.
@@ -49,7 +49,7 @@ class BenchConfig:
         max_age: No slot is reused once it is this old, frames.
         memory_policy: Method of the section ``memory``.
         memory_frames: Observations of the section ``memory``.
-        roofline: GPU whose floors stand beside the times: ``h200``, ``h100``, ``a100`` or ``rtx4090``.
+        roofline: GPU whose floors are put beside the times: ``h200``, ``h100``, ``a100`` or ``rtx4090``.
         seed: Of weights, scene, orders and sessions.
 
     Raises:
@@ -105,9 +105,7 @@ class BenchConfig:
         if not all(0 <= share <= 1 for share in self.acceptance):
             raise InputError(f"acceptance is {self.acceptance}; give shares of the drafted tokens in [0, 1]")
         if self.acceptance and self.model is not None:
-            raise InputError(
-                "acceptance is for random weights; a checkpoint's drafts stand by themselves: leave it out"
-            )
+            raise InputError("acceptance is for random weights; a checkpoint's drafts have their own: leave it out")
         if self.minutes < 0:
             raise InputError(f"minutes is {self.minutes}; give a time, or 0 for no limit")
         for options in self.options:

@@ -18,7 +18,7 @@ from lac_vla.evaluation.stats import Percentiles, percentiles
 
 @dataclass(frozen=True)
 class Ratio:
-    """How two quantities measured in the same rounds compare.
+    """A comparison of two quantities measured in the same rounds.
 
     Attributes:
         value: Median of the one over the median of the other.
@@ -64,12 +64,12 @@ class Target:
 
     @classmethod
     def at_most(cls, what: str, measured: Ratio | float, limit: float, unit: str = "×") -> Target:
-        """A target that lies above."""
+        """Make a target that lies above."""
         return cls._of(what, unit, measured, limit, "at most")
 
     @classmethod
     def at_least(cls, what: str, measured: Ratio | float, limit: float, unit: str = "×") -> Target:
-        """A target that lies below."""
+        """Make a target that lies below."""
         return cls._of(what, unit, measured, limit, "at least")
 
     @classmethod
@@ -114,7 +114,7 @@ def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def measured(values: Sequence[float]) -> Percentiles:
-    """Median and 95th percentile of at least one measurement."""
+    """Compute median and 95th percentile of at least one measurement."""
     found = percentiles(values)
     if found is None:
         raise InputError("nothing was measured: give at least one round")

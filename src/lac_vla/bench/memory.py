@@ -110,7 +110,7 @@ def _point(frame: int, session: Session, device: torch.device) -> MemoryPoint:
 
 
 def resident_mb() -> float:
-    """Resident memory of this process, MB; where Linux's ``/proc`` is missing, its peak so far."""
+    """Read the resident memory of this process, MB; where Linux's ``/proc`` is missing, its peak so far."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:

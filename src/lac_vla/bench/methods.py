@@ -59,8 +59,8 @@ def make_methods(model: VLA, config: BenchConfig) -> Iterator[Method]:
             for share in config.acceptance:
                 drafted = model.head.max_new_tokens - 1
                 accepted = round(share * drafted)
-                kept = f"{name}, {accepted}/{drafted} kept"
-                yield Method(kept, session(scripted(model, model.head, accepted)), options, (*swept, "acceptance"))
+                row = f"{name}, {accepted}/{drafted} accepted"
+                yield Method(row, session(scripted(model, model.head, accepted)), options, (*swept, "acceptance"))
 
 
 def row_name(method: str, options: str) -> str:

@@ -47,12 +47,12 @@ UNITS = {
     "swept": "prescribed, no property of the method or of the weights",
     "load": "processes that wanted a core, mean of a minute, before and after",
 }
-"""What the numbers in the file mean."""
+"""The meaning of the numbers in the file."""
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured, under which conditions.
+    """The measurements, and the conditions that they were made under.
 
     Attributes:
         config: What was asked for.
@@ -74,12 +74,12 @@ class BenchResult:
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Of all sections."""
+        """The targets of all sections."""
         ran = [part for part in (self.engine, self.frame, self.memory) if part is not None]
         return tuple(target for part in ran for target in part.targets)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Make plain data of everything."""
         content: dict[str, Any] = {**self.provenance, "units": UNITS, **plain(self)}
         del content["provenance"]
         config = self.config
@@ -114,7 +114,7 @@ def run_bench(config: BenchConfig) -> BenchResult:
 
 
 def _sections(config: BenchConfig) -> dict[str, Measure]:
-    """The wanted sections in order. What they need is opened here, so that faults show before all measuring."""
+    """List the wanted sections. What they need is opened here, so that faults show before all measuring."""
     sections: dict[str, Measure] = {}
     if "roofline" in config.sections:
         sections["roofline"] = partial(_floors, config, open_shapes(config))
@@ -200,7 +200,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what JSON knows."""
+    """Turn dataclasses, tuples and paths into what JSON knows."""
     if isinstance(value, Percentiles):
         return value._asdict()
     if is_dataclass(value):

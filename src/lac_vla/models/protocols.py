@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Rotary: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine, each (rows, head_dim), signed and ordered as the model's own layers take them."""
 QueryRows: TypeAlias = slice | torch.Tensor
-"""Which rows of a run have queries: a slice, or their indices, int64."""
+"""The rows of a run that have queries: a slice, or their indices, int64."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class DecoderLayer(Protocol):
         ...
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output projection, residual, feed-forward.
+        """Run output projection, residual and feed-forward.
 
         Args:
             hidden: The rows of :meth:`qkv` that have queries, (rows, width).
@@ -99,11 +99,11 @@ class DecoderStack(Protocol):
     def shape(self) -> DecoderShape: ...  # noqa: D102
 
     def rotary(self, positions: torch.Tensor) -> Rotary:
-        """Position embedding of sequence positions, int64, (rows,)."""
+        """Make the position embedding of sequence positions, int64, (rows,)."""
         ...
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final normalisation."""
+        """Run the final normalisation."""
         ...
 
     def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -271,12 +271,12 @@ class VLA:
 
     @property
     def device(self) -> torch.device:
-        """Where it lives."""
+        """The device that the model is on."""
         return self.decoder.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states."""
+        """The type of the hidden states."""
         return self.decoder.dtype
 
     @property
