@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from rich.console import Console
 from lac_vla import VLA, CachedVLA, CheckpointError, Dense, InputError, LacError, random_vla
 from lac_vla.bench import BenchConfig, BenchResult, bench_tables, engine, model, run, run_bench
 from lac_vla.bench import config as bench_config
+from lac_vla.bench.batch import Robots
 from lac_vla.bench.chart import COLOURS
 from lac_vla.bench.engine import Prefills
 from lac_vla.bench.frame import _targets as frame_targets
 from lac_vla.bench.frame import measure_frames
 from lac_vla.bench.measure import Ratio, Target, take_turns
 from lac_vla.bench.memory import resident_mb
+from lac_vla.bench.methods import cached_vla
 from lac_vla.bench.roofline import Roofline, floors
 from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.bench.shapes import LAYOUT, SHAPES
@@ -33,6 +36,7 @@ from lac_vla.bench.stock import StockSession
 from lac_vla.bench.sweep import expand, scripted
 from lac_vla.cost import layer_macs
 from lac_vla.datasets import DatasetWriter
+from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.models.prismatic.presets import LLAMA_8X512, PRESETS
@@ -470,6 +474,8 @@ def test_memory_of_the_process_is_read() -> None:
         ({"shape": "llama-1x1"}, "llama-8x512"),
         ({"rounds": 0}, "rounds"),
         ({"memory_frames": 0}, "memory_frames"),
+        ({"batch": ()}, "batch"),
+        ({"batch": (2, 0)}, "batch"),
         ({"warmup": 0}, "warmup"),
         ({"threads": -1}, "threads"),
         ({"flow": "raft"}, "raft"),
@@ -565,3 +571,55 @@ def test_a_learned_policy_is_held_to_more(result: BenchResult) -> None:
     assert [target.reached for target in frame_targets(learned, earned=True)][1:] == [True, True, False, False]
     assert len(list(frame_targets(replace(learned, options=""), earned=True))) == 4
     assert len(list(frame_targets(learned, earned=False))) == len(list(frame_targets(row, earned=True))) == 1
+
+
+# Several sessions on one engine.
+
+
+def test_sessions_are_run_together_and_say_what_each_would_alone(tiny: VLA, tmp_path: Path) -> None:
+    """Each session has a seed and a first frame of its own; a pass is one run of the engine."""
+    vla = cached_vla(tiny, "random:ratio=0.5", "none", config(tmp_path))
+    scene = make_scene(tiny, None, 7, 0)
+    sessions = [vla.session(3 + number) for number in range(3)]
+    expected = []
+    for index in range(4):
+        for number, session in enumerate(sessions):
+            place = (index + (0, 2, 4)[number]) % 7
+            if place == 0:
+                session.reset()
+            expected.append(session.act(scene.frames[place]))
+    robots, together, found = Robots(vla, 3, 3), vla.engine.run, []
+    ratios: list[float] = []
+
+    def noted(plans: Sequence[FramePlan]) -> list[FrameResult]:
+        found.append(together(plans))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vla.engine, "run", noted)
+        for index in range(4):
+            robots.act(scene, index, ratios)
+    assert [len(results) for results in found] == [3, 3, 3, 3]
+    actions = [result.action for results in found for result in results]
+    np.testing.assert_allclose(np.stack(actions), expected, atol=1e-6)
+    assert ratios == [0, 0, 0] + [0.5] * 8 + [0]  # the third session begins its episode again
+
+
+def test_the_file_holds_the_batch(tmp_path: Path) -> None:
+    ran = run_bench(config(tmp_path, sections=("batch",), policies=("random:ratio=.5",), batch=(2, 4)))
+    section = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["batch"]
+    assert section["random_weights"]
+    rows = {(row["name"], row["sessions"]): row for row in section["rows"]}
+    names = ["dense", "random:ratio=.5", "dense +default", "random:ratio=.5 +default"]
+    assert list(rows) == [(name, sessions) for name in names for sessions in (1, 2, 4)]
+    for (name, sessions), row in rows.items():
+        assert row["latency_ms"]["n"] == 3
+        assert row["frames_per_second"] == pytest.approx(1e3 * sessions / row["latency_ms"]["p50"])
+        alone = rows[name, 1]["frames_per_second"]
+        assert row["faster_than_one"]["value"] == pytest.approx(row["frames_per_second"] / alone)
+        dense = rows[name.replace("random:ratio=.5", "dense"), sessions]["frames_per_second"]
+        assert row["faster_than_dense"]["value"] == pytest.approx(row["frames_per_second"] / dense)
+        assert (row["ratio_effective"] == 0) == name.startswith("dense")
+    text = shown(ran)
+    for word in ("batch: sessions on one engine", "frames per second", "random:ratio=.5 +default", "swept"):
+        assert word in text

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from lac_vla.errors import InputError
 from lac_vla.evaluation.stats import Percentiles, percentiles
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Target:
 
 
 def take_turns(
-    names: Sequence[str], rounds: int, seed: int, what: str, *, least: int = 0, seconds: float = math.inf
-) -> Iterator[tuple[int, list[str]]]:
+    names: Sequence[T], rounds: int, seed: int, what: str, *, least: int = 0, seconds: float = math.inf
+) -> Iterator[tuple[int, list[T]]]:
     """Go through the rounds with a progress bar.
 
     Args:

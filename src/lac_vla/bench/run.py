@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import cv2
 import torch
 
+from lac_vla.bench.batch import BatchResult, measure_batch
 from lac_vla.bench.chart import stage_chart
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import EngineResult, measure_engine
@@ -30,7 +31,7 @@ from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
 
-Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult | RooflineResult]
+Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult | BatchResult | RooflineResult]
 
 RESULT = "bench.json"
 CHART = "bench.svg"
@@ -40,6 +41,7 @@ UNITS = {
     "macs": "multiply-accumulates; DIS flow, which has no matrix products, is not counted",
     "flops": "floating-point operations: 2 per multiply-accumulate",
     "faster_than_*": "ratio of medians value, quartiles low and high of the ratios within the rounds",
+    "frames_per_second": "of all sessions together, over the median time of a pass",
     "bookkeeping": "as faster_than_*: flow + policy + bookkeeping over the model call of 'dense'",
     "deciding": "as faster_than_*: flow + policy over the model call of dense with the same options",
     "floor_ms": "least time of that GPU's vendor peaks: of the arithmetic, or of reading the layers' weights once",
@@ -61,6 +63,7 @@ class BenchResult:
         engine: The section, if it ran.
         frame: The section, if it ran.
         memory: The section, if it ran.
+        batch: The section, if it ran.
         roofline: The section, if it was asked for.
     """
 
@@ -70,6 +73,7 @@ class BenchResult:
     engine: EngineResult | None = None
     frame: FrameResult | None = None
     memory: MemoryResult | None = None
+    batch: BatchResult | None = None
     roofline: RooflineResult | None = None
 
     @property
@@ -120,13 +124,15 @@ def _sections(config: BenchConfig) -> dict[str, Measure]:
         sections["roofline"] = partial(_floors, config, open_shapes(config))
     if "engine" in config.sections:
         sections["engine"] = partial(measure_engine, config)
-    if {"frame", "memory"} & set(config.sections):
+    if {"frame", "memory", "batch"} & set(config.sections):
         model = open_model(config)
         scene = make_scene(model, config.replay, config.warmup + config.frames, config.seed)
         if "frame" in config.sections:
             sections["frame"] = partial(measure_frames, model, scene, config)
         if "memory" in config.sections:
             sections["memory"] = partial(measure_memory, model, scene, config)
+        if "batch" in config.sections:
+            sections["batch"] = partial(measure_batch, model, scene, config)
     return sections
 
 

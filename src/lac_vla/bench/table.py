@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lac_vla.bench.batch import BatchResult
 from lac_vla.bench.engine import EngineResult
 from lac_vla.bench.frame import FrameResult, FrameRow
 from lac_vla.bench.measure import Ratio, Target
@@ -30,6 +31,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
         tables += [frame_table(result.frame), cost_table(result.frame), stage_table(result.frame)]
     if result.memory is not None:
         tables.append(memory_table(result.memory))
+    if result.batch is not None:
+        tables.append(batch_table(result.batch))
     if result.frame is not None and result.frame.roofline is not None:
         tables.append(floor_table(result.frame))
     return [*tables, target_table(result)] if result.targets else tables
@@ -155,6 +158,22 @@ def memory_table(result: MemoryResult) -> Table:
     for point in result.points:
         accelerator = NONE if point.accelerator_mb is None else f"{point.accelerator_mb:.2f}"
         table.add_row(str(point.frame), f"{point.process_mb:.2f}", f"{point.cache_mb:.3f}", accelerator)
+    return table
+
+
+def batch_table(result: BatchResult) -> Table:
+    """Make the table of frames per second of several sessions on one engine."""
+    table = _table(
+        f"batch: sessions on one engine, {result.model}, {result.dtype}",
+        f"frames of all sessions together, {result.source}\n"
+        "a pass: all sessions' observations to all their actions, p50 / p95 in ms; faster: frames per second, ratio of "
+        "medians, and quartiles of the ratios within the rounds" + (SWEPT if result.random_weights else ""),
+        "sessions", "frames per second", "pass ms", "ratio eff.", "faster than one session", "faster than dense",
+    )  # fmt: skip
+    for row in result.rows:
+        cells = [str(row.sessions), f"{row.frames_per_second:.1f}", latency(row.latency_ms)]
+        ratios = [percent(row.ratio_effective), ratio(row.faster_than_one), ratio(row.faster_than_dense)]
+        table.add_row(row.name, *cells, *ratios)
     return table
 
 
