@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,49 +18,63 @@ import pytest
 import torch
 from rich.console import Console
 
-from lac_vla import CachedVLA, CheckpointError, Dense, InputError, LacError, PrismaticBackbone, random_vla
-from lac_vla.bench import BenchConfig, BenchResult, bench_tables, engine, model, run, run_bench, shapes
+from lac_vla import VLA, CachedVLA, CheckpointError, Dense, InputError, LacError, random_vla
+from lac_vla.bench import BenchConfig, BenchResult, bench_tables, engine, model, run, run_bench
+from lac_vla.bench import config as bench_config
+from lac_vla.bench.batch import Robots
 from lac_vla.bench.chart import COLOURS
 from lac_vla.bench.engine import Prefills
 from lac_vla.bench.frame import _targets as frame_targets
 from lac_vla.bench.frame import measure_frames
 from lac_vla.bench.measure import Ratio, Target, take_turns
 from lac_vla.bench.memory import resident_mb
+from lac_vla.bench.methods import cached_vla
 from lac_vla.bench.roofline import Roofline, floors
 from lac_vla.bench.scene import make_scene, synthetic
-from lac_vla.bench.shapes import LAYOUT, decoder_config
+from lac_vla.bench.shapes import LAYOUT, SHAPES
 from lac_vla.bench.stock import StockSession
-from lac_vla.bench.sweep import Scripted, expand
+from lac_vla.bench.sweep import expand, scripted
 from lac_vla.cost import layer_macs
 from lac_vla.datasets import DatasetWriter
-from lac_vla.models.base import DecoderShape
+from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.models.cogact.config import TINY_COGACT
+from lac_vla.models.heads.tokens import TokenHead
+from lac_vla.models.prismatic.presets import LLAMA_8X512, PRESETS
+from lac_vla.models.protocols import DecoderShape
 from lac_vla.policies import POLICIES, Random
 from lac_vla.timing import STAGES, WINDOWS
 from lac_vla.types import Decision, TokenLayout
 from tests.engine.scenes import frame as shot
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512 + 64,
-    "pad_token_id": 0,
-}
+SMALL = replace(
+    LLAMA_8X512,
+    text_config={
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512 + 64,
+        "pad_token_id": 0,
+    },
+)
+
+
+def with_small_shape(patch: pytest.MonkeyPatch) -> None:
+    """Add a decoder of milliseconds, which the targets are applied to."""
+    patch.setitem(PRESETS, "small", SMALL)
+    patch.setattr(bench_config, "SHAPES", (*SHAPES, "small"))
+    patch.setattr(engine, "TARGET_SHAPE", "small")
 
 
 @pytest.fixture(scope="module")
-def tiny() -> PrismaticBackbone:
+def tiny() -> VLA:
     return random_vla("tiny", seed=2)
 
 
 @pytest.fixture(autouse=True)
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder of milliseconds, which the targets are applied to."""
-    monkeypatch.setitem(shapes.SHAPES, "small", SMALL)  # type: ignore[arg-type]
-    monkeypatch.setattr(engine, "TARGET_SHAPE", "small")
+    with_small_shape(monkeypatch)
 
 
 def config(out: Path, **changes: Any) -> BenchConfig:
@@ -98,13 +113,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("active", [1.0, 0.5, 0.1])
 def test_stock_and_engine_prefill_the_same(active: float) -> None:
     """The prompt is the cached one, so that reuse must be exact as well."""
-    prefills = Prefills(random_vla(decoder_config(SMALL)), seed=0)
+    prefills = Prefills(random_vla(SMALL), seed=0)
     decision = prefills.decision(active)
     assert decision.active.sum() == round(active * LAYOUT.n_visual)
     torch.testing.assert_close(prefills.ours(decision)(), prefills.stock(), rtol=1e-5, atol=1e-5)
 
 
-def test_stock_and_dense_session_act_the_same(tiny: PrismaticBackbone) -> None:
+def test_stock_and_dense_session_act_the_same(tiny: VLA) -> None:
     stock, session = StockSession(tiny), CachedVLA(tiny, Dense()).session()
     for frame in synthetic(("agentview", "wrist"), None, 4, 1).frames:
         np.testing.assert_allclose(stock.act(frame), session.act(frame), atol=1e-6)
@@ -148,9 +163,10 @@ def test_several_values_are_several_policies(text: str, specs: list[str]) -> Non
 
 @pytest.mark.parametrize("kept", [0, 2, 6])
 @pytest.mark.parametrize("policy", [Dense(), Random(0.5)], ids=["dense", "random"])
-def test_so_many_drafted_tokens_stand_as_were_prescribed(tiny: PrismaticBackbone, policy: Any, kept: int) -> None:
+def test_so_many_drafted_tokens_are_accepted_as_were_prescribed(tiny: VLA, policy: Any, kept: int) -> None:
     """Behind them every pass settles one token, whatever the frame and whatever is reused."""
-    session = CachedVLA(Scripted(tiny, kept), policy).session()
+    assert isinstance(tiny.head, TokenHead)
+    session = CachedVLA(scripted(tiny, tiny.head, kept), policy).session()
     for seed in range(3):
         session.act(shot(seed))
         assert session.last_info is not None
@@ -176,13 +192,14 @@ def test_floors_of_a_7b_decoder(gpu: str, ridge: float, prefill: float, decode: 
     every_row = roofline.compute_ms(32 * layer_macs(LLAMA_7B, 285, 285))
     assert max(every_row, roofline.weight_ms) == pytest.approx(prefill, rel=0.01)
     layout = TokenLayout.of({"camera": (16, 16)}, 1, 28)
-    least = roofline.prefill_ms(layout, Decision.dense(256, 32))
-    assert 0.96 * prefill < least < 1.01 * prefill  # the last layer's rows do not all ask
+    least = roofline.prefill_ms(layout, Decision.dense(256, 32), n_queries=28)
+    assert 0.96 * prefill < least < 1.01 * prefill  # in the last layer few rows have queries
     assert roofline.decode_ms(layout, Decision.dense(256, 32), [(0, 1), (1, 2)]) == 2 * roofline.weight_ms
 
 
 def test_below_the_ridge_fewer_rows_buy_nothing() -> None:
-    result = floors(Roofline("h200", LLAMA_7B), "x", TokenLayout.of({"camera": (16, 16)}, 1, 28), 7, (0.75, 0.5, 0.1))
+    layout = TokenLayout.of({"camera": (16, 16)}, 1, 28)
+    result = floors(Roofline("h200", LLAMA_7B), "x", layout, 7, (0.75, 0.5, 0.1), n_queries=28)
     assert [row.rows for row in result.rows] == [285, 221, 157, 55]
     assert [row.bound for row in result.rows] == ["compute", "compute", "bandwidth", "bandwidth"]
     assert result.rows[2].faster == result.rows[3].faster
@@ -201,13 +218,25 @@ def test_floors_of_a_7b_model_need_no_weights(tmp_path: Path, monkeypatch: pytes
         assert len(bench_tables(ran)) == 1
 
 
+def test_floors_are_of_what_the_engine_computes(tmp_path: Path) -> None:
+    """In the last layer the suffix alone has queries; a state is part of it."""
+    ran = run_bench(config(tmp_path, random_weights="mini", sections=("roofline",), roofline="h200"))
+    assert ran.roofline is not None
+    mini = random_vla("mini", device="meta")
+    roofline, n_suffix = Roofline("h200", mini.decoder.shape), ran.roofline.tokens - ran.roofline.visual_tokens - 1
+    layout = TokenLayout.of(mini.grids, 1, n_suffix)
+    dense = Decision.dense(layout.n_visual, mini.n_layers)
+    assert ran.roofline.rows[0].prefill_ms == roofline.prefill_ms(layout, dense, n_queries=n_suffix)
+    assert ran.roofline.rows[0].prefill_ms < roofline.prefill_ms(layout, dense)
+
+
 # A model that says no tokens; floors, sweeps and the chart of a whole run.
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.SHAPES, "small", SMALL)  # type: ignore[arg-type]
+        with_small_shape(patch)
         return run_bench(
             config(
                 tmp_path_factory.mktemp("swept"),
@@ -225,9 +254,9 @@ def test_a_sweep_says_what_is_prescribed(swept: BenchResult) -> None:
     rows = {row.name: row for row in swept.frame.rows}
     methods = ["dense", "random:ratio=.5", "random:ratio=.9"]
     optioned = [f"{m} +{option}{end}" for option in ("draft", "default+bucket=8+cuda_graphs") for m in methods
-               for end in ("", ", 3/6 kept")]  # fmt: skip
+               for end in ("", ", 3/6 accepted")]  # fmt: skip
     assert list(rows) == ["dense stock", *methods, *optioned]
-    half = rows["random:ratio=.9 +default+bucket=8+cuda_graphs, 3/6 kept"]
+    half = rows["random:ratio=.9 +default+bucket=8+cuda_graphs, 3/6 accepted"]
     assert half.swept == ("ratio", "acceptance")
     assert (half.accepted, half.passes, half.same_actions) == (0.5, 3, None)
     assert half.ratio_effective == pytest.approx(1 - 8 / 52)
@@ -241,10 +270,10 @@ def test_a_sweep_says_what_is_prescribed(swept: BenchResult) -> None:
 def test_every_row_has_its_own_floor(swept: BenchResult) -> None:
     assert swept.frame is not None
     rows = {row.name: row for row in swept.frame.rows}
-    floor = Roofline("h100", random_vla("tiny").shape)
+    floor = Roofline("h100", random_vla("tiny").decoder.shape)
     assert rows["dense"].floor_ms["prefill"] >= rows["random:ratio=.9"].floor_ms["prefill"] >= floor.weight_ms
     assert rows["dense"].floor_ms["decode"] == pytest.approx(6 * floor.weight_ms)
-    assert rows["dense +draft, 3/6 kept"].floor_ms["decode"] < rows["dense"].floor_ms["decode"]
+    assert rows["dense +draft, 3/6 accepted"].floor_ms["decode"] < rows["dense"].floor_ms["decode"]
     assert all(row.times_floor == {} for row in rows.values())  # this is no H100
     text = shown(swept)
     for word in ("84.6 % swept", "50.0 % swept", "floors of one h100", "floors only", "random weights: what is reused"):
@@ -322,8 +351,7 @@ def test_the_synthetic_scene_moves_before_a_background_that_stands_still() -> No
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.SHAPES, "small", SMALL)  # type: ignore[arg-type]
-        patch.setattr(engine, "TARGET_SHAPE", "small")
+        with_small_shape(patch)
         return run_bench(config(tmp_path_factory.mktemp("out")))
 
 
@@ -414,7 +442,7 @@ def test_the_tables_show_it(result: BenchResult) -> None:
         assert word in text
 
 
-def test_replayed_frames_come_with_their_episodes(dataset: Path, tiny: PrismaticBackbone, tmp_path: Path) -> None:
+def test_replayed_frames_come_with_their_episodes(dataset: Path, tiny: VLA, tmp_path: Path) -> None:
     scene = make_scene(tiny, dataset, 6, 0)
     assert len(scene.frames) == 6
     assert scene.starts == {0, 3}
@@ -446,6 +474,8 @@ def test_memory_of_the_process_is_read() -> None:
         ({"shape": "llama-1x1"}, "llama-8x512"),
         ({"rounds": 0}, "rounds"),
         ({"memory_frames": 0}, "memory_frames"),
+        ({"batch": ()}, "batch"),
+        ({"batch": (2, 0)}, "batch"),
         ({"warmup": 0}, "warmup"),
         ({"threads": -1}, "threads"),
         ({"flow": "raft"}, "raft"),
@@ -498,9 +528,8 @@ def test_a_model_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_a_dataset_must_have_the_models_cameras_and_state(dataset: Path, tmp_path: Path) -> None:
-    tower = decoder_config(SMALL)  # its camera is called "camera"
     with pytest.raises(InputError, match=r"\['camera'\] are missing"):
-        make_scene(random_vla(tower), dataset, 5, 0)
+        make_scene(random_vla(SMALL), dataset, 5, 0)  # its camera is called "camera"
     with pytest.raises(InputError, match="needs 8 values"):
         run_bench(config(tmp_path, random_weights="mini", replay=dataset))
 
@@ -542,3 +571,55 @@ def test_a_learned_policy_is_held_to_more(result: BenchResult) -> None:
     assert [target.reached for target in frame_targets(learned, earned=True)][1:] == [True, True, False, False]
     assert len(list(frame_targets(replace(learned, options=""), earned=True))) == 4
     assert len(list(frame_targets(learned, earned=False))) == len(list(frame_targets(row, earned=True))) == 1
+
+
+# Several sessions on one engine.
+
+
+def test_sessions_are_run_together_and_say_what_each_would_alone(tiny: VLA, tmp_path: Path) -> None:
+    """Each session has a seed and a first frame of its own; a pass is one run of the engine."""
+    vla = cached_vla(tiny, "random:ratio=0.5", "none", config(tmp_path))
+    scene = make_scene(tiny, None, 7, 0)
+    sessions = [vla.session(3 + number) for number in range(3)]
+    expected = []
+    for index in range(4):
+        for number, session in enumerate(sessions):
+            place = (index + (0, 2, 4)[number]) % 7
+            if place == 0:
+                session.reset()
+            expected.append(session.act(scene.frames[place]))
+    robots, together, found = Robots(vla, 3, 3), vla.engine.run, []
+    ratios: list[float] = []
+
+    def noted(plans: Sequence[FramePlan]) -> list[FrameResult]:
+        found.append(together(plans))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vla.engine, "run", noted)
+        for index in range(4):
+            robots.act(scene, index, ratios)
+    assert [len(results) for results in found] == [3, 3, 3, 3]
+    actions = [result.action for results in found for result in results]
+    np.testing.assert_allclose(np.stack(actions), expected, atol=1e-6)
+    assert ratios == [0, 0, 0] + [0.5] * 8 + [0]  # the third session begins its episode again
+
+
+def test_the_file_holds_the_batch(tmp_path: Path) -> None:
+    ran = run_bench(config(tmp_path, sections=("batch",), policies=("random:ratio=.5",), batch=(2, 4)))
+    section = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["batch"]
+    assert section["random_weights"]
+    rows = {(row["name"], row["sessions"]): row for row in section["rows"]}
+    names = ["dense", "random:ratio=.5", "dense +default", "random:ratio=.5 +default"]
+    assert list(rows) == [(name, sessions) for name in names for sessions in (1, 2, 4)]
+    for (name, sessions), row in rows.items():
+        assert row["latency_ms"]["n"] == 3
+        assert row["frames_per_second"] == pytest.approx(1e3 * sessions / row["latency_ms"]["p50"])
+        alone = rows[name, 1]["frames_per_second"]
+        assert row["faster_than_one"]["value"] == pytest.approx(row["frames_per_second"] / alone)
+        dense = rows[name.replace("random:ratio=.5", "dense"), sessions]["frames_per_second"]
+        assert row["faster_than_dense"]["value"] == pytest.approx(row["frames_per_second"] / dense)
+        assert (row["ratio_effective"] == 0) == name.startswith("dense")
+    text = shown(ran)
+    for word in ("batch: sessions on one engine", "frames per second", "random:ratio=.5 +default", "swept"):
+        assert word in text

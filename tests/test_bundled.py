@@ -25,15 +25,15 @@ def black() -> Frame:
 @pytest.mark.parametrize(("folder", "shape"), [(MINI, (7,)), (MINI_VIT, (7,)), (MINI_COGACT, (16, 7))])
 def test_it_is_worth_caching(folder: Path, shape: tuple[int, ...]) -> None:
     """At least 128 visual tokens, and the decoder the larger part of the cost."""
-    backbone = load_vla(folder)
-    session = CachedVLA(backbone).session()
+    vla = load_vla(folder)
+    session = CachedVLA(vla).session()
     action = session.act(black())
     assert action.shape == shape
     assert np.abs(action).max() <= 1.01
     step = session.last_info
     assert step is not None
     assert step.layout.n_visual >= 128
-    macs = CostModel.of(backbone, black()).step(step)
+    macs = CostModel.of(vla, black()).step(step)
     assert macs["prefill"] > 0.5 * sum(macs.values())
 
 
@@ -48,9 +48,9 @@ def test_it_is_small_and_documented(folder: Path) -> None:
 @pytest.mark.parametrize(("folder", "ensemble"), [(MINI, None), (MINI_VIT, None), (MINI_COGACT, AdaptiveEnsemble(4))])
 def test_it_solves_a_task_dense_and_with_reuse(folder: Path, ensemble: AdaptiveEnsemble | None) -> None:
     """Initial states that no demonstration used; two tries each, as another processor rounds otherwise."""
-    backbone = load_vla(folder)
+    vla = load_vla(folder)
     with closing(LiberoEnv("libero_spatial", 0)) as env:
         for policy in (Dense(), Motion(0.5)):
-            session = CachedVLA(backbone, policy).session()
+            session = CachedVLA(vla, policy).session()
             records = (rollout(env, session, "any", FIRST_HELD_OUT + k, ensemble=ensemble) for k in range(2))
             assert any(record.success for record in records)

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lac_vla import CachedVLA, Decision, EngineOptions, Random, TokenLayout, random_vla
 from lac_vla.bench.stock import StockSession
-from lac_vla.cost import CostModel, count_macs, layer_macs, prefill_macs, probe_macs
-from lac_vla.models import CogACTConfig, PrismaticConfig
-from lac_vla.models.base import DecoderShape
-from lac_vla.models.cogact.config import COGACT_7B, TINY_COGACT, Sampling
+from lac_vla.cost import CostModel, count_macs, decode_macs, layer_macs, prefill_macs, probe_macs
+from lac_vla.engine.kv_cache import Region, SlotCache
+from lac_vla.engine.layers import Segment, run_layers
+from lac_vla.models.cogact.config import COGACT_7B, TINY_COGACT, CogACTConfig
+from lac_vla.models.heads.base import ActionHead, AppendRows, Decoding, HeadContext
+from lac_vla.models.heads.diffusion import DiffusionHead
+from lac_vla.models.heads.sampler import Sampling
+from lac_vla.models.llama import LlamaDecoder, build_llama
+from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.towers import ViTConfig
+from lac_vla.models.protocols import DecoderShape
 from lac_vla.policies import CachePolicy
 from lac_vla.policies.vla_cache import EXIT_LAYERS, damped_schedule, exit_layers
 from lac_vla.types import AttentionProbe, PolicyInput, SkippedTokens
 from tests.engine.scenes import ALL_POLICIES, frame
 
 LLAMA_7B = DecoderShape(layers=32, width=4096, kv_width=4096, ffn=11008)
+
+
+def engine_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision) -> int:
+    """Count a prefill of our engine for a head that reads hidden states: in the last layer the suffix has queries."""
+    return prefill_macs(shape, layout, decision, n_queries=layout.n_suffix)
 
 
 def test_dense_7b_prefill_is_the_published_figure() -> None:
@@ -69,11 +82,11 @@ def test_vla_caches_ratio_and_macs_agree_with_the_published_figures() -> None:
     assert published_macs(decision) == pytest.approx(1.355e12, rel=0.05)
     saved = 1 - 1.355 / 1.864
     assert decision.ratio * 256 / 285 == pytest.approx(saved, rel=0.05)
-    ours = prefill_macs(LLAMA_7B, layout, decision) / prefill_macs(LLAMA_7B, layout, Decision.dense(256, 32))
-    assert ours == pytest.approx(1 - saved, rel=0.05)
+    ours, dense = (engine_macs(LLAMA_7B, layout, done) for done in (decision, Decision.dense(256, 32)))
+    assert ours / dense == pytest.approx(1 - saved, rel=0.05)
 
 
-def test_what_a_policy_watches_is_counted() -> None:
+def test_what_a_policy_probes_is_counted() -> None:
     layout = TokenLayout.of({"agentview": (2, 4)}, n_prefix=1, n_suffix=3)
     shape = DecoderShape(layers=4, width=16, kv_width=8, ffn=32)
     reuse = Decision(np.array([0, 2, 2, 4, 4, 4, 4, 4]), 4)
@@ -83,15 +96,15 @@ def test_what_a_policy_watches_is_counted() -> None:
     assert probe_macs(shape, layout, reuse, AttentionProbe((1, 3), "all")) == (11 + 9) * 12 * 16
     pruned = replace(reuse, skipped=SkippedTokens.PRUNE)
     assert probe_macs(shape, layout, pruned, AttentionProbe((1, 3), "suffix")) == 3 * (11 + 9) * 16
-    # Whoever watches all rows of the last layer makes them be computed.
-    extra = prefill_macs(shape, layout, reuse, whole=True) - prefill_macs(shape, layout, reuse)
+    # Whoever probes all rows of the last layer makes them be computed.
+    extra = prefill_macs(shape, layout, reuse) - engine_macs(shape, layout, reuse)
     assert extra == (9 - 3) * (2 * 16**2 + 3 * 16 * 32 + 2 * 16 * 12)
 
 
 def test_the_last_layer_is_for_the_suffix_only() -> None:
     layout = TokenLayout.of({"agentview": (16, 16)}, n_prefix=1, n_suffix=28)
-    prefill = prefill_macs(LLAMA_7B, layout, Decision.dense(256, 32))
-    full, last = layer_macs(LLAMA_7B, 285, 285), layer_macs(LLAMA_7B, 285, 285, asking=28)
+    prefill = engine_macs(LLAMA_7B, layout, Decision.dense(256, 32))
+    full, last = layer_macs(LLAMA_7B, 285, 285), layer_macs(LLAMA_7B, 285, 285, n_queries=28)
     assert prefill == 31 * full + last
     assert last < 0.3 * full
 
@@ -99,50 +112,55 @@ def test_the_last_layer_is_for_the_suffix_only() -> None:
 @pytest.mark.parametrize("name", sorted(ALL_POLICIES))
 @pytest.mark.parametrize("model", [TINY, TINY_COGACT], ids=["openvla", "cogact"])
 def test_analytic_count_equals_torchs(model: PrismaticConfig | CogACTConfig, name: str) -> None:
-    backbone = random_vla(model)
-    session = CachedVLA(backbone, ALL_POLICIES[name]()).session()
+    vla = random_vla(model)
+    session = CachedVLA(vla, ALL_POLICIES[name]()).session()
     session.act(frame(0))
     counted = count_macs(lambda: session.act(frame(1)))
     step = session.last_info
     assert step is not None
-    analytic = CostModel.of(backbone, frame(0)).step(step)
+    analytic = CostModel.of(vla, frame(0)).step(step)
     assert sum(analytic.values()) == pytest.approx(counted, rel=0.01)
 
 
 @pytest.mark.parametrize("model", [TINY, TINY_COGACT], ids=["openvla", "cogact"])
 def test_stock_is_counted_as_it_runs(model: PrismaticConfig | CogACTConfig) -> None:
     """Stock transformers runs its last layer for every row, our engine for the suffix: the same model, more MACs."""
-    backbone = random_vla(model)
-    stock = StockSession(backbone)
+    vla = random_vla(model)
+    stock, shape = StockSession(vla), vla.decoder.shape
     counted = count_macs(lambda: stock.act(frame(0)))
     assert stock.last_info is not None
-    cost, layout = CostModel.of(backbone, frame(0)), stock.last_info.layout
+    cost, layout = CostModel.of(vla, frame(0)), stock.last_info.layout
     by_stage = cost.step(stock.last_info)
     assert sum(by_stage.values()) == pytest.approx(counted, rel=0.002)
-    every_row = layer_macs(backbone.shape, layout.length, layout.length)
-    assert by_stage["prefill"] == backbone.shape.layers * every_row
-    ours = cost.step(replace(stock.last_info, whole=False))
-    suffix = layer_macs(backbone.shape, layout.length, layout.length, layout.n_suffix)
+    every_row = layer_macs(shape, layout.length, layout.length)
+    assert by_stage["prefill"] == shape.layers * every_row
+    ours = cost.step(replace(stock.last_info, n_queries=layout.n_suffix))
+    suffix = layer_macs(shape, layout.length, layout.length, layout.n_suffix)
     assert by_stage["prefill"] - ours["prefill"] == every_row - suffix
 
 
-@pytest.mark.parametrize("rows", ["all", "suffix"])
-def test_a_session_says_whether_its_last_layer_was_whole(rows: str) -> None:
-    @dataclass(frozen=True)
-    class Watching(Random):
-        def probe(self, n_layers: int) -> AttentionProbe:
-            return AttentionProbe((n_layers - 1,), rows)
+@dataclass(frozen=True)
+class Probing(Random):
+    """Has the last layer probed, and cares for nothing that it sees."""
 
-    session = CachedVLA(random_vla("tiny"), Watching()).session()
+    rows: str = "suffix"
+
+    def probe(self, n_layers: int) -> AttentionProbe:
+        return AttentionProbe((n_layers - 1,), self.rows)
+
+
+@pytest.mark.parametrize("rows", ["all", "suffix"])
+def test_a_session_says_how_many_rows_had_queries_in_its_last_layer(rows: str) -> None:
+    session = CachedVLA(random_vla("tiny"), Probing(rows=rows)).session()
     session.act(frame(0))
     assert session.last_info is not None
-    assert session.last_info.full_last_layer == (rows == "all")
+    assert session.last_info.n_queries == (None if rows == "all" else session.last_info.layout.n_suffix)
 
 
 def test_reuse_pays_per_row() -> None:
     layout = TokenLayout.of({"agentview": (16, 16)}, n_prefix=1, n_suffix=28)
-    dense = prefill_macs(LLAMA_7B, layout, Decision.dense(256, 32))
-    half = prefill_macs(LLAMA_7B, layout, Decision.reuse(np.arange(256) < 128, 32))
+    dense = engine_macs(LLAMA_7B, layout, Decision.dense(256, 32))
+    half = engine_macs(LLAMA_7B, layout, Decision.reuse(np.arange(256) < 128, 32))
     assert half / dense == pytest.approx(1 - 128 / 285, rel=0.01)
 
 
@@ -153,19 +171,20 @@ def test_cogact_7b_is_the_published_figure() -> None:
     number of tokens is not given; 282 (BOS, 256 visual, 25 of text) are those of the figure. The engine computes less:
     in its last layer the suffix alone.
     """
-    shape = random_vla(COGACT_7B, device="meta").shape
+    shape = random_vla(COGACT_7B, device="meta").decoder.shape
     layout = TokenLayout.of({"agentview": (16, 16)}, n_prefix=1, n_suffix=25)
     assert shape.layers * layer_macs(shape, layout.length, layout.length) / 1e12 == pytest.approx(1.847, rel=0.001)
-    dense = prefill_macs(shape, layout, Decision.dense(256, shape.layers))
+    dense = engine_macs(shape, layout, Decision.dense(256, shape.layers))
     assert dense / 1e12 == pytest.approx(1.847, rel=0.03)
-    half = prefill_macs(shape, layout, Decision.reuse(np.arange(256) < 128, shape.layers))
+    half = engine_macs(shape, layout, Decision.reuse(np.arange(256) < 128, shape.layers))
     assert half / dense == pytest.approx(1 - 128 / 282, rel=0.01)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance=1.0), Sampling(steps=5), Sampling("ddpm")])
 def test_a_diffusion_head_is_counted_with_its_steps_and_guidance(sampling: Sampling) -> None:
-    backbone = random_vla(TINY_COGACT)
-    backbone.sampling = sampling
+    vla = random_vla(TINY_COGACT)
+    assert isinstance(vla.head, DiffusionHead)
+    vla.head.sampling = sampling
     dit = TINY_COGACT.head
     tokens = 1 + dit.horizon
     block = tokens * (12 * dit.width**2 + 2 * tokens * dit.width)
@@ -174,9 +193,9 @@ def test_a_diffusion_head_is_counted_with_its_steps_and_guidance(sampling: Sampl
     )  # the condition's is not used
     steps, predictions = 100 if sampling.method == "ddpm" else sampling.steps, 2 if sampling.guidance > 1 else 1
     once = steps * dit.width * (256 + dit.width) + predictions * dit.condition * dit.width
-    cost = CostModel.of(backbone, frame(0))
+    cost = CostModel.of(vla, frame(0))
     assert cost.head == steps * predictions * (dit.depth * block + embeddings) + once
-    session = CachedVLA(backbone).session()
+    session = CachedVLA(vla).session()
     session.act(frame(0))
     assert session.last_info is not None
     assert cost.step(session.last_info)["decode"] == 0
@@ -184,10 +203,10 @@ def test_a_diffusion_head_is_counted_with_its_steps_and_guidance(sampling: Sampl
 
 
 def test_a_token_head_is_the_output_matrix() -> None:
-    backbone = random_vla("tiny")
-    cost = CostModel.of(backbone, frame(0))
+    vla = random_vla("tiny")
+    cost = CostModel.of(vla, frame(0))
     assert cost.head == 32 * (512 + 64)
-    session = CachedVLA(backbone).session()
+    session = CachedVLA(vla).session()
     session.act(frame(0))
     assert session.last_info is not None
     assert cost.step(session.last_info)["head"] == 7 * cost.head
@@ -207,11 +226,11 @@ def test_a_tower_costs_what_it_computes() -> None:
 def test_the_towers_attention_is_counted() -> None:
     vit = ViTConfig(32, 3, 2, 64)
     camera = replace(TINY.cameras[0], image_size=42, tower=None)
-    backbone = random_vla(replace(TINY, vision_backbone_id="siglip", vit_towers=(vit,), cameras=(camera,)))
+    vla = random_vla(replace(TINY, vision_backbone_id="siglip", vit_towers=(vit,), cameras=(camera,)))
     blocks, patches = vit.depth - 1, 9
     patch = 3 * vit.patch**2 * vit.width
     block = 4 * vit.width**2 + 2 * vit.width * vit.mlp_width + 2 * patches * vit.width
-    assert CostModel.of(backbone, frame(0)).tower == patches * (patch + blocks * block)
+    assert CostModel.of(vla, frame(0)).tower == patches * (patch + blocks * block)
 
 
 SHARED = replace(
@@ -238,13 +257,118 @@ class Mostly(CachePolicy):
 
 @pytest.mark.parametrize("config", [SHARED, OWN], ids=["shared", "per-camera"])
 def test_a_tower_that_reuses_costs_what_it_computes(config: PrismaticConfig) -> None:
-    backbone = random_vla(config)
-    session = CachedVLA(backbone, Mostly(), options=EngineOptions(vision_kv_reuse=True)).session()
+    vla = random_vla(config)
+    session = CachedVLA(vla, Mostly(), options=EngineOptions(vision_kv_reuse=True)).session()
     session.act(frame(0))
     counted = count_macs(lambda: session.act(frame(1)))
     assert session.last_info is not None
     exact, blind = (
-        CostModel.of(backbone, frame(0), vision_kv_reuse=reuse).step(session.last_info) for reuse in (True, False)
+        CostModel.of(vla, frame(0), vision_kv_reuse=reuse).step(session.last_info) for reuse in (True, False)
     )
     assert sum(exact.values()) == pytest.approx(counted, rel=0.01)
     assert exact["tower"] < 0.8 * blind["tower"]
+
+
+# Stacks of other sizes, and heads that read keys and values.
+
+
+def stack(**config: Any) -> LlamaDecoder:
+    """A stack of random layers over 2 key/value heads of width 8."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaDecoder(build_llama({**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 8, **config}))
+
+
+def torchs_count(decoder: LlamaDecoder, rows: int, slots: int, n_queries: int | None = None) -> int:
+    """Count what the last ``rows`` of ``slots`` cost, by torch's counter."""
+    store = SlotCache(len(decoder.layers), decoder.kv_heads, decoder.head_dim, torch.float32, torch.device("cpu"))
+    store.reserve(Region(), slots)
+    positions = torch.arange(slots)
+    mask = positions <= positions[slots - rows :, None]
+    final = None if n_queries is None else mask[rows - n_queries :]
+    segment = Segment(rows, slots - rows, slots, 0, slots, None, mask, False, n_queries, final)
+    rotary = decoder.rotary(positions[slots - rows :])
+    hidden = torch.zeros(rows, decoder.shape.width)
+    return count_macs(lambda: run_layers(decoder.layers, hidden, rotary, [segment], store))
+
+
+@pytest.mark.parametrize(
+    ("config", "queries", "kv"),
+    [({}, 32, 16), ({"head_dim": 16}, 64, 32), ({"hidden_size": 24}, 32, 16), ({"num_key_value_heads": 4}, 32, 32)],
+)
+def test_queries_may_be_wider_or_narrower_than_the_stream(config: dict[str, int], queries: int, kv: int) -> None:
+    """D·D_q each for queries and output, D·D_kv each for keys and values, 3DM, and 2·D_q per slot."""
+    decoder = stack(**config)
+    width = config.get("hidden_size", 32)
+    assert (decoder.shape.queries, decoder.shape.kv_width) == (queries, kv)
+    one = 2 * width * queries + 2 * width * kv + 3 * width * 48 + 2 * queries * 20
+    assert layer_macs(decoder.shape, 1, 20) == one
+    for rows in (1, 5, 20):
+        assert 2 * rows * one == torchs_count(decoder, rows, 20)
+    layout = TokenLayout.of({"camera": (3, 4)}, n_prefix=1, n_suffix=7)
+    half = Decision.reuse(np.arange(12) < 6, 2)
+    probed = probe_macs(decoder.shape, layout, half, AttentionProbe((0, 1), "suffix"))
+    assert probed == 2 * count_macs(lambda: torch.zeros(4, 7, queries // 4) @ torch.zeros(4, queries // 4, 20))
+
+
+@pytest.mark.parametrize("n_queries", [0, 3, None])
+def test_rows_without_queries_leave_keys_and_values_alone(n_queries: int | None) -> None:
+    decoder, layout = stack(hidden_size=24), TokenLayout.of({"camera": (3, 4)}, n_prefix=1, n_suffix=7)
+    row, asked = 2 * 24 * 16, 2 * 24 * 32 + 3 * 24 * 48 + 2 * 32 * 20
+    for decision, rows in ((Decision.dense(12, 2), 20), (Decision.reuse(np.arange(12) < 6, 2), 14)):
+        counted = prefill_macs(decoder.shape, layout, decision, n_queries=n_queries)
+        assert counted == rows * (row + asked) + rows * row + (rows if n_queries is None else n_queries) * asked
+        if rows == 20:
+            assert counted == torchs_count(decoder, rows, 20, n_queries)
+
+
+def test_a_decoding_pass_is_counted_exactly() -> None:
+    """Three rows behind two that were appended before; 20 slots of the prompt exist, or what was not pruned."""
+    decoder, layout = stack(hidden_size=24), TokenLayout.of({"camera": (3, 4)}, n_prefix=1, n_suffix=7)
+    row = 2 * 24 * 16 + 2 * 24 * 32 + 3 * 24 * 48
+    reuse = Decision(np.array([0] * 4 + [1] * 3 + [2] * 5), 2)
+    assert decode_macs(decoder.shape, layout, reuse, [(2, 5)]) == 2 * 3 * (row + 2 * 32 * 25)
+    assert decode_macs(decoder.shape, layout, reuse, [(2, 5)]) == torchs_count(decoder, 3, 25)
+    pruned = replace(reuse, skipped=SkippedTokens.PRUNE)  # 16 and 13 slots are left
+    assert decode_macs(decoder.shape, layout, pruned, [(2, 5)]) == 3 * (row + 2 * 32 * 21) + 3 * (row + 2 * 32 * 18)
+    one_by_one = [(0, 1), (1, 2)]
+    assert decode_macs(decoder.shape, layout, reuse, one_by_one) == 2 * (2 * row + 2 * 32 * (21 + 22))
+    assert decode_macs(decoder.shape, layout, reuse, []) == 0
+
+
+class Expert(ActionHead):
+    """Reads keys and values alone, by a stack of its own whose rows it runs twice behind the prompt."""
+
+    reads = "kv"
+    max_new_tokens = 3
+
+    def __init__(self) -> None:
+        self.stack = stack(hidden_size=24)
+        self.out = torch.nn.Linear(24, 7)
+
+    def decode(self, context: HeadContext) -> Decoding:
+        assert context.hidden.shape[0] == 0
+        rows = torch.ones(3, 24)
+        for _ in range(2):
+            rows = yield AppendRows(rows, 0, self.stack)
+        return self.out(rows[-1]).numpy(), {}
+
+
+@pytest.mark.parametrize("policy", [Random(), Probing(), Probing(rows="last"), Probing(rows="all")], ids=repr)
+def test_a_head_that_reads_keys_and_values_needs_no_queries_in_the_last_layer(policy: Random) -> None:
+    """But those that a policy has probed. Its own stack is counted by its own sizes."""
+    vla = replace(random_vla("tiny"), head=Expert())
+    session = CachedVLA(vla, policy).session()
+    session.act(frame(0))
+    counted = count_macs(lambda: session.act(frame(1)))
+    step = session.last_info
+    assert step is not None
+    layout, rows = step.layout, step.layout.length - 26
+    assert step.ratio == 0.5
+    expected = {"suffix": layout.n_suffix, "last": layout.n_suffix, "all": None}
+    assert step.n_queries == (expected[policy.rows] if isinstance(policy, Probing) else 0)
+    macs = CostModel.of(vla, frame(0)).step(step)
+    last = layer_macs(vla.decoder.shape, rows, layout.length, step.n_queries)
+    assert macs["prefill"] == layer_macs(vla.decoder.shape, rows, layout.length) + last
+    own = 3 * (2 * 24 * 16 + 2 * 24 * 32 + 3 * 24 * 48 + 2 * 32 * (layout.length + 3))
+    assert (macs["decode"], macs["head"]) == (2 * 2 * own, 24 * 7)
+    assert sum(macs.values()) == counted

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lac_vla import (
+    VLA,
     CachedVLA,
     CheckpointError,
     Decision,
@@ -21,7 +22,6 @@ from lac_vla import (
     InputError,
     Motion,
     PolicyInput,
-    PrismaticBackbone,
     Random,
     random_vla,
 )
@@ -168,9 +168,9 @@ def test_dis_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize("async_policy", [False, True])
-def test_a_frames_cost_holds_its_flow(backbone: PrismaticBackbone, weights: Path, async_policy: bool) -> None:
-    vla = CachedVLA(backbone, Spy(f"raft_small:{weights}", []), options=EngineOptions(async_policy=async_policy))
-    session, cost = vla.session(), CostModel.of(backbone, frame(0))
+def test_a_frames_cost_holds_its_flow(model: VLA, weights: Path, async_policy: bool) -> None:
+    vla = CachedVLA(model, Spy(f"raft_small:{weights}", []), options=EngineOptions(async_policy=async_policy))
+    session, cost = vla.session(), CostModel.of(model, frame(0))
     session.act(frame(0))
     assert session.last_info is not None
     assert cost.step(session.last_info)["flow"] == 0  # nothing precedes the first frame
@@ -222,7 +222,7 @@ class Spy(CachePolicy):
 
 
 @pytest.fixture(scope="module")
-def backbone() -> PrismaticBackbone:
+def model() -> VLA:
     return random_vla("tiny")
 
 
@@ -231,10 +231,10 @@ def backbone() -> PrismaticBackbone:
     [("dis", None, 2), ("dis", "none", 0), ("dis", "dis:medium", 2), ("none", None, 0), ("none", "dis", 0)],
 )
 def test_the_policys_flow_unless_another_is_asked_for(
-    backbone: PrismaticBackbone, wants: str, override: str | None, cameras: int
+    model: VLA, wants: str, override: str | None, cameras: int
 ) -> None:
     policy = Spy(wants, [])
-    vla = CachedVLA(backbone, policy, flow=override)
+    vla = CachedVLA(model, policy, flow=override)
     assert (vla.flow_used == "none") == (cameras == 0)
     session = vla.session()
     session.act(frame(0))
@@ -242,18 +242,18 @@ def test_the_policys_flow_unless_another_is_asked_for(
     assert policy.seen == [cameras]
 
 
-def test_unknown_flow_of_a_session(backbone: PrismaticBackbone) -> None:
+def test_unknown_flow_of_a_session(model: VLA) -> None:
     for policy, flow in ((Random(), "raft"), (Motion(), "raft"), (Spy("raft", []), None)):
         with pytest.raises(InputError, match="unknown flow 'raft'"):
-            CachedVLA(backbone, policy, flow=flow)
+            CachedVLA(model, policy, flow=flow)
 
 
-def test_a_policy_may_refuse_a_models_layout(backbone: PrismaticBackbone) -> None:
+def test_a_policy_may_refuse_a_models_layout(model: VLA) -> None:
     class OneCamera(Random):
         def check_layout(self, grids: object) -> None:
             if grids != {"camera": (2, 2)}:
                 raise InputError(f"made for one camera, not for {grids}")
 
-    assert dict(backbone.grids) == backbone.layout(frame(0)).grids
+    assert dict(model.grids) == model.processor.prompt(frame(0)).layout.grids
     with pytest.raises(InputError, match=r"made for one camera, not for .*wrist"):
-        CachedVLA(backbone, OneCamera())
+        CachedVLA(model, OneCamera())

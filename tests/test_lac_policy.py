@@ -27,7 +27,7 @@ from lac_vla.bundled import MINI, MINI_COGACT
 from lac_vla.cost import count_macs
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.policies.lac import Predictor, Selector
-from lac_vla.policies.lac.inputs import compose, flow_in_patches, from_view, resize, words
+from lac_vla.policies.lac.inputs import compose, flow_in_patches, from_policy_input, resize, words
 from lac_vla.policies.lac.joint import Joint
 from tests.engine.scenes import frame
 
@@ -35,7 +35,7 @@ GRIDS = {"agentview": (6, 6), "wrist": (4, 4)}
 SIZES = {"agentview": 48, "wrist": 64}
 
 
-def view(seed: int = 0, instruction: str = "pick up the bowl", age: int = 3) -> PolicyInput:
+def policy_input(seed: int = 0, instruction: str = "pick up the bowl", age: int = 3) -> PolicyInput:
     rng = np.random.default_rng(seed)
 
     def images() -> dict[str, np.ndarray]:
@@ -71,13 +71,13 @@ def test_the_default_size_is_small() -> None:
 @pytest.mark.parametrize("language", [False, True])
 def test_its_own_cost_is_counted(fixed: float | None, language: bool) -> None:
     policy = random_policy(fixed=fixed, language=language)
-    assert policy.macs == count_macs(lambda: policy.decide(view()))
+    assert policy.macs == count_macs(lambda: policy.decide(policy_input()))
 
 
 def test_paper_inputs_are_five_channels() -> None:
-    shown = from_view(LACConfig(grids=GRIDS, inputs="paper"), view())
+    shown = from_policy_input(LACConfig(grids=GRIDS, inputs="paper"), policy_input())
     assert [tuple(part.shape) for part in shown] == [(1, 5, 24, 24), (1, 5, 16, 16)]
-    assert [part.shape[1] for part in from_view(LACConfig(grids=GRIDS, flow="none"), view())] == [7, 7]
+    assert [part.shape[1] for part in from_policy_input(LACConfig(grids=GRIDS, flow="none"), policy_input())] == [7, 7]
 
 
 def test_extended_inputs_see_faint_change_and_age() -> None:
@@ -113,7 +113,7 @@ def test_a_patch_is_resized_from_its_own_pixels_alone() -> None:
 def test_saliency_lies_in_0_1_and_keeps_its_order_at_any_scale() -> None:
     config = LACConfig(grids=GRIDS, width=16)
     net = Selector(config)
-    shown = from_view(config, view())
+    shown = from_policy_input(config, policy_input())
     scores = net(shown)
     assert scores.shape == (1, 52)
     assert 0 <= scores.min().item() < scores.max().item() <= 1
@@ -126,16 +126,16 @@ def test_ratio_logits_never_leave_the_range_where_they_can_learn() -> None:
     config = LACConfig(grids=GRIDS, width=16)
     net = Predictor(config)
     torch.nn.init.normal_(net.head.weight, std=1e3)
-    logits = net(from_view(config, view()))
+    logits = net(from_policy_input(config, policy_input()))
     assert logits.shape == (1, 6)
     assert logits.abs().max().item() <= 3
 
 
 def test_the_lowest_scores_are_cached_at_the_chosen_ratio() -> None:
     policy = random_policy(recovery=0.0)
-    seen = view()
-    decision = policy.decide(seen)
-    shown = from_view(policy.config, seen)
+    inputs = policy_input()
+    decision = policy.decide(inputs)
+    shown = from_policy_input(policy.config, inputs)
     with torch.no_grad():
         ratio = policy.config.ratios[int(policy.predictor(shown).argmax())]
         scores = policy.selector(shown)[0].numpy()
@@ -154,14 +154,14 @@ def test_both_networks_together_are_each_by_itself(inputs: str, depth: int, lang
     policy = random_policy(inputs=inputs, depth=depth, language=language)
     torch.nn.init.normal_(policy.selector.trunk.camera)
     torch.nn.init.normal_(policy.predictor.trunk.camera)
-    seen = view(3)
-    text = words([seen.instruction]) if language else None
+    observed = policy_input(3)
+    text = words([observed.instruction]) if language else None
     with torch.inference_mode():
-        apart = from_view(policy.config, seen)
+        apart = from_policy_input(policy.config, observed)
         for with_predictor in (True, False):
             joint = Joint(policy.config, policy.selector, policy.predictor if with_predictor else None)
             canvas, places = joint.canvas()
-            from_view(policy.config, seen, places)
+            from_policy_input(policy.config, observed, places)
             saliency, logits = joint(canvas, text)
             torch.testing.assert_close(saliency, policy.selector(apart, text)[0])
             if with_predictor:
@@ -171,9 +171,9 @@ def test_both_networks_together_are_each_by_itself(inputs: str, depth: int, lang
 
 def test_decisions_are_reproducible_and_recovery_draws_from_the_session() -> None:
     policy = random_policy(fixed=0.9, recovery=0.3)
-    first, again = policy.decide(view()), policy.decide(view())
+    first, again = policy.decide(policy_input()), policy.decide(policy_input())
     assert np.array_equal(first.exit_layer, again.exit_layer)
-    other = policy.decide(replace(view(), rng=np.random.default_rng(8)))
+    other = policy.decide(replace(policy_input(), rng=np.random.default_rng(8)))
     assert not np.array_equal(first.exit_layer, other.exit_layer)
     assert first.recovered is not None
     assert first.recovered.sum() == pytest.approx(0.3 * 47, abs=10)
@@ -186,7 +186,9 @@ def test_the_instruction_matters_with_language_only() -> None:
         policy = random_policy(fixed=0.5, language=language, recovery=0.0)
         if language:
             torch.nn.init.normal_(policy.selector.trunk.text.weight, std=3)  # type: ignore[union-attr]
-        depths = [policy.decide(view(instruction=text)).exit_layer for text in ("pick up the bowl", "open the drawer")]
+        depths = [
+            policy.decide(policy_input(instruction=text)).exit_layer for text in ("pick up the bowl", "open the drawer")
+        ]
         assert np.array_equal(*depths) != language
     assert torch.equal(words(["Pick up"]), words(["pick UP"]))
     assert float(words(["a b c d"]).sum()) == 1
@@ -194,10 +196,10 @@ def test_the_instruction_matters_with_language_only() -> None:
 
 @pytest.mark.parametrize("recovery", [0.0, 0.2])
 def test_no_age_exceeds_the_maximum(recovery: float) -> None:
-    backbone = random_vla(TINY)
+    model = random_vla(TINY)
     torch.manual_seed(0)
-    policy = LACPolicy(LACConfig(grids=dict(backbone.grids), recovery=recovery, width=16), ratio=0.9)
-    session = CachedVLA(backbone, policy, max_age=4).session()
+    policy = LACPolicy(LACConfig(grids=dict(model.grids), recovery=recovery, width=16), ratio=0.9)
+    session = CachedVLA(model, policy, max_age=4).session()
     oldest = 0
     for seed in range(14):
         session.act(frame(seed % 3))
@@ -211,11 +213,11 @@ def test_files_give_the_same_policy_back(tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path / "p", about={"seconds": 3})
     back = LACPolicy.from_pretrained(tmp_path / "p")
     assert back.config == policy.config
-    assert np.array_equal(back.decide(view()).exit_layer, policy.decide(view()).exit_layer)
+    assert np.array_equal(back.decide(policy_input()).exit_layer, policy.decide(policy_input()).exit_layer)
     assert json.loads((tmp_path / "p" / "config.json").read_text())["about"] == {"seconds": 3}
     assert (tmp_path / "p" / "README.md").read_text().startswith("#")
     overridden = make_policy("lac", path=str(tmp_path / "p"), ratio=0.25, recovery=0.0)
-    assert overridden.decide(view()).nominal_ratio == 0.25
+    assert overridden.decide(policy_input()).nominal_ratio == 0.25
     (tmp_path / "run").mkdir()
     (tmp_path / "p").rename(tmp_path / "run" / "policy")
     assert LACPolicy.from_pretrained(tmp_path / "run").config == policy.config
@@ -265,15 +267,15 @@ def test_configurations_out_of_range_are_refused(options: dict[str, object]) -> 
 
 
 def test_another_layout_is_refused_before_anything_changes() -> None:
-    backbone = random_vla(TINY)
+    model = random_vla(TINY)
     with pytest.raises(InputError, match=r"made for the token grids.*lac train"):
-        CachedVLA(backbone, LACPolicy(LACConfig(grids={"agentview": (16, 16)})))
+        CachedVLA(model, LACPolicy(LACConfig(grids={"agentview": (16, 16)})))
 
 
 def test_a_policy_that_reads_flow_is_not_run_without() -> None:
-    backbone = random_vla(TINY)
-    policy = LACPolicy(LACConfig(grids=dict(backbone.grids), width=16))
-    session = CachedVLA(backbone, policy, flow="none").session()
+    model = random_vla(TINY)
+    policy = LACPolicy(LACConfig(grids=dict(model.grids), width=16))
+    session = CachedVLA(model, policy, flow="none").session()
     session.act(frame(0))
     with pytest.raises(InputError, match="reads optical flow"):
         session.act(frame(1))
@@ -282,8 +284,8 @@ def test_a_policy_that_reads_flow_is_not_run_without() -> None:
 @pytest.mark.parametrize("folder", [MINI, MINI_COGACT], ids=lambda folder: folder.name)
 def test_the_bundled_policy_fits_the_bundled_model(folder: Path) -> None:
     policy = LACPolicy.from_pretrained(folder)
-    backbone = load_vla(folder)
-    CachedVLA(backbone, policy)
+    model = load_vla(folder)
+    CachedVLA(model, policy)
     assert policy.config.flow == "dis"
     assert policy.n_parameters <= 300_000
     about = json.loads((folder / "policy" / "config.json").read_text())["about"]
@@ -299,12 +301,12 @@ def test_train_is_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_weights_trained_after_the_first_decision_are_not_half_seen() -> None:
     policy = random_policy(recovery=0.0)
-    first = policy.decide(view())
+    first = policy.decide(policy_input())
     with torch.no_grad():
         for weight in [*policy.selector.parameters(), *policy.predictor.parameters()]:
             weight.mul_(-1.7).add_(0.1)
-    assert np.array_equal(policy.decide(view()).exit_layer, first.exit_layer)
+    assert np.array_equal(policy.decide(policy_input()).exit_layer, first.exit_layer)
     policy.ratio = 0.25
-    assert policy.decide(view()).nominal_ratio == 0.25
+    assert policy.decide(policy_input()).nominal_ratio == 0.25
     policy.ratio = None
-    assert policy.decide(view()).nominal_ratio in policy.config.ratios
+    assert policy.decide(policy_input()).nominal_ratio in policy.config.ratios

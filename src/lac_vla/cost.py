@@ -1,4 +1,4 @@
-"""What a frame costs in multiply-accumulates (MACs); FLOPs = 2 × MACs.
+"""The cost of a frame in multiply-accumulates (MACs); FLOPs = 2 × MACs.
 
 The decoder is counted analytically, as in the paper's equations 13-14, from the decision that was really taken: every
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
@@ -111,7 +111,6 @@ class CostModel:
         tokens: Camera → MACs of its tower per visual token whose features are computed.
         projector: MACs of the projector per visual token.
         head: MACs from a hidden state to the action, or to one of its tokens; the decoder's layers left out.
-        reads_hidden: Whether the head reads hidden states; if not, the last layer computes no queries.
     """
 
     decoder: DecoderShape
@@ -119,7 +118,6 @@ class CostModel:
     tokens: Mapping[str, int]
     projector: int
     head: int
-    reads_hidden: bool = True
 
     @classmethod
     def of(cls, model: VLA, frame: Frame, *, vision_kv_reuse: bool = False) -> CostModel:
@@ -156,14 +154,15 @@ class CostModel:
             return hidden.new_zeros(shape)
 
         def decode() -> None:  # over rows of any content
-            context = HeadContext(frame, prompt.layout, hidden, cached, cached, np.random.default_rng(0))
+            read = hidden if head.reads == "hidden" else hidden[:0]
+            context = HeadContext(frame, prompt.layout, read, cached, cached, np.random.default_rng(0))
             decoding, rows = head.decode(context), None
             with suppress(StopIteration):
                 while True:
                     rows = next(decoding) if rows is None else decoding.send(rows.embeddings)
 
         decoded = count_macs(decode)
-        return cls(model.decoder.shape, always, tokens, projector, decoded // head.n_rows, head.reads == "hidden")
+        return cls(model.decoder.shape, always, tokens, projector, decoded // head.n_rows)
 
     def step(self, step: StepInfo) -> dict[str, int]:
         """Count by stage what a session did with a frame.
@@ -173,7 +172,6 @@ class CostModel:
             ``head``.
         """
         layout, decision = step.layout, step.decision
-        n_queries = step.n_queries if self.reads_hidden else 0
         encoded = np.ones(layout.n_visual, dtype=np.bool_) if step.encoded is None else step.encoded
         features = sum(self.tokens[camera.name] * int(encoded[camera.tokens].sum()) for camera in layout.cameras)
         read = 1 + step.draft + sum(stop - start for start, stop in step.decode_passes)
@@ -182,7 +180,7 @@ class CostModel:
             "policy": step.policy_macs + probe_macs(self.decoder, layout, decision, step.probe),
             "tower": self.tower + features,
             "projector": self.projector * int(np.count_nonzero(decision.exit_layer)),
-            "prefill": prefill_macs(self.decoder, layout, decision, step.draft, n_queries=n_queries),
+            "prefill": prefill_macs(self.decoder, layout, decision, step.draft, n_queries=step.n_queries),
             "decode": decode_macs(self.decoder, layout, decision, step.decode_passes)
             + sum(decode_macs(shape, layout, decision, [(a, b)]) for shape, a, b in step.stack_passes),
             "head": self.head * read,

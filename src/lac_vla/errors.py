@@ -10,12 +10,12 @@ class LacError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an error is made again of its message, which not every constructor takes.
-        return _again, (type(self), self.args), self.__dict__
+        return _rebuild, (type(self), self.args), self.__dict__
 
 
-def _again(kind: type[LacError], said: tuple[Any, ...]) -> LacError:
+def _rebuild(kind: type[LacError], arguments: tuple[Any, ...]) -> LacError:
     error = kind.__new__(kind)
-    error.args = said
+    error.args = arguments
     return error
 
 

@@ -1,4 +1,4 @@
-"""What every result is recorded with: versions, hardware, command, commit."""
+"""The provenance of results: versions, hardware, command, commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("lac-vla", "torch", "transformers", "numpy", "opencv-python-headless
 
 
 def provenance() -> dict[str, Any]:
-    """``created``, ``command``, ``commit``, ``versions`` and ``hardware`` as plain data."""
+    """Collect ``created``, ``command``, ``commit``, ``versions`` and ``hardware`` as plain data."""
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -39,16 +39,16 @@ def _versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, threads of torch, memory, accelerator."""
-    facts: dict[str, Any] = {
+    """Describe processor, cores, threads of torch, memory, accelerator."""
+    metadata: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
     }
     if torch.cuda.is_available():
-        facts["accelerator"] = torch.cuda.get_device_name()
-    return facts
+        metadata["accelerator"] = torch.cuda.get_device_name()
+    return metadata
 
 
 def _processor() -> str:
@@ -62,7 +62,7 @@ def _processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, marked if it has changes; ``None`` outside of one."""
+    """Name the commit of the checkout that this package runs from, marked if changed; ``None`` outside of one."""
     folder = Path(__file__).parent
     try:
         run = subprocess.run(

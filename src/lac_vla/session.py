@@ -211,7 +211,7 @@ class Session:
             policy_macs=0 if dense else self.policy.macs,
             probe=plan.probe,
             draft=sequence.draft,
-            full_last_layer=sequence.full_last_layer,
+            n_queries=sequence.n_queries,
             decode_passes=tuple(sequence.decode_passes),
             stack_passes=tuple((stack.shape, start, stop) for stack, start, stop in sequence.stack_passes),
             encoded=result.encoded,

@@ -1,4 +1,4 @@
-"""Where the milliseconds of a frame go."""
+"""Timing of a frame, stage by stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of the library: what a robot sees, where its tokens live, and what a policy decides about them.
+"""The vocabulary of the library: what a robot sees, where its tokens live, and what a policy decides about them.
 
 Nothing here knows a model, a simulator or a policy. Everything above imports from here.
 """
@@ -91,7 +91,7 @@ class CameraGrid:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where every token of a prompt sits: ``[prefix | visual tokens | suffix]``. The only holder of offsets.
+    """The places of a prompt's tokens: ``[prefix | visual tokens | suffix]``. The only holder of offsets.
 
     The prefix is BOS; the suffix is proprioception (if any) and text. Action tokens are appended behind it.
 
@@ -141,7 +141,7 @@ class TokenLayout:
         return {camera.name: (camera.rows, camera.cols) for camera in self.cameras}
 
     def patch_mean(self, images: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
-        """Mean of one-channel images over the patch of every visual token.
+        """Average one-channel images over the patch of every visual token.
 
         Args:
             images: Camera → H×W array, H and W multiples of the camera's rows and cols.
@@ -228,7 +228,7 @@ class Decision:
         return 1.0 - float(self.exit_layer.sum()) / max(1, self.exit_layer.size * self.n_layers)
 
     def with_active(self, tokens: BoolArray) -> Decision:
-        """The same decision with ``tokens`` (bool, (N,)) computed in every layer as well."""
+        """Make the same decision with ``tokens`` (bool, (N,)) computed in every layer as well."""
         exit_layer = np.where(tokens, self.n_layers, self.exit_layer).astype(np.int64)
         return Decision(exit_layer, self.n_layers, self.skipped, self.recovered, self.nominal_ratio)
 
@@ -262,7 +262,7 @@ class PolicyInput:
             session estimates none.
         age: Frames since every token's slot was computed in full, int64, (N,).
         attention: Layer → probed attention of the preceding frame, mean over heads, (rows, keys).
-        rng: The session's own seeded generator: the only source of chance.
+        rng: The session's own seeded generator: the only source of randomness.
     """
 
     layout: TokenLayout

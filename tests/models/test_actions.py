@@ -1,4 +1,4 @@
-"""Action tokens, units and grippers."""
+"""Action tokens and units."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lac_vla.models.prismatic.actions import ActionTokenizer, Range, choose_stats
 
 from lac_vla.errors import CheckpointError, InputError
+from lac_vla.models.heads.tokens import ActionTokenizer
+from lac_vla.models.heads.units import Range, choose_stats
 
 TOKENIZER = ActionTokenizer(32000)
 STATS = {"q01": [-1.0, 0.0, 2.0], "q99": [3.0, 0.5, 2.0], "mask": [True, True, True]}

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.heads import decode
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models import PrismaticBackbone, load_vla, random_vla, save_vla
+from lac_vla.models import VLA, load_vla, random_vla, save_vla
+from lac_vla.models.prismatic.build import build_prismatic
 from lac_vla.models.prismatic.checkpoint import random_prismatic
 from lac_vla.models.prismatic.config import VICUNA_PROMPT, PrismaticConfig
 from lac_vla.models.prismatic.presets import MINI, OPENVLA_7B, PRESETS
@@ -31,11 +33,9 @@ def encode(text: str) -> list[int]:
     return [1, 5, 6, 29871]
 
 
-def load(folder: Path, **options: Any) -> PrismaticBackbone:
+def load(folder: Path, **options: Any) -> VLA:
     """Load without a tokenizer."""
-    backbone = load_vla(folder, **{"encode": encode, **options})
-    assert isinstance(backbone, PrismaticBackbone)
-    return backbone
+    return load_vla(folder, **{"encode": encode, **options})
 
 
 @pytest.fixture
@@ -46,21 +46,21 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("layout", ["checkpoint", "sharded"])
 def test_weights_are_those_of_the_file(request: pytest.FixtureRequest, golden_weights: Weights, layout: str) -> None:
-    backbone = load(request.getfixturevalue(layout))
-    state = backbone.model.state_dict()
+    vla = load(request.getfixturevalue(layout))
+    state = vla.module.state_dict()
     assert all(torch.equal(weight, golden_weights[key]) for key, weight in state.items())
     unused = golden_weights.keys() - state.keys()
     assert {key.split(".")[2] for key in unused} == {"blocks", "norm", "attn_pool"}
-    assert not backbone.model.training
-    assert backbone.name == request.getfixturevalue(layout).name
+    assert not vla.module.training
+    assert (vla.family, vla.name) == ("openvla", request.getfixturevalue(layout).name)
 
 
 def test_dtype(checkpoint: Path, frame: Frame) -> None:
-    backbone = load(checkpoint, dtype=torch.bfloat16)
-    assert backbone.dtype == torch.bfloat16
-    assert {weight.dtype for weight in backbone.model.parameters()} == {torch.bfloat16}
+    vla = load(checkpoint, dtype=torch.bfloat16)
+    assert vla.dtype == torch.bfloat16
+    assert {weight.dtype for weight in vla.module.parameters()} == {torch.bfloat16}
     with torch.inference_mode():
-        assert backbone.project(backbone.see(backbone.pixels(frame))).isfinite().all()
+        assert vla.encode_image(frame).isfinite().all()
     assert load(checkpoint, dtype="auto").dtype == torch.float32
     with pytest.raises(InputError, match="auto"):
         load(checkpoint, dtype="fp16")
@@ -74,7 +74,7 @@ def test_rotary_frequencies_in_a_file_are_ignored(golden_weights: Weights, write
 def test_statistics_beside_the_checkpoint_replace_its_own(copy: Path) -> None:
     stats = {"mine": {"action": {"q01": [0.0] * 3, "q99": [1.0] * 3}}}
     (copy / "dataset_statistics.json").write_text(json.dumps(stats))
-    assert load(copy).max_new_tokens == 3
+    assert load(copy).head.max_new_tokens == 3
     with pytest.raises(InputError, match=r"unknown unnorm_key 'demo': choose one of \['mine'\]"):
         load(copy, unnorm_key="demo")
 
@@ -82,7 +82,7 @@ def test_statistics_beside_the_checkpoint_replace_its_own(copy: Path) -> None:
 def test_normalisation_is_that_of_the_official_image_processor(copy: Path) -> None:
     params = [{"inplace": False, "mean": [0.25] * 3, "std": [0.5] * 3}] * 2
     (copy / "preprocessor_config.json").write_text(json.dumps({"tvf_normalize_params": params}))
-    values = load(copy).model.vision_backbone.normalize(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8))
+    values = load(copy).module.vision_backbone.normalize(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8))
     assert torch.equal(values, torch.full((1, 6, 2, 2), 1.5))
 
 
@@ -230,17 +230,19 @@ def test_saved_model_acts_like_the_original(tmp_path: Path, frame: Frame) -> Non
         device=torch.device("cpu"),
     )
     tokenizer = FileTokenizer(train_tokenizer([frame.instruction], 300))
-    original = PrismaticBackbone(made.model, tokenizer)
+    original = build_prismatic(made.module, tokenizer)
     save_vla(original, tmp_path / "saved", dtype=torch.float32)
     again = load_vla(tmp_path / "saved")
-    assert isinstance(again, PrismaticBackbone)
-    assert again.model.config == original.model.config
-    assert again.layout(frame) == original.layout(frame)
+    assert again.family == original.family == "openvla"
+    assert again.config == original.config
+    prompts = [vla.processor.prompt(frame) for vla in (again, original)]
+    assert prompts[0].layout == prompts[1].layout
     with torch.inference_mode():
-        assert torch.equal(again.suffix(frame), original.suffix(frame))
-        assert torch.equal(again.see(again.pixels(frame)), original.see(original.pixels(frame)))
-        hidden = torch.randn(3, original.model.config.width)
-        actions = [vla.act(frame, hidden, lambda embeddings, at=None: embeddings)[0] for vla in (original, again)]
+        embedded = [vla.processor.embed(prompt) for vla, prompt in zip((again, original), prompts, strict=True)]
+        assert all(torch.equal(one, other) for one, other in zip(*embedded, strict=True))
+        assert torch.equal(again.encode_image(frame), original.encode_image(frame))
+        hidden = torch.randn(3, original.config.width)
+        actions = [decode(vla, frame, hidden, lambda rows: rows.embeddings)[0] for vla in (original, again)]
     np.testing.assert_array_equal(actions[0], actions[1])
 
 
@@ -249,9 +251,9 @@ def test_saving_halves_precision_and_spares_loaded_models(tmp_path: Path) -> Non
     save_vla(made, tmp_path)
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     loaded = load(tmp_path, dtype=torch.bfloat16)
-    before = {key: weight.clone() for key, weight in loaded.model.state_dict().items()}
+    before = {key: weight.clone() for key, weight in loaded.module.state_dict().items()}
     save_vla(random_vla("tiny", seed=1), tmp_path)
-    assert all(torch.equal(weight, before[key]) for key, weight in loaded.model.state_dict().items())
+    assert all(torch.equal(weight, before[key]) for key, weight in loaded.module.state_dict().items())
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "config.json",
         "dataset_statistics.json",
@@ -262,4 +264,4 @@ def test_saving_halves_precision_and_spares_loaded_models(tmp_path: Path) -> Non
 def test_weights_are_converted_to_the_dtype_asked_for(golden_weights: Weights, copy: Path) -> None:
     wide = {key: weight.to(torch.float64) for key, weight in golden_weights.items()}
     save_file(wide, copy / "model.safetensors")
-    assert {weight.dtype for weight in load(copy).model.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in load(copy).module.parameters()} == {torch.float32}

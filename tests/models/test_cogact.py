@@ -11,22 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lac_vla.models.cogact.model import ActionHead
+from tests.heads import decode
 from torch.torch_version import TorchVersion
 
-from lac_vla import CachedVLA, Dense, Random, load_vla, random_vla, save_vla
+from lac_vla import VLA, CachedVLA, Dense, Random, load_vla, random_vla, save_vla
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models import CogACTBackbone
-from lac_vla.models.cogact.config import (
-    COGACT_7B,
-    DIT,
-    TINY_COGACT,
-    CogACTConfig,
-    DiTConfig,
-    Sampling,
-    head_config,
-    vlm_config,
-)
+from lac_vla.models.cogact.build import build_cogact
+from lac_vla.models.cogact.config import COGACT_7B, TINY_COGACT, CogACTConfig, head_config, vlm_config
+from lac_vla.models.heads.diffusion import DiffusionHead, DiffusionModel
+from lac_vla.models.heads.dit import DIT, DiTConfig
+from lac_vla.models.heads.sampler import Sampling
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.types import Frame
 
@@ -57,7 +51,7 @@ def parts(golden_weights: Weights, fill_head: Callable[..., torch.Tensor]) -> Pa
         part, key = official(name)
         parts[part][key] = weight
     shapes = {
-        key: list(weight.shape) for key, weight in ActionHead(DiTConfig(24, 2, 2, condition=32)).named_parameters()
+        key: list(weight.shape) for key, weight in DiffusionModel(DiTConfig(24, 2, 2, condition=32)).named_parameters()
     }
     shapes |= {"net.history_embedder.linear.weight": [24, 7], "net.history_embedder.linear.bias": [24]}
     parts["action_model"] = {key: fill_head(key, shape) for key, shape in shapes.items()}
@@ -87,51 +81,54 @@ def encode(text: str) -> list[int]:
     return [1, 5, 6]
 
 
-def load(folder: Path, **options: Any) -> CogACTBackbone:
-    backbone = load_vla(folder, **{"encode": encode, **options})
-    assert isinstance(backbone, CogACTBackbone)
-    return backbone
+def load(folder: Path, **options: Any) -> VLA:
+    vla = load_vla(folder, **{"encode": encode, **options})
+    assert vla.family == "cogact"
+    return vla
+
+
+def head_of(vla: VLA) -> DiffusionHead:
+    assert isinstance(vla.head, DiffusionHead)
+    return vla.head
 
 
 # Checkpoints.
 
 
 def test_weights_are_those_of_the_file(parts: Parts, golden_weights: Weights, write: Write) -> None:
-    backbone = load(write({"model": parts}))
-    state = backbone.model.state_dict()
+    vla = load(write({"model": parts}))
+    state = vla.module.state_dict()
     for key, weight in state.items():
         head = key.removeprefix("action_model.")
         assert torch.equal(weight, parts["action_model"][head] if head != key else golden_weights[key])
     assert any("scale_factor" in key for key in state)
-    assert (backbone.name, backbone.model.training) == ("run", False)
+    assert (vla.name, vla.module.training) == ("run", False)
 
 
 @torch.inference_mode()
 def test_what_it_sees_is_what_the_official_code_sees(
     parts: Parts, golden: dict[str, np.ndarray[Any, Any]], write: Write
 ) -> None:
-    backbone = load(write({"model": parts}))
-    frame = Frame({"agentview": golden["image"]}, "golden")
-    projected = backbone.project(backbone.see(backbone.pixels(frame)))
+    projected = load(write({"model": parts})).encode_image(Frame({"agentview": golden["image"]}, "golden"))
     np.testing.assert_allclose(projected.numpy(), golden["projector"], rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_stays_in_single_precision(parts: Parts, frame: Frame, write: Write) -> None:
     folder = write({"model": parts})
-    for backbone in (load(folder, dtype=torch.bfloat16), random_vla(TINY_COGACT, dtype=torch.bfloat16)):
-        assert backbone.dtype == torch.bfloat16
-        assert {weight.dtype for weight in backbone.model.action_model.parameters()} == {torch.float32}
-        assert {weight.dtype for weight in backbone.model.language_model.parameters()} == {torch.bfloat16}
-        assert np.isfinite(CachedVLA(backbone).session().act(frame)).all()
+    for vla in (load(folder, dtype=torch.bfloat16), random_vla(TINY_COGACT, dtype=torch.bfloat16)):
+        assert vla.dtype == torch.bfloat16
+        assert {weight.dtype for weight in vla.module.action_model.parameters()} == {torch.float32}
+        assert {weight.dtype for weight in vla.module.language_model.parameters()} == {torch.bfloat16}
+        assert np.isfinite(CachedVLA(vla).session().act(frame)).all()
 
 
 def test_the_file_is_not_needed_after_loading(parts: Parts, frame: Frame, write: Write) -> None:
     folder = write({"model": parts})
-    backbone = load(folder)
+    vla = load(folder)
     file = folder / "checkpoints" / "step-1.pt"
     file.write_bytes(bytes(file.stat().st_size))
     assert torch.equal(
-        backbone.model.action_model.net.positional_embedding, parts["action_model"]["net.positional_embedding"]
+        vla.module.action_model.net.positional_embedding, parts["action_model"]["net.positional_embedding"]
     )
 
 
@@ -254,7 +251,7 @@ def test_published_runs_are_understood(name: str) -> None:
     """An official config.json names its VLM; which head it is, the weights tell."""
     vlm = vlm_config({"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}, "seed": 42}, COGACT_7B.vlm.norm_stats)
     with torch.device("meta"):
-        head = ActionHead(DIT[name])
+        head = DiffusionModel(DIT[name])
     shapes = {f"action_model.{key}": tuple(weight.shape) for key, weight in head.named_parameters()}
     assert CogACTConfig(vlm, head_config({}, shapes)) == replace(COGACT_7B, head=DIT[name])
 
@@ -279,7 +276,7 @@ def test_runs_on_the_hub_are_downloaded_with_their_weights(
 
 
 @pytest.fixture(scope="module")
-def backbone() -> CogACTBackbone:
+def vla() -> VLA:
     return random_vla(TINY_COGACT, seed=2)
 
 
@@ -291,22 +288,22 @@ def test_the_prompt_ends_with_the_cognition_token() -> None:
         seen.append(text)
         return [1, 5, 6]
 
-    backbone = random_vla(TINY_COGACT)
-    ended = CogACTBackbone(replace(TINY_COGACT, prompt_end=(9, 2)), backbone.model, remember)
-    frame = Frame({name: np.zeros((48, 48, 3), np.uint8) for name in ended.grids}, "Pick Up")
-    embedding = backbone.model.language_model.get_input_embeddings().weight
-    assert torch.equal(ended.suffix(frame), embedding[[5, 6, 9, 2]])
-    assert ended.layout(frame).n_suffix == 4
+    module = random_vla(TINY_COGACT).module
+    ended = build_cogact(replace(TINY_COGACT, prompt_end=(9, 2)), module, remember)
+    prompt = ended.processor.prompt(Frame({name: np.zeros((48, 48, 3), np.uint8) for name in ended.grids}, "Pick Up"))
+    embedding = module.language_model.get_input_embeddings().weight
+    assert torch.equal(ended.processor.embed(prompt)[1], embedding[[5, 6, 9, 2]])
+    assert prompt.layout.n_suffix == 4
     assert seen == ["pick up"]
     assert COGACT_7B.vlm.prompt_template.startswith("In: What action should the robot take to {instruction}?\nOut:")
 
 
 @torch.inference_mode()
-def test_actions_come_from_the_last_hidden_state_alone(backbone: CogACTBackbone, frame: Frame) -> None:
+def test_actions_come_from_the_last_hidden_state_alone(vla: VLA, frame: Frame) -> None:
     hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
 
     def act(rows: torch.Tensor, seed: int = 0) -> np.ndarray[Any, Any]:
-        return backbone.act(frame, rows, pytest.fail, np.random.default_rng(seed))[0]
+        return decode(vla, frame, rows, seed=seed)[0]
 
     actions = act(hidden)
     assert (actions.shape, actions.dtype) == ((16, 7), np.float32)
@@ -318,15 +315,15 @@ def test_actions_come_from_the_last_hidden_state_alone(backbone: CogACTBackbone,
 @torch.inference_mode()
 def test_units_and_gripper(frame: Frame) -> None:
     """Clipped to [-1, 1]; the gripper is 0 or 1, split at 0.5, and not scaled."""
-    backbone = random_vla(replace(TINY_COGACT, vlm=replace(TINY_COGACT.vlm, norm_stats=STATS)))
+    vla = random_vla(replace(TINY_COGACT, vlm=replace(TINY_COGACT.vlm, norm_stats=STATS)))
     drawn = torch.zeros(1, 16, 7)
     drawn[0, 0] = torch.tensor([0.0, 0.5, -1.0, 1.0, 7.0, -7.0, 0.5])
     drawn[0, 1, -1] = 0.49
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone.model.action_model, "sample", lambda *_: drawn)
-        actions, info = backbone.act(frame, torch.zeros(1, 32), pytest.fail, np.random.default_rng(0))
+        patch.setattr(vla.module.action_model, "sample", lambda *_: drawn)
+        actions, metadata = decode(vla, frame, torch.zeros(1, 32))
     np.testing.assert_allclose(actions[0], [1.0, 2.5, -2.0, 4.0, 4.0, -2.0, 1.0])
-    np.testing.assert_allclose(info["normalized"][0], [0, 0.5, -1, 1, 1, -1, 1])
+    np.testing.assert_allclose(metadata["normalized"][0], [0, 0.5, -1, 1, 1, -1, 1])
     assert actions[1, -1] == 0
 
 
@@ -343,39 +340,37 @@ OURS = replace(
 @torch.inference_mode()
 def test_a_gripper_in_other_units(frame: Frame) -> None:
     """1 closes, −1 opens: there and back."""
-    backbone = random_vla(OURS)
-    actions = backbone.unnormalize_actions([[0.0] * 6 + [0.0], [0.5] * 6 + [1.0]])
+    vla = random_vla(OURS)
+    actions = head_of(vla).unnormalize_actions([[0.0] * 6 + [0.0], [0.5] * 6 + [1.0]])
     np.testing.assert_allclose(actions, [[1.0] * 7, [2.5] * 6 + [-1.0]])
-    np.testing.assert_allclose(backbone.normalize_actions(actions), [[0.0] * 7, [0.5] * 6 + [1.0]])
-    chunk, info = backbone.act(frame, torch.randn(1, 32), pytest.fail, np.random.default_rng(0))
-    np.testing.assert_array_equal(chunk[:, 6], 1 - 2 * np.array(info["normalized"])[:, 6])
+    np.testing.assert_allclose(head_of(vla).normalize_actions(actions), [[0.0] * 7, [0.5] * 6 + [1.0]])
+    chunk, metadata = decode(vla, frame, torch.randn(1, 32))
+    np.testing.assert_array_equal(chunk[:, 6], 1 - 2 * np.array(metadata["normalized"])[:, 6])
 
 
 def test_what_we_write_is_read_back(frame: Frame, tmp_path: Path) -> None:
-    backbone = random_vla(OURS)
-    backbone.encode = backbone_encode = FileTokenizer(train_tokenizer(["pick up the bowl"], 259))
-    save_vla(backbone, tmp_path, dtype=torch.float32)
+    encode = FileTokenizer(train_tokenizer(["pick up the bowl"], 259))
+    vla = build_cogact(OURS, random_vla(OURS).module, encode)
+    save_vla(vla, tmp_path, dtype=torch.float32)
     found = load_vla(tmp_path)
-    assert isinstance(found, CogACTBackbone)
-    assert found.config == OURS
-    assert found.encode("pick up") == backbone_encode("pick up")
-    backbone = CogACTBackbone(OURS, backbone.model, backbone_encode)
-    expected = CachedVLA(backbone).session().act(frame)
+    assert (found.family, found.config, found.ensemble) == ("cogact", OURS, 3)
+    assert found.encode("pick up") == encode("pick up")
+    expected = CachedVLA(vla).session().act(frame)
     np.testing.assert_array_equal(CachedVLA(found).session().act(frame), expected)
     half = load_vla(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert {weight.dtype for weight in half.model.action_model.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in half.module.action_model.parameters()} == {torch.float32}
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[:-100])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         load_vla(tmp_path)
 
 
-def test_noise_is_the_sessions_own(backbone: CogACTBackbone, frame: Frame) -> None:
+def test_noise_is_the_sessions_own(vla: VLA, frame: Frame) -> None:
     """The same seed draws the same chunks, whatever the policy draws beside; another seed draws others."""
 
     def chunks(policy: Dense | Random, seed: int) -> list[Any]:
-        session = CachedVLA(backbone, policy).session(seed)
+        session = CachedVLA(vla, policy).session(seed)
         first = [session.act(frame) for _ in range(3)]
         session.reset()
         np.testing.assert_array_equal([session.act(frame) for _ in range(3)], first)
@@ -388,10 +383,10 @@ def test_noise_is_the_sessions_own(backbone: CogACTBackbone, frame: Frame) -> No
 
 
 def test_sampling_can_be_chosen(frame: Frame) -> None:
-    backbone = random_vla(TINY_COGACT, seed=2)
+    vla = random_vla(TINY_COGACT, seed=2)
     drawn = []
     for sampling in (Sampling(), Sampling(guidance=3.0), Sampling(steps=5), Sampling("ddpm")):
-        backbone.sampling = sampling
-        drawn.append(CachedVLA(backbone).session().act(frame))
+        head_of(vla).sampling = sampling
+        drawn.append(CachedVLA(vla).session().act(frame))
     for i, chunk in enumerate(drawn):
         assert all(not np.allclose(chunk, other, atol=1e-4) for other in drawn[:i])

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lac_vla.models.cogact.model import ActionHead
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
-from lac_vla.models.cogact.config import DIT, DiTConfig, Sampling
-from lac_vla.models.heads.sampler import Schedule, ddim, ddpm, strided
+from lac_vla.models.heads.diffusion import DiffusionModel
+from lac_vla.models.heads.dit import DIT, DiTConfig
+from lac_vla.models.heads.sampler import Sampling, Schedule, ddim, ddpm, strided
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -30,9 +30,9 @@ def expected() -> Arrays:
 
 
 @pytest.fixture(scope="module")
-def head(fill_head: Callable[..., torch.Tensor]) -> ActionHead:
+def head(fill_head: Callable[..., torch.Tensor]) -> DiffusionModel:
     """The golden head; its embedding of past actions, which no output depends on, is left out."""
-    head = ActionHead(DiTConfig(64, 3, 4))
+    head = DiffusionModel(DiTConfig(64, 3, 4))
     keys = json.loads((GOLDENS / "cogact_action_keys.json").read_text())
     weights = {key: fill_head(key, shape) for key, shape in keys.items() if "history_embedder" not in key}
     head.load_state_dict(weights)
@@ -51,7 +51,7 @@ def counting(noise: torch.Tensor) -> tuple[Any, list[int]]:
 
 
 @torch.inference_mode()
-def test_predicted_noise_is_the_official_one(head: ActionHead, expected: Arrays) -> None:
+def test_predicted_noise_is_the_official_one(head: DiffusionModel, expected: Arrays) -> None:
     x, t, z = (torch.from_numpy(expected[name]) for name in ("noise", "t", "z"))
     np.testing.assert_allclose(head.net(x, t, z).numpy(), expected["eps"], rtol=1e-5, atol=1e-5)
 
@@ -60,7 +60,7 @@ def test_predicted_noise_is_the_official_one(head: ActionHead, expected: Arrays)
 @pytest.mark.parametrize("steps", [5, 10])
 @pytest.mark.parametrize(("guidance", "name"), [(1.5, "cfg"), (1.0, "nocfg")])
 def test_ddim_samples_are_the_official_ones(
-    head: ActionHead, expected: Arrays, steps: int, guidance: float, name: str
+    head: DiffusionModel, expected: Arrays, steps: int, guidance: float, name: str
 ) -> None:
     draw, asked = counting(torch.from_numpy(expected["noise"]))
     drawn = head.sample(torch.from_numpy(expected["z"]), Sampling(steps=steps, guidance=guidance), draw)
@@ -166,7 +166,7 @@ def test_ddpm_draws_from_the_distribution_of_the_data() -> None:
 
 
 @torch.inference_mode()
-def test_ddpm_of_the_head_asks_for_noise_in_every_step(head: ActionHead, expected: Arrays) -> None:
+def test_ddpm_of_the_head_asks_for_noise_in_every_step(head: DiffusionModel, expected: Arrays) -> None:
     draw, asked = counting(torch.from_numpy(expected["noise"]))
     drawn = head.sample(torch.from_numpy(expected["z"]), Sampling("ddpm"), draw)
     assert drawn.shape == (1, 16, 7)
@@ -178,7 +178,7 @@ def test_ddpm_of_the_head_asks_for_noise_in_every_step(head: ActionHead, expecte
 def test_published_heads_have_the_published_size(name: str, millions: int) -> None:
     """Parameters as CogACT reports them, in millions."""
     with torch.device("meta"):
-        head = ActionHead(DIT[name])
+        head = DiffusionModel(DIT[name])
     assert sum(weight.numel() for weight in head.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
 
 

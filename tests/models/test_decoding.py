@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lac_vla import InputError
-from lac_vla.models.decoding import decode
+from lac_vla.models.heads.base import AppendRows
+from lac_vla.models.heads.decoding import decode_tokens
 
 VOCABULARY, N = 5, 7
 
@@ -37,23 +38,26 @@ class Chain:
         """Rows behind the first ``start``, start + 1, … appended tokens, each with the answer there."""
         return torch.tensor([[self.next(self.sequence[:i])] for i in range(start, len(self.sequence) + 1)])
 
-    def extend(self, embeddings: torch.Tensor, at: int | None = None) -> torch.Tensor:
-        kept = len(self.sequence) if at is None else at
+    def extend(self, rows: AppendRows) -> torch.Tensor:
+        kept = len(self.sequence) if rows.at is None else rows.at
         assert kept <= len(self.sequence)
-        self.sequence = self.sequence[:kept] + embeddings[:, 0].tolist()
+        assert rows.stack is None
+        self.sequence = self.sequence[:kept] + rows.embeddings[:, 0].tolist()
         self.passes.append((kept, len(self.sequence)))
         return self.hidden(kept + 1)
 
     def decode(self, draft: Sequence[int]) -> list[int]:
         self.sequence = list(draft)
-        return decode(
-            lambda ids: ids[:, None],
-            lambda rows: torch.eye(VOCABULARY)[rows[:, 0]],
-            self.hidden(0),
-            self.extend,
-            N,
-            draft,
+        decoding = decode_tokens(
+            lambda ids: ids[:, None], lambda rows: torch.eye(VOCABULARY)[rows[:, 0]], self.hidden(0), N, draft
         )
+        try:
+            rows = next(decoding)
+            while True:
+                rows = decoding.send(self.extend(rows))
+        except StopIteration as answer:
+            tokens: list[int] = answer.value
+            return tokens
 
 
 @settings(max_examples=150, deadline=None)
@@ -66,14 +70,14 @@ def test_any_draft_yields_the_greedy_tokens(seed: int, draft: list[int]) -> None
     assert len(model.passes) <= N - 1
 
 
-@pytest.mark.parametrize("stands", range(N))
-def test_a_draft_stands_up_to_its_first_mistake(stands: int) -> None:
+@pytest.mark.parametrize("accepted", range(N))
+def test_a_draft_is_accepted_up_to_its_first_mistake(accepted: int) -> None:
     model = Chain(3)
     greedy = model.greedy()
-    draft = [*greedy[:stands], *((token + 1) % VOCABULARY for token in greedy[stands : N - 1])]
+    draft = [*greedy[:accepted], *((token + 1) % VOCABULARY for token in greedy[accepted : N - 1])]
     assert model.decode(draft) == greedy
-    assert (model.passes[0][0] if model.passes else N - 1) == stands
-    assert (len(model.passes) == 0) == (stands == N - 1)
+    assert (model.passes[0][0] if model.passes else N - 1) == accepted
+    assert (len(model.passes) == 0) == (accepted == N - 1)
 
 
 def test_without_a_draft_it_is_one_by_one() -> None:

@@ -60,13 +60,14 @@ def test_layers_equal_hugging_face(config: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_rows_that_do_not_ask_leave_keys_and_values() -> None:
+def test_rows_without_queries_leave_keys_and_values() -> None:
     _, cut = decoder(num_key_value_heads=2)
     rotary = cut.rotary(torch.arange(17))
     for hidden in (torch.randn(17, 32), torch.randn(2, 17, 32)):
         queries, keys, values = cut.layers[1].qkv(hidden, rotary)
-        some = cut.layers[1].qkv(hidden, rotary, asking=3)
-        torch.testing.assert_close(some, (queries[..., -3:, :], keys, values))
+        for rows in (slice(14, 17), torch.tensor([3, 4, 16]), slice(17, 17)):
+            some = cut.layers[1].qkv(hidden, rotary, rows)
+            torch.testing.assert_close(some, (queries[..., rows, :], keys, values))
 
 
 @torch.no_grad()

@@ -9,14 +9,8 @@ from tokenizers import processors
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.prismatic.config import OPENVLA_PROMPT, OPENVLA_PROMPT_END
-from lac_vla.models.prismatic.prompt import (
-    TOKENIZER,
-    FileTokenizer,
-    Prompt,
-    WordHash,
-    load_tokenizer,
-    train_tokenizer,
-)
+from lac_vla.models.prismatic.prompt import Prompt
+from lac_vla.models.tokenizer import TOKENIZER, FileTokenizer, WordHash, load_tokenizer, train_tokenizer
 
 SENTENCES = ["pick up the black bowl and place it on the plate", "open the middle drawer of the cabinet"]
 

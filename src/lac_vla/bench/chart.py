@@ -23,7 +23,7 @@ LETTER, WIDTH, BAR, GAP, TOP = 6.8, 620.0, 16.0, 8.0, 78.0
 
 
 def stage_chart(result: FrameResult) -> str:
-    """Stacked bars of the stages' medians, a self-contained SVG file.
+    """Draw stacked bars of the stages' medians, a self-contained SVG file.
 
     A red mark is the floor of prefill and decoding on the GPU that was named, drawn from where the prefill begins.
 
@@ -68,7 +68,7 @@ def _legend() -> list[str]:
 
 
 def _bar(row: FrameRow, left: float, y: float, scale: float) -> list[str]:
-    """One row's stages, and its floor."""
+    """Draw one row's stages, and its floor."""
     parts, at, prefill = [], left, left
     for stage, colour in COLOURS.items():
         value = row.stages_ms[stage].p50

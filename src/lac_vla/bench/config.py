@@ -1,4 +1,4 @@
-"""What ``lac bench`` is told to measure."""
+"""Settings of ``lac bench``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lac_vla.errors import InputError
 from lac_vla.factory import make_policies, resolve_policy
 from lac_vla.flow import make_flow
 
-Section: TypeAlias = Literal["engine", "frame", "memory", "roofline"]
+Section: TypeAlias = Literal["engine", "frame", "memory", "batch", "roofline"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class BenchConfig:
     Attributes:
         out: Folder that ``bench.json`` is written to.
         sections: ``engine``, a decoder's prefill; ``frame``, whole observations; ``memory``, a long session;
-            ``roofline``, what the GPU of that option could do at best, from the model's shapes alone.
+            ``batch``, several sessions on one engine; ``roofline``, what the GPU of that option could do at best, from
+            the model's shapes alone.
         model: Checkpoint folder or hub id; by default a model with random weights, which costs the same.
         random_weights: Which: ``mini``, ``mini-vit``, ``tiny``, ``openvla-7b``, ``mini-cogact``, ``cogact-tiny`` or
             ``cogact-7b``.
@@ -34,14 +35,16 @@ class BenchConfig:
         threads: CPU threads of torch and of OpenCV; 0 leaves it to them.
         shape: Decoder of the section ``engine``: ``llama-8x512`` (that of the targets) or ``llama-32x4096``.
         active: Shares of the visual tokens that the section ``engine`` recomputes, in (0, 1).
-        rounds: How often the section ``engine`` runs every variant.
-        policies: Methods of the section ``frame``, beside the two dense ones; ``random:ratio=.25,.5,.9`` are three.
+        rounds: How often the sections ``engine`` and ``batch`` run every variant.
+        policies: Methods of the sections ``frame`` and ``batch``, beside the dense ones; ``random:ratio=.25,.5,.9`` are
+            three.
         options: Sets of options beside caching, each for dense and for every policy: ``none`` is the baseline and
             always there; ``draft``, ``draft+async_policy``, ``default``, ``exact`` (all that change no number), …
-        acceptance: Shares of the drafted tokens that are made to stand, in [0, 1], for random weights, where what
-            stands by itself means nothing: a further row each for every method with the option ``draft``.
+        acceptance: Shares of the drafted tokens that are made to be accepted, in [0, 1], for random weights, where
+            their own acceptance means nothing: a further row each for every method with the option ``draft``.
         frames: Observations of the section ``frame``.
-        minutes: The section ``frame`` ends with the round in which it has taken so long; 0 for no limit.
+        minutes: The sections ``frame`` and ``batch`` end with the round in which they have taken so long; 0 for no
+            limit.
         warmup: Rounds, or observations, that are run first and not counted.
         replay: Folder of a LeRobot dataset whose frames are replayed; by default a synthetic scene.
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
@@ -49,7 +52,8 @@ class BenchConfig:
         max_age: No slot is reused once it is this old, frames.
         memory_policy: Method of the section ``memory``.
         memory_frames: Observations of the section ``memory``.
-        roofline: GPU whose floors stand beside the times: ``h200``, ``h100``, ``a100`` or ``rtx4090``.
+        batch: Numbers of sessions that the section ``batch`` runs together, beside 1.
+        roofline: GPU whose floors are put beside the times: ``h200``, ``h100``, ``a100`` or ``rtx4090``.
         seed: Of weights, scene, orders and sessions.
 
     Raises:
@@ -78,13 +82,14 @@ class BenchConfig:
     max_age: int = 16
     memory_policy: str = "motion:ratio=0.5"
     memory_frames: int = 2000
+    batch: tuple[int, ...] = (1, 2, 4, 8, 16)
     roofline: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked before anything is loaded."""
         if not self.sections:
-            raise InputError("there is no section to measure: give engine, frame, memory or roofline")
+            raise InputError("there is no section to measure: give engine, frame, memory, batch or roofline")
         if self.shape not in SHAPES:
             raise InputError(f"unknown shape {self.shape!r}; choose one of {sorted(SHAPES)}")
         for name in ("rounds", "frames", "memory_frames"):
@@ -92,6 +97,8 @@ class BenchConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.warmup < 1:
             raise InputError(f"warmup is {self.warmup}; give at least 1: a first frame is always dense")
+        if not self.batch or min(self.batch) < 1:
+            raise InputError(f"batch is {self.batch}; give numbers of sessions, each at least 1")
         if self.threads < 0:
             raise InputError(f"threads is {self.threads}; give a number of threads, or 0 for the default")
         if not self.active or not all(0 < share < 1 for share in self.active):
@@ -105,9 +112,7 @@ class BenchConfig:
         if not all(0 <= share <= 1 for share in self.acceptance):
             raise InputError(f"acceptance is {self.acceptance}; give shares of the drafted tokens in [0, 1]")
         if self.acceptance and self.model is not None:
-            raise InputError(
-                "acceptance is for random weights; a checkpoint's drafts stand by themselves: leave it out"
-            )
+            raise InputError("acceptance is for random weights; a checkpoint's drafts have their own: leave it out")
         if self.minutes < 0:
             raise InputError(f"minutes is {self.minutes}; give a time, or 0 for no limit")
         for options in self.options:

@@ -123,7 +123,7 @@ class Prefills:
         return prefill
 
     def stock(self) -> torch.Tensor:
-        """The stock prefill; returns the suffix's hidden states, (n_suffix, width)."""
+        """Run the stock prefill; return the suffix's hidden states, (n_suffix, width)."""
         out = stock_prefill(self._model, self._embeddings)
         hidden: torch.Tensor = out.last_hidden_state[0, LAYOUT.suffix]
         return hidden
@@ -186,7 +186,7 @@ def _row(
 
 
 def _targets(rows: tuple[EngineRow, ...]) -> tuple[Target, ...]:
-    """The targets that these rows can be held to."""
+    """List the targets that these rows can be held to."""
     targets = []
     for row in rows:
         if row.name == DENSE:

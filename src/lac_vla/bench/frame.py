@@ -32,9 +32,9 @@ BOOKKEEPING = ("flow", "policy", "bookkeeping")
 SHARE = 0.15
 """Most that they may take together, of the dense model call."""
 LEARNED = {"share": 0.10, "prefill": 2.0, "action": 1.3, "options": 1.76}
-"""Of a learned policy on replayed frames: flow and policy over the model call of dense with the same options, at most;
-the prefill, and observation to action, faster than dense with the same options; observation to action with options
-faster than dense without, at least."""
+"""Targets of a learned policy on replayed frames: flow and policy over the model call of dense with the same options,
+at most; the prefill, and observation to action, faster than dense with the same options; observation to action with
+options faster than dense without, at least."""
 SAME = 1 / 256
 """Two action values that differ by less, of a range from -1 to 1, are the same: half a bin of OpenVLA's tokens."""
 
@@ -58,7 +58,7 @@ class FrameRow:
         macs: Stage → mean multiply-accumulates per frame.
         flops: Two per multiply-accumulate, all stages.
         passes: Mean decoding passes behind the prefill.
-        accepted: Mean share of the drafted tokens that stood; ``None`` without drafts.
+        accepted: Mean share of the drafted tokens that were accepted; ``None`` without drafts.
         swept: What was prescribed, and is no property of the method: ``ratio``, ``acceptance``.
         same_actions: Share of the action's tokens, or of its values within :data:`SAME`, that are the stock model's;
             ``None`` where they are prescribed.
@@ -125,7 +125,7 @@ class FrameResult:
 
 @dataclass
 class Log:
-    """What one method did, an entry per frame.
+    """A log of one method, an entry per frame.
 
     Attributes:
         stages: Milliseconds by stage.
@@ -134,8 +134,8 @@ class Log:
         effective: Ratio reached.
         answers: Action tokens, or values in [-1, 1].
         macs: Multiply-accumulates by stage.
-        passes: Decoding passes.
-        accepted: Share of the draft that stood, of the frames that had one.
+        decode_passes: Decoding passes.
+        accepted: Share of the draft that was accepted, of the frames that had one.
         peaks_mb: Peak memory of the accelerator; empty on a CPU.
         floors: Milliseconds by stage, if a GPU was named.
     """
@@ -146,7 +146,7 @@ class Log:
     effective: list[float] = field(default_factory=list)
     answers: list[npt.NDArray[np.float64]] = field(default_factory=list)
     macs: list[dict[str, int]] = field(default_factory=list)
-    passes: list[int] = field(default_factory=list)
+    decode_passes: list[int] = field(default_factory=list)
     accepted: list[float] = field(default_factory=list)
     peaks_mb: list[float] = field(default_factory=list)
     floors: list[dict[str, float]] = field(default_factory=list)
@@ -161,7 +161,7 @@ class Log:
         self.effective.append(step.ratio)
         self.answers.append(np.asarray(step.metadata.get("tokens", step.metadata.get("normalized")), dtype=np.float64))
         self.macs.append(cost.step(step))
-        self.passes.append(len(step.decode_passes))
+        self.decode_passes.append(len(step.decode_passes))
         if step.accepted is not None:
             self.accepted.append(step.accepted / step.draft)
         if roofline is not None:
@@ -171,16 +171,16 @@ class Log:
             self.floors.append(floors)
 
     def stage(self, name: str) -> list[float]:
-        """A stage's latency, ms, frame by frame."""
+        """List a stage's latency, ms, frame by frame."""
         return [stages[name] for stages in self.stages]
 
     def window(self, name: str) -> list[float]:
-        """A window's latency, ms, frame by frame."""
+        """List a window's latency, ms, frame by frame."""
         return [windows[name] for windows in self.windows]
 
     @property
     def bookkeeping(self) -> list[float]:
-        """What the cache costs beside the model, ms, frame by frame."""
+        """Time that the cache costs beside the model, ms, frame by frame."""
         return [sum(stages[name] for name in BOOKKEEPING) for stages in self.stages]
 
 
@@ -234,7 +234,7 @@ def measure_frames(model: VLA, scene: Scene, config: BenchConfig) -> FrameResult
 
 
 def _targets(row: FrameRow, *, earned: bool) -> Iterator[Target]:
-    """What a policy is held to; a learned one to more where ratios are ``earned``: real frames, trained weights."""
+    """List a policy's targets; a learned one has more where ratios are ``earned``: real frames, trained weights."""
     yield Target.at_most(f"bookkeeping of {row.name}, of the dense model call", row.bookkeeping, SHARE)
     if not earned or not row.name.startswith("lac"):
         return
@@ -254,7 +254,7 @@ def _targets(row: FrameRow, *, earned: bool) -> Iterator[Target]:
 def _turn(
     session: Session | StockSession, scene: Scene, index: int, device: torch.device
 ) -> tuple[StepInfo, float | None]:
-    """One frame on one session; and the accelerator's peak memory meanwhile, MB."""
+    """Run one frame on one session; and read the accelerator's peak memory meanwhile, MB."""
     if index in scene.starts:
         session.reset()
     if device.type == "cuda":
@@ -291,7 +291,7 @@ def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
         ),
         macs=macs,
         flops=2 * sum(macs.values()),
-        passes=float(np.mean(log.passes)),
+        passes=float(np.mean(log.decode_passes)),
         accepted=float(np.mean(log.accepted)) if log.accepted else None,
         swept=method.swept,
         same_actions=None if "acceptance" in method.swept else _same(log, stock),
@@ -303,5 +303,5 @@ def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
 
 
 def _same(log: Log, stock: Log) -> float:
-    """Share of the answers that are the stock model's."""
+    """Compute the share of the answers that are the stock model's."""
     return float(np.mean(np.abs(np.asarray(log.answers) - np.asarray(stock.answers)) < SAME))

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from tqdm import tqdm
 from lac_vla.errors import InputError
 from lac_vla.results.stats import Percentiles, percentiles
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """How two quantities measured in the same rounds compare.
+    """A comparison of two quantities measured in the same rounds.
 
     Attributes:
         value: Median of the one over the median of the other.
@@ -64,12 +66,12 @@ class Target:
 
     @classmethod
     def at_most(cls, what: str, measured: Ratio | float, limit: float, unit: str = "×") -> Target:
-        """A target that lies above."""
+        """Make a target that lies above."""
         return cls._of(what, unit, measured, limit, "at most")
 
     @classmethod
     def at_least(cls, what: str, measured: Ratio | float, limit: float, unit: str = "×") -> Target:
-        """A target that lies below."""
+        """Make a target that lies below."""
         return cls._of(what, unit, measured, limit, "at least")
 
     @classmethod
@@ -82,8 +84,8 @@ class Target:
 
 
 def take_turns(
-    names: Sequence[str], rounds: int, seed: int, what: str, *, least: int = 0, seconds: float = math.inf
-) -> Iterator[tuple[int, list[str]]]:
+    names: Sequence[T], rounds: int, seed: int, what: str, *, least: int = 0, seconds: float = math.inf
+) -> Iterator[tuple[int, list[T]]]:
     """Go through the rounds with a progress bar.
 
     Args:
@@ -114,7 +116,7 @@ def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def measured(values: Sequence[float]) -> Percentiles:
-    """Median and 95th percentile of at least one measurement."""
+    """Compute median and 95th percentile of at least one measurement."""
     found = percentiles(values)
     if found is None:
         raise InputError("nothing was measured: give at least one round")

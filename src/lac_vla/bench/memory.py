@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Target
+from lac_vla.bench.methods import cached_vla
 from lac_vla.bench.scene import Scene
 from lac_vla.evaluation.rollout import peak_memory_mb
-from lac_vla.factory import CachedVLA, resolve_policy
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
 from lac_vla.session import Session
@@ -72,8 +72,7 @@ def measure_memory(model: VLA, scene: Scene, config: BenchConfig) -> MemoryResul
         scene: Frames to go round in.
         config: The benchmark.
     """
-    vla = CachedVLA(model, resolve_policy(config.memory_policy, config.model), flow=config.flow, max_age=config.max_age)
-    session = vla.session(config.seed)
+    session = cached_vla(model, config.memory_policy, "default", config).session(config.seed)
     steps = np.linspace(0, config.memory_frames, CHECKPOINTS + 1)[1:]
     checkpoints = set(np.ceil(steps).astype(int).tolist())
     points = []
@@ -110,7 +109,7 @@ def _point(frame: int, session: Session, device: torch.device) -> MemoryPoint:
 
 
 def resident_mb() -> float:
-    """Resident memory of this process, MB; where Linux's ``/proc`` is missing, its peak so far."""
+    """Read the resident memory of this process, MB; where Linux's ``/proc`` is missing, its peak so far."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:

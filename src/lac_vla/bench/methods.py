@@ -38,29 +38,26 @@ def make_methods(model: VLA, config: BenchConfig) -> Iterator[Method]:
     """Make the stock model; and every policy with every set of options, and every prescribed acceptance of drafts."""
     yield Method(STOCK, StockSession(model, config.seed))
     for options in dict.fromkeys(("none", *config.options)):
-        engine_options = EngineOptions.parse(options)
         for spec in (DENSE, *config.methods):
             name = row_name(paths_by_name(spec), options)
             swept = ("ratio",) if config.model is None and spec != DENSE else ()
 
-            def session(model: VLA, spec: str = spec, engine_options: EngineOptions = engine_options) -> Session:
-                vla = CachedVLA(
-                    model,
-                    resolve_policy(spec, config.model),
-                    flow=config.flow,
-                    max_age=config.max_age,
-                    options=engine_options,
-                )
-                return vla.session(config.seed)
-
-            yield Method(name, session(model), "" if options == "none" else options, swept)
-            if not engine_options.draft or not isinstance(model.head, TokenHead):
+            session = cached_vla(model, spec, options, config).session(config.seed)
+            yield Method(name, session, "" if options == "none" else options, swept)
+            if not EngineOptions.parse(options).draft or not isinstance(model.head, TokenHead):
                 continue
             for share in config.acceptance:
                 drafted = model.head.max_new_tokens - 1
                 accepted = round(share * drafted)
-                kept = f"{name}, {accepted}/{drafted} kept"
-                yield Method(kept, session(scripted(model, model.head, accepted)), options, (*swept, "acceptance"))
+                row = f"{name}, {accepted}/{drafted} accepted"
+                session = cached_vla(scripted(model, model.head, accepted), spec, options, config).session(config.seed)
+                yield Method(row, session, options, (*swept, "acceptance"))
+
+
+def cached_vla(model: VLA, spec: str, options: str, config: BenchConfig) -> CachedVLA:
+    """Put a policy beside the model, with a set of options."""
+    policy, engine_options = resolve_policy(spec, config.model), EngineOptions.parse(options)
+    return CachedVLA(model, policy, flow=config.flow, max_age=config.max_age, options=engine_options)
 
 
 def row_name(method: str, options: str) -> str:

@@ -14,7 +14,7 @@ from lac_vla.models.heads.tokens import TokenHead
 
 
 def open_model(config: BenchConfig) -> VLA:
-    """The model of the sections ``frame`` and ``memory``.
+    """Open the model of the sections ``frame``, ``memory`` and ``batch``.
 
     Raises:
         InputError: If there is no such model or device, or it does not fit into memory.
@@ -32,7 +32,7 @@ def open_model(config: BenchConfig) -> VLA:
 
 
 def open_shapes(config: BenchConfig) -> VLA:
-    """The model of the section ``roofline``: of random weights the shapes alone, without memory.
+    """Open the model of the section ``roofline``: of random weights the shapes alone, without memory.
 
     Raises:
         InputError: If there is no such model.
@@ -76,7 +76,7 @@ def _check_memory(model: VLA, device: torch.device) -> None:
 
 
 def _free_memory() -> int | None:
-    """Memory that can be had without swapping, bytes; ``None`` where Linux's ``/proc`` is missing."""
+    """Read the memory that can be had without swapping, bytes; ``None`` where Linux's ``/proc`` is missing."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How fast a GPU could be at best: the roofline (Williams et al., CACM 2009) of a decoder at batch 1.
+"""The least time that a GPU needs: the roofline (Williams et al., CACM 2009) of a decoder at batch 1.
 
 A prefill, or a decoding pass, takes at least the time of its arithmetic, and at least that of reading the layers'
 weights once; its floor is the larger of the two. Keys, values and the output matrix are left out: a floor stays one.
@@ -29,7 +29,7 @@ from lac_vla.models.protocols import DecoderShape
 from lac_vla.types import Decision, TokenLayout
 
 BYTES = 2
-"""Of a bfloat16 weight."""
+"""Size of a bfloat16 weight."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,18 @@ class Roofline:
     def prefill_ms(
         self, layout: TokenLayout, decision: Decision, draft: int = 0, *, n_queries: int | None = None
     ) -> float:
-        """Floor of a prefill; see :func:`lac_vla.cost.prefill_macs` for the arguments."""
+        """Compute the floor of a prefill; see :func:`lac_vla.cost.prefill_macs` for the arguments."""
         macs = prefill_macs(self.shape, layout, decision, draft, n_queries=n_queries)
         return max(self.weight_ms, self.compute_ms(macs))
 
     def decode_ms(self, layout: TokenLayout, decision: Decision, passes: Sequence[tuple[int, int]]) -> float:
-        """Floor of decoding passes together; see :func:`lac_vla.cost.decode_macs` for the arguments."""
+        """Compute the floor of decoding passes together; see :func:`lac_vla.cost.decode_macs` for the arguments."""
         return sum(
             max(self.weight_ms, self.compute_ms(decode_macs(self.shape, layout, decision, [part]))) for part in passes
         )
 
     def measures(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether times on this device, with weights of this type, can be held against the floors."""
+        """Tell whether times on this device, with weights of this type, can be held against the floors."""
         if device.type != "cuda" or dtype.itemsize != BYTES:
             return False
         return GPUS[self.gpu].device in torch.cuda.get_device_name(device)
@@ -162,9 +162,14 @@ class RooflineResult:
 
 
 def floors(
-    roofline: Roofline, model: str, layout: TokenLayout, new_tokens: int, active: Sequence[float]
+    roofline: Roofline,
+    model: str,
+    layout: TokenLayout,
+    new_tokens: int,
+    active: Sequence[float],
+    n_queries: int | None = None,
 ) -> RooflineResult:
-    """The section's floors for some shares of active visual tokens, from shapes alone.
+    """Compute the section's floors for some shares of active visual tokens, from shapes alone.
 
     Args:
         roofline: Decoder and GPU.
@@ -172,6 +177,7 @@ def floors(
         layout: Of the prompt.
         new_tokens: That an action is decoded into; 0 for a head without tokens.
         active: Shares, beside 1.
+        n_queries: See :func:`lac_vla.cost.prefill_macs`.
     """
     dense = Decision.dense(layout.n_visual, roofline.shape.layers)
     passes = [(i, i + 1) for i in range(new_tokens - 1)]
@@ -179,7 +185,7 @@ def floors(
     for share in (1.0, *active):
         count = round(share * layout.n_visual)
         decision = Decision.reuse(np.arange(layout.n_visual) >= count, roofline.shape.layers)
-        prefill = roofline.prefill_ms(layout, decision)
+        prefill = roofline.prefill_ms(layout, decision, n_queries=n_queries)
         rows.append(
             RooflineRow(
                 active=count / layout.n_visual,
@@ -187,7 +193,7 @@ def floors(
                 prefill_ms=prefill,
                 bound="compute" if prefill > roofline.weight_ms else "bandwidth",
                 action_ms=prefill + roofline.decode_ms(layout, decision, passes),
-                faster=roofline.prefill_ms(layout, dense) / prefill,
+                faster=roofline.prefill_ms(layout, dense, n_queries=n_queries) / prefill,
             )
         )
     return RooflineResult(

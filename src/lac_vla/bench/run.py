@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import cv2
 import torch
 
+from lac_vla.bench.batch import BatchResult, measure_batch
 from lac_vla.bench.chart import stage_chart
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import EngineResult, measure_engine
@@ -30,7 +31,7 @@ from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
 from lac_vla.results.stats import Percentiles
 
-Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult | RooflineResult]
+Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult | BatchResult | RooflineResult]
 
 RESULT = "bench.json"
 CHART = "bench.svg"
@@ -40,6 +41,7 @@ UNITS = {
     "macs": "multiply-accumulates; DIS flow, which has no matrix products, is not counted",
     "flops": "floating-point operations: 2 per multiply-accumulate",
     "faster_than_*": "ratio of medians value, quartiles low and high of the ratios within the rounds",
+    "frames_per_second": "of all sessions together, over the median time of a pass",
     "bookkeeping": "as faster_than_*: flow + policy + bookkeeping over the model call of 'dense'",
     "deciding": "as faster_than_*: flow + policy over the model call of dense with the same options",
     "floor_ms": "least time of that GPU's vendor peaks: of the arithmetic, or of reading the layers' weights once",
@@ -47,12 +49,12 @@ UNITS = {
     "swept": "prescribed, no property of the method or of the weights",
     "load": "processes that wanted a core, mean of a minute, before and after",
 }
-"""What the numbers in the file mean."""
+"""The meaning of the numbers in the file."""
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured, under which conditions.
+    """The measurements, and the conditions that they were made under.
 
     Attributes:
         config: What was asked for.
@@ -61,6 +63,7 @@ class BenchResult:
         engine: The section, if it ran.
         frame: The section, if it ran.
         memory: The section, if it ran.
+        batch: The section, if it ran.
         roofline: The section, if it was asked for.
     """
 
@@ -70,16 +73,17 @@ class BenchResult:
     engine: EngineResult | None = None
     frame: FrameResult | None = None
     memory: MemoryResult | None = None
+    batch: BatchResult | None = None
     roofline: RooflineResult | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Of all sections."""
+        """The targets of all sections."""
         ran = [part for part in (self.engine, self.frame, self.memory) if part is not None]
         return tuple(target for part in ran for target in part.targets)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Make plain data of everything."""
         content: dict[str, Any] = {**self.provenance, "units": UNITS, **plain(self)}
         del content["provenance"]
         config = self.config
@@ -114,28 +118,31 @@ def run_bench(config: BenchConfig) -> BenchResult:
 
 
 def _sections(config: BenchConfig) -> dict[str, Measure]:
-    """The wanted sections in order. What they need is opened here, so that faults show before all measuring."""
+    """List the wanted sections. What they need is opened here, so that faults show before all measuring."""
     sections: dict[str, Measure] = {}
     if "roofline" in config.sections:
         sections["roofline"] = partial(_floors, config, open_shapes(config))
     if "engine" in config.sections:
         sections["engine"] = partial(measure_engine, config)
-    if {"frame", "memory"} & set(config.sections):
+    if {"frame", "memory", "batch"} & set(config.sections):
         model = open_model(config)
         scene = make_scene(model, config.replay, config.warmup + config.frames, config.seed)
         if "frame" in config.sections:
             sections["frame"] = partial(measure_frames, model, scene, config)
         if "memory" in config.sections:
             sections["memory"] = partial(measure_memory, model, scene, config)
+        if "batch" in config.sections:
+            sections["batch"] = partial(measure_batch, model, scene, config)
     return sections
 
 
 def _floors(config: BenchConfig, model: VLA) -> RooflineResult:
-    """The section ``roofline``, for the prompt of a synthetic frame."""
-    cameras = tuple(model.grids)
-    layout = model.processor.prompt(synthetic(cameras, None, 1, config.seed).frames[0]).layout
+    """Run the section ``roofline``, for the prompt of a synthetic frame."""
+    [frame] = synthetic(tuple(model.grids), model.processor.state_dim, 1, config.seed).frames
+    layout = model.processor.prompt(frame).layout
     roofline = Roofline(str(config.roofline), model.decoder.shape)
-    return floors(roofline, model.name, layout, model.head.max_new_tokens, config.active)
+    n_queries = layout.n_suffix if model.head.reads == "hidden" else 0
+    return floors(roofline, model.name, layout, model.head.max_new_tokens, config.active, n_queries)
 
 
 def write_result(result: BenchResult, folder: Path) -> Path:
@@ -199,7 +206,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what JSON knows."""
+    """Turn dataclasses, tuples and paths into what JSON knows."""
     if isinstance(value, Percentiles):
         return value._asdict()
     if is_dataclass(value):

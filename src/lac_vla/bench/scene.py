@@ -1,4 +1,4 @@
-"""What the models look at: a synthetic moving scene, or the recorded frames of a robot."""
+"""Frames for the models: a synthetic moving scene, or a robot's recorded ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lac_vla.types import FloatArray, Frame, UInt8Image
 
 INSTRUCTION = "pick up the black bowl next to the plate and place it on the plate"
 SIDE = 256
-"""Of the synthetic images, pixels."""
+"""Side of the synthetic images, pixels."""
 OBJECT_SIDE = 56
 NOISE = 2.0
 """Standard deviation of the synthetic sensor noise, in grey levels of 255."""
@@ -38,7 +38,7 @@ class Scene:
 
 
 def make_scene(model: VLA, replay: Path | None, length: int, seed: int) -> Scene:
-    """Frames that fit a model.
+    """Make or read frames that fit a model.
 
     Args:
         model: The model.
@@ -57,7 +57,7 @@ def make_scene(model: VLA, replay: Path | None, length: int, seed: int) -> Scene
 
 
 def synthetic(cameras: tuple[str, ...], state: int | None, length: int, seed: int) -> Scene:
-    """A textured background that stands still, a textured object that goes round before it, and sensor noise.
+    """Make a textured background at rest, a textured object that goes round before it, and sensor noise.
 
     Args:
         cameras: Each sees its own scene.
@@ -79,16 +79,16 @@ def synthetic(cameras: tuple[str, ...], state: int | None, length: int, seed: in
 
 
 def _texture(rng: np.random.Generator, side: int) -> UInt8Image:
-    """A smooth random pattern with fine grain, uint8, side × side × 3."""
+    """Make a smooth random pattern with fine grain, uint8, side × side × 3."""
     coarse = rng.uniform(30, 220, (max(4, side // 16), max(4, side // 16), 3)).astype(np.float32)
     smooth = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
     return np.asarray(np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255), dtype=np.uint8)
 
 
 def _shot(rng: np.random.Generator, background: UInt8Image, thing: UInt8Image, angle: float) -> UInt8Image:
-    """One camera's image, uint8, H×W×3."""
-    room = (SIDE - OBJECT_SIDE) / 2
-    top, left = (round(room * (1 + 0.8 * wave(angle))) for wave in (np.sin, np.cos))
+    """Make one camera's image, uint8, H×W×3."""
+    margin = (SIDE - OBJECT_SIDE) / 2
+    top, left = (round(margin * (1 + 0.8 * wave(angle))) for wave in (np.sin, np.cos))
     image = background.astype(np.float32)
     image[top : top + OBJECT_SIDE, left : left + OBJECT_SIDE] = thing
     image += NOISE * rng.standard_normal(image.shape, dtype=np.float32)
@@ -96,7 +96,7 @@ def _shot(rng: np.random.Generator, background: UInt8Image, thing: UInt8Image, a
 
 
 def replayed(folder: Path, cameras: tuple[str, ...], state: int | None, length: int) -> Scene:
-    """The first frames of a LeRobot dataset.
+    """Read the first frames of a LeRobot dataset.
 
     Args:
         folder: The dataset.

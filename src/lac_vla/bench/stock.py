@@ -103,7 +103,6 @@ class StockSession:
             stages=clock.stages,
             metadata=metadata,
             pixels=images,
-            full_last_layer=True,
             decode_passes=one_by_one(head.max_new_tokens),
         )
         return action

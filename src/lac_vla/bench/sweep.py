@@ -1,4 +1,4 @@
-"""Sweeps: what random weights cannot tell, a ratio that pays or a draft that stands, is prescribed instead.
+"""Sweeps: what random weights cannot tell, a ratio that pays or a draft that is accepted, is prescribed instead.
 
 A model with random weights costs what the trained one does, frame by frame. What it reuses and which of its drafts
 are accepted means nothing. So its ratios are run through, and so is the number of drafted tokens that are accepted.
@@ -46,20 +46,20 @@ class ScriptedHead(TokenHead):
 
     def __init__(self, head: TokenHead, accepted: int) -> None:
         super().__init__(head.embed, self._scores, head.tokenizer, head.action_range)
-        self._head, self._accepted, self._standing = head, accepted, 0
+        self._head, self._accepted, self._drafted_right = head, accepted, 0
         self._right, self._wrong = (int(token) for token in head.tokenizer.encode(np.array([0.0, 0.5])))
 
     def decode(self, context: HeadContext) -> Decoding:
         """Decode by the script; what it says of its tokens makes the next draft."""
-        self._standing = 0 if context.drafted is None else self._accepted
+        self._drafted_right = 0 if context.drafted is None else self._accepted
         action, metadata = yield from super().decode(context)
         wrong = self.max_new_tokens - self._accepted
         return action, {**metadata, "tokens": [self._right] * self._accepted + [self._wrong] * wrong}
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
         scores = self._head.logits(hidden)
-        right = min(len(scores), 1 + self._standing)
-        self._standing = 0
+        right = min(len(scores), 1 + self._drafted_right)
+        self._drafted_right = 0
         scores[:right, self._right] = torch.inf
         scores[right:, self._wrong] = torch.inf
         return scores

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lac_vla.bench.batch import BatchResult
 from lac_vla.bench.engine import EngineResult
 from lac_vla.bench.frame import FrameResult, FrameRow
 from lac_vla.bench.measure import Ratio, Target
@@ -16,11 +17,11 @@ from lac_vla.bench.run import BenchResult
 from lac_vla.results.format import NONE, count, latency, memory, milliseconds, percent
 from lac_vla.timing import STAGES, WINDOWS
 
-SWEPT = "\nrandom weights: what is reused and which drafts stand is swept, or says nothing about a trained model"
+SWEPT = "\nrandom weights: what is reused and which drafts are accepted is swept, or says nothing about a trained model"
 
 
 def bench_tables(result: BenchResult) -> list[Table]:
-    """All sections that ran, then the targets with the conditions that they were measured under."""
+    """Make the tables of all sections that ran, then of the targets, with the conditions of measuring."""
     tables = []
     if result.roofline is not None:
         tables.append(roofline_table(result.roofline))
@@ -30,13 +31,15 @@ def bench_tables(result: BenchResult) -> list[Table]:
         tables += [frame_table(result.frame), cost_table(result.frame), stage_table(result.frame)]
     if result.memory is not None:
         tables.append(memory_table(result.memory))
+    if result.batch is not None:
+        tables.append(batch_table(result.batch))
     if result.frame is not None and result.frame.roofline is not None:
         tables.append(floor_table(result.frame))
     return [*tables, target_table(result)] if result.targets else tables
 
 
 def roofline_table(result: RooflineResult) -> Table:
-    """Floors, from shapes alone."""
+    """Make the table of floors, from shapes alone."""
     decoding = f"a decoding pass {milliseconds(result.pass_ms)} ms, {result.passes} of them behind the prefill"
     table = _table(
         f"roofline: {result.model} on one {result.gpu}, bfloat16, batch 1, nothing measured",
@@ -54,7 +57,7 @@ def roofline_table(result: RooflineResult) -> Table:
 
 
 def floor_table(result: FrameResult) -> Table:
-    """Every row's own floors, and how far its times are above them."""
+    """Make the table of every row's own floors, and of how far its times are above them."""
     measured_there = any(row.times_floor for row in result.rows)
     where = "× floor: median over floor" if measured_there else "measured elsewhere: floors only"
     caption = f"of prefill and of all decoding passes of a frame, means; {where}"
@@ -70,7 +73,7 @@ def floor_table(result: FrameResult) -> Table:
 
 
 def engine_table(result: EngineResult) -> Table:
-    """Prefill latencies."""
+    """Make the table of prefill latencies."""
     table = _table(
         f"engine: prefill of {result.tokens} tokens, {result.visual_tokens} of them visual, {result.shape}",
         "stock: transformers' LlamaModel, "
@@ -87,7 +90,7 @@ def engine_table(result: EngineResult) -> Table:
 
 
 def frame_table(result: FrameResult) -> Table:
-    """Latencies of whole observations in the three windows."""
+    """Make the table of latencies of whole observations in the three windows."""
     table = _table(
         f"frame: {result.model}, {result.dtype}, {result.visual_tokens} visual tokens",
         f"{result.frames} frames, {result.source}\n"
@@ -114,7 +117,7 @@ def frame_table(result: FrameResult) -> Table:
 
 
 def cost_table(result: FrameResult) -> Table:
-    """Operations and memory per frame."""
+    """Make the table of operations and memory per frame."""
     table = _table(
         "cost of a frame",
         "MACs: of matrix products, RAFT's flow included; DIS flow has none and is not counted\n"
@@ -125,8 +128,8 @@ def cost_table(result: FrameResult) -> Table:
         "FLOPs",
         "cache MB",
         "peak memory",
-        "passes",
-        "draft kept",
+        "decoding passes",
+        "draft accepted",
         "stock's actions",
     )
     for row in result.rows:
@@ -138,7 +141,7 @@ def cost_table(result: FrameResult) -> Table:
 
 
 def stage_table(result: FrameResult) -> Table:
-    """Where the milliseconds go."""
+    """Make the table of stages: where the milliseconds go."""
     caption = "p50 / p95 in ms; bookkeeping share: flow + policy + bookkeeping, of the model call of dense"
     table = _table("stages of a frame", caption, *STAGES, "bookkeeping share")
     for row in result.rows:
@@ -148,7 +151,7 @@ def stage_table(result: FrameResult) -> Table:
 
 
 def memory_table(result: MemoryResult) -> Table:
-    """Memory over a long session."""
+    """Make the table of memory over a long session."""
     caption = f"{result.policy}, {result.model}; grown by {result.growth_mb:+.2f} MB in all"
     headings = ("process MB", "cache MB", "accelerator MB")
     table = _table("memory of one session", caption, *headings, first="frame")
@@ -158,8 +161,24 @@ def memory_table(result: MemoryResult) -> Table:
     return table
 
 
+def batch_table(result: BatchResult) -> Table:
+    """Make the table of frames per second of several sessions on one engine."""
+    table = _table(
+        f"batch: sessions on one engine, {result.model}, {result.dtype}",
+        f"frames of all sessions together, {result.source}\n"
+        "a pass: all sessions' observations to all their actions, p50 / p95 in ms; faster: frames per second, ratio of "
+        "medians, and quartiles of the ratios within the rounds" + (SWEPT if result.random_weights else ""),
+        "sessions", "frames per second", "pass ms", "ratio eff.", "faster than one session", "faster than dense",
+    )  # fmt: skip
+    for row in result.rows:
+        cells = [str(row.sessions), f"{row.frames_per_second:.1f}", latency(row.latency_ms)]
+        ratios = [percent(row.ratio_effective), ratio(row.faster_than_one), ratio(row.faster_than_dense)]
+        table.add_row(row.name, *cells, *ratios)
+    return table
+
+
 def target_table(result: BenchResult) -> Table:
-    """What had to be reached, and whether it was."""
+    """Make the table of targets, and whether they were reached."""
     table = _table("targets", conditions(result), "measured", "target", "reached", first="what")
     for target in result.targets:
         sign = "≤" if target.bound == "at most" else "≥"
@@ -169,7 +188,7 @@ def target_table(result: BenchResult) -> Table:
 
 
 def conditions(result: BenchResult) -> str:
-    """Hardware, versions, and whether the machine was busy with something else."""
+    """Write hardware, versions, and whether the machine was busy with something else."""
     hardware: Mapping[str, Any] = result.provenance["hardware"]
     versions: Mapping[str, Any] = result.provenance["versions"]
     where = hardware.get("accelerator") if result.config.device != "cpu" else None
@@ -184,12 +203,12 @@ def conditions(result: BenchResult) -> str:
 
 
 def ratio(value: Ratio) -> str:
-    """A ratio and its quartiles, e.g. ``2.93× [2.73, 3.09]``."""
+    """Write a ratio and its quartiles, e.g. ``2.93× [2.73, 3.09]``."""
     return f"{value.value:.2f}× [{value.low:.2f}, {value.high:.2f}]"
 
 
 def measured(target: Target) -> str:
-    """What was measured for a target, e.g. ``2.93 × [2.73, 3.09]``."""
+    """Write what was measured for a target, e.g. ``2.93 × [2.73, 3.09]``."""
     spread = "" if target.low is None or target.high is None else f" [{target.low:.2f}, {target.high:.2f}]"
     return f"{target.value:.2f} {target.unit}{spread}"
 

@@ -36,7 +36,8 @@ class SequenceState:
         draft: Rows behind the prompt that are part of the prefill.
         probe: Attention to compute aside.
         refine: Asked to refine the decision after every probed layer.
-        reads_hidden: Whether the head reads the last hidden states; if not, the last layer computes no queries.
+        reads_hidden: Whether the head reads the last hidden states; if not, the last layer computes no queries but
+            for a probe.
         hidden: Normalised last hidden states of the suffix, and of the draft behind it, (n_suffix + draft, width).
         attention: Layer → probed attention.
         appended: Rows behind the prompt so far.
@@ -68,10 +69,12 @@ class SequenceState:
         return self.layout.length - hidden + self.draft
 
     @property
-    def full_last_layer(self) -> bool:
-        """Tell whether all rows of the prefill have queries in the last layer, not those of suffix and draft alone."""
-        last = self.decision.n_layers - 1
-        return self.probe is not None and self.probe.rows == "all" and last in self.probe.layers
+    def n_queries(self) -> int | None:
+        """Rows at the end of the prefill that have queries in the last layer; ``None`` for all."""
+        probe = self.probe if self.probe is not None and self.decision.n_layers - 1 in self.probe.layers else None
+        if probe is not None and probe.rows == "all":
+            return None
+        return self.layout.n_suffix + self.draft if self.reads_hidden or probe is not None else 0
 
 
 class Cursor(ABC):
@@ -229,9 +232,9 @@ class PrefillCursor(Cursor):
             slots=slots,
             mask=visible,
         )
-        if sequence.full_last_layer:
+        n_queries = sequence.n_queries
+        if n_queries is None:
             return segment
-        n_queries = layout.n_suffix + sequence.draft if sequence.reads_hidden else 0
         final = self._positions[len(self._positions) - n_queries :]
         if visible is not None:
             final_mask = visible[len(visible) - n_queries :]

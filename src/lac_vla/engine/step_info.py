@@ -39,7 +39,7 @@ class StepInfo:
         policy_macs: Multiply-accumulates of the policy's own networks.
         probe: Attention that was computed aside for the policy.
         draft: Tokens that rode along in the prefill as a guess.
-        full_last_layer: Whether all rows of the prefill asked in the last layer, not the suffix and the draft alone.
+        n_queries: Rows of the prefill that had queries in its last layer; ``None`` for all.
         decode_passes: First and one-past-last appended token of every decoding pass behind the prefill.
         stack_passes: The same of the head's own stacks: shape of the stack, first and one-past-last row.
         encoded: Visual tokens whose features the vision tower computed, bool, (N,).
@@ -58,16 +58,11 @@ class StepInfo:
     policy_macs: int = 0
     probe: AttentionProbe | None = None
     draft: int = 0
-    full_last_layer: bool = False
+    n_queries: int | None = None
     decode_passes: tuple[tuple[int, int], ...] = ()
     stack_passes: tuple[tuple[DecoderShape, int, int], ...] = ()
     encoded: BoolArray | None = None
     eager_runs: int = 0
-
-    @property
-    def n_queries(self) -> int | None:
-        """Rows that had queries in the last layer of the prefill; ``None`` for all."""
-        return None if self.full_last_layer else self.layout.n_suffix + self.draft
 
     @property
     def ratio(self) -> float:

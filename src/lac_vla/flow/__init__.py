@@ -15,11 +15,11 @@ class Flow(Protocol):
     """Estimates the apparent motion from one image to the next."""
 
     def __call__(self, previous: UInt8Image, current: UInt8Image) -> FloatArray:
-        """Flow in pixels from ``previous`` to ``current`` (both uint8, H×W×3), float32, H×W×2 (x, y)."""
+        """Estimate flow in pixels from ``previous`` to ``current`` (uint8, H×W×3), float32, H×W×2 (x, y)."""
         ...
 
     def macs(self, height: int, width: int) -> int:
-        """Multiply-accumulates for a pair of images of this size; 0 where there are no matrix products to count."""
+        """Count MACs for a pair of images of this size; 0 where there are no matrix products to count."""
         ...
 
 
@@ -28,7 +28,7 @@ FLOWS: dict[str, Callable[..., Flow | None]] = {"dis": DISFlow, "raft_small": RA
 
 
 def make_flow(name: str) -> Flow | None:
-    """The flow estimator of that name.
+    """Make the flow estimator of that name.
 
     Args:
         name: A key of :data:`FLOWS`; behind a colon may follow its first option: ``raft_small:FILE``, ``dis:medium``.
@@ -49,12 +49,12 @@ def make_flow(name: str) -> Flow | None:
 def estimate(
     flow: Flow, previous: Mapping[str, UInt8Image], current: Mapping[str, UInt8Image]
 ) -> dict[str, FloatArray]:
-    """Flow of every camera."""
+    """Estimate the flow of every camera."""
     return {camera: flow(previous[camera], image) for camera, image in current.items()}
 
 
 def flow_macs(flow: Flow, images: Mapping[str, UInt8Image]) -> int:
-    """Multiply-accumulates of the flow of every camera."""
+    """Count the multiply-accumulates of the flow of every camera."""
     return sum(flow.macs(*image.shape[:2]) for image in images.values())
 
 

@@ -48,7 +48,7 @@ class DISFlow:
         return np.asarray(engine.calc(first, second, None), dtype=np.float32)
 
     def macs(self, height: int, width: int) -> int:
-        """0: not counted. It has no matrix products, and what it takes shows in the time of the stage ``flow``."""
+        """Return 0: it has no matrix products, and what it takes shows in the time of the stage ``flow``."""
         return 0
 
 

@@ -87,7 +87,7 @@ class RAFTFlow:
 
 
 def _seen_size(height: int, width: int) -> tuple[int, int]:
-    """Width and height at which the network sees an image."""
+    """Compute width and height at which the network sees an image."""
     scale = max(1.0, SMALLEST / min(height, width))
     across, down = (int(np.ceil(side * scale / STRIDE)) * STRIDE for side in (width, height))
     return across, down
@@ -95,12 +95,12 @@ def _seen_size(height: int, width: int) -> tuple[int, int]:
 
 @cache
 def macs_per_place(iterations: int) -> int:
-    """MACs of the network per place of its feature maps, an eighth of the image's sides, counted once.
+    """Count the network's MACs per place of its feature maps, an eighth of the image's sides; once.
 
     What is left out is the correlation of all pairs of places, the one part that grows with their square.
     """
     places = (SMALLEST // STRIDE) ** 2
-    with torch.random.fork_rng(devices=[]):  # weights of any content, and nobody else's chance drawn for them
+    with torch.random.fork_rng(devices=[]):  # weights of any content, and nobody else's generator drawn from
         model = RAFTSmall().eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.zeros(2, 3, SMALLEST, SMALLEST), iterations)
@@ -108,7 +108,7 @@ def macs_per_place(iterations: int) -> int:
 
 
 def _read(file: str | Path | None) -> dict[str, torch.Tensor]:
-    """Weights by name. Nothing but tensors is unpickled."""
+    """Read weights by name. Nothing but tensors is unpickled."""
     state: dict[str, torch.Tensor]
     source = URL if file is None else file
     try:
@@ -136,7 +136,7 @@ class RAFTSmall(nn.Module):
         self.update_block = Update(LEVELS * (2 * RADIUS + 1) ** 2, 64)
 
     def forward(self, images: torch.Tensor, iterations: int) -> torch.Tensor:
-        """Flow from the first to the second of two images.
+        """Estimate the flow from the first to the second of two images.
 
         Args:
             images: (2, 3, H, W) in [-1, 1]; H and W multiples of 8, at least 128.
@@ -160,7 +160,7 @@ class RAFTSmall(nn.Module):
 
 
 def correlate(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
-    """Dot products of all pairs of features, (channels, h, w) each; from level to level the second image is halved.
+    """Multiply all pairs of features, (channels, h, w) each; from level to level the second image is halved.
 
     Returns:
         Per level (h·w, 1, h / 2^level, w / 2^level).
@@ -174,7 +174,7 @@ def correlate(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
 
 
 def look_up(pyramid: list[torch.Tensor], where: torch.Tensor) -> torch.Tensor:
-    """Correlations within the radius of a place in the second image.
+    """Sample the correlations within the radius of a place in the second image.
 
     Args:
         pyramid: As :func:`correlate` returns it.
@@ -199,7 +199,7 @@ def look_up(pyramid: list[torch.Tensor], where: torch.Tensor) -> torch.Tensor:
 def conv(
     inputs: int, outputs: int, kernel: int, stride: int = 1, *, norm: bool = False, relu: bool = True
 ) -> nn.Module:
-    """Convolution that keeps the size (stride 1), instance normalisation if wanted, rectifier."""
+    """Make a convolution that keeps the size (stride 1), instance normalisation if wanted, rectifier."""
     parts: list[nn.Module] = [nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)]
     if norm:
         parts.append(nn.InstanceNorm2d(outputs))
@@ -219,7 +219,7 @@ class Bottleneck(nn.Module):
         self.downsample = nn.Identity() if stride == 1 else conv(inputs, outputs, 1, stride, norm=norm, relu=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, inputs, H, W) → (B, outputs, H / stride, W / stride)."""
+        """Map (B, inputs, H, W) → (B, outputs, H / stride, W / stride)."""
         inner = self.convnormrelu3(self.convnormrelu2(self.convnormrelu1(x)))
         out: torch.Tensor = self.downsample(x) + inner
         return out.relu()
@@ -237,7 +237,7 @@ class Encoder(nn.Module):
         self.conv = nn.Conv2d(96, outputs, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) → (B, outputs, H / 8, W / 8)."""
+        """Map (B, 3, H, W) → (B, outputs, H / 8, W / 8)."""
         features: torch.Tensor = self.conv(self.layer3(self.layer2(self.layer1(self.convnormrelu(images)))))
         return features
 
@@ -256,9 +256,9 @@ class Update(nn.Module):
     def forward(
         self, hidden: torch.Tensor, context: torch.Tensor, correlation: torch.Tensor, flow: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new hidden state, and the change of the flow, (1, 2, h, w)."""
-        seen = torch.cat([context, self.motion_encoder(flow, correlation)], dim=1)
-        hidden = self.recurrent_block["convgru1"](hidden, seen)
+        """Compute the new hidden state, and the change of the flow, (1, 2, h, w)."""
+        inputs = torch.cat([context, self.motion_encoder(flow, correlation)], dim=1)
+        hidden = self.recurrent_block["convgru1"](hidden, inputs)
         return hidden, self.flow_head["conv2"](self.flow_head["conv1"](hidden).relu())
 
 
@@ -274,7 +274,7 @@ class Motion(nn.Module):
         self.conv = conv(96 + 32, self.outputs - 2, 3)
 
     def forward(self, flow: torch.Tensor, correlation: torch.Tensor) -> torch.Tensor:
-        """(1, 2, h, w) and (1, correlations, h, w) → (1, 82, h, w)."""
+        """Map (1, 2, h, w) and (1, correlations, h, w) → (1, 82, h, w)."""
         both = torch.cat([self.convcorr1(correlation), self.convflow2(self.convflow1(flow))], dim=1)
         return torch.cat([self.conv(both), flow], dim=1)
 
@@ -287,7 +287,7 @@ class ConvGRU(nn.Module):
         self.convz, self.convr, self.convq = (nn.Conv2d(hidden + inputs, hidden, 3, padding=1) for _ in range(3))
 
     def forward(self, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(1, hidden, h, w) and (1, inputs, h, w) → (1, hidden, h, w)."""
+        """Map (1, hidden, h, w) and (1, inputs, h, w) → (1, hidden, h, w)."""
         both = torch.cat([hidden, x], dim=1)
         update, reset = self.convz(both).sigmoid(), self.convr(both).sigmoid()
         new = self.convq(torch.cat([reset * hidden, x], dim=1)).tanh()

@@ -32,7 +32,7 @@ __all__ = ["FAMILIES", "VLA", "Encode", "Family", "load_vla", "random_vla", "sav
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a model family.
+    """Everything that is known of a model family.
 
     Attributes:
         load: Reads a checkpoint's folder, given the contents of its ``config.json``.
@@ -163,7 +163,7 @@ def random_vla(
 
 
 def untrained_vla(preset: str, statistics: Mapping[str, Any], encode: Encode) -> VLA:
-    """Make a model to be trained: starting weights by torch's own chance, float32, on the CPU.
+    """Make a model to be trained: starting weights by torch's own generator, float32, on the CPU.
 
     Args:
         preset: See :func:`random_vla`.

@@ -26,7 +26,7 @@ LIBERO_JPEG_QUALITY = 95
 
 
 def resize_naive(image: UInt8Image, size: int) -> UInt8Image:
-    """Bicubic, whatever the aspect ratio: what the published OpenVLA models were trained with."""
+    """Resize bicubically, whatever the aspect ratio: what the published OpenVLA models were trained with."""
     return _resize(image, (size, size), Image.Resampling.BICUBIC)
 
 
@@ -41,7 +41,7 @@ def letterbox(image: UInt8Image, size: int) -> UInt8Image:
 
 
 def resize_crop(image: UInt8Image, size: int) -> UInt8Image:
-    """Bicubic so that the shorter side fits; then the middle square."""
+    """Resize bicubically so that the shorter side fits, and cut out the middle square."""
     height, width = image.shape[:2]
     short = min(height, width)
     height, width = size * height // short, size * width // short
@@ -51,12 +51,12 @@ def resize_crop(image: UInt8Image, size: int) -> UInt8Image:
 
 
 def area(image: UInt8Image, size: int) -> UInt8Image:
-    """Mean over the area of each new pixel, whatever the aspect ratio."""
+    """Take the mean over the area of each new pixel, whatever the aspect ratio."""
     return _resize(image, (size, size), Image.Resampling.BOX)
 
 
 def libero(image: UInt8Image, size: int) -> UInt8Image:
-    """What OpenVLA's LIBERO evaluation does to the simulator's (already upright) image.
+    """Do what OpenVLA's LIBERO evaluation does to the simulator's (already upright) image.
 
     A JPEG round trip and Lanczos, as its training data were stored; then the middle 90 % of the area, resized
     back bilinearly, the counterpart of its random crops in training. The original runs on TensorFlow's JPEG

@@ -33,7 +33,7 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, module: Any) -> torch.Tensor:
-    """A ``LlamaRMSNorm`` by torch's own kernel: one call in place of six, the same but for rounding."""
+    """Run a ``LlamaRMSNorm`` by torch's own kernel: one call in place of six, the same but for rounding."""
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
@@ -72,7 +72,7 @@ class LlamaLayer:
         return rotate(self._heads(self._queries(normed)), rotary), keys, values
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output projection, residual, feed-forward; see :meth:`lac_vla.models.protocols.DecoderLayer.finish`."""
+        """Run what follows the attention; see :meth:`lac_vla.models.protocols.DecoderLayer.finish`."""
         hidden = hidden + self._out(attended.transpose(-3, -2).flatten(-2))
         return cast(torch.Tensor, hidden + self._mlp(rms_norm(hidden, self._norm_out)))
 
@@ -103,18 +103,19 @@ class LlamaDecoder:
             width=int(config.hidden_size),
             kv_width=self.kv_heads * self.head_dim,
             ffn=int(config.intermediate_size),
+            q_width=int(config.num_attention_heads) * self.head_dim,
         )
         self.layers = tuple(LlamaLayer(block, self.head_dim) for block in model.model.layers)
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """The device that the model is on."""
         device: torch.device = self._model.lm_head.weight.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states."""
+        """The type of the hidden states."""
         dtype: torch.dtype = self._model.lm_head.weight.dtype
         return dtype
 
@@ -133,7 +134,7 @@ class LlamaDecoder:
         return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final normalisation."""
+        """Run the final normalisation."""
         return rms_norm(hidden, self._model.model.norm)
 
     def embed(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:

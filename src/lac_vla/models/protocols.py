@@ -19,7 +19,7 @@ from lac_vla.types import BoolArray, FloatArray, Frame, TokenLayout, UInt8Image
 Rotary: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine, each (rows, head_dim), signed and ordered as the model's own layers take them."""
 QueryRows: TypeAlias = slice | torch.Tensor
-"""Which rows of a run have queries: a slice, or their indices, int64."""
+"""The rows of a run that have queries: a slice, or their indices, int64."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DecoderLayer(Protocol):
         ...
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output projection, residual, feed-forward.
+        """Run output projection, residual and feed-forward.
 
         Args:
             hidden: The rows of :meth:`qkv` that have queries, (rows, width).
@@ -95,11 +95,11 @@ class DecoderStack(Protocol):
     def shape(self) -> DecoderShape: ...  # noqa: D102
 
     def rotary(self, positions: torch.Tensor) -> Rotary:
-        """Position embedding of sequence positions, int64, (rows,)."""
+        """Make the position embedding of sequence positions, int64, (rows,)."""
         ...
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final normalisation."""
+        """Run the final normalisation."""
         ...
 
     def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ class FileTokenizer:
     tokenizer: Tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Make the token ids of a text."""
         return list(self.tokenizer.encode(text).ids)
 
 
@@ -49,14 +49,14 @@ class WordHash:
     vocab_size: int
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Make the token ids of a text."""
         words = re.findall(r"\w{1,8}|[^\w ]", text)
         first = len(SPECIALS)
         return [first + zlib.crc32(word.encode()) % (self.vocab_size - first) for word in words]
 
 
 def load_tokenizer(folder: Path) -> Encode:
-    """The tokenizer in a checkpoint's folder; nothing is fetched from the network.
+    """Load the tokenizer in a checkpoint's folder; nothing is fetched from the network.
 
     Raises:
         CheckpointError: If there is none, or it cannot be read.

@@ -1,4 +1,4 @@
-"""Attention and feed-forward of vision and diffusion transformers, and the cache that may stand in the attention."""
+"""Attention and feed-forward of vision and diffusion transformers, and the cache in the attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class KVCache(Protocol):
-    """Stands between a block's keys and values and its attention."""
+    """Takes a block's new keys and values, and gives those that its attention sees."""
 
     def update(
         self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
@@ -67,7 +67,7 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, cache: KVCache | None = None, block: int = 0, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, tokens, width) → the same; with a cache, ``x`` may be some ``rows`` of the tokens that it holds."""
+        """Run (B, tokens, width) → the same; with a cache, ``x`` may be some ``rows`` of the tokens that it holds."""
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             keys, values = cache.update(block, keys, values, rows)
@@ -88,6 +88,6 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., width) → the same."""
+        """Run both layers: (..., width) → the same."""
         out: torch.Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
         return out

@@ -44,12 +44,12 @@ class VLA:
 
     @property
     def device(self) -> torch.device:
-        """Where it lives."""
+        """The device that the model is on."""
         return self.decoder.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states."""
+        """The type of the hidden states."""
         return self.decoder.dtype
 
     @property

@@ -30,11 +30,11 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors")
 SAFE_TORCH = "2.6"
 LISTED = 4
-"""How many names an error message lists at most."""
+"""The number of names that an error message lists at most."""
 
 
 def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
-    """The local folder of a checkpoint; one on the Hugging Face hub is downloaded, or taken from its cache.
+    """Find a checkpoint's local folder; one on the Hugging Face hub is downloaded, or taken from its cache.
 
     Args:
         path_or_hub_id: The folder, or ``owner/name`` on the hub.
@@ -122,7 +122,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, from the header alone; the file's length is checked against it."""
+    """Read the shapes by name, from the header alone; the file's length is checked against it."""
     try:
         with safe_open(file, framework="pt") as shard:
             return {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118

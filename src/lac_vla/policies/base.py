@@ -1,4 +1,4 @@
-"""What every caching policy is: a frozen set of hyper-parameters and a pure function of its inputs."""
+"""The base of all caching policies: a frozen set of hyper-parameters, and a pure function of its inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lac_vla.types import AttentionProbe, BoolArray, Decision, FloatArray, Polic
 class CachePolicy(ABC):
     """Decides, frame by frame, which visual tokens are computed and which are reused or pruned.
 
-    A policy holds no state of a session: all that it may depend on is in the inputs, chance included (``inputs.rng``).
+    A policy holds no state of a session: all that it may depend on is in the inputs, ``inputs.rng`` for randomness.
     The engine never asks it about the first frame, and raises its decision to the session's maximum age.
     """
 
@@ -36,7 +36,7 @@ class CachePolicy(ABC):
         return 0
 
     def probe(self, n_layers: int) -> AttentionProbe | None:
-        """Attention to compute aside, for :attr:`PolicyInput.attention` of the next frame and for :meth:`refine`.
+        """Name attention to compute aside, for the next frame's :attr:`PolicyInput.attention` and for :meth:`refine`.
 
         Args:
             n_layers: Number of the model's decoder layers.
@@ -58,17 +58,17 @@ class CachePolicy(ABC):
         """Decide about a frame before its forward pass."""
 
     def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
-        """Change the decision in mid-forward, after a watched layer.
+        """Change the decision in mid-forward, after a probed layer.
 
         Args:
             layout: Where the tokens are.
             layer: The layer just computed.
-            attention: Its watched attention, mean over heads, (rows, keys). Keys are all slots of the prompt, less the
+            attention: Its probed attention, mean over heads, (rows, keys). Keys are all slots of the prompt, less the
                 visual tokens that are pruned so far.
             decision: The decision so far.
 
         Returns:
-            A decision that differs at most in the depth of tokens still computed; at least ``layer + 1`` for those.
+            A decision that differs at most in the exit layers, at least ``layer + 1``, of tokens still computed.
         """
         return decision
 
@@ -96,7 +96,7 @@ def cache_lowest(scores: npt.NDArray[np.floating[Any]], ratio: float) -> BoolArr
 
 
 def pixel_change(inputs: PolicyInput) -> FloatArray:
-    """Mean absolute pixel change of every token against the pixels its slot was computed from, 0..1, (N,)."""
+    """Compute every token's mean absolute pixel change since its slot was computed, in 0..1, (N,)."""
     change = {
         camera: cv2.absdiff(image, inputs.reference[camera]).sum(axis=2, dtype=np.float32) / (3 * 255)
         for camera, image in inputs.pixels.items()
@@ -105,12 +105,12 @@ def pixel_change(inputs: PolicyInput) -> FloatArray:
 
 
 def scale_count(released: float, of: int, size: int) -> int:
-    """A number of tokens published for ``of`` tokens, for ``size`` tokens: ``floor(released·size/of + ½)``."""
+    """Scale a number of tokens published for ``of`` tokens to ``size``: ``floor(released·size/of + ½)``."""
     return int(np.floor(released * size / of + 0.5))
 
 
 def scale_layers(released: int, n_layers: int, of: int = 32) -> int:
-    """A number of layers published for a decoder of ``of`` layers, for one of ``n_layers``, rounded up.
+    """Scale a number of layers published for a decoder of ``of`` layers to ``n_layers``, rounded up.
 
     Rounded up, so that what a method computes in full first, to look at its attention, is at least one layer.
     """

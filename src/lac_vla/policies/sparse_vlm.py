@@ -54,7 +54,7 @@ class SparseVLM(CachePolicy):
         return counts
 
     def _stages(self, n_layers: int) -> dict[int, int]:
-        """Watched layer → tokens of 576 kept behind it; in a shallow model the later of two stages at one layer."""
+        """Map probed layers to tokens of 576 kept behind them; of two stages at one layer, the later."""
         return {scale_layers(layer + 1, n_layers) - 1: keep for layer, keep in zip(LAYERS, self._counts(), strict=True)}
 
     def probe(self, n_layers: int) -> AttentionProbe:
@@ -69,16 +69,16 @@ class SparseVLM(CachePolicy):
 
     def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
         """See :meth:`CachePolicy.refine`."""
-        alive = np.flatnonzero(decision.exit_layer > layer)
-        rating = rate(attention[:, layout.n_prefix : layout.n_prefix + alive.size].cpu().numpy())
+        left = np.flatnonzero(decision.exit_layer > layer)
+        rating = rate(attention[:, layout.n_prefix : layout.n_prefix + left.size].cpu().numpy())
         keep = scale_count(self._stages(decision.n_layers)[layer], 576, layout.n_visual)
         exit_layer = decision.exit_layer.copy()
-        exit_layer[alive[np.argsort(-rating, kind="stable")[keep:]]] = layer + 1
+        exit_layer[left[np.argsort(-rating, kind="stable")[keep:]]] = layer + 1
         return replace(decision, exit_layer=exit_layer)
 
 
 def rate(attention: FloatArray) -> FloatArray:
-    """Mean attention of the raters: the rows that look at the visual tokens more than the average row does.
+    """Average the attention of the raters: the rows that attend to the visual tokens more than the average row.
 
     Args:
         attention: Of text to visual tokens, mean over heads, (text, visual).

@@ -16,7 +16,7 @@ _LABEL = re.compile(r"[\w.+-]+")  # it becomes part of file names
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What such a text says.
+    """A policy, its options and its label, as a short text gives them.
 
     Attributes:
         name: The policy, a key of :data:`lac_vla.policies.POLICIES`.
@@ -59,7 +59,7 @@ class PolicySpec:
 
 
 def paths_by_name(text: str) -> str:
-    """A spec with its files and folders by their last name alone: a result says nothing about a machine's folders."""
+    """Write a spec with the last names of its paths alone: results tell nothing about a machine's folders."""
     return re.sub(r"[^:=,]*[/\\]([^:=,/\\]+)[/\\]*", r"\1", text)
 
 

@@ -1,4 +1,4 @@
-"""VLA-Cache: patches that did not change, and that the text does not look at, are reused, the more the deeper.
+"""VLA-Cache: patches that did not change, and that the text does not attend to, are reused, the more the deeper.
 
 *VLA-Cache: Efficient Vision-Language-Action Manipulation via Adaptive Token Caching*, arXiv 2502.02175. Two variants,
 for the authors' code and their paper differ; a table has to say which one it shows.
@@ -97,7 +97,7 @@ class VLACache(CachePolicy):
         return Decision(exits, inputs.n_layers)
 
     def _relevance(self, inputs: PolicyInput) -> FloatArray:
-        """How much the text of the preceding step attended to every visual token, (N,)."""
+        """Compute how much the text of the preceding step attended to every visual token, (N,)."""
         released = scale_layers(RELEVANCE_LAYER + 1, inputs.n_layers) - 1
         layers = [released] if self.variant == "released" else list(range(inputs.n_layers))
         maps = torch.stack([text_to_visual(inputs.attention[layer], inputs.layout.visual) for layer in layers])
@@ -105,7 +105,7 @@ class VLACache(CachePolicy):
         return relevance
 
     def _reusable(self, inputs: PolicyInput, camera: CameraGrid, relevance: FloatArray) -> IntArray:
-        """Visual tokens of one camera that may be reused, in raster order."""
+        """List the visual tokens of one camera that may be reused, in raster order."""
         similar = patch_similarity(inputs.previous[camera.name], inputs.pixels[camera.name], camera)
         several = len(inputs.layout.cameras) > 1
         own = 100 if self.variant == "paper" else 150 if several else 130
@@ -122,7 +122,7 @@ class VLACache(CachePolicy):
         return scale_count(own if asked is None else asked, 256, camera.size)
 
     def _schedule(self, entropies: FloatArray) -> tuple[list[int], FloatArray]:
-        """Layers at which tokens leave, ascending, and every layer's share of the reusable tokens, (layers,)."""
+        """Get the exit layers, ascending, and every layer's share of the reusable tokens, (layers,)."""
         n_layers = len(entropies)
         if self.variant == "paper":
             return list(range(n_layers)), cumulative_schedule(entropies, self.gain)
@@ -131,7 +131,7 @@ class VLACache(CachePolicy):
 
 
 def patch_similarity(previous: UInt8Image, current: UInt8Image, camera: CameraGrid) -> FloatArray:
-    """Cosine similarity of every patch's raw values in two images, (rows·cols,)."""
+    """Compute the cosine similarity of every patch's raw values in two images, (rows·cols,)."""
 
     def patches(image: UInt8Image) -> FloatArray:
         height, width, channels = image.shape
@@ -146,18 +146,18 @@ def patch_similarity(previous: UInt8Image, current: UInt8Image, camera: CameraGr
 
 
 def static_tokens(similarity: FloatArray, threshold: float, count: int) -> IntArray:
-    """The ``count`` most similar tokens among those that reach the threshold, most similar first."""
+    """Pick the ``count`` most similar tokens among those that reach the threshold, most similar first."""
     order = np.argsort(-similarity, kind="stable")
     return order[similarity[order] >= threshold][:count]
 
 
 def most_attended(relevance: FloatArray, count: int) -> IntArray:
-    """The ``count`` tokens with the highest relevance, highest first."""
+    """Pick the ``count`` tokens with the highest relevance, highest first."""
     return np.argsort(-relevance, kind="stable")[:count]
 
 
 def text_to_visual(attention: torch.Tensor, visual: slice) -> torch.Tensor:
-    """Mean attention of the text rows to every visual token, (N,).
+    """Average the attention of the text rows to every visual token, (N,).
 
     Args:
         attention: Of the preceding frame, whose last rows are the text's, (rows, keys). Its text may have another
@@ -169,12 +169,12 @@ def text_to_visual(attention: torch.Tensor, visual: slice) -> torch.Tensor:
 
 
 def mean_entropy(attention: torch.Tensor) -> torch.Tensor:
-    """Entropy of the rows of one layer's attention, (rows, keys), in nats, mean over the rows; a scalar."""
+    """Compute the entropy of one layer's attention, (rows, keys), in nats, mean over the rows; a scalar."""
     return -(attention * (attention + 1e-10).log()).sum(dim=1).mean()
 
 
 def damped_schedule(entropies: FloatArray, growth: float) -> FloatArray:
-    """Share of the reusable tokens that every layer may leave out, as released; (layers,) → (layers,)."""
+    """Compute the share of the reusable tokens that every layer may skip, as released; (layers,) → (layers,)."""
     shares: FloatArray = 1 - (entropies - entropies.min()) / (entropies.max() - entropies.min() + 1e-10)
     for i in range(1, shares.size):  # a step starts from the damped share of the layer before
         step = shares[i] - shares[i - 1]
@@ -184,7 +184,7 @@ def damped_schedule(entropies: FloatArray, growth: float) -> FloatArray:
 
 
 def cumulative_schedule(entropies: FloatArray, gain: float) -> FloatArray:
-    """Share of the reusable tokens that every layer may leave out, as in the paper; (layers,) → (layers,)."""
+    """Compute the share of the reusable tokens that every layer may skip, as in the paper; (layers,) → (layers,)."""
     before, after = entropies[:-1], entropies[1:]
     falls = np.cumsum((before - after) / np.maximum(before, 1e-10))
     shares: FloatArray = np.clip(gain * np.append(np.float32(0), falls), 0, 1)
@@ -194,7 +194,7 @@ def cumulative_schedule(entropies: FloatArray, gain: float) -> FloatArray:
 def exit_layers(
     n_visual: int, reusable: IntArray, layers: Iterable[int], shares: FloatArray, at_least: int
 ) -> IntArray:
-    """In how many layers every visual token is computed, (N,).
+    """Compute the exit layer of every visual token, (N,).
 
     Args:
         n_visual: Number of visual tokens N.

@@ -121,7 +121,7 @@ def new_cogact(config: CogACTConfig, statistics: Mapping[str, Any], encode: Enco
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder under our names: of our own ``model.safetensors``, else of the official ``.pt`` file."""
+    """Read a folder's tensors under our names: our own ``model.safetensors``, else the official ``.pt`` file."""
     if not (folder / WEIGHTS).is_file():
         return _read(_find_weights(folder))
     try:
@@ -139,7 +139,7 @@ def _find_weights(folder: Path) -> Path:
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.pt`` file under our names."""
+    """Read the tensors of a ``.pt`` file under our names."""
     parts = read_torch(file).get("model")
     if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
         raise CheckpointError(f"{file} holds no state dicts under 'model': another model family?")

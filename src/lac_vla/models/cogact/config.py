@@ -1,4 +1,4 @@
-"""What a CogACT model is made of: a Prismatic VLM and a diffusion transformer that turns one hidden state into actions.
+"""Configurations of CogACT: a Prismatic VLM, and a diffusion transformer that turns one hidden state into actions.
 
 Source: CogACT (Li et al., 2024, arXiv 2411.19650) and its released code.
 """
@@ -58,7 +58,7 @@ class CogACTConfig:
 
 
 def vlm_config(data: Mapping[str, Any], norm_stats: Mapping[str, Any]) -> PrismaticConfig:
-    """The VLM of a run's ``config.json``: of its ``vla.base_vlm``, or as it is spelt out under ``vlm`` (not official).
+    """Read the VLM of a run's ``config.json``: its ``vla.base_vlm``, or what ``vlm`` spells out (not official).
 
     Args:
         data: The file's contents.
@@ -78,7 +78,7 @@ def vlm_config(data: Mapping[str, Any], norm_stats: Mapping[str, Any]) -> Prisma
 
 
 def head_config(data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
-    """The action head that the weights are of: an official ``config.json`` need not tell.
+    """Find the action head that the weights are of: an official ``config.json`` need not tell.
 
     Args:
         data: Contents of ``config.json``; ``action_model.heads`` in it (not official) is for unpublished widths.
@@ -107,7 +107,7 @@ def head_config(data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def own_options(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of :class:`CogACTConfig` that a ``config.json`` of ours spells out; an official one has none of them.
+    """Read the fields of :class:`CogACTConfig` that a ``config.json`` of ours spells out; an official one has none.
 
     Raises:
         CheckpointError: If one of them is not understood.

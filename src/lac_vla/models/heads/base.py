@@ -1,4 +1,4 @@
-"""What every action head is: a reader of the decoder's states that answers with an action, and has a loss.
+"""The base of all action heads: a head reads the decoder's states, answers with an action, and has a loss.
 
 A head decodes as a generator: it yields rows that are to be appended to the sequence, and is sent their last hidden
 states. So one round of decoding advances all sessions of an engine.
@@ -41,7 +41,7 @@ Decoding: TypeAlias = Generator[AppendRows, torch.Tensor, tuple[FloatArray, dict
 
 @dataclass(frozen=True, eq=False)
 class HeadContext:
-    """What a head reads of one frame.
+    """Everything that a head may read of one frame.
 
     Attributes:
         frame: The observation.
@@ -50,7 +50,7 @@ class HeadContext:
             empty for a head that reads keys and values.
         keys: Layer → keys of the prompt, (kv_heads, length, head_dim).
         values: Layer → values, as ``keys``.
-        rng: The session's generator for actions that are sampled: the only source of chance.
+        rng: The session's generator for actions that are sampled: the only source of randomness.
         drafted: What the draft was made of, see :meth:`ActionHead.draft`; ``None`` if there is none. It never changes
             the action.
     """
@@ -66,7 +66,7 @@ class HeadContext:
 
 @dataclass(frozen=True, eq=False)
 class LossContext:
-    """What a head's loss reads of a batch; a gradient flows through all of it to the mask.
+    """Everything that a head's loss may read of a batch; a gradient flows through all of it to the mask.
 
     Attributes:
         layout: Where the prompt's tokens are, without a suffix.
@@ -155,7 +155,7 @@ class ActionHead(ABC):
         Args:
             context: What may be read.
             targets: See :meth:`targets`, (B, n).
-            generator: Of all chance.
+            generator: Of all randomness.
             teacher: The same of the dense pass.
 
         Returns:

@@ -68,7 +68,7 @@ class Embedder(nn.Module):
         self.linear = nn.Linear(n_in, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., n_in) → (..., width)."""
+        """Map (..., n_in) → (..., width)."""
         out: torch.Tensor = self.linear(x)
         return out
 
@@ -89,7 +89,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Steps (B,) → (B, width)."""
+        """Embed steps: (B,) → (B, width)."""
         half = FREQUENCIES // 2
         rates = torch.exp(-math.log(LONGEST_PERIOD) / half * torch.arange(half, device=t.device))
         angles = t[:, None].float() * rates
@@ -109,7 +109,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config.width, MLP_RATIO * config.width, approximate="tanh")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) → the same."""
+        """Run the block: (B, tokens, width) → the same."""
         x = x + self.attn(self.norm1(x))
         out: torch.Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -123,7 +123,7 @@ class FinalLayer(Embedder):
         self.norm_final = nn.LayerNorm(width, eps=LAYER_NORM_EPS, elementwise_affine=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) → (B, tokens, action_dim)."""
+        """Map (B, tokens, width) → (B, tokens, action_dim)."""
         return super().forward(self.norm_final(x))
 
 
@@ -154,7 +154,7 @@ class DiT(nn.Module):
         return self.denoise(x, self.t_embedder(t)[:, None] + self.z_embedder(z))
 
     def denoise(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """As :meth:`forward`, given the sum of the embedded step and condition, (B, 1, width)."""
+        """Predict noise as :meth:`forward` does, given the sum of the embedded step and condition, (B, 1, width)."""
         tokens = torch.cat([condition, self.x_embedder(x)], dim=1) + self.positional_embedding
         for block in self.blocks:
             tokens = block(tokens)

@@ -29,12 +29,12 @@ Draw: TypeAlias = Callable[[], torch.Tensor]
 """New standard normal noise of the actions' shape."""
 
 DIFFUSION_STEPS = 100
-"""Of CogACT's training."""
+"""Number of steps that CogACT was trained with."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much noise there is at which step: Nichol & Dhariwal's squared cosine, eq. 17.
+    """The amount of noise at every step is Nichol & Dhariwal's squared cosine, eq. 17.
 
     Attributes:
         steps: Of the process.
@@ -55,7 +55,7 @@ class Schedule:
         return np.cumprod(1.0 - self.betas)
 
     def noised(self, clean: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The forward process, DDPM's eq. 4: clean actions at given steps.
+        """Add the noise of given steps to clean actions: the forward process, DDPM's eq. 4.
 
         Args:
             clean: (B, horizon, action_dim).
@@ -73,7 +73,7 @@ class Schedule:
 
 
 def strided(total: int, steps: int) -> range:
-    """The ``steps`` evenly spaced steps, 0 among them, that an accelerated sampler visits.
+    """List the ``steps`` evenly spaced steps, 0 among them, that an accelerated sampler visits.
 
     Raises:
         InputError: If no stride gives just so many.
@@ -87,7 +87,7 @@ def strided(total: int, steps: int) -> range:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a chunk is drawn. The defaults are those of CogACT's evaluation in SIMPLER.
+    """Settings of the sampler. The defaults are those of CogACT's evaluation in SIMPLER.
 
     Attributes:
         method: ``"ddim"``, deterministic given the first noise; or ``"ddpm"``, all steps, with new noise in each.

@@ -47,13 +47,13 @@ class ActionTokenizer:
         return (edges[:-1] + edges[1:]) / 2.0
 
     def encode(self, values: npt.ArrayLike) -> IntArray:
-        """Token ids of values (clipped to [-1, 1]), any shape, int64."""
+        """Encode values (clipped to [-1, 1]) as token ids, any shape, int64."""
         bins = np.digitize(np.clip(np.asarray(values, dtype=np.float64), -1.0, 1.0), self.edges)
         highest = self.n_bins if self.edge_token else self.n_bins - 1
         return (self.vocab_size - np.minimum(bins, highest)).astype(np.int64)
 
     def decode(self, ids: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Values of token ids, any shape. Ids that mean no action decode to the nearest bin."""
+        """Decode token ids to values, any shape. Ids that mean no action decode to the nearest bin."""
         index = np.clip(self.vocab_size - np.asarray(ids, dtype=np.int64) - 1, 0, self.n_bins - 2)
         return self.centers[index]
 

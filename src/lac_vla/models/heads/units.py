@@ -54,14 +54,14 @@ class Range:
         return int(self.q01.size)
 
     def normalize(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Units of the data set → [-1, 1] between the quantiles, (..., dim); 0 where these are equal."""
+        """Scale units of the data set to [-1, 1] between the quantiles, (..., dim); to 0 where these are equal."""
         raw = np.asarray(values, dtype=np.float64)
         span = self.q99 - self.q01
         scaled = np.where(span > 0, 2.0 * (raw - self.q01) / np.where(span > 0, span, 1.0) - 1.0, 0.0)
         return np.where(self.mask, scaled, raw)
 
     def unnormalize(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """[-1, 1] → units of the data set, (..., dim)."""
+        """Scale [-1, 1] to units of the data set, (..., dim)."""
         scaled = np.asarray(values, dtype=np.float64)
         return np.where(self.mask, 0.5 * (scaled + 1.0) * (self.q99 - self.q01) + self.q01, scaled)
 

@@ -42,7 +42,7 @@ def build_prismatic(
         name: For tables and error messages.
         unnorm_key: Data set whose statistics give actions their units; may be ``None`` if there is only one.
         cameras: Names of the cameras in ``Frame.images``, in the model's order; ``None`` for its own names.
-        image_pipeline: A key of :data:`lac_vla.models.prismatic.images.PIPELINES`; ``None`` for the own one.
+        image_pipeline: A key of :data:`lac_vla.models.images.PIPELINES`; ``None`` for the own one.
         family: Key of :data:`lac_vla.models.FAMILIES`.
         config: What the whole model was built from; by default the modules' own configuration.
         make_head: Makes another head than that of action tokens.

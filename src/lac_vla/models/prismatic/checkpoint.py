@@ -86,7 +86,7 @@ def new_prismatic(config: PrismaticConfig, statistics: Mapping[str, Any], encode
 
 
 def unused_weights(config: PrismaticConfig) -> re.Pattern[str]:
-    """Official weights that no output depends on: the towers' last blocks and heads, rotary frequencies."""
+    """Name the official weights that no output depends on: towers' last blocks and heads, rotary frequencies."""
     names = [r".*\.rotary_emb\.inv_freq"]
     for part, tower in zip(("featurizer", "fused_featurizer"), config.vit_towers, strict=False):
         names.append(rf"vision_backbone\.{part}\.(blocks\.{tower.depth - 1}|norm|fc_norm|attn_pool|head)\..*")

@@ -51,7 +51,7 @@ class CameraConfig:
 
 @dataclass(frozen=True)
 class PrismaticConfig:
-    """What ``config.json`` says about a Prismatic VLA. Names are those of the file.
+    """The contents of a Prismatic VLA's ``config.json``, under the file's own names.
 
     Attributes:
         text_config: Arguments of ``transformers.LlamaConfig``; what is absent is Llama 2 7B's.
@@ -124,7 +124,7 @@ class PrismaticConfig:
 
     @property
     def has_transformer(self) -> bool:
-        """Whether a vision transformer sees some camera."""
+        """True if a vision transformer sees some camera."""
         return bool(self.vit_towers) or any(isinstance(camera.tower, ViTConfig) for camera in self.cameras)
 
     @property
@@ -166,7 +166,7 @@ class PrismaticConfig:
             raise CheckpointError(f"config.json does not describe a Prismatic VLA: {error!r}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data, for ``config.json``; :meth:`from_json` reads it back."""
+        """Make plain data of everything, for ``config.json``; :meth:`from_json` reads it back."""
         data = asdict(self)
         data["image_sizes"] = [camera.image_size for camera in self.cameras]
         data["use_fused_vision_backbone"] = len(self.vit_towers) == 2

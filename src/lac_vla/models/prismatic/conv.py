@@ -14,7 +14,7 @@ from lac_vla.models.transformer import ImageKVCache
 
 @lru_cache(maxsize=8)
 def _places(height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Column and row of every pixel in [-1, 1], (2, H, W)."""
+    """Make the column and row of every pixel in [-1, 1], (2, H, W)."""
     with torch.inference_mode(mode=False):  # they may meet a gradient later
         y = torch.linspace(-1.0, 1.0, height, device=device, dtype=dtype)
         x = torch.linspace(-1.0, 1.0, width, device=device, dtype=dtype)
@@ -91,7 +91,7 @@ class ConvTower(nn.Module):
         return F.linear(patches, self.head.weight.permute(0, 2, 3, 1).flatten(1), self.head.bias)
 
     def surroundings(self, pixels: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
-        """All but the last convolution: (B, 3, H, W) → (B, C, rows, cols); see :meth:`forward`."""
+        """Run all but the last convolution: (B, 3, H, W) → (B, C, rows, cols); see :meth:`forward`."""
         batch, _, height, width = pixels.shape
         place = _places(height, width, pixels.device, pixels.dtype).expand(batch, -1, -1, -1)
         if shift is not None:

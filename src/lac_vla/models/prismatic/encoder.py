@@ -55,7 +55,7 @@ class PrismaticVision:
         Args:
             camera: Its name in ``Frame.images``.
             images: uint8, (B, H, W, 3).
-            kv_cache: ``of(tower, camera)`` gives what stands between keys and values and the attention.
+            kv_cache: ``of(tower, camera)`` gives the :class:`lac_vla.models.transformer.KVCache` of an image.
 
         Returns:
             Projected tokens, (B, tokens, width).

@@ -21,7 +21,7 @@ class MLP(nn.Module):
             self.add_module(f"fc{i}", nn.Linear(n_in, n_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., widths[0]) → (..., widths[-1])."""
+        """Project (..., widths[0]) → (..., widths[-1])."""
         for i, layer in enumerate(self.children()):
             x = layer(nn.functional.gelu(x) if i else x)
         return x

@@ -91,7 +91,7 @@ class PrismaticProcessor:
         return PromptInputs(ids, state, TokenLayout.of(self.grids, 1, len(ids) - 1 + (state is not None)))
 
     def embed(self, prompt: PromptInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed BOS, (1, width), and what stands behind the visual tokens, (n_suffix, width)."""
+        """Embed BOS, (1, width), and what is behind the visual tokens, (n_suffix, width)."""
         embedded = self._embed(prompt.ids)
         prefix, suffix = embedded[:1], embedded[1:]
         if prompt.state is not None and self._model.proprio_projector is not None:

@@ -31,7 +31,7 @@ class Prompt:
 
     @classmethod
     def of(cls, config: PrismaticConfig, encode: Encode) -> Prompt:
-        """The prompt that a configuration describes."""
+        """Make the prompt that a configuration describes."""
         return cls(
             config.prompt_template,
             encode,
@@ -42,7 +42,7 @@ class Prompt:
         )
 
     def ids(self, instruction: str) -> list[int]:
-        """Token ids of a whole prompt; the instruction is lower-cased.
+        """Make the token ids of a whole prompt; the instruction is lower-cased.
 
         Raises:
             InputError: If the prompt is too long.

@@ -85,7 +85,7 @@ class ViTConfig:
 
 
 TowerConfig: TypeAlias = ConvTowerConfig | ViTConfig
-"""Of a camera's own tower."""
+"""Towers of a single camera."""
 
 
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -102,7 +102,7 @@ TIMM_TOWERS: dict[str, ViTConfig] = {
 
 
 def towers_of(config: Mapping[str, Any]) -> tuple[ViTConfig, ...]:
-    """The vision transformers of a ``config.json``: its ``vit_towers``, or its official ``timm_model_ids``.
+    """Read the vision transformers of a ``config.json``: ``vit_towers``, or the official ``timm_model_ids``.
 
     Raises:
         CheckpointError: If a tower is not known.
@@ -120,13 +120,13 @@ def towers_of(config: Mapping[str, Any]) -> tuple[ViTConfig, ...]:
 
 
 def tower_of(data: Mapping[str, Any]) -> TowerConfig:
-    """A camera's tower in a ``config.json``: a convolution has ``widths``, a vision transformer a ``width``."""
+    """Read a camera's tower in a ``config.json``: a convolution has ``widths``, a vision transformer a ``width``."""
     if "widths" in data:
         return ConvTowerConfig(**{**data, "widths": tuple(data["widths"])})
     return vit_of(data)
 
 
 def vit_of(data: Mapping[str, Any]) -> ViTConfig:
-    """A vision transformer in a ``config.json``."""
+    """Read a vision transformer in a ``config.json``."""
     plain: dict[str, Any] = {key: tuple(value) if key in ("mean", "std") else value for key, value in data.items()}
     return ViTConfig(**plain)

@@ -19,7 +19,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) → (B, patches, width), raster order."""
+        """Embed (B, 3, H, W) → (B, patches, width), raster order."""
         embedded: torch.Tensor = self.proj(pixels)
         return embedded.flatten(2).transpose(1, 2)
 
@@ -32,7 +32,7 @@ class LayerScale(nn.Module):
         self.scale_factor = nn.Parameter(torch.ones(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., width) → the same."""
+        """Scale (..., width) → the same."""
         return x * self.scale_factor
 
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, cache: KVCache | None = None, block: int = 0, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, tokens, width) → the same; see :class:`Attention`."""
+        """Run the block: (B, tokens, width) → the same; see :class:`Attention`."""
         x = x + self.ls1(self.attn(self.norm1(x), cache, block, rows))
         out: torch.Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out
@@ -76,11 +76,11 @@ class ViT(nn.Module):
         self.neck = nn.Identity() if config.neck is None else nn.Linear(width, config.neck)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised images, (B, 3, H, W) → features, (B, patches, features)."""
+        """Encode normalised images: (B, 3, H, W) → (B, patches, features)."""
         return self.encode(self.embed(pixels))
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised images, (B, 3, H, W) → the blocks' input, (B, class and register tokens + patches, width)."""
+        """Embed normalised images: (B, 3, H, W) → (B, class and register tokens + patches, width)."""
         x = self.patch_embed(pixels) + self.pos_embed
         extra = [token for token in (self.cls_token, self.reg_token) if token is not None]
         return torch.cat([*(token.expand(len(x), -1, -1) for token in extra), x], dim=1)
@@ -92,7 +92,7 @@ class ViT(nn.Module):
 
         Args:
             x: From :meth:`embed`, (B, tokens, width); B = 1 with :class:`ImageKVCache`.
-            cache: Keys and values of the same image's predecessors: they stand for the patches that are not in
+            cache: Keys and values of the same image's predecessors: they take the place of the patches that are not in
                 ``token_mask``, and are brought up to date where they are. A new one is filled.
             token_mask: Patches to compute, bool, (patches,); ``None`` for all. Class and register tokens always are.
 
@@ -145,14 +145,14 @@ class ViTTower(ViT):
         return grid[:, row::stride, column::stride].flatten(1, 2)
 
     def encode_stem(self, pixels: torch.Tensor, *, whole: bool) -> torch.Tensor:
-        """The blocks' input, (1, tokens, width); if ``whole``, what comes out of them, (1, patches, features)."""
+        """Compute the blocks' input, (1, tokens, width); if ``whole``, their output, (1, patches, features)."""
         stem = self.embed(self.normalize(pixels))
         return self.encode(stem) if whole else stem
 
     def encode_tokens(
         self, stem: torch.Tensor, token_mask: torch.Tensor | None = None, cache: ImageKVCache | None = None
     ) -> torch.Tensor:
-        """Features of some tokens of one image.
+        """Compute the features of some tokens of one image.
 
         Args:
             stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
@@ -167,6 +167,6 @@ class ViTTower(ViT):
         return stem[0] if token_mask is None else stem[0, token_mask]
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """RGB in [-1, 1] → with the mean and deviation that this transformer wants."""
+        """Give RGB in [-1, 1] the mean and deviation that this transformer wants."""
         centre, spread = (pixels.new_tensor(part).view(3, 1, 1) for part in (self._centre, self._spread))
         return (pixels - centre) / spread

@@ -73,7 +73,7 @@ class LACConfig:
         return sum(rows * cols for rows, cols in self.grids.values())
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; see :meth:`from_json`."""
+        """Make plain data, which :meth:`from_json` reads."""
         return {**asdict(self), "grids": {name: list(grid) for name, grid in self.grids.items()}}
 
     @classmethod

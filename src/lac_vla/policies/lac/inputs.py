@@ -1,4 +1,4 @@
-"""What the two networks see: the motion-aware input V = [I; O] (paper, Notation), and ours beyond it.
+"""The input of the two networks: the motion-aware V = [I; O] (paper, Notation), and ours beyond it.
 
 Training and inference build it with the same function, from the same resized images.
 """
@@ -34,7 +34,7 @@ def resize(image: npt.NDArray[Any], rows: int, cols: int, patch_pixels: int) -> 
 
 
 def flow_in_patches(flow: FloatArray, rows: int, cols: int, patch_pixels: int) -> FloatArray:
-    """Flow in pixels, H×W×2 → in token sides, resized as the images are; float32."""
+    """Convert flow in pixels, H×W×2, to token sides, resized as the images are; float32."""
     height, width = flow.shape[:2]
     scaled = flow * np.asarray([cols / width, rows / height], dtype=np.float32)
     return np.asarray(resize(scaled, rows, cols, patch_pixels), dtype=np.float32)
@@ -48,7 +48,7 @@ def compose(
     age: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One camera's input for both networks.
+    """Compose one camera's input for both networks.
 
     Args:
         config: Which channels there are.
@@ -86,11 +86,11 @@ def compose(
 def from_policy_input(
     config: LACConfig, inputs: PolicyInput, places: Sequence[torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
-    """The input of every camera, each (1, channels, H, W), from what a session shows.
+    """Compose the input of every camera, each (1, channels, H, W), of what a session gives a policy.
 
     Args:
         config: Which channels there are.
-        inputs: What the session shows.
+        inputs: From the session.
         places: Tensors to put them into; ``None`` for new ones.
     """
     composed = []
@@ -108,7 +108,7 @@ def from_policy_input(
 
 
 def words(instructions: Sequence[str]) -> torch.Tensor:
-    """Bag of hashed words of every instruction, rows that sum to 1, float32, (B, WORDS)."""
+    """Make bags of hashed words of the instructions, rows that sum to 1, float32, (B, WORDS)."""
     bags = torch.zeros(len(instructions), WORDS)
     for row, text in enumerate(instructions):
         for word in text.lower().split():

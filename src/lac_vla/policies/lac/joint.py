@@ -16,7 +16,7 @@ from lac_vla.policies.lac.networks import Predictor, Selector
 class Joint:
     """Selector and predictor as one network of twice the width, in groups, over one canvas.
 
-    At this size a call costs more than its arithmetic. On the canvas all cameras stand side by side with an empty
+    At this size a call costs more than its arithmetic. On the canvas all cameras lie side by side with an empty
     column of tokens between them, which is to the convolutions what padding is at an image's edge.
 
     Args:
@@ -63,12 +63,12 @@ class Joint:
         )
 
     def canvas(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """An empty canvas, (1, channels, H, W), and on it, as views, the place of every camera's input."""
+        """Make an empty canvas, (1, channels, H, W), and on it, as views, the place of every camera's input."""
         canvas = torch.zeros(self._shape)
         return canvas, [canvas[:, :, rows, cols] for rows, cols in self._windows]
 
     def __call__(self, canvas: torch.Tensor, words: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Saliency of the tokens, (N,), and logits over the ratios, (C,), or none of them without a predictor.
+        """Compute the tokens' saliency, (N,), and logits over the ratios, (C,), none without a predictor.
 
         Args:
             canvas: From :meth:`canvas`, the inputs in place.
@@ -96,7 +96,7 @@ class Joint:
 
 
 def canvas_tokens(grids: Mapping[str, tuple[int, int]]) -> int:
-    """Places on the canvas of these grids, the empty ones included."""
+    """Count the places on the canvas of these grids, the empty ones included."""
     return max(rows for rows, _ in grids.values()) * (sum(cols for _, cols in grids.values()) + len(grids) - 1)
 
 

@@ -20,7 +20,7 @@ HIDDEN = 64
 AFFINE_GAIN = 10.0
 """The selector's scale and shift learn this much faster than a weight."""
 SHIFT = -2.5
-"""Where the shift begins: a frame's scaled attention, which stage I imitates, is near 0 for most of the tokens."""
+"""The shift that training begins with: the attention that stage I imitates is near 0 for most of a frame's tokens."""
 LOGIT_LIMIT = 3.0
 """The predictor's logits stay within ± this: beyond, Gumbel-Softmax never samples another ratio, and its gradient,
 and with it all learning, is gone."""
@@ -94,7 +94,7 @@ class Selector(nn.Module):
         return self.standard(torch.cat([self.head(x).flatten(1) for x in features], dim=1))
 
     def standard(self, values: torch.Tensor) -> torch.Tensor:
-        """The head's values, (B, N) → saliency in [0, 1]."""
+        """Turn the head's values, (B, N), into saliency in [0, 1]."""
         standard = F.layer_norm(values, values.shape[1:])
         return (AFFINE_GAIN * (self.scale * standard + self.shift)).sigmoid()
 
@@ -121,6 +121,6 @@ class Predictor(nn.Module):
         return self.read(torch.cat(pooled, dim=1))
 
     def read(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Mean and maximum of every camera's features, (B, 2 · width · cameras) → logits, (B, C)."""
+        """Read mean and maximum of every camera's features, (B, 2 · width · cameras) → logits, (B, C)."""
         logits: torch.Tensor = self.head(F.gelu(self.hidden(pooled)))
         return LOGIT_LIMIT * (logits / LOGIT_LIMIT).tanh()

@@ -24,12 +24,12 @@ from lac_vla.types import Decision, PolicyInput
 
 CONFIG, WEIGHTS, CARD = "config.json", "policy.safetensors", "README.md"
 SUBFOLDER = "policy"
-"""Where a training run's folder, or a model's, keeps its policy."""
+"""The subfolder in which a training run, or a model, keeps its policy."""
 MODEL_TYPE = "lac-policy"
 
 
 class LACPolicy(CachePolicy):
-    """A selector scores the visual tokens, a predictor chooses the share to reuse; chance refreshes some of the rest.
+    """A selector scores the visual tokens, a predictor chooses the share to reuse; some of these are refreshed anyway.
 
     Inference (paper): the ratio r by argmax, without noise; the round(N·r) tokens with the lowest saliency are
     cached; each of these is recomputed anyway with the probability ``recovery``, drawn from the session's generator.
@@ -73,7 +73,7 @@ class LACPolicy(CachePolicy):
         self._joint: Joint | None = None
 
     def _networks(self) -> Joint:
-        """Both networks as one, or the selector alone where the ratio is fixed; made at the first decision."""
+        """Get both networks as one, or the selector alone for a fixed ratio; made at the first decision."""
         fixed = self.ratio is not None
         if self._joint is None or self._joint.alone != fixed:
             self._joint = Joint(self.config, self.selector, None if fixed else self.predictor)
