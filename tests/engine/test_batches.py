@@ -265,6 +265,36 @@ def test_a_plan_that_was_never_run_leaves_the_cache(vla: CachedVLA) -> None:
     usable(session, dense=None)
 
 
+@pytest.mark.parametrize("change", ["another frame", "refresh", "reset"])
+def test_a_plan_whose_session_has_gone_on_is_refused(vla: CachedVLA, change: str) -> None:
+    """Its decision was made for slots that are others now."""
+    session = vla.session()
+    session.act(frame(0))
+    session.act(frame(1))
+    plan = session.plan(frame(2))
+    if change == "refresh":
+        assert session.refresh(4) == 4
+    elif change == "reset":
+        session.reset()
+        session.act(frame(3))
+    else:
+        with pytest.raises(InputError, match="given up"):
+            session.plan(frame(3))
+        session.act(frame(3))
+    [result] = vla.engine.run([plan])
+    assert isinstance(result.error, InputError)
+    assert "has gone on" in str(result.error)
+    if change == "refresh":
+        with pytest.raises(InputError, match="has gone on"):
+            session.commit(plan, result)
+    before = slots(session).clone()
+    usable(session, dense=None)  # nothing was touched
+    assert session.last_info is not None
+    kept = session.last_info.cached
+    visual = slice(1, 1 + kept.size)
+    assert torch.equal(slots(session)[..., visual, :][..., kept, :], before[..., visual, :][..., kept, :])
+
+
 def test_two_plans_of_one_session_in_one_run(vla: CachedVLA) -> None:
     session, other = vla.session(), vla.session()
     session.act(frame(0))

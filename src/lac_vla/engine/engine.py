@@ -34,6 +34,7 @@ class _Run:
 
     plan: FramePlan
     result: FrameResult
+    clock: Stopwatch
     embeddings: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     decoding: Decoding | None = None
     rows: AppendRows | None = None
@@ -97,9 +98,9 @@ class Engine:
         self._check(plans)
         for plan in plans:
             plan.used = True
-        runs = [_Run(plan, FrameResult(plan)) for plan in plans]
+        clock = Stopwatch(self.model.device)  # of all: every robot waits for the whole batch
+        runs = [_Run(plan, FrameResult(plan), clock) for plan in plans]
         with self._lock:
-            clock = Stopwatch(self.model.device)
             before = 0 if self.graphs is None else self.graphs.eager_runs
             stems = [self._try(run, self._encode_stem) for run in runs]
             for run, stem in zip(runs, stems, strict=True):
@@ -137,25 +138,25 @@ class Engine:
     def _encode_stem(self, run: _Run) -> Any:
         plan = run.plan
         try:
-            with plan.clock.stage("tower"):
+            with run.clock.stage("tower"):
                 return self.model.vision.encode_stem(plan.frame, plan.images, plan.vision_kv)
         finally:  # whatever happens, nothing of this frame goes on beside the next
             if isinstance(plan.decided, Future):
-                with plan.clock.stage("policy"):
+                with run.clock.stage("policy"):
                     wait([plan.decided])
 
     def _open(self, run: _Run, stem: Any) -> None:
         """Make room in the store, and embed the rows that are computed."""
         plan, model = run.plan, self.model
         decision, _ = plan.decision()
-        layout, clock = plan.prompt.layout, plan.clock
+        layout, clock = plan.prompt.layout, run.clock
         with clock.stage("bookkeeping"):
             plan.begin()
             needed = layout.length + model.head.max_new_tokens
             if self.graphs is not None and needed > plan.region.size:
                 needed += 2 * CAPACITY_MULTIPLE - needed % CAPACITY_MULTIPLE
             self.store.reserve(plan.region, needed)
-        visual, run.result.encoded = self._encode_tokens(plan, stem, decision)
+        visual, run.result.encoded = self._encode_tokens(run, stem, decision)
         with clock.stage("projector"):
             draft = None if plan.drafted is None else model.head.draft(plan.drafted)
             prefix, suffix = model.processor.embed(plan.prompt)
@@ -172,15 +173,15 @@ class Engine:
         if run.embeddings.shape[0] != sequence.n_computed:
             raise InputError(f"{run.embeddings.shape[0]} embeddings for {sequence.n_computed} tokens to compute")
 
-    def _encode_tokens(self, plan: FramePlan, stem: Any, decision: Decision) -> tuple[torch.Tensor, BoolArray]:
+    def _encode_tokens(self, run: _Run, stem: Any, decision: Decision) -> tuple[torch.Tensor, BoolArray]:
         """Compute the visual tokens of a decision, (n, width); and tell which the vision encoder computed."""
-        vision, computed = self.model.vision, decision.exit_layer > 0
-        with plan.clock.stage("tower"):
+        vision, plan, computed = self.model.vision, run.plan, decision.exit_layer > 0
+        with run.clock.stage("tower"):
             partly = self.options.sparse_vision_head
             if plan.vision_kv is not None:
                 partly = decision.skipped is SkippedTokens.REUSE
             features = vision.encode_tokens(stem, computed if partly else None, plan.vision_kv)
-        with plan.clock.stage("projector"):
+        with run.clock.stage("projector"):
             if not partly and not computed.all():
                 features = features[torch.from_numpy(computed).to(features.device)]
             return vision.project(features), computed if partly else np.ones_like(computed)

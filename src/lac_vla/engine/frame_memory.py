@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from lac_vla.errors import InputError
 from lac_vla.types import BoolArray, CameraGrid, Decision, IntArray, TokenLayout, UInt8Image
 
 
@@ -27,6 +28,7 @@ class FrameMemory:
         instruction: Of the last frame.
         attention: Layer → probed attention of the last frame.
         warm: Whether the visual slots may be reused.
+        version: Counts the changes of the cache: a plan is made for one of them.
     """
 
     def __init__(self) -> None:
@@ -37,10 +39,21 @@ class FrameMemory:
         self.instruction = ""
         self.attention: dict[int, torch.Tensor] = {}
         self.warm = False
+        self.version = 0
 
-    def begin(self) -> None:
-        """Open a frame, or forget the visual slots: cold until :meth:`commit`."""
+    def begin(self, version: int | None = None) -> None:
+        """Open a frame, or forget the visual slots: cold until :meth:`commit`.
+
+        Args:
+            version: That for which the frame was planned; ``None`` for any.
+
+        Raises:
+            InputError: If the cache has changed since.
+        """
+        if version not in (None, self.version):
+            raise InputError("the session has gone on since this plan was made: make a new one by session.plan(frame)")
         self.warm = False
+        self.version += 1
 
     def commit(
         self,

@@ -27,8 +27,9 @@ class FramePlan:
         prompt: Instruction and state.
         region: The session's part of the store.
         vision_kv: What the vision encoder keeps of the session's frames; ``None`` for nothing.
-        begin: Called once when the engine touches the store: from then on the cache may not be built upon.
-        clock: Stages timed so far.
+        begin: Called once before the engine touches the store: from then on the cache may not be built upon. It
+            refuses a plan whose session has gone on since.
+        clock: Stages timed so far; after a run also those of the whole batch.
         decided: The decision, and the tokens where maximum age or budget overruled the policy, bool, (N,); perhaps
             still being made beside the vision stem.
         dense_reason: Why nothing is reused; ``None`` if the policy was asked.
