@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Target
 from lac_vla.bench.scene import Scene
-from lac_vla.evaluation.rollout import peak_memory_mb
+from lac_vla.cost import peak_memory_mb
 from lac_vla.factory import CachedVLA, resolve_policy
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name

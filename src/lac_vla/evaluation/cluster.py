@@ -13,7 +13,7 @@ from typing import Any
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.jobs import Job, MakeRunner, Runner, play
+from lac_vla.evaluation.worker import EpisodeWorker, Job, MakeWorker
 from lac_vla.results.records import EpisodeRecord
 
 LOCAL = "local"
@@ -24,17 +24,11 @@ PATIENCE_S = 600.0
 
 
 class Actor:
-    """A worker on some node.
+    """A worker on some node; its relative paths start from ``folder``, the command's working folder."""
 
-    Args:
-        make: Makes what runs the episodes.
-        config: The evaluation.
-        folder: The command's working folder, which relative paths start from.
-    """
-
-    def __init__(self, make: MakeRunner, config: EvalConfig, folder: str) -> None:
+    def __init__(self, make: MakeWorker, config: EvalConfig, folder: str) -> None:
         self._make, self._config, self._folder = make, config, folder
-        self._runner: Runner | None = None
+        self._worker: EpisodeWorker | None = None
 
     def ready(self) -> None:
         """Answer once a node had room for this worker."""
@@ -42,14 +36,13 @@ class Actor:
     def work(self, job: Job) -> list[EpisodeRecord] | LacError:
         """Run the episodes of a job. An error that the user can act on is given back: Ray would bury its message."""
         try:
-            if self._runner is None:
-                self._runner = self._start()
-            return list(play(self._runner, job))
+            self._worker = self._worker or self._start()
+            return list(job.play(self._worker))
         except LacError as error:
             return error
 
-    def _start(self) -> Runner:
-        """Made within the first job: an error in an actor's constructor looks like an actor that was lost."""
+    def _start(self) -> EpisodeWorker:
+        """Load within the first job: an error in an actor's constructor looks like an actor that was lost."""
         try:
             os.chdir(self._folder)
         except OSError as error:
@@ -60,15 +53,9 @@ class Actor:
 
 
 def run_on_ray(
-    address: str, make: MakeRunner, config: EvalConfig, jobs: Sequence[Job]
+    address: str, make: MakeWorker, config: EvalConfig, jobs: Sequence[Job]
 ) -> Generator[EpisodeRecord, None, None]:
-    """Run the episodes of all jobs on ``config.workers`` actors; they finish in any order.
-
-    Args:
-        address: Of the cluster, e.g. ``auto`` or ``ray://host:10001``; or ``local``.
-        make: Makes what runs the episodes, on a node.
-        config: The evaluation.
-        jobs: What to run.
+    """Run the episodes of all jobs on ``config.workers`` actors of the cluster at an address; they finish in any order.
 
     A worker that no node has room for gets nothing to do: the others run everything.
 

@@ -20,20 +20,10 @@ from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.runs import Run
 from lac_vla.report.tradeoff import tradeoff
 from lac_vla.results import format as write
+from lac_vla.results import table
 from lac_vla.results.records import EpisodeRecord
 from lac_vla.results.summary import DENSE, MethodRow
-from lac_vla.results.table import (
-    MEMORY,
-    SPEEDUP,
-    SUCCESS,
-    TIME,
-    TIME_NOTE,
-    WINDOWS,
-    Column,
-    TextTable,
-    metric_columns,
-    run_notes,
-)
+from lac_vla.results.table import Column, TextTable
 
 COLOURS = 7
 """Colours of the page's palette; the first is dense's."""
@@ -77,7 +67,7 @@ def build_report(
     groups = _column_groups()
     return write_page(
         "evaluation.html.j2",
-        out_html,
+        Path(out_html),
         title=title or "Visual token caching: evaluation report",
         tables=tables,
         curve=curve,
@@ -103,10 +93,10 @@ def _run(run: Run, number: int) -> dict[str, Any]:
         "suites": ", ".join(suites),
         "metadata": metadata_groups(run.metadata),
         "setting": setting(run.metadata),
-        "altered": run.altered,
+        "altered": run.rendering not in ("", "official"),
         "rendering": run.rendering,
         "notes": run.metadata.get("notes", []),
-        "table_notes": [TIME_NOTE, *run_notes(run.summary)],
+        "table_notes": [table.TIME_NOTE, *table.run_notes(run.summary)],
         "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
         "tasks": run.summary.tasks,
         "latency": [
@@ -115,7 +105,7 @@ def _run(run: Run, number: int) -> dict[str, Any]:
                 "meaning": meaning,
                 "svg": plots.latency_panel(_samples(run, window, colours), f"latency of {window}"),
             }
-            for window, meaning in WINDOWS.items()
+            for window, meaning in table.WINDOWS.items()
         ],
         "ratio": _ratio(run, colours),
         "curve": tradeoff(run.summary, run.episodes, run.specs),
@@ -132,10 +122,10 @@ def _run(run: Run, number: int) -> dict[str, Any]:
 
 def _column_groups() -> list[tuple[str, tuple[Column, ...]]]:
     return [
-        ("Success", (*SUCCESS, SPEEDUP)),
-        ("Per call of the model", metric_columns()),
-        ("Latency p50 / p95, ms", TIME),
-        ("Peak", (MEMORY,)),
+        ("Success", (*table.SUCCESS, table.SPEEDUP)),
+        ("Per call of the model", table.metric_columns()),
+        ("Latency p50 / p95, ms", table.TIME),
+        ("Peak", (table.MEMORY,)),
     ]
 
 

@@ -52,7 +52,7 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
     metadata = found.metadata.get("trained_with", {})
     return write_page(
         "training.html.j2",
-        out,
+        Path(out),
         title="Visual token caching: training report",
         name=found.folder.name,
         statement=_statement(found),

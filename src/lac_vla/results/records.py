@@ -15,9 +15,9 @@ from lac_vla.results.metrics import METRICS
 Trial: TypeAlias = tuple[str, int, int, int, str]
 """Suite, task, initial state, seed and stress: episodes of two methods with the same trial are a pair."""
 
-
 WHOLE = "observation_to_action"
 """The latency window of a whole call of the model."""
+
 RENAMED = {"passes": "decode_passes"}
 """Keys of earlier logs → their metrics."""
 
@@ -106,13 +106,7 @@ class EpisodeRecord:
 
 
 def read_episodes(path: str | Path) -> list[EpisodeRecord]:
-    """Read ``episodes.jsonl``. A last line without its end is what a killed run leaves: it is not counted.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The episodes in the order of the file.
+    """Read ``episodes.jsonl``, in its order. A last line without its end, left by a killed run, is not counted.
 
     Raises:
         InputError: If the file is missing, another line is damaged, or an episode stands there twice.

@@ -11,15 +11,7 @@ import numpy as np
 from lac_vla.errors import InputError
 from lac_vla.results.metrics import METRICS
 from lac_vla.results.records import EpisodeRecord, Trial
-from lac_vla.results.stats import (
-    Interval,
-    Percentiles,
-    bootstrap,
-    bootstrap_ratio,
-    mcnemar,
-    percentiles,
-    wilson,
-)
+from lac_vla.results.stats import Interval, Percentiles, bootstrap, bootstrap_ratio, mcnemar, percentiles, wilson
 
 T = TypeVar("T")
 Pair: TypeAlias = tuple[EpisodeRecord, EpisodeRecord]
@@ -113,14 +105,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One task.
-
-    Attributes:
-        suite: Task suite.
-        task: Number of the task.
-        instruction: The task, in words.
-        outcomes: Method → (successes, trials).
-    """
+    """One task; the outcomes are method → (successes, trials)."""
 
     suite: str
     task: int
@@ -145,12 +130,6 @@ def summarize(episodes: Iterable[EpisodeRecord]) -> Summary:
 
     Methods are paired with ``dense`` on (suite, task, initial state, seed, stress). Metrics and latencies are
     aggregated over calls of the model: long episodes weigh more.
-
-    Args:
-        episodes: At least one, of any number of methods.
-
-    Returns:
-        The rows.
 
     Raises:
         InputError: If there is no episode.
