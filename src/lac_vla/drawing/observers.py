@@ -86,11 +86,7 @@ class FailurePicture:
         self._count += 1
 
     def close(self, *, success: bool) -> Path | None:
-        """Write the picture of a failure and give its path; ``None`` after a success.
-
-        Raises:
-            InputError: If the file cannot be written.
-        """
+        """Write the picture of a failure, or raise :class:`InputError`; give its path, ``None`` after a success."""
         if success or not self._steps:
             return None
         picture = side_by_side([self._moment(number, step) for number, step in self._steps])

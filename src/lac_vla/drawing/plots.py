@@ -180,12 +180,8 @@ class Axis:
 class Area:
     """A plotting area: values are drawn at their places, within two axes.
 
-    Attributes:
-        x: First and last value of the lower axis.
-        y: The upright axis.
-        width: Width without the axis's texts, pixels.
-        height: Height without the axis's texts, pixels.
-        share: The lower axis shows shares, as percentages.
+    ``x`` are the first and last value of the lower axis, which shows percentages if ``share``; width and height, in
+    pixels, are those without the axes' texts.
     """
 
     x: tuple[float, float]

@@ -25,10 +25,7 @@ Rows = list[tuple[str, MethodRow | None]]
 
 
 def _stage(name: str) -> Column:
-    def cell(row: MethodRow, _: MethodRow | None) -> str:
-        return write.milliseconds(row.latency[name].p50) if name in row.latency else NONE
-
-    return Column(name, cell)
+    return Column(name, lambda row, _: write.milliseconds(row.latency[name].p50) if name in row.latency else NONE)
 
 
 OVERHEADS = (*map(_stage, ("flow", "policy", "bookkeeping")), table.MEMORY)
@@ -50,9 +47,9 @@ def paper_tables(done: Reproduction) -> list[TextTable]:
         rows, incomplete = _labelled(chosen, everything, wanted)
         if not rows:
             continue
-        most = _best(rows, lambda row: row.rate)
-        speeds = _best(rows, lambda row: 1 / row.latency[WHOLE].p50 if WHOLE in row.latency else 0)
-        fastest = speeds if done.workers == 1 else []
+        most, fastest = _best(rows, lambda row: row.rate), []
+        if done.workers == 1:
+            fastest = _best(rows, lambda row: 1 / row.latency[WHOLE].p50 if WHOLE in row.latency else 0)
         success_notes = [table.SUCCESS_NOTE, *table.run_notes(everything), *incomplete, f"{table.FLAG} solved most"]
         time_notes = [table.TIME_NOTE, *([f"{table.FLAG} fastest from observation to action"] if fastest else [])]
         calls, meanings = table.metric_columns(), table.metric_notes()
@@ -69,14 +66,8 @@ def paper_tables(done: Reproduction) -> list[TextTable]:
         pooled = summarize(done.seeds)
         rows, incomplete = _labelled((DENSE_ROW, LAC), pooled, wanted * len(seeds))
         title = f"Dense and LAC with seeds {', '.join(map(str, seeds))}"
-        tables.append(
-            TextTable.of(
-                title,
-                rows,
-                (*table.SUCCESS, table.SPEEDUP),
-                [table.SUCCESS_NOTE, *table.run_notes(pooled), *incomplete],
-            )
-        )
+        notes = [table.SUCCESS_NOTE, *table.run_notes(pooled), *incomplete]
+        tables.append(TextTable.of(title, rows, (*table.SUCCESS, table.SPEEDUP), notes))
     if done.curve:
         tables.append(_curve(done))
     return [*tables, *([_stress(done)] if done.stress_rows else [])]
@@ -152,13 +143,11 @@ def _stress(done: Reproduction) -> TextTable:
             return NONE
         return f"{row.successes}/{row.trials}" + (f"\n{write.percent(row.ratio, 0)}" if row.ratio else "")
 
-    def speedup(row: MethodRow | None) -> str:
-        return NONE if row is None else table.net_speedup(row)
-
-    cells = [
-        (row.label, *(cell(found(name, row)) for name in columns), speedup(found("all stresses", row)))
-        for row in done.stress_rows
-    ]
+    cells = []
+    for row in done.stress_rows:
+        everywhere = found("all stresses", row)
+        speedup = table.net_speedup(everywhere) if everywhere else NONE
+        cells.append((row.label, *(cell(found(name, row)) for name in columns), speedup))
     wanted = _wanted(config, config.under_stress)
     single = [found(name, row) for name in ("undisturbed", *config.stresses) for row in done.stress_rows]
     short = sum(_trials(row) < wanted for row in single)

@@ -49,11 +49,8 @@ def evaluate(config: EvalConfig) -> Path:
 def evaluate_together(configs: Sequence[EvalConfig]) -> None:
     """Run what is still missing of several evaluations, task by task: a simulator takes long to make, and serves all.
 
-    Args:
-        configs: They differ in ``out`` and ``stress`` alone, and all in both.
-
     Raises:
-        InputError: As :func:`evaluate` does, or if they differ in more.
+        InputError: As :func:`evaluate` does, or unless they differ in ``out`` and ``stress``, and in nothing else.
         SimulatorError: As :func:`evaluate` does.
     """
     first = configs[0]

@@ -26,13 +26,7 @@ from lac_vla.sims.base import Env, SimulatorError
 
 
 class EpisodeWorker:
-    """The model, the sessions and the simulator of one process.
-
-    Args:
-        config: The evaluation.
-
-    Attributes:
-        sessions: Method → session.
+    """The model, the sessions (by method) and the simulator of one process.
 
     Raises:
         InputError: If a setting does not fit the model, or the server serves something else.

@@ -23,11 +23,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:
-        """Read a run's folder.
-
-        Raises:
-            InputError: If it is none, or has no finished episode.
-        """
+        """Read a run's folder; an :class:`InputError` says that it is none, or has no finished episode."""
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the folder of a run of 'lac eval'")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -119,6 +119,11 @@ def read_episodes(path: str | Path) -> list[EpisodeRecord]:
         known.add((record.method, record.trial))
         records.append(record)
     return records
+
+
+def latencies(episodes: Iterable[EpisodeRecord], method: str, window: str) -> list[float]:
+    """List the milliseconds of a window in all calls of a method."""
+    return [ms for e in episodes if e.method == method for ms in e.latency_ms.get(window, ())]
 
 
 def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:

@@ -23,13 +23,9 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Paired:
-    """The comparison of a method with dense on the trials that both ran.
+    """The comparison of a method with dense on the trials that both ran: how many, and who solved how many of them.
 
     Attributes:
-        pairs: Number of these trials.
-        both: Solved by both.
-        only_dense: Solved by dense alone.
-        only_method: Solved by the method alone.
         difference: Success rate of the method minus that of dense, over the pairs, in [-1, 1].
         interval: 95 % bootstrap interval of the difference, stratified by task; ``None`` if no pair differs
             from another of its task.

@@ -134,7 +134,7 @@ class TextTable:
         flagged: Collection[int] = (),
         dense: MethodRow | None = None,
     ) -> TextTable:
-        """Fill a table of methods, rows of label and numbers (``None``: not run), without columns that have no value."""
+        """Fill a table of methods, rows of label and numbers (``None``: not run), without columns that stay empty."""
         cells = [[NONE if row is None else column.cell(row, dense) for _, row in rows] for column in columns]
         used = [k for k, column in enumerate(cells) if set(column) != {NONE}]
         labels = [label for label, _ in rows]
