@@ -200,7 +200,7 @@ def test_on_ray_itself(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("ray")
     here = outcomes(evaluate(config))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
-    monkeypatch.setattr(runner, "run_on_ray", lambda address, _, *rest: run_on_ray(address, fake_worker, *rest))
+    monkeypatch.setattr(runner, "run_on_ray", lambda _, *rest: run_on_ray(fake_worker, *rest))
     for workers in (1, 2):
         there = replace(config, out=config.out.with_name(f"there{workers}"), ray="local", workers=workers)
         assert outcomes(evaluate(there)) == here

@@ -64,10 +64,8 @@ def latency_panel(samples: Mapping[str, tuple[str, Sequence[float]]], label: str
             svg.text("name", left + 2, base - row + 15, name),
             svg.text("note", right, base - row + 15, note, "end"),
         ]
-    parts += [
-        svg.line("axis", left, right, bottom, bottom),
-        svg.text("tick", left + width / 2, bottom + 31, "milliseconds", "middle"),
-    ]
+    parts.append(svg.line("axis", left, right, bottom, bottom))
+    parts.append(svg.text("tick", left + width / 2, bottom + 31, "milliseconds", "middle"))
     return svg.picture(360, bottom + 36, parts, label, "panel")
 
 
@@ -201,7 +199,7 @@ class Area:
         """Draw grid, ticks and the lower axis's label."""
         first, last = self.x
         left, right, bottom = self.left, self.left + self.width, self.top + self.height
-        parts = [svg.text("tick", left + self.width / 2, bottom + 32, label, "middle")]
+        parts = []
         for tick in self.y.ticks:
             _, y = self.at(first, tick)
             words = _text(tick, self.y.share)
@@ -210,7 +208,7 @@ class Area:
         for number in range(math.ceil(first / every), math.floor(last / every) + 1):
             x, _ = self.at(number * every, self.y.high)
             parts.append(svg.text("tick", x, bottom + 16, _text(number * every, self.share), "middle"))
-        return parts
+        return [*parts, svg.text("tick", left + self.width / 2, bottom + 32, label, "middle")]
 
     def level(self, name: str, value: float) -> list[str]:
         """Draw a named level across the area."""

@@ -52,10 +52,8 @@ class Actor:
         return self._make(self._config)
 
 
-def run_on_ray(
-    address: str, make: MakeWorker, config: EvalConfig, jobs: Sequence[Job]
-) -> Generator[EpisodeRecord, None, None]:
-    """Run the episodes of all jobs on ``config.workers`` actors of the cluster at an address; they finish in any order.
+def run_on_ray(make: MakeWorker, config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
+    """Run the episodes of all jobs on ``config.workers`` actors of ``config.ray``; they finish in any order.
 
     A worker that no node has room for gets nothing to do: the others run everything.
 
@@ -69,13 +67,9 @@ def run_on_ray(
         ray: Any = importlib.import_module("ray")
     except ModuleNotFoundError as error:
         raise MissingExtraError("ray", "Running episodes on a Ray cluster") from error
+    address, own = config.ray, {"address": None, "num_cpus": config.workers, "include_dashboard": False}
     try:
-        ray.init(
-            address=None if address == LOCAL else address,
-            num_cpus=config.workers if address == LOCAL else None,
-            log_to_driver=False,
-            include_dashboard=False if address == LOCAL else None,
-        )
+        ray.init(log_to_driver=False, **(own if address == LOCAL else {"address": address}))
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at {address!r} ({error}): `ray start --head`, or --ray {LOCAL}") from error
     try:

@@ -94,7 +94,7 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
 def _run(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
     """Run the episodes, in any order if there are several processes; if they run here, the model is loaded at once."""
     if config.ray is not None:
-        return run_on_ray(config.ray, EpisodeWorker, config, jobs)
+        return run_on_ray(EpisodeWorker, config, jobs)
     if config.workers > 1:
         return run_on_processes(EpisodeWorker, config, jobs)
     return _run_here(EpisodeWorker(config), jobs)

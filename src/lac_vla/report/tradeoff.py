@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,7 @@ from lac_vla.policies import PolicySpec
 from lac_vla.results.records import WHOLE, EpisodeRecord, latencies
 from lac_vla.results.summary import DENSE, MethodRow, Summary
 
-SWEPT: Mapping[str, frozenset[str]] = {
-    "vla-cache": frozenset({"static", "protect"}),
-    "sparsevlm": frozenset({"keep"}),
-}
+SWEPT: Mapping[str, Collection[str]] = {"vla-cache": ("static", "protect"), "sparsevlm": ("keep",)}
 """Options that make a policy reuse more or less, where that is not ``ratio``."""
 COLOURS = 6
 """The page's palette has so many colours beside dense's."""
@@ -97,6 +94,6 @@ def _family(spec: str) -> tuple[str, bool]:
         parsed = PolicySpec.parse(spec)
     except InputError:  # a run of other software may describe its methods in words
         return spec, False
-    swept = SWEPT.get(parsed.name, frozenset({"ratio"}))
+    swept = SWEPT.get(parsed.name, ("ratio",))
     rest = [f"{key}={value}" for key, value in parsed.options.items() if key not in swept]
     return " ".join([parsed.name, *rest]), parsed.name in SWEPT or "ratio" in parsed.options

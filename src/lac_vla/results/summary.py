@@ -103,7 +103,6 @@ class MethodRow:
 class TaskRow:
     """One task; the outcomes are method → (successes, trials)."""
 
-    suite: str
     task: int
     instruction: str
     outcomes: dict[str, tuple[int, int]]
@@ -211,7 +210,7 @@ def _task_rows(names: Sequence[str], by_method: dict[str, list[EpisodeRecord]]) 
     for name in names:
         for episode in by_method[name]:
             key = (episode.suite, episode.task)
-            row = rows.setdefault(key, TaskRow(episode.suite, episode.task, episode.instruction, {}))
+            row = rows.setdefault(key, TaskRow(episode.task, episode.instruction, {}))
             successes, trials = row.outcomes.get(name, (0, 0))
             row.outcomes[name] = (successes + bool(episode.success), trials + 1)
     return [rows[key] for key in sorted(rows)]

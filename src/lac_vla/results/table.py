@@ -72,10 +72,8 @@ def _window(name: str, meaning: str) -> Column:
 
 
 def _of_metric(metric: Metric) -> Column:
-    def cell(row: MethodRow, _: MethodRow | None) -> str:
-        return metric.text(row.metrics[metric.name]) if metric.name in row.metrics else NONE
-
-    return Column(metric.heading, cell, metric.help)
+    name, text = metric.name, metric.text
+    return Column(metric.heading, lambda row, _: text(row.metrics[name]) if name in row.metrics else NONE, metric.help)
 
 
 SUCCESS = (
