@@ -19,11 +19,8 @@ if TYPE_CHECKING:
     from lac_vla.evaluation.reproduce import Reproduction
 
 console = Console()
-
-
-def _flat() -> Any:
-    """A config dataclass whose fields are options of the command itself."""
-    return tyro.conf.arg(name="")
+FLAT: Any = tyro.conf.arg(name="")
+"""Marks a config dataclass whose fields are options of the command itself."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,10 +91,10 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
     # Their options are those of the benchmark that the suite belongs to: tyro reads them off these types.
     chosen: Any = benchmark_of(suite)
     text = {"__doc__": EvalConfig.__doc__}
-    benchmark_field = ("benchmark", Annotated[chosen, _flat()], field(default_factory=chosen))
+    benchmark_field = ("benchmark", Annotated[chosen, FLAT], field(default_factory=chosen))
     chosen_config: Any = make_dataclass("Config", [benchmark_field], bases=(EvalConfig,), frozen=True, namespace=text)
 
-    def evaluate(config: Annotated[chosen_config, _flat()]) -> None:
+    def evaluate(config: Annotated[chosen_config, FLAT]) -> None:
         """Closed-loop episodes on a benchmark, every policy on the same initial states; resumable; ends with a report.
 
         The suite decides on which benchmark: `lac eval --suite simpler-vm --help` shows the options of SIMPLER.
@@ -113,7 +110,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
         if (published := own.benchmark.publish(own.out)) is not None:
             console.print(published)
 
-    def check(benchmark: Annotated[chosen, _flat()], tasks: tuple[int, ...] = ()) -> None:
+    def check(benchmark: Annotated[chosen, FLAT], tasks: tuple[int, ...] = ()) -> None:
         """List what a benchmark needs to be played and this machine does not have; nothing is played.
 
         Args:
@@ -128,9 +125,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
             console.print(f"- {item}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1 if lacking else 0)
 
-    def reproduce(
-        benchmark: tyro.conf.Positional[Literal["libero"]], config: Annotated[ReproduceConfig, _flat()]
-    ) -> None:
+    def reproduce(benchmark: tyro.conf.Positional[Literal["libero"]], config: Annotated[ReproduceConfig, FLAT]) -> None:
         """The tables of the paper on one model: LAC, its peers and its ablations, on the same initial states.
 
         Resumable: the same command goes on, and one that asks for more adds to what there is. Ends with a report.
@@ -190,12 +185,12 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
             )
         console.print(f"report: {page}")
 
-    def bench(config: Annotated[BenchConfig, _flat()]) -> None:
+    def bench(config: Annotated[BenchConfig, FLAT]) -> None:
         """Measure the milliseconds of a frame: three windows, every stage, interleaved with the stock model."""
         for table in bench_tables(run_bench(config)):
             console.print(table)
 
-    def collect(config: Annotated[CollectConfig, _flat()], dataset: Path | None = None) -> None:
+    def collect(config: Annotated[CollectConfig, FLAT], dataset: Path | None = None) -> None:
         """Demonstrations by a scripted expert with privileged state, packed as a LeRobot v3 dataset.
 
         Args:
@@ -209,7 +204,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
         packed = pack(config.out, dataset or config.out.with_name(config.out.name + "-lerobot"), overwrite=True)
         console.print(f"{len(packed)} episodes, {packed.total_frames} frames: {packed.root}")
 
-    def pretrain(config: Annotated[PretrainConfig, _flat()], minutes: float = 0) -> None:
+    def pretrain(config: Annotated[PretrainConfig, FLAT], minutes: float = 0) -> None:
         """Train a bundled VLA on demonstrations. Run it again to go on.
 
         Args:
@@ -220,7 +215,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
 
         console.print(f"model: {run(config, max_seconds=60 * minutes if minutes else float('inf'))}")
 
-    def train(config: Annotated[TrainConfig, _flat()], minutes: float = 0) -> None:
+    def train(config: Annotated[TrainConfig, FLAT], minutes: float = 0) -> None:
         """Train a LAC policy beside a frozen VLA, on demonstrations or plain logs; ends with a report.
 
         Run it again to go on.
@@ -240,7 +235,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
         except MissingExtraError as error:  # the policy is there all the same
             console.print(f"no report: {error}", markup=False, highlight=False, soft_wrap=True)
 
-    def serve(config: Annotated[ServeConfig, _flat()]) -> None:
+    def serve(config: Annotated[ServeConfig, FLAT]) -> None:
         """Serve a VLA with its policy to robots that speak openpi's websocket protocol."""
         from lac_vla.serving.config import serve as run
 
@@ -256,19 +251,8 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
 
         console.print(open_page(url), markup=False, highlight=False, soft_wrap=True)
 
-    return {
-        "demo": demo,
-        "eval": evaluate,
-        "reproduce": reproduce,
-        "check": check,
-        "bench": bench,
-        "report": report,
-        "collect": collect,
-        "train": train,
-        "pretrain": pretrain,
-        "serve": serve,
-        "view": view,
-    }
+    verbs: list[Callable[..., Any]] = [reproduce, check, bench, report, collect, train, pretrain, serve, view]
+    return {"demo": demo, "eval": evaluate, **{verb.__name__: verb for verb in verbs}}
 
 
 def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:

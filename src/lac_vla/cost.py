@@ -1,4 +1,4 @@
-"""The cost of a frame in multiply-accumulates (MACs); FLOPs = 2 × MACs.
+"""The cost of a frame in multiply-accumulates (MACs), FLOPs = 2 × MACs; and the memory that a process needed.
 
 The decoder is counted analytically, as in the paper's equations 13-14, from the decision that was really taken: every
 row of a layer pays 2D² + 2D·D_kv for its projections, 3DM for the gated feed-forward network (three matrices, where
@@ -13,6 +13,8 @@ no matrix products and counts as 0: what it takes shows in the time of the stage
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -190,3 +192,11 @@ class CostModel:
 def one_by_one(n_tokens: int) -> tuple[tuple[int, int], ...]:
     """List the passes of greedy decoding: the first token comes from the prompt's own last row."""
     return tuple((i, i + 1) for i in range(n_tokens - 1))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Measure the largest memory so far, of the accelerator's allocator or of this process, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

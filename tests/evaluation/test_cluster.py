@@ -15,7 +15,7 @@ from tests.evaluation.worlds import fake_worker, outcomes
 
 from lac_vla import InputError
 from lac_vla.errors import LacError, MissingExtraError
-from lac_vla.evaluation import worker
+from lac_vla.evaluation import runner
 from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.runner import evaluate
@@ -200,7 +200,7 @@ def test_on_ray_itself(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("ray")
     here = outcomes(evaluate(config))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
-    monkeypatch.setattr(worker, "run_on_ray", lambda address, _, *rest: run_on_ray(address, fake_worker, *rest))
+    monkeypatch.setattr(runner, "run_on_ray", lambda _, *rest: run_on_ray(fake_worker, *rest))
     for workers in (1, 2):
         there = replace(config, out=config.out.with_name(f"there{workers}"), ray="local", workers=workers)
         assert outcomes(evaluate(there)) == here

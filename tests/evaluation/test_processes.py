@@ -18,11 +18,11 @@ from tests.evaluation.worlds import fake_worker, outcomes
 
 from lac_vla import InputError
 from lac_vla.errors import CheckpointError, LacError, MissingExtraError
-from lac_vla.evaluation import worker
+from lac_vla.evaluation import runner
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.jobs import Job
 from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.runner import evaluate
+from lac_vla.evaluation.worker import Job
 from lac_vla.factory import ModelOptions
 from lac_vla.results.records import EpisodeRecord, read_episodes
 from lac_vla.sims.libero.modules import RenderingLibraryError
@@ -60,7 +60,7 @@ class Endless:
 
 @pytest.fixture
 def config(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalConfig:
-    monkeypatch.setattr(worker, "run_on_processes", lambda _, *rest: run_on_processes(Fragile, *rest))
+    monkeypatch.setattr(runner, "run_on_processes", lambda _, *rest: run_on_processes(Fragile, *rest))
     policies = ("dense", "random:ratio=0.5")
     return EvalConfig(
         model,
@@ -95,7 +95,7 @@ def test_a_killed_process_ends_a_run_that_goes_on(config: EvalConfig) -> None:
 
 
 def test_an_error_of_loading_is_that_of_one_process(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "run_on_processes", run_on_processes)  # no simulator is reached
+    monkeypatch.setattr(runner, "run_on_processes", run_on_processes)  # no simulator is reached
     config = replace(config, model_options=ModelOptions(unnorm_key="nowhere", threads=1))
     with pytest.raises(LacError, match="nowhere") as here:
         evaluate(replace(config, workers=1))

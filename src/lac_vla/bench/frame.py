@@ -17,11 +17,10 @@ from lac_vla.bench.methods import Method, make_methods, row_name
 from lac_vla.bench.roofline import Roofline
 from lac_vla.bench.scene import Scene
 from lac_vla.bench.stock import STOCK, StockSession
-from lac_vla.cost import CostModel
+from lac_vla.cost import CostModel, peak_memory_mb
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
-from lac_vla.evaluation.rollout import peak_memory_mb
 from lac_vla.models import VLA
 from lac_vla.results.stats import Percentiles
 from lac_vla.session import Session

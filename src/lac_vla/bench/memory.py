@@ -14,7 +14,7 @@ from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Target
 from lac_vla.bench.methods import cached_vla
 from lac_vla.bench.scene import Scene
-from lac_vla.evaluation.rollout import peak_memory_mb
+from lac_vla.cost import peak_memory_mb
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
 from lac_vla.session import Session

@@ -42,15 +42,17 @@ class EpisodeVideo:
         self._repeat(self._last, self._actions_per_call)
         self._steps += self._actions_per_call
 
-    def close(self, *, success: bool) -> None:
-        """Hold the last picture for a second, framed green if the task was solved, else red; finish."""
-        if self._last is not None:
-            framed = self._last.copy()
-            colour = (0, 158, 115) if success else (213, 60, 60)
-            for edge in (framed[:6], framed[-6:], framed[:, :6], framed[:, -6:]):
-                edge[...] = colour
-            self._repeat(framed, self._fps)
+    def close(self, *, success: bool) -> Path | None:
+        """Hold the last picture for a second, framed green if the task was solved, else red; ``None`` without calls."""
+        if self._last is None:
+            return None
+        framed = self._last.copy()
+        colour = (0, 158, 115) if success else (213, 60, 60)
+        for edge in (framed[:6], framed[-6:], framed[:, :6], framed[:, -6:]):
+            edge[...] = colour
+        self._repeat(framed, self._fps)
         self._file.close()
+        return self.path
 
     def _repeat(self, picture: UInt8Image, frames: int) -> None:
         for _ in range(frames):
@@ -84,14 +86,7 @@ class FailurePicture:
         self._count += 1
 
     def close(self, *, success: bool) -> Path | None:
-        """Write the picture of a failure.
-
-        Returns:
-            Its path; ``None`` after a success.
-
-        Raises:
-            InputError: If the file cannot be written.
-        """
+        """Write the picture of a failure, or raise :class:`InputError`; give its path, ``None`` after a success."""
         if success or not self._steps:
             return None
         picture = side_by_side([self._moment(number, step) for number, step in self._steps])
@@ -103,14 +98,9 @@ class FailurePicture:
         return self.path
 
     def _moment(self, number: int, step: StepInfo) -> UInt8Image:
-        ages = [
-            heat(
-                step.pixels[camera.name],
-                step.age[camera.tokens].reshape(camera.rows, camera.cols).astype(np.float32),
-                (0, self._max_age),
-                height=HEIGHT,
-            )
-            for camera in step.layout.cameras
-        ]
-        both = stacked([side_by_side(camera_overlays(step, HEIGHT)), side_by_side(ages)])
+        drawn = []
+        for camera in step.layout.cameras:
+            ages = step.age[camera.tokens].reshape(camera.rows, camera.cols).astype(np.float32)
+            drawn.append(heat(step.pixels[camera.name], ages, (0, self._max_age), height=HEIGHT))
+        both = stacked([side_by_side(camera_overlays(step, HEIGHT)), side_by_side(drawn)])
         return caption(both, f"step {number}", reuse_text(step))

@@ -51,10 +51,8 @@ def overlay(
     if active.shape != (rows * cols,) or recovered.shape != (rows * cols,):
         raise InputError(f"{rows}×{cols} tokens, but masks of {active.shape} and {recovered.shape}")
     enlarged = _enlarged(image, grid, height)
-    size = (enlarged.shape[1], enlarged.shape[0])
-    recovered = recovered & active
-    shown = _spread(active, grid, size)
-    tinted = _spread(recovered, grid, size)
+    masks = (active, recovered & active)
+    shown, tinted = (_resized(mask.reshape(grid).astype(np.uint8), enlarged) > 0 for mask in masks)
     dim = 0.42 * (0.85 * _grey(enlarged) + 0.15 * enlarged)
     picture = np.where(shown[..., None], enlarged, dim)
     picture = np.where(tinted[..., None], 0.72 * picture + 0.28 * np.array(RECOVERED), picture)
@@ -64,23 +62,14 @@ def overlay(
 
 
 def heat(image: UInt8Image, scores: FloatArray, scale: tuple[float, float], *, height: int = HEIGHT) -> UInt8Image:
-    """Lay a score of every token of one camera over the grey image, dark to bright.
+    """Lay a score of every token of one camera, (rows, cols), over the grey image, dark to bright.
 
-    Args:
-        image: uint8, H×W×3, what the model saw.
-        scores: (rows, cols).
-        scale: The scores that are darkest and brightest; beyond them nothing changes.
-        height: Least height of the picture, pixels.
-
-    Returns:
-        uint8, of the size of :func:`overlay`.
+    Scores beyond ``scale`` look like its ends; image, height and size of the picture are those of :func:`overlay`.
     """
     enlarged = _enlarged(image, scores.shape, height)
     low, high = scale
     levels = np.clip((scores - low) / (high - low if high > low else 1.0), 0, 1)
-    cells = _paint((255 * levels).round().astype(np.uint8))
-    size = (enlarged.shape[1], enlarged.shape[0])
-    painted = cv2.resize(cells, size, interpolation=cv2.INTER_NEAREST)
+    painted = _resized(_paint((255 * levels).round().astype(np.uint8)), enlarged)
     return np.asarray((0.4 * _grey(enlarged) + 0.6 * painted).round(), dtype=np.uint8)
 
 
@@ -93,17 +82,9 @@ def heat_colours(n: int = 8) -> list[tuple[int, int, int]]:
 def saliency_strip(
     images: UInt8Image, scores: FloatArray, active: BoolArray, scale: tuple[float, float], *, height: int = 224
 ) -> UInt8Image:
-    """Draw consecutive frames of one camera, a column each: the image, its saliency, and what is recomputed.
+    """Draw frames of one camera, uint8, (n, H, W, 3), a column each: the image, its saliency, and what is recomputed.
 
-    Args:
-        images: uint8, (n, H, W, 3), n at least 1.
-        scores: (n, rows, cols).
-        active: Recomputed, (n, rows, cols).
-        scale: The scores that are darkest and brightest, see :func:`heat`.
-        height: Least height of every picture, pixels.
-
-    Returns:
-        uint8, H×W×3.
+    Scores and ``active`` (recomputed) are (n, rows, cols); for scale and height see :func:`heat`.
     """
     columns = []
     for number, (image, score, mask) in enumerate(zip(images, scores, active, strict=True), start=1):
@@ -137,16 +118,7 @@ def reuse_text(step: StepInfo) -> str:
 
 
 def step_picture(step: StepInfo, method: str, number: int) -> UInt8Image:
-    """Draw one step of a session: all cameras' overlays side by side, under a line that says what was done.
-
-    Args:
-        step: The session's report of the step.
-        method: Name of the method.
-        number: Number of the step in the episode.
-
-    Returns:
-        uint8, H×W×3.
-    """
+    """Draw a step of an episode: all cameras' overlays side by side, under a line that says what was done."""
     left = f"{method}   step {number}"
     if step.dense_reason is not None:
         left += f"   (dense: {step.dense_reason})"
@@ -170,14 +142,13 @@ def _paint(levels: UInt8Image) -> UInt8Image:
     return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1])
 
 
-def _spread(mask: BoolArray, grid: tuple[int, int], size: tuple[int, int]) -> BoolArray:
-    cells = mask.reshape(grid).astype(np.uint8)
-    return np.asarray(cv2.resize(cells, size, interpolation=cv2.INTER_NEAREST), dtype=np.bool_)
+def _resized(cells: UInt8Image, picture: UInt8Image) -> UInt8Image:
+    """Enlarge one value, or colour, per token to the size of a picture."""
+    return np.asarray(cv2.resize(cells, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST))
 
 
 def _outline(mask: BoolArray, thickness: int = 2) -> BoolArray:
     """Find the rim of a region, within it; the picture's edge counts as an end."""
-    size = 2 * thickness + 1
-    kernel = np.ones((size, size), dtype=np.uint8)
+    kernel = np.ones((2 * thickness + 1, 2 * thickness + 1), dtype=np.uint8)
     inner = cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return np.logical_and(mask, np.asarray(inner) == 0)

@@ -16,6 +16,7 @@ from lac_vla.types import UInt8Image
 INK, PAPER = (238, 238, 238), (24, 26, 30)
 _STRIP = 30
 _GAP = 6
+_font = functools.cache(functools.partial(ImageFont.load_default, size=16))
 
 
 def stacked(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
@@ -25,15 +26,7 @@ def stacked(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
 
 
 def side_by_side(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
-    """Put pictures side by side on a dark ground, aligned at their tops.
-
-    Args:
-        pictures: uint8, H×W×3, of any sizes; at least one.
-        gap: Pixels between two.
-
-    Returns:
-        uint8, as high as the highest.
-    """
+    """Put pictures, uint8, H×W×3, side by side on a dark ground, aligned at their tops, ``gap`` pixels apart."""
     height = max(picture.shape[0] for picture in pictures)
     width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
     canvas = np.full((height, width, 3), PAPER, dtype=np.uint8)
@@ -45,20 +38,10 @@ def side_by_side(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
 
 
 def caption(picture: UInt8Image, left: str, right: str = "") -> UInt8Image:
-    """Put a dark strip with one line of text, at its left and right end, above a picture.
-
-    Args:
-        picture: uint8, H×W×3.
-        left: Text; cut off where the right one begins.
-        right: Text.
-
-    Returns:
-        uint8, (H + 30)×W×3.
-    """
+    """Put a dark strip, 30 pixels high, with texts at its ends above a picture; the left one gives way to the right."""
     width = picture.shape[1]
     strip = Image.new("RGB", (width, _STRIP), PAPER)
-    draw = ImageDraw.Draw(strip)
-    font = _font()
+    draw, font = ImageDraw.Draw(strip), _font()
     end = width - 8 - draw.textlength(right, font=font)
     while left and draw.textlength(left, font=font) > end - 16:
         left = left[:-1]
@@ -67,15 +50,8 @@ def caption(picture: UInt8Image, left: str, right: str = "") -> UInt8Image:
     return np.concatenate([np.asarray(strip, dtype=np.uint8), picture])
 
 
-def filmstrip(frames: Sequence[UInt8Image], n: int = 6) -> UInt8Image:
-    """Put some frames of an episode side by side, evenly spread, the first and the last among them.
-
-    Args:
-        frames: uint8, H×W×3; at least one.
-        n: Number of frames to show, if there are so many.
-
-    Returns:
-        uint8, the frames side by side.
+def filmstrip(frames: Sequence[UInt8Image], n: int) -> UInt8Image:
+    """Put ``n`` frames (or all, if fewer) side by side, evenly spread, the first and the last among them.
 
     Raises:
         InputError: If there are no frames, or ``n`` is below 1.
@@ -100,8 +76,3 @@ def jpeg_base64(image: UInt8Image) -> str:
 def css(colour: tuple[int, int, int]) -> str:
     """Write an RGB colour for a style sheet."""
     return "rgb({}, {}, {})".format(*colour)
-
-
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=16)

@@ -16,17 +16,7 @@ from lac_vla.results.stats import percentiles
 
 
 def interval_bar(rate: float, low: float, high: float, reference: float | None) -> str:
-    """Draw a success rate with its interval on a line from 0 to 100 %.
-
-    Args:
-        rate: In [0, 1].
-        low: Lower end of the interval.
-        high: Upper end.
-        reference: Success rate of dense, drawn as a thin upright line; ``None`` leaves it out.
-
-    Returns:
-        SVG.
-    """
+    """Draw a success rate in [0, 1] and its interval on a line to 100 %; dense's is a thin upright ``reference``."""
     x = [4 + 112 * value for value in (rate, low, high)]
     parts = [svg.line("axis", 4, 116, 9, 9)]
     if reference is not None:
@@ -38,14 +28,9 @@ def interval_bar(rate: float, low: float, high: float, reference: float | None) 
 
 
 def latency_panel(samples: Mapping[str, tuple[str, Sequence[float]]], label: str) -> str:
-    """Draw the distributions of one latency window, one above the other.
+    """Draw the distributions of one latency window, one above the other; empty if there are no samples.
 
-    Args:
-        samples: Method → its colour (CSS) and milliseconds.
-        label: Describes the panel to readers who cannot see it.
-
-    Returns:
-        SVG; empty if there are no samples.
+    The samples are method → colour (CSS) and milliseconds; the label is for readers who cannot see the panel.
     """
     known = [
         (name, colour, np.asarray(values), found)
@@ -90,12 +75,8 @@ def ratio_chart(
 ) -> str:
     """Draw the effective cache ratio over time: mean, and 10th to 90th percentile, of the episodes that still run.
 
-    Args:
-        effective: Method → its colour (CSS), and per episode the ratio of every call, in [0, 1].
-        nominal: Method → per episode the ratio aimed at in every call; its mean is drawn dashed.
-
-    Returns:
-        SVG; empty if there are fewer than two calls.
+    Both have per episode the ratio of every call, in [0, 1], ``effective`` the methods' colours (CSS), too. The mean of
+    ``nominal``, the ratios aimed at, is dashed. Empty if there are fewer than two calls.
     """
     calls = max((len(run) for _, runs in effective.values() for run in runs), default=0)
     if calls < 2:
@@ -112,14 +93,7 @@ def ratio_chart(
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a :func:`curve_chart`.
-
-    Attributes:
-        name: Its name.
-        colour: CSS colour.
-        points: (step, value), by step.
-        measured: Drawn strong, with a mark at every point; otherwise thin.
-    """
+    """One line of a :func:`curve_chart`: (step, value), by step; a ``measured`` one is strong, with marks."""
 
     name: str
     colour: str
@@ -140,16 +114,13 @@ def curve_chart(
     """Draw metrics over the steps of a training run; logarithmic where positive values span a decade.
 
     Args:
-        curves: The lines.
+        curves: The lines; without any points, the chart is empty.
         label: Describes the chart to readers who cannot see it.
         steps: First and last step shown.
         height: Height of the plotting area, pixels.
         share: The values are shares: the axis goes from 0 to 100 %.
         level: Name and value of a level aimed at.
         border: Name and step of a mark between two parts of the run.
-
-    Returns:
-        SVG; empty if there are no points.
     """
     values = [value for curve in curves for _, value in curve.points]
     if not values:
@@ -207,12 +178,8 @@ class Axis:
 class Area:
     """A plotting area: values are drawn at their places, within two axes.
 
-    Attributes:
-        x: First and last value of the lower axis.
-        y: The upright axis.
-        width: Width without the axis's texts, pixels.
-        height: Height without the axis's texts, pixels.
-        share: The lower axis shows shares, as percentages.
+    ``x`` are the first and last value of the lower axis, which shows percentages if ``share``; width and height, in
+    pixels, are those without the axes' texts.
     """
 
     x: tuple[float, float]
@@ -235,10 +202,8 @@ class Area:
         parts = []
         for tick in self.y.ticks:
             _, y = self.at(first, tick)
-            parts += [
-                svg.line("grid", left, right, y, y),
-                svg.text("tick", left - 6, y + 4, _text(tick, self.y.share), "end"),
-            ]
+            words = _text(tick, self.y.share)
+            parts += [svg.line("grid", left, right, y, y), svg.text("tick", left - 6, y + 4, words, "end")]
         every = [*svg.ticks(last - first), max(1.0, last - first)][1]
         for number in range(math.ceil(first / every), math.floor(last / every) + 1):
             x, _ = self.at(number * every, self.y.high)

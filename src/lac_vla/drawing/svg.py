@@ -37,15 +37,9 @@ def box(colour: str, x: float, y: float, width: float, height: float, title: str
 
 
 def picture(width: float, height: float, parts: Sequence[str], label: str, kind: str, style: str = "") -> str:
-    """Put all parts together.
+    """Put shapes, the lowest first, together to a picture of a class; ``label`` is for readers who cannot see it.
 
-    Args:
-        width: Width of the picture.
-        height: Height of the picture.
-        parts: Its shapes, the lowest first.
-        label: Describes it to readers who cannot see it.
-        kind: Its class.
-        style: A style sheet of its own, for a picture in a file; empty for one in a page.
+    Unlike one in a page, a picture in a file needs a ``style``, a style sheet of its own.
     """
     head = f'xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" ' if style else ""
     sheet = f"<style>{style}</style>" if style else ""

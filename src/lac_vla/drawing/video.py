@@ -22,15 +22,11 @@ class VideoFile:
     Args:
         path: Path of the ``.mp4`` file; its folder is created.
         fps: Frames per second.
-        crf: x264's quality: less is better and larger.
     """
 
-    def __init__(self, path: str | Path, fps: int, crf: int = 24) -> None:
-        self._av = _av()
-        self.path = Path(path)
+    def __init__(self, path: str | Path, fps: int) -> None:
+        self._av, self._fps, self.path = _av(), fps, Path(path)
         self._partial = self.path.with_suffix(".partial")
-        self._fps = fps
-        self._options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
         self._container: Any = None
         self._stream: Any = None
         self._size = (0, 0)
@@ -42,7 +38,7 @@ class VideoFile:
             InputError: If its size is not that of the first, or the file cannot be written.
         """
         if self._container is None:
-            self._open(frame.shape[0], frame.shape[1])
+            self._open(*frame.shape[:2])
         if frame.shape[:2] != self._size:
             raise InputError(f"a frame of {frame.shape[:2]} in a video of {self._size}: give one size")
         height, width = self._size
@@ -62,15 +58,15 @@ class VideoFile:
     def _open(self, height: int, width: int) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            options = {"movflags": "+faststart"}
-            self._container = self._av.open(str(self._partial), "w", format="mp4", options=options)
+            faststart = {"movflags": "+faststart"}
+            self._container = self._av.open(str(self._partial), "w", format="mp4", options=faststart)
         except OSError as error:
             raise InputError(f"cannot write {self.path} ({error}): choose another folder") from error
         self._size = (height, width)
-        stream = self._container.add_stream("libx264", rate=self._fps, options=self._options)
-        stream.height, stream.width = height + height % 2, width + width % 2
-        stream.pix_fmt = "yuv420p"
-        self._stream = stream
+        options = {"crf": "24", "preset": "veryfast", "threads": "1"}
+        self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
+        self._stream.height, self._stream.width = height + height % 2, width + width % 2
+        self._stream.pix_fmt = "yuv420p"
 
     def _mux(self, frame: Any) -> None:
         for packet in self._stream.encode(frame):
@@ -78,14 +74,7 @@ class VideoFile:
 
 
 def sample_frames(path: str | Path, n: int) -> list[UInt8Image]:
-    """Decode some frames of a video, evenly spread, the first and the last among them.
-
-    Args:
-        path: Path of the video.
-        n: Number of frames, if the video has so many.
-
-    Returns:
-        uint8, H×W×3 each.
+    """Decode ``n`` frames of a video (or all, if fewer), uint8, H×W×3, evenly spread, with the first and the last.
 
     Raises:
         InputError: If the file is missing or damaged.
@@ -97,12 +86,8 @@ def sample_frames(path: str | Path, n: int) -> list[UInt8Image]:
             total = stream.frames or sum(1 for _ in container.decode(stream))
             container.seek(0, stream=stream)
             wanted = set(np.linspace(0, total - 1, min(n, total)).round().astype(int).tolist())
-            decoded = enumerate(container.decode(stream))
-            return [
-                np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
-                for index, frame in decoded
-                if index in wanted
-            ]
+            frames = (frame for index, frame in enumerate(container.decode(stream)) if index in wanted)
+            return [np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8) for frame in frames]
     except (av.FFmpegError, IndexError, OSError) as error:
         raise InputError(f"{path} cannot be decoded ({error}): delete it, the report does without") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.jobs import Job, MakeRunner, Runner, play
+from lac_vla.evaluation.worker import EpisodeWorker, Job, MakeWorker
 from lac_vla.results.records import EpisodeRecord
 
 LOCAL = "local"
@@ -24,17 +24,11 @@ PATIENCE_S = 600.0
 
 
 class Actor:
-    """A worker on some node.
+    """A worker on some node; its relative paths start from ``folder``, the command's working folder."""
 
-    Args:
-        make: Makes what runs the episodes.
-        config: The evaluation.
-        folder: The command's working folder, which relative paths start from.
-    """
-
-    def __init__(self, make: MakeRunner, config: EvalConfig, folder: str) -> None:
+    def __init__(self, make: MakeWorker, config: EvalConfig, folder: str) -> None:
         self._make, self._config, self._folder = make, config, folder
-        self._runner: Runner | None = None
+        self._worker: EpisodeWorker | None = None
 
     def ready(self) -> None:
         """Answer once a node had room for this worker."""
@@ -42,14 +36,13 @@ class Actor:
     def work(self, job: Job) -> list[EpisodeRecord] | LacError:
         """Run the episodes of a job. An error that the user can act on is given back: Ray would bury its message."""
         try:
-            if self._runner is None:
-                self._runner = self._start()
-            return list(play(self._runner, job))
+            self._worker = self._worker or self._start()
+            return list(job.play(self._worker))
         except LacError as error:
             return error
 
-    def _start(self) -> Runner:
-        """Made within the first job: an error in an actor's constructor looks like an actor that was lost."""
+    def _start(self) -> EpisodeWorker:
+        """Load within the first job: an error in an actor's constructor looks like an actor that was lost."""
         try:
             os.chdir(self._folder)
         except OSError as error:
@@ -59,16 +52,8 @@ class Actor:
         return self._make(self._config)
 
 
-def run_on_ray(
-    address: str, make: MakeRunner, config: EvalConfig, jobs: Sequence[Job]
-) -> Generator[EpisodeRecord, None, None]:
-    """Run the episodes of all jobs on ``config.workers`` actors; they finish in any order.
-
-    Args:
-        address: Of the cluster, e.g. ``auto`` or ``ray://host:10001``; or ``local``.
-        make: Makes what runs the episodes, on a node.
-        config: The evaluation.
-        jobs: What to run.
+def run_on_ray(make: MakeWorker, config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
+    """Run the episodes of all jobs on ``config.workers`` actors of ``config.ray``; they finish in any order.
 
     A worker that no node has room for gets nothing to do: the others run everything.
 
@@ -82,13 +67,9 @@ def run_on_ray(
         ray: Any = importlib.import_module("ray")
     except ModuleNotFoundError as error:
         raise MissingExtraError("ray", "Running episodes on a Ray cluster") from error
+    address, own = config.ray, {"address": None, "num_cpus": config.workers, "include_dashboard": False}
     try:
-        ray.init(
-            address=None if address == LOCAL else address,
-            num_cpus=config.workers if address == LOCAL else None,
-            log_to_driver=False,
-            include_dashboard=False if address == LOCAL else None,
-        )
+        ray.init(log_to_driver=False, **(own if address == LOCAL else {"address": address}))
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at {address!r} ({error}): `ray start --head`, or --ray {LOCAL}") from error
     try:

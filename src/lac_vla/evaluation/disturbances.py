@@ -27,10 +27,7 @@ Disturbance: TypeAlias = Callable[[Frame, int], Frame]
 class EpisodeDraw:
     """An episode before it begins, as far as a stress may know it, to draw its disturbances from.
 
-    Attributes:
-        rng: The episode's own generator.
-        steps: Most observations that it can have.
-        others: Instructions of the suite's other tasks.
+    It has at most ``steps`` observations; ``others`` are the instructions of the suite's other tasks.
     """
 
     rng: np.random.Generator
@@ -96,12 +93,10 @@ class Lighting(Stress):
         """See :meth:`Stress.begin`."""
         first = int(draw.rng.integers(*self.begins))
 
-        def disturb(frame: Frame, step: int) -> Frame:
-            if not first <= step < first + self.lasts:
-                return frame
-            return _images(frame, lambda image: np.rint(image * np.array(self.gains)).astype(np.uint8))
+        def dark(image: UInt8Image) -> UInt8Image:
+            return np.asarray(np.rint(image * np.array(self.gains)), dtype=np.uint8)
 
-        return disturb
+        return lambda frame, step: _images(frame, dark) if 0 <= step - first < self.lasts else frame
 
 
 @dataclass(frozen=True)

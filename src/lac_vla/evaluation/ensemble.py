@@ -35,7 +35,6 @@ class AdaptiveEnsemble:
     _chunks: deque[npt.NDArray[np.float64]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Start empty."""
         if self.horizon < 1:
             raise InputError(f"horizon is {self.horizon}; at least the newest chunk must count")
         self._chunks = deque(maxlen=self.horizon)

@@ -13,25 +13,11 @@ from lac_vla.evaluation.reproduce import LAC, ReproduceConfig, Reproduction, Row
 from lac_vla.evaluation.runner import describe_model
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.results import format as write
+from lac_vla.results import table
 from lac_vla.results.format import NONE
 from lac_vla.results.records import WHOLE
 from lac_vla.results.summary import DENSE, MethodRow, Summary, summarize
-from lac_vla.results.table import (
-    FLAG,
-    MEMORY,
-    SPEEDUP,
-    SUCCESS,
-    SUCCESS_NOTE,
-    TIME,
-    TIME_NOTE,
-    Column,
-    TextTable,
-    metric_columns,
-    metric_notes,
-    net_speedup,
-    run_notes,
-    solved,
-)
+from lac_vla.results.table import Column, TextTable
 from lac_vla.sims.libero.suites import SUITES
 
 Rows = list[tuple[str, MethodRow | None]]
@@ -39,13 +25,10 @@ Rows = list[tuple[str, MethodRow | None]]
 
 
 def _stage(name: str) -> Column:
-    def cell(row: MethodRow, _: MethodRow | None) -> str:
-        return write.milliseconds(row.latency[name].p50) if name in row.latency else NONE
-
-    return Column(name, cell)
+    return Column(name, lambda row, _: write.milliseconds(row.latency[name].p50) if name in row.latency else NONE)
 
 
-OVERHEADS = (*map(_stage, ("flow", "policy", "bookkeeping")), MEMORY)
+OVERHEADS = (*map(_stage, ("flow", "policy", "bookkeeping")), table.MEMORY)
 OVERHEADS_NOTE = "Flow, policy, bookkeeping: p50 in ms, part of observation to action"
 
 
@@ -57,23 +40,24 @@ def paper_tables(done: Reproduction) -> list[TextTable]:
     success = [_solved_in(name, by_suite.get(name)) for name in suites]
     if len(suites) > 1:
         success.append(Column("average", lambda row, _: _average(row.method, by_suite, len(suites))))
-    success += [*SUCCESS[1:], SPEEDUP]
+    success += [*table.SUCCESS[1:], table.SPEEDUP]
     wanted = _wanted(done.config, done.config.trials)
     tables = [_setting(done, everything)]
     for name, chosen in (("Table 1", done.table_1), ("Tables 2 and 5, LAC without its parts", done.ablations)):
         rows, incomplete = _labelled(chosen, everything, wanted)
         if not rows:
             continue
-        most = _best(rows, lambda row: row.rate)
-        speeds = _best(rows, lambda row: 1 / row.latency[WHOLE].p50 if WHOLE in row.latency else 0)
-        fastest = speeds if done.workers == 1 else []
-        success_notes = [SUCCESS_NOTE, *run_notes(everything), *incomplete, f"{FLAG} solved most"]
-        time_notes = [TIME_NOTE, *([f"{FLAG} fastest from observation to action"] if fastest else [])]
+        most, fastest = _best(rows, lambda row: row.rate), []
+        if done.workers == 1:
+            fastest = _best(rows, lambda row: 1 / row.latency[WHOLE].p50 if WHOLE in row.latency else 0)
+        success_notes = [table.SUCCESS_NOTE, *table.run_notes(everything), *incomplete, f"{table.FLAG} solved most"]
+        time_notes = [table.TIME_NOTE, *([f"{table.FLAG} fastest from observation to action"] if fastest else [])]
+        calls, meanings = table.metric_columns(), table.metric_notes()
         dense = everything.row(DENSE)
         tables += [
             TextTable.of(f"{name}: success", rows, success, success_notes, most, dense),
-            TextTable.of(f"{name}: per call of the model", rows, metric_columns(), metric_notes(), dense=dense),
-            TextTable.of(f"{name}: time", rows, TIME, time_notes, fastest, dense),
+            TextTable.of(f"{name}: per call of the model", rows, calls, meanings, dense=dense),
+            TextTable.of(f"{name}: time", rows, table.TIME, time_notes, fastest, dense),
         ]
     rows, _ = _labelled(done.rows, everything, wanted)
     tables.append(TextTable.of("What the paper leaves out: overheads", rows, OVERHEADS, [OVERHEADS_NOTE]))
@@ -82,7 +66,8 @@ def paper_tables(done: Reproduction) -> list[TextTable]:
         pooled = summarize(done.seeds)
         rows, incomplete = _labelled((DENSE_ROW, LAC), pooled, wanted * len(seeds))
         title = f"Dense and LAC with seeds {', '.join(map(str, seeds))}"
-        tables.append(TextTable.of(title, rows, (*SUCCESS, SPEEDUP), [SUCCESS_NOTE, *run_notes(pooled), *incomplete]))
+        notes = [table.SUCCESS_NOTE, *table.run_notes(pooled), *incomplete]
+        tables.append(TextTable.of(title, rows, (*table.SUCCESS, table.SPEEDUP), notes))
     if done.curve:
         tables.append(_curve(done))
     return [*tables, *([_stress(done)] if done.stress_rows else [])]
@@ -104,7 +89,7 @@ def _setting(done: Reproduction, everything: Summary) -> TextTable:
         ("incomplete", f"{incomplete} rows, marked *; the same command goes on with them", incomplete > 0),
     ]
     flagged = [index for index, (_, _, flag) in enumerate(rows) if flag]
-    note = f"{FLAG} to be kept in mind with every number below"
+    note = f"{table.FLAG} to be kept in mind with every number below"
     return TextTable("Setting", ("setting", "value"), tuple(row[:2] for row in rows), (note,), flagged)
 
 
@@ -133,8 +118,8 @@ def _curve(done: Reproduction) -> TextTable:
         dominated_by = max(others, key=lambda p: p[1:3])[0] if others else NONE
         if not others:
             flagged.append(index)
-        cells.append((label, solved(row), write.percent(ratio), dominated_by))
-    notes = [f"{FLAG} no other point solves and leaves out as much, and more of one", *run_notes(summary)]
+        cells.append((label, table.solved(row), write.percent(ratio), dominated_by))
+    notes = [f"{table.FLAG} no other point solves and leaves out as much, and more of one", *table.run_notes(summary)]
     headings = ("method", "solved", "ratio, effective", "dominated by")
     return TextTable("Trade-off curve", headings, tuple(cells), tuple(notes), flagged)
 
@@ -158,23 +143,21 @@ def _stress(done: Reproduction) -> TextTable:
             return NONE
         return f"{row.successes}/{row.trials}" + (f"\n{write.percent(row.ratio, 0)}" if row.ratio else "")
 
-    def speedup(row: MethodRow | None) -> str:
-        return NONE if row is None else net_speedup(row)
-
-    cells = [
-        (row.label, *(cell(found(name, row)) for name in columns), speedup(found("all stresses", row)))
-        for row in done.stress_rows
-    ]
+    cells = []
+    for row in done.stress_rows:
+        everywhere = found("all stresses", row)
+        speedup = table.net_speedup(everywhere) if everywhere else NONE
+        cells.append((row.label, *(cell(found(name, row)) for name in columns), speedup))
     wanted = _wanted(config, config.under_stress)
     single = [found(name, row) for name in ("undisturbed", *config.stresses) for row in done.stress_rows]
     short = sum(_trials(row) < wanted for row in single)
     notes = [
         "Solved, and below it the share of the visual tokens left out. All stresses: the same states under each",
-        *(run_notes(summaries["all stresses"]) if done.stressed else []),
+        *(table.run_notes(summaries["all stresses"]) if done.stressed else []),
         *map(describe_stress, config.stresses),
         *([f"incomplete: {short} of the cells have fewer than {wanted} trials"] if short else []),
     ]
-    headings = ("method", *columns, SPEEDUP.heading)
+    headings = ("method", *columns, table.SPEEDUP.heading)
     return TextTable("Under stress, on the same initial states", headings, tuple(cells), tuple(notes))
 
 
@@ -190,7 +173,7 @@ def _wanted(config: ReproduceConfig, trials: int) -> int:
 def _solved_in(suite: str, summary: Summary | None) -> Column:
     def cell(row: MethodRow, _: MethodRow | None) -> str:
         found = summary.row(row.method) if summary else None
-        return solved(found) if found else NONE
+        return table.solved(found) if found else NONE
 
     return Column(f"{suite.removeprefix('libero_')} solved", cell)
 

@@ -14,20 +14,15 @@ from multiprocessing import connection
 
 from lac_vla.errors import LacError
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.jobs import Job, MakeRunner, Runner, play
+from lac_vla.evaluation.worker import EpisodeWorker, Job, MakeWorker
 from lac_vla.results.records import EpisodeRecord
 
 
-def run_on_processes(make: MakeRunner, config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
+def run_on_processes(make: MakeWorker, config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
     """Run the episodes of all jobs on ``config.workers`` processes; they finish in any order.
 
     An error ends the run as it would in one process: what other processes have in hand is given up, and nothing more
     is begun. So does closing the iterator.
-
-    Args:
-        make: Makes what runs the episodes, in every process; a function or class of a module.
-        config: The evaluation.
-        jobs: What to run.
 
     Raises:
         LacError: If a process is lost; the run can be resumed.
@@ -67,11 +62,11 @@ def _end_with(parent: connection.Connection) -> None:
     os._exit(1)
 
 
-_RUNNER: list[Runner] = []
-"""The runner of this process, made within its first job: its error then reaches the parent."""
+_WORKER: list[EpisodeWorker] = []
+"""The worker of this process, made within its first job: its error then reaches the parent."""
 
 
-def _work(make: MakeRunner, config: EvalConfig, job: Job) -> list[EpisodeRecord]:
-    if not _RUNNER:
-        _RUNNER.append(make(config))
-    return list(play(_RUNNER[0], job))
+def _work(make: MakeWorker, config: EvalConfig, job: Job) -> list[EpisodeRecord]:
+    if not _WORKER:
+        _WORKER.append(make(config))
+    return list(job.play(_WORKER[0]))

@@ -27,12 +27,7 @@ from lac_vla.sims.libero.suites import FIRST_HELD_OUT
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table.
-
-    Attributes:
-        label: What it is called there.
-        spec: Its policy, as on a command line.
-    """
+    """A row of a table, and its policy as on a command line."""
 
     label: str
     spec: str
@@ -262,11 +257,11 @@ def plan(config: ReproduceConfig) -> Reproduction:
     trained = tuple(ablation_row(folder) for folder in config.ablations)
     table_1: tuple[Row, ...] = TABLE_1
     ablations: tuple[Row, ...] = (*ABLATIONS, *trained)
-    known = _once((*TABLE_1, *ABLATIONS))
     if config.policies:
-        chosen = _once((DENSE, *(row for word in config.policies for row in _chosen(word, known))))
+        chosen = _with_dense(config.policies)
         methods = {row.method for row in chosen}
-        table_1 = (*(row for row in TABLE_1 if row.method in methods), *(row for row in chosen if row not in known))
+        others = (row for row in chosen if row not in TABLE_1 + ABLATIONS)
+        table_1 = (*(row for row in TABLE_1 if row.method in methods), *others)
         ablations = (*(row for row in ABLATIONS if row.method in methods), *trained)
         if {row.method for row in ablations} <= {row.method for row in table_1}:
             ablations = ()
@@ -275,19 +270,15 @@ def plan(config: ReproduceConfig) -> Reproduction:
     curve: tuple[Row, ...] = ()
     if config.curve:
         asked = {PolicySpec.parse(row.spec).name for row in table_1}
-        points = [
-            Row(f"{label}, {ratio:g}", spec.format(ratio=ratio)) for label, spec in CURVE for ratio in config.ratios
-        ]
-        points += SETTINGS
+        points = [Row(f"{name}, {at:g}", spec.format(ratio=at)) for name, spec in CURVE for at in config.ratios]
         there = {row.method for row in (*table_1, *ablations)}
-        points = [p for p in _once(points) if p.method not in there and PolicySpec.parse(p.spec).name in asked]
-        curve = tuple(points)
+        further = (point for point in _once((*points, *SETTINGS)) if point.method not in there)
+        curve = tuple(point for point in further if PolicySpec.parse(point.spec).name in asked)
         if config.curve_policies:
-            curve = _once(point for word in config.curve_policies for point in _further(word, points, there))
+            curve = _once(point for word in config.curve_policies for point in _further(word, curve, there))
     stress_rows: tuple[Row, ...] = ()
     if config.stresses:
-        words = config.stress_policies
-        stress_rows = _once((DENSE, *(row for word in words for row in _chosen(word, known)))) if words else table_1
+        stress_rows = _with_dense(config.stress_policies) if config.stress_policies else table_1
     planned = Reproduction(config, table_1, ablations, curve, [], stress_rows=stress_rows)
     for suite in config.suites:  # refuse what cannot be made before the first episode
         config.run(suite, (*planned.rows, *planned.extra_rows), config.trials)
@@ -297,12 +288,7 @@ def plan(config: ReproduceConfig) -> Reproduction:
 
 
 def reproduce(config: ReproduceConfig) -> Reproduction:
-    """Run what is missing of the paper's tables.
-
-    Raises:
-        InputError: As :func:`plan` and :func:`lac_vla.evaluation.runner.evaluate` do.
-        CheckpointError: As :func:`plan` does.
-    """
+    """Run what is missing of the paper's tables; errors are those of :func:`plan` and of ``runner.evaluate``."""
     planned = plan(config)
     episodes: list[EpisodeRecord] = []
     seeds: list[EpisodeRecord] = []
@@ -335,7 +321,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
 
 
 def ablation_row(folder: Path) -> Row:
-    """The row of a policy that was trained with something left out, named by what that is.
+    """Make the row of a policy that was trained with something left out, named by what that is.
 
     Raises:
         CheckpointError: If the folder holds no policy.
@@ -360,6 +346,11 @@ def ablation_row(folder: Path) -> Row:
 def _first(config: ReproduceConfig, trials: int, episodes: Iterable[EpisodeRecord]) -> list[EpisodeRecord]:
     """Keep the episodes of the first initial states: a folder may hold more."""
     return [e for e in episodes if e.init_state < config.first + trials]
+
+
+def _with_dense(words: Iterable[str]) -> tuple[Row, ...]:
+    """Dense, and the rows that words of ``--policies`` or ``--stress-policies`` mean."""
+    return _once((DENSE, *(row for word in words for row in _chosen(word, _once(TABLE_1 + ABLATIONS)))))
 
 
 def _chosen(word: str, rows: Sequence[Row]) -> list[Row]:

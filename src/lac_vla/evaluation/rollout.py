@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from lac_vla.cost import CostModel
+from lac_vla.cost import CostModel, peak_memory_mb
 from lac_vla.engine.step_info import PolicySession, StepInfo, StepObserver
 from lac_vla.errors import InputError
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
@@ -102,11 +99,3 @@ def rollout(
         latency_ms=dict(latency),
         peak_memory_mb=peak_memory_mb(session.model.device) if isinstance(session, Session) else None,
     )
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Measure the largest memory so far, of the accelerator's allocator or of this process, in MB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import fields
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 from lac_vla.errors import InputError
+from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.jobs import Job
+from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.stress import describe_stress
-from lac_vla.evaluation.worker import run_jobs
+from lac_vla.evaluation.worker import EpisodeWorker, Job
 from lac_vla.factory import method_name
 from lac_vla.provenance import provenance
-from lac_vla.results.records import finished
+from lac_vla.results.records import EpisodeRecord, finished
 
 EPISODES, CONFIG, SUMMARY = "episodes.jsonl", "config.json", "summary.json"
 CHANGEABLE = ("workers", "threads", "videos", "server")
@@ -48,11 +49,8 @@ def evaluate(config: EvalConfig) -> Path:
 def evaluate_together(configs: Sequence[EvalConfig]) -> None:
     """Run what is still missing of several evaluations, task by task: a simulator takes long to make, and serves all.
 
-    Args:
-        configs: They differ in ``out`` and ``stress`` alone, and all in both.
-
     Raises:
-        InputError: As :func:`evaluate` does, or if they differ in more.
+        InputError: As :func:`evaluate` does, or unless they differ in ``out`` and ``stress``, and in nothing else.
         SimulatorError: As :func:`evaluate` does.
     """
     first = configs[0]
@@ -75,7 +73,7 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
         if (missing := tuple(m for m in methods if (m, task, init_state) not in there))
     ]
     with ExitStack() as opened:
-        records = opened.enter_context(closing(run_jobs(first, jobs))) if jobs else ()
+        records = opened.enter_context(closing(_run(first, jobs))) if jobs else ()
         for config, agreed in zip(configs, settings, strict=True):
             _open(config, agreed, simulator)
         logs = {c.stress or "": opened.enter_context((c.out / EPISODES).open("a", encoding="utf-8")) for c in configs}
@@ -91,6 +89,21 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
             bar.set_postfix({method: f"{sum(s)}/{len(s)}" for method, s in solved.items() if s})
     for config in configs:
         config.benchmark.publish(config.out)
+
+
+def _run(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
+    """Run the episodes, in any order if there are several processes; if they run here, the model is loaded at once."""
+    if config.ray is not None:
+        return run_on_ray(EpisodeWorker, config, jobs)
+    if config.workers > 1:
+        return run_on_processes(EpisodeWorker, config, jobs)
+    return _run_here(EpisodeWorker(config), jobs)
+
+
+def _run_here(worker: EpisodeWorker, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
+    with closing(worker):
+        for job in jobs:
+            yield from job.play(worker)
 
 
 def _settings(config: EvalConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -14,24 +14,13 @@ from lac_vla.evaluation import disturbances as kinds
 from lac_vla.sims.base import Env
 from lac_vla.types import Frame
 
-STRESSES: dict[str, Callable[[], kinds.Stress]] = {
-    "shake": kinds.Shake,
-    "lighting": kinds.Lighting,
-    "drift": kinds.Drift,
-    "occlusion": kinds.Occlusion,
-    "instruction": kinds.Instruction,
-    "drops": kinds.Drops,
-    "long": kinds.Long,
-}
+_KINDS = (kinds.Shake, kinds.Lighting, kinds.Drift, kinds.Occlusion, kinds.Instruction, kinds.Drops, kinds.Long)
+STRESSES: dict[str, type[kinds.Stress]] = {kind.__name__.lower(): kind for kind in _KINDS}
 """Name → stress at its usual strength."""
 
 
 def make_stress(name: str) -> kinds.Stress:
-    """Make a stress by its name.
-
-    Raises:
-        InputError: If the name is unknown.
-    """
+    """Make a stress by its name; an unknown one is an :class:`InputError`."""
     if name not in STRESSES:
         raise InputError(f"unknown stress {name!r}; choose one of {', '.join(STRESSES)}")
     return STRESSES[name]()
@@ -46,13 +35,9 @@ def describe_stress(name: str) -> str:
 
 
 class Stressed(Env):
-    """A simulated task under stress.
+    """A simulated task under stress, among a suite's instructions.
 
-    Args:
-        env: The task.
-        stress: What happens to its observations.
-        seed: Of the run: with suite, task and initial state, it decides about everything that happens.
-        instructions: Those of all tasks of the suite.
+    The seed of the run, with suite, task and initial state, decides about everything that happens.
     """
 
     def __init__(self, env: Env, stress: kinds.Stress, seed: int, instructions: Sequence[str] = ()) -> None:

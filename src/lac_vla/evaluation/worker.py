@@ -1,10 +1,11 @@
-"""Episodes are played by workers: one here, or several, here or on a cluster, each with its own model and simulator."""
+"""Episodes are played by workers: one, or several, here or on a cluster, each with its own model and simulator."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 from tqdm import tqdm
 
@@ -13,27 +14,19 @@ from lac_vla.cost import CostModel
 from lac_vla.drawing.observers import EpisodeVideo, FailurePicture
 from lac_vla.engine.step_info import PolicySession
 from lac_vla.errors import InputError
-from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
-from lac_vla.evaluation.jobs import Job, play
-from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
 from lac_vla.factory import load_methods, method_name
+from lac_vla.models.vla import VLA
 from lac_vla.results.records import EpisodeRecord
 from lac_vla.session import Session
 from lac_vla.sims.base import Env, SimulatorError
 
 
 class EpisodeWorker:
-    """The model, the sessions and the simulator of one process.
-
-    Args:
-        config: The evaluation.
-
-    Attributes:
-        sessions: Method → session.
+    """The model, the sessions (by method) and the simulator of one process.
 
     Raises:
         InputError: If a setting does not fit the model, or the server serves something else.
@@ -78,20 +71,20 @@ class EpisodeWorker:
     def _play(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
         session, simulator = self.sessions[method], self._simulator(config, task)
         env = simulator
-        here = isinstance(session, Session)
         if self._cost is None and isinstance(session, Session):
-            self._cost = CostModel.of(
-                session.model,
-                env.reset(init_state, config.seed),
-                vision_kv_reuse=session.engine.options.vision_kv_reuse,
-            )
+            frame, options = env.reset(init_state, config.seed), session.engine.options
+            self._cost = CostModel.of(session.model, frame, vision_kv_reuse=options.vision_kv_reuse)
         if config.stress is not None:
             env = Stressed(env, make_stress(config.stress), config.seed, config.benchmark.instructions())
         name = f"{method}_task{task:02d}_init{init_state:02d}"
-        failure = FailurePicture(config.out / "failures" / f"{name}.jpg", env.horizon, config.model_options.max_age)
-        video = None
-        if init_state - config.states[0] < config.videos and here:
-            video = EpisodeVideo(config.out / "videos" / f"{name}.mp4", method)
+        served = session.actions_per_call if isinstance(session, RemoteSession) else 1
+        per_call = config.actions_per_call or served
+        picture = config.out / "failures" / f"{name}.jpg"
+        drawn: dict[str, EpisodeVideo | FailurePicture] = {
+            "failure": FailurePicture(picture, env.horizon, config.model_options.max_age, per_call)
+        }
+        if init_state - config.states[0] < config.videos and isinstance(session, Session):
+            drawn["video"] = EpisodeVideo(config.out / "videos" / f"{name}.mp4", method, 20, per_call)
         record = rollout(
             env,
             session,
@@ -99,17 +92,14 @@ class EpisodeWorker:
             init_state,
             seed=config.seed,
             cost=self._cost,
-            observers=[failure] if video is None else [failure, video],
+            observers=list(drawn.values()),
             ensemble=self._ensemble,
-            actions_per_call=config.actions_per_call or 1,
+            actions_per_call=per_call,
             stress=config.stress or "",
         )
-        record = replace(record, outcome=simulator.outcome())
-        if video is not None:
-            video.close(success=record.success)
-            record = replace(record, video=str(video.path.relative_to(config.out)))
-        picture = failure.close(success=record.success) if here else None
-        return record if picture is None else replace(record, failure=str(picture.relative_to(config.out)))
+        paths = {field: observer.close(success=record.success) for field, observer in drawn.items()}
+        files: dict[str, Any] = {field: str(path.relative_to(config.out)) for field, path in paths.items() if path}
+        return replace(record, outcome=simulator.outcome(), **files)
 
     def _simulator(self, config: EvalConfig, task: int) -> Env:
         """Make the simulator of a task; the last one is kept open."""
@@ -119,51 +109,39 @@ class EpisodeWorker:
         return self._env
 
 
-def _make_ensemble(config: EvalConfig, model: object | None) -> AdaptiveEnsemble | None:
-    """Make the ensemble of actions that the settings, the benchmark or the model ask for; ``None`` for a single chunk.
-
-    This is the one place that asks a model how it answers: ``ensemble``, the number of chunks that it wants averaged,
-    and ``horizon``, the number of actions of its answer; both are 1 unless the model says otherwise.
-
-    Args:
-        config: The evaluation.
-        model: The loaded model; ``None`` if a server has it.
-
-    Raises:
-        InputError: If the chunks are shorter than the number of actions that are to be executed, or are averaged.
-    """
-    own, horizon = (int(getattr(model, name, 1)) for name in ("ensemble", "horizon"))
-    chunks = config.ensemble or config.benchmark.ensemble or own
+def _make_ensemble(config: EvalConfig, model: VLA | None) -> AdaptiveEnsemble | None:
+    """Make the ensemble that settings, benchmark or model ask for; ``None`` for one chunk. A server keeps its model."""
+    chunks = config.ensemble or config.benchmark.ensemble or (model.ensemble if model is not None else 1)
     executed = config.actions_per_call or 1
     if executed > 1 and chunks > 1:
         raise InputError(
             f"actions_per_call is {executed}, but an ensemble of {chunks} chunks needs a new one for every action: "
             "give --ensemble 1, too, or leave --actions-per-call away"
         )
-    if model is not None and executed > horizon:
+    if model is not None and executed > (horizon := model.horizon):
         raise InputError(f"actions_per_call is {executed}, but the model answers with {horizon}: give 1 to {horizon}")
     return AdaptiveEnsemble(chunks) if chunks > 1 else None
 
 
-def run_jobs(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
-    """Run the episodes of all jobs; several processes finish them in any order.
+class Job(NamedTuple):
+    """Episodes that run one after the other.
 
-    If they are played here, the model is loaded at once; in other processes, with the first episode.
-
-    Args:
-        config: The evaluation.
-        jobs: What to run, at least one; of this evaluation and of others that differ in ``out`` and ``stress`` alone.
+    Attributes:
+        config: Their evaluation; those that share their processes differ in ``out`` and ``stress`` alone.
+        task: Task id.
+        init_state: Initial state.
+        methods: Methods that are still to run on it.
     """
-    if config.ray is not None:
-        return run_on_ray(config.ray, EpisodeWorker, config, jobs)
-    if config.workers > 1:
-        return run_on_processes(EpisodeWorker, config, jobs)
-    return _run_here(EpisodeWorker(config), jobs)
+
+    config: EvalConfig
+    task: int
+    init_state: int
+    methods: tuple[str, ...]
+
+    def play(self, worker: EpisodeWorker) -> Iterator[EpisodeRecord]:
+        """Run the episodes."""
+        return (worker.run(self.config, method, self.task, self.init_state) for method in self.methods)
 
 
-def _run_here(worker: EpisodeWorker, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
-    try:
-        for job in jobs:
-            yield from play(worker, job)
-    finally:
-        worker.close()
+MakeWorker: TypeAlias = Callable[[EvalConfig], EpisodeWorker]
+"""Loads the model and all else that a process needs."""

@@ -20,20 +20,10 @@ from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.runs import Run
 from lac_vla.report.tradeoff import tradeoff
 from lac_vla.results import format as write
-from lac_vla.results.records import EpisodeRecord
+from lac_vla.results import table
+from lac_vla.results.records import EpisodeRecord, latencies
 from lac_vla.results.summary import DENSE, MethodRow
-from lac_vla.results.table import (
-    MEMORY,
-    SPEEDUP,
-    SUCCESS,
-    TIME,
-    TIME_NOTE,
-    WINDOWS,
-    Column,
-    TextTable,
-    metric_columns,
-    run_notes,
-)
+from lac_vla.results.table import Column, TextTable
 
 COLOURS = 7
 """Colours of the page's palette; the first is dense's."""
@@ -55,7 +45,7 @@ def build_report(
     tables: Sequence[TextTable] = (),
     curve: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the report of one or several runs.
+    """Write the report of one or several runs, and give the page's path.
 
     Args:
         run_dirs: Folders of runs: ``episodes.jsonl``, ``summary.json``, ``videos/``.
@@ -63,9 +53,6 @@ def build_report(
         title: Heading of the page.
         tables: Tables over all runs, shown first.
         curve: The trade-off over all runs, see :func:`lac_vla.report.tradeoff.tradeoff`, shown behind them.
-
-    Returns:
-        The page's path.
 
     Raises:
         InputError: If a folder is no run, or the page cannot be written.
@@ -77,7 +64,7 @@ def build_report(
     groups = _column_groups()
     return write_page(
         "evaluation.html.j2",
-        out_html,
+        Path(out_html),
         title=title or "Visual token caching: evaluation report",
         tables=tables,
         curve=curve,
@@ -94,33 +81,29 @@ def _run(run: Run, number: int) -> dict[str, Any]:
     rows = run.summary.methods
     colours = _colours([row.method for row in rows])
     dense = run.summary.row(DENSE)
-    suites = sorted({episode.suite for episode in run.episodes})
     trials = run.recorded()
-    shown = _shown(run, trials)
     return {
         "id": f"run{number}",
         "name": run.folder.name,
-        "suites": ", ".join(suites),
+        "suites": ", ".join(sorted({e.suite for e in run.episodes})),
         "metadata": metadata_groups(run.metadata),
         "setting": setting(run.metadata),
-        "altered": run.altered,
+        "altered": run.rendering not in ("", "official"),
         "rendering": run.rendering,
         "notes": run.metadata.get("notes", []),
-        "table_notes": [TIME_NOTE, *run_notes(run.summary)],
+        "table_notes": [table.TIME_NOTE, *table.run_notes(run.summary)],
         "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
         "tasks": run.summary.tasks,
         "latency": [
-            {
-                "name": window.replace("_", " "),
-                "meaning": meaning,
-                "svg": plots.latency_panel(_samples(run, window, colours), f"latency of {window}"),
-            }
-            for window, meaning in WINDOWS.items()
+            {"name": window.replace("_", " "), "meaning": meaning, "svg": _latency(run, window, colours)}
+            for window, meaning in table.WINDOWS.items()
         ],
         "ratio": _ratio(run, colours),
         "curve": tradeoff(run.summary, run.episodes, run.specs),
         "gallery": gallery(run, colours),
-        "trials": [[_clip(run, episode, colours[episode.method]) for episode in group] for group in shown],
+        "trials": [
+            [_clip(run, episode, colours[episode.method]) for episode in group] for group in _shown(run, trials)
+        ],
         "recorded": len(trials),
         "dense": dense is not None,
         "steps": sum(row.steps for row in rows),
@@ -132,10 +115,10 @@ def _run(run: Run, number: int) -> dict[str, Any]:
 
 def _column_groups() -> list[tuple[str, tuple[Column, ...]]]:
     return [
-        ("Success", (*SUCCESS, SPEEDUP)),
-        ("Per call of the model", metric_columns()),
-        ("Latency p50 / p95, ms", TIME),
-        ("Peak", (MEMORY,)),
+        ("Success", (*table.SUCCESS, table.SPEEDUP)),
+        ("Per call of the model", table.metric_columns()),
+        ("Latency p50 / p95, ms", table.TIME),
+        ("Peak", (table.MEMORY,)),
     ]
 
 
@@ -155,11 +138,9 @@ def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> d
     }
 
 
-def _samples(run: Run, window: str, colours: Mapping[str, str]) -> dict[str, tuple[str, list[float]]]:
-    def samples(method: str) -> list[float]:
-        return [ms for e in run.episodes if e.method == method for ms in e.latency_ms.get(window, ())]
-
-    return {method: (colour, samples(method)) for method, colour in colours.items()}
+def _latency(run: Run, window: str, colours: Mapping[str, str]) -> str:
+    samples = {method: (colour, latencies(run.episodes, method, window)) for method, colour in colours.items()}
+    return plots.latency_panel(samples, f"latency of {window}")
 
 
 def _ratio(run: Run, colours: Mapping[str, str]) -> str:

@@ -22,12 +22,7 @@ def lost(run: Run) -> list[tuple[EpisodeRecord, EpisodeRecord]]:
 
 
 def gallery(run: Run, colours: dict[str, str]) -> dict[str, Any] | None:
-    """Collect the lost episodes that the page shows; ``None`` if none was lost.
-
-    Args:
-        run: The run.
-        colours: Method → CSS colour.
-    """
+    """Collect the lost episodes that the page shows, by method → CSS colour; ``None`` if none was lost."""
     pairs = lost(run)
     if not pairs:
         return None

@@ -10,16 +10,8 @@ from typing import Any
 from lac_vla.errors import InputError, MissingExtraError
 
 
-def write_page(template: str, out_html: str | Path, **context: Any) -> Path:
-    """Fill a template and write the page; it appears under its name only when it is whole.
-
-    Args:
-        template: File name in ``templates``.
-        out_html: The page; its folder is created.
-        context: Variables of the template.
-
-    Returns:
-        The page's path.
+def write_page(template: str, out: Path, **context: Any) -> Path:
+    """Fill a file of ``templates`` and write the page; it appears under its name only when it is whole.
 
     Raises:
         InputError: If the page cannot be written.
@@ -36,7 +28,6 @@ def write_page(template: str, out_html: str | Path, **context: Any) -> Path:
         trim_blocks=True,
     )
     page = environment.get_template(template).render(**context)
-    out = Path(out_html)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,7 @@ from lac_vla.results.summary import Summary, summarize
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation on disk.
-
-    Attributes:
-        folder: Its folder.
-        metadata: ``summary.json``: command, versions, hardware, model, simulator, methods, notes.
-        episodes: The finished ones.
-        summary: The numbers of the episodes.
-    """
+    """One evaluation on disk; the metadata (command, versions, hardware, model, …) are those of ``summary.json``."""
 
     folder: Path
     metadata: dict[str, Any]
@@ -31,11 +23,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:
-        """Read a run's folder.
-
-        Raises:
-            InputError: If it is none, or has no finished episode.
-        """
+        """Read a run's folder; an :class:`InputError` says that it is none, or has no finished episode."""
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the folder of a run of 'lac eval'")
@@ -58,11 +46,6 @@ class Run:
         simulator = self.metadata.get("simulator")
         return str(simulator.get("rendering", "")) if isinstance(simulator, dict) else ""
 
-    @property
-    def altered(self) -> bool:
-        """The images are known not to be the benchmark's own."""
-        return self.rendering not in ("", "official")
-
     def recorded(self) -> list[list[EpisodeRecord]]:
         """Group the episodes with videos by trial, each group with its episodes in the order of the methods.
 
@@ -75,8 +58,8 @@ class Run:
                 trials.setdefault(episode.trial, []).append(episode)
         groups = [sorted(group, key=lambda e: order[e.method]) for _, group in sorted(trials.items())]
         first = {group[0].task: group[0].trial for group in reversed(groups)}
-        return sorted(groups, key=lambda group: (_agree(group), first[group[0].task] != group[0].trial))
 
+        def place(group: list[EpisodeRecord]) -> tuple[bool, bool]:
+            return len({e.success for e in group}) == 1, first[group[0].task] != group[0].trial
 
-def _agree(group: Sequence[EpisodeRecord]) -> bool:
-    return len({episode.success for episode in group}) == 1
+        return sorted(groups, key=place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,13 @@ from lac_vla.drawing import svg
 from lac_vla.drawing.plots import Area, Axis
 from lac_vla.errors import InputError
 from lac_vla.policies import PolicySpec
-from lac_vla.results.records import WHOLE, EpisodeRecord
+from lac_vla.results.records import WHOLE, EpisodeRecord, latencies
 from lac_vla.results.summary import DENSE, MethodRow, Summary
 
-SWEPT: Mapping[str, frozenset[str]] = {
-    "vla-cache": frozenset({"static", "protect"}),
-    "sparsevlm": frozenset({"keep"}),
-}
+SWEPT: Mapping[str, Collection[str]] = {"vla-cache": ("static", "protect"), "sparsevlm": ("keep",)}
 """Options that make a policy reuse more or less, where that is not ``ratio``."""
 COLOURS = 6
 """The page's palette has so many colours beside dense's."""
-
 
 Family = tuple[str, str, list[tuple[MethodRow, bool]]]
 """Name, colour (CSS), and the methods at several ratios: whether one can be set to reuse more or less."""
@@ -32,10 +28,7 @@ Bar = tuple[float, float, float]
 def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping[str, str]) -> dict[str, Any] | None:
     """Draw the two charts of a run.
 
-    Args:
-        summary: Its numbers.
-        episodes: Its episodes.
-        specs: Method → its policy as on a command line: methods that differ in nothing but their ratio are one line.
+    The specs are method → its policy as on a command line: methods that differ in nothing but their ratio are one line.
 
     Returns:
         ``families`` (name and colour), ``success`` and ``latency`` (SVG), ``trials`` (how many a point has, as a text);
@@ -49,16 +42,12 @@ def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping
         name, nominal = _family(specs.get(row.method, row.method))
         grouped.setdefault(name, []).append((row, nominal))
     families = [(name, f"var(--m{1 + k % COLOURS})", rows) for k, (name, rows) in enumerate(grouped.items())]
-    samples = {
-        row.method: [ms for e in episodes if e.method == row.method for ms in e.latency_ms.get(WHOLE, ())]
-        for row in summary.methods
-    }
 
     def latency(row: MethodRow) -> Bar | None:
         """Give the median over all calls, with the range of their middle half."""
-        if not samples[row.method]:
+        if not (samples := latencies(episodes, row.method, WHOLE)):
             return None
-        low, middle, high = np.percentile(samples[row.method], [25, 50, 75])
+        low, middle, high = np.percentile(samples, [25, 50, 75])
         return float(middle), float(low), float(high)
 
     fewest, most = min(row.trials for row in reusing), max(row.trials for row in reusing)
@@ -66,34 +55,19 @@ def tradeoff(summary: Summary, episodes: Sequence[EpisodeRecord], specs: Mapping
     return {
         "trials": str(most) if fewest == most else f"{fewest} to {most}",
         "families": [{"name": name, "colour": colour} for name, colour, _ in families],
-        "success": tradeoff_chart(families, lambda row: (row.rate, *row.interval), "solved", dense, share=True),
-        "latency": tradeoff_chart(families, latency, "ms", dense, share=False),
+        "success": _chart(families, lambda row: (row.rate, *row.interval), dense, share=True),
+        "latency": _chart(families, latency, dense, share=False),
     }
 
 
-def tradeoff_chart(
-    families: Sequence[Family],
-    value: Callable[[MethodRow], Bar | None],
-    unit: str,
-    dense: MethodRow | None,
-    *,
-    share: bool,
+def _chart(
+    families: Sequence[Family], value: Callable[[MethodRow], Bar | None], dense: MethodRow | None, *, share: bool
 ) -> str:
-    """Draw points with error bars over the effective cache ratio; those of a family with a nominal ratio are joined.
-
-    Args:
-        families: The methods.
-        value: Gives a method's value with its error bar, or ``None``.
-        unit: Unit of the values.
-        dense: Dense, whose value is a dashed line; ``None`` leaves it out.
-        share: The values are shares: the axis goes from 0 to 100 %.
-
-    Returns:
-        SVG; empty if there are no points.
-    """
+    """Draw points with error bars over the effective cache ratio; those of a family with a nominal ratio are joined."""
     bars = {row.method: bar for _, _, rows in families for row, _ in rows if (bar := value(row)) is not None}
     if not bars:
         return ""
+    unit = "solved" if share else "ms"
     level = value(dense) if dense else None
     limit = 1.0 if share else 1.08 * max([high for _, _, high in bars.values()] + ([level[0]] if level else []))
     area = Area((0.0, 1.0), Axis.of([0.0, limit], share=share), height=260, share=True)
@@ -120,6 +94,6 @@ def _family(spec: str) -> tuple[str, bool]:
         parsed = PolicySpec.parse(spec)
     except InputError:  # a run of other software may describe its methods in words
         return spec, False
-    swept = SWEPT.get(parsed.name, frozenset({"ratio"}))
+    swept = SWEPT.get(parsed.name, ("ratio",))
     rest = [f"{key}={value}" for key, value in parsed.options.items() if key not in swept]
     return " ".join([parsed.name, *rest]), parsed.name in SWEPT or "ratio" in parsed.options

@@ -15,7 +15,6 @@ from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.training_run import Saliency, TrainingRun
 from lac_vla.results.format import NONE, percent
 from lac_vla.results.table import TextTable
-from lac_vla.types import UInt8Image
 
 LOSS = {
     "distill": "divergence of the actions from those of the dense pass of the same model",
@@ -35,14 +34,9 @@ BLUE, ORANGE, GREEN, GREY = "var(--m1)", "var(--m2)", "var(--m3)", "var(--m0)"
 
 
 def build_training_report(run: str | Path, out: str | Path) -> Path:
-    """Write the report of a run of ``lac train``, finished or not.
+    """Write the page of a run of ``lac train``, finished or not, and give its path; its folder is created.
 
-    Args:
-        run: Its folder: ``config.json``, ``metrics.jsonl`` and, once saved, ``policy/`` and ``saliency.npz``.
-        out: The page to write; its folder is created.
-
-    Returns:
-        The page's path.
+    The run's folder holds ``config.json``, ``metrics.jsonl`` and, once saved, ``policy/`` and ``saliency.npz``.
 
     Raises:
         InputError: If the folder is no such run, a file in it is damaged, or the page cannot be written.
@@ -52,7 +46,7 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
     metadata = found.metadata.get("trained_with", {})
     return write_page(
         "training.html.j2",
-        out,
+        Path(out),
         title="Visual token caching: training report",
         name=found.folder.name,
         statement=_statement(found),
@@ -61,9 +55,7 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
         tiles=_tiles(found),
         cards=_cards(found),
         saliency=_saliency(found.saliency),
-        settings=[
-            (key.replace("_", " "), _setting(value)) for key, value in found.config.items() if key not in ELSEWHERE
-        ],
+        settings=[(key.replace("_", " "), _setting(found.config[key])) for key in found.config if key not in ELSEWHERE],
         metadata=metadata_groups(metadata),
         recomputed=css(RECOMPUTED),
     )
@@ -133,10 +125,8 @@ def _cards(run: TrainingRun) -> list[list[dict[str, Any]]]:
     begin, target = float(run.config.get("stage1_steps", 0)), run.config.get("target_ratio")
     whole, second, border = (0.0, float(run.step)), (begin, float(run.step)), ("stage II", begin)
     level = (f"target {percent(target, 0)}", float(target)) if target else None
-    alignment = [
-        Curve("training", GREEN, run.curve("loss", stage=1)),
-        Curve("held out", GREEN, run.curve("held_out_alignment"), measured=True),
-    ]
+    held_out = Curve("held out", GREEN, run.curve("held_out_alignment"), measured=True)
+    alignment = [Curve("training", GREEN, run.curve("loss", stage=1)), held_out]
     ratios = [*_curves(run, "expected_ratio", BLUE, "expected, "), *_curves(run, "chosen_ratio", ORANGE, "chosen, ")]
     steered = [_panel("λ, steered", HINTS["lam"], _curves(run, "lam", GREY)[:1], steps=second, height=90)]
     gradient = _curves(run, "gradient", GREY)[:1]
@@ -170,32 +160,26 @@ def _panel(name: str, hint: str, curves: Sequence[Curve], **options: Any) -> dic
 def _saliency(found: Saliency | None) -> dict[str, Any] | None:
     if found is None or not found.frames:
         return None
-    low, high = _scale(found)
+    # One scale for all cameras, as their tokens compete; a single outlier does not darken all others.
+    scores = np.concatenate([score.ravel() for score in found.scores.values()])
+    low, high = map(float, np.quantile(scores, [0.01, 0.99]))
+    strips = [
+        {
+            "camera": camera,
+            "rows": score.shape[1],
+            "cols": score.shape[2],
+            "jpeg": jpeg_base64(saliency_strip(found.images[camera], score, found.active[camera], (low, high))),
+        }
+        for camera, score in found.scores.items()
+    ]
     return {
         "frames": found.frames,
         "reused": percent(found.reused, 0),
         "low": _number(low),
         "high": _number(high),
         "colours": ", ".join(css(colour) for colour in heat_colours()),
-        "strips": [
-            {"camera": camera, "rows": score.shape[1], "cols": score.shape[2], "jpeg": jpeg_base64(strip)}
-            for (camera, strip), score in zip(_strips(found).items(), found.scores.values(), strict=True)
-        ],
+        "strips": strips,
     }
-
-
-def _strips(found: Saliency) -> dict[str, UInt8Image]:
-    scale = _scale(found)
-    return {
-        camera: saliency_strip(found.images[camera], score, found.active[camera], scale)
-        for camera, score in found.scores.items()
-    }
-
-
-def _scale(found: Saliency) -> tuple[float, float]:
-    """Choose one scale for all cameras, as their tokens compete; a single outlier does not darken all others."""
-    low, high = np.quantile(np.concatenate([score.ravel() for score in found.scores.values()]), [0.01, 0.99])
-    return float(low), float(high)
 
 
 def _setting(value: Any) -> str:

@@ -25,7 +25,7 @@ Row = Mapping[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Saliency:
-    """The policy's decisions on consecutive held-out frames.
+    """The policy's decisions on n consecutive held-out frames.
 
     Attributes:
         images: Camera → uint8, (n, H, W, 3).
@@ -39,15 +39,12 @@ class Saliency:
 
     @classmethod
     def read(cls, path: Path) -> Saliency:
-        """Read ``saliency.npz``.
-
-        Raises:
-            InputError: If it is damaged.
-        """
+        """Read ``saliency.npz``; an :class:`InputError` says that it is damaged."""
         try:
             with np.load(path, allow_pickle=False) as found:
                 cameras = [name.removeprefix("image_") for name in found.files if name.startswith("image_")]
-                images, scores, active = ({c: found[f"{kind}_{c}"] for c in cameras} for kind in _KINDS)
+                kinds = ("image", "score", "mask")
+                images, scores, active = ({c: found[f"{kind}_{c}"] for c in cameras} for kind in kinds)
         except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is damaged ({error}): resume the run, it writes it again") from error
         for camera, score in scores.items():
@@ -68,19 +65,12 @@ class Saliency:
         return 1 - sum(active for _, active in counts) / total if total else None
 
 
-_KINDS = ("image", "score", "mask")
-
-
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
     """One run of ``lac train`` on disk, finished or not.
 
-    Attributes:
-        folder: Its folder.
-        config: Its settings.
-        metadata: Saved with the policy: frames, episodes, provenance; empty before the first save.
-        rows: The metrics, by step.
-        saliency: Pictures of the last saved policy, or ``None``.
+    The metadata (frames, episodes, provenance) and the saliency's pictures are saved with the policy: before, there are
+    none. The rows are in the order of the steps.
     """
 
     folder: Path
@@ -91,11 +81,7 @@ class TrainingRun:
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainingRun:
-        """Read a run's folder.
-
-        Raises:
-            InputError: If it is none, or a file in it is damaged.
-        """
+        """Read a run's folder; an :class:`InputError` says that it is none, or that a file in it is damaged."""
         folder = Path(folder)
         config = read_object(folder / CONFIG, COMMAND)
         if "stage2_steps" not in config:

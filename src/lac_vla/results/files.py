@@ -13,15 +13,9 @@ T = TypeVar("T")
 
 
 def read_lines(path: Path, command: str, parse: Callable[[Any], T]) -> Iterator[tuple[int, T]]:
-    """Read a log. A last line without its end is what a killed run leaves: it is not counted.
+    """Read a log: number of the line, from 1 on, and what ``parse`` makes of it, whose errors say that it is damaged.
 
-    Args:
-        path: The log.
-        command: The command that writes it, for the message.
-        parse: Makes a value of a line's content; its ``TypeError``, ``ValueError``, … say that the line is damaged.
-
-    Yields:
-        Number of the line, from 1 on, and its value.
+    A last line without its end, left by a killed run, is not counted. Messages name the command that writes the log.
 
     Raises:
         InputError: If the file cannot be read, or a line is damaged.
@@ -37,11 +31,7 @@ def read_lines(path: Path, command: str, parse: Callable[[Any], T]) -> Iterator[
 
 
 def read_object(path: Path, command: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-        path: The file.
-        command: The command that writes it, for the message.
+    """Read a file that holds one JSON object; the message of an error names the command that writes it.
 
     Raises:
         InputError: If it cannot be read, or holds something else.

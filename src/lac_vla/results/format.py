@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lac_vla.results.stats import Interval, Percentiles
+from lac_vla.results.stats import Percentiles
 
 NONE = "-"
 """Written where a number does not exist."""
@@ -16,11 +16,6 @@ def percent(value: float | None, digits: int = 1) -> str:
 def points(value: float) -> str:
     """Write a difference of shares in percentage points, with its sign, e.g. -0.02 → ``−2.0``."""
     return "±0.0" if round(100 * value, 1) == 0 else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def points_range(value: Interval | None) -> str:
-    """Write an interval of a difference of shares in percentage points, e.g. ``[−8.0, +4.0]``."""
-    return NONE if value is None else f"[{points(value.low)}, {points(value.high)}]"
 
 
 def p_value(value: float) -> str:

@@ -47,11 +47,9 @@ class Metric:
 
     def measure(self, step: StepReport, cost: CostModel | None = None) -> float | None:
         """Measure one call; ``None`` where it has no value, or the report does not tell it."""
-        if self.needs == "report":
-            return self.value(step)
-        if not isinstance(step, StepInfo) or (self.needs == "cost" and cost is None):
-            return None
-        return self.value(cost.step(step) if self.needs == "cost" and cost is not None else step)
+        if self.needs == "cost":
+            return self.value(cost.step(step)) if cost is not None and isinstance(step, StepInfo) else None
+        return self.value(step) if self.needs == "report" or isinstance(step, StepInfo) else None
 
 
 METRICS: dict[str, Metric] = {

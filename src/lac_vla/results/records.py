@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,9 +15,9 @@ from lac_vla.results.metrics import METRICS
 Trial: TypeAlias = tuple[str, int, int, int, str]
 """Suite, task, initial state, seed and stress: episodes of two methods with the same trial are a pair."""
 
-
 WHOLE = "observation_to_action"
 """The latency window of a whole call of the model."""
+
 RENAMED = {"passes": "decode_passes"}
 """Keys of earlier logs → their metrics."""
 
@@ -106,13 +106,7 @@ class EpisodeRecord:
 
 
 def read_episodes(path: str | Path) -> list[EpisodeRecord]:
-    """Read ``episodes.jsonl``. A last line without its end is what a killed run leaves: it is not counted.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The episodes in the order of the file.
+    """Read ``episodes.jsonl``, in its order. A last line without its end, left by a killed run, is not counted.
 
     Raises:
         InputError: If the file is missing, another line is damaged, or an episode stands there twice.
@@ -125,6 +119,11 @@ def read_episodes(path: str | Path) -> list[EpisodeRecord]:
         known.add((record.method, record.trial))
         records.append(record)
     return records
+
+
+def latencies(episodes: Iterable[EpisodeRecord], method: str, window: str) -> list[float]:
+    """List the milliseconds of a window in all calls of a method."""
+    return [ms for e in episodes if e.method == method for ms in e.latency_ms.get(window, ())]
 
 
 def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:

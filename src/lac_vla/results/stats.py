@@ -46,9 +46,6 @@ def wilson(successes: int, trials: int, z: float = Z95) -> Interval:
         trials: At least 1.
         z: Normal quantile; the default gives 95 %.
 
-    Returns:
-        The interval.
-
     Raises:
         InputError: If the counts make no sense.
     """
@@ -67,10 +64,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Make McNemar's exact two-sided test: do two methods succeed equally often on the same trials?
 
     Only discordant pairs count; if the methods are alike, each of them falls to either side like a fair coin.
-
-    Args:
-        only_first: Trials in which only the first method succeeded.
-        only_second: Trials in which only the second did.
 
     Returns:
         The p-value, in (0, 1]; 1 without discordant pairs.
@@ -113,14 +106,9 @@ def bootstrap(strata: Iterable[Sequence[tuple[bool, bool]]], seed: int = 0) -> I
 
 
 def bootstrap_ratio(strata: Iterable[Sequence[tuple[float, float]]]) -> Interval | None:
-    """Bootstrap a ratio of totals over pairs (percentile): 95 %, stratified as in :func:`bootstrap`, seeded.
+    """Bootstrap a ratio of totals, as :func:`bootstrap` does a difference: the reference's over the method's.
 
-    Args:
-        strata: Strata of trials: a positive amount of the reference and one of the method.
-
-    Returns:
-        The interval of the reference's total over the method's; ``None`` if no pair differs from another of its
-        stratum.
+    The pairs are positive amounts of the reference and of the method.
     """
     groups = sorted(sorted(group) for group in _pooled(strata))
     if all(len(set(group)) < 2 for group in groups):
@@ -133,13 +121,7 @@ def bootstrap_ratio(strata: Iterable[Sequence[tuple[float, float]]]) -> Interval
 
 
 def percentiles(values: Iterable[float]) -> Percentiles | None:
-    """Compute the median and the 95th percentile, linearly interpolated (numpy's default).
-
-    Args:
-        values: Any number of measurements.
-
-    Returns:
-        The percentiles; ``None`` without measurements.
+    """Compute the median and the 95th percentile, linearly interpolated (numpy's default); ``None`` without values.
 
     Raises:
         InputError: If one is not finite.

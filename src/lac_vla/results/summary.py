@@ -11,15 +11,7 @@ import numpy as np
 from lac_vla.errors import InputError
 from lac_vla.results.metrics import METRICS
 from lac_vla.results.records import EpisodeRecord, Trial
-from lac_vla.results.stats import (
-    Interval,
-    Percentiles,
-    bootstrap,
-    bootstrap_ratio,
-    mcnemar,
-    percentiles,
-    wilson,
-)
+from lac_vla.results.stats import Interval, Percentiles, bootstrap, bootstrap_ratio, mcnemar, percentiles, wilson
 
 T = TypeVar("T")
 Pair: TypeAlias = tuple[EpisodeRecord, EpisodeRecord]
@@ -31,13 +23,9 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Paired:
-    """The comparison of a method with dense on the trials that both ran.
+    """The comparison of a method with dense on the trials that both ran: how many, and who solved how many of them.
 
     Attributes:
-        pairs: Number of these trials.
-        both: Solved by both.
-        only_dense: Solved by dense alone.
-        only_method: Solved by the method alone.
         difference: Success rate of the method minus that of dense, over the pairs, in [-1, 1].
         interval: 95 % bootstrap interval of the difference, stratified by task; ``None`` if no pair differs
             from another of its task.
@@ -113,16 +101,8 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One task.
+    """One task; the outcomes are method → (successes, trials)."""
 
-    Attributes:
-        suite: Task suite.
-        task: Number of the task.
-        instruction: The task, in words.
-        outcomes: Method → (successes, trials).
-    """
-
-    suite: str
     task: int
     instruction: str
     outcomes: dict[str, tuple[int, int]]
@@ -145,12 +125,6 @@ def summarize(episodes: Iterable[EpisodeRecord]) -> Summary:
 
     Methods are paired with ``dense`` on (suite, task, initial state, seed, stress). Metrics and latencies are
     aggregated over calls of the model: long episodes weigh more.
-
-    Args:
-        episodes: At least one, of any number of methods.
-
-    Returns:
-        The rows.
 
     Raises:
         InputError: If there is no episode.
@@ -236,7 +210,7 @@ def _task_rows(names: Sequence[str], by_method: dict[str, list[EpisodeRecord]]) 
     for name in names:
         for episode in by_method[name]:
             key = (episode.suite, episode.task)
-            row = rows.setdefault(key, TaskRow(episode.suite, episode.task, episode.instruction, {}))
+            row = rows.setdefault(key, TaskRow(episode.task, episode.instruction, {}))
             successes, trials = row.outcomes.get(name, (0, 0))
             row.outcomes[name] = (successes + bool(episode.success), trials + 1)
     return [rows[key] for key in sorted(rows)]

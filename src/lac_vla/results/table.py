@@ -32,13 +32,7 @@ FLAG = "◂"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table of methods.
-
-    Attributes:
-        heading: Its heading.
-        cell: Writes the cell of a method, next to dense (``None`` if that was not run).
-        help: Its meaning, in a few words.
-    """
+    """One column of a table of methods: ``cell`` writes that of a method, next to dense (``None`` if not run)."""
 
     heading: str
     cell: Callable[[MethodRow, MethodRow | None], str]
@@ -55,8 +49,9 @@ def versus_dense(row: MethodRow) -> str:
     """Write the paired difference in points, its p-value and interval, e.g. ``−2.0 (p 0.125) [−8.0, +4.0]``."""
     if row.paired is None:
         return NONE
-    interval = "" if row.paired.interval is None else f"\n{write.points_range(row.paired.interval)}"
-    return f"{write.points(row.paired.difference)} (p {write.p_value(row.paired.p)}){interval}"
+    interval = row.paired.interval
+    ends = f"\n[{write.points(interval.low)}, {write.points(interval.high)}]" if interval else ""
+    return f"{write.points(row.paired.difference)} (p {write.p_value(row.paired.p)}){ends}"
 
 
 def net_speedup(row: MethodRow) -> str:
@@ -77,10 +72,8 @@ def _window(name: str, meaning: str) -> Column:
 
 
 def _of_metric(metric: Metric) -> Column:
-    def cell(row: MethodRow, _: MethodRow | None) -> str:
-        return metric.text(row.metrics[metric.name]) if metric.name in row.metrics else NONE
-
-    return Column(metric.heading, cell, metric.help)
+    name, text = metric.name, metric.text
+    return Column(metric.heading, lambda row, _: text(row.metrics[name]) if name in row.metrics else NONE, metric.help)
 
 
 SUCCESS = (
@@ -121,15 +114,7 @@ def run_notes(summary: Summary) -> list[str]:
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of texts, as the terminal and the report show it.
-
-    Attributes:
-        title: Its title.
-        headings: Headings of its columns.
-        rows: Cells, row by row.
-        notes: Lines below it.
-        flagged: Indices of rows that stand out; a note says why.
-    """
+    """A table of texts, as the terminal and the report show it; the ``flagged`` rows stand out, a note says why."""
 
     title: str
     headings: tuple[str, ...]
@@ -147,16 +132,7 @@ class TextTable:
         flagged: Collection[int] = (),
         dense: MethodRow | None = None,
     ) -> TextTable:
-        """Fill a table of methods; a column in which nobody has a value is left out.
-
-        Args:
-            title: Its title.
-            rows: Label and numbers, ``None`` if the method was not run.
-            columns: Its columns.
-            notes: Lines below it.
-            flagged: Indices of flagged rows.
-            dense: The numbers of dense.
-        """
+        """Fill a table of methods, rows of label and numbers (``None``: not run), without columns that stay empty."""
         cells = [[NONE if row is None else column.cell(row, dense) for _, row in rows] for column in columns]
         used = [k for k, column in enumerate(cells) if set(column) != {NONE}]
         labels = [label for label, _ in rows]
