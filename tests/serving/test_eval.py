@@ -59,6 +59,26 @@ def test_an_episode_through_the_server_is_the_same_episode(config: EvalConfig, s
         assert (episode.peak_memory_mb, episode.video) == (None, None)
 
 
+def test_a_chunk_through_the_server_is_executed_as_it_says(config: EvalConfig, tmp_path: Path) -> None:
+    """The server says how many actions of its answers are meant; the same episode as with that number here."""
+    chunked = replace(
+        config, model=str(save_tiny(tmp_path / "chunks", "cogact-tiny")), policies=("dense",), init_states=(4, 5)
+    )
+    here = evaluate(replace(chunked, actions_per_call=3, ensemble=1, out=tmp_path / "here"))
+    running = Running(
+        make_server(ServeConfig(chunked.model, "dense", port=0, session_options=SessionOptions(actions_per_call=3)))
+    )
+    try:
+        there = evaluate(replace(chunked, model="chunks", server=running.url, ensemble=1, out=tmp_path / "there"))
+    finally:
+        running.stop()
+    pairs = zip(read_episodes(here / "episodes.jsonl"), read_episodes(there / "episodes.jsonl"), strict=True)
+    for local, remote in pairs:
+        assert remote.actions_per_call == local.actions_per_call == 3
+        assert (remote.steps, remote.success) == (local.steps, local.success)
+        assert len(remote.latency_ms["round_trip"]) == -(-remote.steps // 3)
+
+
 def test_an_evaluation_is_of_what_is_served(config: EvalConfig, server: Running) -> None:
     remote = replace(config, server=server.url)
     with pytest.raises(InputError, match=r"serves the model 'model' with 'random-0\.5', not 'other'"):
