@@ -10,19 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.statistics import FeatureStats, from_lists
 from lac_vla.datasets.video import read_frames
-from lac_vla.errors import MissingExtraError
 from lac_vla.types import FloatArray, UInt8Image
-
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ModuleNotFoundError as error:
-    raise MissingExtraError("data", "Reading and writing datasets") from error
 
 
 class EpisodeImages(Mapping[str, UInt8Image]):
@@ -119,8 +114,9 @@ class LeRobotDataset:
         for key, feature in self.features.items():
             if feature["dtype"] == "image":
                 raise DatasetError(f"'{key}' is stored as single images; convert the dataset to videos first")
-        self._video_keys = [key for key, feature in self.features.items() if feature["dtype"] == "video"]
-        self.cameras = tuple(key.removeprefix(layout.IMAGE_PREFIX) for key in self._video_keys)
+        videos = [key for key, feature in self.features.items() if feature["dtype"] == "video"]
+        self._videos = {key.removeprefix(layout.IMAGE_PREFIX): key for key in videos}
+        self.cameras = tuple(self._videos)
         self.tasks = _read_tasks(self.root)
         # An episode counts once info.json does: what an interrupted append left behind is none.
         self.episodes = _read_episodes(self.root)[: self.info["total_episodes"]]
@@ -158,16 +154,16 @@ class LeRobotDataset:
         rows = self._rows(path, row)
         columns = {name: _numpy(rows.column(name)) for name in rows.column_names}
         nothing = np.zeros((rows.num_rows, 0))
-        action = columns.pop(layout.ACTION, nothing).astype(np.float32)
-        state = columns.pop(layout.STATE, nothing).astype(np.float32)
-        if action.ndim != 2:
-            action = action.reshape(len(action), -1)
+        state, action = (
+            columns.pop(key, nothing).astype(np.float32).reshape(rows.num_rows, -1)
+            for key in (layout.STATE, layout.ACTION)
+        )
         task_index = int(columns["task_index"][0])
         if not 0 <= task_index < len(self.tasks):
             raise DatasetError(f"{path}: episode {index} has an unknown task, {task_index}; copy it again")
         clips = {
             camera: (self._video_path(row, key), float(row[f"videos/{key}/from_timestamp"]))
-            for camera, key in zip(self.cameras, self._video_keys, strict=True)
+            for camera, key in self._videos.items()
         }
         return Episode(
             index=index,
@@ -175,7 +171,7 @@ class LeRobotDataset:
             task_index=task_index,
             fps=self.fps,
             images=EpisodeImages(clips, len(action), self.fps),
-            state=state.reshape(len(action), -1),
+            state=state,
             action=action,
             columns=columns,
             metadata=json.loads(row.get(layout.METADATA) or "{}"),
@@ -188,10 +184,8 @@ class LeRobotDataset:
         first = int(table.column("index")[0].as_py()) if table.num_rows else 0
         rows = table.slice(int(row["dataset_from_index"]) - first, int(row["length"]))
         if rows.num_rows != row["length"] or rows.column("episode_index")[0].as_py() != row["episode_index"]:
-            raise DatasetError(
-                f"{path} does not hold episode {row['episode_index']} where the episode table says; "
-                "copy the dataset again"
-            )
+            place = f"{path} does not hold episode {row['episode_index']} where the episode table says"
+            raise DatasetError(f"{place}; copy the dataset again")
         return rows
 
     def _data_path(self, row: Mapping[str, Any]) -> Path:
@@ -200,8 +194,7 @@ class LeRobotDataset:
 
     def _video_path(self, row: Mapping[str, Any], key: str) -> Path:
         chunk, file = row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]
-        name = str(self.info["video_path"]).format(video_key=key, chunk_index=chunk, file_index=file)
-        return self.root / name
+        return self.root / str(self.info["video_path"]).format(video_key=key, chunk_index=chunk, file_index=file)
 
     def _check_files(self) -> None:
         if len(self) != self.info["total_episodes"]:
@@ -210,7 +203,7 @@ class LeRobotDataset:
                 f"of {len(self)}; copy the dataset again, all of it"
             )
         wanted = {self._data_path(row) for row in self.episodes}
-        wanted |= {self._video_path(row, key) for row in self.episodes for key in self._video_keys}
+        wanted |= {self._video_path(row, key) for row in self.episodes for key in self._videos.values()}
         missing = sorted(str(path) for path in wanted if not path.exists())
         if missing:
             raise DatasetError(
@@ -236,8 +229,7 @@ def _read_info(root: Path) -> dict[str, Any]:
     if not version.startswith("v3."):
         raise DatasetError(f"{root} has the layout {version}; 3.x is read")
     needed = ("fps", "features", "total_episodes", "total_frames", "data_path")
-    lacking = [key for key in needed if key not in info]
-    if lacking:
+    if lacking := [key for key in needed if key not in info]:
         raise DatasetError(f"{root / layout.INFO} lacks {', '.join(lacking)}: copy the dataset again")
     return info
 
@@ -259,8 +251,7 @@ def _read_episodes(root: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for path in paths:
         table = _read_table(path)
-        wanted = [name for name in table.column_names if not name.startswith("stats/")]
-        rows += table.select(wanted).to_pylist()
+        rows += table.select([name for name in table.column_names if not name.startswith("stats/")]).to_pylist()
     return sorted(rows, key=lambda row: int(row["episode_index"]))
 
 
@@ -276,8 +267,6 @@ def _read_table(path: Path) -> Any:
 def _numpy(column: Any) -> npt.NDArray[Any]:
     """Convert a column of numbers to (T,), one of equally long lists to (T, n)."""
     array = column.combine_chunks()
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if any(kind(array.type) for kind in kinds):
-        flat = array.flatten().to_numpy(zero_copy_only=False)
-        return np.array(flat.reshape(len(array), -1))
-    return np.array(array.to_numpy(zero_copy_only=False))
+    if not pa.types.is_nested(array.type):
+        return np.array(array.to_numpy(zero_copy_only=False))
+    return np.array(array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1))

@@ -55,11 +55,6 @@ class ImageHistogram:
         self.frames += len(picked)
         return self
 
-    def merge(self, other: ImageHistogram) -> None:
-        """Add another histogram's counts."""
-        self.counts += other.counts
-        self.frames += other.frames
-
     def stats(self) -> FeatureStats:
         """Compute statistics of the values scaled to [0, 1], float64 (3, 1, 1); ``count``, the frames, int64 (1,)."""
         levels = np.arange(256) / 255.0

@@ -6,19 +6,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import cv2
 import numpy as np
+from av.video.frame import PictureType
 
 from lac_vla.datasets.layout import VIDEO_FILE_MB, VIDEO_PATH, DatasetError, next_file
-from lac_vla.errors import MissingExtraError
 from lac_vla.types import UInt8Image
 
-try:
-    import av
-    from av.video.frame import PictureType
-except ModuleNotFoundError as error:
-    raise MissingExtraError("data", "Reading and writing datasets") from error
-
+OPTIONS = {"crf": "16", "g": "5", "bf": "0", "preset": "veryfast", "forced-idr": "1"}
+"""x264's. Quality 16 is visually lossless; a key frame among five makes random access cheap."""
 BT601, LIMITED = 5, 1
 """Colour matrix and range of our videos, as FFmpeg numbers them; OpenCV converts to and from these."""
 _READS_AS_BT601 = (2, 5, 6)
@@ -37,8 +34,6 @@ class VideoWriter:
         fps: Frames per second.
         height: Height of the images, even.
         width: Width of the images, even.
-        crf: x264's quality; 16 is visually lossless.
-        gop: Frames from key frame to key frame.
         limit_mb: A new file begins before one grows beyond this.
         first: Chunk and file to begin with.
         threads: Threads of the encoder; 0 leaves their number to x264.
@@ -52,22 +47,18 @@ class VideoWriter:
         height: int,
         width: int,
         *,
-        crf: int = 16,
-        gop: int = 5,
         limit_mb: float = VIDEO_FILE_MB,
         first: tuple[int, int] = (0, 0),
         threads: int = 0,
     ) -> None:
         self._root, self._key, self._fps = root, key, fps
         self._size = (height, width)
-        self._options = {"crf": str(crf), "g": str(gop), "bf": "0", "preset": "veryfast", "forced-idr": "1"}
         self._limit = limit_mb * 1024**2
         self._chunk, self._file = first
         self._threads = threads
         self._container: Any = None
         self._stream: Any = None
-        self._frames = 0
-        self._bytes = 0
+        self._frames, self._bytes = 0, 0
 
     def add(self, images: UInt8Image) -> dict[str, int | float]:
         """Append an episode.
@@ -78,7 +69,7 @@ class VideoWriter:
         Returns:
             ``chunk_index``, ``file_index``; ``from_timestamp``, ``to_timestamp`` (seconds within the file).
         """
-        if self._container is not None and self._bytes + self._expected(len(images)) > self._limit:
+        if self._container is not None and self._bytes * (1 + len(images) / max(1, self._frames)) > self._limit:
             self.close()
             self._chunk, self._file = next_file(self._chunk, self._file)
         if self._container is None:
@@ -112,7 +103,7 @@ class VideoWriter:
         path = self._root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(path), "w")
-        stream = self._container.add_stream("libx264", rate=self._fps, options=self._options)
+        stream = self._container.add_stream("libx264", rate=self._fps, options=OPTIONS)
         stream.height, stream.width = self._size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = self._threads
@@ -120,9 +111,6 @@ class VideoWriter:
         stream.codec_context.color_range = LIMITED
         self._stream = stream
         self._frames, self._bytes = 0, 0
-
-    def _expected(self, frames: int) -> float:
-        return self._bytes / max(1, self._frames) * frames
 
     def _mux(self, frame: Any) -> None:
         for packet in self._stream.encode(frame):

@@ -88,7 +88,7 @@ class Recorder:
         except Timeout:
             raise InputError(f"another server records into {folder}; give another --record") from None
         try:
-            self._dataset = DatasetAppender(folder, fps or None, threads=1)
+            self._dataset = DatasetAppender(folder, fps or None)
             _check_fits(self._dataset, cameras, action, state)
         except LacError as error:
             self._release()
