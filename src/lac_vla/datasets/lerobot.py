@@ -34,11 +34,9 @@ class EpisodeImages(Mapping[str, UInt8Image]):
         return self._decoded[camera]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the cameras' names."""
         return iter(self._clips)
 
     def __len__(self) -> int:
-        """Return the number of cameras."""
         return len(self._clips)
 
     def window(self, camera: str, start: int, stop: int) -> UInt8Image:
@@ -61,8 +59,6 @@ class Episode:
     Attributes:
         index: Its place in the dataset.
         instruction: The task, in words.
-        task_index: The task's place in :attr:`LeRobotDataset.tasks`.
-        fps: Frames per second.
         images: Camera → uint8, (T, H, W, 3), decoded on access.
         state: float32, (T, S); S is 0 if the dataset has none.
         action: float32, (T, A); A is 0 if the dataset has none (plain observation logs).
@@ -72,8 +68,6 @@ class Episode:
 
     index: int
     instruction: str
-    task_index: int
-    fps: float
     images: EpisodeImages
     state: FloatArray
     action: FloatArray
@@ -98,8 +92,8 @@ class LeRobotDataset:
         cameras: Names of the cameras (without ``observation.images.``).
         tasks: Task index → instruction.
         episodes: The episode table, one mapping per episode, without statistics.
-        stats: Feature → ``min``, ``max``, ``mean``, ``std``, ``count``, ``q01``, ``q10``, ``q50``, ``q90``,
-            ``q99``, as far as the dataset has them. Images' are scaled to [0, 1], (3, 1, 1).
+        stats: Feature → ``min``, ``max``, ``mean``, ``std``, ``count``, ``q01``, ``q10``, ``q50``, ``q90``, ``q99``,
+            as far as the dataset has them. Images' are scaled to [0, 1], (3, 1, 1).
         provenance: Origin of the data, if the dataset names it.
 
     Raises:
@@ -168,8 +162,6 @@ class LeRobotDataset:
         return Episode(
             index=index,
             instruction=self.tasks[task_index],
-            task_index=task_index,
-            fps=self.fps,
             images=EpisodeImages(clips, len(action), self.fps),
             state=state,
             action=action,
@@ -204,11 +196,9 @@ class LeRobotDataset:
             )
         wanted = {self._data_path(row) for row in self.episodes}
         wanted |= {self._video_path(row, key) for row in self.episodes for key in self._videos.values()}
-        missing = sorted(str(path) for path in wanted if not path.exists())
-        if missing:
-            raise DatasetError(
-                f"{missing[0]} is missing, {len(missing)} files in all: copy the dataset again, all of it"
-            )
+        if missing := sorted(str(path) for path in wanted if not path.exists()):
+            count = f"{len(missing)} files in all"
+            raise DatasetError(f"{missing[0]} is missing, {count}: copy the dataset again, all of it")
 
 
 def _read_info(root: Path) -> dict[str, Any]:
@@ -267,6 +257,6 @@ def _read_table(path: Path) -> Any:
 def _numpy(column: Any) -> npt.NDArray[Any]:
     """Convert a column of numbers to (T,), one of equally long lists to (T, n)."""
     array = column.combine_chunks()
-    if not pa.types.is_nested(array.type):
+    if not isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
         return np.array(array.to_numpy(zero_copy_only=False))
     return np.array(array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1))
