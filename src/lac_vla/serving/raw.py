@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.datasets import DatasetError
-from lac_vla.types import FloatArray, Frame, UInt8Image
+from lac_vla.types import FloatArray, Frame
 
 SUFFIX = ".frames"
 COLUMNS = {"seconds": np.float64, "cache_ratio": np.float32, "latency_ms": np.float32}
@@ -41,9 +41,8 @@ class Header:
     @classmethod
     def of(cls, frame: Frame, action: FloatArray, metadata: Mapping[str, Any]) -> Header:
         """Make the header of an episode that begins with this frame."""
-        return cls(
-            frame.instruction, frame.shapes, 0 if frame.proprio is None else frame.proprio.size, action.size, metadata
-        )
+        state = 0 if frame.proprio is None else frame.proprio.size
+        return cls(frame.instruction, frame.shapes, state, action.size, metadata)
 
     @property
     def record(self) -> np.dtype[np.void]:
@@ -57,29 +56,28 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class RawEpisode:
-    """An episode read from its file: arrays that stay on the disk, as :meth:`DatasetAppender.add_episode` takes them.
+    """An episode read from its file.
 
     Attributes:
         header: The file's header.
-        images: Camera → uint8, (T, H, W, 3).
-        state: float32, (T, S).
-        action: float32, (T, A).
-        columns: The columns of :data:`COLUMNS`, each (T,).
+        records: Its frames, (T,), of the dtype that the header gives; they stay on the disk.
     """
 
     header: Header
-    images: dict[str, UInt8Image]
-    state: FloatArray
-    action: FloatArray
-    columns: dict[str, npt.NDArray[Any]]
+    records: npt.NDArray[np.void]
 
-    def __len__(self) -> int:
-        return len(self.action)
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The episode as :meth:`lac_vla.datasets.DatasetAppender.add_episode` takes it."""
+        images = {camera: self.records[f"images.{camera}"] for camera in self.header.images}
+        columns = {name: self.records[name] for name in COLUMNS}
+        numbers = {"state": self.records["state"], "action": self.records["action"]}
+        return {"images": images, **numbers, "task": self.header.task, "columns": columns}
 
     @property
     def rate(self) -> int:
         """Frames per second: the median, rounded, at least 1. Needs two frames."""
-        return max(1, round(1 / max(1e-3, float(np.median(np.diff(self.columns["seconds"]))))))
+        return max(1, round(1 / max(1e-3, float(np.median(np.diff(self.records["seconds"]))))))
 
     @classmethod
     def read(cls, path: Path) -> RawEpisode:
@@ -98,14 +96,7 @@ class RawEpisode:
         count = (path.stat().st_size - offset) // header.record.itemsize
         if count < 1:
             raise DatasetError(f"{path} holds no frame")
-        records = np.memmap(path, header.record, "r", offset, (count,))
-        return cls(
-            header,
-            {camera: np.asarray(records[f"images.{camera}"]) for camera in header.images},
-            np.asarray(records["state"]),
-            np.asarray(records["action"]),
-            {name: np.asarray(records[name]) for name in COLUMNS},
-        )
+        return cls(header, np.memmap(path, header.record, "r", offset, (count,)))
 
 
 class RawWriter:

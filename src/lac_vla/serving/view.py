@@ -13,7 +13,6 @@ import time
 from base64 import b64encode
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from email.utils import formatdate
 from functools import cache
 from hashlib import sha256
@@ -50,11 +49,20 @@ class View:
         self._closed: deque[dict[str, Any]] = deque(maxlen=CLOSED)
         self._drawing = asyncio.Lock()
 
-    def session(self, name: str, peer: Any) -> ViewedSession:
+    def begin(self, session: str, peer: Any) -> None:
         """Show a session, from the robot's connection on."""
         address = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unknown"
-        self._snapshots[name] = SessionSnapshot(name, address, time.monotonic())
-        return ViewedSession(self._snapshots, self._closed, name)
+        self._snapshots[session] = SessionSnapshot(session, address, time.monotonic())
+
+    def add(self, session: str, answer: Answer, arrived: float, took_ms: float) -> None:
+        """Show a request that was answered."""
+        self._snapshots[session] = self._snapshots[session].after(answer, time.monotonic())
+
+    def end(self, session: str, reason: str) -> None:
+        """Move a session to the closed ones: its robot has gone, or was sent away."""
+        gone = self._snapshots.pop(session)
+        metadata = {"session": session, "peer": gone.peer, "frames": gone.frames}
+        self._closed.appendleft({**metadata, "reason": reason, "at": time.time()})
 
     async def respond(self, request: Request) -> Response:
         """Answer a browser's request: ``/view`` is the page, ``/view/state?draw=SESSION,SESSION`` its content."""
@@ -85,31 +93,6 @@ class View:
             "closed": closed,
         }
         return json.dumps(state).encode()
-
-
-@dataclass(frozen=True)
-class ViewedSession:
-    """One session on the page.
-
-    Attributes:
-        snapshots: The page's open sessions, by name.
-        closed: Its closed sessions, newest first.
-        name: Name of this session.
-    """
-
-    snapshots: dict[str, SessionSnapshot]
-    closed: deque[dict[str, Any]]
-    name: str
-
-    def add(self, answer: Answer, arrived: float, took_ms: float) -> None:
-        """Show a request that was answered."""
-        self.snapshots[self.name] = self.snapshots[self.name].after(answer, time.monotonic())
-
-    def end(self, why: str) -> None:
-        """Move the session to the closed ones: its robot has gone, or was sent away."""
-        gone = self.snapshots.pop(self.name)
-        metadata = {"session": gone.session, "peer": gone.peer, "frames": gone.frames}
-        self.closed.appendleft({**metadata, "reason": why, "at": time.time()})
 
 
 @cache
