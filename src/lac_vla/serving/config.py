@@ -150,11 +150,5 @@ async def _until_stopped(server: PolicyServer) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows
             loop.add_signal_handler(name, stop.set)
-    try:
-        await server.__aenter__()
-    except OSError as error:
-        raise InputError(f"cannot listen on {server.host}:{server.port} ({error}); choose another --port") from error
-    try:
+    async with server:
         await stop.wait()
-    finally:
-        await server.__aexit__(None, None, None)

@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lac_vla.client import wire
@@ -123,28 +122,26 @@ class PolicyServer:
         return f"{'ws' if self.tls is None else 'wss'}://{host}:{self.port}"
 
     async def __aenter__(self) -> PolicyServer:
-        """Start to listen."""
-        self._server = await serve(
-            self._serve,
-            self.host,
-            self.port,
-            ssl=self.tls,
-            compression=None,
-            origins=[None],  # robots are no browsers: no web page may talk to a server on its reader's machine
-            process_request=self._admit,
-            max_size=self.limits.message,
-            max_queue=1,  # what a client sends ahead waits in its own socket
-            write_limit=2**16,
-            server_header=None,
-            logger=logging.getLogger("lac_vla.serving.websockets"),
-        )
+        """Start to listen.
+
+        Raises:
+            InputError: If the address cannot be listened on.
+        """
+        try:
+            self._server = await serve(
+                self._serve, self.host, self.port, ssl=self.tls, compression=None,
+                origins=[None],  # robots are no browsers: no web page may talk to a server on its reader's machine
+                process_request=self._admit, max_size=self.limits.message, write_limit=2**16, server_header=None,
+                max_queue=1,  # what a client sends ahead waits in its own socket
+                logger=logging.getLogger("lac_vla.serving.websockets"),
+            )  # fmt: skip
+        except OSError as error:
+            raise InputError(f"cannot listen on {self.host}:{self.port} ({error}); choose another --port") from error
         self.port = self._server.sockets[0].getsockname()[1]
         log("listening", url=self.url, **self.metadata)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Take nothing more, answer what was taken, and stop."""
         self._stopping = True
         if self._server is not None:

@@ -75,10 +75,11 @@ class Answer:
     frame: Frame
 
 
+@dataclass(eq=False)
 class RobotSession:
     """The session of one connection. Its methods run in the model's thread, one at a time.
 
-    Args:
+    Attributes:
         vla: Model and policy.
         keys: Where requests hold what the model needs.
         options: The server's options.
@@ -90,28 +91,24 @@ class RobotSession:
         InputError: If slack refresh lacks its table.
     """
 
-    def __init__(
-        self,
-        vla: CachedVLA,
-        keys: ObservationKeys,
-        options: SessionOptions,
-        controller: DeadlineController | None = None,
-        table: LatencyTable | None = None,
-        seed: int = 0,
-    ) -> None:
-        if options.slack and table is None:
+    vla: CachedVLA
+    keys: ObservationKeys
+    options: SessionOptions
+    controller: DeadlineController | None = None
+    table: LatencyTable | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.options.slack and self.table is None:
             raise InputError("slack refresh needs a latency table: LatencyTable.measure(vla)")
-        self.keys, self.options, self.controller, self.table = keys, options, controller, table
-        self._session = vla.session(seed)
+        self._session = self.vla.session(self.seed)
         self._instruction: str | None = None
         self._episode: Any = None
         self._shapes: Mapping[str, tuple[int, int]] = {}
         self._action: FloatArray | None = None
         self._answered = 0.0
         self._idle: float | None = None  # expected seconds from an answer to the next request
-        self._frames = 0
-        self._cooling = 0
-        self._refreshed = 0
+        self._frames = self._cooling = self._refreshed = 0
         self._disagreement: float | None = None
 
     @property
