@@ -8,18 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.lerobot import LeRobotDataset
-from lac_vla.datasets.schema import data_table, tasks_table
+from lac_vla.datasets.schema import Arrays, Images, data_table, tasks_table
 from lac_vla.datasets.statistics import FeatureStats, merge, to_lists
 from lac_vla.datasets.video import VideoWriter
-from lac_vla.datasets.writer import EpisodeWriter, Place
-from lac_vla.types import UInt8Image
+from lac_vla.datasets.writer import EpisodeWriter, Place, VideoPlaces
 
 
 class DatasetAppender(EpisodeWriter):
@@ -63,12 +61,10 @@ class DatasetAppender(EpisodeWriter):
         ]
         self._next = layout.next_file(*max(taken)) if taken else (0, 0)
 
-    def _write_frames(
-        self, vectors: Mapping[str, npt.NDArray[Any]], pictures: Mapping[str, UInt8Image], fps: int
-    ) -> tuple[Place, Place, dict[str, dict[str, int | float]]]:
+    def _write_frames(self, vectors: Arrays, pictures: Images, fps: int) -> tuple[Place, Place, VideoPlaces]:
         videos = {}
         for key, values in pictures.items():
-            video = VideoWriter(self._folder, key, fps, *values.shape[1:3], first=self._next, threads=1)
+            video = VideoWriter(self._folder, key, fps, *values.shape[1:3], place=self._next, threads=1)
             videos[key] = video.add(values)
             video.close()
         self._replace(layout.DATA_PATH, data_table(vectors))

@@ -144,7 +144,7 @@ class LeRobotDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"episode {index} of a dataset of {len(self)}")
         row = self.episodes[index]
-        path = self._data_path(row)
+        path = self._path(row)
         rows = self._rows(path, row)
         columns = {name: _numpy(rows.column(name)) for name in rows.column_names}
         nothing = np.zeros((rows.num_rows, 0))
@@ -156,7 +156,7 @@ class LeRobotDataset:
         if not 0 <= task_index < len(self.tasks):
             raise DatasetError(f"{path}: episode {index} has an unknown task, {task_index}; copy it again")
         clips = {
-            camera: (self._video_path(row, key), float(row[f"videos/{key}/from_timestamp"]))
+            camera: (self._path(row, key), float(row[f"videos/{key}/from_timestamp"]))
             for camera, key in self._videos.items()
         }
         return Episode(
@@ -180,13 +180,11 @@ class LeRobotDataset:
             raise DatasetError(f"{place}; copy the dataset again")
         return rows
 
-    def _data_path(self, row: Mapping[str, Any]) -> Path:
-        chunk, file = row["data/chunk_index"], row["data/file_index"]
-        return self.root / str(self.info["data_path"]).format(chunk_index=chunk, file_index=file)
-
-    def _video_path(self, row: Mapping[str, Any], key: str) -> Path:
-        chunk, file = row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]
-        return self.root / str(self.info["video_path"]).format(video_key=key, chunk_index=chunk, file_index=file)
+    def _path(self, row: Mapping[str, Any], key: str | None = None) -> Path:
+        """Return the file of an episode's numbers, or of its images of the feature ``key``."""
+        name, place = ("data_path", "data") if key is None else ("video_path", f"videos/{key}")
+        chunk, file = row[f"{place}/chunk_index"], row[f"{place}/file_index"]
+        return self.root / str(self.info[name]).format(video_key=key, chunk_index=chunk, file_index=file)
 
     def _check_files(self) -> None:
         if len(self) != self.info["total_episodes"]:
@@ -194,8 +192,8 @@ class LeRobotDataset:
                 f"{self.root}: info.json speaks of {self.info['total_episodes']} episodes, the episode table "
                 f"of {len(self)}; copy the dataset again, all of it"
             )
-        wanted = {self._data_path(row) for row in self.episodes}
-        wanted |= {self._video_path(row, key) for row in self.episodes for key in self._videos.values()}
+        wanted = {self._path(row) for row in self.episodes}
+        wanted |= {self._path(row, key) for row in self.episodes for key in self._videos.values()}
         if missing := sorted(str(path) for path in wanted if not path.exists()):
             count = f"{len(missing)} files in all"
             raise DatasetError(f"{missing[0]} is missing, {count}: copy the dataset again, all of it")

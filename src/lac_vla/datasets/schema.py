@@ -14,6 +14,8 @@ from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.types import FloatArray, UInt8Image
 
+Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
+Images: TypeAlias = Mapping[str, UInt8Image]
 Features: TypeAlias = dict[str, dict[str, Any]]
 """Feature → its entry in ``info.json``."""
 COLUMN_DTYPES = ("float32", "float64", "int8", "int32", "int64", "uint8", "bool")
@@ -72,13 +74,13 @@ def _vector_column(
 
 
 def check_episode(
-    images: Mapping[str, UInt8Image],
+    images: Images,
     state: FloatArray,
     action: FloatArray,
-    columns: Mapping[str, npt.NDArray[Any]],
+    columns: Arrays,
     names: Mapping[str, Sequence[str] | None],
     fps: int,
-) -> tuple[dict[str, npt.NDArray[Any]], Features]:
+) -> tuple[Arrays, Features]:
     """Check an episode's arrays, see :meth:`lac_vla.datasets.writer.EpisodeWriter.check`."""
     length = len(action)
     if length == 0:
@@ -107,7 +109,7 @@ def describe(features: Features) -> str:
     return ", ".join(f"{key} {entry['dtype']}{tuple(entry['shape'])}" for key, entry in own.items())
 
 
-def data_table(vectors: Mapping[str, npt.NDArray[Any]]) -> Any:
+def data_table(vectors: Arrays) -> Any:
     """Make an Arrow table: numbers of (T,), lists of fixed length of (T, n)."""
     columns = {}
     for key, values in vectors.items():

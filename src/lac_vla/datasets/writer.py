@@ -8,7 +8,6 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,15 @@ import pyarrow.parquet as pq
 
 from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
-from lac_vla.datasets.schema import Features, check_episode, data_table, describe, tasks_table
+from lac_vla.datasets.schema import Arrays, Features, Images, check_episode, data_table, describe, tasks_table
 from lac_vla.datasets.statistics import FeatureStats, ImageHistogram, to_lists, vector_stats
 from lac_vla.datasets.video import VideoWriter
-from lac_vla.types import FloatArray, UInt8Image
+from lac_vla.types import FloatArray
 
 Place = tuple[int, int]
 """Chunk and file."""
+VideoPlaces = dict[str, dict[str, int | float]]
+"""Feature → its place, as :meth:`lac_vla.datasets.video.VideoWriter.add` returns it."""
 
 
 class EpisodeWriter(ABC):
@@ -55,13 +56,7 @@ class EpisodeWriter(ABC):
         features: Features = self._info.get("features", {})
         return features
 
-    def check(
-        self,
-        images: Mapping[str, UInt8Image],
-        state: FloatArray,
-        action: FloatArray,
-        columns: Mapping[str, npt.NDArray[Any]],
-    ) -> tuple[dict[str, npt.NDArray[Any]], Features]:
+    def check(self, images: Images, state: FloatArray, action: FloatArray, columns: Arrays) -> tuple[Arrays, Features]:
         """Check whether arrays, as :meth:`add_episode` takes them, fit; one frame suffices.
 
         Returns:
@@ -80,12 +75,12 @@ class EpisodeWriter(ABC):
 
     def add_episode(
         self,
-        images: Mapping[str, UInt8Image],
+        images: Images,
         state: FloatArray,
         action: FloatArray,
         task: str,
         *,
-        columns: Mapping[str, npt.NDArray[Any]] | None = None,
+        columns: Arrays | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> int:
         """Append one episode.
@@ -115,7 +110,8 @@ class EpisodeWriter(ABC):
         index, length, first = len(self), len(action), int(self._info.get("total_frames", 0))
         tasks = self._tasks | {task: self._tasks.get(task, len(self._tasks))}
         frames = np.arange(length, dtype=np.int64)
-        vectors |= {
+        vectors = {
+            **vectors,
             "timestamp": (frames / self.fps).astype(np.float32),
             "frame_index": frames,
             "episode_index": np.full(length, index, dtype=np.int64),
@@ -161,9 +157,7 @@ class EpisodeWriter(ABC):
         return index
 
     @abstractmethod
-    def _write_frames(
-        self, vectors: Mapping[str, npt.NDArray[Any]], pictures: Mapping[str, UInt8Image], fps: int
-    ) -> tuple[Place, Place, dict[str, dict[str, int | float]]]:
+    def _write_frames(self, vectors: Arrays, pictures: Images, fps: int) -> tuple[Place, Place, VideoPlaces]:
         """Write an episode's numbers and videos, and return the places of its numbers, its row and its videos."""
 
     @abstractmethod
@@ -223,12 +217,9 @@ class DatasetWriter(EpisodeWriter):
         self._data_place, self._data_bytes = (0, 0), 0
 
     def __enter__(self) -> DatasetWriter:
-        """Return the writer itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the dataset; after an exception, close the files and leave it incomplete."""
         if kind is None:
             self.finalize()
@@ -262,10 +253,18 @@ class DatasetWriter(EpisodeWriter):
         os.replace(self._folder, self.root)
         return self.root
 
-    def _write_frames(
-        self, vectors: Mapping[str, npt.NDArray[Any]], pictures: Mapping[str, UInt8Image], fps: int
-    ) -> tuple[Place, Place, dict[str, dict[str, int | float]]]:
-        self._write_data(data_table(vectors))
+    def _write_frames(self, vectors: Arrays, pictures: Images, fps: int) -> tuple[Place, Place, VideoPlaces]:
+        table = data_table(vectors)
+        if self._data is not None and self._data_bytes + table.nbytes > layout.DATA_FILE_MB * 1024**2:
+            self._close_data()
+            self._data_place, self._data_bytes = layout.next_file(*self._data_place), 0
+        if self._data is None:
+            chunk, file = self._data_place
+            path = self._folder / layout.DATA_PATH.format(chunk_index=chunk, file_index=file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._data = pq.ParquetWriter(path, table.schema, compression="snappy")
+        self._data.write_table(table)
+        self._data_bytes += table.nbytes
         for key, values in vectors.items():
             self._vectors.setdefault(key, []).append(values)
         videos = {}
@@ -281,24 +280,12 @@ class DatasetWriter(EpisodeWriter):
     ) -> None:
         self._episodes.append(row)
 
-    def _write_data(self, table: Any) -> None:
-        if self._data is not None and self._data_bytes + table.nbytes > layout.DATA_FILE_MB * 1024**2:
-            self._data.close()
-            self._data = None
-            self._data_place = layout.next_file(*self._data_place)
-        if self._data is None:
-            path = self._folder / layout.DATA_PATH.format(
-                chunk_index=self._data_place[0], file_index=self._data_place[1]
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._data = pq.ParquetWriter(path, table.schema, compression="snappy")
-            self._data_bytes = 0
-        self._data.write_table(table)
-        self._data_bytes += table.nbytes
-
     def _close(self) -> None:
         for video in self._videos.values():
             video.close()
+        self._close_data()
+
+    def _close_data(self) -> None:
         if self._data is not None:
             self._data.close()
             self._data = None

@@ -46,17 +46,8 @@ class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
     unnorm_key: str | None = None
     seed: int = 0
 
-    @property
-    def observation_delta_indices(self) -> None:
-        """Ask for the present frame alone."""
-
-    @property
-    def action_delta_indices(self) -> None:
-        """Ask for no actions."""
-
-    @property
-    def reward_delta_indices(self) -> None:
-        """Ask for no rewards."""
+    observation_delta_indices = action_delta_indices = reward_delta_indices = None
+    """The present frame alone is needed, no actions and no rewards."""
 
     def get_optimizer_preset(self) -> NoReturn:
         """Refuse, as nothing is trained here."""
