@@ -99,21 +99,27 @@ class RawEpisode:
         return cls(header, np.memmap(path, header.record, "r", offset, (count,)))
 
 
+@dataclass
 class RawWriter:
-    """Writes the file of one episode.
+    """Writes the file of one episode, which the first frame opens.
 
-    Args:
+    Attributes:
         path: Path of the new file.
-        header: The episode's header.
-
-    Raises:
-        OSError: If the disk fails.
+        metadata: The episode's metadata, JSON.
+        started_at: Arrival of its first request, by ``time.perf_counter()``.
+        frames: Frames handed in.
+        written: Frames on disk. This and what follows belongs to the writing thread.
+        dropped: Whether it is thrown away.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
-        self.path, self.header = path, header
-        self._file: BinaryIO = path.open("xb")
-        self._file.write(json.dumps(asdict(header)).encode() + b"\n")
+    path: Path
+    metadata: Mapping[str, Any]
+    started_at: float
+    frames: int = 0
+    written: int = 0
+    dropped: bool = False
+    _header: Header | None = None
+    _file: BinaryIO | None = None
 
     def write(self, frame: Frame, action: FloatArray, columns: Mapping[str, float]) -> None:
         """Append one frame.
@@ -122,8 +128,11 @@ class RawWriter:
             DatasetError: If its sizes are not those of the first frame.
             OSError: If the disk fails.
         """
-        header = self.header
-        if Header.of(frame, action, header.metadata) != header:
+        header = Header.of(frame, action, self.metadata)
+        if self._file is None:
+            self._header, self._file = header, self.path.open("xb")
+            self._file.write(json.dumps(asdict(header)).encode() + b"\n")
+        if header != self._header:
             raise DatasetError("images, state, action or instruction changed in mid-episode")
         parts: list[npt.NDArray[Any]] = [frame.images[camera] for camera in header.images]
         parts += [np.zeros(0) if frame.proprio is None else frame.proprio, np.asarray(action, np.float32)]
@@ -131,7 +140,9 @@ class RawWriter:
         for part in parts:
             self._file.write(part.tobytes())
         self._file.flush()
+        self.written += 1
 
     def close(self) -> None:
         """Finish the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

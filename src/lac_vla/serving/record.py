@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from lac_vla.datasets import DatasetAppender, DatasetError, layout
 from lac_vla.datasets.schema import describe
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.serving.metrics import Metrics, log
-from lac_vla.serving.raw import COLUMNS, SUFFIX, Header, RawEpisode, RawWriter
+from lac_vla.serving.raw import COLUMNS, SUFFIX, RawEpisode, RawWriter
 from lac_vla.serving.sessions import Answer
 from lac_vla.types import FloatArray, Frame
 
@@ -43,29 +42,6 @@ MAX_FRAMES = 3000
 """Frames of an episode: one that goes on continues in another, for its raw file takes some hundred MB by then."""
 MIN_FRAMES = 2
 """Frames of an episode: a single one, as clients send to warm a server up, has no next one to learn from."""
-
-
-@dataclass
-class EpisodeBuffer:
-    """An episode that is being recorded.
-
-    Attributes:
-        path: Path of its raw file.
-        session: Name of its session.
-        started_at: Arrival of its first request, by ``time.perf_counter()``.
-        frames: Frames handed in.
-        written: Frames on disk. This and what follows belongs to the writing thread.
-        dropped: Whether it is thrown away.
-        file: The open raw file; ``None`` before the first frame.
-    """
-
-    path: Path
-    session: str
-    started_at: float
-    frames: int = 0
-    written: int = 0
-    dropped: bool = False
-    file: RawWriter | None = None
 
 
 class Recorder:
@@ -116,7 +92,7 @@ class Recorder:
             self._release()
             raise InputError(f"{error}; give another --record") from error
         self._measured = not fps
-        self._buffers: dict[str, EpisodeBuffer] = {}
+        self._buffers: dict[str, RawWriter] = {}
         self._waiting, self._waiting_lock = 0, threading.Lock()
         self._writing = ThreadPoolExecutor(1, "record")
         self._packing = ThreadPoolExecutor(1, "pack", initializer=_lower_priority)
@@ -138,7 +114,7 @@ class Recorder:
             self.end(session, f"went on after {MAX_FRAMES} frames")
         if session not in self._buffers:
             path = self._raw / f"{time.time_ns()}-{session[:8]}{SUFFIX}"
-            self._buffers[session] = EpisodeBuffer(path, session, arrived)
+            self._buffers[session] = RawWriter(path, {**self.metadata, "session": session}, arrived)
         buffer = self._buffers[session]
         buffer.frames += 1
         size = sum(image.nbytes for image in answer.frame.images.values())
@@ -169,21 +145,18 @@ class Recorder:
         self._lock.release()
 
     def _write(
-        self, buffer: EpisodeBuffer, frame: Frame, action: FloatArray, columns: Mapping[str, float], size: int
+        self, buffer: RawWriter, frame: Frame, action: FloatArray, columns: Mapping[str, float], size: int
     ) -> None:
         try:
             if buffer.dropped:
                 return
             if shutil.disk_usage(self._raw).free < MIN_FREE + size:
                 raise OSError("the disk is full")
-            if buffer.file is None:
+            if not buffer.written:
                 sample = {name: np.asarray([columns[name]], dtype) for name, dtype in COLUMNS.items()}
                 state = np.zeros((1, 0), np.float32) if frame.proprio is None else frame.proprio[None]
                 self._dataset.check({c: image[None] for c, image in frame.images.items()}, state, action[None], sample)
-                header = Header.of(frame, action, {**self.metadata, "session": buffer.session})
-                buffer.file = RawWriter(buffer.path, header)
-            buffer.file.write(frame, action, columns)
-            buffer.written += 1
+            buffer.write(frame, action, columns)
         except (OSError, LacError) as error:
             self._drop(buffer, str(error))
         except Exception:
@@ -193,26 +166,25 @@ class Recorder:
                 self._waiting -= size
             self.metrics.unwritten.dec(size)
 
-    def _drop(self, buffer: EpisodeBuffer, reason: str, *, exc_info: bool = False) -> None:
+    def _drop(self, buffer: RawWriter, reason: str, *, exc_info: bool = False) -> None:
         if buffer.dropped:
             return
         buffer.dropped = True
-        if buffer.file is not None:
-            with contextlib.suppress(OSError):  # what a full disk did not take is thrown away anyhow
-                buffer.file.close()
-            buffer.path.unlink(missing_ok=True)
-        self._lost(reason, buffer.session, buffer.written, exc_info=exc_info)
+        with contextlib.suppress(OSError):  # what a full disk did not take is thrown away anyhow
+            buffer.close()
+        buffer.path.unlink(missing_ok=True)
+        self._lost(reason, buffer.metadata["session"], buffer.written, exc_info=exc_info)
 
     def _lost(self, reason: str, session: Any, frames: int, *, exc_info: bool = False) -> None:
         self.metrics.recorded.labels("dropped").inc()
         lost = {"reason": reason, "session": session, "frames": frames}
         log("episode not recorded", level=logging.WARNING, exc_info=exc_info, **lost)
 
-    def _finish(self, buffer: EpisodeBuffer, ended: str) -> None:
+    def _finish(self, buffer: RawWriter, ended: str) -> None:
         if buffer.written < MIN_FRAMES:
             self._drop(buffer, "it has a single frame")
-        if not buffer.dropped and buffer.file is not None:
-            buffer.file.close()
+        if not buffer.dropped:
+            buffer.close()
             self._queue(buffer.path, ended)
 
     def _queue(self, path: Path, ended: str) -> None:

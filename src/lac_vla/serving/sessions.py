@@ -79,13 +79,7 @@ class Answer:
 class RobotSession:
     """The session of one connection. Its methods run in the model's thread, one at a time.
 
-    Attributes:
-        vla: Model and policy.
-        keys: Where requests hold what the model needs.
-        options: The server's options.
-        controller: Keeps the deadline, for all sessions; ``None`` if there is none.
-        table: Latencies, for slack refresh.
-        seed: Seed of the session.
+    Its fields are the server's, see :class:`lac_vla.serving.server.PolicyServer`.
 
     Raises:
         InputError: If slack refresh lacks its table.
@@ -117,11 +111,7 @@ class RobotSession:
         return self._session.nbytes
 
     def answer(self, request: Mapping[str, Any], arrived: float) -> Answer:
-        """Answer one request.
-
-        Args:
-            request: The message.
-            arrived: When it came, by ``time.perf_counter()``.
+        """Answer a request that came at ``arrived``, by ``time.perf_counter()``.
 
         Raises:
             InputError: If the request cannot be used.

@@ -91,14 +91,7 @@ class SessionSnapshot:
         )
 
     def summary(self, now: float, max_age: int, deadline_ms: float | None, *, draw: bool) -> dict[str, Any]:
-        """Give the page's numbers and pictures, for JSON.
-
-        Args:
-            now: Present time by the clock of ``at``, seconds.
-            max_age: No slot is reused once it is so old, frames.
-            deadline_ms: Milliseconds from a request's arrival to its answer; ``None`` for no deadline.
-            draw: Whether to draw the pictures.
-        """
+        """Give the page's numbers, and pictures if ``draw``, for JSON; ``now`` is seconds by the clock of ``at``."""
         shown: dict[str, Any] = {
             "session": self.session,
             "peer": self.peer,

@@ -34,13 +34,7 @@ CLOSED = 5
 
 
 class View:
-    """The page of one server. All but :meth:`respond`'s drawing is called in the event loop.
-
-    Args:
-        metadata: The server's metadata.
-        max_age: No slot is reused once it is so old, frames.
-        deadline_ms: Milliseconds from a request's arrival to its answer; ``None`` for no deadline.
-    """
+    """The page of one server, which shows some of its metadata. Only the drawing is not done in the event loop."""
 
     def __init__(self, metadata: Mapping[str, Any], max_age: int, deadline_ms: float | None) -> None:
         self._metadata = {name: str(metadata[name]) for name in ("server", "model", "method") if name in metadata}
