@@ -1,4 +1,4 @@
-"""Checks an episode's arrays, and makes the features, columns and rows with which a dataset describes them."""
+"""Checks an episode's arrays, and makes the features and tables with which a dataset describes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
-from lac_vla.types import FloatArray, UInt8Image
+from lac_vla.types import UInt8Image
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Images: TypeAlias = Mapping[str, UInt8Image]
@@ -21,7 +21,7 @@ Features: TypeAlias = dict[str, dict[str, Any]]
 COLUMN_DTYPES = ("float32", "float64", "int8", "int32", "int64", "uint8", "bool")
 
 
-def _video_feature(camera: str, images: UInt8Image, length: int, fps: int) -> dict[str, Any]:
+def video_feature(camera: str, images: UInt8Image, length: int, fps: int) -> dict[str, Any]:
     """Check the images of one camera, and make its entry in ``info.json``."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[::3] != (length, 3):
@@ -48,11 +48,12 @@ def _video_feature(camera: str, images: UInt8Image, length: int, fps: int) -> di
     }
 
 
-def _vector_feature(dtype: str, width: int, names: Sequence[str] | None = None) -> dict[str, Any]:
+def vector_feature(dtype: str, width: int, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Make the entry of a column of ``width`` numbers."""
     return {"dtype": dtype, "shape": [width], "names": None if names is None else list(names)}
 
 
-def _vector_column(
+def vector_column(
     name: str, values: npt.NDArray[Any], length: int, names: Sequence[str] | None
 ) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     """Check one column, (T,) or (T, n); return it contiguous, (T, 1) as (T,), and the feature's entry."""
@@ -70,37 +71,7 @@ def _vector_column(
         raise DatasetError(f"column '{name}' has {width} numbers a frame, but {len(names)} names are given")
     if width == 1:
         values = values.reshape(-1)
-    return np.ascontiguousarray(values), _vector_feature(values.dtype.name, width, names)
-
-
-def check_episode(
-    images: Images,
-    state: FloatArray,
-    action: FloatArray,
-    columns: Arrays,
-    names: Mapping[str, Sequence[str] | None],
-    fps: int,
-) -> tuple[Arrays, Features]:
-    """Check an episode's arrays, see :meth:`lac_vla.datasets.writer.EpisodeWriter.check`."""
-    length = len(action)
-    if length == 0:
-        raise DatasetError("the episode has no frames")
-    features = {
-        layout.IMAGE_PREFIX + camera: _video_feature(camera, pictures, length, fps)
-        for camera, pictures in images.items()
-    }
-    named = {layout.STATE: np.asarray(state, np.float32), layout.ACTION: np.asarray(action, np.float32)}
-    if named[layout.STATE].shape == (length, 0):
-        del named[layout.STATE]
-    taken = {*named, *layout.BOOKKEEPING, *features} & set(columns)
-    if taken:
-        raise DatasetError(f"column names {sorted(taken)} are taken: choose others")
-    vectors: dict[str, npt.NDArray[Any]] = {}
-    for key, values in {**named, **columns}.items():
-        vectors[key], features[key] = _vector_column(key, values, length, names.get(key))
-    for key, dtype in layout.BOOKKEEPING.items():
-        features[key] = _vector_feature(dtype, 1)
-    return vectors, features
+    return np.ascontiguousarray(values), vector_feature(values.dtype.name, width, names)
 
 
 def describe(features: Features) -> str:

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lac_vla.datasets import layout
+from lac_vla.datasets import layout, schema
 from lac_vla.datasets.layout import DatasetError
-from lac_vla.datasets.schema import Arrays, Features, Images, check_episode, data_table, describe, tasks_table
+from lac_vla.datasets.schema import Arrays, Features, Images
 from lac_vla.datasets.statistics import FeatureStats, ImageHistogram, to_lists, vector_stats
 from lac_vla.datasets.video import VideoWriter
 from lac_vla.types import FloatArray
@@ -53,8 +53,7 @@ class EpisodeWriter(ABC):
     @property
     def features(self) -> Features:
         """Feature → dtype, shape, names, as the first episode settles them; empty until then."""
-        features: Features = self._info.get("features", {})
-        return features
+        return dict(self._info.get("features", {}))
 
     def check(self, images: Images, state: FloatArray, action: FloatArray, columns: Arrays) -> tuple[Arrays, Features]:
         """Check whether arrays, as :meth:`add_episode` takes them, fit; one frame suffices.
@@ -65,11 +64,27 @@ class EpisodeWriter(ABC):
         Raises:
             DatasetError: If they do not.
         """
-        vectors, features = check_episode(images, state, action, columns, self._names, self.fps or 1)
+        length = len(action)
+        if length == 0:
+            raise DatasetError("the episode has no frames")
+        features = {
+            layout.IMAGE_PREFIX + camera: schema.video_feature(camera, pictures, length, self.fps or 1)
+            for camera, pictures in images.items()
+        }
+        named = {layout.STATE: np.asarray(state, np.float32), layout.ACTION: np.asarray(action, np.float32)}
+        if named[layout.STATE].shape == (length, 0):
+            del named[layout.STATE]
+        if taken := {*named, *layout.BOOKKEEPING, *features} & set(columns):
+            raise DatasetError(f"column names {sorted(taken)} are taken: choose others")
+        vectors: dict[str, npt.NDArray[Any]] = {}
+        for key, values in {**named, **columns}.items():
+            vectors[key], features[key] = schema.vector_column(key, values, length, self._names.get(key))
+        for key, dtype in layout.BOOKKEEPING.items():
+            features[key] = schema.vector_feature(dtype, 1)
         if self.features and _sizes(features) != _sizes(self.features):
             raise DatasetError(
-                f"this episode has features {describe(features)}; those before, which {self.root.name} holds: "
-                f"{describe(self.features)}"
+                f"this episode has features {schema.describe(features)}; those before, which {self.root.name} holds: "
+                f"{schema.describe(self.features)}"
             )
         return vectors, features
 
@@ -204,8 +219,7 @@ class DatasetWriter(EpisodeWriter):
             if path.exists() and not overwrite:
                 raise DatasetError(f"{path} exists already: delete it, or overwrite it, or write elsewhere")
         try:
-            if self._folder.exists():
-                shutil.rmtree(self._folder)
+            shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
         except OSError as error:
             raise DatasetError(f"cannot write to {self._folder} ({error}): choose another folder") from error
@@ -241,7 +255,7 @@ class DatasetWriter(EpisodeWriter):
         table = self._folder / layout.EPISODES_PATH.format(chunk_index=0, file_index=0)
         table.parent.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(self._episodes), table, compression="snappy")
-        pq.write_table(tasks_table(self._tasks), self._folder / layout.TASKS)
+        pq.write_table(schema.tasks_table(self._tasks), self._folder / layout.TASKS)
         stats = {key: vector_stats(np.concatenate(parts)) for key, parts in self._vectors.items()}
         stats |= {key: histogram.stats() for key, histogram in self._histograms.items()}
         layout.write_json(self._folder / layout.STATS, to_lists(stats))
@@ -254,7 +268,7 @@ class DatasetWriter(EpisodeWriter):
         return self.root
 
     def _write_frames(self, vectors: Arrays, pictures: Images, fps: int) -> tuple[Place, Place, VideoPlaces]:
-        table = data_table(vectors)
+        table = schema.data_table(vectors)
         if self._data is not None and self._data_bytes + table.nbytes > layout.DATA_FILE_MB * 1024**2:
             self._close_data()
             self._data_place, self._data_bytes = layout.next_file(*self._data_place), 0

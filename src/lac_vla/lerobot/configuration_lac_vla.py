@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lac_vla.errors import MissingExtraError
 
@@ -53,9 +53,8 @@ class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
         """Refuse, as nothing is trained here."""
         raise NotImplementedError(NO_TRAINING)
 
-    def get_scheduler_preset(self) -> Any:
+    def get_scheduler_preset(self) -> None:
         """Return none, as nothing is trained here."""
-        return None
 
     def validate_features(self) -> None:
         """Do nothing: the model checks its observations."""

@@ -146,9 +146,8 @@ def serve(config: ServeConfig) -> None:
 
 async def _until_stopped(server: PolicyServer) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows
-            loop.add_signal_handler(name, stop.set)
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
     async with server:
         await stop.wait()

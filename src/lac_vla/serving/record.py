@@ -20,19 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout  # which torch needs, too
 
 from lac_vla.datasets import DatasetAppender, DatasetError, layout
 from lac_vla.datasets.schema import describe
-from lac_vla.errors import InputError, LacError, MissingExtraError
+from lac_vla.errors import InputError, LacError
 from lac_vla.serving.metrics import Metrics, log
 from lac_vla.serving.raw import COLUMNS, SUFFIX, RawEpisode, RawWriter
 from lac_vla.serving.sessions import Answer
 from lac_vla.types import FloatArray, Frame
-
-try:
-    from filelock import FileLock, Timeout
-except ModuleNotFoundError as error:
-    raise MissingExtraError("serve", "Serving") from error
 
 MAX_WAITING = 2**28
 """Bytes of frames that may wait for the disk."""
@@ -100,14 +96,7 @@ class Recorder:
             self._queue(path, "the server was killed")
 
     def add(self, session: str, answer: Answer, arrived: float, took_ms: float) -> None:
-        """Record an answered request of a session; returns at once.
-
-        Args:
-            session: Name of the session.
-            answer: The answer and its observation.
-            arrived: Arrival of the request, by ``time.perf_counter()``.
-            took_ms: Milliseconds from then until the answer was sent.
-        """
+        """Record a request that came at ``arrived``, by ``time.perf_counter()``; returns at once."""
         if answer.reset is not None:
             self.end(session, answer.reset)
         elif session in self._buffers and self._buffers[session].frames >= MAX_FRAMES:
@@ -222,9 +211,9 @@ def _check_fits(dataset: DatasetAppender, cameras: tuple[str, ...], action: int,
     if state is not None:
         numbers[layout.STATE] = state
     found = {key: tuple(entry["shape"]) for key, entry in dataset.features.items()}
-    left = found.keys() - numbers.keys() - {layout.IMAGE_PREFIX + camera for camera in cameras} - {layout.STATE}
-    lacking = {layout.IMAGE_PREFIX + camera for camera in cameras} - found.keys()
-    if left or lacking or any(found.get(key) != (length,) for key, length in numbers.items()):
+    images = {layout.IMAGE_PREFIX + camera for camera in cameras}
+    left = found.keys() - numbers.keys() - images - {layout.STATE}
+    if left or images - found.keys() or any(found.get(key) != (length,) for key, length in numbers.items()):
         raise DatasetError(
             f"{dataset.root} holds {describe(dataset.features)}; recorded here are the cameras {list(cameras)}, "
             f"actions of {action} numbers{'' if state is None else f', states of {state}'}, and {list(COLUMNS)}"

@@ -98,11 +98,9 @@ class SessionSnapshot:
             "silent_s": round(now - self.at, 1),
             "frames": self.frames,
         }
-        step = self.step
-        if step is None:
+        if (step := self.step) is None:
             return shown
         p50, p95 = np.quantile(self.latencies, (0.5, 0.95)).tolist()
-        late = 0 if deadline_ms is None else sum(took > deadline_ms for took in self.latencies)
         return shown | {
             "instruction": self.instruction,
             "skipped": step.decision.skipped.value,
@@ -123,7 +121,7 @@ class SessionSnapshot:
             "latencies_ms": [round(took, 2) for took in self.latencies],
             "p50_ms": p50,
             "p95_ms": p95,
-            "late": late,
+            "late": sum(took > deadline_ms for took in self.latencies) if deadline_ms is not None else 0,
             "stages": {stage: round(milliseconds, 3) for stage, milliseconds in step.stages.items()},
             "events": [asdict(event) for event in reversed(self.events)],
             "cameras": [
