@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from lac_vla.client.wire import pack, unpack
@@ -22,7 +23,21 @@ class ServerError(LacError):
     """The server refused, failed or hung up; the message says which."""
 
 
-class Client:
+class _Connection:
+    """A session's side of the protocol, however its messages travel."""
+
+    metadata: dict[str, Any]
+    _fresh = False
+
+    def reset(self) -> None:
+        """Begin a new episode with the next observation."""
+        self._fresh = True
+
+    def _request(self, observation: dict[str, Any]) -> bytes:
+        return pack(observation | {"reset": True} if self._fresh else observation)
+
+
+class Client(_Connection, AbstractContextManager["Client"]):
     """A connection to a policy server, which is one session. A context manager.
 
     Args:
@@ -38,12 +53,10 @@ class Client:
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 60.0) -> None:
-        self._timeout, self._fresh = timeout, False
-        try:
+        self._timeout = timeout
+        with _faults(f"no session at {url}"):
             self._ws = connect(url, **_options(api_key)).__enter__()
             self.metadata = _read(self._ws.recv(timeout))
-        except (OSError, InvalidHandshake, ConnectionClosed) as error:
-            raise ServerError(f"no session at {url}: {error}") from error
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         """Send an observation, and return ``actions`` with the server's report of them.
@@ -51,63 +64,43 @@ class Client:
         Raises:
             ServerError: If the server cannot answer. The connection is closed then.
         """
-        request = pack(observation | {"reset": True} if self._fresh else observation)
-        try:
+        request = self._request(observation)
+        with _faults("the server hung up"):
             self._ws.send(request)
             answer = _read(self._ws.recv(self._timeout))
-        except (OSError, ConnectionClosed) as error:
-            raise ServerError(f"the server hung up: {error}") from error
         self._fresh = False
         return answer
-
-    def reset(self) -> None:
-        """Begin a new episode with the next observation."""
-        self._fresh = True
 
     def close(self) -> None:
         """End the session."""
         self._ws.close()
 
-    def __enter__(self) -> Client:
-        """Return the client itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the session."""
         self.close()
 
 
-class AsyncClient:
+class AsyncClient(_Connection):
     """A connection for asyncio, otherwise a :class:`Client`: ``client = await AsyncClient.connect(url)``."""
 
     def __init__(self, ws: Any, metadata: dict[str, Any]) -> None:
-        self._ws, self.metadata, self._fresh = ws, metadata, False
+        self._ws, self.metadata = ws, metadata
 
     @classmethod
     async def connect(cls, url: str, api_key: str | None = None) -> AsyncClient:
         """Connect, see :class:`Client`."""
-        try:
+        with _faults(f"no session at {url}"):
             ws = await connect_async(url, **_options(api_key))
             return cls(ws, _read(await ws.recv()))
-        except (OSError, InvalidHandshake, ConnectionClosed) as error:
-            raise ServerError(f"no session at {url}: {error}") from error
 
     async def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         """Send an observation, see :meth:`Client.infer`."""
-        request = pack(observation | {"reset": True} if self._fresh else observation)
-        try:
+        request = self._request(observation)
+        with _faults("the server hung up"):
             await self._ws.send(request)
             answer = _read(await self._ws.recv())
-        except (OSError, ConnectionClosed) as error:
-            raise ServerError(f"the server hung up: {error}") from error
         self._fresh = False
         return answer
-
-    def reset(self) -> None:
-        """Begin a new episode with the next observation."""
-        self._fresh = True
 
     async def close(self) -> None:
         """End the session."""
@@ -117,6 +110,14 @@ class AsyncClient:
 def _options(api_key: str | None) -> dict[str, Any]:
     headers = None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
     return {"additional_headers": headers, "compression": None, "max_size": _LARGEST}
+
+
+@contextmanager
+def _faults(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, InvalidHandshake, ConnectionClosed) as error:
+        raise ServerError(f"{what}: {error}") from error
 
 
 def _read(message: str | bytes) -> dict[str, Any]:

@@ -96,8 +96,7 @@ class RemoteSession:
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new episode with the next frame."""
-        self._seed = seed
-        self.last_info = None
+        self._seed, self.last_info = seed, None
         self.client.reset()
 
     def act(self, frame: Frame) -> FloatArray:

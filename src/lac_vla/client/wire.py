@@ -27,8 +27,7 @@ MAX_ITEMS = 256
 """Entries of one map or list."""
 MAX_CONTAINERS = 256
 """Maps and lists in one message."""
-MAX_NESTING = 8
-MAX_DIMS = 4
+MAX_NESTING, MAX_DIMS = 8, 4
 DTYPES = frozenset(["b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8"])
 """Kind and bytes of array elements, in either byte order."""
 
@@ -43,10 +42,9 @@ def pack(message: Mapping[str, Any]) -> bytes:
         InputError: If it holds something that the protocol cannot express.
     """
     try:
-        packed: bytes = msgpack.packb(message, default=_from_numpy)
+        return bytes(msgpack.packb(message, default=_from_numpy))
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"this message cannot be sent: {error}") from error
-    return packed
 
 
 def unpack(data: bytes, limit: int = MAX_MESSAGE) -> dict[str, Any]:

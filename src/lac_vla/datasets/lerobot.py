@@ -10,19 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.statistics import FeatureStats, from_lists
 from lac_vla.datasets.video import read_frames
-from lac_vla.errors import MissingExtraError
 from lac_vla.types import FloatArray, UInt8Image
-
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ModuleNotFoundError as error:
-    raise MissingExtraError("data", "Reading and writing datasets") from error
 
 
 class EpisodeImages(Mapping[str, UInt8Image]):
@@ -39,11 +34,9 @@ class EpisodeImages(Mapping[str, UInt8Image]):
         return self._decoded[camera]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the cameras' names."""
         return iter(self._clips)
 
     def __len__(self) -> int:
-        """Return the number of cameras."""
         return len(self._clips)
 
     def window(self, camera: str, start: int, stop: int) -> UInt8Image:
@@ -66,8 +59,6 @@ class Episode:
     Attributes:
         index: Its place in the dataset.
         instruction: The task, in words.
-        task_index: The task's place in :attr:`LeRobotDataset.tasks`.
-        fps: Frames per second.
         images: Camera → uint8, (T, H, W, 3), decoded on access.
         state: float32, (T, S); S is 0 if the dataset has none.
         action: float32, (T, A); A is 0 if the dataset has none (plain observation logs).
@@ -77,8 +68,6 @@ class Episode:
 
     index: int
     instruction: str
-    task_index: int
-    fps: float
     images: EpisodeImages
     state: FloatArray
     action: FloatArray
@@ -103,8 +92,8 @@ class LeRobotDataset:
         cameras: Names of the cameras (without ``observation.images.``).
         tasks: Task index → instruction.
         episodes: The episode table, one mapping per episode, without statistics.
-        stats: Feature → ``min``, ``max``, ``mean``, ``std``, ``count``, ``q01``, ``q10``, ``q50``, ``q90``,
-            ``q99``, as far as the dataset has them. Images' are scaled to [0, 1], (3, 1, 1).
+        stats: Feature → ``min``, ``max``, ``mean``, ``std``, ``count``, ``q01``, ``q10``, ``q50``, ``q90``, ``q99``,
+            as far as the dataset has them. Images' are scaled to [0, 1], (3, 1, 1).
         provenance: Origin of the data, if the dataset names it.
 
     Raises:
@@ -119,8 +108,9 @@ class LeRobotDataset:
         for key, feature in self.features.items():
             if feature["dtype"] == "image":
                 raise DatasetError(f"'{key}' is stored as single images; convert the dataset to videos first")
-        self._video_keys = [key for key, feature in self.features.items() if feature["dtype"] == "video"]
-        self.cameras = tuple(key.removeprefix(layout.IMAGE_PREFIX) for key in self._video_keys)
+        videos = [key for key, feature in self.features.items() if feature["dtype"] == "video"]
+        self._videos = {key.removeprefix(layout.IMAGE_PREFIX): key for key in videos}
+        self.cameras = tuple(self._videos)
         self.tasks = _read_tasks(self.root)
         # An episode counts once info.json does: what an interrupted append left behind is none.
         self.episodes = _read_episodes(self.root)[: self.info["total_episodes"]]
@@ -154,28 +144,26 @@ class LeRobotDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"episode {index} of a dataset of {len(self)}")
         row = self.episodes[index]
-        path = self._data_path(row)
+        path = self._path(row)
         rows = self._rows(path, row)
         columns = {name: _numpy(rows.column(name)) for name in rows.column_names}
         nothing = np.zeros((rows.num_rows, 0))
-        action = columns.pop(layout.ACTION, nothing).astype(np.float32)
-        state = columns.pop(layout.STATE, nothing).astype(np.float32)
-        if action.ndim != 2:
-            action = action.reshape(len(action), -1)
+        state, action = (
+            columns.pop(key, nothing).astype(np.float32).reshape(rows.num_rows, -1)
+            for key in (layout.STATE, layout.ACTION)
+        )
         task_index = int(columns["task_index"][0])
         if not 0 <= task_index < len(self.tasks):
             raise DatasetError(f"{path}: episode {index} has an unknown task, {task_index}; copy it again")
         clips = {
-            camera: (self._video_path(row, key), float(row[f"videos/{key}/from_timestamp"]))
-            for camera, key in zip(self.cameras, self._video_keys, strict=True)
+            camera: (self._path(row, key), float(row[f"videos/{key}/from_timestamp"]))
+            for camera, key in self._videos.items()
         }
         return Episode(
             index=index,
             instruction=self.tasks[task_index],
-            task_index=task_index,
-            fps=self.fps,
             images=EpisodeImages(clips, len(action), self.fps),
-            state=state.reshape(len(action), -1),
+            state=state,
             action=action,
             columns=columns,
             metadata=json.loads(row.get(layout.METADATA) or "{}"),
@@ -188,20 +176,15 @@ class LeRobotDataset:
         first = int(table.column("index")[0].as_py()) if table.num_rows else 0
         rows = table.slice(int(row["dataset_from_index"]) - first, int(row["length"]))
         if rows.num_rows != row["length"] or rows.column("episode_index")[0].as_py() != row["episode_index"]:
-            raise DatasetError(
-                f"{path} does not hold episode {row['episode_index']} where the episode table says; "
-                "copy the dataset again"
-            )
+            place = f"{path} does not hold episode {row['episode_index']} where the episode table says"
+            raise DatasetError(f"{place}; copy the dataset again")
         return rows
 
-    def _data_path(self, row: Mapping[str, Any]) -> Path:
-        chunk, file = row["data/chunk_index"], row["data/file_index"]
-        return self.root / str(self.info["data_path"]).format(chunk_index=chunk, file_index=file)
-
-    def _video_path(self, row: Mapping[str, Any], key: str) -> Path:
-        chunk, file = row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]
-        name = str(self.info["video_path"]).format(video_key=key, chunk_index=chunk, file_index=file)
-        return self.root / name
+    def _path(self, row: Mapping[str, Any], key: str | None = None) -> Path:
+        """Return the file of an episode's numbers, or of its images of the feature ``key``."""
+        name, place = ("data_path", "data") if key is None else ("video_path", f"videos/{key}")
+        chunk, file = row[f"{place}/chunk_index"], row[f"{place}/file_index"]
+        return self.root / str(self.info[name]).format(video_key=key, chunk_index=chunk, file_index=file)
 
     def _check_files(self) -> None:
         if len(self) != self.info["total_episodes"]:
@@ -209,13 +192,11 @@ class LeRobotDataset:
                 f"{self.root}: info.json speaks of {self.info['total_episodes']} episodes, the episode table "
                 f"of {len(self)}; copy the dataset again, all of it"
             )
-        wanted = {self._data_path(row) for row in self.episodes}
-        wanted |= {self._video_path(row, key) for row in self.episodes for key in self._video_keys}
-        missing = sorted(str(path) for path in wanted if not path.exists())
-        if missing:
-            raise DatasetError(
-                f"{missing[0]} is missing, {len(missing)} files in all: copy the dataset again, all of it"
-            )
+        wanted = {self._path(row) for row in self.episodes}
+        wanted |= {self._path(row, key) for row in self.episodes for key in self._videos.values()}
+        if missing := sorted(str(path) for path in wanted if not path.exists()):
+            count = f"{len(missing)} files in all"
+            raise DatasetError(f"{missing[0]} is missing, {count}: copy the dataset again, all of it")
 
 
 def _read_info(root: Path) -> dict[str, Any]:
@@ -236,8 +217,7 @@ def _read_info(root: Path) -> dict[str, Any]:
     if not version.startswith("v3."):
         raise DatasetError(f"{root} has the layout {version}; 3.x is read")
     needed = ("fps", "features", "total_episodes", "total_frames", "data_path")
-    lacking = [key for key in needed if key not in info]
-    if lacking:
+    if lacking := [key for key in needed if key not in info]:
         raise DatasetError(f"{root / layout.INFO} lacks {', '.join(lacking)}: copy the dataset again")
     return info
 
@@ -259,8 +239,7 @@ def _read_episodes(root: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for path in paths:
         table = _read_table(path)
-        wanted = [name for name in table.column_names if not name.startswith("stats/")]
-        rows += table.select(wanted).to_pylist()
+        rows += table.select([name for name in table.column_names if not name.startswith("stats/")]).to_pylist()
     return sorted(rows, key=lambda row: int(row["episode_index"]))
 
 
@@ -276,8 +255,6 @@ def _read_table(path: Path) -> Any:
 def _numpy(column: Any) -> npt.NDArray[Any]:
     """Convert a column of numbers to (T,), one of equally long lists to (T, n)."""
     array = column.combine_chunks()
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if any(kind(array.type) for kind in kinds):
-        flat = array.flatten().to_numpy(zero_copy_only=False)
-        return np.array(flat.reshape(len(array), -1))
-    return np.array(array.to_numpy(zero_copy_only=False))
+    if not isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        return np.array(array.to_numpy(zero_copy_only=False))
+    return np.array(array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1))

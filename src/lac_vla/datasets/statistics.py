@@ -27,16 +27,14 @@ def vector_stats(values: npt.NDArray[Any]) -> FeatureStats:
         ``min``, ``max``, ``mean``, ``std`` (population) and quantiles, float64 (n,); ``count``, int64 (1,).
     """
     rows = values.reshape(len(values), -1).astype(np.float64)
-    stats: FeatureStats = {
+    return {
         "min": rows.min(axis=0),
         "max": rows.max(axis=0),
         "mean": rows.mean(axis=0),
         "std": rows.std(axis=0),
         "count": np.array([len(rows)], dtype=np.int64),
+        **dict(zip(QUANTILES, np.quantile(rows, list(QUANTILES.values()), axis=0), strict=True)),
     }
-    for name, value in zip(QUANTILES, np.quantile(rows, list(QUANTILES.values()), axis=0), strict=True):
-        stats[name] = value
-    return stats
 
 
 class ImageHistogram:
@@ -55,11 +53,6 @@ class ImageHistogram:
         self.frames += len(picked)
         return self
 
-    def merge(self, other: ImageHistogram) -> None:
-        """Add another histogram's counts."""
-        self.counts += other.counts
-        self.frames += other.frames
-
     def stats(self) -> FeatureStats:
         """Compute statistics of the values scaled to [0, 1], float64 (3, 1, 1); ``count``, the frames, int64 (1,)."""
         levels = np.arange(256) / 255.0
@@ -74,11 +67,9 @@ class ImageHistogram:
             "mean": mean[:, 0],
             "std": np.sqrt(variance[:, 0]),
         }
-        for name, quantile in QUANTILES.items():
-            stats[name] = levels[(cumulative >= quantile).argmax(axis=1)]
-        stats = {name: value.reshape(3, 1, 1) for name, value in stats.items()}
-        stats["count"] = np.array([self.frames], dtype=np.int64)
-        return stats
+        stats |= {name: levels[(cumulative >= share).argmax(axis=1)] for name, share in QUANTILES.items()}
+        count = np.array([self.frames], dtype=np.int64)
+        return {name: value.reshape(3, 1, 1) for name, value in stats.items()} | {"count": count}
 
 
 def merge(one: FeatureStats, other: FeatureStats) -> FeatureStats:

@@ -2,72 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import cv2
 import numpy as np
+from av.video.frame import PictureType
 
 from lac_vla.datasets.layout import VIDEO_FILE_MB, VIDEO_PATH, DatasetError, next_file
-from lac_vla.errors import MissingExtraError
 from lac_vla.types import UInt8Image
 
-try:
-    import av
-    from av.video.frame import PictureType
-except ModuleNotFoundError as error:
-    raise MissingExtraError("data", "Reading and writing datasets") from error
-
+OPTIONS = {"crf": "16", "g": "5", "bf": "0", "preset": "veryfast", "forced-idr": "1"}
+"""x264's. Quality 16 is visually lossless; a key frame among five makes random access cheap."""
 BT601, LIMITED = 5, 1
 """Colour matrix and range of our videos, as FFmpeg numbers them; OpenCV converts to and from these."""
 _READS_AS_BT601 = (2, 5, 6)
 """Matrices that mean BT.601, or nothing is said."""
 
 
+@dataclass
 class VideoWriter:
     """Writes the episodes of one camera into as few files as the size limit allows.
 
     Every episode begins with a key frame, so that it can be read without those before it. There are no
     B-frames: frames come out of the decoder in the order in which they went in.
 
-    Args:
+    Attributes:
         root: The dataset's folder.
         key: The camera's feature, e.g. ``observation.images.agentview``.
         fps: Frames per second.
         height: Height of the images, even.
         width: Width of the images, even.
-        crf: x264's quality; 16 is visually lossless.
-        gop: Frames from key frame to key frame.
         limit_mb: A new file begins before one grows beyond this.
-        first: Chunk and file to begin with.
+        place: Chunk and file to begin with.
         threads: Threads of the encoder; 0 leaves their number to x264.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        key: str,
-        fps: int,
-        height: int,
-        width: int,
-        *,
-        crf: int = 16,
-        gop: int = 5,
-        limit_mb: float = VIDEO_FILE_MB,
-        first: tuple[int, int] = (0, 0),
-        threads: int = 0,
-    ) -> None:
-        self._root, self._key, self._fps = root, key, fps
-        self._size = (height, width)
-        self._options = {"crf": str(crf), "g": str(gop), "bf": "0", "preset": "veryfast", "forced-idr": "1"}
-        self._limit = limit_mb * 1024**2
-        self._chunk, self._file = first
-        self._threads = threads
+    root: Path
+    key: str
+    fps: int
+    height: int
+    width: int
+    _: KW_ONLY
+    limit_mb: float = VIDEO_FILE_MB
+    place: tuple[int, int] = (0, 0)
+    threads: int = 0
+
+    def __post_init__(self) -> None:
         self._container: Any = None
         self._stream: Any = None
-        self._frames = 0
-        self._bytes = 0
+        self._frames = self._bytes = 0
 
     def add(self, images: UInt8Image) -> dict[str, int | float]:
         """Append an episode.
@@ -78,9 +65,12 @@ class VideoWriter:
         Returns:
             ``chunk_index``, ``file_index``; ``from_timestamp``, ``to_timestamp`` (seconds within the file).
         """
-        if self._container is not None and self._bytes + self._expected(len(images)) > self._limit:
+        if (
+            self._container is not None
+            and self._bytes * (1 + len(images) / max(1, self._frames)) > self.limit_mb * 2**20
+        ):
             self.close()
-            self._chunk, self._file = next_file(self._chunk, self._file)
+            self.place = next_file(*self.place)
         if self._container is None:
             self._open()
         first = self._frames
@@ -88,15 +78,15 @@ class VideoWriter:
             planes = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2YUV_I420)
             frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
             frame.pts = first + offset
-            frame.time_base = Fraction(1, self._fps)
+            frame.time_base = Fraction(1, self.fps)
             frame.pict_type = PictureType.I if offset == 0 else PictureType.NONE
             self._mux(frame)
         self._frames += len(images)
         return {
-            "chunk_index": self._chunk,
-            "file_index": self._file,
-            "from_timestamp": first / self._fps,
-            "to_timestamp": self._frames / self._fps,
+            "chunk_index": self.place[0],
+            "file_index": self.place[1],
+            "from_timestamp": first / self.fps,
+            "to_timestamp": self._frames / self.fps,
         }
 
     def close(self) -> None:
@@ -108,21 +98,18 @@ class VideoWriter:
         self._container, self._stream = None, None
 
     def _open(self) -> None:
-        name = VIDEO_PATH.format(video_key=self._key, chunk_index=self._chunk, file_index=self._file)
-        path = self._root / name
+        chunk, file = self.place
+        path = self.root / VIDEO_PATH.format(video_key=self.key, chunk_index=chunk, file_index=file)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(path), "w")
-        stream = self._container.add_stream("libx264", rate=self._fps, options=self._options)
-        stream.height, stream.width = self._size
+        stream = self._container.add_stream("libx264", rate=self.fps, options=OPTIONS)
+        stream.height, stream.width = self.height, self.width
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = self._threads
+        stream.codec_context.thread_count = self.threads
         stream.codec_context.colorspace = BT601
         stream.codec_context.color_range = LIMITED
         self._stream = stream
-        self._frames, self._bytes = 0, 0
-
-    def _expected(self, frames: int) -> float:
-        return self._bytes / max(1, self._frames) * frames
+        self._frames = self._bytes = 0
 
     def _mux(self, frame: Any) -> None:
         for packet in self._stream.encode(frame):
@@ -131,16 +118,7 @@ class VideoWriter:
 
 
 def read_frames(path: Path, start: float, count: int, fps: float) -> UInt8Image:
-    """Decode consecutive frames.
-
-    Args:
-        path: The video file.
-        start: Timestamp of the first frame, seconds.
-        count: Number of frames.
-        fps: Frames per second.
-
-    Returns:
-        uint8, (count, H, W, 3), RGB.
+    """Decode consecutive frames, the first at ``start`` seconds; uint8, (count, H, W, 3), RGB.
 
     Raises:
         DatasetError: If the file is missing or damaged, or has no such frames.

@@ -5,38 +5,184 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from lac_vla.datasets import layout
+from lac_vla.datasets import layout, schema
 from lac_vla.datasets.layout import DatasetError
-from lac_vla.datasets.schema import (
-    check_episode,
-    data_table,
-    dataset_info,
-    describe,
-    episode_row,
-    tasks_table,
-    with_bookkeeping,
-)
-from lac_vla.datasets.statistics import ImageHistogram, to_lists, vector_stats
+from lac_vla.datasets.schema import Arrays, Features, Images
+from lac_vla.datasets.statistics import FeatureStats, ImageHistogram, to_lists, vector_stats
 from lac_vla.datasets.video import VideoWriter
-from lac_vla.errors import MissingExtraError
-from lac_vla.types import FloatArray, UInt8Image
+from lac_vla.types import FloatArray
 
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ModuleNotFoundError as error:
-    raise MissingExtraError("data", "Reading and writing datasets") from error
+Place = tuple[int, int]
+"""Chunk and file."""
+VideoPlaces = dict[str, dict[str, int | float]]
+"""Feature → its place, as :meth:`lac_vla.datasets.video.VideoWriter.add` returns it."""
 
 
-class DatasetWriter:
+class EpisodeWriter(ABC):
+    """Checks episodes, and describes them in the tables' words; where they are written is its subclasses' business.
+
+    Attributes:
+        root: Folder of the dataset.
+        fps: Frames per second; must be set before the first episode.
+    """
+
+    def __init__(self, root: str | Path, fps: int | None) -> None:
+        if fps is not None and (fps != int(fps) or fps < 1):
+            raise DatasetError(f"fps is {fps}; LeRobot takes whole frames per second, at least 1")
+        self.root, self.fps = Path(root), None if fps is None else int(fps)
+        self._folder = layout.incomplete_path(self.root)
+        self._names: dict[str, Sequence[str] | None] = {}
+        self._robot_type: str | None = None
+        self._info: dict[str, Any] = {}
+        self._tasks: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        """Return the number of episodes."""
+        return int(self._info.get("total_episodes", 0))
+
+    @property
+    def features(self) -> Features:
+        """Feature → dtype, shape, names, as the first episode settles them; empty until then."""
+        return dict(self._info.get("features", {}))
+
+    def check(self, images: Images, state: FloatArray, action: FloatArray, columns: Arrays) -> tuple[Arrays, Features]:
+        """Check whether arrays, as :meth:`add_episode` takes them, fit; one frame suffices.
+
+        Returns:
+            Column → values, without the bookkeeping ones; feature → its entry in ``info.json``.
+
+        Raises:
+            DatasetError: If they do not.
+        """
+        length = len(action)
+        if length == 0:
+            raise DatasetError("the episode has no frames")
+        features = {
+            layout.IMAGE_PREFIX + camera: schema.video_feature(camera, pictures, length, self.fps or 1)
+            for camera, pictures in images.items()
+        }
+        named = {layout.STATE: np.asarray(state, np.float32), layout.ACTION: np.asarray(action, np.float32)}
+        if named[layout.STATE].shape == (length, 0):
+            del named[layout.STATE]
+        if taken := {*named, *layout.BOOKKEEPING, *features} & set(columns):
+            raise DatasetError(f"column names {sorted(taken)} are taken: choose others")
+        vectors: dict[str, npt.NDArray[Any]] = {}
+        for key, values in {**named, **columns}.items():
+            vectors[key], features[key] = schema.vector_column(key, values, length, self._names.get(key))
+        for key, dtype in layout.BOOKKEEPING.items():
+            features[key] = schema.vector_feature(dtype, 1)
+        if self.features and _sizes(features) != _sizes(self.features):
+            raise DatasetError(
+                f"this episode has features {schema.describe(features)}; those before, which {self.root.name} holds: "
+                f"{schema.describe(self.features)}"
+            )
+        return vectors, features
+
+    def add_episode(
+        self,
+        images: Images,
+        state: FloatArray,
+        action: FloatArray,
+        task: str,
+        *,
+        columns: Arrays | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Append one episode.
+
+        Args:
+            images: Camera → uint8, (T, H, W, 3), H and W even; may be memory-mapped.
+            state: float32, (T, S); S = 0 for none.
+            action: float32, (T, A).
+            task: The instruction.
+            columns: Further columns, (T,) or (T, n). To LeRobot, names that begin with ``observation`` or
+                ``action`` are inputs and outputs of a policy: avoid them for anything else.
+            metadata: Metadata of the episode (initial state, seed …), JSON; kept in the episode table.
+
+        Returns:
+            The episode's index.
+
+        Raises:
+            DatasetError: If something does not fit; nothing has been written then.
+            OSError: If the disk fails.
+        """
+        if not task.strip():
+            raise DatasetError("task is empty: say what the robot does in this episode")
+        if self.fps is None:
+            raise DatasetError("fps is None; say how many frames per second a new dataset has")
+        note = json.dumps(dict(metadata or {}), ensure_ascii=False)
+        vectors, features = self.check(images, state, action, columns or {})
+        index, length, first = len(self), len(action), int(self._info.get("total_frames", 0))
+        tasks = self._tasks | {task: self._tasks.get(task, len(self._tasks))}
+        frames = np.arange(length, dtype=np.int64)
+        vectors = {
+            **vectors,
+            "timestamp": (frames / self.fps).astype(np.float32),
+            "frame_index": frames,
+            "episode_index": np.full(length, index, dtype=np.int64),
+            "index": frames + first,
+            "task_index": np.full(length, tasks[task], dtype=np.int64),
+        }
+        pictures = {layout.IMAGE_PREFIX + camera: values for camera, values in images.items()}
+        stats = {key: vector_stats(values) for key, values in vectors.items()}
+        stats |= {key: ImageHistogram().add(values).stats() for key, values in pictures.items()}
+        (chunk, file), table, videos = self._write_frames(vectors, pictures, self.fps)
+        row: dict[str, Any] = {
+            "episode_index": index,
+            "tasks": [task],
+            "length": length,
+            "data/chunk_index": chunk,
+            "data/file_index": file,
+            "dataset_from_index": first,
+            "dataset_to_index": first + length,
+        }
+        for key, place in videos.items():
+            row |= {f"videos/{key}/{name}": value for name, value in place.items()}
+        for key, entry in to_lists(stats).items():
+            row |= {f"stats/{key}/{name}": value for name, value in entry.items()}
+        row["meta/episodes/chunk_index"], row["meta/episodes/file_index"] = table
+        row[layout.METADATA] = note
+        info = self._info | {
+            "codebase_version": layout.VERSION,
+            "robot_type": self._info.get("robot_type", self._robot_type),
+            "total_episodes": index + 1,
+            "total_frames": first + length,
+            "total_tasks": len(tasks),
+            "chunks_size": layout.CHUNKS_SIZE,
+            "data_files_size_in_mb": layout.DATA_FILE_MB,
+            "video_files_size_in_mb": layout.VIDEO_FILE_MB,
+            "fps": self.fps,
+            "splits": {"train": f"0:{index + 1}"},
+            "data_path": layout.DATA_PATH,
+            "video_path": layout.VIDEO_PATH,
+            "features": self.features or features,
+        }
+        self._write_tables(row, stats, tasks, info)
+        self._info, self._tasks = info, tasks
+        return index
+
+    @abstractmethod
+    def _write_frames(self, vectors: Arrays, pictures: Images, fps: int) -> tuple[Place, Place, VideoPlaces]:
+        """Write an episode's numbers and videos, and return the places of its numbers, its row and its videos."""
+
+    @abstractmethod
+    def _write_tables(
+        self, row: dict[str, Any], stats: dict[str, FeatureStats], tasks: dict[str, int], info: dict[str, Any]
+    ) -> None:
+        """Write what describes the episode, and now the dataset, or keep it for later."""
+
+
+class DatasetWriter(EpisodeWriter):
     """Writes episodes into a new dataset. A context manager; or call :meth:`finalize` at the end.
 
     Everything goes to ``<root>.incomplete``, which becomes ``root`` only when the dataset is whole; a killed
@@ -48,10 +194,7 @@ class DatasetWriter:
         state_names: Names of the numbers of the state.
         action_names: Names of the numbers of an action.
         robot_type: The robot's name in ``info.json``.
-        provenance: Origin of the data (simulator, rendering, noise …), JSON; kept in
-            ``meta/provenance.json``.
-        crf: x264's quality; 16 is visually lossless.
-        gop: Frames from key frame to key frame: few make random access cheap, many make small files.
+        provenance: Origin of the data (simulator, rendering, noise …), JSON; kept in ``meta/provenance.json``.
         overwrite: Replace what is at ``root``, or what a killed run left.
 
     Raises:
@@ -67,99 +210,35 @@ class DatasetWriter:
         action_names: Sequence[str] | None = None,
         robot_type: str | None = None,
         provenance: Mapping[str, Any] | None = None,
-        crf: int = 16,
-        gop: int = 5,
         overwrite: bool = False,
     ) -> None:
-        if fps != int(fps) or fps < 1:
-            raise DatasetError(f"fps is {fps}; LeRobot takes whole frames per second, at least 1")
-        self.root, self.fps = Path(root), int(fps)
-        self.provenance: dict[str, Any] = dict(provenance or {})
-        self.features: dict[str, dict[str, Any]] = {}
-        self.total_frames = 0
+        super().__init__(root, fps)
         self._names = {layout.STATE: state_names, layout.ACTION: action_names}
-        self._robot_type, self._crf, self._gop = robot_type, crf, gop
-        self._folder = layout.incomplete_path(self.root)
-        self._overwrite = overwrite
-        self._prepare()
-        self._tasks: dict[str, int] = {}
+        self._robot_type, self._provenance, self._overwrite = robot_type, dict(provenance or {}), overwrite
+        for path in (self.root, self._folder):
+            if path.exists() and not overwrite:
+                raise DatasetError(f"{path} exists already: delete it, or overwrite it, or write elsewhere")
+        try:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            raise DatasetError(f"cannot write to {self._folder} ({error}): choose another folder") from error
         self._episodes: list[dict[str, Any]] = []
         self._vectors: dict[str, list[npt.NDArray[Any]]] = {}
         self._histograms: dict[str, ImageHistogram] = {}
         self._videos: dict[str, VideoWriter] = {}
         self._data: Any = None
-        self._data_index = (0, 0)
-        self._data_bytes = 0
+        self._data_place, self._data_bytes = (0, 0), 0
 
     def __enter__(self) -> DatasetWriter:
-        """Return the writer itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the dataset; after an exception, close the files and leave it incomplete."""
         if kind is None:
             self.finalize()
         else:
             self._close()
-
-    def add_episode(
-        self,
-        images: Mapping[str, UInt8Image],
-        state: FloatArray,
-        action: FloatArray,
-        task: str,
-        *,
-        columns: Mapping[str, npt.NDArray[Any]] | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> int:
-        """Append one episode.
-
-        Args:
-            images: Camera → uint8, (T, H, W, 3), H and W even.
-            state: float32, (T, S); S = 0 for none.
-            action: float32, (T, A).
-            task: The instruction.
-            columns: Further columns, (T,) or (T, n). To LeRobot, names that begin with ``observation`` or
-                ``action`` are inputs and outputs of a policy: avoid them for anything else.
-            metadata: Metadata of the episode (initial state, seed …), JSON; kept in the episode table.
-
-        Returns:
-            The episode's index.
-
-        Raises:
-            DatasetError: If something does not fit; nothing has been written then.
-        """
-        if not task.strip():
-            raise DatasetError("task is empty: say what the robot does in this episode")
-        note = json.dumps(dict(metadata or {}), ensure_ascii=False)
-        vectors, features = check_episode(images, state, action, columns or {}, self._names, self.fps)
-        index, length = len(self._episodes), len(action)
-        if index and features != self.features:
-            before = describe(self.features)
-            raise DatasetError(f"episode {index} has features {describe(features)}; those before: {before}")
-        self.features = features
-        task_index = self._tasks.setdefault(task, len(self._tasks))
-        first = self.total_frames
-        vectors = with_bookkeeping(vectors, length, self.fps, episode=index, task=task_index, first=first)
-        data = self._write_data(data_table(vectors))
-        stats = {key: vector_stats(values) for key, values in vectors.items()}
-        videos = {}
-        for camera, pictures in images.items():
-            key = layout.IMAGE_PREFIX + camera
-            videos[key] = self._video(key).add(pictures)
-            histogram = ImageHistogram().add(pictures)
-            self._histograms.setdefault(key, ImageHistogram()).merge(histogram)
-            stats[key] = histogram.stats()
-        row = episode_row(
-            index, task, length, first=first, data=data, videos=videos, stats=stats, table=(0, 0), note=note
-        )
-        for key, values in vectors.items():
-            self._vectors.setdefault(key, []).append(values)
-        self._episodes.append(row)
-        self.total_frames += length
-        return index
 
     def finalize(self) -> Path:
         """Close all files, write tables and statistics, and give the folder its name.
@@ -176,63 +255,55 @@ class DatasetWriter:
         table = self._folder / layout.EPISODES_PATH.format(chunk_index=0, file_index=0)
         table.parent.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(self._episodes), table, compression="snappy")
-        pq.write_table(tasks_table(self._tasks), self._folder / layout.TASKS)
+        pq.write_table(schema.tasks_table(self._tasks), self._folder / layout.TASKS)
         stats = {key: vector_stats(np.concatenate(parts)) for key, parts in self._vectors.items()}
         stats |= {key: histogram.stats() for key, histogram in self._histograms.items()}
         layout.write_json(self._folder / layout.STATS, to_lists(stats))
-        if self.provenance:
-            layout.write_json(self._folder / layout.PROVENANCE, self.provenance)
-        layout.write_json(self._folder / layout.INFO, self._info())
+        if self._provenance:
+            layout.write_json(self._folder / layout.PROVENANCE, self._provenance)
+        layout.write_json(self._folder / layout.INFO, self._info)
         if self._overwrite and self.root.exists():
             shutil.rmtree(self.root)
         os.replace(self._folder, self.root)
         return self.root
 
-    def _prepare(self) -> None:
-        for path in (self.root, self._folder):
-            if path.exists() and not self._overwrite:
-                raise DatasetError(f"{path} exists already: delete it, or overwrite it, or write elsewhere")
-        try:
-            if self._folder.exists():
-                shutil.rmtree(self._folder)
-            self._folder.mkdir(parents=True)
-        except OSError as error:
-            raise DatasetError(f"cannot write to {self._folder} ({error}): choose another folder") from error
-
-    def _video(self, key: str) -> VideoWriter:
-        if key not in self._videos:
-            height, width, _ = self.features[key]["shape"]
-            self._videos[key] = VideoWriter(self._folder, key, self.fps, height, width, crf=self._crf, gop=self._gop)
-        return self._videos[key]
-
-    def _write_data(self, table: Any) -> tuple[int, int]:
+    def _write_frames(self, vectors: Arrays, pictures: Images, fps: int) -> tuple[Place, Place, VideoPlaces]:
+        table = schema.data_table(vectors)
         if self._data is not None and self._data_bytes + table.nbytes > layout.DATA_FILE_MB * 1024**2:
-            self._data.close()
-            self._data = None
-            self._data_index = layout.next_file(*self._data_index)
-        chunk, file = self._data_index
+            self._close_data()
+            self._data_place, self._data_bytes = layout.next_file(*self._data_place), 0
         if self._data is None:
+            chunk, file = self._data_place
             path = self._folder / layout.DATA_PATH.format(chunk_index=chunk, file_index=file)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data = pq.ParquetWriter(path, table.schema, compression="snappy")
-            self._data_bytes = 0
         self._data.write_table(table)
         self._data_bytes += table.nbytes
-        return chunk, file
+        for key, values in vectors.items():
+            self._vectors.setdefault(key, []).append(values)
+        videos = {}
+        for key, values in pictures.items():
+            if key not in self._videos:
+                self._videos[key] = VideoWriter(self._folder, key, fps, *values.shape[1:3])
+            videos[key] = self._videos[key].add(values)
+            self._histograms.setdefault(key, ImageHistogram()).add(values)
+        return self._data_place, (0, 0), videos
 
-    def _info(self) -> dict[str, Any]:
-        return dataset_info(
-            self.features,
-            self.fps,
-            self._robot_type,
-            episodes=len(self._episodes),
-            frames=self.total_frames,
-            tasks=len(self._tasks),
-        )
+    def _write_tables(
+        self, row: dict[str, Any], stats: dict[str, FeatureStats], tasks: dict[str, int], info: dict[str, Any]
+    ) -> None:
+        self._episodes.append(row)
 
     def _close(self) -> None:
         for video in self._videos.values():
             video.close()
+        self._close_data()
+
+    def _close_data(self) -> None:
         if self._data is not None:
             self._data.close()
             self._data = None
+
+
+def _sizes(features: Features) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in features.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lac_vla.errors import MissingExtraError
 
@@ -46,25 +46,15 @@ class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
     unnorm_key: str | None = None
     seed: int = 0
 
-    @property
-    def observation_delta_indices(self) -> None:
-        """Ask for the present frame alone."""
-
-    @property
-    def action_delta_indices(self) -> None:
-        """Ask for no actions."""
-
-    @property
-    def reward_delta_indices(self) -> None:
-        """Ask for no rewards."""
+    observation_delta_indices = action_delta_indices = reward_delta_indices = None
+    """The present frame alone is needed, no actions and no rewards."""
 
     def get_optimizer_preset(self) -> NoReturn:
         """Refuse, as nothing is trained here."""
         raise NotImplementedError(NO_TRAINING)
 
-    def get_scheduler_preset(self) -> Any:
+    def get_scheduler_preset(self) -> None:
         """Return none, as nothing is trained here."""
-        return None
 
     def validate_features(self) -> None:
         """Do nothing: the model checks its observations."""

@@ -18,13 +18,7 @@ TIMEOUT = 10.0
 
 
 def open_page(url: str) -> str:
-    """Open a server's live page in the default browser.
-
-    Args:
-        url: ``ws://host:port`` or ``wss://…``, as robots are told.
-
-    Returns:
-        A line for the user.
+    """Open the live page of the server at ``url``, as robots are told it, and return a line for the user.
 
     Raises:
         InputError: If this is no such address, nothing answers there, or the page is off.
@@ -71,8 +65,7 @@ def _status(address: str, server: str) -> int:
     """Return the status of a GET request."""
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
-            status: int = answer.status
-            return status
+            return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
     except (OSError, HTTPException) as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import tyro
 
 from lac_vla.errors import InputError
@@ -90,7 +91,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
     from lac_vla.client.observation import ObservationKeys
     from lac_vla.engine.budget import smallest_budget
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
-    from lac_vla.serving.controller import DeadlineController, LatencyTable
+    from lac_vla.serving.controller import DeadlineController, LatencyTable, sample_frames
     from lac_vla.serving.server import Limits, PolicyServer
 
     key, tls = read_key(config.api_key_file), tls_context(config.tls_cert, config.tls_key)
@@ -120,10 +121,14 @@ def make_server(config: ServeConfig) -> PolicyServer:
         view=config.view, seed=config.model_options.seed,
     )  # fmt: skip
     if config.record is not None:
-        from lac_vla.serving.record import make_recorder
+        from lac_vla.serving.record import Recorder
 
+        horizon, action = np.atleast_2d(vla.session().act(sample_frames(vla.model)[0])).shape
         recorded = {name: metadata[name] for name in ("server", "model", "method", "actions_per_call")}
-        server.recorder = make_recorder(vla, config.record, config.record_fps, recorded, server.metrics)
+        server.recorder = Recorder(
+            config.record, server.metrics, cameras=tuple(vla.model.grids), action=action,
+            state=vla.model.processor.state_dim, fps=config.record_fps, metadata={**recorded, "horizon": horizon},
+        )  # fmt: skip
     return server
 
 
@@ -141,15 +146,8 @@ def serve(config: ServeConfig) -> None:
 
 async def _until_stopped(server: PolicyServer) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows
-            loop.add_signal_handler(name, stop.set)
-    try:
-        await server.__aenter__()
-    except OSError as error:
-        raise InputError(f"cannot listen on {server.host}:{server.port} ({error}); choose another --port") from error
-    try:
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    async with server:
         await stop.wait()
-    finally:
-        await server.__aexit__(None, None, None)

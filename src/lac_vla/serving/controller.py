@@ -67,29 +67,34 @@ class LatencyTable:
         return int(np.interp(milliseconds + 1e-8, rising, self.tokens))
 
 
+@dataclass
 class DeadlineController:
     """Turns the time that is left into a number of tokens, and corrects its table by what frames really take.
 
     The correction tracks a quantile: it rises by a step after a frame that took longer than predicted, and falls so
     slowly otherwise that both balance when :data:`QUANTILE` of the frames are in time.
 
-    Args:
+    Attributes:
         deadline_ms: Milliseconds from a request's arrival to its answer.
         table: Latencies on this machine.
         floor: Tokens per frame that are never denied, see :func:`lac_vla.engine.budget.smallest_budget`.
+        correction: What frames take, relative to the table.
 
     Raises:
         InputError: If the deadline cannot be met even with the fewest tokens.
     """
 
-    def __init__(self, deadline_ms: float, table: LatencyTable, floor: int) -> None:
-        if not deadline_ms > table(floor):
+    deadline_ms: float
+    table: LatencyTable
+    floor: int
+    correction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.deadline_ms > (least := self.table(self.floor)):
             raise InputError(
-                f"a deadline of {deadline_ms:g} ms cannot be kept: {floor} tokens per frame, the fewest that the "
-                f"maximum age allows, take {table(floor):.1f} ms here; give more time, or a greater --max-age"
+                f"a deadline of {self.deadline_ms:g} ms cannot be kept: {self.floor} tokens per frame, the fewest that "
+                f"the maximum age allows, take {least:.1f} ms here; give more time, or a greater --max-age"
             )
-        self.deadline_ms, self.table, self.floor = deadline_ms, table, floor
-        self.correction = 1.0
 
     def token_budget(self, waited_ms: float) -> int:
         """Return the tokens that a frame can afford which has waited so long; never fewer than the floor."""
@@ -124,17 +129,14 @@ class _Fixed(CachePolicy):
         return Decision.reuse(np.arange(inputs.layout.n_visual) >= self.tokens, inputs.n_layers)
 
 
-def sample_frames(model: VLA, side: int = 224) -> list[Frame]:
+def sample_frames(model: VLA) -> list[Frame]:
     """Make a few noisy pictures of one scene, as the model's cameras might send them."""
     rng = np.random.default_rng(0)
     length = model.processor.state_dim
     state = None if length is None else np.zeros(length, dtype=np.float32)
-    scenes = {camera: rng.integers(60, 190, (side, side, 3)) for camera in model.grids}
-    return [
-        Frame(
-            {c: (scene + rng.integers(-9, 10, scene.shape)).astype(np.uint8) for c, scene in scenes.items()},
-            "pick up the object",
-            state,
-        )
-        for _ in range(4)
-    ]
+    scenes = {camera: rng.integers(60, 190, (224, 224, 3)) for camera in model.grids}
+    frames = []
+    for _ in range(4):
+        noisy = {c: (scene + rng.integers(-9, 10, scene.shape)).astype(np.uint8) for c, scene in scenes.items()}
+        frames.append(Frame(noisy, "pick up the object", state))
+    return frames

@@ -20,19 +20,15 @@ class ModelExecutor:
     """Runs jobs one at a time, off the event loop.
 
     Every connection hands in one request at a time, so the order of arrival is fair: a robot waits for at most one
-    request of every other, however fast that one asks. Idle work is a single short job at a time.
-
-    Args:
-        capacity: Requests that may wait or run.
+    request of every other, however fast that one asks; ``capacity`` of them may wait or run. Idle work is a single
+    short job at a time.
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.waiting = 0
+        self.capacity, self.waiting = capacity, 0
         self._thread = ThreadPoolExecutor(1, "model")
         self._idle: dict[Hashable, Callable[[], object]] = {}
-        self._resting = True
-        self._closed = False
+        self._resting, self._closed = True, False
 
     async def run(self, job: Callable[[], T]) -> T:
         """Run a request's job; if the caller is cancelled, the job still runs to its end.

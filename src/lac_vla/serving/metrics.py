@@ -43,13 +43,13 @@ class Metrics:
         self.refreshed = Counter("lac_refreshed_tokens", "Slots computed in idle time", registry=registry)
         self.steps: dict[str, Histogram | Summary] = {}
         for name, metric in METRICS.items():
-            if metric.needs != "cost":  # a server counts no operations
-                exported = f"lac_{metric.exported or name}"
-                self.steps[name] = (
-                    Histogram(exported, metric.help, buckets=metric.buckets, registry=registry)
-                    if metric.buckets
-                    else Summary(exported, metric.help, registry=registry)
-                )
+            about = (f"lac_{metric.exported or name}", metric.help)
+            if metric.needs == "cost":  # a server counts no operations
+                continue
+            if metric.buckets:
+                self.steps[name] = Histogram(*about, buckets=metric.buckets, registry=registry)
+            else:
+                self.steps[name] = Summary(*about, registry=registry)
 
     def count(self, answer: Answer, seconds: float) -> None:
         """Count an answer that was sent ``seconds`` after the request's arrival."""
@@ -71,8 +71,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """Write all of them as Prometheus reads them."""
-        exposition: bytes = generate_latest(self._registry)
-        return exposition
+        return bytes(generate_latest(self._registry))
 
 
 class JsonLines(logging.Formatter):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.datasets import DatasetError
-from lac_vla.types import FloatArray, Frame, UInt8Image
+from lac_vla.types import FloatArray, Frame
 
 SUFFIX = ".frames"
 COLUMNS = {"seconds": np.float64, "cache_ratio": np.float32, "latency_ms": np.float32}
@@ -41,9 +41,8 @@ class Header:
     @classmethod
     def of(cls, frame: Frame, action: FloatArray, metadata: Mapping[str, Any]) -> Header:
         """Make the header of an episode that begins with this frame."""
-        return cls(
-            frame.instruction, frame.shapes, 0 if frame.proprio is None else frame.proprio.size, action.size, metadata
-        )
+        state = 0 if frame.proprio is None else frame.proprio.size
+        return cls(frame.instruction, frame.shapes, state, action.size, metadata)
 
     @property
     def record(self) -> np.dtype[np.void]:
@@ -57,29 +56,28 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class RawEpisode:
-    """An episode read from its file: arrays that stay on the disk, as :meth:`DatasetAppender.add_episode` takes them.
+    """An episode read from its file.
 
     Attributes:
         header: The file's header.
-        images: Camera → uint8, (T, H, W, 3).
-        state: float32, (T, S).
-        action: float32, (T, A).
-        columns: The columns of :data:`COLUMNS`, each (T,).
+        records: Its frames, (T,), of the dtype that the header gives; they stay on the disk.
     """
 
     header: Header
-    images: dict[str, UInt8Image]
-    state: FloatArray
-    action: FloatArray
-    columns: dict[str, npt.NDArray[Any]]
+    records: npt.NDArray[np.void]
 
-    def __len__(self) -> int:
-        return len(self.action)
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The episode as :meth:`lac_vla.datasets.DatasetAppender.add_episode` takes it."""
+        images = {camera: self.records[f"images.{camera}"] for camera in self.header.images}
+        columns = {name: self.records[name] for name in COLUMNS}
+        numbers = {"state": self.records["state"], "action": self.records["action"]}
+        return {"images": images, **numbers, "task": self.header.task, "columns": columns}
 
     @property
     def rate(self) -> int:
         """Frames per second: the median, rounded, at least 1. Needs two frames."""
-        return max(1, round(1 / max(1e-3, float(np.median(np.diff(self.columns["seconds"]))))))
+        return max(1, round(1 / max(1e-3, float(np.median(np.diff(self.records["seconds"]))))))
 
     @classmethod
     def read(cls, path: Path) -> RawEpisode:
@@ -98,31 +96,30 @@ class RawEpisode:
         count = (path.stat().st_size - offset) // header.record.itemsize
         if count < 1:
             raise DatasetError(f"{path} holds no frame")
-        records = np.memmap(path, header.record, "r", offset, (count,))
-        return cls(
-            header,
-            {camera: np.asarray(records[f"images.{camera}"]) for camera in header.images},
-            np.asarray(records["state"]),
-            np.asarray(records["action"]),
-            {name: np.asarray(records[name]) for name in COLUMNS},
-        )
+        return cls(header, np.memmap(path, header.record, "r", offset, (count,)))
 
 
+@dataclass
 class RawWriter:
-    """Writes the file of one episode.
+    """Writes the file of one episode, which the first frame opens.
 
-    Args:
+    Attributes:
         path: Path of the new file.
-        header: The episode's header.
-
-    Raises:
-        OSError: If the disk fails.
+        metadata: The episode's metadata, JSON.
+        started_at: Arrival of its first request, by ``time.perf_counter()``.
+        frames: Frames handed in.
+        written: Frames on disk. This and what follows belongs to the writing thread.
+        dropped: Whether it is thrown away.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
-        self.path, self.header = path, header
-        self._file: BinaryIO = path.open("xb")
-        self._file.write(json.dumps(asdict(header)).encode() + b"\n")
+    path: Path
+    metadata: Mapping[str, Any]
+    started_at: float
+    frames: int = 0
+    written: int = 0
+    dropped: bool = False
+    _header: Header | None = None
+    _file: BinaryIO | None = None
 
     def write(self, frame: Frame, action: FloatArray, columns: Mapping[str, float]) -> None:
         """Append one frame.
@@ -131,8 +128,11 @@ class RawWriter:
             DatasetError: If its sizes are not those of the first frame.
             OSError: If the disk fails.
         """
-        header = self.header
-        if Header.of(frame, action, header.metadata) != header:
+        header = Header.of(frame, action, self.metadata)
+        if self._file is None:
+            self._header, self._file = header, self.path.open("xb")
+            self._file.write(json.dumps(asdict(header)).encode() + b"\n")
+        if header != self._header:
             raise DatasetError("images, state, action or instruction changed in mid-episode")
         parts: list[npt.NDArray[Any]] = [frame.images[camera] for camera in header.images]
         parts += [np.zeros(0) if frame.proprio is None else frame.proprio, np.asarray(action, np.float32)]
@@ -140,7 +140,9 @@ class RawWriter:
         for part in parts:
             self._file.write(part.tobytes())
         self._file.flush()
+        self.written += 1
 
     def close(self) -> None:
         """Finish the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -20,21 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout  # which torch needs, too
 
 from lac_vla.datasets import DatasetAppender, DatasetError, layout
 from lac_vla.datasets.schema import describe
-from lac_vla.errors import InputError, LacError, MissingExtraError
-from lac_vla.factory import CachedVLA
-from lac_vla.serving.controller import sample_frames
+from lac_vla.errors import InputError, LacError
 from lac_vla.serving.metrics import Metrics, log
-from lac_vla.serving.raw import COLUMNS, SUFFIX, Header, RawEpisode, RawWriter
+from lac_vla.serving.raw import COLUMNS, SUFFIX, RawEpisode, RawWriter
 from lac_vla.serving.sessions import Answer
 from lac_vla.types import FloatArray, Frame
-
-try:
-    from filelock import FileLock, Timeout
-except ModuleNotFoundError as error:
-    raise MissingExtraError("serve", "Serving") from error
 
 MAX_WAITING = 2**28
 """Bytes of frames that may wait for the disk."""
@@ -54,9 +48,9 @@ class Recorder:
 
     Args:
         folder: Folder of the dataset; one that is there is continued.
+        metrics: Counts the episodes.
         cameras: The model's cameras.
         action: Length of an action.
-        metrics: Counts the episodes.
         state: Length of the state that the model takes; ``None`` if it takes none.
         fps: Frames per second that the dataset is to have; 0 for those of the folder, or of a new one's first episode.
         metadata: Metadata of every episode.
@@ -68,10 +62,10 @@ class Recorder:
     def __init__(
         self,
         folder: Path,
+        metrics: Metrics,
         *,
         cameras: tuple[str, ...],
         action: int,
-        metrics: Metrics,
         state: int | None = None,
         fps: int = 0,
         metadata: Mapping[str, Any] | None = None,
@@ -88,29 +82,31 @@ class Recorder:
         except Timeout:
             raise InputError(f"another server records into {folder}; give another --record") from None
         try:
-            self._dataset = DatasetAppender(folder, fps or None, threads=1)
+            self._dataset = DatasetAppender(folder, fps or None)
             _check_fits(self._dataset, cameras, action, state)
         except LacError as error:
             self._release()
             raise InputError(f"{error}; give another --record") from error
         self._measured = not fps
+        self._buffers: dict[str, RawWriter] = {}
         self._waiting, self._waiting_lock = 0, threading.Lock()
         self._writing = ThreadPoolExecutor(1, "record")
         self._packing = ThreadPoolExecutor(1, "pack", initializer=_lower_priority)
         for path in sorted(self._raw.glob(f"*{SUFFIX}")):
             self._queue(path, "the server was killed")
 
-    def session(self, name: str, peer: Any = None) -> SessionRecorder:
-        """Record a session; the robot's address is not kept."""
-        return SessionRecorder(self, name)
-
-    def begin(self, session: str, started_at: float) -> EpisodeBuffer:
-        """Begin an episode."""
-        return EpisodeBuffer(self._raw / f"{time.time_ns()}-{session[:8]}{SUFFIX}", session, started_at)
-
-    def write(self, buffer: EpisodeBuffer, frame: Frame, action: FloatArray, columns: Mapping[str, float]) -> None:
-        """Queue a frame for writing; drop the whole episode if too much waits for the disk already."""
-        size = sum(image.nbytes for image in frame.images.values())
+    def add(self, session: str, answer: Answer, arrived: float, took_ms: float) -> None:
+        """Record a request that came at ``arrived``, by ``time.perf_counter()``; returns at once."""
+        if answer.reset is not None:
+            self.end(session, answer.reset)
+        elif session in self._buffers and self._buffers[session].frames >= MAX_FRAMES:
+            self.end(session, f"went on after {MAX_FRAMES} frames")
+        if session not in self._buffers:
+            path = self._raw / f"{time.time_ns()}-{session[:8]}{SUFFIX}"
+            self._buffers[session] = RawWriter(path, {**self.metadata, "session": session}, arrived)
+        buffer = self._buffers[session]
+        buffer.frames += 1
+        size = sum(image.nbytes for image in answer.frame.images.values())
         with self._waiting_lock:
             full = self._waiting + size > MAX_WAITING
             self._waiting += 0 if full else size
@@ -118,11 +114,13 @@ class Recorder:
             self._writing.submit(self._drop, buffer, "the disk is slower than the robots")
             return
         self.metrics.unwritten.inc(size)
-        self._writing.submit(self._write, buffer, frame, action, columns, size)
+        columns = {"seconds": arrived - buffer.started_at, "cache_ratio": answer.step.ratio, "latency_ms": took_ms}
+        self._writing.submit(self._write, buffer, answer.frame, answer.message["actions"][0], columns, size)
 
-    def finish(self, buffer: EpisodeBuffer, ended: str) -> None:
-        """End an episode."""
-        self._writing.submit(self._finish, buffer, ended)
+    def end(self, session: str, reason: str) -> None:
+        """End the session's episode, if there is one."""
+        if (buffer := self._buffers.pop(session, None)) is not None:
+            self._writing.submit(self._finish, buffer, reason)
 
     def close(self) -> None:
         """Finish all episodes, which may take seconds."""
@@ -136,22 +134,18 @@ class Recorder:
         self._lock.release()
 
     def _write(
-        self, buffer: EpisodeBuffer, frame: Frame, action: FloatArray, columns: Mapping[str, float], size: int
+        self, buffer: RawWriter, frame: Frame, action: FloatArray, columns: Mapping[str, float], size: int
     ) -> None:
         try:
             if buffer.dropped:
                 return
             if shutil.disk_usage(self._raw).free < MIN_FREE + size:
                 raise OSError("the disk is full")
-            if buffer.file is None:
+            if not buffer.written:
                 sample = {name: np.asarray([columns[name]], dtype) for name, dtype in COLUMNS.items()}
                 state = np.zeros((1, 0), np.float32) if frame.proprio is None else frame.proprio[None]
                 self._dataset.check({c: image[None] for c, image in frame.images.items()}, state, action[None], sample)
-                buffer.file = RawWriter(
-                    buffer.path, Header.of(frame, action, {**self.metadata, "session": buffer.session})
-                )
-            buffer.file.write(frame, action, columns)
-            buffer.written += 1
+            buffer.write(frame, action, columns)
         except (OSError, LacError) as error:
             self._drop(buffer, str(error))
         except Exception:
@@ -161,28 +155,25 @@ class Recorder:
                 self._waiting -= size
             self.metrics.unwritten.dec(size)
 
-    def _drop(self, buffer: EpisodeBuffer, reason: str, *, exc_info: bool = False) -> None:
+    def _drop(self, buffer: RawWriter, reason: str, *, exc_info: bool = False) -> None:
         if buffer.dropped:
             return
         buffer.dropped = True
-        if buffer.file is not None:
-            with contextlib.suppress(OSError):  # what a full disk did not take is thrown away anyhow
-                buffer.file.close()
-            buffer.path.unlink(missing_ok=True)
-        self._lost(reason, buffer.session, buffer.written, exc_info=exc_info)
+        with contextlib.suppress(OSError):  # what a full disk did not take is thrown away anyhow
+            buffer.close()
+        buffer.path.unlink(missing_ok=True)
+        self._lost(reason, buffer.metadata["session"], buffer.written, exc_info=exc_info)
 
     def _lost(self, reason: str, session: Any, frames: int, *, exc_info: bool = False) -> None:
         self.metrics.recorded.labels("dropped").inc()
-        log(
-            "episode not recorded", level=logging.WARNING, exc_info=exc_info,
-            reason=reason, session=session, frames=frames,
-        )  # fmt: skip
+        lost = {"reason": reason, "session": session, "frames": frames}
+        log("episode not recorded", level=logging.WARNING, exc_info=exc_info, **lost)
 
-    def _finish(self, buffer: EpisodeBuffer, ended: str) -> None:
+    def _finish(self, buffer: RawWriter, ended: str) -> None:
         if buffer.written < MIN_FRAMES:
             self._drop(buffer, "it has a single frame")
-        if not buffer.dropped and buffer.file is not None:
-            buffer.file.close()
+        if not buffer.dropped:
+            buffer.close()
             self._queue(buffer.path, ended)
 
     def _queue(self, path: Path, ended: str) -> None:
@@ -193,15 +184,12 @@ class Recorder:
         """Make a raw file an episode of the dataset."""
         try:
             episode = RawEpisode.read(path)
-            if len(episode) < MIN_FRAMES:
+            if len(episode.records) < MIN_FRAMES:
                 raise DatasetError("it has a single frame")
             if self._measured and not self._dataset.features:
                 self._dataset.fps = episode.rate
             metadata = {**episode.header.metadata, "ended": ended}
-            index = self._dataset.add_episode(
-                episode.images, episode.state, episode.action, episode.header.task,
-                columns=episode.columns, metadata=metadata,
-            )  # fmt: skip
+            index = self._dataset.add_episode(**episode.arrays, metadata=metadata)
         except LacError as error:
             self._lost(str(error), path.stem, 0)
             path.unlink()
@@ -210,75 +198,9 @@ class Recorder:
         else:
             path.unlink()
             self.metrics.recorded.labels("kept").inc()
-            log("episode recorded", episode=index, frames=len(episode), fps=self._dataset.fps, **metadata)
+            log("episode recorded", episode=index, frames=len(episode.records), fps=self._dataset.fps, **metadata)
         finally:
             self.metrics.unpacked.dec()
-
-
-class EpisodeBuffer:
-    """An episode that is being recorded.
-
-    Attributes:
-        path: Path of its raw file.
-        session: Name of its session.
-        started_at: Arrival of its first request, by ``time.perf_counter()``.
-        frames: Frames handed in.
-        written: Frames on disk. This and what follows belongs to the writing thread.
-        dropped: Whether it is thrown away.
-        file: The open raw file; ``None`` before the first frame.
-    """
-
-    def __init__(self, path: Path, session: str, started_at: float) -> None:
-        self.path, self.session, self.started_at = path, session, started_at
-        self.frames, self.written, self.dropped = 0, 0, False
-        self.file: RawWriter | None = None
-
-
-class SessionRecorder:
-    """Divides the answers of one session into episodes, and has them recorded."""
-
-    def __init__(self, recorder: Recorder, session: str) -> None:
-        self._recorder, self._session = recorder, session
-        self._buffer: EpisodeBuffer | None = None
-
-    def add(self, answer: Answer, arrived: float, took_ms: float) -> None:
-        """Record an answered request; returns at once.
-
-        Args:
-            answer: The answer and its observation.
-            arrived: Arrival of the request, by ``time.perf_counter()``.
-            took_ms: Milliseconds from then until the answer was sent.
-        """
-        if answer.reset is not None:
-            self.end(answer.reset)
-        elif self._buffer is not None and self._buffer.frames >= MAX_FRAMES:
-            self.end(f"went on after {MAX_FRAMES} frames")
-        if self._buffer is None:
-            self._buffer = self._recorder.begin(self._session, arrived)
-        buffer = self._buffer
-        buffer.frames += 1
-        columns = {"seconds": arrived - buffer.started_at, "cache_ratio": answer.step.ratio, "latency_ms": took_ms}
-        self._recorder.write(buffer, answer.frame, answer.message["actions"][0], columns)
-
-    def end(self, reason: str) -> None:
-        """End the episode, if there is one."""
-        if self._buffer is not None:
-            self._recorder.finish(self._buffer, reason)
-            self._buffer = None
-
-
-def make_recorder(vla: CachedVLA, folder: Path, fps: int, metadata: Mapping[str, Any], metrics: Metrics) -> Recorder:
-    """Make the recorder of a server of this model, see :class:`Recorder`."""
-    action = np.atleast_2d(vla.session().act(sample_frames(vla.model)[0]))
-    return Recorder(
-        folder,
-        cameras=tuple(vla.model.grids),
-        action=action.shape[1],
-        state=vla.model.processor.state_dim,
-        fps=fps,
-        metadata={**metadata, "horizon": len(action)},
-        metrics=metrics,
-    )
 
 
 def _check_fits(dataset: DatasetAppender, cameras: tuple[str, ...], action: int, state: int | None) -> None:
@@ -289,9 +211,9 @@ def _check_fits(dataset: DatasetAppender, cameras: tuple[str, ...], action: int,
     if state is not None:
         numbers[layout.STATE] = state
     found = {key: tuple(entry["shape"]) for key, entry in dataset.features.items()}
-    left = found.keys() - numbers.keys() - {layout.IMAGE_PREFIX + camera for camera in cameras} - {layout.STATE}
-    lacking = {layout.IMAGE_PREFIX + camera for camera in cameras} - found.keys()
-    if left or lacking or any(found.get(key) != (length,) for key, length in numbers.items()):
+    images = {layout.IMAGE_PREFIX + camera for camera in cameras}
+    left = found.keys() - numbers.keys() - images - {layout.STATE}
+    if left or images - found.keys() or any(found.get(key) != (length,) for key, length in numbers.items()):
         raise DatasetError(
             f"{dataset.root} holds {describe(dataset.features)}; recorded here are the cameras {list(cameras)}, "
             f"actions of {action} numbers{'' if state is None else f', states of {state}'}, and {list(COLUMNS)}"

@@ -11,8 +11,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lac_vla.client import wire
 from lac_vla.client.observation import ObservationKeys
@@ -22,7 +21,7 @@ from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.executor import ModelExecutor
 from lac_vla.serving.metrics import Metrics, log
-from lac_vla.serving.sessions import Answer, RobotSession, SessionOptions
+from lac_vla.serving.sessions import RobotSession, SessionOptions
 
 if TYPE_CHECKING:  # both need extras that serving does not
     from lac_vla.serving.record import Recorder
@@ -34,18 +33,6 @@ try:
     from websockets.http11 import Request, Response
 except ModuleNotFoundError as error:
     raise MissingExtraError("serve", "Serving") from error
-
-
-class AnswerObserver(Protocol):
-    """Watches the answers of one session, and never holds it up."""
-
-    def add(self, answer: Answer, arrived: float, took_ms: float) -> None:
-        """See an answer that was sent to a request which came at ``arrived``, by ``time.perf_counter()``."""
-        ...
-
-    def end(self, reason: str) -> None:
-        """Finish, as the session has ended."""
-        ...
 
 
 FOREIGN = "without an API key this is shown to localhost and 127.0.0.1 alone; give the server a key"
@@ -135,28 +122,26 @@ class PolicyServer:
         return f"{'ws' if self.tls is None else 'wss'}://{host}:{self.port}"
 
     async def __aenter__(self) -> PolicyServer:
-        """Start to listen."""
-        self._server = await serve(
-            self._serve,
-            self.host,
-            self.port,
-            ssl=self.tls,
-            compression=None,
-            origins=[None],  # robots are no browsers: no web page may talk to a server on its reader's machine
-            process_request=self._admit,
-            max_size=self.limits.message,
-            max_queue=1,  # what a client sends ahead waits in its own socket
-            write_limit=2**16,
-            server_header=None,
-            logger=logging.getLogger("lac_vla.serving.websockets"),
-        )
+        """Start to listen.
+
+        Raises:
+            InputError: If the address cannot be listened on.
+        """
+        try:
+            self._server = await serve(
+                self._serve, self.host, self.port, ssl=self.tls, compression=None,
+                origins=[None],  # robots are no browsers: no web page may talk to a server on its reader's machine
+                process_request=self._admit, max_size=self.limits.message, write_limit=2**16, server_header=None,
+                max_queue=1,  # what a client sends ahead waits in its own socket
+                logger=logging.getLogger("lac_vla.serving.websockets"),
+            )  # fmt: skip
+        except OSError as error:
+            raise InputError(f"cannot listen on {self.host}:{self.port} ({error}); choose another --port") from error
         self.port = self._server.sockets[0].getsockname()[1]
         log("listening", url=self.url, **self.metadata)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Take nothing more, answer what was taken, and stop."""
         self._stopping = True
         if self._server is not None:
@@ -220,11 +205,13 @@ class PolicyServer:
         name = uuid.uuid4().hex
         self._robots[ws] = robot
         log("session opened", session=name, peer=ws.remote_address)
-        observers = [by.session(name, ws.remote_address) for by in (self.recorder, self._view) if by is not None]
+        if self._view is not None:
+            self._view.begin(name, ws.remote_address)
+        observers = [observer for observer in (self.recorder, self._view) if observer is not None]
         reason = "closed by the client"
         try:
             await self._send(ws, {**self.metadata, "session": name})
-            await self._answer_all(ws, robot, observers)
+            await self._answer_all(ws, robot, name, observers)
         except ConnectionClosed:
             pass
         except asyncio.TimeoutError:
@@ -244,10 +231,12 @@ class PolicyServer:
             self._robots.pop(ws, None)
             self._executor.withdraw(ws)
             for observer in observers:
-                observer.end(reason)
+                observer.end(name, reason)
             log("session closed", session=name, reason=reason)
 
-    async def _answer_all(self, ws: ServerConnection, robot: RobotSession, observers: Sequence[AnswerObserver]) -> None:
+    async def _answer_all(
+        self, ws: ServerConnection, robot: RobotSession, name: str, observers: Sequence[Recorder | View]
+    ) -> None:
         """Answer one request after the other until somebody hangs up."""
         total, not_before = None, 0.0
         while not self._stopping:
@@ -266,7 +255,7 @@ class PolicyServer:
             total = 1e3 * (time.perf_counter() - arrived)
             self.metrics.count(answer, total / 1e3)
             for observer in observers:
-                observer.add(answer, arrived, total)
+                observer.add(name, answer, arrived, total)
             self._busy.discard(ws)
             if (job := robot.spare()) is not None:
                 self._executor.offer(ws, job)

@@ -75,43 +75,34 @@ class Answer:
     frame: Frame
 
 
+@dataclass(eq=False)
 class RobotSession:
     """The session of one connection. Its methods run in the model's thread, one at a time.
 
-    Args:
-        vla: Model and policy.
-        keys: Where requests hold what the model needs.
-        options: The server's options.
-        controller: Keeps the deadline, for all sessions; ``None`` if there is none.
-        table: Latencies, for slack refresh.
-        seed: Seed of the session.
+    Its fields are the server's, see :class:`lac_vla.serving.server.PolicyServer`.
 
     Raises:
         InputError: If slack refresh lacks its table.
     """
 
-    def __init__(
-        self,
-        vla: CachedVLA,
-        keys: ObservationKeys,
-        options: SessionOptions,
-        controller: DeadlineController | None = None,
-        table: LatencyTable | None = None,
-        seed: int = 0,
-    ) -> None:
-        if options.slack and table is None:
+    vla: CachedVLA
+    keys: ObservationKeys
+    options: SessionOptions
+    controller: DeadlineController | None = None
+    table: LatencyTable | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.options.slack and self.table is None:
             raise InputError("slack refresh needs a latency table: LatencyTable.measure(vla)")
-        self.keys, self.options, self.controller, self.table = keys, options, controller, table
-        self._session = vla.session(seed)
+        self._session = self.vla.session(self.seed)
         self._instruction: str | None = None
         self._episode: Any = None
         self._shapes: Mapping[str, tuple[int, int]] = {}
         self._action: FloatArray | None = None
         self._answered = 0.0
         self._idle: float | None = None  # expected seconds from an answer to the next request
-        self._frames = 0
-        self._cooling = 0
-        self._refreshed = 0
+        self._frames = self._cooling = self._refreshed = 0
         self._disagreement: float | None = None
 
     @property
@@ -120,11 +111,7 @@ class RobotSession:
         return self._session.nbytes
 
     def answer(self, request: Mapping[str, Any], arrived: float) -> Answer:
-        """Answer one request.
-
-        Args:
-            request: The message.
-            arrived: When it came, by ``time.perf_counter()``.
+        """Answer a request that came at ``arrived``, by ``time.perf_counter()``.
 
         Raises:
             InputError: If the request cannot be used.

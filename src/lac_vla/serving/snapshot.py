@@ -91,25 +91,16 @@ class SessionSnapshot:
         )
 
     def summary(self, now: float, max_age: int, deadline_ms: float | None, *, draw: bool) -> dict[str, Any]:
-        """Give the page's numbers and pictures, for JSON.
-
-        Args:
-            now: Present time by the clock of ``at``, seconds.
-            max_age: No slot is reused once it is so old, frames.
-            deadline_ms: Milliseconds from a request's arrival to its answer; ``None`` for no deadline.
-            draw: Whether to draw the pictures.
-        """
+        """Give the page's numbers, and pictures if ``draw``, for JSON; ``now`` is seconds by the clock of ``at``."""
         shown: dict[str, Any] = {
             "session": self.session,
             "peer": self.peer,
             "silent_s": round(now - self.at, 1),
             "frames": self.frames,
         }
-        step = self.step
-        if step is None:
+        if (step := self.step) is None:
             return shown
         p50, p95 = np.quantile(self.latencies, (0.5, 0.95)).tolist()
-        late = 0 if deadline_ms is None else sum(took > deadline_ms for took in self.latencies)
         return shown | {
             "instruction": self.instruction,
             "skipped": step.decision.skipped.value,
@@ -130,7 +121,7 @@ class SessionSnapshot:
             "latencies_ms": [round(took, 2) for took in self.latencies],
             "p50_ms": p50,
             "p95_ms": p95,
-            "late": late,
+            "late": sum(took > deadline_ms for took in self.latencies) if deadline_ms is not None else 0,
             "stages": {stage: round(milliseconds, 3) for stage, milliseconds in step.stages.items()},
             "events": [asdict(event) for event in reversed(self.events)],
             "cameras": [

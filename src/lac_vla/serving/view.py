@@ -13,7 +13,6 @@ import time
 from base64 import b64encode
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from email.utils import formatdate
 from functools import cache
 from hashlib import sha256
@@ -35,13 +34,7 @@ CLOSED = 5
 
 
 class View:
-    """The page of one server. All but :meth:`respond`'s drawing is called in the event loop.
-
-    Args:
-        metadata: The server's metadata.
-        max_age: No slot is reused once it is so old, frames.
-        deadline_ms: Milliseconds from a request's arrival to its answer; ``None`` for no deadline.
-    """
+    """The page of one server, which shows some of its metadata. Only the drawing is not done in the event loop."""
 
     def __init__(self, metadata: Mapping[str, Any], max_age: int, deadline_ms: float | None) -> None:
         self._metadata = {name: str(metadata[name]) for name in ("server", "model", "method") if name in metadata}
@@ -50,11 +43,20 @@ class View:
         self._closed: deque[dict[str, Any]] = deque(maxlen=CLOSED)
         self._drawing = asyncio.Lock()
 
-    def session(self, name: str, peer: Any) -> ViewedSession:
+    def begin(self, session: str, peer: Any) -> None:
         """Show a session, from the robot's connection on."""
         address = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unknown"
-        self._snapshots[name] = SessionSnapshot(name, address, time.monotonic())
-        return ViewedSession(self._snapshots, self._closed, name)
+        self._snapshots[session] = SessionSnapshot(session, address, time.monotonic())
+
+    def add(self, session: str, answer: Answer, arrived: float, took_ms: float) -> None:
+        """Show a request that was answered."""
+        self._snapshots[session] = self._snapshots[session].after(answer, time.monotonic())
+
+    def end(self, session: str, reason: str) -> None:
+        """Move a session to the closed ones: its robot has gone, or was sent away."""
+        gone = self._snapshots.pop(session)
+        metadata = {"session": session, "peer": gone.peer, "frames": gone.frames}
+        self._closed.appendleft({**metadata, "reason": reason, "at": time.time()})
 
     async def respond(self, request: Request) -> Response:
         """Answer a browser's request: ``/view`` is the page, ``/view/state?draw=SESSION,SESSION`` its content."""
@@ -85,31 +87,6 @@ class View:
             "closed": closed,
         }
         return json.dumps(state).encode()
-
-
-@dataclass(frozen=True)
-class ViewedSession:
-    """One session on the page.
-
-    Attributes:
-        snapshots: The page's open sessions, by name.
-        closed: Its closed sessions, newest first.
-        name: Name of this session.
-    """
-
-    snapshots: dict[str, SessionSnapshot]
-    closed: deque[dict[str, Any]]
-    name: str
-
-    def add(self, answer: Answer, arrived: float, took_ms: float) -> None:
-        """Show a request that was answered."""
-        self.snapshots[self.name] = self.snapshots[self.name].after(answer, time.monotonic())
-
-    def end(self, why: str) -> None:
-        """Move the session to the closed ones: its robot has gone, or was sent away."""
-        gone = self.snapshots.pop(self.name)
-        metadata = {"session": gone.session, "peer": gone.peer, "frames": gone.frames}
-        self.closed.appendleft({**metadata, "reason": why, "at": time.time()})
 
 
 @cache
