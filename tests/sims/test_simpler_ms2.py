@@ -139,14 +139,12 @@ def test_an_episode_through_the_pipe(backend: Ms2Backend, folder: Path) -> None:
     assert len((folder / "made").read_text().splitlines()) == 2
 
 
-def test_success_counts_at_the_last_step_and_instructions_change(
-    backend: Ms2Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_success_counts_at_the_last_step_and_instructions_change(backend: Ms2Backend) -> None:
     convert = GoogleActions(repeat=4)
     env = SimplerEnv("vm", APPLE, backend, convert)
     assert env.instruction == "apple in drawer"
     for horizon, solved in ((5, True), (6, False)):  # the fake's goal holds at steps 4 and 5
-        monkeypatch.setattr(SimplerEnv, "horizon", horizon)
+        env.horizon = horizon
         frame = env.reset(3)
         assert frame.timestamp == 0
         ends, words, grips = [], [frame.instruction], []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import numpy.typing as npt
 from rich.console import RenderableType
 
@@ -25,22 +26,16 @@ class Env(ABC):
     Attributes:
         suite: The suite of the task.
         task: Number of the task in the suite, from 0.
+        instruction: The task in words, as the episode began with them.
+        horizon: Control steps after which an episode that is not solved has failed.
         no_op: An action that leaves the robot where it is, as ``step`` takes it.
     """
 
     suite: str
     task: int
+    instruction: str
+    horizon: int
     no_op: tuple[float, ...]
-
-    @property
-    @abstractmethod
-    def instruction(self) -> str:
-        """The task in words, as the episode began with them."""
-
-    @property
-    @abstractmethod
-    def horizon(self) -> int:
-        """Control steps after which an episode that is not solved has failed."""
 
     @abstractmethod
     def reset(self, init_state: int, seed: int = 0) -> Frame:
@@ -73,6 +68,26 @@ class Env(ABC):
 
     def close(self) -> None:  # noqa: B027 - there may be nothing to free
         """Free the simulator. May be called more than once."""
+
+
+def check_action(action: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Validate an action: translation (3), rotation (3), gripper (1).
+
+    Returns:
+        A copy as float64, (7,).
+
+    Raises:
+        InputError: If it is not a finite vector of seven numbers.
+    """
+    try:
+        array = np.array(action, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the action is not numeric: {error}") from error
+    if array.shape != (7,):
+        raise InputError(f"the action has shape {array.shape}; give (7,): translation, rotation, gripper")
+    if not np.isfinite(array).all():
+        raise InputError(f"the action is not finite: {array.tolist()}")
+    return array
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, get_args
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
+from lac_vla.sims.base import check_action
 from lac_vla.sims.simpler.episode import RobotSpec
 
 Action: TypeAlias = npt.NDArray[np.float64]
 Convention: TypeAlias = Literal["cogact", "openvla"]
-ACTION_DIM: Final = 7
 SUDDEN: Final = 0.5
 """A change of the gripper's opening beyond which it is a command."""
 
@@ -105,21 +106,6 @@ def conversion(robot: RobotSpec, convention: Convention) -> ActionConversion:
     return GoogleActions() if convention == "cogact" else GoogleActions(repeat=15, since_command=False)
 
 
-def check_action(action: npt.ArrayLike) -> Action:
-    """Validate one action.
-
-    Raises:
-        InputError: If it is not a finite vector of seven numbers.
-    """
-    try:
-        array = np.array(action, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the action is not numeric: {error}") from error
-    if array.shape != (ACTION_DIM,) or not np.isfinite(array).all():
-        raise InputError(f"the action {array.tolist()} is no finite (7,): Δxyz (m), roll, pitch, yaw (rad), gripper")
-    return array
-
-
 def axis_angle(roll: float, pitch: float, yaw: float) -> Action:
     """Rotation about the fixed x, then y, then z axis (radians) as axis × angle, (3,)."""
     (cr, cp, cy), (sr, sp, sy) = np.cos([roll / 2, pitch / 2, yaw / 2]), np.sin([roll / 2, pitch / 2, yaw / 2])
@@ -134,12 +120,7 @@ def euler_xyz(rotation: npt.NDArray[np.float64]) -> Action:
 
     ManiSkill3's controller reads rotations so; SIMPLER's original reads axis × angle.
     """
-    angle = float(np.linalg.norm(rotation))
-    if angle < 1e-12:
-        return np.zeros(3)
-    x, y, z = rotation / angle
-    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
-    r = np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * cross @ cross
+    r, _ = cv2.Rodrigues(rotation)
     return np.array([np.arctan2(-r[1, 2], r[2, 2]), np.arcsin(np.clip(r[0, 2], -1, 1)), np.arctan2(-r[0, 1], r[0, 0])])
 
 
