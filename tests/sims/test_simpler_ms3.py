@@ -22,7 +22,7 @@ def picking(number: int) -> EpisodeSpec:
     """An episode of PickCube-v1, in the words of the protocol."""
     first = episodes("widowx")[0]
     robot = dataclasses.replace(first.robot, camera="base_camera", control_mode="pd_ee_delta_pose")
-    return dataclasses.replace(first, name="pick a cube", port="PickCube-v1", robot=robot, number=number, layout=number)
+    return dataclasses.replace(first, name="pick a cube", port="PickCube-v1", robot=robot, number=number, place=number)
 
 
 def test_without_a_driver_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

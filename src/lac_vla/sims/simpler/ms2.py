@@ -191,13 +191,10 @@ class Ms2Backend(Backend):
 def reset_options(episode: EpisodeSpec) -> dict[str, Any]:
     """Options of the environment's ``reset``: where the robot stands, and what lies where."""
     stand = episode.stand
-    if episode.object_xy is None:
-        objects: dict[str, Any] = {"episode_id": episode.layout}
-    else:
-        objects = {"init_xy": list(episode.object_xy)}
+    place = episode.place
     return {
         "robot_init_options": {"init_xy": [stand.x, stand.y], "init_rot_quat": list(stand.quaternion)},
-        "obj_init_options": objects,
+        "obj_init_options": {"episode_id": place} if isinstance(place, int) else {"init_xy": list(place)},
     }
 
 

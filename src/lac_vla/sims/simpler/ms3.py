@@ -62,7 +62,7 @@ class Ms3Backend(Backend):
                 self._env = self._make(episode)
             import torch
 
-            options = {} if episode.layout is None else {"episode_id": torch.tensor([episode.layout])}
+            options = {"episode_id": torch.tensor([episode.place])}
             observation, info = self._env.reset(seed=episode.number, options=options)
         except Exception as error:
             self.close()

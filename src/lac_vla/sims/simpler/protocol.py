@@ -18,7 +18,6 @@ tasks 120 steps, where SIMPLER's gives 60 and eggplant 120, as here: scores are 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from itertools import product
 from typing import Final
 
@@ -29,7 +28,6 @@ from lac_vla.sims.simpler.episode import (
     GOOGLE,
     SETUPS,
     WIDOWX,
-    XY,
     EpisodeSpec,
     Option,
     Setup,
@@ -63,20 +61,14 @@ def episodes(setup: Setup) -> tuple[EpisodeSpec, ...]:
             stand=stand,
             horizon=task.horizon,
             robot=task.robot,
-            object_xy=place if isinstance(place, tuple) else None,
-            layout=place if isinstance(place, int) else None,
+            place=place,
             port=task.port,
         )
         for index, task in enumerate(tasks(setup))
-        for number, (variant, stand, place) in enumerate(_places(task))
+        for number, (variant, stand, place) in enumerate(
+            (variant, stand, place) for variant in task.variants for stand in variant.stands for place in task.places
+        )
     )
-
-
-def _places(task: TaskSpec) -> Iterator[tuple[Variant, Stand, XY | int]]:
-    for variant in task.variants:
-        for stand in variant.stands:
-            for place in task.objects or range(task.layouts):
-                yield variant, stand, place
 
 
 # ---- the numbers
@@ -128,7 +120,7 @@ def _tasks(setup: Setup) -> tuple[TaskSpec, ...]:
             TaskSpec(f"coke can {lie}", GOOGLE, 80, looks("coke", COKE, **{option: True}), COKE_PLACES)
             for lie, option in CANS.items()
         ),
-        TaskSpec("move near", GOOGLE, 80, looks("near", NEAR), layouts=60),
+        TaskSpec("move near", GOOGLE, 80, looks("near", NEAR), tuple(range(60))),
         *(
             TaskSpec(
                 f"{verb} {which} drawer".lower(),
@@ -201,6 +193,6 @@ def _widowx() -> tuple[TaskSpec, ...]:
     on_table = [Variant("base", f"{env}-v0", "bridge_table_1_v1", {}, table, "widowx") for _, env, _ in rows[:3]]
     in_sink = Variant("base", f"{rows[3][1]}-v0", "bridge_table_1_v2", {}, sink, "widowx_sink_camera_setup")
     return tuple(
-        TaskSpec(name, WIDOWX, horizon, (variant,), layouts=24, port=f"{env}-v1")
+        TaskSpec(name, WIDOWX, horizon, (variant,), tuple(range(24)), port=f"{env}-v1")
         for (name, env, horizon), variant in zip(rows, (*on_table, in_sink), strict=True)
     )
