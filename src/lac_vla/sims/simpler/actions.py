@@ -32,7 +32,6 @@ SUDDEN: Final = 0.5
 """A change of the gripper's opening beyond which it is a command."""
 
 
-@dataclass
 class WidowXActions:
     """For the WidowX: the gripper's command is absolute, and open or closed."""
 

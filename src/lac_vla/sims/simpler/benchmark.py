@@ -135,10 +135,8 @@ class Simpler(Benchmark):
         """See :meth:`Benchmark.missing`."""
         wanted = [episode for episode in episodes(self.setup) if episode.task in tasks]
         if self.backend == "ms3":
-            lacking = missing_for_port(wanted)
-        else:
-            lacking = missing_for_original(wanted, self._data, self._interpreter, ray_tracing=self.ray_tracing)
-        return [str(item) for item in lacking]
+            return missing_for_port(wanted)
+        return missing_for_original(wanted, self._data, self._interpreter, ray_tracing=self.ray_tracing)
 
     def publish(self, run: Path) -> Table:
         """Write SIMPLER's table of a run as ``simpler.json``.

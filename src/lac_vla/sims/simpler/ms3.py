@@ -41,7 +41,7 @@ class Ms3Backend(Backend):
 
     def __init__(self, render: Literal["cpu", "gpu"] = "cpu") -> None:
         if missing := vulkan_missing():
-            raise LacError(str(missing))
+            raise LacError(missing)
         try:
             self._gym = importlib.import_module("gymnasium")
             importlib.import_module("mani_skill.envs")
