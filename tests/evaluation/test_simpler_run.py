@@ -42,7 +42,7 @@ class Fake(Simpler):
         return env
 
     def make_backend(self, tasks: Collection[int]) -> Ms2Backend:
-        return fakes.backend(self.folder, timeout_s=4.0, start_timeout_s=120.0)
+        return fakes.backend(self.folder, timeout_s=4.0)
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_finished_episodes_are_kept_when_simulators_keep_dying(
 
     def dying(self: Fake, tasks: Collection[int]) -> Ms2Backend:
         good = fakes.backend(folder)
-        return Dying(good.command, good.assets, timeout_s=4.0, start_timeout_s=120.0)
+        return Dying(good.command, good.assets, timeout_s=4.0)
 
     with monkeypatch.context() as patch:
         patch.setattr(Fake, "make_backend", dying)

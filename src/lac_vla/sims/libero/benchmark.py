@@ -46,9 +46,9 @@ class Libero(Benchmark):
 
     def instructions(self) -> tuple[str, ...]:
         """See :meth:`Benchmark.instructions`."""
-        modules = load_libero()
+        libero = load_libero()
         with quiet():
-            bench = modules.benchmark.get_benchmark(self.suite)()
+            bench = libero.benchmark.get_benchmark(self.suite)()
         return tuple(str(bench.get_task(task).language) for task in range(N_TASKS))
 
     def metadata(self, tasks: Collection[int]) -> dict[str, Any]:

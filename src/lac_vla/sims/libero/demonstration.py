@@ -89,7 +89,7 @@ def demonstrate(
             "executed": executed,
             "phase": expert.phase,
             "object_position": expert.scene.position(expert.object),
-            "target_position": expert.place_position(),
+            "target_position": expert.scene.position(expert.place),
             "success": env.advance(executed),
         }
         for name, value in row.items():

@@ -110,13 +110,13 @@ class LiberoEnv(Env):
         self.horizon = HORIZONS[suite]
         self.no_op = NO_OP if convention == "upright" else (*NO_OP[:-1], 1.0)
 
-        self._lib = load_libero()
+        libero = load_libero()
         with quiet():
-            bench = self._lib.benchmark.get_benchmark(suite)()
+            bench = libero.benchmark.get_benchmark(suite)()
             definition = bench.get_task(task)
             self._init_states = np.asarray(bench.get_task_init_states(task), dtype=np.float64)
-            bddl = Path(self._lib.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
-            wrapper = self._lib.envs.OffScreenRenderEnv(
+            bddl = Path(libero.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
+            wrapper = libero.envs.OffScreenRenderEnv(
                 bddl_file_name=str(bddl),
                 camera_heights=resolution,
                 camera_widths=resolution,
@@ -125,7 +125,7 @@ class LiberoEnv(Env):
             )
         self.instruction = str(definition.language)
         self._env: Any = wrapper.env
-        self._renderer = Renderer(self._lib, self._env, resolution, rendering, convention)
+        self._renderer = Renderer(self._env, resolution, rendering, convention)
         self._seed: int | None = None
         self._pristine: dict[str, FloatArray] = {}
         self._observation: dict[str, Any] | None = None
@@ -146,7 +146,7 @@ class LiberoEnv(Env):
             "resolution": self.resolution,
             "cameras": list(CAMERAS.values()),
             "image_convention": self.convention,
-            "mujoco": str(self._lib.mujoco.__version__),
+            "mujoco": importlib.metadata.version("mujoco"),
             "mujoco_gl": os.environ.get("MUJOCO_GL", ""),
             "numpy": np.__version__,
         }
@@ -257,6 +257,8 @@ class LiberoEnv(Env):
 
     def _reload(self, seed: int) -> None:
         """Reload the model with the fixtures of ``seed``, and remember what the cheap path must restore."""
+        from robosuite.utils.errors import RandomizationError
+
         self._seed = None
         self._renderer.free()
         with quiet(), numpy_seed(seed):
@@ -269,7 +271,7 @@ class LiberoEnv(Env):
                 try:
                     self._env.reset()
                     break
-                except self._lib.randomization_error:  # no free place was drawn: LIBERO draws again
+                except RandomizationError:  # no free place was drawn: LIBERO draws again
                     if attempt == 99:
                         raise
         images[0]._sensor = self._renderer.note_poses

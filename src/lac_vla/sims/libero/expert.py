@@ -119,18 +119,13 @@ class ScriptedExpert:
         """Compute the place of the object's origin at which the gripper opens, (3,) m."""
         scene = self.scene
         bottom = float(scene.position(self.object)[2] - scene.points(self.object)[:, 2].min())
+        origin = scene.position(self.place)
         if self.place in scene.body_of:
-            origin = scene.position(self.place)
             points = scene.points(self.place)
             inner = points[np.linalg.norm(points[:, :2] - origin[:2], axis=1) < 0.03]
             top = float((inner if len(inner) else points)[:, 2].max())
             return np.array([origin[0], origin[1], top + bottom + 0.012])
-        region = scene.site(self.place)
-        return np.array([region[0], region[1], region[2] + bottom + 0.02])
-
-    def place_position(self) -> FloatArray:
-        """Position of what the object is put on or into, (3,) m."""
-        return self.scene.position(self.place) if self.place in self.scene.body_of else self.scene.site(self.place)
+        return np.array([origin[0], origin[1], origin[2] + bottom + 0.02])
 
     # ---- phases
 

@@ -9,7 +9,6 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from lac_vla.sims.libero.modules import LiberoModules
 from lac_vla.types import UInt8Image
 
 Rendering: TypeAlias = Literal["fast", "official"]
@@ -28,18 +27,14 @@ class Renderer:
     """Renders the scene of a robosuite environment.
 
     Args:
-        lib: LIBERO's modules.
         env: The environment.
         resolution: Side of the square images in pixels.
         rendering: See :mod:`lac_vla.sims.libero.env`.
         convention: See :mod:`lac_vla.sims.libero.env`.
     """
 
-    def __init__(
-        self, lib: LiberoModules, env: Any, resolution: int, rendering: Rendering, convention: Convention
-    ) -> None:
-        self._lib, self._env = lib, env
-        self._resolution, self._rendering, self._convention = resolution, rendering, convention
+    def __init__(self, env: Any, resolution: int, rendering: Rendering, convention: Convention) -> None:
+        self._env, self._resolution, self._rendering, self._convention = env, resolution, rendering, convention
         self._poses: dict[str, npt.NDArray[np.float64]] = {}
 
     @property
@@ -71,7 +66,9 @@ class Renderer:
         """
         if self._rendering != "fast":
             return
-        mj, context, model = self._lib.mujoco, self._env.sim._render_context_offscreen, self._model
+        import mujoco as mj
+
+        context, model = self._env.sim._render_context_offscreen, self._model
         context.gl_ctx.make_current()
         context.con.free()
         model.vis.quality.offsamples = 0

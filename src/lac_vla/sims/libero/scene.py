@@ -36,12 +36,8 @@ class LiberoScene:
         self._site = int(self.domain.robots[0].eef_site_id)
 
     def position(self, name: str) -> FloatArray:
-        """Origin of an object's body, (3,) m."""
-        return np.array(self.data.xpos[self.body_of[name]])
-
-    def site(self, name: str) -> FloatArray:
-        """Position of a named site (a region of a fixture), (3,) m."""
-        return np.array(self.data.site(name).xpos)
+        """Origin of an object's body, or position of a site (a region of a fixture), (3,) m."""
+        return np.array(self.data.xpos[self.body_of[name]] if name in self.body_of else self.data.site(name).xpos)
 
     @property
     def eef(self) -> FloatArray:

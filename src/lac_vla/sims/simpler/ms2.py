@@ -25,6 +25,8 @@ from lac_vla.sims.simpler.backend import Backend, Observation
 from lac_vla.sims.simpler.episode import EpisodeSpec
 
 SERVER: Final = Path(ms2_server.__file__)
+START_TIMEOUT_S: Final = 300.0
+"""Longest wait for a start or a reset, in which scenes are loaded, seconds."""
 
 
 class Ms2Backend(Backend):
@@ -33,27 +35,16 @@ class Ms2Backend(Backend):
     Args:
         command: How to start it, e.g. the interpreter that SimplerEnv is installed for and :data:`SERVER`.
         assets: Its data folder, ``MS2_ASSET_DIR``.
-        timeout_s: Longest wait for a step, seconds.
-        start_timeout_s: Longest wait for a start or a reset, in which scenes are loaded, seconds.
+        timeout_s: Longest wait for a step, seconds; for a start or a reset it is :data:`START_TIMEOUT_S`.
         ray_tracing: Trace rays where the protocol demands it; without, scores are not SIMPLER's.
     """
 
     name = "ms2"
 
     def __init__(
-        self,
-        command: Sequence[str],
-        assets: Path,
-        *,
-        timeout_s: float = 60.0,
-        start_timeout_s: float = 300.0,
-        ray_tracing: bool = True,
+        self, command: Sequence[str], assets: Path, *, timeout_s: float = 60.0, ray_tracing: bool = True
     ) -> None:
-        self.command = tuple(command)
-        self.assets = assets
-        self.timeout_s = timeout_s
-        self.start_timeout_s = start_timeout_s
-        self.ray_traced = ray_tracing
+        self.command, self.assets, self.timeout_s, self.ray_traced = tuple(command), assets, timeout_s, ray_tracing
         self._process: subprocess.Popen[bytes] | None = None
         self._words: IO[bytes] | None = None
         self._playing = False
@@ -67,7 +58,7 @@ class Ms2Backend(Backend):
             "options": reset_options(episode),
             "camera": episode.robot.camera,
         }
-        observation = self._observe(request, None, self.start_timeout_s)
+        observation = self._observe(request, None, START_TIMEOUT_S)
         self._playing = True
         return observation
 
@@ -79,7 +70,7 @@ class Ms2Backend(Backend):
 
     def metadata(self) -> Mapping[str, Any]:
         """See :meth:`Backend.metadata`."""
-        message, _ = self._ask({"op": "hello"}, None, self.start_timeout_s)
+        message, _ = self._ask({"op": "hello"}, None, START_TIMEOUT_S)
         versions = message.get("versions")
         if not isinstance(versions, dict):
             self._fail("answered without its versions")
@@ -148,11 +139,12 @@ class Ms2Backend(Backend):
         if self._process is None:
             self._process = self._start()
         process, deadline = self._process, time.monotonic() + timeout_s
+        assert process.stdin is not None
+        assert process.stdout is not None
+        pipe = process.stdout.fileno()
         try:
-            if process.stdin is None or process.stdout is None:  # pragma: no cover - both are pipes
-                raise OSError("no pipe")
             process.stdin.write(ms2_server.pack(request, array))
-            message, answer = ms2_server.unpack(lambda n: _read(process.stdout, n, deadline))
+            message, answer = ms2_server.unpack(lambda n: _read(pipe, n, deadline))
         except TimeoutError:
             self._fail(f"did not answer {request['op']!r} within {timeout_s:g} s")
         except (OSError, EOFError):
@@ -176,16 +168,13 @@ class Ms2Backend(Backend):
         return Observation(image.copy(), message["instruction"], message["success"], message["grasped"])
 
     def _fail(self, what: str) -> NoReturn:
-        last = self._last_words()
+        """End the process, and repeat the last 500 bytes that it wrote on standard error."""
+        last = ""
+        if self._words is not None:
+            self._words.seek(max(0, self._words.seek(0, os.SEEK_END) - 500))
+            last = self._words.read().decode("utf-8", "replace").strip()
         self.close()
         raise SimulatorError(f"the SimplerEnv process {what}" + (f"; its last words: {last}" if last else ""))
-
-    def _last_words(self, length: int = 500) -> str:
-        if self._words is None:
-            return ""
-        size = self._words.seek(0, os.SEEK_END)
-        self._words.seek(max(0, size - length))
-        return self._words.read().decode("utf-8", "replace").strip()
 
 
 def reset_options(episode: EpisodeSpec) -> dict[str, Any]:
@@ -198,22 +187,15 @@ def reset_options(episode: EpisodeSpec) -> dict[str, Any]:
     }
 
 
-def _read(pipe: IO[bytes] | None, n: int, deadline: float) -> bytes:
-    """Exactly ``n`` bytes.
-
-    Raises:
-        TimeoutError: If they have not come by ``deadline`` (``time.monotonic``).
-        EOFError: If they never will.
-    """
-    if pipe is None:  # pragma: no cover - it is a pipe
-        raise EOFError
+def _read(pipe: int, n: int, deadline: float) -> bytes:
+    """Exactly ``n`` bytes: a TimeoutError by ``deadline`` (``time.monotonic``), an EOFError if they will never come."""
     parts: list[bytes] = []
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while n:
             if not selector.select(max(0.0, deadline - time.monotonic())):
                 raise TimeoutError
-            part = os.read(pipe.fileno(), min(n, 1 << 20))
+            part = os.read(pipe, min(n, 1 << 20))
             if not part:
                 raise EOFError
             parts.append(part)

@@ -37,17 +37,6 @@ from lac_vla.sims.simpler.episode import (
 )
 
 
-def tasks(setup: Setup) -> tuple[TaskSpec, ...]:
-    """All tasks of a setup.
-
-    Raises:
-        InputError: If there is no such setup.
-    """
-    if setup not in SETUPS:
-        raise InputError(f"unknown setup {setup!r}: choose one of {', '.join(SETUPS)}")
-    return _tasks(setup)
-
-
 @functools.cache
 def episodes(setup: Setup) -> tuple[EpisodeSpec, ...]:
     """All episodes of a setup, task by task."""
@@ -111,7 +100,15 @@ STANDS: Final = {
 """Places of the robot before the drawers in visual matching."""
 
 
-def _tasks(setup: Setup) -> tuple[TaskSpec, ...]:
+@functools.cache
+def tasks(setup: Setup) -> tuple[TaskSpec, ...]:
+    """All tasks of a setup.
+
+    Raises:
+        InputError: If there is no such setup.
+    """
+    if setup not in SETUPS:
+        raise InputError(f"unknown setup {setup!r}: choose one of {', '.join(SETUPS)}")
     if setup == "widowx":
         return _widowx()
     looks = _matched if setup == "vm" else _varied
