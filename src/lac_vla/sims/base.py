@@ -113,8 +113,6 @@ class Benchmark(ABC):
         if self.suite not in self.suites:
             raise InputError(f"unknown suite {self.suite!r}; choose one of {', '.join(self.suites)}")
 
-    # ---- what is played
-
     @property
     @abstractmethod
     def trials(self) -> tuple[int, ...]:
@@ -154,8 +152,6 @@ class Benchmark(ABC):
         """Instructions of all tasks, for the stress that gives a robot another one; empty if they are not known."""
         return ()
 
-    # ---- how a model is used
-
     @property
     def cameras(self) -> tuple[str, ...] | None:
         """Names of the cameras in the model's order; ``None`` if they are the model's own names."""
@@ -170,8 +166,6 @@ class Benchmark(ABC):
     def ensemble(self) -> int | None:
         """Number of chunks that the protocol averages; ``None`` if it is left to the model."""
         return None
-
-    # ---- what is said of a run
 
     def settings(self) -> dict[str, Any]:
         """Options that change an episode, by name."""
@@ -195,9 +189,5 @@ class Benchmark(ABC):
         return []
 
     def publish(self, run: Path) -> RenderableType | None:
-        """Write the benchmark's own table into a run's folder, and return it for the terminal, if it has one.
-
-        Args:
-            run: Folder with ``episodes.jsonl``.
-        """
+        """Write the benchmark's own table into a run's folder, and return it for the terminal, if it has one."""
         return None

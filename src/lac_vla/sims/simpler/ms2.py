@@ -81,13 +81,8 @@ class Ms2Backend(Backend):
         process, self._process, self._playing = self._process, None, False
         if process is None:
             return
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        with contextlib.suppress(ProcessLookupError):
+        with process, contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # it has nothing to save, and may hang
-        process.wait()
         if self._words is not None:
             self._words.close()
 

@@ -49,7 +49,6 @@ class Ms3Backend(Backend):
         self.render = render
         self._env: Any = None
         self._episode: EpisodeSpec | None = None
-        self._steps = 0
 
     def reset(self, episode: EpisodeSpec) -> Observation:
         """See :meth:`Backend.reset`."""

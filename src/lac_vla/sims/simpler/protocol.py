@@ -179,17 +179,16 @@ def _varied(kind: str, env_id: str, **options: Option) -> tuple[Variant, ...]:
 
 
 def _widowx() -> tuple[TaskSpec, ...]:
-    table = (Stand(0.147, 0.028, photo="bridge_real_eval_1.png"),)
-    sink = (Stand(0.127, 0.060, photo="bridge_sink.png"),)
+    table, on_table = Stand(0.147, 0.028, photo="bridge_real_eval_1.png"), ("bridge_table_1_v1", "widowx")
+    sink, in_sink = Stand(0.127, 0.060, photo="bridge_sink.png"), ("bridge_table_1_v2", "widowx_sink_camera_setup")
     rows = (
-        ("put spoon on towel", "PutSpoonOnTableClothInScene", 60),
-        ("put carrot on plate", "PutCarrotOnPlateInScene", 60),
-        ("stack green block on yellow block", "StackGreenCubeOnYellowCubeBakedTexInScene", 60),
-        ("put eggplant in basket", "PutEggplantInBasketScene", 120),
+        ("put spoon on towel", "PutSpoonOnTableClothInScene", 60, table, on_table),
+        ("put carrot on plate", "PutCarrotOnPlateInScene", 60, table, on_table),
+        ("stack green block on yellow block", "StackGreenCubeOnYellowCubeBakedTexInScene", 60, table, on_table),
+        ("put eggplant in basket", "PutEggplantInBasketScene", 120, sink, in_sink),
     )
-    on_table = [Variant("base", f"{env}-v0", "bridge_table_1_v1", {}, table, "widowx") for _, env, _ in rows[:3]]
-    in_sink = Variant("base", f"{rows[3][1]}-v0", "bridge_table_1_v2", {}, sink, "widowx_sink_camera_setup")
+    variants = [Variant("base", f"{env}-v0", scene, {}, (stand,), body) for _, env, _, stand, (scene, body) in rows]
     return tuple(
         TaskSpec(name, WIDOWX, horizon, (variant,), tuple(range(24)), port=f"{env}-v1")
-        for (name, env, horizon), variant in zip(rows, (*on_table, in_sink), strict=True)
+        for (name, env, horizon, _, _), variant in zip(rows, variants, strict=True)
     )
