@@ -51,14 +51,7 @@ def original_files(episode: EpisodeSpec, assets: Path) -> tuple[Path, ...]:
 def missing_for_original(
     wanted: Iterable[EpisodeSpec], assets: Path | None, python: str | None, *, ray_tracing: bool
 ) -> list[str]:
-    """List what the original needs for some episodes and does not find. Its interpreter is not started.
-
-    Args:
-        wanted: The episodes.
-        assets: ``ManiSkill2_real2sim/data`` of its repository.
-        python: Interpreter that SimplerEnv is installed for.
-        ray_tracing: Whether rays are to be traced.
-    """
+    """List what the original needs for some episodes and does not find. Its interpreter is not started."""
     wanted, lacking = list(wanted), []
     if python is None or not os.access(python, os.X_OK):
         found = "" if python is None else f" ({python} cannot be run)"

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Final, NoReturn
+from typing import IO, Any, Final, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from lac_vla.sims.simpler.assets import photo
 from lac_vla.sims.simpler.backend import Backend, Observation
 from lac_vla.sims.simpler.episode import EpisodeSpec
 
+Array: TypeAlias = "npt.NDArray[Any] | None"
 SERVER: Final = Path(ms2_server.__file__)
 START_TIMEOUT_S: Final = 300.0
 """Longest wait for a start or a reset, in which scenes are loaded, seconds."""
@@ -58,7 +59,7 @@ class Ms2Backend(Backend):
             "options": reset_options(episode),
             "camera": episode.robot.camera,
         }
-        observation = self._observe(request, None, START_TIMEOUT_S)
+        observation = self._observe(request)
         self._playing = True
         return observation
 
@@ -66,11 +67,11 @@ class Ms2Backend(Backend):
         """See :meth:`Backend.step`."""
         if not self._playing:
             raise InputError("reset the simulator before the first step")
-        return self._observe({"op": "step"}, np.asarray(action, dtype=np.float64), self.timeout_s)
+        return self._observe({"op": "step"}, np.asarray(action, dtype=np.float64))
 
     def metadata(self) -> Mapping[str, Any]:
         """See :meth:`Backend.metadata`."""
-        message, _ = self._ask({"op": "hello"}, None, START_TIMEOUT_S)
+        message, _ = self._ask({"op": "hello"})
         versions = message.get("versions")
         if not isinstance(versions, dict):
             self._fail("answered without its versions")
@@ -123,14 +124,12 @@ class Ms2Backend(Backend):
             )
         except OSError as error:
             self._words.close()
-            raise SimulatorError(
-                f"cannot start {self.command[0]!r} ({error}): give SimplerEnv's interpreter"
-            ) from error
+            what = f"cannot start {self.command[0]!r} ({error}): give SimplerEnv's interpreter"
+            raise SimulatorError(what) from error
 
-    def _ask(
-        self, request: dict[str, Any], array: npt.NDArray[Any] | None, timeout_s: float
-    ) -> tuple[dict[str, Any], npt.NDArray[Any] | None]:
+    def _ask(self, request: dict[str, Any], array: Array = None) -> tuple[dict[str, Any], Array]:
         """Send a request and wait for the answer; whatever goes wrong ends the process."""
+        timeout_s = self.timeout_s if request["op"] == "step" else START_TIMEOUT_S
         if self._process is None:
             self._process = self._start()
         process, deadline = self._process, time.monotonic() + timeout_s
@@ -153,8 +152,8 @@ class Ms2Backend(Backend):
             self._fail(f"failed on {request['op']!r}: {message.get('error')}")
         return message, answer
 
-    def _observe(self, request: dict[str, Any], array: npt.NDArray[Any] | None, timeout_s: float) -> Observation:
-        message, image = self._ask(request, array, timeout_s)
+    def _observe(self, request: dict[str, Any], array: Array = None) -> Observation:
+        message, image = self._ask(request, array)
         if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             self._fail("answered without a picture, uint8 H×W×3")
         for key, kind in (("instruction", str), ("success", bool), ("grasped", bool)):
@@ -174,8 +173,7 @@ class Ms2Backend(Backend):
 
 def reset_options(episode: EpisodeSpec) -> dict[str, Any]:
     """Options of the environment's ``reset``: where the robot stands, and what lies where."""
-    stand = episode.stand
-    place = episode.place
+    stand, place = episode.stand, episode.place
     return {
         "robot_init_options": {"init_xy": [stand.x, stand.y], "init_rot_quat": list(stand.quaternion)},
         "obj_init_options": {"episode_id": place} if isinstance(place, int) else {"init_xy": list(place)},

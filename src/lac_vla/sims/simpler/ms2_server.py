@@ -45,12 +45,7 @@ DTYPES = ("u1", "f8")
 
 
 def pack(message: dict[str, Any], array: Any = None) -> bytes:
-    """A message as bytes.
-
-    Args:
-        message: JSON-serialisable dict.
-        array: uint8 or float64, or ``None``.
-    """
+    """A message, JSON-serialisable, and an array, uint8 or float64, as bytes."""
     data = b""
     described = None
     if array is not None:
@@ -64,16 +59,10 @@ def pack(message: dict[str, Any], array: Any = None) -> bytes:
 
 
 def unpack(read: Callable[[int], bytes]) -> tuple[dict[str, Any], Any]:
-    """The next message.
-
-    Args:
-        read: Gives exactly as many bytes as it is asked for, or raises EOFError.
-
-    Returns:
-        The dict, and the array or ``None``.
+    """The next message, and its array or ``None``; ``read`` gives exactly as many bytes as it is asked for.
 
     Raises:
-        EOFError: If the other end is gone.
+        EOFError: If ``read`` raises it, because the other end is gone.
         ValueError: If what came is no message.
     """
     magic, text, data = HEAD.unpack(read(HEAD.size))
