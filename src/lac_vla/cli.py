@@ -201,7 +201,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
         from lac_vla.sims.libero.packing import pack
 
         run(config)
-        packed = pack(config.out, dataset or config.out.with_name(config.out.name + "-lerobot"), overwrite=True)
+        packed = pack(config.out, dataset or config.out.with_name(config.out.name + "-lerobot"))
         console.print(f"{len(packed)} episodes, {packed.total_frames} frames: {packed.root}")
 
     def pretrain(config: Annotated[PretrainConfig, FLAT], minutes: float = 0) -> None:

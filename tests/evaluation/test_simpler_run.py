@@ -36,8 +36,13 @@ class Fake(Simpler):
 
     folder: Path = field(default=Path(), compare=False)
 
+    def make_env(self, task: int) -> SimplerEnv:
+        env = super().make_env(task)
+        env.horizon = STEPS
+        return env
+
     def make_backend(self, tasks: Collection[int]) -> Ms2Backend:
-        return fakes.backend(self.folder, timeout_s=4.0, start_timeout_s=120.0)
+        return fakes.backend(self.folder, timeout_s=4.0)
 
 
 @pytest.fixture
@@ -52,7 +57,6 @@ def config(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Eva
     camera = replace(TINY_COGACT.vlm.cameras[0], name="overhead_camera")
     model = replace(TINY_COGACT, vlm=replace(TINY_COGACT.vlm, cameras=(camera,)))
     monkeypatch.setattr(factory, "load_vla", lambda *_, **__: random_vla(model))
-    monkeypatch.setattr(SimplerEnv, "horizon", STEPS)
     return EvalConfig(
         "a-model",
         tmp_path / "run",
@@ -122,7 +126,7 @@ def test_finished_episodes_are_kept_when_simulators_keep_dying(
 
     def dying(self: Fake, tasks: Collection[int]) -> Ms2Backend:
         good = fakes.backend(folder)
-        return Dying(good.command, good.assets, timeout_s=4.0, start_timeout_s=120.0)
+        return Dying(good.command, good.assets, timeout_s=4.0)
 
     with monkeypatch.context() as patch:
         patch.setattr(Fake, "make_backend", dying)

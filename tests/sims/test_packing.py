@@ -44,7 +44,7 @@ def stage(folder: Path, task: int, init: int, codec: str = "raw") -> dict[str, n
 def test_staged_episodes_come_back(tmp_path: Path, codec: str) -> None:
     order = [(0, 0), (0, 1), (1, 0), (2, 3)]
     wrote = {key: stage(tmp_path / "staging", *key, codec) for key in reversed(order)}
-    dataset = pack(tmp_path / "staging", tmp_path / "demos", progress=False)
+    dataset = pack(tmp_path / "staging", tmp_path / "demos")
     assert isinstance(dataset, LeRobotDataset)
     assert dataset.cameras == ("agentview", "wrist")
     assert dataset.tasks == ["task 0", "task 1", "task 2"]
@@ -68,8 +68,8 @@ def test_staged_episodes_come_back(tmp_path: Path, codec: str) -> None:
 def test_packing_twice_gives_the_same_numbers(tmp_path: Path) -> None:
     for key in ((0, 0), (1, 0)):
         stage(tmp_path / "staging", *key)
-    first = pack(tmp_path / "staging", tmp_path / "first", progress=False)
-    second = pack(tmp_path / "staging", tmp_path / "second", progress=False)
+    first = pack(tmp_path / "staging", tmp_path / "first")
+    second = pack(tmp_path / "staging", tmp_path / "second")
     for name in ("meta/info.json", "meta/stats.json", "data/chunk-000/file-000.parquet"):
         assert (first.root / name).read_bytes() == (second.root / name).read_bytes()
 
@@ -80,17 +80,17 @@ def test_a_damaged_file_is_named_and_no_dataset_left(tmp_path: Path) -> None:
     path = tmp_path / "staging" / "task01_init00_seed0.npz"
     path.write_bytes(path.read_bytes()[:400])
     with pytest.raises(DatasetError, match="task01_init00_seed0"):
-        pack(tmp_path / "staging", tmp_path / "demos", progress=False)
+        pack(tmp_path / "staging", tmp_path / "demos")
     assert not (tmp_path / "demos").exists()
 
 
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     stage(tmp_path / "staging", 0, 0)
     np.savez(tmp_path / "staging" / "other.npz", values=np.zeros(3))
-    with pytest.raises(DatasetError, match=r"other\.npz is no staged episode"):
-        pack(tmp_path / "staging", tmp_path / "demos", progress=False)
+    with pytest.raises(DatasetError, match=r"other\.npz is not a staged episode"):
+        pack(tmp_path / "staging", tmp_path / "demos")
 
 
 def test_nothing_staged(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="collect demonstrations first"):
-        pack(tmp_path, tmp_path / "demos", progress=False)
+        pack(tmp_path, tmp_path / "demos")

@@ -12,7 +12,7 @@ import pytest
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler import ms3
-from lac_vla.sims.simpler.assets import Missing, vulkan_missing
+from lac_vla.sims.simpler.assets import vulkan_missing
 from lac_vla.sims.simpler.episode import EpisodeSpec
 from lac_vla.sims.simpler.ms3 import Ms3Backend
 from lac_vla.sims.simpler.protocol import episodes
@@ -22,11 +22,11 @@ def picking(number: int) -> EpisodeSpec:
     """An episode of PickCube-v1, in the words of the protocol."""
     first = episodes("widowx")[0]
     robot = dataclasses.replace(first.robot, camera="base_camera", control_mode="pd_ee_delta_pose")
-    return dataclasses.replace(first, name="pick a cube", port="PickCube-v1", robot=robot, number=number, layout=number)
+    return dataclasses.replace(first, name="pick a cube", port="PickCube-v1", robot=robot, number=number, place=number)
 
 
 def test_without_a_driver_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ms3, "vulkan_missing", lambda: Missing("A Vulkan driver", "install one"))
+    monkeypatch.setattr(ms3, "vulkan_missing", lambda: "A Vulkan driver. install one")
     with pytest.raises(LacError, match=r"A Vulkan driver\. install one"):
         Ms3Backend()
 
@@ -46,7 +46,7 @@ def backend() -> Iterator[Ms3Backend]:
     if importlib.util.find_spec("mani_skill") is None:
         pytest.skip("ManiSkill3 is not installed: make sim-simpler")
     if (missing := vulkan_missing()) is not None:
-        pytest.skip(str(missing))
+        pytest.skip(missing)
     made = Ms3Backend()
     yield made
     made.close()

@@ -18,7 +18,7 @@ from lac_vla.results.format import NONE
 from lac_vla.results.records import WHOLE
 from lac_vla.results.summary import DENSE, MethodRow, Summary, summarize
 from lac_vla.results.table import Column, TextTable
-from lac_vla.sims.libero.suites import SUITES
+from lac_vla.sims.libero.suites import N_TASKS
 
 Rows = list[tuple[str, MethodRow | None]]
 """Label, and numbers if the method was run."""
@@ -167,7 +167,7 @@ def _trials(row: MethodRow | None) -> int:
 
 def _wanted(config: ReproduceConfig, trials: int) -> int:
     """Count the trials that a row should have over all suites, with so many initial states per task."""
-    return sum(trials * (len(config.tasks) or SUITES[suite].n_tasks) for suite in config.suites)
+    return trials * (len(config.tasks) or N_TASKS) * len(config.suites)
 
 
 def _solved_in(suite: str, summary: Summary | None) -> Column:

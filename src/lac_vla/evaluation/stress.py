@@ -43,23 +43,16 @@ class Stressed(Env):
     def __init__(self, env: Env, stress: kinds.Stress, seed: int, instructions: Sequence[str] = ()) -> None:
         self.env, self.stress, self.seed = env, stress, seed
         self.suite, self.task, self.no_op = env.suite, env.task, env.no_op
+        self.instruction = env.instruction
+        self.horizon = env.horizon + stress.hold  # those for which the robot is held among them
         self._others = [text for text in instructions if text != env.instruction]
         self._step = 0
         self._disturb: kinds.Disturbance | None = None
 
-    @property
-    def instruction(self) -> str:
-        """The task in words: what counts, whatever the robot is told."""
-        return self.env.instruction
-
-    @property
-    def horizon(self) -> int:
-        """Control steps, those for which the robot is held among them."""
-        return self.env.horizon + self.stress.hold
-
     def reset(self, init_state: int, seed: int = 0) -> Frame:
         """Start an episode; see :class:`Env`."""
         frame = self.env.reset(init_state, seed)
+        self.instruction = self.env.instruction
         rng = np.random.default_rng([self.seed, zlib.crc32(self.suite.encode()), self.task, init_state])
         self._disturb = self.stress.begin(kinds.EpisodeDraw(rng, self.horizon + 1, self._others))
         self._step = 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import numpy.typing as npt
 from rich.console import RenderableType
 
@@ -25,22 +26,16 @@ class Env(ABC):
     Attributes:
         suite: The suite of the task.
         task: Number of the task in the suite, from 0.
+        instruction: The task in words, as the episode began with them.
+        horizon: Control steps after which an episode that is not solved has failed.
         no_op: An action that leaves the robot where it is, as ``step`` takes it.
     """
 
     suite: str
     task: int
+    instruction: str
+    horizon: int
     no_op: tuple[float, ...]
-
-    @property
-    @abstractmethod
-    def instruction(self) -> str:
-        """The task in words, as the episode began with them."""
-
-    @property
-    @abstractmethod
-    def horizon(self) -> int:
-        """Control steps after which an episode that is not solved has failed."""
 
     @abstractmethod
     def reset(self, init_state: int, seed: int = 0) -> Frame:
@@ -75,6 +70,26 @@ class Env(ABC):
         """Free the simulator. May be called more than once."""
 
 
+def check_action(action: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Validate an action: translation (3), rotation (3), gripper (1).
+
+    Returns:
+        A copy as float64, (7,).
+
+    Raises:
+        InputError: If it is not a finite vector of seven numbers.
+    """
+    try:
+        array = np.array(action, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the action is not numeric: {error}") from error
+    if array.shape != (7,):
+        raise InputError(f"the action has shape {array.shape}; give (7,): translation, rotation, gripper")
+    if not np.isfinite(array).all():
+        raise InputError(f"the action is not finite: {array.tolist()}")
+    return array
+
+
 @dataclass(frozen=True)
 class Benchmark(ABC):
     """A suite of simulated tasks with the options it is played with: all that the runner needs of a simulator.
@@ -97,8 +112,6 @@ class Benchmark(ABC):
     def __post_init__(self) -> None:
         if self.suite not in self.suites:
             raise InputError(f"unknown suite {self.suite!r}; choose one of {', '.join(self.suites)}")
-
-    # ---- what is played
 
     @property
     @abstractmethod
@@ -139,8 +152,6 @@ class Benchmark(ABC):
         """Instructions of all tasks, for the stress that gives a robot another one; empty if they are not known."""
         return ()
 
-    # ---- how a model is used
-
     @property
     def cameras(self) -> tuple[str, ...] | None:
         """Names of the cameras in the model's order; ``None`` if they are the model's own names."""
@@ -155,8 +166,6 @@ class Benchmark(ABC):
     def ensemble(self) -> int | None:
         """Number of chunks that the protocol averages; ``None`` if it is left to the model."""
         return None
-
-    # ---- what is said of a run
 
     def settings(self) -> dict[str, Any]:
         """Options that change an episode, by name."""
@@ -180,9 +189,5 @@ class Benchmark(ABC):
         return []
 
     def publish(self, run: Path) -> RenderableType | None:
-        """Write the benchmark's own table into a run's folder, and return it for the terminal, if it has one.
-
-        Args:
-            run: Folder with ``episodes.jsonl``.
-        """
+        """Write the benchmark's own table into a run's folder, and return it for the terminal, if it has one."""
         return None

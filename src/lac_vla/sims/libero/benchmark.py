@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from lac_vla.errors import LacError
 from lac_vla.sims.base import Benchmark
-from lac_vla.sims.libero.env import LiberoEnv, instructions
-from lac_vla.sims.libero.modules import load_libero
+from lac_vla.sims.libero.env import LiberoEnv
+from lac_vla.sims.libero.modules import load_libero, quiet
 from lac_vla.sims.libero.renderer import Convention, Rendering
-from lac_vla.sims.libero.suites import FIRST_HELD_OUT, SUITES, Suite
+from lac_vla.sims.libero.suites import FIRST_HELD_OUT, HORIZONS, N_TASKS, SETTLE_STEPS, TRIALS
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,12 @@ class Libero(Benchmark):
     suite: str = "libero_spatial"
     rendering: Rendering = "fast"
     convention: Convention = "upright"
-    suites: ClassVar[tuple[str, ...]] = tuple(SUITES)
-
-    @property
-    def protocol(self) -> Suite:
-        """The suite's protocol."""
-        return SUITES[self.suite]
+    suites: ClassVar[tuple[str, ...]] = tuple(HORIZONS)
 
     @property
     def trials(self) -> tuple[int, ...]:
         """See :meth:`Benchmark.trials`."""
-        return (self.protocol.trials,) * self.protocol.n_tasks
+        return (TRIALS,) * N_TASKS
 
     def make_env(self, task: int) -> LiberoEnv:
         """See :meth:`Benchmark.make_env`."""
@@ -47,21 +42,18 @@ class Libero(Benchmark):
     @property
     def init_states(self) -> tuple[int, int]:
         """Initial states that no demonstration used."""
-        return FIRST_HELD_OUT, self.protocol.trials
+        return FIRST_HELD_OUT, TRIALS
 
     def instructions(self) -> tuple[str, ...]:
         """See :meth:`Benchmark.instructions`."""
-        return instructions(self.suite)
+        libero = load_libero()
+        with quiet():
+            bench = libero.benchmark.get_benchmark(self.suite)()
+        return tuple(str(bench.get_task(task).language) for task in range(N_TASKS))
 
     def metadata(self, tasks: Collection[int]) -> dict[str, Any]:
         """See :meth:`Benchmark.metadata`."""
-        return {
-            "suite": self.suite,
-            "horizon": self.protocol.horizon,
-            "settle_steps": self.protocol.settle_steps,
-            "rendering": self.rendering,
-            "convention": self.convention,
-        }
+        return self.settings() | {"horizon": HORIZONS[self.suite], "settle_steps": SETTLE_STEPS}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -39,13 +40,19 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from lac_vla.datasets.layout import DatasetError
 from lac_vla.errors import InputError, LacError
-from lac_vla.sims.libero.demonstration import Demonstration, demonstrate, stack_frames
+from lac_vla.sims.libero.benchmark import Libero
+from lac_vla.sims.libero.demonstration import Demonstration, demonstrate
 from lac_vla.sims.libero.env import LiberoEnv
 from lac_vla.sims.libero.renderer import Rendering
-from lac_vla.sims.libero.suites import SUITES
+from lac_vla.sims.libero.suites import TRIALS
 
 FORMAT = 1
+DTYPES = {"success": np.bool_, "phase": np.int8}
+"""Key → dtype, where it is not float32."""
+BROKEN = (KeyError, TypeError, OSError, ValueError, EOFError, zipfile.BadZipFile)
+"""Errors of reading a damaged file."""
 FAILURES = "failures.jsonl"
 
 
@@ -81,14 +88,10 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be collected."""
-        if self.suite not in SUITES:
-            raise InputError(f"unknown suite {self.suite!r}; one of {', '.join(SUITES)}")
-        suite = SUITES[self.suite]
-        if bad := [task for task in self.tasks if not 0 <= task < suite.n_tasks]:
-            raise InputError(f"{self.suite} has tasks 0..{suite.n_tasks - 1}, not {bad}")
+        Libero(self.suite).task_ids(self.tasks)
         first, end = self.init_states
-        if not 0 <= first < end <= suite.trials:
-            raise InputError(f"init_states must be a range within 0..{suite.trials}, not {self.init_states}")
+        if not 0 <= first < end <= TRIALS:
+            raise InputError(f"init_states must be a range within 0..{TRIALS}, not {self.init_states}")
         if not 0.0 <= self.noise[0] <= self.noise[1] <= 1.0:
             raise InputError(f"noise must be a range within 0..1, not {self.noise}")
         if self.workers < 1:
@@ -108,7 +111,7 @@ def collect(config: CollectConfig) -> None:
     jobs = [
         (task, init_state)
         for init_state in range(*config.init_states)
-        for task in config.tasks or range(SUITES[config.suite].n_tasks)
+        for task in Libero(config.suite).task_ids(config.tasks)
         if not episode_path(config, task, init_state).exists() and (task, init_state) not in known
     ]
     solved = 0
@@ -126,30 +129,37 @@ def episode_path(config: CollectConfig, task: int, init_state: int) -> Path:
     return config.out / f"task{task:02d}_init{init_state:02d}_seed{config.seed}.npz"
 
 
-def load_episode(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Read a staging file.
-
-    Args:
-        path: An ``.npz`` of this module's format.
-
-    Returns:
-        Arrays by key (images decoded, as ``images.<camera>``), and the metadata.
+def load_metadata(path: Path) -> dict[str, Any]:
+    """Read the metadata of a staging file; its arrays, which are large, are not read.
 
     Raises:
-        LacError: If the file is not of this format.
+        DatasetError: If the file is not of this format.
     """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            meta: dict[str, Any] = json.loads(str(file["meta"]))
+        version = meta["format"]
+    except BROKEN as error:
+        raise DatasetError(f"{path} is not a staged episode ({error}): delete it or collect it again") from error
+    if version != FORMAT:
+        raise DatasetError(f"{path} has staging format {version}; this version reads {FORMAT}")
+    return meta
+
+
+def load_episode(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Read a staging file: arrays by key (images decoded, as ``images.<camera>``), and the metadata.
+
+    Raises:
+        DatasetError: If the file is not of this format, or an image is damaged.
+    """
+    meta = load_metadata(path)
     with np.load(path, allow_pickle=False) as file:
-        arrays: dict[str, npt.NDArray[Any]] = {key: file[key] for key in file.files}
-    if "meta" not in arrays:
-        raise LacError(f"{path} is not a staged episode: it has no metadata")
-    meta: dict[str, Any] = json.loads(str(arrays.pop("meta")))
-    if meta.get("format") != FORMAT:
-        raise LacError(f"{path} has staging format {meta.get('format')}; this version reads {FORMAT}")
+        arrays: dict[str, npt.NDArray[Any]] = {key: file[key] for key in file.files if key != "meta"}
     for camera in [key.split(".", 1)[1] for key in arrays if key.startswith("encoded.")]:
         parts = np.split(arrays.pop(f"encoded.{camera}"), np.cumsum(arrays.pop(f"lengths.{camera}"))[:-1])
         images = [cv2.imdecode(part, cv2.IMREAD_COLOR) for part in parts]
         if any(image is None for image in images):
-            raise LacError(f"{path} holds an image of {camera} that cannot be decoded: delete the file, collect again")
+            raise DatasetError(f"{path} holds an image of {camera} that cannot be decoded: delete it, collect again")
         arrays[f"images.{camera}"] = np.stack([image[..., ::-1] for image in images if image is not None])
     return arrays, meta
 
@@ -159,16 +169,9 @@ def load_episode(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any
 
 def _stage(config: CollectConfig, env: LiberoEnv, init_state: int, demo: Demonstration) -> None:
     """Write one episode under its final name, whole or not at all."""
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "state": np.stack(demo.states).astype(np.float32),
-        "action": np.stack(demo.actions).astype(np.float32),
-        "executed": np.stack(demo.executed).astype(np.float32),
-        "success": np.array(demo.success, dtype=np.bool_),
-        "phase": np.array(demo.phases, dtype=np.int8),
-        "object_position": np.stack(demo.objects).astype(np.float32),
-        "target_position": np.stack(demo.targets).astype(np.float32),
-    }
-    for camera, images in stack_frames(demo.frames).items():
+    arrays = {name: np.array(rows, dtype=DTYPES.get(name, np.float32)) for name, rows in demo.rows.items()}
+    for camera in demo.frames[0].images:
+        images = np.stack([frame.images[camera] for frame in demo.frames])
         if config.image_codec == "raw":
             arrays[f"images.{camera}"] = images
         else:

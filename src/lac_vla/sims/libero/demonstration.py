@@ -7,14 +7,15 @@ recorded, and the states visited show how to recover.
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from lac_vla.sims.libero.env import FloatArray, LiberoEnv
+from lac_vla.sims.libero.env import LiberoEnv
 from lac_vla.sims.libero.expert import RETREAT, Phase, ScriptedExpert
-from lac_vla.types import Frame, UInt8Image
+from lac_vla.types import Frame
 
 STABLE_STEPS = 10
 """Steps for which success must hold before a demonstration counts as solved."""
@@ -24,40 +25,23 @@ PATIENCE = 3 * STABLE_STEPS
 
 @dataclass
 class Demonstration:
-    """One episode of the expert; arrays have one row per step, taken before the action of that step.
+    """One episode of the expert.
 
     Attributes:
-        actions: Clean actions, (T, 7), what a policy should imitate.
-        executed: The same with noise, (T, 7), what the robot did.
-        states: Proprioception, (T, 8).
-        success: Whether the goal held after the action, (T,).
-        phases: :class:`Phase` of each step, (T,).
-        objects: Position of the object to take, (T, 3) m.
-        targets: Position of what it is put on or into, (T, 3) m.
+        sigma: Standard deviation of the noise on translation; half of it on rotation.
+        rows: Name → one value a step; those of a staging file, see :mod:`lac_vla.sims.libero.collect`.
         frames: Observations if they were asked for, else empty.
         solved: Whether the object was released, the gripper retreated, and success held for ``STABLE_STEPS``.
-        sigma: Standard deviation of the noise on translation; half of it on rotation.
     """
 
     sigma: float
-    actions: list[FloatArray] = field(default_factory=list)
-    executed: list[FloatArray] = field(default_factory=list)
-    states: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    success: list[bool] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=list)
-    objects: list[FloatArray] = field(default_factory=list)
-    targets: list[FloatArray] = field(default_factory=list)
+    rows: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     frames: list[Frame] = field(default_factory=list)
     solved: bool = False
 
     def __len__(self) -> int:
         """Number of steps."""
-        return len(self.actions)
-
-
-def episode_rng(env: LiberoEnv, init_state: int, seed: int) -> np.random.Generator:
-    """Generator of an episode's noise, a function of suite, task, initial state and seed alone."""
-    return np.random.default_rng([zlib.crc32(env.suite.encode()), env.task, init_state, seed])
+        return len(self.rows["action"])
 
 
 def demonstrate(
@@ -86,7 +70,7 @@ def demonstrate(
     Returns:
         The episode, solved or not.
     """
-    rng = episode_rng(env, init_state, seed)
+    rng = np.random.default_rng([zlib.crc32(env.suite.encode()), env.task, init_state, seed])
     demo = Demonstration(sigma=float(rng.uniform(*noise)))
     env.restart(init_state, seed)
     expert = ScriptedExpert(env)
@@ -99,17 +83,21 @@ def demonstrate(
         executed = np.clip(executed, -1.0, 1.0)
         if images:
             demo.frames.append(env.observe())
-        demo.actions.append(clean)
-        demo.executed.append(executed)
-        demo.states.append(env.proprio())
-        demo.phases.append(expert.phase)
-        demo.objects.append(expert.scene.position(expert.object))
-        demo.targets.append(expert.place_position())
-        demo.success.append(env.advance(executed))
+        row = {
+            "state": env.proprio(),
+            "action": clean,
+            "executed": executed,
+            "phase": expert.phase,
+            "object_position": expert.scene.position(expert.object),
+            "target_position": expert.scene.position(expert.place),
+            "success": env.advance(executed),
+        }
+        for name, value in row.items():
+            demo.rows[name].append(value)
         if expert.phase is Phase.RETREAT:
             if top == -np.inf:
                 top = expert.scene.eef[2] + RETREAT
-            stable = stable + 1 if demo.success[-1] else 0
+            stable = stable + 1 if row["success"] else 0
             retreating += 1
             if stable >= STABLE_STEPS and expert.scene.eef[2] >= top:
                 demo.solved = True
@@ -117,9 +105,3 @@ def demonstrate(
             if retreating > PATIENCE:
                 break
     return demo
-
-
-def stack_frames(frames: list[Frame]) -> dict[str, UInt8Image]:
-    """Stack the images of an episode by camera, uint8, (T, H, W, 3)."""
-    cameras = frames[0].images if frames else ()
-    return {camera: np.stack([frame.images[camera] for frame in frames]) for camera in cameras}

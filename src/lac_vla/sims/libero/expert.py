@@ -8,9 +8,9 @@ taken it before; there are no waiting phases, and ties in the choice of a grasp 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from enum import IntEnum
+from typing import TypeAlias
 
 import numpy as np
 
@@ -39,34 +39,13 @@ class Phase(IntEnum):
     RETREAT = 4
 
 
-@dataclass(frozen=True)
-class Grasp:
-    """A way to take an object.
-
-    Attributes:
-        offset: From the object's body origin to the point between the fingertips, (3,) m, world axes.
-        rotation: Orientation of the gripper, (3, 3).
-    """
-
-    offset: FloatArray
-    rotation: FloatArray
+Hover: TypeAlias = Callable[[float], float]
+"""Horizontal distance (m) to a goal → height (m) above it that the gripper needs."""
 
 
-@dataclass(frozen=True)
-class Hover:
-    """The height above its goal that the gripper needs, given the horizontal way that is left.
-
-    Attributes:
-        distances: Horizontal distance to the goal, (N,) m, ascending.
-        heights: Height above the goal that clears everything up to that distance, (N,) m, ascending.
-    """
-
-    distances: FloatArray
-    heights: FloatArray
-
-    def at(self, distance: float) -> float:
-        """Height (m) at a distance (m), with room for the hand behind it."""
-        return float(np.interp(distance + 0.10, self.distances, self.heights))
+def _half_turn(angle: float) -> float:
+    """The least turn (rad) of the fingers to open along ``angle`` (rad): they are alike, so modulo half a turn."""
+    return (angle - np.pi / 2 + np.pi / 2) % np.pi - np.pi / 2
 
 
 def _yaw(angle: float) -> FloatArray:
@@ -98,8 +77,6 @@ class ScriptedExpert:
         InputError: If the task's goal is not one "on" or "in" relation between a movable object and a place.
     """
 
-    CANDIDATES = tuple(k * 15.0 for k in range(24))
-
     def __init__(self, env: LiberoEnv) -> None:
         goals = env.domain.parsed_problem["goal_state"]
         if len(goals) != 1 or goals[0][0] not in ("on", "in") or goals[0][1] not in env.domain.objects_dict:
@@ -119,10 +96,10 @@ class ScriptedExpert:
         """
         while True:
             self.phase = Phase.REACH
-            grasp = self._choose_grasp()
-            yield from self._reach(grasp)
+            offset = self._choose_grasp()
+            yield from self._reach(offset)
             self.phase = Phase.GRASP
-            yield from self._grasp(grasp)
+            yield from self._grasp(offset)
             self.phase = Phase.CARRY
             if (yield from self._carry()):
                 break
@@ -142,37 +119,31 @@ class ScriptedExpert:
         """Compute the place of the object's origin at which the gripper opens, (3,) m."""
         scene = self.scene
         bottom = float(scene.position(self.object)[2] - scene.points(self.object)[:, 2].min())
+        origin = scene.position(self.place)
         if self.place in scene.body_of:
-            origin = scene.position(self.place)
             points = scene.points(self.place)
             inner = points[np.linalg.norm(points[:, :2] - origin[:2], axis=1) < 0.03]
             top = float((inner if len(inner) else points)[:, 2].max())
             return np.array([origin[0], origin[1], top + bottom + 0.012])
-        region = scene.site(self.place)
-        return np.array([region[0], region[1], region[2] + bottom + 0.02])
-
-    def place_position(self) -> FloatArray:
-        """Position of what the object is put on or into, (3,) m."""
-        return self.scene.position(self.place) if self.place in self.scene.body_of else self.scene.site(self.place)
+        return np.array([origin[0], origin[1], origin[2] + bottom + 0.02])
 
     # ---- phases
 
-    def _reach(self, grasp: Grasp) -> Iterator[FloatArray]:
+    def _reach(self, offset: FloatArray) -> Iterator[FloatArray]:
         """Go to the grasp through the cone above it, fingers open."""
         scene = self.scene
-        self._rotation = grasp.rotation
-        start = scene.position(self.object) + grasp.offset
+        start = scene.position(self.object) + offset
         hover = self._hover(scene.eef, start, lowest=0.08, below=0.03)
         for _ in range(150):
-            goal = scene.position(self.object) + grasp.offset
+            goal = scene.position(self.object) + offset
             error = goal - scene.eef
             if np.hypot(*error[:2]) < 0.008 and abs(error[2]) < 0.008 and self._turn_error() < 0.12:
                 return
             yield self._funnel(goal, hover, OPEN)
 
-    def _grasp(self, grasp: Grasp) -> Iterator[FloatArray]:
+    def _grasp(self, offset: FloatArray) -> Iterator[FloatArray]:
         """Close until the fingers have stopped."""
-        goal = self.scene.position(self.object) + grasp.offset
+        goal = self.scene.position(self.object) + offset
         last = self.scene.opening
         for k in range(14):
             yield self._servo(goal, CLOSE)
@@ -205,7 +176,7 @@ class ScriptedExpert:
         eef = self.scene.eef
         away = float(np.hypot(*(goal - eef)[:2]))
         apart = away + 0.06 * max(0.0, self._turn_error() - 0.08)
-        height = goal[2] + np.clip(2.5 * (apart - 0.012), 0.0, hover.at(away))
+        height = goal[2] + np.clip(2.5 * (apart - 0.012), 0.0, hover(away))
         too_low = height - eef[2] - 0.02
         sideways = float(np.clip(1.0 - too_low / 0.04, 0.0, 1.0))
         point = np.array([*(eef[:2] + (goal - eef)[:2] * sideways), height])
@@ -226,13 +197,9 @@ class ScriptedExpert:
         return float(np.linalg.norm(_rotation_vector(self._rotation @ self.scene.eef_rotation.T)))
 
     def _hover(self, a: FloatArray, b: FloatArray, *, lowest: float, below: float) -> Hover:
-        """Heights that clear everything on the straight way from ``a`` to ``b``, what is held included.
+        """Heights that clear everything on the straight way from ``a`` to ``b``, (3,) m, what is held included.
 
-        Args:
-            a: Start, (3,) m.
-            b: Goal, (3,) m.
-            lowest: Least height above the goal, m.
-            below: Free height that the gripper needs above a surface, m.
+        They are at least ``lowest`` (m) above the goal, and ``below`` (m) above every surface.
         """
         along = (a - b)[:2]
         length = float(np.linalg.norm(along))
@@ -244,42 +211,40 @@ class ScriptedExpert:
             for s in distances
         ]
         needed = np.maximum.accumulate(np.array(surface)) + below - b[2]
-        return Hover(distances=distances, heights=np.maximum(needed, lowest))
+        heights = np.maximum(needed, lowest)
+        return lambda distance: float(np.interp(distance + 0.10, distances, heights))  # with room for the hand behind
 
     # ---- choice of the grasp
 
-    def _choose_grasp(self) -> Grasp:
-        """Rim of a bowl, or the sides of a box or can."""
-        if "bowl" in self.object:
-            return self._rim_grasp()
-        return self._side_grasp()
+    def _choose_grasp(self) -> FloatArray:
+        """Turn to take a bowl's rim, or the sides of a box or can; the fingertips' offset from its origin, (3,) m."""
+        spot, turn = self._rim_grasp() if "bowl" in self.object else self._side_grasp()
+        self._rotation = self._lean(spot, turn) @ _yaw(turn) @ HOME_ROTATION
+        return spot - self.scene.position(self.object)
 
-    def _rim_grasp(self) -> Grasp:
+    def _rim_grasp(self) -> tuple[FloatArray, float]:
         """Straddle the rim at the free place that needs the least turning; −y before +y.
 
         The fingers open along the radius. A place is free if no other surface reaches higher than the
         fingertips under the outer finger, nor higher than the palm under the hand.
         """
-        scene = self.scene
-        origin, points = scene.position(self.object), scene.points(self.object)
+        points = self.scene.points(self.object)
         top, low = float(points[:, 2].max()), float(points[:, 2].min())
         centre = (points.max(0) + points.min(0))[:2] / 2.0
         rim = points[points[:, 2] > top - 0.012]
         radius = float(np.percentile(np.linalg.norm(rim[:, :2] - centre, axis=1), 90)) - 0.004
         tip = max(top - 0.024, low + 0.008)
-        best: tuple[float, FloatArray, float] = (np.inf, np.zeros(2), 0.0)
-        for degrees in self.CANDIDATES:
-            angle = np.deg2rad(degrees)
+        best: tuple[float, FloatArray, float] = (np.inf, np.zeros(3), 0.0)
+        for degrees in range(0, 360, 15):
+            angle = float(np.deg2rad(degrees))
             out = np.array([np.cos(angle), np.sin(angle)])
-            turn = (angle - np.pi / 2 + np.pi / 2) % np.pi - np.pi / 2  # fingers are alike: modulo half a turn
+            turn = _half_turn(angle)
             cost = abs(turn) + 0.02 * (out[1] > 1e-6) + 0.01 * (turn > 1e-6)
             spot = np.array([*(centre + out * radius), tip])
             cost += 10.0 * self._blocked(spot[:2], out, tip)
             if cost < best[0] - 1e-9:
-                best = (cost, out, turn)
-        _, out, turn = best
-        spot = np.array([*(centre + out * radius), tip])
-        return Grasp(offset=spot - origin, rotation=self._lean(spot, turn) @ _yaw(turn) @ HOME_ROTATION)
+                best = (cost, spot, turn)
+        return best[1:]
 
     def _blocked(self, spot: FloatArray, out: FloatArray, tip: float) -> float:
         """Share of the hand's footprint at a rim point that other things occupy, 0..1; the palm may touch."""
@@ -292,7 +257,7 @@ class ScriptedExpert:
 
         return (hits(finger) + max(0, hits(palm) - 1)) / (len(finger) + len(palm))
 
-    def _side_grasp(self) -> Grasp:
+    def _side_grasp(self) -> tuple[FloatArray, float]:
         """Across the thinner horizontal side of a box, without a turn for what is round."""
         scene = self.scene
         body = scene.body_of[self.object]
@@ -306,13 +271,11 @@ class ScriptedExpert:
         wide = max(flat, key=lambda i: size[i])
         turn = 0.0
         if size[thin] < 0.9 * size[wide]:
-            angle = float(np.arctan2(axes[1, thin], axes[0, thin]))
-            turn = (angle - np.pi / 2 + np.pi / 2) % np.pi - np.pi / 2
+            turn = _half_turn(float(np.arctan2(axes[1, thin], axes[0, thin])))
         top, low = float(points[:, 2].max()), float(points[:, 2].min())
         height = top - low
         depth = min(0.035, height * 0.55) if height > 0.04 else height * 0.75
-        spot = np.array([*(origin + centre)[:2], top - depth])
-        return Grasp(offset=spot - origin, rotation=self._lean(spot, turn) @ _yaw(turn) @ HOME_ROTATION)
+        return np.array([*(origin + centre)[:2], top - depth]), turn
 
     def _lean(self, spot: FloatArray, turn: float) -> FloatArray:
         """Lean the hand towards the robot, about the axis of its fingers, as far as easy reach demands.

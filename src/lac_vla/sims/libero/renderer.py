@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from lac_vla.sims.libero.modules import LiberoModules
 from lac_vla.types import UInt8Image
 
 Rendering: TypeAlias = Literal["fast", "official"]
@@ -28,18 +26,14 @@ class Renderer:
     """Renders the scene of a robosuite environment.
 
     Args:
-        lib: LIBERO's modules.
         env: The environment.
         resolution: Side of the square images in pixels.
         rendering: See :mod:`lac_vla.sims.libero.env`.
         convention: See :mod:`lac_vla.sims.libero.env`.
     """
 
-    def __init__(
-        self, lib: LiberoModules, env: Any, resolution: int, rendering: Rendering, convention: Convention
-    ) -> None:
-        self._lib, self._env = lib, env
-        self._resolution, self._rendering, self._convention = resolution, rendering, convention
+    def __init__(self, env: Any, resolution: int, rendering: Rendering, convention: Convention) -> None:
+        self._env, self._resolution, self._rendering, self._convention = env, resolution, rendering, convention
         self._poses: dict[str, npt.NDArray[np.float64]] = {}
 
     @property
@@ -56,13 +50,16 @@ class Renderer:
         That is not the end of a control step but up to two physics steps earlier. Rendering is left to
         :meth:`pictures`, which nobody may call; the pixels are the same.
         """
-        self._poses = {name: getattr(self._data, name).copy() for name in RENDERED_POSES}
+        self._poses = self._present()
         return np.zeros(1)
 
     def pictures(self, cameras: Iterable[str]) -> dict[str, UInt8Image]:
         """Images of that instant by camera, uint8, resolution × resolution × 3."""
-        with self._at_sampling_instant():
+        present = self._put(self._poses)
+        try:
             return {camera: self._render(camera) for camera in cameras}
+        finally:
+            self._put(present)
 
     def open(self) -> None:
         """Prepare a freshly loaded model for ``fast`` rendering.
@@ -71,7 +68,9 @@ class Renderer:
         """
         if self._rendering != "fast":
             return
-        mj, context, model = self._lib.mujoco, self._env.sim._render_context_offscreen, self._model
+        import mujoco as mj
+
+        context, model = self._env.sim._render_context_offscreen, self._model
         context.gl_ctx.make_current()
         context.con.free()
         model.vis.quality.offsamples = 0
@@ -89,18 +88,15 @@ class Renderer:
             context.gl_ctx.free()
             self._env.sim._render_context_offscreen = None
 
-    @contextlib.contextmanager
-    def _at_sampling_instant(self) -> Iterator[None]:
-        """Put the poses that :meth:`note_poses` noted in place, and the present ones back."""
-        data = self._data
-        present = {name: getattr(data, name).copy() for name in RENDERED_POSES}
-        try:
-            for name, value in self._poses.items():
-                getattr(data, name)[:] = value
-            yield
-        finally:
-            for name, value in present.items():
-                getattr(data, name)[:] = value
+    def _put(self, poses: dict[str, npt.NDArray[np.float64]]) -> dict[str, npt.NDArray[np.float64]]:
+        """Put poses in place; those that were there."""
+        present = self._present()
+        for name, value in poses.items():
+            getattr(self._data, name)[:] = value
+        return present
+
+    def _present(self) -> dict[str, npt.NDArray[np.float64]]:
+        return {name: getattr(self._data, name).copy() for name in RENDERED_POSES}
 
     def _render(self, camera: str) -> UInt8Image:
         sim, model = self._env.sim, self._model

@@ -19,29 +19,21 @@ class LiberoScene:
         import mujoco
 
         self._mj = mujoco
-        self.env = env
-        self.domain, self.model, self.data = env.domain, env.model, env.data
-        self.body_of: dict[str, int] = dict(self.domain.obj_body_id)
-        self._geom_owner = self.model.geom_bodyid
-        self.robot_geoms = {
-            g
-            for g in range(self.model.ngeom)
-            if (self.model.body(self._geom_owner[g]).name or "").startswith(("robot0", "gripper0", "mount0"))
-        }
+        self.model, self.data = env.model, env.data
+        self.body_of: dict[str, int] = dict(env.domain.obj_body_id)
+        self._owners = [int(body) for body in self.model.geom_bodyid]
+        parts = ("robot0", "gripper0", "mount0")
+        self._robot = {g for g, body in enumerate(self._owners) if self.model.body(body).name.startswith(parts)}
         self._groups = np.zeros(6, dtype=np.uint8)
         self._groups[COLLISION_GROUP] = 1
         names = ("gripper0_finger_joint1", "gripper0_finger_joint2")
         self._fingers = [int(self.model.joint(name).qposadr[0]) for name in names]
-        self.base = np.array(self.domain.robots[0].base_pos)
-        self._site = int(self.domain.robots[0].eef_site_id)
+        self.base = np.array(env.domain.robots[0].base_pos)
+        self._site = int(env.domain.robots[0].eef_site_id)
 
     def position(self, name: str) -> FloatArray:
-        """Origin of an object's body, (3,) m."""
-        return np.array(self.data.xpos[self.body_of[name]])
-
-    def site(self, name: str) -> FloatArray:
-        """Position of a named site (a region of a fixture), (3,) m."""
-        return np.array(self.data.site(name).xpos)
+        """Origin of an object's body, or position of a site (a region of a fixture), (3,) m."""
+        return np.array(self.data.xpos[self.body_of[name]] if name in self.body_of else self.data.site(name).xpos)
 
     @property
     def eef(self) -> FloatArray:
@@ -69,11 +61,8 @@ class LiberoScene:
         for body in range(self.model.nbody):
             if int(self.model.body_parentid[body]) in bodies:
                 bodies.add(body)
-        return [
-            g
-            for g in range(self.model.ngeom)
-            if int(self._geom_owner[g]) in bodies and self.model.geom_group[g] == COLLISION_GROUP
-        ]
+        groups = self.model.geom_group
+        return [g for g, body in enumerate(self._owners) if body in bodies and groups[g] == COLLISION_GROUP]
 
     def points(self, name: str) -> FloatArray:
         """Vertices of meshes and corners of the boxes around other collision geoms, (N, 3) m, world."""
@@ -104,7 +93,7 @@ class LiberoScene:
             if distance < 0:
                 break
             origin[2] -= distance
-            if int(hit[0]) not in self.robot_geoms and int(hit[0]) not in ignore:
+            if int(hit[0]) not in self._robot | ignore:
                 return float(origin[2])
             origin[2] -= 1e-4
         return -np.inf

@@ -15,41 +15,54 @@ evaluations differ in how; a policy is scored with its own. Sources: ``cogact_po
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, get_args
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
+from lac_vla.sims.base import check_action
 from lac_vla.sims.simpler.episode import RobotSpec
 
 Action: TypeAlias = npt.NDArray[np.float64]
 Convention: TypeAlias = Literal["cogact", "openvla"]
-ACTION_DIM: Final = 7
 SUDDEN: Final = 0.5
 """A change of the gripper's opening beyond which it is a command."""
 
 
-@dataclass
-class WidowXActions:
-    """For the WidowX: the gripper's command is absolute, and open or closed."""
+class ActionConversion(ABC):
+    """Turns a policy's actions into a simulator's, one episode at a time; reset with every instruction."""
 
-    def reset(self) -> None:
-        """There is nothing to forget."""
+    def reset(self) -> None:  # noqa: B027 - there may be nothing to forget
+        """Forget the gripper."""
 
     def __call__(self, action: npt.ArrayLike) -> Action:
-        """Convert an action, (7,).
+        """Convert the next action, (7,).
 
         Raises:
-            InputError: If it is not a finite vector of seven numbers.
+            InputError: If it is not a finite vector of seven numbers; nothing is remembered of it then.
         """
         checked = check_action(action)
-        return _with_gripper(checked, 1.0 if checked[6] > 0.5 else -1.0)
+        return np.array([*checked[:3], *axis_angle(*checked[3:6]), self.gripper(float(checked[6]))])
+
+    @abstractmethod
+    def gripper(self, opening: float) -> float:
+        """Convert the next opening, 0 closed .. 1 open."""
+
+
+class WidowXActions(ActionConversion):
+    """For the WidowX: the gripper's command is absolute, and open or closed."""
+
+    def gripper(self, opening: float) -> float:
+        """See :meth:`ActionConversion.gripper`."""
+        return 1.0 if opening > 0.5 else -1.0
 
 
 @dataclass
-class GoogleActions:
+class GoogleActions(ActionConversion):
     """For the Google robot: the gripper's command is a change, repeated for a while once it is sudden.
 
     Attributes:
@@ -68,14 +81,8 @@ class GoogleActions:
         """Forget the gripper."""
         self._before, self._command, self._left = None, 0.0, 0
 
-    def __call__(self, action: npt.ArrayLike) -> Action:
-        """Convert the next action, (7,).
-
-        Raises:
-            InputError: If it is not a finite vector of seven numbers; nothing is remembered of it then.
-        """
-        checked = check_action(action)
-        opening = float(checked[6])
+    def gripper(self, opening: float) -> float:
+        """See :meth:`ActionConversion.gripper`."""
         change = 0.0 if self._before is None else self._before - opening
         sudden = abs(change) > SUDDEN and not self._left
         if self._before is None or sudden or not self.since_command:
@@ -85,11 +92,7 @@ class GoogleActions:
         if self._left:
             change = self._command
             self._left -= 1
-        return _with_gripper(checked, change)
-
-
-ActionConversion: TypeAlias = WidowXActions | GoogleActions
-"""Turns a policy's actions into a simulator's, one episode at a time; reset with every instruction."""
+        return change
 
 
 def conversion(robot: RobotSpec, convention: Convention) -> ActionConversion:
@@ -103,21 +106,6 @@ def conversion(robot: RobotSpec, convention: Convention) -> ActionConversion:
     if robot.name == "widowx":
         return WidowXActions()
     return GoogleActions() if convention == "cogact" else GoogleActions(repeat=15, since_command=False)
-
-
-def check_action(action: npt.ArrayLike) -> Action:
-    """Validate one action.
-
-    Raises:
-        InputError: If it is not a finite vector of seven numbers.
-    """
-    try:
-        array = np.array(action, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the action is not numeric: {error}") from error
-    if array.shape != (ACTION_DIM,) or not np.isfinite(array).all():
-        raise InputError(f"the action {array.tolist()} is no finite (7,): Δxyz (m), roll, pitch, yaw (rad), gripper")
-    return array
 
 
 def axis_angle(roll: float, pitch: float, yaw: float) -> Action:
@@ -134,14 +122,5 @@ def euler_xyz(rotation: npt.NDArray[np.float64]) -> Action:
 
     ManiSkill3's controller reads rotations so; SIMPLER's original reads axis × angle.
     """
-    angle = float(np.linalg.norm(rotation))
-    if angle < 1e-12:
-        return np.zeros(3)
-    x, y, z = rotation / angle
-    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
-    r = np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * cross @ cross
+    r, _ = cv2.Rodrigues(rotation)
     return np.array([np.arctan2(-r[1, 2], r[2, 2]), np.arcsin(np.clip(r[0, 2], -1, 1)), np.arctan2(-r[0, 1], r[0, 0])])
-
-
-def _with_gripper(action: Action, gripper: float) -> Action:
-    return np.array([*action[:3], *axis_angle(*action[3:6]), gripper])

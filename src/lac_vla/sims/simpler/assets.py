@@ -10,7 +10,6 @@ import glob
 import importlib.util
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -29,27 +28,6 @@ SHOWN: Final = 12
 """Missing files that a message names."""
 
 
-@dataclass(frozen=True)
-class Missing:
-    """Something that is needed and absent.
-
-    Attributes:
-        what: In words.
-        get: How to get it.
-        files: Which files exactly, if it is a set of them.
-    """
-
-    what: str
-    get: str
-    files: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """One paragraph for the terminal."""
-        more = len(self.files) - SHOWN
-        lines = [*self.files[:SHOWN], *([f"… and {more} more"] if more > 0 else [])]
-        return "\n".join((f"{self.what}. {self.get}", *(f"    {line}" for line in lines)))
-
-
 def photo(assets: Path, name: str) -> Path:
     """A background photo in the original's data folder."""
     return assets / "real_inpainting" / name
@@ -57,79 +35,65 @@ def photo(assets: Path, name: str) -> Path:
 
 def original_files(episode: EpisodeSpec, assets: Path) -> tuple[Path, ...]:
     """Files of the original's data folder that distinguish an episode."""
-    variant, files = episode.variant, []
+    variant, custom, files = episode.variant, assets / "custom", []
     if not variant.scene.startswith("dummy"):
         files.append(assets / "hab2_bench_assets" / "stages" / f"{variant.scene}.glb")
     if episode.stand.photo is not None:
         files.append(photo(assets, episode.stand.photo))
     if "Drawer" in variant.env_id:
-        files.append(assets / "custom" / f"{variant.options.get('station_name', 'mk_station')}.urdf")
-    files.append(assets / "custom" / _object_list(episode))
-    return tuple(files)
-
-
-def _object_list(episode: EpisodeSpec) -> str:
-    env_id = episode.variant.env_id
-    if episode.robot.name == "widowx":
-        return "info_bridge_custom_baked_tex_v0.json" if "BakedTex" in env_id else "info_bridge_custom_v0.json"
-    if env_id.startswith("PlaceInto"):
-        return "info_pick_custom_baked_tex_v1.json"
-    return "info_pick_custom_baked_tex_v0.json" if "BakedTex" in env_id else "info_pick_custom_v0.json"
+        files.append(custom / f"{variant.options.get('station_name', 'mk_station')}.urdf")
+    objects = "bridge_custom" if episode.robot.name == "widowx" else "pick_custom"
+    baked = "_baked_tex" if "BakedTex" in variant.env_id or variant.env_id.startswith("PlaceInto") else ""
+    version = "v1" if variant.env_id.startswith("PlaceInto") else "v0"
+    return (*files, custom / f"info_{objects}{baked}_{version}.json")
 
 
 def missing_for_original(
     wanted: Iterable[EpisodeSpec], assets: Path | None, python: str | None, *, ray_tracing: bool
-) -> list[Missing]:
-    """List what the original needs for some episodes and does not find. Its interpreter is not started.
-
-    Args:
-        wanted: The episodes.
-        assets: ``ManiSkill2_real2sim/data`` of its repository.
-        python: Interpreter that SimplerEnv is installed for.
-        ray_tracing: Whether rays are to be traced.
-    """
+) -> list[str]:
+    """List what the original needs for some episodes and does not find. Its interpreter is not started."""
     wanted, lacking = list(wanted), []
     if python is None or not os.access(python, os.X_OK):
         found = "" if python is None else f" ({python} cannot be run)"
         need = "SimplerEnv's own interpreter: Python 3.10 or 3.11, numpy < 2, gymnasium < 1, sapien 2.2.2" + found
-        lacking.append(Missing(need, f"{ORIGINAL}; install it as its README says; then --python INTERPRETER"))
+        lacking.append(f"{need}. {ORIGINAL}; install it as its README says; then --python INTERPRETER")
     if assets is None or not assets.is_dir():
         need = "SimplerEnv's assets (CC BY-NC)" + ("" if assets is None else f" ({assets} is no folder)")
-        lacking.append(Missing(need, f"{ORIGINAL}; then --assets SimplerEnv/ManiSkill2_real2sim/data"))
+        lacking.append(f"{need}. {ORIGINAL}; then --assets SimplerEnv/ManiSkill2_real2sim/data")
     else:
         paths = sorted({path for episode in wanted for path in original_files(episode, assets)})
-        if files := tuple(str(path.relative_to(assets)) for path in paths if not path.exists()):
-            need = f"{len(files)} of {len(paths)} files in {assets} (CC BY-NC)"
-            lacking.append(Missing(need, f"They come with the repository: {ORIGINAL}", files))
+        if files := [str(path.relative_to(assets)) for path in paths if not path.exists()]:
+            need = (
+                f"{len(files)} of {len(paths)} files in {assets} (CC BY-NC). They come with the repository: {ORIGINAL}"
+            )
+            more = [f"… and {len(files) - SHOWN} more"] if len(files) > SHOWN else []
+            lacking.append("\n    ".join([need, *files[:SHOWN], *more]))
     if ray_tracing and any(episode.ray_traced for episode in wanted) and not glob.glob("/dev/nvidia[0-9]*"):
         need = "An NVIDIA GPU: the drawer and apple tasks are ray-traced"
-        lacking.append(Missing(need, "With --no-ray-tracing they run without, and are not called SIMPLER's"))
+        lacking.append(f"{need}. With --no-ray-tracing they run without, and are not called SIMPLER's")
     return lacking
 
 
-def missing_for_port(wanted: Iterable[EpisodeSpec]) -> list[Missing]:
+def missing_for_port(wanted: Iterable[EpisodeSpec]) -> list[str]:
     """List what the port to ManiSkill3 needs for some episodes and does not find."""
     lacking = []
     if absent := sorted({episode.name for episode in wanted if episode.port is None}):
-        need = f"The port has no Google robot: not there are {', '.join(absent)}"
-        lacking.append(Missing(need, "Use the original: --backend ms2"))
+        lacking.append(
+            f"The port has no Google robot: not there are {', '.join(absent)}. Use the original: --backend ms2"
+        )
     if importlib.util.find_spec("mani_skill") is None:
-        lacking.append(Missing("ManiSkill3", 'pip install "lac-vla[simpler]"'))
+        lacking.append('ManiSkill3. pip install "lac-vla[simpler]"')
     if (vulkan := vulkan_missing()) is not None:
         lacking.append(vulkan)
     data = Path(os.environ.get("MS_ASSET_DIR") or Path.home() / ".maniskill") / "data"
-    for path, command in PORT_ASSETS.items():
-        if not (data / path).exists():
-            lacking.append(Missing(f"{data / path} (CC BY-NC)", command))
-    return lacking
+    fetch = [f"{data / path} (CC BY-NC). {get}" for path, get in PORT_ASSETS.items() if not (data / path).exists()]
+    return lacking + fetch
 
 
-def vulkan_missing() -> Missing | None:
-    """A Vulkan driver, if there is none: SAPIEN does not even simulate without one."""
+def vulkan_missing() -> str | None:
+    """Name a Vulkan driver, if there is none: SAPIEN does not even simulate without one."""
     named = [path for name in ICD_VARIABLES for path in os.environ.get(name, "").split(os.pathsep) if path]
     if any(map(os.path.exists, named)) or any(glob.glob(f"{folder}/*.json") for folder in ICD_FOLDERS):
         return None
-    return Missing(
-        "A Vulkan driver: an NVIDIA GPU's, or Mesa's for CPUs, version 25 or later",
-        "`make sim-simpler` unpacks Mesa beside the environment; `. .vulkan/env.sh` makes it known",
-    )
+    need = "A Vulkan driver: an NVIDIA GPU's, or Mesa's for CPUs, version 25 or later"
+    return f"{need}. `make sim-simpler` unpacks Mesa beside the environment; `. .vulkan/env.sh` makes it known"

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 from rich.table import Table
 
 from lac_vla.errors import InputError
+from lac_vla.results.records import read_episodes
 from lac_vla.sims.base import Benchmark
 from lac_vla.sims.simpler.actions import Convention, conversion
 from lac_vla.sims.simpler.assets import missing_for_original, missing_for_port
@@ -23,8 +24,10 @@ from lac_vla.sims.simpler.episode import SETUPS, RobotSpec, Setup
 from lac_vla.sims.simpler.ms2 import SERVER, Ms2Backend
 from lac_vla.sims.simpler.ms3 import Ms3Backend
 from lac_vla.sims.simpler.protocol import episodes, tasks
-from lac_vla.sims.simpler.published_table import TABLE, PublishedTable
+from lac_vla.sims.simpler.published_table import PublishedTable
 
+TABLE = "simpler.json"
+"""File of a run that holds its table."""
 ENSEMBLES = {"google": 2, "widowx": 7}
 """Robot → chunks that CogACT's evaluation averages."""
 
@@ -132,18 +135,16 @@ class Simpler(Benchmark):
         """See :meth:`Benchmark.missing`."""
         wanted = [episode for episode in episodes(self.setup) if episode.task in tasks]
         if self.backend == "ms3":
-            lacking = missing_for_port(wanted)
-        else:
-            lacking = missing_for_original(wanted, self._data, self._interpreter, ray_tracing=self.ray_tracing)
-        return [str(item) for item in lacking]
+            return missing_for_port(wanted)
+        return missing_for_original(wanted, self._data, self._interpreter, ray_tracing=self.ray_tracing)
 
     def publish(self, run: Path) -> Table:
         """Write SIMPLER's table of a run as ``simpler.json``.
 
         Raises:
-            InputError: If the run holds no episode of SIMPLER.
+            InputError: If the run holds an episode of another benchmark.
         """
-        table = PublishedTable.read(run)
+        table = PublishedTable.of(self.setup, read_episodes(run / "episodes.jsonl"))
         (run / TABLE).write_text(json.dumps(asdict(table), indent=2) + "\n", encoding="utf-8")
         return table.to_terminal()
 

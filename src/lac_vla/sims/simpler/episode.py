@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, get_args
 
 Setup: TypeAlias = Literal["vm", "va", "widowx"]
 SETUPS: Final[tuple[Setup, ...]] = get_args(Setup)
 Option: TypeAlias = "str | bool"
-XY: TypeAlias = tuple[float, float]
+Place: TypeAlias = "tuple[float, float] | int"
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ class TaskSpec:
         robot: Which robot.
         horizon: Control steps of every episode: it is not ended by success.
         variants: Its looks.
-        objects: Places of the object, metres, world; or
-        layouts: the number of layouts that the environment itself holds.
+        places: Where the object lies, metres, world; or the numbers of layouts that the environment itself holds.
         port: Gymnasium id in ManiSkill3, if it is there.
     """
 
@@ -119,14 +118,8 @@ class TaskSpec:
     robot: RobotSpec
     horizon: int
     variants: tuple[Variant, ...]
-    objects: tuple[XY, ...] = ()
-    layouts: int = 0
+    places: tuple[Place, ...]
     port: str | None = None
-
-    @property
-    def ray_traced(self) -> bool:
-        """Return whether the protocol demands ray tracing: policies tell depth by the shadows."""
-        return any(variant.options.get("shader_dir") == "rt" for variant in self.variants)
 
 
 @dataclass(frozen=True)
@@ -140,8 +133,7 @@ class EpisodeSpec:
         name: Of the task.
         variant: Its look.
         stand: Where the robot stands.
-        object_xy: Where the object lies, metres, world; or
-        layout: number of the environment's own layout.
+        place: Where the object lies, metres, world; or the number of the environment's own layout.
         horizon: Control steps.
         robot: Which robot.
         port: Gymnasium id in ManiSkill3, if it is there.
@@ -154,12 +146,11 @@ class EpisodeSpec:
     variant: Variant
     stand: Stand
     horizon: int
-    robot: RobotSpec = field(repr=False)
-    object_xy: XY | None = None
-    layout: int | None = None
-    port: str | None = None
+    robot: RobotSpec
+    place: Place
+    port: str | None
 
     @property
     def ray_traced(self) -> bool:
-        """Return whether the protocol demands ray tracing."""
+        """Return whether the protocol demands ray tracing: policies tell depth by the shadows."""
         return self.variant.options.get("shader_dir") == "rt"

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Final, NoReturn
+from typing import IO, Any, Final, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,10 @@ from lac_vla.sims.simpler.assets import photo
 from lac_vla.sims.simpler.backend import Backend, Observation
 from lac_vla.sims.simpler.episode import EpisodeSpec
 
+Array: TypeAlias = "npt.NDArray[Any] | None"
 SERVER: Final = Path(ms2_server.__file__)
+START_TIMEOUT_S: Final = 300.0
+"""Longest wait for a start or a reset, in which scenes are loaded, seconds."""
 
 
 class Ms2Backend(Backend):
@@ -33,27 +36,16 @@ class Ms2Backend(Backend):
     Args:
         command: How to start it, e.g. the interpreter that SimplerEnv is installed for and :data:`SERVER`.
         assets: Its data folder, ``MS2_ASSET_DIR``.
-        timeout_s: Longest wait for a step, seconds.
-        start_timeout_s: Longest wait for a start or a reset, in which scenes are loaded, seconds.
+        timeout_s: Longest wait for a step, seconds; for a start or a reset it is :data:`START_TIMEOUT_S`.
         ray_tracing: Trace rays where the protocol demands it; without, scores are not SIMPLER's.
     """
 
     name = "ms2"
 
     def __init__(
-        self,
-        command: Sequence[str],
-        assets: Path,
-        *,
-        timeout_s: float = 60.0,
-        start_timeout_s: float = 300.0,
-        ray_tracing: bool = True,
+        self, command: Sequence[str], assets: Path, *, timeout_s: float = 60.0, ray_tracing: bool = True
     ) -> None:
-        self.command = tuple(command)
-        self.assets = assets
-        self.timeout_s = timeout_s
-        self.start_timeout_s = start_timeout_s
-        self.ray_traced = ray_tracing
+        self.command, self.assets, self.timeout_s, self.ray_traced = tuple(command), assets, timeout_s, ray_tracing
         self._process: subprocess.Popen[bytes] | None = None
         self._words: IO[bytes] | None = None
         self._playing = False
@@ -67,7 +59,7 @@ class Ms2Backend(Backend):
             "options": reset_options(episode),
             "camera": episode.robot.camera,
         }
-        observation = self._observe(request, None, self.start_timeout_s)
+        observation = self._observe(request)
         self._playing = True
         return observation
 
@@ -75,11 +67,11 @@ class Ms2Backend(Backend):
         """See :meth:`Backend.step`."""
         if not self._playing:
             raise InputError("reset the simulator before the first step")
-        return self._observe({"op": "step"}, np.asarray(action, dtype=np.float64), self.timeout_s)
+        return self._observe({"op": "step"}, np.asarray(action, dtype=np.float64))
 
     def metadata(self) -> Mapping[str, Any]:
         """See :meth:`Backend.metadata`."""
-        message, _ = self._ask({"op": "hello"}, None, self.start_timeout_s)
+        message, _ = self._ask({"op": "hello"})
         versions = message.get("versions")
         if not isinstance(versions, dict):
             self._fail("answered without its versions")
@@ -90,13 +82,8 @@ class Ms2Backend(Backend):
         process, self._process, self._playing = self._process, None, False
         if process is None:
             return
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        with contextlib.suppress(ProcessLookupError):
+        with process, contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # it has nothing to save, and may hang
-        process.wait()
         if self._words is not None:
             self._words.close()
 
@@ -137,22 +124,21 @@ class Ms2Backend(Backend):
             )
         except OSError as error:
             self._words.close()
-            raise SimulatorError(
-                f"cannot start {self.command[0]!r} ({error}): give SimplerEnv's interpreter"
-            ) from error
+            what = f"cannot start {self.command[0]!r} ({error}): give SimplerEnv's interpreter"
+            raise SimulatorError(what) from error
 
-    def _ask(
-        self, request: dict[str, Any], array: npt.NDArray[Any] | None, timeout_s: float
-    ) -> tuple[dict[str, Any], npt.NDArray[Any] | None]:
+    def _ask(self, request: dict[str, Any], array: Array = None) -> tuple[dict[str, Any], Array]:
         """Send a request and wait for the answer; whatever goes wrong ends the process."""
+        timeout_s = self.timeout_s if request["op"] == "step" else START_TIMEOUT_S
         if self._process is None:
             self._process = self._start()
         process, deadline = self._process, time.monotonic() + timeout_s
+        assert process.stdin is not None
+        assert process.stdout is not None
+        pipe = process.stdout.fileno()
         try:
-            if process.stdin is None or process.stdout is None:  # pragma: no cover - both are pipes
-                raise OSError("no pipe")
             process.stdin.write(ms2_server.pack(request, array))
-            message, answer = ms2_server.unpack(lambda n: _read(process.stdout, n, deadline))
+            message, answer = ms2_server.unpack(lambda n: _read(pipe, n, deadline))
         except TimeoutError:
             self._fail(f"did not answer {request['op']!r} within {timeout_s:g} s")
         except (OSError, EOFError):
@@ -166,8 +152,8 @@ class Ms2Backend(Backend):
             self._fail(f"failed on {request['op']!r}: {message.get('error')}")
         return message, answer
 
-    def _observe(self, request: dict[str, Any], array: npt.NDArray[Any] | None, timeout_s: float) -> Observation:
-        message, image = self._ask(request, array, timeout_s)
+    def _observe(self, request: dict[str, Any], array: Array = None) -> Observation:
+        message, image = self._ask(request, array)
         if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             self._fail("answered without a picture, uint8 H×W×3")
         for key, kind in (("instruction", str), ("success", bool), ("grasped", bool)):
@@ -176,47 +162,33 @@ class Ms2Backend(Backend):
         return Observation(image.copy(), message["instruction"], message["success"], message["grasped"])
 
     def _fail(self, what: str) -> NoReturn:
-        last = self._last_words()
+        """End the process, and repeat the last 500 bytes that it wrote on standard error."""
+        last = ""
+        if self._words is not None:
+            self._words.seek(max(0, self._words.seek(0, os.SEEK_END) - 500))
+            last = self._words.read().decode("utf-8", "replace").strip()
         self.close()
         raise SimulatorError(f"the SimplerEnv process {what}" + (f"; its last words: {last}" if last else ""))
-
-    def _last_words(self, length: int = 500) -> str:
-        if self._words is None:
-            return ""
-        size = self._words.seek(0, os.SEEK_END)
-        self._words.seek(max(0, size - length))
-        return self._words.read().decode("utf-8", "replace").strip()
 
 
 def reset_options(episode: EpisodeSpec) -> dict[str, Any]:
     """Options of the environment's ``reset``: where the robot stands, and what lies where."""
-    stand = episode.stand
-    if episode.object_xy is None:
-        objects: dict[str, Any] = {"episode_id": episode.layout}
-    else:
-        objects = {"init_xy": list(episode.object_xy)}
+    stand, place = episode.stand, episode.place
     return {
         "robot_init_options": {"init_xy": [stand.x, stand.y], "init_rot_quat": list(stand.quaternion)},
-        "obj_init_options": objects,
+        "obj_init_options": {"episode_id": place} if isinstance(place, int) else {"init_xy": list(place)},
     }
 
 
-def _read(pipe: IO[bytes] | None, n: int, deadline: float) -> bytes:
-    """Exactly ``n`` bytes.
-
-    Raises:
-        TimeoutError: If they have not come by ``deadline`` (``time.monotonic``).
-        EOFError: If they never will.
-    """
-    if pipe is None:  # pragma: no cover - it is a pipe
-        raise EOFError
+def _read(pipe: int, n: int, deadline: float) -> bytes:
+    """Exactly ``n`` bytes: a TimeoutError by ``deadline`` (``time.monotonic``), an EOFError if they will never come."""
     parts: list[bytes] = []
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while n:
             if not selector.select(max(0.0, deadline - time.monotonic())):
                 raise TimeoutError
-            part = os.read(pipe.fileno(), min(n, 1 << 20))
+            part = os.read(pipe, min(n, 1 << 20))
             if not part:
                 raise EOFError
             parts.append(part)

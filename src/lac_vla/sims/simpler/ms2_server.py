@@ -45,12 +45,7 @@ DTYPES = ("u1", "f8")
 
 
 def pack(message: dict[str, Any], array: Any = None) -> bytes:
-    """A message as bytes.
-
-    Args:
-        message: JSON-serialisable dict.
-        array: uint8 or float64, or ``None``.
-    """
+    """A message, JSON-serialisable, and an array, uint8 or float64, as bytes."""
     data = b""
     described = None
     if array is not None:
@@ -64,41 +59,27 @@ def pack(message: dict[str, Any], array: Any = None) -> bytes:
 
 
 def unpack(read: Callable[[int], bytes]) -> tuple[dict[str, Any], Any]:
-    """The next message.
-
-    Args:
-        read: Gives exactly as many bytes as it is asked for, or raises EOFError.
-
-    Returns:
-        The dict, and the array or ``None``.
+    """The next message, and its array or ``None``; ``read`` gives exactly as many bytes as it is asked for.
 
     Raises:
-        EOFError: If the other end is gone.
+        EOFError: If ``read`` raises it, because the other end is gone.
         ValueError: If what came is no message.
     """
     magic, text, data = HEAD.unpack(read(HEAD.size))
     if magic != MAGIC or text > MAX_JSON or data > MAX_ARRAY:
         raise ValueError("not a message of this format: something else writes to the pipe")
+    said, raw = read(text), read(data)
     try:
-        message = json.loads(read(text).decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("not a message of this format: nested too deeply") from error
-    raw = read(data)
-    if not isinstance(message, dict) or "array" not in message:
-        raise ValueError(f"not a message of this format: {str(message)[:200]}")
-    described = message.pop("array")
-    if described is None:
-        return message, None
-    if not (
-        isinstance(described, list)
-        and len(described) == 2
-        and described[0] in DTYPES
-        and isinstance(described[1], list)
-        and all(isinstance(n, int) and 0 <= n <= MAX_ARRAY for n in described[1])
-    ):
-        raise ValueError(f"not an array of this format: {str(described)[:200]}")
-    kind, shape = described
-    return message, np.frombuffer(raw, dtype="<" + kind).reshape(shape)
+        message = json.loads(said.decode("utf-8"))
+        described = message.pop("array")
+        if described is None:
+            return message, None
+        kind, shape = described
+        if kind not in DTYPES:
+            raise ValueError(f"arrays of {kind} are not taken")
+        return message, np.frombuffer(raw, dtype="<" + kind).reshape(tuple(shape))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a message of this format: {error!r}"[:200]) from error
 
 
 class Simulator:
@@ -108,13 +89,13 @@ class Simulator:
         self.env: Any = None
         self.camera = ""
 
-    def hello(self, request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    def hello(self, request: dict[str, Any], action: Any) -> tuple[dict[str, Any], Any]:
         """The versions of what is installed."""
         load("mani_skill2_real2sim.envs")
         versions = {name: getattr(load(name), "__version__", "?") for name in ("numpy", "gymnasium", "sapien")}
         return {"versions": {"python": sys.version.split()[0], **versions}}, None
 
-    def reset(self, request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    def reset(self, request: dict[str, Any], action: Any) -> tuple[dict[str, Any], Any]:
         """Make the environment and start its episode."""
         load("mani_skill2_real2sim.envs")  # registers the environments
         if self.env is not None:
@@ -125,11 +106,11 @@ class Simulator:
         observation, _ = self.env.reset(options=request["options"])
         return self._look(observation, {})
 
-    def step(self, action: Any) -> tuple[dict[str, Any], Any]:
+    def step(self, request: dict[str, Any], action: Any) -> tuple[dict[str, Any], Any]:
         """Execute an action."""
         if self.env is None:
             raise ValueError("reset before the first step")
-        observation, _, _, _, info = self.env.step(action)
+        observation, _, _, _, info = self.env.step(np.array(action))
         return self._look(observation, info)
 
     def _look(self, observation: Any, info: dict[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -144,12 +125,9 @@ class Simulator:
 def answer(simulator: Simulator, request: dict[str, Any], array: Any) -> bytes:
     """Answer a request, as bytes."""
     try:
-        if request["op"] == "step":
-            message, image = simulator.step(np.array(array))
-        elif request["op"] in ("hello", "reset"):
-            message, image = getattr(simulator, request["op"])(request)
-        else:
+        if request["op"] not in ("hello", "reset", "step"):
             raise ValueError(f"unknown request {request['op']!r}")
+        message, image = getattr(simulator, request["op"])(request, array)
     except Exception as error:  # whatever it is, the other end must hear of it
         return pack({"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]})
     return pack({"ok": True, **message}, image)

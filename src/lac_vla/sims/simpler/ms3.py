@@ -20,7 +20,6 @@ from lac_vla.sims.simpler.actions import Action, euler_xyz
 from lac_vla.sims.simpler.assets import vulkan_missing
 from lac_vla.sims.simpler.backend import Backend, Observation
 from lac_vla.sims.simpler.episode import EpisodeSpec
-from lac_vla.types import UInt8Image
 
 PACKAGES: Final = ("mani-skill", "sapien")
 
@@ -41,7 +40,7 @@ class Ms3Backend(Backend):
 
     def __init__(self, render: Literal["cpu", "gpu"] = "cpu") -> None:
         if missing := vulkan_missing():
-            raise LacError(str(missing))
+            raise LacError(missing)
         try:
             self._gym = importlib.import_module("gymnasium")
             importlib.import_module("mani_skill.envs")
@@ -50,7 +49,6 @@ class Ms3Backend(Backend):
         self.render = render
         self._env: Any = None
         self._episode: EpisodeSpec | None = None
-        self._steps = 0
 
     def reset(self, episode: EpisodeSpec) -> Observation:
         """See :meth:`Backend.reset`."""
@@ -59,20 +57,29 @@ class Ms3Backend(Backend):
         try:
             if self._env is None or self._episode is None or self._episode.port != episode.port:
                 self.close()
-                self._env = self._make(episode)
+                self._env = self._gym.make(
+                    episode.port,
+                    num_envs=1,
+                    obs_mode="rgb+segmentation",
+                    control_mode=episode.robot.control_mode,
+                    sim_backend="physx_cpu",
+                    render_backend=self.render,
+                    max_episode_steps=episode.horizon,
+                )
             import torch
 
-            options = {} if episode.layout is None else {"episode_id": torch.tensor([episode.layout])}
+            options = {"episode_id": torch.tensor([episode.place])}
             observation, info = self._env.reset(seed=episode.number, options=options)
         except Exception as error:
             self.close()
             raise SimulatorError(f"ManiSkill3 failed on {episode.port}: {error}") from error
         self._episode = episode
-        return self._look(observation, info)
+        return self._look(episode, observation, info)
 
     def step(self, action: Action) -> Observation:
         """See :meth:`Backend.step`."""
-        if self._env is None or self._episode is None:
+        episode = self._episode
+        if episode is None:
             raise InputError("reset the simulator before the first step")
         command = np.array([*action[:3], *euler_xyz(action[3:6]), action[6]], dtype=np.float32)
         try:
@@ -80,7 +87,7 @@ class Ms3Backend(Backend):
         except Exception as error:
             self.close()
             raise SimulatorError(f"ManiSkill3 failed in mid-episode: {error}") from error
-        return self._look(observation, info)
+        return self._look(episode, observation, info)
 
     def metadata(self) -> Mapping[str, Any]:
         """See :meth:`Backend.metadata`."""
@@ -93,26 +100,12 @@ class Ms3Backend(Backend):
             self._env.close()
         self._env = self._episode = None
 
-    def _make(self, episode: EpisodeSpec) -> Any:
-        return self._gym.make(
-            episode.port,
-            num_envs=1,
-            obs_mode="rgb+segmentation",
-            control_mode=episode.robot.control_mode,
-            sim_backend="physx_cpu",
-            render_backend=self.render,
-            max_episode_steps=episode.horizon,
-        )
-
-    def _look(self, observation: Any, info: Mapping[str, Any]) -> Observation:
-        if self._episode is None:  # pragma: no cover - both callers have set it
-            raise InputError("reset the simulator before looking at it")
+    def _look(self, episode: EpisodeSpec, observation: Any, info: Mapping[str, Any]) -> Observation:
         words = getattr(self._env.unwrapped, "get_language_instruction", None)
-        rgb = observation["sensor_data"][self._episode.robot.camera]["rgb"]
-        image: UInt8Image = np.ascontiguousarray(rgb[0].cpu().numpy(), dtype=np.uint8)
+        rgb = observation["sensor_data"][episode.robot.camera]["rgb"]
         return Observation(
-            image=image,
-            instruction=str(words()[0]) if words else self._episode.name,
+            image=np.ascontiguousarray(rgb[0].cpu().numpy(), dtype=np.uint8),
+            instruction=str(words()[0]) if words else episode.name,
             success=bool(info.get("success", False)),
             grasped=bool(info.get("is_src_obj_grasped", False)),
         )

@@ -18,7 +18,6 @@ tasks 120 steps, where SIMPLER's gives 60 and eggplant 120, as here: scores are 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from itertools import product
 from typing import Final
 
@@ -29,7 +28,6 @@ from lac_vla.sims.simpler.episode import (
     GOOGLE,
     SETUPS,
     WIDOWX,
-    XY,
     EpisodeSpec,
     Option,
     Setup,
@@ -37,17 +35,6 @@ from lac_vla.sims.simpler.episode import (
     TaskSpec,
     Variant,
 )
-
-
-def tasks(setup: Setup) -> tuple[TaskSpec, ...]:
-    """All tasks of a setup.
-
-    Raises:
-        InputError: If there is no such setup.
-    """
-    if setup not in SETUPS:
-        raise InputError(f"unknown setup {setup!r}: choose one of {', '.join(SETUPS)}")
-    return _tasks(setup)
 
 
 @functools.cache
@@ -63,20 +50,14 @@ def episodes(setup: Setup) -> tuple[EpisodeSpec, ...]:
             stand=stand,
             horizon=task.horizon,
             robot=task.robot,
-            object_xy=place if isinstance(place, tuple) else None,
-            layout=place if isinstance(place, int) else None,
+            place=place,
             port=task.port,
         )
         for index, task in enumerate(tasks(setup))
-        for number, (variant, stand, place) in enumerate(_places(task))
+        for number, (variant, stand, place) in enumerate(
+            (variant, stand, place) for variant in task.variants for stand in variant.stands for place in task.places
+        )
     )
-
-
-def _places(task: TaskSpec) -> Iterator[tuple[Variant, Stand, XY | int]]:
-    for variant in task.variants:
-        for stand in variant.stands:
-            for place in task.objects or range(task.layouts):
-                yield variant, stand, place
 
 
 # ---- the numbers
@@ -119,7 +100,15 @@ STANDS: Final = {
 """Places of the robot before the drawers in visual matching."""
 
 
-def _tasks(setup: Setup) -> tuple[TaskSpec, ...]:
+@functools.cache
+def tasks(setup: Setup) -> tuple[TaskSpec, ...]:
+    """All tasks of a setup.
+
+    Raises:
+        InputError: If there is no such setup.
+    """
+    if setup not in SETUPS:
+        raise InputError(f"unknown setup {setup!r}: choose one of {', '.join(SETUPS)}")
     if setup == "widowx":
         return _widowx()
     looks = _matched if setup == "vm" else _varied
@@ -128,7 +117,7 @@ def _tasks(setup: Setup) -> tuple[TaskSpec, ...]:
             TaskSpec(f"coke can {lie}", GOOGLE, 80, looks("coke", COKE, **{option: True}), COKE_PLACES)
             for lie, option in CANS.items()
         ),
-        TaskSpec("move near", GOOGLE, 80, looks("near", NEAR), layouts=60),
+        TaskSpec("move near", GOOGLE, 80, looks("near", NEAR), tuple(range(60))),
         *(
             TaskSpec(
                 f"{verb} {which} drawer".lower(),
@@ -190,17 +179,16 @@ def _varied(kind: str, env_id: str, **options: Option) -> tuple[Variant, ...]:
 
 
 def _widowx() -> tuple[TaskSpec, ...]:
-    table = (Stand(0.147, 0.028, photo="bridge_real_eval_1.png"),)
-    sink = (Stand(0.127, 0.060, photo="bridge_sink.png"),)
+    table, on_table = Stand(0.147, 0.028, photo="bridge_real_eval_1.png"), ("bridge_table_1_v1", "widowx")
+    sink, in_sink = Stand(0.127, 0.060, photo="bridge_sink.png"), ("bridge_table_1_v2", "widowx_sink_camera_setup")
     rows = (
-        ("put spoon on towel", "PutSpoonOnTableClothInScene", 60),
-        ("put carrot on plate", "PutCarrotOnPlateInScene", 60),
-        ("stack green block on yellow block", "StackGreenCubeOnYellowCubeBakedTexInScene", 60),
-        ("put eggplant in basket", "PutEggplantInBasketScene", 120),
+        ("put spoon on towel", "PutSpoonOnTableClothInScene", 60, table, on_table),
+        ("put carrot on plate", "PutCarrotOnPlateInScene", 60, table, on_table),
+        ("stack green block on yellow block", "StackGreenCubeOnYellowCubeBakedTexInScene", 60, table, on_table),
+        ("put eggplant in basket", "PutEggplantInBasketScene", 120, sink, in_sink),
     )
-    on_table = [Variant("base", f"{env}-v0", "bridge_table_1_v1", {}, table, "widowx") for _, env, _ in rows[:3]]
-    in_sink = Variant("base", f"{rows[3][1]}-v0", "bridge_table_1_v2", {}, sink, "widowx_sink_camera_setup")
+    variants = [Variant("base", f"{env}-v0", scene, {}, (stand,), body) for _, env, _, stand, (scene, body) in rows]
     return tuple(
-        TaskSpec(name, WIDOWX, horizon, (variant,), layouts=24, port=f"{env}-v1")
-        for (name, env, horizon), variant in zip(rows, (*on_table, in_sink), strict=True)
+        TaskSpec(name, WIDOWX, horizon, (variant,), tuple(range(24)), port=f"{env}-v1")
+        for (name, env, horizon, _, _), variant in zip(rows, variants, strict=True)
     )
