@@ -46,6 +46,7 @@ class SlotCache:
     def __init__(self, n_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.empty(n_layers, kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
+        self._by_layer = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
         self.abandoned: deque[Region] = deque()
         self._free: list[Region] = []
 
@@ -101,14 +102,13 @@ class SlotCache:
         self, layer: int, segment: Segment, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the rows into their slots, and return the sequence's; see :meth:`KVStore.update`."""
-        first, positions = segment.start, segment.positions
-        seen = []
-        for pool, rows in ((self.keys[layer], keys), (self.values[layer], values)):
+        positions, own, seen = segment.positions, slice(segment.start, segment.start + segment.length), []
+        for pool, rows in zip(self._by_layer[layer], (keys, values), strict=True):
             if isinstance(positions, torch.Tensor):
                 pool.index_copy_(1, positions, rows)
             else:
                 pool[:, positions : positions + segment.n_rows] = rows
-            slots = pool[:, first : first + segment.length]
+            slots = pool[:, own]
             seen.append(slots if segment.slots is None else slots[:, segment.slots])
         return seen[0], seen[1]
 
@@ -118,3 +118,4 @@ class SlotCache:
             pool = old.new_zeros(*old.shape[:2], size, old.shape[3])
             pool[:, :, : old.shape[2]] = old
             setattr(self, name, pool)
+        self._by_layer = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))

@@ -124,34 +124,35 @@ def run_layers(
     stop = len(layers) if stop is None else stop
     autocast = torch.is_autocast_enabled(hidden.device.type)
     masks = [None if segment.mask is None else _additive(segment.mask, hidden.dtype) for segment in segments]
-    query = hidden
-    seen: list[torch.Tensor] = []
+    counts = [segment.n_rows for segment in segments]
+    query, seen = hidden, []
     for index in range(first, stop):
         layer, final = layers[index], index == len(layers) - 1
         rows = query_rows(segments, hidden.device) if final else None
         query, key, value = layer.qkv(hidden, rotary, rows)
+        queries, keys, values = [query], [key], [value]
+        if len(segments) > 1:
+            queries = list(torch.split(query, query_counts(segments) if final else counts, dim=-2))
+            keys, values = (list(torch.split(part, counts, dim=-2)) for part in (key, value))
         seen, attended = [], []
-        row = at = 0
-        for segment, added in zip(segments, masks, strict=True):
-            n_queries = segment.n_queries if final and segment.n_queries is not None else segment.n_rows
-            own = slice(row, row + segment.n_rows), slice(at, at + n_queries)
-            row, at = own[0].stop, own[1].stop
-            if len(segments) == 1:
-                keys, values = store.update(index, segment, key, value)
-                asked = query
-            else:
-                keys, values = store.update(index, segment, key[..., own[0], :], value[..., own[0], :])
-                asked = query[..., own[1], :]
-            seen.append(keys)
-            if n_queries:
-                whole = not final or segment.n_queries is None
-                mask = added if whole else segment.final_mask
-                attended.append(attend(asked, keys, values, mask, segment.causal and whole, precise=autocast))
+        for segment, added, asked, key_part, value_part in zip(segments, masks, queries, keys, values, strict=True):
+            seen_keys, seen_values = store.update(index, segment, key_part, value_part)
+            seen.append(seen_keys)
+            mask, causal = added, segment.causal
+            if final and segment.n_queries is not None:
+                mask, causal = segment.final_mask, False
+            if asked.shape[-2]:
+                attended.append(attend(asked, seen_keys, seen_values, mask, causal, precise=autocast))
         if rows is not None:
             hidden = hidden[..., rows, :]
         if attended:
             hidden = layer.finish(hidden, attended[0] if len(attended) == 1 else torch.cat(attended, dim=-2))
     return LayersOutput(hidden, query, seen)
+
+
+def query_counts(segments: Sequence[Segment]) -> list[int]:
+    """Count the rows of every segment that have queries in the last layer."""
+    return [segment.n_rows if segment.n_queries is None else segment.n_queries for segment in segments]
 
 
 def query_rows(segments: Sequence[Segment], device: torch.device) -> QueryRows | None:
@@ -161,11 +162,10 @@ def query_rows(segments: Sequence[Segment], device: torch.device) -> QueryRows |
     if len(segments) == 1:
         only = segments[0]
         return slice(only.n_rows - (only.n_queries or 0), only.n_rows)
-    parts, row = [], 0
-    for segment in segments:
-        n_queries = segment.n_rows if segment.n_queries is None else segment.n_queries
-        parts.append(torch.arange(row + segment.n_rows - n_queries, row + segment.n_rows, device=device))
-        row += segment.n_rows
+    parts, stop = [], 0
+    for segment, count in zip(segments, query_counts(segments), strict=True):
+        stop += segment.n_rows
+        parts.append(torch.arange(stop - count, stop, device=device))
     return torch.cat(parts)
 
 

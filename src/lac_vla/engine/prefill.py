@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lac_vla.engine.kv_cache import Region, SlotCache
-from lac_vla.engine.layers import LayersOutput, RunLayers, Segment, attention_probabilities, run_layers
+from lac_vla.engine.layers import LayersOutput, RunLayers, Segment, attention_probabilities, query_counts, run_layers
 from lac_vla.models.heads.base import AppendRows
 from lac_vla.models.protocols import Decoder, DecoderStack, Rotary
 from lac_vla.types import AttentionProbe, BoolArray, Decision, SkippedTokens, TokenLayout
@@ -135,11 +135,11 @@ def run_packed(
         segments, rotaries = zip(*(cursors[i].segment(first) for i in alive), strict=True)
         rotary = _packed([cos for cos, _ in rotaries]), _packed([sin for _, sin in rotaries])
         out: LayersOutput = run(stack.layers, _packed([hidden[i] for i in alive]), rotary, segments, store, first, stop)
-        final = stop == n_layers
-        counts = [s.n_rows if not final or s.n_queries is None else s.n_queries for s in segments]
-        rows = torch.split(out.hidden, counts) if len(counts) > 1 else [out.hidden]
-        queries = torch.split(out.query, counts, dim=1) if len(counts) > 1 else [out.query]
-        for i, own, query, keys in zip(list(alive), rows, queries, out.keys, strict=True):
+        rows, queries = (out.hidden,), (out.query,)
+        if len(alive) > 1:
+            counts = query_counts(segments) if stop == n_layers else [segment.n_rows for segment in segments]
+            rows, queries = torch.split(out.hidden, counts), torch.split(out.query, counts, dim=1)
+        for i, own, query, keys in zip(tuple(alive), rows, queries, out.keys, strict=True):
             hidden[i] = own
             try:
                 cursors[i].after(stop, query, keys)

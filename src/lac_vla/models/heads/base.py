@@ -20,7 +20,7 @@ from lac_vla.models.protocols import DecoderStack
 from lac_vla.types import FloatArray, Frame, TokenLayout
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class AppendRows:
     """Rows to run behind the prompt.
 
