@@ -125,7 +125,7 @@ def run_layers(
     autocast = torch.is_autocast_enabled(hidden.device.type)
     masks = [None if segment.mask is None else _additive(segment.mask, hidden.dtype) for segment in segments]
     counts = [segment.n_rows for segment in segments]
-    query, seen = hidden, []
+    query, seen = hidden, list[torch.Tensor]()
     for index in range(first, stop):
         layer, final = layers[index], index == len(layers) - 1
         rows = query_rows(segments, hidden.device) if final else None

@@ -135,7 +135,8 @@ def run_packed(
         segments, rotaries = zip(*(cursors[i].segment(first) for i in alive), strict=True)
         rotary = _packed([cos for cos, _ in rotaries]), _packed([sin for _, sin in rotaries])
         out: LayersOutput = run(stack.layers, _packed([hidden[i] for i in alive]), rotary, segments, store, first, stop)
-        rows, queries = (out.hidden,), (out.query,)
+        rows: Sequence[torch.Tensor] = [out.hidden]
+        queries: Sequence[torch.Tensor] = [out.query]
         if len(alive) > 1:
             counts = query_counts(segments) if stop == n_layers else [segment.n_rows for segment in segments]
             rows, queries = torch.split(out.hidden, counts), torch.split(out.query, counts, dim=1)
