@@ -153,13 +153,8 @@ def random_vla(
     """
     device = torch.device(device)
     name = config if isinstance(config, str) else "random"
-    presets = {key: preset for family in FAMILIES.values() for key, preset in family.presets.items()}
-    if name in presets:
-        config = presets[name]
-    for family in FAMILIES.values():
-        if isinstance(config, family.config):
-            return family.random(config, name=name, seed=seed, dtype=_dtype(dtype, device), device=device)
-    raise InputError(f"unknown model {config!r}: choose one of {list(presets)}")
+    family, config = _family(config)
+    return family.random(config, name=name, seed=seed, dtype=_dtype(dtype, device), device=device)
 
 
 def untrained_vla(preset: str, statistics: Mapping[str, Any], encode: Encode) -> VLA:
@@ -173,10 +168,18 @@ def untrained_vla(preset: str, statistics: Mapping[str, Any], encode: Encode) ->
     Raises:
         InputError: If there is no preset of that name.
     """
+    family, config = _family(preset)
+    return family.build(config, statistics, encode, name=preset)
+
+
+def _family(model: Any) -> tuple[Family, Any]:
+    """Find the family of a configuration, and the configuration itself where ``model`` is a preset's name."""
+    presets = {key: preset for family in FAMILIES.values() for key, preset in family.presets.items()}
+    config = presets.get(model) if isinstance(model, str) else model
     for family in FAMILIES.values():
-        if preset in family.presets:
-            return family.build(family.presets[preset], statistics, encode, name=preset)
-    raise InputError(f"unknown model {preset!r}: choose one of {[key for f in FAMILIES.values() for key in f.presets]}")
+        if isinstance(config, family.config):
+            return family, config
+    raise InputError(f"unknown model {model!r}: choose one of {list(presets)}")
 
 
 def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -40,7 +41,10 @@ class LayerKV:
 
 
 class MixedKV:
-    """Implements :class:`lac_vla.engine.layers.KVStore` for training: it mixes fresh with cached keys and values.
+    """Mixes fresh with cached keys and values, for training.
+
+    It is a decoder's :class:`lac_vla.engine.layers.KVStore`, and a vision tower's
+    :class:`lac_vla.models.transformer.KVCache`: every row is computed, so that it need not know which.
 
     Args:
         visual: The visual slots of the sequence.
@@ -61,7 +65,7 @@ class MixedKV:
         self.slots, self.sequence = LayerKV(), LayerKV()
 
     def update(
-        self, layer: int, segment: Segment | None, keys: torch.Tensor, values: torch.Tensor
+        self, layer: int, rows: Any, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix, and keep the mixture; see :meth:`lac_vla.engine.layers.KVStore.update`."""
         if self._weight is not None and self._old is not None:

@@ -123,11 +123,6 @@ class PrismaticConfig:
         return own.features if own is not None else sum(tower.features for tower in self.vit_towers)
 
     @property
-    def has_transformer(self) -> bool:
-        """True if a vision transformer sees some camera."""
-        return bool(self.vit_towers) or any(isinstance(camera.tower, ViTConfig) for camera in self.cameras)
-
-    @property
     def width(self) -> int:
         """Width of the decoder."""
         return int(self.text_config.get("hidden_size", 4096))
