@@ -43,12 +43,7 @@ def prefill_macs(
 ) -> int:
     """Count the MACs of a prompt under a decision.
 
-    Args:
-        shape: The decoder.
-        layout: Of the prompt.
-        decision: What of it is computed.
-        draft: Tokens behind it that ride along.
-        n_queries: Rows that have queries in the last layer; ``None`` for all.
+    ``draft`` tokens ride along behind it; ``n_queries`` of its rows have queries in the last layer, ``None``: all.
     """
     total = 0
     for index in range(shape.layers):
@@ -70,13 +65,9 @@ def probe_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, pro
 
 
 def decode_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, passes: Sequence[tuple[int, int]]) -> int:
-    """Count the MACs of the layers for the decoding passes behind a prompt.
+    """Count the MACs of the layers for the decoding passes behind a prompt of which a decision was computed.
 
-    Args:
-        shape: The decoder.
-        layout: Of the prompt.
-        decision: What of it was computed.
-        passes: First and one-past-last appended token of every pass.
+    A pass is its first and one-past-last appended token.
     """
     total = 0
     for index in range(shape.layers):

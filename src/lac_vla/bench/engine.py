@@ -131,11 +131,7 @@ class Prefills:
 
 @torch.inference_mode()
 def measure_engine(config: BenchConfig) -> EngineResult:
-    """Run the section.
-
-    Raises:
-        InputError: If the decoder does not fit into memory.
-    """
+    """Run the section."""
     model = open_random(config.shape, config)
     prefills = Prefills(model, config.seed)
     shares = {DENSE: 1.0, **{f"{100 * share:g} % active": share for share in config.active}}

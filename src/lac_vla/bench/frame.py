@@ -187,13 +187,8 @@ class Log:
 def measure_frames(model: VLA, scene: Scene, config: BenchConfig) -> FrameResult:
     """Run the section: every frame goes to every method before the next frame does, in a new order each time.
 
-    Args:
-        model: The model.
-        scene: ``config.warmup`` + ``config.frames`` frames, or fewer.
-        config: The benchmark.
-
     Raises:
-        InputError: If no frame is left behind the warm-up.
+        InputError: If the scene has no frame left behind the warm-up.
     """
     if len(scene.frames) <= config.warmup:
         raise InputError(f"{scene.source}: {len(scene.frames)} frames, {config.warmup} of them warm-up: none is left")

@@ -65,13 +65,7 @@ class MemoryResult:
 
 
 def measure_memory(model: VLA, scene: Scene, config: BenchConfig) -> MemoryResult:
-    """Run the section: one session that is never reset.
-
-    Args:
-        model: The model.
-        scene: Frames to go round in.
-        config: The benchmark.
-    """
+    """Run the section: one session that is never reset goes round in the scene."""
     session = cached_vla(model, config.memory_policy, "default", config).session(config.seed)
     steps = np.linspace(0, config.memory_frames, CHECKPOINTS + 1)[1:]
     checkpoints = set(np.ceil(steps).astype(int).tolist())

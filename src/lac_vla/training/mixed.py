@@ -200,18 +200,9 @@ def _visible(
     keys: torch.Tensor,
     real: torch.Tensor,
 ) -> torch.Tensor:
-    """Tell which slots rows may attend to, each in its own prompt's layout; padding is hidden.
+    """Tell which slots rows may attend to, each in its own prompt's layout, bool, (B, rows, slots).
 
-    Args:
-        stack: The layers.
-        layout: Of the prompts, without a suffix.
-        lengths: Of the prompts, int64, (B,).
-        queries: Positions, int64, (B, rows).
-        keys: Positions, int64, (B, slots).
-        real: Slots that are no padding, bool, (B, slots).
-
-    Returns:
-        bool, (B, rows, slots).
+    ``queries`` and ``keys`` are positions, (B, rows) and (B, slots); slots that are not ``real`` are padding, hidden.
     """
     layouts = [replace(layout, n_suffix=length - layout.visual.stop) for length in lengths.tolist()]
     seen = [stack.visible(own, *positions) for own, *positions in zip(layouts, queries, keys, strict=True)]
@@ -221,14 +212,8 @@ def _visible(
 def mix(fresh: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, visual: slice) -> torch.Tensor:
     """Mix keys or values at the visual slots: exactly fresh where the weight is 1, exactly old where it is 0.
 
-    Args:
-        fresh: Of the whole sequence, (B, heads, length, head_dim).
-        old: Of the visual slots, (B, heads, N, head_dim).
-        weight: M, (B, 1, N, 1).
-        visual: The visual slots.
-
-    Returns:
-        As ``fresh``.
+    ``fresh`` is of the whole sequence, (B, heads, length, head_dim), as the result; ``old`` of the visual slots,
+    (B, heads, N, head_dim); the weight M is (B, 1, N, 1).
     """
     mixed = weight * fresh[:, :, visual] + (1 - weight) * old
     start, stop, _ = visual.indices(fresh.shape[2])
@@ -239,8 +224,3 @@ def alignment_teacher(attention: torch.Tensor) -> torch.Tensor:
     """Make S_VLA, eq. 6, of the attention to the visual tokens, (B, N): min-max scaled to [0, 1] for every frame."""
     low, high = attention.amin(dim=1, keepdim=True), attention.amax(dim=1, keepdim=True)
     return (attention - low) / (high - low).clamp(min=1e-12)
-
-
-def upper_half(n_layers: int) -> tuple[int, ...]:
-    """List the layers that the teacher of stage I is averaged over."""
-    return tuple(range(n_layers // 2, n_layers))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,7 @@ class _Builder:
 
         The fingerprint does not see the vision tower.
         """
-        visual = self._visual(self._frame(self.source.episode(self.chosen[0]), 0))
+        visual = self._visual(self._frames(self.source.episode(self.chosen[0]), 1)[0])
         difference = np.linalg.norm(visual.astype(np.float32) - stored)
         return bool(difference <= SAME * np.linalg.norm(visual.astype(np.float32)))
 
@@ -242,12 +242,12 @@ class _Builder:
         """Compute everything, then give the folder its name."""
         vla, side = self.vla, self.patch_pixels
         first = self.source.episode(self.chosen[0])
-        frame = self._frame(first, 0)
+        [frame] = self._frames(first, 1)
         layout, images = vla.processor.prompt(frame).layout, vla.processor.images(frame)
         lengths = [int(self.source.episodes[index]["length"]) for index in self.chosen]
         total, width = sum(lengths), vla.decoder.shape.width
         texts = {self.source.episode(index).instruction for index in self.chosen}
-        longest = max(len(self._text(self._frame(first, 0, text))[1]) for text in texts)
+        longest = max(len(self._text(replace(frame, instruction=text))[1]) for text in texts)
         answer = self._targets(first, [frame])
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "visual": ((total, layout.n_visual, width), np.float16),
@@ -304,7 +304,7 @@ class _Builder:
             raise InputError(
                 f"episode {episode.index} skips frames: caching is learned between consecutive ones; split it there"
             )
-        frames = self._frames(episode)
+        frames = self._frames(episode, len(episode))
         arrays["targets"][start : start + len(frames)] = self._targets(episode, frames)
         previous: Mapping[str, Any] | None = None
         for at, frame in enumerate(frames, start):
@@ -328,22 +328,14 @@ class _Builder:
             previous = pixels
             bar.update()
 
-    def _frame(self, episode: Episode, at: int, instruction: str | None = None) -> Frame:
-        images = {camera: episode.images.window(camera, at, at + 1)[0] for camera in episode.images}
-        return Frame(images, instruction or episode.instruction, self._proprio(episode, at))
-
-    def _frames(self, episode: Episode) -> list[Frame]:
+    def _frames(self, episode: Episode, count: int) -> list[Frame]:
+        """Read the first frames of an episode."""
+        clips = {camera: episode.images.window(camera, 0, count) for camera in episode.images}
+        states = episode.state if episode.state.shape[1] else [None] * count
         return [
-            Frame(
-                {camera: episode.images[camera][at] for camera in episode.images},
-                episode.instruction,
-                self._proprio(episode, at),
-            )
-            for at in range(len(episode))
+            Frame({camera: clip[at] for camera, clip in clips.items()}, episode.instruction, states[at])
+            for at in range(count)
         ]
-
-    def _proprio(self, episode: Episode, at: int) -> FloatArray | None:
-        return episode.state[at] if episode.state.shape[1] else None
 
     def _targets(self, episode: Episode, frames: list[Frame]) -> npt.NDArray[Any]:
         """Turn recorded actions into the head's answers; without any, those of the dense model itself."""

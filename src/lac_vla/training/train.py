@@ -69,7 +69,7 @@ class Training:
         )
         self.policy = LACPolicy(shape)
         self.losses = LACLoss(vla, store, self.policy, config.loss, tower)
-        self.networks = nn.ModuleDict({"selector": self.policy.selector, "predictor": self.policy.predictor})
+        self.networks = self.policy.networks
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
         self.step, self.lam, self.seconds = 0, config.lam, 0.0
         chosen = np.random.default_rng(config.seed).permutation(len(store.start))
