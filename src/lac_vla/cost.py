@@ -114,11 +114,8 @@ class CostModel:
     def of(cls, model: VLA, frame: Frame, *, vision_kv_reuse: bool = False) -> CostModel:
         """Measure the parts whose cost is proportional to a number of tokens, on one frame.
 
-        Args:
-            model: The model.
-            frame: Any observation that it takes.
-            vision_kv_reuse: Whether the tower computes the active tokens alone, see
-                :class:`lac_vla.engine.options.EngineOptions`.
+        Any observation that the model takes will do. With ``vision_kv_reuse`` the tower computes the active tokens
+        alone, see :class:`lac_vla.engine.options.EngineOptions`.
         """
         processor, vision, head = model.processor, model.vision, model.head
         images, prompt = processor.images(frame), processor.prompt(frame)

@@ -241,9 +241,8 @@ def _targets(row: FrameRow, *, earned: bool) -> Iterator[Target]:
     yield Target.at_least(f"{row.name}, observation to action, than dense so equipped", equal, LEARNED["action"])
     if row.options:
         plain = row.faster_than_dense[action]
-        yield Target.at_least(
-            f"{row.name}, observation to action, than dense without options", plain, LEARNED["options"]
-        )
+        what = f"{row.name}, observation to action, than dense without options"
+        yield Target.at_least(what, plain, LEARNED["options"])
 
 
 def _turn(

@@ -24,7 +24,7 @@ from lac_vla.bench.measure import Target
 from lac_vla.bench.memory import MemoryResult, measure_memory
 from lac_vla.bench.model import open_model, open_shapes
 from lac_vla.bench.roofline import Roofline, RooflineResult, floors
-from lac_vla.bench.scene import Scene, make_scene, synthetic
+from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.errors import InputError
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
@@ -126,13 +126,12 @@ def _sections(config: BenchConfig) -> dict[str, Callable[[], Any]]:
     if {"frame", "memory", "batch"} & set(config.sections):
         model = open_model(config)
         scene = make_scene(model, config.replay, config.warmup + config.frames, config.seed)
-        measures: dict[str, Callable[[VLA, Scene, BenchConfig], Any]] = {
-            "frame": measure_frames,
-            "memory": measure_memory,
-            "batch": measure_batch,
-        }
-        for section in (name for name in measures if name in config.sections):
-            sections[section] = partial(measures[section], model, scene, config)
+        if "frame" in config.sections:
+            sections["frame"] = partial(measure_frames, model, scene, config)
+        if "memory" in config.sections:
+            sections["memory"] = partial(measure_memory, model, scene, config)
+        if "batch" in config.sections:
+            sections["batch"] = partial(measure_batch, model, scene, config)
     return sections
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lac_vla.errors import InputError
 from lac_vla.models import VLA
-from lac_vla.types import FloatArray, Frame, UInt8Image
+from lac_vla.types import Frame, UInt8Image
 
 INSTRUCTION = "pick up the black bowl next to the plate and place it on the plate"
 SIDE = 256
@@ -104,16 +104,12 @@ def replayed(folder: Path, cameras: tuple[str, ...], state: int | None, length: 
             break
         starts.add(len(frames))
         episode = dataset.episode(index)
+        if state is not None and episode.state.shape[1] != state:
+            raise InputError(f"the model needs {state} values of proprioception; {folder} has {episode.state.shape[1]}")
         count = min(len(episode), length - len(frames))
         images = {camera: episode.images.window(camera, 0, count) for camera in cameras}
         for step in range(count):
-            proprio = None if state is None else _state(episode.state[step], state, folder)
+            proprio = None if state is None else episode.state[step]
             shot = {camera: clip[step] for camera, clip in images.items()}
             frames.append(Frame(shot, episode.instruction, proprio))
     return Scene(f"{folder.name}: {len(starts)} episode(s)", tuple(frames), frozenset(starts))
-
-
-def _state(values: FloatArray, wanted: int, folder: Path) -> FloatArray:
-    if values.size != wanted:
-        raise InputError(f"the model needs {wanted} values of proprioception; {folder} has {values.size}")
-    return values

@@ -14,13 +14,7 @@ from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig
-from lac_vla.models.prismatic.checkpoint import (
-    CONFIG,
-    load_prismatic,
-    new_prismatic,
-    random_prismatic,
-    save_prismatic,
-)
+from lac_vla.models.prismatic.checkpoint import CONFIG, load_prismatic, new_prismatic, random_prismatic, save_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import PRESETS
 from lac_vla.models.tokenizer import Encode
@@ -133,11 +127,7 @@ def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype = torch.bfloat1
 
 
 def random_vla(
-    config: Any,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
+    config: Any, *, seed: int = 0, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
 ) -> VLA:
     """Make a model of any size with random weights, to test and to time with. No file is read.
 

@@ -69,12 +69,7 @@ class LACLoss:
     """
 
     def __init__(
-        self,
-        vla: VLA,
-        store: FrameStore,
-        policy: LACPolicy,
-        loss: str,
-        tower: MixedTower | None = None,
+        self, vla: VLA, store: FrameStore, policy: LACPolicy, loss: str, tower: MixedTower | None = None
     ) -> None:
         policy.check_layout(store.grids)
         self.vla, self.store, self.policy, self.loss = vla, store, policy, loss

@@ -163,9 +163,6 @@ def mixed_forward(
         mask: M, 1 = active, (B, N); ``None`` for a dense pass.
         old: The preceding frame's slots; needed with a mask.
         probe_layers: Layers whose attention is averaged.
-
-    Returns:
-        See :class:`MixedOutput`.
     """
     decoder, reads_kv = vla.decoder, vla.head.reads == "kv"
     length = embeddings.shape[1]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lac_vla.datasets.lerobot import Episode, LeRobotDataset
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
-from lac_vla.flow import make_flow
+from lac_vla.flow import Flow, make_flow
 from lac_vla.models import VLA
 from lac_vla.policies.lac.inputs import flow_in_patches, resize
 from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout
@@ -75,24 +75,21 @@ class FrameStore:
         """Lay out a prompt without its suffix."""
         return TokenLayout.of(self.grids, len(self.prefix), 0)
 
-    def windows(self, episodes: IntArray, length: int) -> tuple[IntArray, IntArray]:
-        """List all windows of ``length`` consecutive frames within some episodes.
-
-        Returns:
-            First frame and episode of every window.
+    def windows(self, episodes: IntArray, length: int) -> IntArray:
+        """List all windows of ``length`` consecutive frames within some episodes by their first frames.
 
         Raises:
             InputError: If no episode is long enough.
         """
         firsts = [np.arange(self.start[e], self.stop[e] - length + 1) for e in episodes]
-        first = np.concatenate([*firsts, np.zeros(0, dtype=np.int64)])
+        first: IntArray = np.concatenate([*firsts, np.zeros(0, dtype=np.int64)])
         if not first.size:
             longest = int((self.stop - self.start).max())
             raise InputError(
                 f"no episode has {length} consecutive frames, the longest has {longest}: caching is learned between "
                 "frames that follow one another; give another dataset or a smaller --window"
             )
-        return first.astype(np.int64), np.repeat(episodes, [len(part) for part in firsts])
+        return first
 
     @classmethod
     def build(
@@ -116,12 +113,12 @@ class FrameStore:
             flow: Estimator, see :data:`lac_vla.flow.FLOWS`.
             patch_pixels: Pixels per token side that the policy's networks see.
             episodes: How many episodes to use, evenly spread over the dataset; 0 for all.
-            labels: Whether recorded actions are needed. Without, the model's own answers stand in where there are none.
+            labels: Whether recorded actions are needed; else the model's own answers stand in where there are none.
             tower_cameras: Cameras of which the tower's pixels are needed, too.
 
         Raises:
-            InputError: If the dataset does not fit the model, lacks what is needed, or the disk is too small; or if
-                the folder holds a store of something else.
+            InputError: If the dataset does not fit the model, lacks what is needed, or the disk is too small; or if the
+                folder holds a store of something else.
         """
         source = LeRobotDataset(dataset)
         if not len(source):
@@ -138,7 +135,7 @@ class FrameStore:
             "tower_cameras": list(tower_cameras),
         }
         meta = folder / META
-        builder = _Builder(vla, source, chosen, flow, patch_pixels, tower_cameras)
+        builder = _Builder(vla, source, chosen, make_flow(flow), patch_pixels, tower_cameras)
         if meta.is_file():
             found = json.loads(meta.read_text(encoding="utf-8"))["about"]
             unread = {"flow": flow == "none", "tower_cameras": not tower_cameras}  # whether it is there or not
@@ -201,22 +198,19 @@ def fingerprint(vla: VLA) -> str:
     return hashlib.sha256(b"".join([*parts, vla.head.fingerprint()])).hexdigest()[:16]
 
 
+@dataclass
 class _Builder:
     """Fills a store."""
 
-    def __init__(
-        self,
-        vla: VLA,
-        source: LeRobotDataset,
-        chosen: list[int],
-        flow: str,
-        patch_pixels: int,
-        tower_cameras: Sequence[str],
-    ) -> None:
-        self.vla, self.source, self.chosen = vla, source, chosen
-        self.flow = make_flow(flow)
-        self.patch_pixels, self.tower_cameras = patch_pixels, tower_cameras
-        self.dense = CachedVLA(vla).session()
+    vla: VLA
+    source: LeRobotDataset
+    chosen: list[int]
+    flow: Flow | None
+    patch_pixels: int
+    tower_cameras: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.dense = CachedVLA(self.vla).session()
 
     @torch.inference_mode()
     def agrees(self, stored: npt.NDArray[np.float16]) -> bool:

@@ -66,13 +66,10 @@ class MixedTower:
 
         Args:
             images: Each of ``cameras`` → what its tower sees, uint8, (B, H, W, 3).
-            visual: Projected visual tokens of the same frames when all is computed, (B, N, width); they stand for
-                the other cameras: a convolution's features do not depend on what else is computed.
+            visual: Projected tokens of whole towers, (B, N, width); they stand for the other cameras: a convolution's
+                features do not depend on what else is computed.
             mask: M, 1 = active, (B, N); ``None`` for a dense pass.
             old: The preceding frame's slots; needed with a mask.
-
-        Returns:
-            See :class:`VisionOutput`.
         """
         slots: dict[tuple[int, int], LayerKV] = {}
         parts = []

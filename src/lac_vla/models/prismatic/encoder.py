@@ -50,15 +50,9 @@ class PrismaticVision:
         return self._model.vision_backbone.encode_tokens(stem, mask, kv_cache)
 
     def encode_camera(self, camera: str, images: torch.Tensor, kv_cache: Any) -> torch.Tensor:
-        """Run a camera's transformers over a batch, differentiably.
+        """Run a camera's transformers differentiably: uint8, (B, H, W, 3) → projected tokens, (B, tokens, width).
 
-        Args:
-            camera: Its name in ``Frame.images``.
-            images: uint8, (B, H, W, 3).
-            kv_cache: ``of(tower, camera)`` gives the :class:`lac_vla.models.transformer.KVCache` of an image.
-
-        Returns:
-            Projected tokens, (B, tokens, width).
+        ``kv_cache.of(tower, camera)`` gives the :class:`lac_vla.models.transformer.KVCache` of an image.
         """
         number, pixels = list(self._names).index(camera), self._normalize(images)
         return self.project(self._model.vision_backbone.encode_camera(number, pixels, kv_cache))

@@ -138,14 +138,7 @@ class ViTBackbone(VisionBackbone):
         return zip(self.vits, (x[camera : camera + 1] for x in stem), strict=True)
 
     def forward(self, pixel_values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Compute the features of all cameras.
-
-        Args:
-            pixel_values: Camera → normalised images, (B, C, H, W).
-
-        Returns:
-            Features, (B, N, F).
-        """
+        """Compute the features of all cameras: camera → normalised images, (B, C, H, W) → (B, N, F)."""
         pixels = torch.stack([pixel_values[name] for name in self.grids], dim=1)
         batch, pixels = len(pixels), pixels.flatten(0, 1)
         parts = zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)

@@ -140,15 +140,10 @@ class ViTTower(ViT):
     def forward(
         self, pixels: torch.Tensor, keep: Keep | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute the tokens of a batch of images.
+        """Compute the tokens of a batch of images as :meth:`lac_vla.models.prismatic.conv.ConvTower.forward` does.
 
-        Args:
-            pixels: RGB in [-1, 1], (B, 3, H, W).
-            keep: Return the tokens at rows ``keep[0]::keep[2]`` and columns ``keep[1]::keep[2]``; all are computed.
-            shift: Not needed: patches know their places in the image, whatever was moved.
-
-        Returns:
-            Features in raster order, (B, tokens, features).
+        All tokens are computed, and those of ``keep`` returned. ``shift`` is not needed: patches know their places in
+        the image, whatever was moved.
         """
         features = self.encode(self.embed(self.normalize(pixels)))
         if keep is None:
