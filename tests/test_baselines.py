@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lac_vla import InputError, PolicyInput, TokenLayout
-from lac_vla.policies import FastV, SparseVLM, VLACache, make_policy, parse_policy
+from lac_vla.policies import FastV, PolicySpec, SparseVLM, VLACache, build_policy, make_policy
 from lac_vla.policies.base import scale_count, scale_layers
 from lac_vla.policies.sparse_vlm import rate
 from lac_vla.policies.vla_cache import (
@@ -356,11 +356,13 @@ class TestAgainstTheRelease:
 )
 def test_bad_options_are_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        parse_policy(text)
+        build_policy(PolicySpec.parse(text))
 
 
 def test_options_from_text() -> None:
-    assert parse_policy("vla-cache") == VLACache(variant="released") == make_policy("vla-cache")
-    assert parse_policy("vla-cache:variant=paper,static=80,rows=suffix") == VLACache("paper", static=80, rows="suffix")
-    assert parse_policy("fastv:ratio=0.7,layer=2") == FastV(0.7, 2)
-    assert parse_policy("sparsevlm:keep=66+30+17") == SparseVLM("66+30+17")
+    assert build_policy(PolicySpec.parse("vla-cache")) == VLACache(variant="released") == make_policy("vla-cache")
+    assert build_policy(PolicySpec.parse("vla-cache:variant=paper,static=80,rows=suffix")) == VLACache(
+        "paper", static=80, rows="suffix"
+    )
+    assert build_policy(PolicySpec.parse("fastv:ratio=0.7,layer=2")) == FastV(0.7, 2)
+    assert build_policy(PolicySpec.parse("sparsevlm:keep=66+30+17")) == SparseVLM("66+30+17")

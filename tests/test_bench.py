@@ -23,7 +23,8 @@ from lac_vla.bench import BenchConfig, BenchResult, bench_tables, engine, model,
 from lac_vla.bench import config as bench_config
 from lac_vla.bench.batch import Robots
 from lac_vla.bench.chart import COLOURS
-from lac_vla.bench.engine import Prefills
+from lac_vla.bench.config import SHAPES
+from lac_vla.bench.engine import LAYOUT, Prefills
 from lac_vla.bench.frame import _targets as frame_targets
 from lac_vla.bench.frame import measure_frames
 from lac_vla.bench.measure import Ratio, Target, take_turns
@@ -31,7 +32,6 @@ from lac_vla.bench.memory import resident_mb
 from lac_vla.bench.methods import cached_vla
 from lac_vla.bench.roofline import Roofline, floors
 from lac_vla.bench.scene import make_scene, synthetic
-from lac_vla.bench.shapes import LAYOUT, SHAPES
 from lac_vla.bench.stock import StockSession
 from lac_vla.bench.sweep import expand, scripted
 from lac_vla.cost import layer_macs

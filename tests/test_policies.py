@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lac_vla import InputError, Motion, PolicyInput, Random, TokenLayout
-from lac_vla.policies import Dense, PolicySpec, cache_lowest, parse_policy, paths_by_name
+from lac_vla.policies import Dense, PolicySpec, build_policy, cache_lowest, paths_by_name
 
 LAYOUT = TokenLayout.of({"a": (2, 2)}, 1, 1)
 GREY = np.full((8, 8, 3), 100, np.uint8)
@@ -71,8 +71,8 @@ def test_random_draws_from_the_inputs_generator() -> None:
 
 
 def test_parse() -> None:
-    assert parse_policy("motion:ratio=0.7") == Motion(0.7)
-    assert parse_policy("dense") == Dense()
+    assert build_policy(PolicySpec.parse("motion:ratio=0.7")) == Motion(0.7)
+    assert build_policy(PolicySpec.parse("dense")) == Dense()
 
 
 def test_values_are_numbers_truths_or_text() -> None:
@@ -129,7 +129,7 @@ def test_flow_is_the_policys_own() -> None:
 )
 def test_parse_refuses(spec: str) -> None:
     with pytest.raises(InputError):
-        parse_policy(spec)
+        build_policy(PolicySpec.parse(spec))
 
 
 def test_motion_keeps_a_camera_while_the_ratio_leaves_room() -> None:

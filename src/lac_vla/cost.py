@@ -45,12 +45,7 @@ def prefill_macs(
 ) -> int:
     """Count the MACs of a prompt under a decision.
 
-    Args:
-        shape: The decoder.
-        layout: Of the prompt.
-        decision: What of it is computed.
-        draft: Tokens behind it that ride along.
-        n_queries: Rows that have queries in the last layer; ``None`` for all.
+    ``draft`` tokens ride along behind it; ``n_queries`` of its rows have queries in the last layer, ``None``: all.
     """
     total = 0
     for index in range(shape.layers):
@@ -72,13 +67,9 @@ def probe_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, pro
 
 
 def decode_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, passes: Sequence[tuple[int, int]]) -> int:
-    """Count the MACs of the layers for the decoding passes behind a prompt.
+    """Count the MACs of the layers for the decoding passes behind a prompt of which a decision was computed.
 
-    Args:
-        shape: The decoder.
-        layout: Of the prompt.
-        decision: What of it was computed.
-        passes: First and one-past-last appended token of every pass.
+    A pass is its first and one-past-last appended token.
     """
     total = 0
     for index in range(shape.layers):
@@ -125,11 +116,8 @@ class CostModel:
     def of(cls, model: VLA, frame: Frame, *, vision_kv_reuse: bool = False) -> CostModel:
         """Measure the parts whose cost is proportional to a number of tokens, on one frame.
 
-        Args:
-            model: The model.
-            frame: Any observation that it takes.
-            vision_kv_reuse: Whether the tower computes the active tokens alone, see
-                :class:`lac_vla.engine.options.EngineOptions`.
+        Any observation that the model takes will do. With ``vision_kv_reuse`` the tower computes the active tokens
+        alone, see :class:`lac_vla.engine.options.EngineOptions`.
         """
         processor, vision, head = model.processor, model.vision, model.head
         images, prompt = processor.images(frame), processor.prompt(frame)

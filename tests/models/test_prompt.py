@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import processors
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models.prismatic.config import OPENVLA_PROMPT, OPENVLA_PROMPT_END
-from lac_vla.models.prismatic.prompt import Prompt
-from lac_vla.models.tokenizer import TOKENIZER, FileTokenizer, WordHash, load_tokenizer, train_tokenizer
+from lac_vla.models.prismatic.presets import OPENVLA_7B
+from lac_vla.models.prismatic.processor import prompt_ids
+from lac_vla.models.tokenizer import TOKENIZER, Encode, FileTokenizer, WordHash, load_tokenizer, train_tokenizer
 
 SENTENCES = ["pick up the black bowl and place it on the plate", "open the middle drawer of the cabinet"]
 
 
-def prompt(encode: object, **changes: object) -> Prompt:
+def prompt(encode: Encode, **changes: Any) -> Callable[[str], list[int]]:
     """OpenVLA's prompt over another tokenizer."""
-    parts = {"template": OPENVLA_PROMPT, "encode": encode, "start": 1, "end": OPENVLA_PROMPT_END}
-    return Prompt(**parts | {"max_length": 64, "vocab_size": 32000} | changes)  # type: ignore[arg-type]
+    return partial(prompt_ids, replace(OPENVLA_7B, **{"llm_max_length": 64, **changes}), encode)
 
 
 def test_text_is_the_lower_cased_template() -> None:
@@ -28,27 +31,27 @@ def test_text_is_the_lower_cased_template() -> None:
         seen.append(text)
         return [7]
 
-    prompt(remember).ids("Pick up {the} BOWL")
+    prompt(remember)("Pick up {the} BOWL")
     assert seen == ["In: What action should the robot take to pick up {the} bowl?\nOut:"]
 
 
 @pytest.mark.parametrize("ids", [[5, 6], [1, 5, 6], [1, 5, 6, 29871], [5, 6, 29871]])
 def test_start_and_end_are_added_once(ids: list[int]) -> None:
-    assert prompt(lambda text: ids).ids("x") == [1, 5, 6, 29871]
+    assert prompt(lambda text: ids)("x") == [1, 5, 6, 29871]
 
 
 def test_prompt_without_an_end() -> None:
-    assert prompt(lambda text: [5], end=None).ids("x") == [1, 5]
+    assert prompt(lambda text: [5], prompt_end_id=None)("x") == [1, 5]
 
 
 def test_too_long_a_prompt() -> None:
     with pytest.raises(InputError, match="66 tokens, more than 64"):
-        prompt(lambda text: [5] * 64).ids("x")
+        prompt(lambda text: [5] * 64)("x")
 
 
 def test_tokenizer_of_another_model() -> None:
     with pytest.raises(CheckpointError, match="40000"):
-        prompt(lambda text: [40000]).ids("x")
+        prompt(lambda text: [40000])("x")
 
 
 def test_trained_tokenizer_spells_any_text_and_survives_a_file(tmp_path: Path) -> None:
@@ -68,8 +71,8 @@ def test_tokenizer_that_adds_bos_itself() -> None:
     tokenizer = train_tokenizer(SENTENCES, 320)
     plain = FileTokenizer(tokenizer)("open")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made = prompt(FileTokenizer(tokenizer), template="{instruction}", end=2)
-    assert made.ids("open") == [1, *plain, 2]
+    made = prompt(FileTokenizer(tokenizer), prompt_template="{instruction}", prompt_end_id=2)
+    assert made("open") == [1, *plain, 2]
 
 
 def test_too_small_a_vocabulary() -> None:
@@ -87,7 +90,7 @@ def test_missing_and_damaged_tokenizers(tmp_path: Path) -> None:
 
 def test_stand_in_gives_prompts_of_realistic_length() -> None:
     encode = WordHash(1000)
-    ids = prompt(encode).ids("put the wine bottle on the rack")
+    ids = prompt(encode)("put the wine bottle on the rack")
     assert 20 <= len(ids) <= 29
-    assert ids == prompt(encode).ids("put the wine bottle on the rack")
+    assert ids == prompt(encode)("put the wine bottle on the rack")
     assert all(3 <= i < 1000 for i in ids[1:-1])

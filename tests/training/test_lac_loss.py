@@ -129,7 +129,7 @@ def test_mask_gradient_is_the_first_order_value_of_refreshing(name: str) -> None
 def optimise(losses: LACLoss, steps: int, lam: float, *, length: int = 4, lr: float = 3e-3, stage: int = 2) -> None:
     nets = [*losses.policy.selector.parameters(), *losses.policy.predictor.parameters()]
     optimiser = torch.optim.Adam(nets, lr=lr)
-    first, _ = losses.store.windows(np.arange(len(losses.store.start)), length)
+    first = losses.store.windows(np.arange(len(losses.store.start)), length)
     for step in range(steps):
         rng = np.random.default_rng(step)
         optimiser.zero_grad()
@@ -142,7 +142,7 @@ def optimise(losses: LACLoss, steps: int, lam: float, *, length: int = 4, lr: fl
 
 
 def own_ratio(losses: LACLoss, length: int = 4) -> float:
-    first, _ = losses.store.windows(np.arange(len(losses.store.start)), length)
+    first = losses.store.windows(np.arange(len(losses.store.start)), length)
     return losses.window(first, length, WARM, None, lam=0.0, learn=False)["chosen_ratio"]
 
 

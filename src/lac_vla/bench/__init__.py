@@ -1,7 +1,7 @@
 """``lac bench``: what a frame costs, measured against the stock model, interleaved in one run."""
 
 from lac_vla.bench.config import BenchConfig
-from lac_vla.bench.run import BenchResult, run_bench, write_result
+from lac_vla.bench.run import BenchResult, run_bench
 from lac_vla.bench.table import bench_tables
 
-__all__ = ["BenchConfig", "BenchResult", "bench_tables", "run_bench", "write_result"]
+__all__ = ["BenchConfig", "BenchResult", "bench_tables", "run_bench"]

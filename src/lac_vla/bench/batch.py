@@ -83,13 +83,7 @@ class Robots:
         self._sessions = [self.vla.session(self.seed + number) for number in range(self.count)]
 
     def act(self, scene: Scene, index: int, ratios: list[float]) -> None:
-        """Compute one frame of every session: plan them all, run the plans together, commit them all.
-
-        Args:
-            scene: Frames to go round in.
-            index: Of the round.
-            ratios: To be appended to: the effective ratio of every frame.
-        """
+        """Compute one frame of every session: plan all, run the plans together, commit all; append their ratios."""
         plans = []
         for number, session in enumerate(self._sessions):
             place = (index + number * len(scene.frames) // self.count) % len(scene.frames)
@@ -101,13 +95,7 @@ class Robots:
 
 
 def measure_batch(model: VLA, scene: Scene, config: BenchConfig) -> BatchResult:
-    """Run the section: in every round each method computes a frame of all sessions, with every number of them.
-
-    Args:
-        model: The model.
-        scene: Frames to go round in.
-        config: The benchmark.
-    """
+    """Run the section: in every round each method computes a frame of all sessions, with every number of them."""
     counts = sorted({1, *config.batch})
     robots: dict[tuple[str, str, int], Robots] = {}
     for options in dict.fromkeys(config.options):

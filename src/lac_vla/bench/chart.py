@@ -8,11 +8,7 @@ from lac_vla.results.format import milliseconds
 from lac_vla.timing import STAGES
 
 COLOURS = dict(
-    zip(
-        STAGES,
-        ("#9aa5b1", "#f2b134", "#e4572e", "#4f6d7a", "#a3bfa8", "#2e86ab", "#7768ae", "#c9c3b8"),
-        strict=True,
-    )
+    zip(STAGES, ("#9aa5b1", "#f2b134", "#e4572e", "#4f6d7a", "#a3bfa8", "#2e86ab", "#7768ae", "#c9c3b8"), strict=True)
 )
 """Stage → colour: the decoder's cool, the cache's own work warm."""
 STYLE = """
@@ -26,9 +22,6 @@ def stage_chart(result: FrameResult) -> str:
     """Draw stacked bars of the stages' medians, a self-contained SVG file.
 
     A red mark is the floor of prefill and decoding on the GPU that was named, drawn from where the prefill begins.
-
-    Args:
-        result: The section ``frame``.
     """
     totals = [sum(row.stages_ms[stage].p50 for stage in STAGES) for row in result.rows]
     limit = 1.02 * max(totals) or 1.0
@@ -60,10 +53,7 @@ def _legend() -> list[str]:
     return [
         part
         for index, (stage, colour) in enumerate(COLOURS.items())
-        for part in (
-            box(colour, 12 + step * index, 44, 12, 12, stage),
-            text("name", 28 + step * index, 54, stage),
-        )
+        for part in (box(colour, 12 + step * index, 44, 12, 12, stage), text("name", 28 + step * index, 54, stage))
     ]
 
 

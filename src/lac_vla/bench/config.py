@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from lac_vla.bench.roofline import GPUS
-from lac_vla.bench.shapes import SHAPES
 from lac_vla.bench.sweep import expand
 from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
@@ -15,6 +14,8 @@ from lac_vla.factory import make_policies, resolve_policy
 from lac_vla.flow import make_flow
 
 Section: TypeAlias = Literal["engine", "frame", "memory", "batch", "roofline"]
+SHAPES = ("llama-8x512", "llama-32x4096")
+"""Decoders of the section ``engine``: presets (layers × width). The second is OpenVLA's Llama 2 7B."""
 
 
 @dataclass(frozen=True)

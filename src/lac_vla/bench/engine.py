@@ -13,7 +13,6 @@ from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.measure import Ratio, Target, measured, milliseconds, take_turns
 from lac_vla.bench.model import open_random
 from lac_vla.bench.roofline import Roofline
-from lac_vla.bench.shapes import LAYOUT
 from lac_vla.bench.stock import STOCK, language_model, stock_prefill
 from lac_vla.cost import prefill_macs
 from lac_vla.engine.engine import Engine
@@ -21,7 +20,7 @@ from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.prefill import PrefillCursor, SequenceState, run_packed
 from lac_vla.models import VLA
 from lac_vla.results.stats import Percentiles
-from lac_vla.types import Decision
+from lac_vla.types import Decision, TokenLayout
 
 DENSE = "dense"
 OVERHEAD = 1.10
@@ -29,6 +28,8 @@ OVERHEAD = 1.10
 SPEEDUP = {0.5: 1.7, 0.25: 2.5}
 """Share of active visual tokens → least speed-up over our dense prefill."""
 TARGET_SHAPE = "llama-8x512"
+LAYOUT = TokenLayout.of({"camera": (16, 16)}, n_prefix=1, n_suffix=25)
+"""OpenVLA's prompt with a LIBERO instruction: BOS, 256 visual tokens, 25 of text."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,7 @@ class EngineResult:
 
 
 class Prefills:
-    """The ways to prefill one random prompt, over a cache that holds it already.
-
-    Args:
-        model: The model.
-        seed: Of the prompt and of the active tokens.
-    """
+    """The ways to prefill one random prompt, over a cache that holds it already."""
 
     def __init__(self, model: VLA, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -131,11 +127,7 @@ class Prefills:
 
 @torch.inference_mode()
 def measure_engine(config: BenchConfig) -> EngineResult:
-    """Run the section.
-
-    Raises:
-        InputError: If the decoder does not fit into memory.
-    """
+    """Run the section."""
     model = open_random(config.shape, config)
     prefills = Prefills(model, config.seed)
     shares = {DENSE: 1.0, **{f"{100 * share:g} % active": share for share in config.active}}
@@ -160,11 +152,7 @@ def measure_engine(config: BenchConfig) -> EngineResult:
 
 
 def _row(
-    model: VLA,
-    name: str,
-    decision: Decision,
-    times: dict[str, list[float]],
-    roofline: Roofline | None,
+    model: VLA, name: str, decision: Decision, times: dict[str, list[float]], roofline: Roofline | None
 ) -> EngineRow:
     n_queries = None if name == STOCK else LAYOUT.n_suffix
     macs = prefill_macs(model.decoder.shape, LAYOUT, decision, n_queries=n_queries)

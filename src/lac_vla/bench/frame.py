@@ -186,13 +186,8 @@ class Log:
 def measure_frames(model: VLA, scene: Scene, config: BenchConfig) -> FrameResult:
     """Run the section: every frame goes to every method before the next frame does, in a new order each time.
 
-    Args:
-        model: The model.
-        scene: ``config.warmup`` + ``config.frames`` frames, or fewer.
-        config: The benchmark.
-
     Raises:
-        InputError: If no frame is left behind the warm-up.
+        InputError: If the scene has no frame left behind the warm-up.
     """
     if len(scene.frames) <= config.warmup:
         raise InputError(f"{scene.source}: {len(scene.frames)} frames, {config.warmup} of them warm-up: none is left")
@@ -245,9 +240,8 @@ def _targets(row: FrameRow, *, earned: bool) -> Iterator[Target]:
     yield Target.at_least(f"{row.name}, observation to action, than dense so equipped", equal, LEARNED["action"])
     if row.options:
         plain = row.faster_than_dense[action]
-        yield Target.at_least(
-            f"{row.name}, observation to action, than dense without options", plain, LEARNED["options"]
-        )
+        what = f"{row.name}, observation to action, than dense without options"
+        yield Target.at_least(what, plain, LEARNED["options"])
 
 
 def _turn(

@@ -88,13 +88,7 @@ def take_turns(
 ) -> Iterator[tuple[int, list[T]]]:
     """Go through the rounds with a progress bar.
 
-    Args:
-        names: The variants.
-        rounds: Their number.
-        seed: Of the orders.
-        what: Title of the bar.
-        least: Rounds that are run however long they take.
-        seconds: No round begins after this time.
+    ``least`` rounds are run however long they take; behind them none begins after ``seconds``.
 
     Yields:
         The number of the round, and the variants in a new random order.

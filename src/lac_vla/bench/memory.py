@@ -17,7 +17,6 @@ from lac_vla.bench.scene import Scene
 from lac_vla.cost import peak_memory_mb
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
-from lac_vla.session import Session
 
 CHECKPOINTS = 10
 FLAT_MB = 2.0
@@ -65,13 +64,7 @@ class MemoryResult:
 
 
 def measure_memory(model: VLA, scene: Scene, config: BenchConfig) -> MemoryResult:
-    """Run the section: one session that is never reset.
-
-    Args:
-        model: The model.
-        scene: Frames to go round in.
-        config: The benchmark.
-    """
+    """Run the section: one session that is never reset goes round in the scene."""
     session = cached_vla(model, config.memory_policy, "default", config).session(config.seed)
     steps = np.linspace(0, config.memory_frames, CHECKPOINTS + 1)[1:]
     checkpoints = set(np.ceil(steps).astype(int).tolist())
@@ -79,7 +72,8 @@ def measure_memory(model: VLA, scene: Scene, config: BenchConfig) -> MemoryResul
     for index in tqdm(range(config.memory_frames), desc="memory", unit="frame", leave=False):
         session.act(scene.frames[index % len(scene.frames)])
         if index + 1 in checkpoints:
-            points.append(_point(index + 1, session, model.device))
+            allocated = torch.cuda.memory_allocated(model.device) / 1e6 if model.device.type == "cuda" else None
+            points.append(MemoryPoint(index + 1, resident_mb(), session.nbytes / 1e6, allocated))
     growth = points[-1].process_mb - points[0].process_mb
     return MemoryResult(
         model=model.name,
@@ -101,11 +95,6 @@ def _targets(points: list[MemoryPoint]) -> tuple[Target, ...]:
         growth = last.accelerator_mb - first.accelerator_mb
         targets.append(Target.at_most(f"growth on the accelerator {frames}", growth, FLAT_MB, "MB"))
     return tuple(targets)
-
-
-def _point(frame: int, session: Session, device: torch.device) -> MemoryPoint:
-    accelerator = torch.cuda.memory_allocated(device) / 1e6 if device.type == "cuda" else None
-    return MemoryPoint(frame, resident_mb(), session.nbytes / 1e6, accelerator)
 
 
 def resident_mb() -> float:

@@ -32,21 +32,12 @@ def open_model(config: BenchConfig) -> VLA:
 
 
 def open_shapes(config: BenchConfig) -> VLA:
-    """Open the model of the section ``roofline``: of random weights the shapes alone, without memory.
-
-    Raises:
-        InputError: If there is no such model.
-        CheckpointError: If the checkpoint cannot be used.
-    """
+    """Open the model of the section ``roofline``: of random weights the shapes alone, without memory."""
     return random_vla(config.random_weights, device="meta") if config.model is None else open_model(config)
 
 
 def open_random(model: str, config: BenchConfig) -> VLA:
-    """Make a model with random weights, by the name of a preset.
-
-    Raises:
-        InputError: If there is no such model or device, or it does not fit into memory.
-    """
+    """Make a model with random weights, by the name of a preset, unless it does not fit into memory."""
     device, dtype = _device(config), config.dtype
     _check_memory(random_vla(model, dtype=dtype, device="meta"), device)
     return random_vla(model, seed=config.seed, dtype=dtype, device=device)

@@ -169,15 +169,9 @@ def floors(
     active: Sequence[float],
     n_queries: int | None = None,
 ) -> RooflineResult:
-    """Compute the section's floors for some shares of active visual tokens, from shapes alone.
+    """Compute the section's floors for some shares of active visual tokens beside 1, from shapes alone.
 
-    Args:
-        roofline: Decoder and GPU.
-        model: Its name.
-        layout: Of the prompt.
-        new_tokens: That an action is decoded into; 0 for a head without tokens.
-        active: Shares, beside 1.
-        n_queries: See :func:`lac_vla.cost.prefill_macs`.
+    ``new_tokens`` is the number that an action is decoded into, 0 for a head without tokens.
     """
     dense = Decision.dense(layout.n_visual, roofline.shape.layers)
     passes = [(i, i + 1) for i in range(new_tokens - 1)]

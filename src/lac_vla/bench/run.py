@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import cv2
 import torch
@@ -30,8 +30,6 @@ from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import provenance
 from lac_vla.results.stats import Percentiles
-
-Measure: TypeAlias = Callable[[], EngineResult | FrameResult | MemoryResult | BatchResult | RooflineResult]
 
 RESULT = "bench.json"
 CHART = "bench.svg"
@@ -111,15 +109,16 @@ def run_bench(config: BenchConfig) -> BenchResult:
         for section, measure in _sections(config).items():
             part: Any = {section: measure()}
             result = replace(result, load=(result.load[0], os.getloadavg()[0]), **part)
-            write_result(result, config.out)
+            text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+            _write(config.out / RESULT, text + "\n")
             if result.frame is not None:
-                write_chart(result.frame, config.out)
+                _write(config.out / CHART, stage_chart(result.frame))
     return result
 
 
-def _sections(config: BenchConfig) -> dict[str, Measure]:
+def _sections(config: BenchConfig) -> dict[str, Callable[[], Any]]:
     """List the wanted sections. What they need is opened here, so that faults show before all measuring."""
-    sections: dict[str, Measure] = {}
+    sections: dict[str, Callable[[], Any]] = {}
     if "roofline" in config.sections:
         sections["roofline"] = partial(_floors, config, open_shapes(config))
     if "engine" in config.sections:
@@ -145,36 +144,14 @@ def _floors(config: BenchConfig, model: VLA) -> RooflineResult:
     return floors(roofline, model.name, layout, model.head.max_new_tokens, config.active, n_queries)
 
 
-def write_result(result: BenchResult, folder: Path) -> Path:
-    """Write ``bench.json``, never half of it.
-
-    Args:
-        result: The result, or what there is of it.
-        folder: Must exist.
-
-    Returns:
-        The file.
-
-    Raises:
-        InputError: If it cannot be written.
-    """
-    text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    return _write(folder / RESULT, text + "\n")
-
-
-def write_chart(result: FrameResult, folder: Path) -> Path:
-    """Write ``bench.svg``: the stages of a frame, method by method. Arguments as :func:`write_result`'s."""
-    return _write(folder / CHART, stage_chart(result))
-
-
-def _write(path: Path, text: str) -> Path:
+def _write(path: Path, text: str) -> None:
+    """Write a file, never half of it."""
     unfinished = path.with_suffix(".partial")
     try:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
         raise _unwritable(path.parent, error) from error
-    return path
 
 
 def _check_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lac_vla.errors import InputError
 from lac_vla.models import VLA
-from lac_vla.types import FloatArray, Frame, UInt8Image
+from lac_vla.types import Frame, UInt8Image
 
 INSTRUCTION = "pick up the black bowl next to the plate and place it on the plate"
 SIDE = 256
@@ -38,16 +38,11 @@ class Scene:
 
 
 def make_scene(model: VLA, replay: Path | None, length: int, seed: int) -> Scene:
-    """Make or read frames that fit a model.
-
-    Args:
-        model: The model.
-        replay: Folder of a LeRobot dataset; ``None`` for a synthetic scene.
-        length: Number of frames wanted; a dataset may have fewer.
-        seed: Of the synthetic scene.
+    """Make the synthetic frames that fit a model; or read those of a LeRobot dataset, which may be fewer.
 
     Raises:
-        InputError: If the dataset lacks a camera or the state that the model needs, or cannot be read.
+        InputError: If the dataset lacks a camera or the state that the model needs.
+        DatasetError: If it cannot be read.
     """
     cameras = tuple(model.grids)
     state = model.processor.state_dim
@@ -59,11 +54,7 @@ def make_scene(model: VLA, replay: Path | None, length: int, seed: int) -> Scene
 def synthetic(cameras: tuple[str, ...], state: int | None, length: int, seed: int) -> Scene:
     """Make a textured background at rest, a textured object that goes round before it, and sensor noise.
 
-    Args:
-        cameras: Each sees its own scene.
-        state: Length of the proprioception vector, or ``None``.
-        length: Number of frames.
-        seed: Of everything.
+    Every camera sees its own scene; ``state`` is the length of the proprioception vector, or ``None``.
     """
     rng = np.random.default_rng(seed)
     backgrounds = {camera: _texture(rng, SIDE) for camera in cameras}
@@ -96,18 +87,7 @@ def _shot(rng: np.random.Generator, background: UInt8Image, thing: UInt8Image, a
 
 
 def replayed(folder: Path, cameras: tuple[str, ...], state: int | None, length: int) -> Scene:
-    """Read the first frames of a LeRobot dataset.
-
-    Args:
-        folder: The dataset.
-        cameras: That the model needs.
-        state: Length of the proprioception that the model needs, or ``None``.
-        length: Most frames to read.
-
-    Raises:
-        InputError: If the dataset lacks a camera or the state.
-        DatasetError: If it cannot be read.
-    """
+    """Read the first frames, ``length`` at most, of a LeRobot dataset; see :func:`make_scene`."""
     from lac_vla.datasets import LeRobotDataset  # needs an optional dependency
 
     dataset = LeRobotDataset(folder)
@@ -124,16 +104,12 @@ def replayed(folder: Path, cameras: tuple[str, ...], state: int | None, length: 
             break
         starts.add(len(frames))
         episode = dataset.episode(index)
+        if state is not None and episode.state.shape[1] != state:
+            raise InputError(f"the model needs {state} values of proprioception; {folder} has {episode.state.shape[1]}")
         count = min(len(episode), length - len(frames))
         images = {camera: episode.images.window(camera, 0, count) for camera in cameras}
         for step in range(count):
-            proprio = None if state is None else _state(episode.state[step], state, folder)
+            proprio = None if state is None else episode.state[step]
             shot = {camera: clip[step] for camera, clip in images.items()}
             frames.append(Frame(shot, episode.instruction, proprio))
     return Scene(f"{folder.name}: {len(starts)} episode(s)", tuple(frames), frozenset(starts))
-
-
-def _state(values: FloatArray, wanted: int, folder: Path) -> FloatArray:
-    if values.size != wanted:
-        raise InputError(f"the model needs {wanted} values of proprioception; {folder} has {values.size}")
-    return values

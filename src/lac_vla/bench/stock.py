@@ -22,15 +22,7 @@ STOCK = "dense stock"
 
 
 def stock_prefill(model: VLA, embeddings: torch.Tensor) -> Any:
-    """Run ``LlamaModel``'s forward pass over a prompt, with the ``DynamicCache`` that decoding needs afterwards.
-
-    Args:
-        model: The model.
-        embeddings: Of the whole prompt, (length, width).
-
-    Returns:
-        ``BaseModelOutputWithPast``.
-    """
+    """Run ``LlamaModel`` over a prompt, (length, width), with the ``DynamicCache`` that decoding needs afterwards."""
     return language_model(model).model(inputs_embeds=embeddings[None], use_cache=True)
 
 
@@ -62,9 +54,8 @@ class StockSession:
         self._seed = seed
         self._rng = head_rng(seed)
 
-    def reset(self, seed: int | None = None) -> None:
+    def reset(self) -> None:
         """Begin a new episode."""
-        self._seed = self._seed if seed is None else seed
         self.last_info = None
         self._rng = head_rng(self._seed)
 
@@ -115,12 +106,8 @@ class StockSession:
         with clock.stage("decode"):
             chosen = [out.logits[:, -1].argmax(dim=-1)]
             while len(chosen) < head.max_new_tokens:
-                out = stock(
-                    input_ids=chosen[-1][None],
-                    past_key_values=out.past_key_values,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
+                ids, cache = chosen[-1][None], out.past_key_values
+                out = stock(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 chosen.append(out.logits[:, -1].argmax(dim=-1))
             tokens = torch.cat(chosen).tolist()
             action = head.action_range.unnormalize(head.tokenizer.decode(tokens)).astype(np.float32)

@@ -14,13 +14,7 @@ from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig
-from lac_vla.models.prismatic.checkpoint import (
-    CONFIG,
-    load_prismatic,
-    new_prismatic,
-    random_prismatic,
-    save_prismatic,
-)
+from lac_vla.models.prismatic.checkpoint import CONFIG, load_prismatic, new_prismatic, random_prismatic, save_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import PRESETS
 from lac_vla.models.tokenizer import Encode
@@ -133,11 +127,7 @@ def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype = torch.bfloat1
 
 
 def random_vla(
-    config: Any,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
+    config: Any, *, seed: int = 0, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
 ) -> VLA:
     """Make a model of any size with random weights, to test and to time with. No file is read.
 
@@ -153,13 +143,8 @@ def random_vla(
     """
     device = torch.device(device)
     name = config if isinstance(config, str) else "random"
-    presets = {key: preset for family in FAMILIES.values() for key, preset in family.presets.items()}
-    if name in presets:
-        config = presets[name]
-    for family in FAMILIES.values():
-        if isinstance(config, family.config):
-            return family.random(config, name=name, seed=seed, dtype=_dtype(dtype, device), device=device)
-    raise InputError(f"unknown model {config!r}: choose one of {list(presets)}")
+    family, config = _family(config)
+    return family.random(config, name=name, seed=seed, dtype=_dtype(dtype, device), device=device)
 
 
 def untrained_vla(preset: str, statistics: Mapping[str, Any], encode: Encode) -> VLA:
@@ -173,10 +158,18 @@ def untrained_vla(preset: str, statistics: Mapping[str, Any], encode: Encode) ->
     Raises:
         InputError: If there is no preset of that name.
     """
+    family, config = _family(preset)
+    return family.build(config, statistics, encode, name=preset)
+
+
+def _family(model: Any) -> tuple[Family, Any]:
+    """Find the family of a configuration, and the configuration itself where ``model`` is a preset's name."""
+    presets = {key: preset for family in FAMILIES.values() for key, preset in family.presets.items()}
+    config = presets.get(model) if isinstance(model, str) else model
     for family in FAMILIES.values():
-        if preset in family.presets:
-            return family.build(family.presets[preset], statistics, encode, name=preset)
-    raise InputError(f"unknown model {preset!r}: choose one of {[key for f in FAMILIES.values() for key in f.presets]}")
+        if isinstance(config, family.config):
+            return family, config
+    raise InputError(f"unknown model {model!r}: choose one of {list(presets)}")
 
 
 def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:

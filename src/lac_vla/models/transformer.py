@@ -16,15 +16,15 @@ class KVCache(Protocol):
     """Takes a block's new keys and values, and gives those that its attention sees."""
 
     def update(
-        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
+        self, block: int, rows: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the new keys and values of some rows, and return those that attention is to see.
 
         Args:
             block: Number of the block.
+            rows: Which of the tokens they are, int64; ``None`` for all.
             keys: (B, heads, rows, head_dim).
             values: As ``keys``.
-            rows: Which of the tokens they are, int64; ``None`` for all.
 
         Returns:
             Keys and values of all tokens, each (B, heads, tokens, head_dim).
@@ -44,7 +44,7 @@ class ImageKVCache:
         return sum(part.numel() * part.element_size() for block in self.blocks for part in block)
 
     def update(
-        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
+        self, block: int, rows: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the ``rows`` (int64; ``None`` for all) in their places, and return the keys and values of all tokens."""
         if rows is None:  # copies: the projection's output, queries included, is not kept
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         """Run (B, tokens, width) → the same; with a cache, ``x`` may be some ``rows`` of the tokens that it holds."""
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            keys, values = cache.update(block, keys, values, rows)
+            keys, values = cache.update(block, rows, keys, values)
         # Under autocast in the precision of the residual stream: on a CPU the backward pass is several times faster.
         with torch.autocast(x.device.type, enabled=False):
             attended = F.scaled_dot_product_attention(*(part.to(x.dtype) for part in (queries, keys, values)))

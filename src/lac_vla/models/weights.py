@@ -34,11 +34,9 @@ LISTED = 4
 
 
 def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
-    """Find a checkpoint's local folder; one on the Hugging Face hub is downloaded, or taken from its cache.
+    """Find a checkpoint's folder: a local one, or ``owner/name`` on the Hugging Face hub, downloaded once.
 
-    Args:
-        path_or_hub_id: The folder, or ``owner/name`` on the hub.
-        files: Patterns of the files to download.
+    ``files`` are the patterns of what to download.
 
     Raises:
         CheckpointError: If there is none.
@@ -76,12 +74,8 @@ def load_weights(
 ) -> None:
     """Put a folder's weights into a model on ``meta``, file by file; names and shapes are checked first.
 
-    Args:
-        model: Its parameters and persistent buffers are replaced.
-        folder: Holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
-        dtype: Of the weights in memory.
-        device: Where to put them.
-        unused: Names that a checkpoint may hold although the model does not use them.
+    The folder holds ``model.safetensors``, or shards and ``model.safetensors.index.json``. Weights end up in ``dtype``
+    on ``device``; ``unused`` names those that a checkpoint may hold although the model does not use them.
 
     Raises:
         CheckpointError: If a file is missing or truncated, or names or shapes are not the model's.

@@ -55,15 +55,6 @@ def build_policy(spec: PolicySpec) -> CachePolicy:
     return make_policy(spec.name, **spec.values)
 
 
-def parse_policy(text: str) -> CachePolicy:
-    """Build a policy from a short text: ``dense``, ``motion:ratio=0.7``, ``lac:path=outputs/my-lac,recovery=0``.
-
-    Raises:
-        InputError: If the text cannot be read, or :func:`make_policy` refuses.
-    """
-    return build_policy(PolicySpec.parse(text))
-
-
 __all__ = [
     "POLICIES",
     "CachePolicy",
@@ -79,6 +70,5 @@ __all__ = [
     "build_policy",
     "cache_lowest",
     "make_policy",
-    "parse_policy",
     "paths_by_name",
 ]

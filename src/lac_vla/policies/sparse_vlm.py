@@ -80,11 +80,7 @@ class SparseVLM(CachePolicy):
 def rate(attention: FloatArray) -> FloatArray:
     """Average the attention of the raters: the rows that attend to the visual tokens more than the average row.
 
-    Args:
-        attention: Of text to visual tokens, mean over heads, (text, visual).
-
-    Returns:
-        (visual,).
+    ``attention`` is of text to visual tokens, mean over heads, (text, visual); the result (visual,).
     """
     relevance = attention.mean(axis=1)
     raters = relevance > relevance.mean()

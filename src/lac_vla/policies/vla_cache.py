@@ -159,10 +159,8 @@ def most_attended(relevance: FloatArray, count: int) -> IntArray:
 def text_to_visual(attention: torch.Tensor, visual: slice) -> torch.Tensor:
     """Average the attention of the text rows to every visual token, (N,).
 
-    Args:
-        attention: Of the preceding frame, whose last rows are the text's, (rows, keys). Its text may have another
-            length than the current one; its keys are all tokens, so they tell.
-        visual: Slots of the visual tokens.
+    The last rows of ``attention``, (rows, keys), are the text's. Being of the preceding frame, whose text may have
+    another length than the current one, its keys tell how many: they are all tokens.
     """
     n_text = attention.shape[1] - visual.stop
     return attention[-n_text:, visual].mean(dim=0)
@@ -196,12 +194,8 @@ def exit_layers(
 ) -> IntArray:
     """Compute the exit layer of every visual token, (N,).
 
-    Args:
-        n_visual: Number of visual tokens N.
-        reusable: The tokens that may leave, in the order in which they do.
-        layers: Layers at which they may, ascending.
-        shares: Every layer's share of them, (layers of the model,).
-        at_least: How many leave at the first of ``layers`` in any case.
+    The reusable tokens leave in their order at ``layers``, ascending, up to every layer's share of them, (layers of the
+    model,); ``at_least`` so many leave at the first of ``layers`` in any case.
     """
     exits = np.full(n_visual, len(shares), dtype=np.int64)
     gone = 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lac_vla.models import VLA
 from lac_vla.training.config import PretrainConfig
@@ -24,31 +24,20 @@ def statistics(bank: FrameBank) -> dict[str, Any]:
     return {STATISTICS_KEY: {"action": quantiles(bank.action, scaled), "proprio": quantiles(bank.state)}}
 
 
-@dataclass
 class Generators:
-    """The random generators of a run.
+    """The random generators of a run, seeded alike.
 
     Attributes:
         rng: Draws what is shown, and how it is moved and tinted.
         generator: Draws the noise of pixels, tokens and actions.
     """
 
-    rng: np.random.Generator
-    generator: torch.Generator
-
-    @classmethod
-    def seeded(cls, seed: int) -> Generators:
-        """Seed both alike."""
-        return cls(np.random.default_rng(seed), torch.Generator().manual_seed(seed))
+    def __init__(self, seed: int) -> None:
+        self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
 
 class Demonstrations:
-    """Holds frames with their targets.
-
-    Args:
-        bank: The frames.
-        vla: The model that learns from them: its prompts, and the units of its head.
-        config: The run.
+    """Holds frames with their targets, as a model takes them: its prompts, and the units of its head.
 
     Attributes:
         bank: The frames.
@@ -67,17 +56,13 @@ class Demonstrations:
         self._hindsight = (hindsight - hindsight.mean(axis=(0, 1))) / hindsight.std(axis=(0, 1))
         prompts = [processor.prompt_ids(text)[1:] for text in bank.instructions]
         self._text_length = np.asarray([len(ids) for ids in prompts])
-        self._text = np.zeros((len(prompts), self._text_length.max()), dtype=np.int64)
-        for row, ids in zip(self._text, prompts, strict=True):
-            row[: len(ids)] = ids
+        self._text = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
         self._text_of = bank.task[bank.episode]
 
     def batch(self, frames: IntArray, random: Generators | None) -> Batch:
         """Assemble frames.
 
-        Args:
-            frames: Which.
-            random: Augments: images are shifted and tinted, the proprioception is disturbed; ``None`` for neither.
+        ``random`` augments: images are shifted and tinted, the proprioception is disturbed; ``None`` for neither.
         """
         images, shifts = self._images(frames, random)
         proprio = self._proprio[frames]
@@ -90,7 +75,7 @@ class Demonstrations:
             images=images,
             shifts=shifts,
             proprio=torch.from_numpy(np.asarray(proprio, dtype=np.float32)),
-            text=torch.from_numpy(self._text[task, :longest]),
+            text=self._text[task, :longest],
             text_length=torch.from_numpy(self._text_length[task]),
             targets=Targets(
                 torch.from_numpy(self._chunks[frames]),

@@ -43,12 +43,7 @@ class FrameBank:
 
     @classmethod
     def load(cls, root: Path, sizes: dict[str, int], resize: Callable[[UInt8Image, int], UInt8Image]) -> FrameBank:
-        """Decode a LeRobot dataset.
-
-        Args:
-            root: Its folder.
-            sizes: Camera → side of the square images wanted, pixels.
-            resize: The model's own image geometry: image, side → image.
+        """Decode a LeRobot dataset: every camera's images at its side in pixels, by the model's own geometry.
 
         Raises:
             InputError: If a camera is missing or the dataset is empty.
@@ -89,12 +84,7 @@ class FrameBank:
         return np.repeat(np.arange(len(self.start)), self.stop - self.start)
 
     def split(self, held_out: float, seed: int) -> tuple[IntArray, IntArray]:
-        """Divide the frames by episode into those for training and those for validation.
-
-        Args:
-            held_out: Share of the episodes kept for validation.
-            seed: Of the choice.
-        """
+        """Divide the frames by episode: for training, and for validation a share of ``held_out``."""
         episodes = np.random.default_rng(seed).permutation(len(self.start))
         chosen = np.isin(self.episode, episodes[: round(held_out * len(episodes))])
         return np.flatnonzero(~chosen), np.flatnonzero(chosen)
@@ -131,12 +121,7 @@ class FrameBank:
 
 
 def shift_images(images: npt.NDArray[np.uint8], shifts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """Move every image by whole pixels, repeating its border.
-
-    Args:
-        images: uint8, (B, H, W, 3).
-        shifts: Rows and columns by which the content moves down and right, (B, 2).
-    """
+    """Move images, uint8, (B, H, W, 3), by whole pixels down and right, (B, 2), repeating their borders."""
     margin = int(np.abs(shifts).max(initial=0))
     if not margin:
         return images
@@ -149,11 +134,9 @@ def shift_images(images: npt.NDArray[np.uint8], shifts: npt.NDArray[np.int64]) -
 
 
 def quantiles(values: FloatArray, columns: Sequence[int] | None = None) -> dict[str, list[float] | list[bool]]:
-    """Compute statistics in the layout of OpenVLA's ``dataset_statistics.json``.
+    """Compute statistics of values, (F, D), in the layout of OpenVLA's ``dataset_statistics.json``.
 
-    Args:
-        values: (F, D).
-        columns: Columns that are normalised; all by default. The others keep their raw values (the gripper).
+    Columns that are not in ``columns`` (by default all are) keep their raw values: the gripper.
     """
     mask = np.ones(values.shape[1], dtype=np.bool_) if columns is None else np.isin(range(values.shape[1]), columns)
     table: dict[str, list[float] | list[bool]] = {

@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from lac_vla.models import VLA
 from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.policies.lac.inputs import compose, words
-from lac_vla.training.mixed import LayerKV, MixedOutput, alignment_teacher, mixed_forward, upper_half
+from lac_vla.training.mixed import LayerKV, MixedOutput, alignment_teacher, mixed_forward
 from lac_vla.training.relaxation import (
     bridge,
     candidate_masks,
@@ -69,12 +69,7 @@ class LACLoss:
     """
 
     def __init__(
-        self,
-        vla: VLA,
-        store: FrameStore,
-        policy: LACPolicy,
-        loss: str,
-        tower: MixedTower | None = None,
+        self, vla: VLA, store: FrameStore, policy: LACPolicy, loss: str, tower: MixedTower | None = None
     ) -> None:
         policy.check_layout(store.grids)
         self.vla, self.store, self.policy, self.loss = vla, store, policy, loss
@@ -90,7 +85,8 @@ class LACLoss:
     def alignment(self, frames: IntArray) -> torch.Tensor:
         """Compute stage I's L_align = MSE(S, S_VLA), eq. 6, a scalar. ``frames``: not the first of their episodes."""
         with torch.no_grad():
-            dense = self.decode(frames, probe_layers=upper_half(self.vla.n_layers))
+            upper_half = tuple(range(self.vla.n_layers // 2, self.vla.n_layers))
+            dense = self.decode(frames, probe_layers=upper_half)
             if dense.attention is None:  # pragma: no cover - it was asked for
                 raise RuntimeError("the dense pass left no attention")
             teacher = alignment_teacher(dense.attention)

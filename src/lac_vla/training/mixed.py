@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -40,7 +41,10 @@ class LayerKV:
 
 
 class MixedKV:
-    """Implements :class:`lac_vla.engine.layers.KVStore` for training: it mixes fresh with cached keys and values.
+    """Mixes fresh with cached keys and values, for training.
+
+    It is a decoder's :class:`lac_vla.engine.layers.KVStore`, and a vision tower's
+    :class:`lac_vla.models.transformer.KVCache`: every row is computed, so that it need not know which.
 
     Args:
         visual: The visual slots of the sequence.
@@ -61,7 +65,7 @@ class MixedKV:
         self.slots, self.sequence = LayerKV(), LayerKV()
 
     def update(
-        self, layer: int, segment: Segment | None, keys: torch.Tensor, values: torch.Tensor
+        self, layer: int, rows: Any, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix, and keep the mixture; see :meth:`lac_vla.engine.layers.KVStore.update`."""
         if self._weight is not None and self._old is not None:
@@ -159,9 +163,6 @@ def mixed_forward(
         mask: M, 1 = active, (B, N); ``None`` for a dense pass.
         old: The preceding frame's slots; needed with a mask.
         probe_layers: Layers whose attention is averaged.
-
-    Returns:
-        See :class:`MixedOutput`.
     """
     decoder, reads_kv = vla.decoder, vla.head.reads == "kv"
     length = embeddings.shape[1]
@@ -196,18 +197,9 @@ def _visible(
     keys: torch.Tensor,
     real: torch.Tensor,
 ) -> torch.Tensor:
-    """Tell which slots rows may attend to, each in its own prompt's layout; padding is hidden.
+    """Tell which slots rows may attend to, each in its own prompt's layout, bool, (B, rows, slots).
 
-    Args:
-        stack: The layers.
-        layout: Of the prompts, without a suffix.
-        lengths: Of the prompts, int64, (B,).
-        queries: Positions, int64, (B, rows).
-        keys: Positions, int64, (B, slots).
-        real: Slots that are no padding, bool, (B, slots).
-
-    Returns:
-        bool, (B, rows, slots).
+    ``queries`` and ``keys`` are positions, (B, rows) and (B, slots); slots that are not ``real`` are padding, hidden.
     """
     layouts = [replace(layout, n_suffix=length - layout.visual.stop) for length in lengths.tolist()]
     seen = [stack.visible(own, *positions) for own, *positions in zip(layouts, queries, keys, strict=True)]
@@ -217,14 +209,8 @@ def _visible(
 def mix(fresh: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, visual: slice) -> torch.Tensor:
     """Mix keys or values at the visual slots: exactly fresh where the weight is 1, exactly old where it is 0.
 
-    Args:
-        fresh: Of the whole sequence, (B, heads, length, head_dim).
-        old: Of the visual slots, (B, heads, N, head_dim).
-        weight: M, (B, 1, N, 1).
-        visual: The visual slots.
-
-    Returns:
-        As ``fresh``.
+    ``fresh`` is of the whole sequence, (B, heads, length, head_dim), as the result; ``old`` of the visual slots,
+    (B, heads, N, head_dim); the weight M is (B, 1, N, 1).
     """
     mixed = weight * fresh[:, :, visual] + (1 - weight) * old
     start, stop, _ = visual.indices(fresh.shape[2])
@@ -235,8 +221,3 @@ def alignment_teacher(attention: torch.Tensor) -> torch.Tensor:
     """Make S_VLA, eq. 6, of the attention to the visual tokens, (B, N): min-max scaled to [0, 1] for every frame."""
     low, high = attention.amin(dim=1, keepdim=True), attention.amax(dim=1, keepdim=True)
     return (attention - low) / (high - low).clamp(min=1e-12)
-
-
-def upper_half(n_layers: int) -> tuple[int, ...]:
-    """List the layers that the teacher of stage I is averaged over."""
-    return tuple(range(n_layers // 2, n_layers))

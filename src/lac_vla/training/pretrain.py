@@ -38,16 +38,12 @@ CARD = "lac.json"
 
 
 class Pretraining:
-    """Holds one run: data, model, optimiser and progress.
-
-    Args:
-        config: The run.
-    """
+    """Holds one run: data, model, optimiser and progress."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         torch.manual_seed(config.seed)
-        self.random = Generators.seeded(config.seed)
+        self.random = Generators(config.seed)
         recipe = RECIPES[config.model]
         shape: Any = random_vla(config.model, device="meta").module
         self.start = start = config.start or recipe.start
@@ -77,7 +73,7 @@ class Pretraining:
 
         It draws from generators of its own: an interrupted run reads the same.
         """
-        config, random = self.config, Generators.seeded(self.config.seed + 1)
+        config, random = self.config, Generators(self.config.seed + 1)
         chosen = random.rng.permutation(self.data.train)[: config.frozen_frames]
         read, targets = [], []
         for frames in tqdm(np.array_split(chosen, math.ceil(len(chosen) / 64)), desc="reading frames", unit="batch"):
@@ -88,15 +84,11 @@ class Pretraining:
             targets.append(batch.targets)
         return torch.cat(read), Targets.join(targets)
 
-    def lr_factor(self) -> float:
-        """Warm up, hold, and go linearly to zero over the last fifth."""
-        warm = min(1.0, (self.seen // self.config.batch + 1) / self.config.warmup)
-        left = (self.config.samples - self.seen) / self.config.samples
-        return warm * min(1.0, left / 0.2)
-
     def set_rates(self) -> None:
-        """Give the optimiser this step's learning rates; what is held fixed wants no gradient."""
-        config, factor = self.config, self.lr_factor()
+        """Warm up, hold, and go linearly to zero over the last fifth; what is held fixed wants no gradient."""
+        config = self.config
+        left = (config.samples - self.seen) / config.samples
+        factor = min(1.0, (self.seen // config.batch + 1) / config.warmup) * min(1.0, left / 0.2)
         thawed = max(0, self.seen - config.frozen_samples)
         for group, share in zip(self.optimiser.param_groups, (1.0, config.start_lr), strict=False):
             group["lr"] = config.lr * share * factor
@@ -126,7 +118,7 @@ class Pretraining:
         self.loss.train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if not self.frozen:
-                losses = self.show_frames()
+                losses = self.loss(*self.draw(), self.seen / config.samples, self.random.generator)
             elif isinstance(self.loss, TowerLoss):
                 losses = self.loss.imitate(self.draw()[0])
             else:
@@ -151,13 +143,6 @@ class Pretraining:
         frames = rng.choice(self.data.train, size=self.config.batch)
         keep = (int(rng.integers(2)), int(rng.integers(2)), 2) if self.coarse else None
         return self.data.batch(frames, self.random), keep
-
-    def show_frames(self) -> dict[str, torch.Tensor]:
-        """Compute the losses of a random batch of frames."""
-        batch, keep = self.draw()
-        progress = self.seen / self.config.samples
-        losses: dict[str, torch.Tensor] = self.loss(batch, keep, progress, self.random.generator)
-        return losses
 
     def show_read(self) -> dict[str, torch.Tensor]:
         """Compute the losses of a random batch of frames that the trunk has read ahead."""

@@ -30,19 +30,11 @@ def straight_through(soft: torch.Tensor) -> torch.Tensor:
 
 
 def candidate_masks(scores: torch.Tensor, ratios: Sequence[float], temperature: float) -> torch.Tensor:
-    """Make the masks m_j of all candidate ratios, eq. 11: 1 = active, 0 = cached.
+    """Make the masks m_j of all candidate ratios, eq. 11, (B, C, N): 1 = active, 0 = cached.
 
-    Forward, the k_j = ⌊N·r_j + ½⌋ lowest scores are cached, ties going to the lower index. Backward, the mask is
-    σ((s − θ_j) / τ_s), θ_j the k_j-th lowest score, without gradient through θ_j; k_j = 0 has no threshold and no
-    gradient.
-
-    Args:
-        scores: Saliency s, (B, N).
-        ratios: R.
-        temperature: τ_s.
-
-    Returns:
-        (B, C, N).
+    Forward, the k_j = ⌊N·r_j + ½⌋ lowest scores s, (B, N), are cached, ties going to the lower index. Backward, the
+    mask is σ((s − θ_j) / τ_s), τ_s the temperature, θ_j the k_j-th lowest score, without gradient through θ_j; k_j = 0
+    has no threshold and no gradient.
     """
     n = scores.shape[-1]
     ordered, order = scores.sort(dim=-1, stable=True)
@@ -61,15 +53,8 @@ def candidate_masks(scores: torch.Tensor, ratios: Sequence[float], temperature: 
 def bridge(chosen: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Compute M = Σ_j p_j · m_j: forward the chosen ratio's hard mask, backward the task gradient for both networks.
 
-    ∂L/∂s comes through the chosen mask's sigmoid; ∂L/∂p_j is how the loss would change, to first order, if more weight
-    lay on the mask of ratio j.
-
-    Args:
-        chosen: Straight-through choice p, (B, C).
-        masks: Of all ratios, (B, C, N).
-
-    Returns:
-        (B, N).
+    The straight-through choice p is (B, C), the masks (B, C, N), M (B, N). ∂L/∂s comes through the chosen mask's
+    sigmoid; ∂L/∂p_j is how the loss would change, to first order, if more weight lay on the mask of ratio j.
     """
     return (chosen[..., None] * masks).sum(dim=1)
 

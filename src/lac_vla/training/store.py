@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lac_vla.datasets.lerobot import Episode, LeRobotDataset
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
-from lac_vla.flow import make_flow
+from lac_vla.flow import Flow, make_flow
 from lac_vla.models import VLA
 from lac_vla.policies.lac.inputs import flow_in_patches, resize
 from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout
@@ -75,24 +75,21 @@ class FrameStore:
         """Lay out a prompt without its suffix."""
         return TokenLayout.of(self.grids, len(self.prefix), 0)
 
-    def windows(self, episodes: IntArray, length: int) -> tuple[IntArray, IntArray]:
-        """List all windows of ``length`` consecutive frames within some episodes.
-
-        Returns:
-            First frame and episode of every window.
+    def windows(self, episodes: IntArray, length: int) -> IntArray:
+        """List all windows of ``length`` consecutive frames within some episodes by their first frames.
 
         Raises:
             InputError: If no episode is long enough.
         """
         firsts = [np.arange(self.start[e], self.stop[e] - length + 1) for e in episodes]
-        first = np.concatenate([*firsts, np.zeros(0, dtype=np.int64)])
+        first: IntArray = np.concatenate([*firsts, np.zeros(0, dtype=np.int64)])
         if not first.size:
             longest = int((self.stop - self.start).max())
             raise InputError(
                 f"no episode has {length} consecutive frames, the longest has {longest}: caching is learned between "
                 "frames that follow one another; give another dataset or a smaller --window"
             )
-        return first.astype(np.int64), np.repeat(episodes, [len(part) for part in firsts])
+        return first
 
     @classmethod
     def build(
@@ -116,12 +113,12 @@ class FrameStore:
             flow: Estimator, see :data:`lac_vla.flow.FLOWS`.
             patch_pixels: Pixels per token side that the policy's networks see.
             episodes: How many episodes to use, evenly spread over the dataset; 0 for all.
-            labels: Whether recorded actions are needed. Without, the model's own answers stand in where there are none.
+            labels: Whether recorded actions are needed; else the model's own answers stand in where there are none.
             tower_cameras: Cameras of which the tower's pixels are needed, too.
 
         Raises:
-            InputError: If the dataset does not fit the model, lacks what is needed, or the disk is too small; or if
-                the folder holds a store of something else.
+            InputError: If the dataset does not fit the model, lacks what is needed, or the disk is too small; or if the
+                folder holds a store of something else.
         """
         source = LeRobotDataset(dataset)
         if not len(source):
@@ -138,7 +135,7 @@ class FrameStore:
             "tower_cameras": list(tower_cameras),
         }
         meta = folder / META
-        builder = _Builder(vla, source, chosen, flow, patch_pixels, tower_cameras)
+        builder = _Builder(vla, source, chosen, make_flow(flow), patch_pixels, tower_cameras)
         if meta.is_file():
             found = json.loads(meta.read_text(encoding="utf-8"))["about"]
             unread = {"flow": flow == "none", "tower_cameras": not tower_cameras}  # whether it is there or not
@@ -201,22 +198,19 @@ def fingerprint(vla: VLA) -> str:
     return hashlib.sha256(b"".join([*parts, vla.head.fingerprint()])).hexdigest()[:16]
 
 
+@dataclass
 class _Builder:
     """Fills a store."""
 
-    def __init__(
-        self,
-        vla: VLA,
-        source: LeRobotDataset,
-        chosen: list[int],
-        flow: str,
-        patch_pixels: int,
-        tower_cameras: Sequence[str],
-    ) -> None:
-        self.vla, self.source, self.chosen = vla, source, chosen
-        self.flow = make_flow(flow)
-        self.patch_pixels, self.tower_cameras = patch_pixels, tower_cameras
-        self.dense = CachedVLA(vla).session()
+    vla: VLA
+    source: LeRobotDataset
+    chosen: list[int]
+    flow: Flow | None
+    patch_pixels: int
+    tower_cameras: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.dense = CachedVLA(self.vla).session()
 
     @torch.inference_mode()
     def agrees(self, stored: npt.NDArray[np.float16]) -> bool:
@@ -224,7 +218,7 @@ class _Builder:
 
         The fingerprint does not see the vision tower.
         """
-        visual = self._visual(self._frame(self.source.episode(self.chosen[0]), 0))
+        visual = self._visual(self._frames(self.source.episode(self.chosen[0]), 1)[0])
         difference = np.linalg.norm(visual.astype(np.float32) - stored)
         return bool(difference <= SAME * np.linalg.norm(visual.astype(np.float32)))
 
@@ -242,12 +236,12 @@ class _Builder:
         """Compute everything, then give the folder its name."""
         vla, side = self.vla, self.patch_pixels
         first = self.source.episode(self.chosen[0])
-        frame = self._frame(first, 0)
+        [frame] = self._frames(first, 1)
         layout, images = vla.processor.prompt(frame).layout, vla.processor.images(frame)
         lengths = [int(self.source.episodes[index]["length"]) for index in self.chosen]
         total, width = sum(lengths), vla.decoder.shape.width
         texts = {self.source.episode(index).instruction for index in self.chosen}
-        longest = max(len(self._text(self._frame(first, 0, text))[1]) for text in texts)
+        longest = max(len(self._text(replace(frame, instruction=text))[1]) for text in texts)
         answer = self._targets(first, [frame])
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "visual": ((total, layout.n_visual, width), np.float16),
@@ -304,7 +298,7 @@ class _Builder:
             raise InputError(
                 f"episode {episode.index} skips frames: caching is learned between consecutive ones; split it there"
             )
-        frames = self._frames(episode)
+        frames = self._frames(episode, len(episode))
         arrays["targets"][start : start + len(frames)] = self._targets(episode, frames)
         previous: Mapping[str, Any] | None = None
         for at, frame in enumerate(frames, start):
@@ -328,22 +322,14 @@ class _Builder:
             previous = pixels
             bar.update()
 
-    def _frame(self, episode: Episode, at: int, instruction: str | None = None) -> Frame:
-        images = {camera: episode.images.window(camera, at, at + 1)[0] for camera in episode.images}
-        return Frame(images, instruction or episode.instruction, self._proprio(episode, at))
-
-    def _frames(self, episode: Episode) -> list[Frame]:
+    def _frames(self, episode: Episode, count: int) -> list[Frame]:
+        """Read the first frames of an episode."""
+        clips = {camera: episode.images.window(camera, 0, count) for camera in episode.images}
+        states = episode.state if episode.state.shape[1] else [None] * count
         return [
-            Frame(
-                {camera: episode.images[camera][at] for camera in episode.images},
-                episode.instruction,
-                self._proprio(episode, at),
-            )
-            for at in range(len(episode))
+            Frame({camera: clip[at] for camera, clip in clips.items()}, episode.instruction, states[at])
+            for at in range(count)
         ]
-
-    def _proprio(self, episode: Episode, at: int) -> FloatArray | None:
-        return episode.state[at] if episode.state.shape[1] else None
 
     def _targets(self, episode: Episode, frames: list[Frame]) -> npt.NDArray[Any]:
         """Turn recorded actions into the head's answers; without any, those of the dense model itself."""

@@ -66,13 +66,10 @@ class MixedTower:
 
         Args:
             images: Each of ``cameras`` → what its tower sees, uint8, (B, H, W, 3).
-            visual: Projected visual tokens of the same frames when all is computed, (B, N, width); they stand for
-                the other cameras: a convolution's features do not depend on what else is computed.
+            visual: Projected tokens of whole towers, (B, N, width); they stand for the other cameras: a convolution's
+                features do not depend on what else is computed.
             mask: M, 1 = active, (B, N); ``None`` for a dense pass.
             old: The preceding frame's slots; needed with a mask.
-
-        Returns:
-            See :class:`VisionOutput`.
         """
         slots: dict[tuple[int, int], LayerKV] = {}
         parts = []
@@ -82,7 +79,7 @@ class MixedTower:
                 continue
             caches = _MixedCaches(camera.size, None if mask is None else mask[:, camera.tokens], old)
             parts.append(self._vision.encode_camera(camera.name, images[camera.name], caches))
-            slots |= {key: cache.store.slots for key, cache in caches.used.items()}
+            slots |= {key: cache.slots for key, cache in caches.used.items()}
         return VisionOutput(torch.cat(parts, dim=1), slots)
 
 
@@ -94,20 +91,8 @@ class _MixedCaches:
     ) -> None:
         # The patches stand behind class and register tokens, which are always new.
         self._visual, self._mask, self._old = slice(-n_patches, None), mask, old or {}
-        self.used: dict[tuple[int, int], _MixedCache] = {}
+        self.used: dict[tuple[int, int], MixedKV] = {}
 
-    def of(self, tower: int, camera: int) -> _MixedCache:
+    def of(self, tower: int, camera: int) -> MixedKV:
         key = (tower, camera)
-        return self.used.setdefault(key, _MixedCache(MixedKV(self._visual, self._mask, self._old.get(key))))
-
-
-@dataclass(frozen=True, eq=False)
-class _MixedCache:
-    """Mixes the keys and values of an image's patches."""
-
-    store: MixedKV
-
-    def update(
-        self, block: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.store.update(block, None, keys, values)
+        return self.used.setdefault(key, MixedKV(self._visual, self._mask, self._old.get(key)))

@@ -37,12 +37,7 @@ CLIP = 1.0
 class Training:
     """Holds one run: what is trained, on what, and its progress.
 
-    Args:
-        config: The run.
-        vla: The frozen model.
-        store: The frames.
-        tower: The model's, if it is to reuse.
-        world: Number of processes that train together, and this one's rank.
+    ``world`` is the number of processes that train together, and this one's rank.
     """
 
     def __init__(
@@ -69,15 +64,15 @@ class Training:
         )
         self.policy = LACPolicy(shape)
         self.losses = LACLoss(vla, store, self.policy, config.loss, tower)
-        self.networks = nn.ModuleDict({"selector": self.policy.selector, "predictor": self.policy.predictor})
+        self.networks = self.policy.networks
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
         self.step, self.lam, self.seconds = 0, config.lam, 0.0
         chosen = np.random.default_rng(config.seed).permutation(len(store.start))
         held = max(1, round(config.held_out * len(chosen)))
         if held >= len(chosen):
             raise InputError(f"{len(chosen)} episode(s) cannot be divided into training and validation: use at least 2")
-        self.first, _ = store.windows(np.sort(chosen[held:]), config.window)
-        self.held_first, _ = store.windows(np.sort(chosen[:held]), config.window)
+        self.first = store.windows(np.sort(chosen[held:]), config.window)
+        self.held_first = store.windows(np.sort(chosen[:held]), config.window)
 
     @property
     def stage(self) -> int:
@@ -128,7 +123,7 @@ class Training:
             )
         if size > 1:
             self._average()
-        metrics["gradient"] = float(nn.utils.clip_grad_norm_(self._touched(), CLIP))
+        metrics["gradient"] = float(nn.utils.clip_grad_norm_(self.networks.parameters(), CLIP))
         self.optimiser.step()
         if config.target_ratio and self.stage == 2 and "expected_ratio" in metrics:
             self.lam *= math.exp(STEERING * (config.target_ratio - metrics["expected_ratio"]) / 0.1)
@@ -210,9 +205,6 @@ class Training:
             raise CheckpointError(
                 f"{path} is damaged or not a state of this run; give another --out: {error}"
             ) from error
-
-    def _touched(self) -> list[nn.Parameter]:
-        return [weight for weight in self.networks.parameters() if weight.grad is not None]
 
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
         """Average metrics over all processes: all steer λ alike, and all stop where the loss of one has broken."""

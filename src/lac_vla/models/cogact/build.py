@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from lac_vla.models.cogact.config import CogACTConfig
 from lac_vla.models.heads.diffusion import DiffusionHead, DiffusionModel
@@ -24,17 +24,8 @@ class CogACTVLA(PrismaticVLA):
         self.action_model = DiffusionModel(config.head)
 
 
-def build_cogact(
-    config: CogACTConfig,
-    model: CogACTVLA,
-    encode: Encode,
-    *,
-    name: str = "cogact",
-    unnorm_key: str | None = None,
-    cameras: Sequence[str] | None = None,
-    image_pipeline: str | None = None,
-) -> VLA:
-    """Build the VLA over its modules; see :func:`lac_vla.models.prismatic.build.build_prismatic` for the arguments.
+def build_cogact(config: CogACTConfig, model: CogACTVLA, encode: Encode, **options: Any) -> VLA:
+    """Build the VLA over its modules; see :func:`lac_vla.models.prismatic.build.build_prismatic` for the options.
 
     Raises:
         InputError: If an argument does not fit the model.
@@ -43,10 +34,6 @@ def build_cogact(
     return build_prismatic(
         model,
         encode,
-        name=name,
-        unnorm_key=unnorm_key,
-        cameras=cameras,
-        image_pipeline=image_pipeline,
         family="cogact",
         config=config,
         make_head=lambda _, units: DiffusionHead(
@@ -54,4 +41,5 @@ def build_cogact(
         ),
         prompt_end=config.prompt_end,
         ensemble=config.ensemble,
+        **{"name": "cogact", **options},
     )

@@ -8,12 +8,11 @@ CogACT's own models.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,11 +21,10 @@ from safetensors.torch import load_file
 from lac_vla.errors import CheckpointError
 from lac_vla.models.cogact.build import CogACTVLA, build_cogact
 from lac_vla.models.cogact.config import CogACTConfig, head_config, own_options, vlm_config
-from lac_vla.models.llama import reset_rotary
-from lac_vla.models.prismatic.checkpoint import CONFIG, STATISTICS, unused_weights
-from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer, save_tokenizer
+from lac_vla.models.prismatic.checkpoint import STATISTICS, fill, make_ready, unused_weights, write_folder
+from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer
 from lac_vla.models.vla import VLA
-from lac_vla.models.weights import WEIGHTS, check_shapes, randomise, read_json, read_torch, write_weights
+from lac_vla.models.weights import WEIGHTS, check_shapes, read_json, read_torch
 
 HUB_FILES = ("*.json", "*.safetensors", "checkpoints/*.pt")
 HEAD = "action_model."
@@ -49,13 +47,10 @@ def load_cogact(
     folder: Path,
     data: Mapping[str, Any],
     *,
-    name: str,
     dtype: torch.dtype,
     device: torch.device,
-    unnorm_key: str | None = None,
-    cameras: Sequence[str] | None = None,
-    image_pipeline: str | None = None,
-    encode: Encode | None = None,
+    encode: Encode | None,
+    **build: Any,
 ) -> VLA:
     """Load a run whose ``config.json`` holds ``data``; see :func:`lac_vla.models.load_vla`."""
     vlm = vlm_config(data, read_json(folder / STATISTICS))
@@ -65,25 +60,19 @@ def load_cogact(
     config = CogACTConfig(vlm, head_config(data, found), **own_options(data))
     with torch.device("meta"):
         model = CogACTVLA(config)
-    vla = build_cogact(
-        config, model, encode, name=name, unnorm_key=unnorm_key, cameras=cameras, image_pipeline=image_pipeline
-    )
+    vla = build_cogact(config, model, encode, **build)
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     unused = re.compile(f"{unused_weights(vlm).pattern}|{UNUSED}")
     check_shapes(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
     kept = {key: weights[key].to(device, torch.float32 if key.startswith(HEAD) else dtype, copy=True) for key in wanted}
     model.load_state_dict(kept, assign=True)
-    reset_rotary(model.language_model, device)
-    cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)  # as convolutions run fastest
-    model.eval()
+    make_ready(model, device)
     return vla
 
 
 def save_cogact(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
     """Write a model as :func:`load_cogact` reads it, everything spelt out; see :func:`lac_vla.models.save_vla`."""
-    folder.mkdir(parents=True, exist_ok=True)
     config: CogACTConfig = vla.config
-    write_weights(vla.module, folder, dtype)
     vlm = config.vlm.to_json()
     statistics = vlm.pop("norm_stats")
     data = {
@@ -95,9 +84,7 @@ def save_cogact(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
         "gripper": config.gripper,
         "ensemble": config.ensemble,
     }
-    (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(vla.encode, folder)
+    write_folder(vla, folder, dtype, data, statistics)
 
 
 def random_cogact(config: CogACTConfig, *, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> VLA:
@@ -105,12 +92,7 @@ def random_cogact(config: CogACTConfig, *, name: str, seed: int, dtype: torch.dt
     with torch.device("meta"):
         model = CogACTVLA(config).to(dtype)
         model.action_model.float()
-    if device.type != "meta":
-        model.to_empty(device=device)
-        reset_rotary(model.language_model, device)
-        randomise(model, seed)
-        cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)
-    model.eval()
+    fill(model, seed, device)
     return build_cogact(config, model, WordHash(config.vlm.vocab_size - config.vlm.n_action_bins), name=name)
 
 
@@ -122,24 +104,16 @@ def new_cogact(config: CogACTConfig, statistics: Mapping[str, Any], encode: Enco
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read a folder's tensors under our names: our own ``model.safetensors``, else the official ``.pt`` file."""
-    if not (folder / WEIGHTS).is_file():
-        return _read(_find_weights(folder))
-    try:
-        return load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is truncated or damaged ({error}): fetch it again") from error
-
-
-def _find_weights(folder: Path) -> Path:
+    if (folder / WEIGHTS).is_file():
+        try:
+            return load_file(folder / WEIGHTS)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder / WEIGHTS} is truncated or damaged ({error}): fetch it again") from error
     files = sorted((folder / "checkpoints").glob("*.pt"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(f"{folder / 'checkpoints'} must hold just one .pt file, the one to load; found: {names}")
-    return files[0]
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a ``.pt`` file under our names."""
+    file = files[0]
     parts = read_torch(file).get("model")
     if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
         raise CheckpointError(f"{file} holds no state dicts under 'model': another model family?")
@@ -148,11 +122,8 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         for key, tensor in state.items():
             if not isinstance(tensor, torch.Tensor):
                 raise CheckpointError(f"{file}: {part}.{key} is a {type(tensor).__name__}, not a tensor")
-            weights[_renamed(f"{part}.{key}")] = tensor
+            name = f"{part}.{key}"
+            for pattern, replacement in RENAMED:
+                name = pattern.sub(replacement, name)
+            weights[name] = tensor
     return weights
-
-
-def _renamed(key: str) -> str:
-    for pattern, replacement in RENAMED:
-        key = pattern.sub(replacement, key)
-    return key

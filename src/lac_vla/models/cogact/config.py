@@ -60,10 +60,6 @@ class CogACTConfig:
 def vlm_config(data: Mapping[str, Any], norm_stats: Mapping[str, Any]) -> PrismaticConfig:
     """Read the VLM of a run's ``config.json``: its ``vla.base_vlm``, or what ``vlm`` spells out (not official).
 
-    Args:
-        data: The file's contents.
-        norm_stats: Data set → statistics.
-
     Raises:
         CheckpointError: If it is another VLM than :data:`BASE_VLM`.
     """
@@ -78,11 +74,9 @@ def vlm_config(data: Mapping[str, Any], norm_stats: Mapping[str, Any]) -> Prisma
 
 
 def head_config(data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
-    """Find the action head that the weights are of: an official ``config.json`` need not tell.
+    """Find the action head that the weights are of, by their shapes; an official ``config.json`` need not tell.
 
-    Args:
-        data: Contents of ``config.json``; ``action_model.heads`` in it (not official) is for unpublished widths.
-        shapes: Name → shape of the file's tensors.
+    ``action_model.heads`` in it (not official) is for unpublished widths.
 
     Raises:
         CheckpointError: If there is no action head, or the number of its attention heads is not known.

@@ -29,8 +29,7 @@ def decode_tokens(
     Args:
         embed: Token ids (n,) → embeddings (n, width).
         logits: Last hidden states (n, width) → scores (n, vocabulary).
-        hidden: Last hidden states of the prompt and of the draft behind it, (..., width): the prompt's last row and
-            those of the draft are read.
+        hidden: Last hidden states, (..., width), the last of which are the prompt's last row and the draft's.
         n_tokens: How many.
         draft: A guess at the first tokens, already behind the prompt; empty to decode one by one.
 

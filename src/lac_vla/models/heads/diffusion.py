@@ -36,17 +36,10 @@ class DiffusionModel(nn.Module):
         self.net = DiT(config)
 
     def sample(self, z: torch.Tensor, sampling: Sampling, draw: Draw) -> torch.Tensor:
-        """Draw a chunk for every feature, with classifier-free guidance.
+        """Draw a chunk, (B, horizon, action_dim), normalised and not clipped, for every feature, (B, 1, condition).
 
-        Guidance: Ho & Salimans, 2022, arXiv 2207.12598. What does not change from step to step is embedded once.
-
-        Args:
-            z: Features, (B, 1, condition).
-            sampling: How.
-            draw: Makes noise, (B, horizon, action_dim).
-
-        Returns:
-            Normalised actions, not clipped, (B, horizon, action_dim).
+        With classifier-free guidance: Ho & Salimans, 2022, arXiv 2207.12598. ``draw`` makes noise of the actions'
+        shape. What does not change from step to step is embedded once.
         """
         size, guided = len(z), sampling.guidance > 1
         if guided:  # both predictions in one batch
@@ -79,11 +72,6 @@ class DiffusionHead(ActionHead):
         action_range: Units of the actions.
         sampling: How chunks are drawn; may be replaced.
         gripper: What closed and open are in the data set's units, where the statistics leave the gripper unscaled.
-
-    Attributes:
-        model: As given.
-        action_range: As given.
-        sampling: As given.
 
     Raises:
         CheckpointError: If the statistics are of another number of values than the head's actions.

@@ -141,15 +141,9 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(width, config.action_dim)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Predict noise.
+        """Predict the noise in noisy actions, (B, horizon, action_dim).
 
-        Args:
-            x: Noisy actions, (B, horizon, action_dim).
-            t: Diffusion steps, (B,).
-            z: Conditions, (B, 1, condition).
-
-        Returns:
-            The noise, (B, horizon, action_dim).
+        ``t`` are the diffusion steps, (B,); ``z`` the conditions, (B, 1, condition).
         """
         return self.denoise(x, self.t_embedder(t)[:, None] + self.z_embedder(z))
 

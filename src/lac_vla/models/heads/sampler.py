@@ -55,12 +55,9 @@ class Schedule:
         return np.cumprod(1.0 - self.betas)
 
     def noised(self, clean: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Add the noise of given steps to clean actions: the forward process, DDPM's eq. 4.
+        """Add noise to clean actions, (B, horizon, action_dim): the forward process, DDPM's eq. 4.
 
-        Args:
-            clean: (B, horizon, action_dim).
-            t: Steps, int64, (B,).
-            noise: Standard normal, of the actions' shape.
+        ``t`` are the steps, int64, (B,); the noise is standard normal, of the actions' shape.
         """
         left = torch.from_numpy(self.alpha_bar).to(clean.device)[t].view(-1, 1, 1)
         return left.sqrt().to(clean.dtype) * clean + (1.0 - left).sqrt().to(clean.dtype) * noise

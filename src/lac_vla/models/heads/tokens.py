@@ -69,10 +69,6 @@ class TokenHead(ActionHead):
         logits: Normalised hidden states (..., width) → scores of all tokens (..., vocabulary).
         tokenizer: Action values ↔ token ids.
         action_range: Units of the actions.
-
-    Attributes:
-        tokenizer: As given.
-        action_range: As given.
     """
 
     def __init__(

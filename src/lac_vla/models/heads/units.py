@@ -67,12 +67,9 @@ class Range:
 
 
 def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
-    """Pick the statistics of one data set.
+    """Pick the statistics of one data set; no ``key`` is needed if there is only one.
 
-    Args:
-        norm_stats: Data set → statistics.
-        key: Name of the data set; the suffix ``_no_noops`` of LIBERO's may be left out. ``None`` is enough if
-            there is only one.
+    The suffix ``_no_noops`` of LIBERO's keys may be left out.
 
     Raises:
         InputError: If the key is unknown, or is missing though there are several; the message lists the keys.
@@ -88,11 +85,7 @@ def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str,
 
 
 def check_units(normalized: npt.NDArray[np.float64], mask: BoolArray) -> None:
-    """Refuse actions that mostly lie outside the model's quantiles.
-
-    Args:
-        normalized: In the model's units, (..., A).
-        mask: Which dimensions are scaled, (A,).
+    """Refuse normalised actions, (..., A), that mostly lie outside the model's quantiles, where ``mask`` scales them.
 
     Raises:
         InputError: If they do.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,13 +29,10 @@ def load_prismatic(
     folder: Path,
     data: Mapping[str, Any],
     *,
-    name: str,
     dtype: torch.dtype,
     device: torch.device,
-    unnorm_key: str | None = None,
-    cameras: Sequence[str] | None = None,
-    image_pipeline: str | None = None,
-    encode: Encode | None = None,
+    encode: Encode | None,
+    **build: Any,
 ) -> VLA:
     """Load a checkpoint whose ``config.json`` holds ``data``; see :func:`lac_vla.models.load_vla`."""
     config = PrismaticConfig.from_json(data)
@@ -47,42 +44,52 @@ def load_prismatic(
     encode = encode or load_tokenizer(folder)
     with torch.device("meta"):
         model = PrismaticVLA(config)
-    vla = build_prismatic(
-        model, encode, name=name, unnorm_key=unnorm_key, cameras=cameras, image_pipeline=image_pipeline
-    )
+    vla = build_prismatic(model, encode, **build)
     load_weights(model, folder, dtype=dtype, device=device, unused=unused_weights(config))
-    reset_rotary(model.language_model, device)
-    cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)  # as convolutions run fastest
-    model.eval()
+    make_ready(model, device)
     return vla
 
 
 def save_prismatic(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
     """Write a model in the official layout; see :func:`lac_vla.models.save_vla`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config: PrismaticConfig = vla.config
-    write_weights(vla.module, folder, dtype)
-    (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
-    (folder / STATISTICS).write_text(json.dumps(config.norm_stats, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(vla.encode, folder)
+    write_folder(vla, folder, dtype, vla.config.to_json(), vla.config.norm_stats)
 
 
 def random_prismatic(config: PrismaticConfig, *, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> VLA:
     """Make a model with random weights in place; see :func:`lac_vla.models.random_vla`."""
     with torch.device("meta"):
         model = PrismaticVLA(config).to(dtype)
-    if device.type != "meta":
-        model.to_empty(device=device)
-        reset_rotary(model.language_model, device)
-        randomise(model, seed)
-        cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)
-    model.eval()
+    fill(model, seed, device)
     return build_prismatic(model, WordHash(config.vocab_size - config.n_action_bins), name=name)
 
 
 def new_prismatic(config: PrismaticConfig, statistics: Mapping[str, Any], encode: Encode, *, name: str) -> VLA:
     """Make a model to be trained; see :func:`lac_vla.models.untrained_vla`."""
     return build_prismatic(PrismaticVLA(replace(config, norm_stats=statistics)), encode, name=name)
+
+
+def make_ready(model: PrismaticVLA, device: torch.device) -> None:
+    """Do what is left to do on modules that were made on ``meta`` once their weights are on ``device``."""
+    reset_rotary(model.language_model, device)
+    cast(Any, model.vision_backbone).to(memory_format=torch.channels_last)  # as convolutions run fastest
+    model.eval()
+
+
+def fill(model: PrismaticVLA, seed: int, device: torch.device) -> None:
+    """Give modules on ``meta`` random weights on another device; on ``meta`` itself, shapes are all there is."""
+    if device.type != "meta":
+        model.to_empty(device=device)
+        randomise(model, seed)
+    make_ready(model, device)
+
+
+def write_folder(vla: VLA, folder: Path, dtype: torch.dtype, config: Any, statistics: Any) -> None:
+    """Write weights, ``config.json``, statistics and tokenizer; see :func:`lac_vla.models.save_vla`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(vla.module, folder, dtype)
+    for name, content in ((CONFIG, config), (STATISTICS, statistics)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(vla.encode, folder)
 
 
 def unused_weights(config: PrismaticConfig) -> re.Pattern[str]:

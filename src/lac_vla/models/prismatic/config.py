@@ -123,11 +123,6 @@ class PrismaticConfig:
         return own.features if own is not None else sum(tower.features for tower in self.vit_towers)
 
     @property
-    def has_transformer(self) -> bool:
-        """True if a vision transformer sees some camera."""
-        return bool(self.vit_towers) or any(isinstance(camera.tower, ViTConfig) for camera in self.cameras)
-
-    @property
     def width(self) -> int:
         """Width of the decoder."""
         return int(self.text_config.get("hidden_size", 4096))
@@ -157,7 +152,8 @@ class PrismaticConfig:
             vit = () if backbone in PER_CAMERA else towers_of(data)
             cameras = tuple(_camera(camera) for camera in data.get("cameras") or ()) or _official_camera(data)
             hidden = tuple(data.get("projector_hidden") or _official_projector(data["text_config"], vit))
-            config: dict[str, Any] = {"norm_stats": {}, "prompt_template": _official_prompt(llm)}
+            prompt = VICUNA_PROMPT if llm.startswith("vicuna") else OPENVLA_PROMPT
+            config: dict[str, Any] = {"norm_stats": {}, "prompt_template": prompt}
             config |= {f.name: data[f.name] for f in fields(cls) if f.init and f.name in data}
             config |= {"vision_backbone_id": backbone, "llm_backbone_id": llm}
             config |= {"vit_towers": vit, "cameras": cameras, "projector_hidden": hidden}
@@ -183,10 +179,6 @@ def _official_camera(data: Mapping[str, Any]) -> tuple[CameraConfig, ...]:
     if len(set(sizes)) != 1:
         raise CheckpointError(f"image_sizes {sizes}: the towers must see the same size")
     return (CameraConfig("agentview", int(sizes[0])),)
-
-
-def _official_prompt(llm_backbone_id: str) -> str:
-    return VICUNA_PROMPT if llm_backbone_id.startswith("vicuna") else OPENVLA_PROMPT
 
 
 def _official_projector(text_config: Mapping[str, Any], towers: tuple[ViTConfig, ...]) -> tuple[int, ...]:

@@ -68,15 +68,10 @@ class ConvTower(nn.Module):
     def encode_tokens(
         self, surroundings: torch.Tensor, token_mask: torch.Tensor | None = None, cache: ImageKVCache | None = None
     ) -> torch.Tensor:
-        """Run the last convolution for some tokens of one image alone.
+        """Run the last convolution for some tokens of one image alone; no cache is needed.
 
-        Args:
-            surroundings: From :meth:`surroundings`, (1, C, rows, cols).
-            token_mask: Which tokens, bool, (tokens,); ``None`` for all.
-            cache: Not needed.
-
-        Returns:
-            Features in raster order, (n, widths[-1]).
+        ``surroundings`` are (1, C, rows, cols); ``token_mask`` is bool, (tokens,), or ``None`` for all. The features
+        are in raster order, (n, widths[-1]).
         """
         if token_mask is None:
             every: torch.Tensor = self.head(surroundings)[0]

@@ -34,11 +34,11 @@ class PrismaticVision:
 
     def kv_cache(self) -> FrameKVCache | None:
         """Make an empty cache; ``None`` if all towers are convolutions."""
-        return FrameKVCache() if self._model.config.has_transformer else None
+        return FrameKVCache() if self.transformer_cameras else None
 
     def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Stem:
         """Run what does not depend on which tokens matter; see :class:`lac_vla.models.protocols.VisionEncoder`."""
-        pixels = {own: self._normalize(images[name]) for name, own in self._names.items()}
+        pixels = {own: self._normalize(torch.tensor(images[name])[None]) for name, own in self._names.items()}
         return self._model.vision_backbone.encode_stem(pixels, whole=kv_cache is None)
 
     def encode_tokens(
@@ -50,27 +50,18 @@ class PrismaticVision:
         return self._model.vision_backbone.encode_tokens(stem, mask, kv_cache)
 
     def encode_camera(self, camera: str, images: torch.Tensor, kv_cache: Any) -> torch.Tensor:
-        """Run a camera's transformers over a batch, differentiably.
+        """Run a camera's transformers differentiably: uint8, (B, H, W, 3) → projected tokens, (B, tokens, width).
 
-        Args:
-            camera: Its name in ``Frame.images``.
-            images: uint8, (B, H, W, 3).
-            kv_cache: ``of(tower, camera)`` gives the :class:`lac_vla.models.transformer.KVCache` of an image.
-
-        Returns:
-            Projected tokens, (B, tokens, width).
+        ``kv_cache.of(tower, camera)`` gives the :class:`lac_vla.models.transformer.KVCache` of an image.
         """
-        vision = self._model.vision_backbone
-        pixels = vision.normalize(images).to(self._model.language_model.lm_head.weight.dtype)
-        features = vision.encode_camera(list(self._names).index(camera), pixels, kv_cache)
-        return self.project(features)
+        number, pixels = list(self._names).index(camera), self._normalize(images)
+        return self.project(self._model.vision_backbone.encode_camera(number, pixels, kv_cache))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Project features row by row: (..., features) → (..., width)."""
         rows: torch.Tensor = self._model.projector(features)
         return rows
 
-    def _normalize(self, image: UInt8Image) -> torch.Tensor:
+    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         weight = self._model.language_model.lm_head.weight
-        pixels = torch.tensor(image, device=weight.device)[None]
-        return self._model.vision_backbone.normalize(pixels).to(weight.dtype)
+        return self._model.vision_backbone.normalize(images.to(weight.device)).to(weight.dtype)

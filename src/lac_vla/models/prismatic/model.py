@@ -9,7 +9,7 @@ from torch import nn
 
 from lac_vla.models.llama import build_llama
 from lac_vla.models.prismatic.config import PrismaticConfig
-from lac_vla.models.prismatic.vision import PerCameraBackbone, ViTBackbone
+from lac_vla.models.prismatic.vision import PerCameraBackbone, VisionBackbone, ViTBackbone
 
 
 class MLP(nn.Module):
@@ -30,8 +30,7 @@ class MLP(nn.Module):
 class PrismaticVLA(nn.Module):
     """Vision backbone, projector and language model (and, if configured, a projector of proprioception).
 
-    A prompt is ``[BOS | visual tokens | proprio token, if any | text]``. For inference use
-    :class:`lac_vla.models.prismatic.backbone.PrismaticBackbone`; training composes the modules itself.
+    A prompt is ``[BOS | visual tokens | proprio token, if any | text]``.
 
     Attributes:
         config: What it was built from.
@@ -44,9 +43,7 @@ class PrismaticVLA(nn.Module):
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_backbone: ViTBackbone | PerCameraBackbone = (
-            ViTBackbone(config) if config.vit_towers else PerCameraBackbone(config)
-        )
+        self.vision_backbone: VisionBackbone = ViTBackbone(config) if config.vit_towers else PerCameraBackbone(config)
         self.projector = MLP(config.features, *config.projector_hidden, config.width)
         dim = config.proprio_dim
         self.proprio_projector = None if dim is None else MLP(dim, config.width, config.width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from lac_vla.models.heads.units import Range
 from lac_vla.models.images import make_pipeline
 from lac_vla.models.prismatic.config import CameraConfig, PrismaticConfig
 from lac_vla.models.prismatic.model import PrismaticVLA
-from lac_vla.models.prismatic.prompt import Prompt
 from lac_vla.models.protocols import PromptInputs
 from lac_vla.models.tokenizer import Encode
 from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
@@ -21,6 +20,25 @@ from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
 PROMPTS_REMEMBERED = 64
 STATE_LIMIT = 1.5
 """Normalised proprioception is clipped to ± this: beyond the 1 % and 99 % quantiles, yet bounded."""
+
+
+def prompt_ids(config: PrismaticConfig, encode: Encode, instruction: str) -> list[int]:
+    """Make the token ids of a whole prompt: the instruction, lower-cased, in the model's template.
+
+    Raises:
+        InputError: If the prompt is too long.
+        CheckpointError: If the tokenizer is not the model's.
+    """
+    ids = encode(config.prompt_template.replace("{instruction}", instruction.lower()))
+    if ids[:1] != [config.bos_id]:
+        ids = [config.bos_id, *ids]
+    if config.prompt_end_id is not None and ids[-1] != config.prompt_end_id:
+        ids = [*ids, config.prompt_end_id]
+    if len(ids) > config.llm_max_length:
+        raise InputError(f"the instruction makes a prompt of {len(ids)} tokens, more than {config.llm_max_length}")
+    if max(ids) >= config.vocab_size:
+        raise CheckpointError(f"token {max(ids)} is not in the model's vocabulary of {config.vocab_size}")
+    return ids
 
 
 class PrismaticProcessor:
@@ -60,7 +78,7 @@ class PrismaticProcessor:
             raise CheckpointError(f"statistics of {state_range.dim} proprio values, a model of {config.proprio_dim}")
         self.grids = dict(zip(cameras, model.vision_backbone.grids.values(), strict=True))
         self.state_dim = config.proprio_dim
-        self.prompt_ids = lru_cache(PROMPTS_REMEMBERED)(Prompt.of(config, encode).ids)
+        self.prompt_ids = lru_cache(PROMPTS_REMEMBERED)(partial(prompt_ids, config, encode))
         self._model, self._name, self._cameras, self._embed = model, name, cameras, embed
         self._crop = make_pipeline(image_pipeline or config.image_resize_strategy)
         self._state_range = state_range

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -39,12 +39,66 @@ class FrameKVCache:
         return self.images.setdefault((tower, camera), ImageKVCache())
 
 
-class ViTBackbone(nn.Module):
-    """One or two vision transformers, shared by all cameras; the features of two are concatenated.
+class VisionBackbone(nn.Module):
+    """Towers over the images of all cameras.
 
     Attributes:
         grids: Camera → (rows, cols) of its tokens, in token order.
     """
+
+    grids: dict[str, tuple[int, int]]
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Make pixel values of RGB images: uint8, (B, H, W, 3) → float32, (B, C, H, W)."""
+        raise NotImplementedError
+
+    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Stem:
+        """Compute of one frame what does not depend on which tokens matter.
+
+        Args:
+            pixel_values: Camera → normalised images, (1, C, H, W).
+            whole: Run the blocks of transformers, too: without a cache, they need all patches in any case.
+        """
+        raise NotImplementedError
+
+    def encode_tokens(
+        self, stem: Stem, token_mask: torch.Tensor | None = None, cache: FrameKVCache | None = None
+    ) -> torch.Tensor:
+        """Compute the features of some tokens.
+
+        A convolution runs its last layer, about half of its work, for these alone; a transformer with a cache all
+        blocks.
+
+        Args:
+            stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
+            token_mask: Which tokens, bool, (N,); ``None`` for all.
+            cache: Keys and values of the transformers' other tokens; see :meth:`ViT.encode`.
+
+        Returns:
+            (n, F): without a cache, the same numbers as in :meth:`forward`.
+        """
+        sizes = [rows * cols for rows, cols in self.grids.values()]
+        masks = [None] * len(sizes) if token_mask is None else torch.split(token_mask, sizes)
+        cameras = []
+        for camera, mask in enumerate(masks):
+            towers = [
+                tower.encode_tokens(x, mask, None if cache is None else cache.of(number, camera))
+                for number, (tower, x) in enumerate(self._towers(camera, stem))
+            ]
+            cameras.append(torch.cat(towers, dim=-1))
+        return torch.cat(cameras)
+
+    def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Run the transformers over a batch of one camera's normalised images: (B, C, H, W) → (B, patches, F)."""
+        raise NotImplementedError
+
+    def _towers(self, camera: int, stem: Stem) -> Iterable[tuple[Any, torch.Tensor]]:
+        """List a camera's towers, each with its part of the stem."""
+        raise NotImplementedError
+
+
+class ViTBackbone(VisionBackbone):
+    """One or two vision transformers, shared by all cameras; the features of two are concatenated."""
 
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
@@ -62,72 +116,29 @@ class ViTBackbone(nn.Module):
         return [self.featurizer] if self.fused_featurizer is None else [self.featurizer, self.fused_featurizer]
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Make pixel values of RGB images.
-
-        Args:
-            images: uint8, (B, H, W, 3).
-
-        Returns:
-            float32, (B, C, H, W), three channels for each transformer.
-        """
+        """See :meth:`VisionBackbone.normalize`: three channels for each transformer."""
         pixels = images.permute(0, 3, 1, 2).float() / 255.0
         mean = torch.tensor(self._mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self._std, device=images.device).view(-1, 1, 1)
         return (pixels.repeat(1, len(self._mean) // 3, 1, 1) - mean) / std
 
     def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Stem:
-        """Compute of one frame what does not depend on which tokens matter.
-
-        Args:
-            pixel_values: Camera → normalised images, (1, C, H, W).
-            whole: Run the blocks, too: without a cache, they need all patches in any case.
-        """
+        """See :meth:`VisionBackbone.encode_stem`; of every transformer, for all cameras together."""
         pixels = torch.cat([pixel_values[name] for name in self.grids])
         stem = [vit.embed(part) for vit, part in zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)]
         return [vit.encode(x) for vit, x in zip(self.vits, stem, strict=True)] if whole else stem
 
-    def encode_tokens(
-        self, stem: Stem, token_mask: torch.Tensor | None = None, cache: FrameKVCache | None = None
-    ) -> torch.Tensor:
-        """Compute the features of some tokens.
-
-        Args:
-            stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
-            token_mask: Which tokens, bool, (N,); ``None`` for all.
-            cache: Keys and values of the other tokens; see :meth:`ViT.encode`.
-
-        Returns:
-            (n, F).
-        """
-        if cache is None:
-            every = torch.cat(list(stem), dim=-1).flatten(0, 1)
-            return every if token_mask is None else every[token_mask]
-        sizes = [rows * cols for rows, cols in self.grids.values()]
-        parts = [None] * len(sizes) if token_mask is None else list(torch.split(token_mask, sizes))
-        cameras = []
-        for camera, part in enumerate(parts):
-            towers = [
-                vit.encode(x[camera : camera + 1], cache.of(tower, camera), part)[0]
-                for tower, (vit, x) in enumerate(zip(self.vits, stem, strict=True))
-            ]
-            cameras.append(torch.cat(towers, dim=-1))
-        return torch.cat(cameras)
-
     def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Run the transformers over a batch of one camera's normalised images: (B, C, H, W) → (B, patches, F)."""
+        """See :meth:`VisionBackbone.encode_camera`."""
         parts = zip(self.vits, torch.split(pixels, 3, dim=1), strict=True)
         features = [vit.encode(vit.embed(three), cache.of(tower, camera)) for tower, (vit, three) in enumerate(parts)]
         return torch.cat(features, dim=-1)
 
+    def _towers(self, camera: int, stem: Stem) -> Iterable[tuple[Any, torch.Tensor]]:
+        return zip(self.vits, (x[camera : camera + 1] for x in stem), strict=True)
+
     def forward(self, pixel_values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Compute the features of all cameras.
-
-        Args:
-            pixel_values: Camera → normalised images, (B, C, H, W).
-
-        Returns:
-            Features, (B, N, F).
-        """
+        """Compute the features of all cameras: camera → normalised images, (B, C, H, W) → (B, N, F)."""
         pixels = torch.stack([pixel_values[name] for name in self.grids], dim=1)
         batch, pixels = len(pixels), pixels.flatten(0, 1)
         parts = zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)
@@ -135,18 +146,16 @@ class ViTBackbone(nn.Module):
         return features.reshape(batch, -1, features.shape[-1])
 
 
-class PerCameraBackbone(nn.Module):
+class PerCameraBackbone(VisionBackbone):
     """A tower per camera, each a convolution or a vision transformer of its own.
 
     Attributes:
-        grids: Camera → (rows, cols) of its tokens, in token order.
         towers: Camera → :class:`ConvTower` or :class:`ViTTower`.
     """
 
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
-        self.grids: dict[str, tuple[int, int]] = {}
-        self.towers = nn.ModuleDict()
+        self.grids, self.towers = {}, nn.ModuleDict()
         for camera in config.cameras:
             if camera.tower is not None:
                 side = camera.image_size // camera.tower.stride
@@ -162,47 +171,16 @@ class PerCameraBackbone(nn.Module):
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
     def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Stem:
-        """Compute of one frame what does not depend on which tokens matter.
-
-        Args:
-            pixel_values: Camera → RGB in [-1, 1], (1, 3, H, W).
-            whole: Run the blocks of transformers, too: without a cache, they need all patches in any case.
-        """
-        return [self._tower(name).encode_stem(pixel_values[name], whole=whole) for name in self.grids]
-
-    def encode_tokens(
-        self, stem: Stem, token_mask: torch.Tensor | None = None, cache: FrameKVCache | None = None
-    ) -> torch.Tensor:
-        """Compute the features of some tokens.
-
-        A convolution runs its last layer, about half of its work, for these alone; a transformer with a cache all
-        blocks.
-
-        Args:
-            stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
-            token_mask: Which tokens, bool, (N,); ``None`` for all.
-            cache: Keys and values of the transformers' other tokens.
-
-        Returns:
-            (n, F): without a cache, the same numbers as in :meth:`forward`.
-        """
-        sizes = [rows * cols for rows, cols in self.grids.values()]
-        parts = [None] * len(sizes) if token_mask is None else list(torch.split(token_mask, sizes))
-        cameras = enumerate(zip(self.grids, stem, parts, strict=True))
-        return torch.cat(
-            [
-                self._tower(name).encode_tokens(x, part, None if cache is None else cache.of(0, camera))
-                for camera, (name, x, part) in cameras
-            ]
-        )
+        """See :meth:`VisionBackbone.encode_stem`; of every camera."""
+        return [cast(Any, self.towers[name]).encode_stem(pixel_values[name], whole=whole) for name in self.grids]
 
     def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Run a camera's transformer over a batch, (B, 3, H, W) → (B, patches, F)."""
-        tower = cast(ViTTower, self._tower(list(self.grids)[camera]))
+        """See :meth:`VisionBackbone.encode_camera`."""
+        tower = cast(ViTTower, self.towers[list(self.grids)[camera]])
         return tower.encode(tower.embed(tower.normalize(pixels)), cache.of(0, camera))
 
-    def _tower(self, camera: str) -> ConvTower | ViTTower:
-        return cast(ConvTower | ViTTower, self.towers[camera])
+    def _towers(self, camera: int, stem: Stem) -> Iterable[tuple[Any, torch.Tensor]]:
+        return [(self.towers[list(self.grids)[camera]], stem[camera])]
 
     def forward(
         self,

@@ -109,6 +109,20 @@ class ViT(nn.Module):
         features: torch.Tensor = self.neck(x[:, extra:])
         return features
 
+    def encode_tokens(
+        self, stem: torch.Tensor, token_mask: torch.Tensor | None = None, cache: ImageKVCache | None = None
+    ) -> torch.Tensor:
+        """Compute the features of some patches of one image, (n, features).
+
+        Args:
+            stem: With a cache, from :meth:`embed`, (1, tokens, width); else all features, (1, patches, features).
+            token_mask: Which patches, bool, (patches,); ``None`` for all.
+            cache: Keys and values of the others; see :meth:`encode`.
+        """
+        if cache is not None:
+            return self.encode(stem, cache, token_mask)[0]
+        return stem[0] if token_mask is None else stem[0, token_mask]
+
 
 class ViTTower(ViT):
     """A vision transformer as the tower of one camera; it takes images as the convolutional one does.
@@ -126,15 +140,10 @@ class ViTTower(ViT):
     def forward(
         self, pixels: torch.Tensor, keep: Keep | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute the tokens of a batch of images.
+        """Compute the tokens of a batch of images as :meth:`lac_vla.models.prismatic.conv.ConvTower.forward` does.
 
-        Args:
-            pixels: RGB in [-1, 1], (B, 3, H, W).
-            keep: Return the tokens at rows ``keep[0]::keep[2]`` and columns ``keep[1]::keep[2]``; all are computed.
-            shift: Not needed: patches know their places in the image, whatever was moved.
-
-        Returns:
-            Features in raster order, (B, tokens, features).
+        All tokens are computed, and those of ``keep`` returned. ``shift`` is not needed: patches know their places in
+        the image, whatever was moved.
         """
         features = self.encode(self.embed(self.normalize(pixels)))
         if keep is None:
@@ -148,23 +157,6 @@ class ViTTower(ViT):
         """Compute the blocks' input, (1, tokens, width); if ``whole``, their output, (1, patches, features)."""
         stem = self.embed(self.normalize(pixels))
         return self.encode(stem) if whole else stem
-
-    def encode_tokens(
-        self, stem: torch.Tensor, token_mask: torch.Tensor | None = None, cache: ImageKVCache | None = None
-    ) -> torch.Tensor:
-        """Compute the features of some tokens of one image.
-
-        Args:
-            stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
-            token_mask: Which tokens, bool, (patches,); ``None`` for all.
-            cache: Keys and values of the other tokens; see :meth:`encode`.
-
-        Returns:
-            (n, features).
-        """
-        if cache is not None:
-            return self.encode(stem, cache, token_mask)[0]
-        return stem[0] if token_mask is None else stem[0, token_mask]
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Give RGB in [-1, 1] the mean and deviation that this transformer wants."""

@@ -88,10 +88,7 @@ def from_policy_input(
 ) -> list[torch.Tensor]:
     """Compose the input of every camera, each (1, channels, H, W), of what a session gives a policy.
 
-    Args:
-        config: Which channels there are.
-        inputs: From the session.
-        places: Tensors to put them into; ``None`` for new ones.
+    ``places`` are tensors to put them into; ``None`` for new ones.
     """
     composed = []
     for number, camera in enumerate(inputs.layout.cameras):

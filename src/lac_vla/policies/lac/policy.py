@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
@@ -72,22 +73,15 @@ class LACPolicy(CachePolicy):
         self.recovery = config.recovery if recovery is None else recovery
         self._joint: Joint | None = None
 
-    def _networks(self) -> Joint:
-        """Get both networks as one, or the selector alone for a fixed ratio; made at the first decision."""
-        fixed = self.ratio is not None
-        if self._joint is None or self._joint.alone != fixed:
-            self._joint = Joint(self.config, self.selector, None if fixed else self.predictor)
-        return self._joint
+    @property
+    def networks(self) -> nn.ModuleDict:
+        """Both networks by name, as they are saved."""
+        return nn.ModuleDict({"selector": self.selector, "predictor": self.predictor})
 
     @property
     def flow(self) -> str:
         """The flow it was trained with."""
         return self.config.flow
-
-    @property
-    def n_parameters(self) -> int:
-        """Weights of both networks together."""
-        return sum(weight.numel() for net in (self.selector, self.predictor) for weight in net.parameters())
 
     @property
     def macs(self) -> int:
@@ -127,10 +121,12 @@ class LACPolicy(CachePolicy):
                 f"this policy reads optical flow ({self.config.flow}), the session estimates none: "
                 "leave CachedVLA's `flow` unset"
             )
-        joint = self._networks()
-        canvas, places = joint.canvas()
+        fixed = self.ratio is not None
+        if self._joint is None or self._joint.alone != fixed:
+            self._joint = Joint(self.config, self.selector, None if fixed else self.predictor)
+        canvas, places = self._joint.canvas()
         from_policy_input(self.config, inputs, places)
-        saliency, logits = joint(canvas, words([inputs.instruction]) if self.config.language else None)
+        saliency, logits = self._joint(canvas, words([inputs.instruction]) if self.config.language else None)
         ratio = self.config.ratios[int(logits.argmax())] if self.ratio is None else self.ratio
         cached = cache_lowest(saliency.numpy(), ratio)
         recovered = cached & (inputs.rng.random(cached.size) < self.recovery)
@@ -147,11 +143,7 @@ class LACPolicy(CachePolicy):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": MODEL_TYPE, **self.config.to_json(), "about": dict(about or {})}
-        state = {
-            f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, net in (("selector", self.selector), ("predictor", self.predictor))
-            for key, value in net.state_dict().items()
-        }
+        state = {key: value.detach().cpu().contiguous() for key, value in self.networks.state_dict().items()}
         partial = folder / f"{WEIGHTS}.partial"
         save_file(state, partial, metadata={"format": "pt"})
         partial.replace(folder / WEIGHTS)  # never half a file under the final name
@@ -186,14 +178,10 @@ class LACPolicy(CachePolicy):
         data.pop("about", None)
         try:
             policy = cls(LACConfig.from_json(data), ratio=ratio, recovery=recovery)
-            state = load_file(folder / WEIGHTS)
-            for name, net in (("selector", policy.selector), ("predictor", policy.predictor)):
-                part = {key.removeprefix(f"{name}."): state[key] for key in state if key.startswith(f"{name}.")}
-                net.load_state_dict(part)
+            policy.networks.load_state_dict(load_file(folder / WEIGHTS))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{folder / WEIGHTS} is missing, damaged or of another shape: {error}") from error
-        policy.selector.eval()
-        policy.predictor.eval()
+        policy.networks.eval()
         return policy
 
 

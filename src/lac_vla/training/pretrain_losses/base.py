@@ -101,13 +101,7 @@ class PretrainLoss(nn.Module, ABC):
         self.layout = TokenLayout.of(vla.grids, n_prefix=1, n_suffix=0)
 
     def take_weights(self, folder: Path) -> list[nn.Parameter]:
-        """Copy a checkpoint's weights into the model, which has all of them, and perhaps more.
-
-        Args:
-            folder: See :func:`lac_vla.models.load_vla`.
-
-        Returns:
-            The parameters that were overwritten.
+        """Copy a checkpoint's weights into the model, which has all of them and perhaps more; return those replaced.
 
         Raises:
             CheckpointError: If the checkpoint has a weight that the model has not, or of another shape.
@@ -154,12 +148,7 @@ class PretrainLoss(nn.Module, ABC):
         return self.losses(read, batch.targets, progress, generator)
 
     def read(self, batch: Batch, keep: Keep | None, appended: torch.Tensor) -> torch.Tensor:
-        """Run the trunk over prompts and the tokens behind them.
-
-        Args:
-            batch: The frames.
-            keep: See :meth:`forward`.
-            appended: Ids of tokens behind the prompts, (B, n).
+        """Run the trunk over prompts and the tokens behind them, whose ids are (B, n); ``keep`` as in :meth:`forward`.
 
         Returns:
             Normalised last hidden states of the last prompt token and of all appended ones, (B, 1 + n, width).

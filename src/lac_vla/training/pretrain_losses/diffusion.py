@@ -23,10 +23,6 @@ class DiffusionLoss(PretrainLoss):
 
     When it validates, also ``sampled``: the mean distance of the first action of a drawn chunk from the recorded one,
     normalised, the gripper in ±1.
-
-    Args:
-        vla: See :class:`PretrainLoss`.
-        run: The run.
     """
 
     terms = ("noise", "chunk", "hindsight")

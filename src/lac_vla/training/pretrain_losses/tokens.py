@@ -15,10 +15,6 @@ class TokenLoss(PretrainLoss):
     """Has the losses ``tokens`` (nats), ``chunk``, ``hindsight``; and ``action_error``, without a gradient.
 
     The action error is the mean distance of the most likely bin from the true one, in bins.
-
-    Args:
-        vla: See :class:`PretrainLoss`.
-        run: The run.
     """
 
     terms: tuple[str, ...] = ("tokens", "chunk", "hindsight")

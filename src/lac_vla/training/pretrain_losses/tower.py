@@ -20,10 +20,6 @@ class TowerLoss(TokenLoss):
 
     That is the mean square error of the tower's features against those of the tower that it replaces, as a share of
     their variance. Every token of every frame teaches, and neither projector nor decoder need run.
-
-    Args:
-        vla: See :class:`PretrainLoss`.
-        run: The run.
     """
 
     terms = ("imitation", *TokenLoss.terms)
