@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lac_vla.errors import InputError
+from lac_vla.models.lerobot_layout import ACTION, STATE
 from lac_vla.models.pi0.config import PIPELINES, STATE_PROMPTS, PiConfig
 from lac_vla.models.pi0.gemma import GemmaDecoder
 from lac_vla.models.pi0.head import PiHead
@@ -39,6 +40,7 @@ def build_pi0(
 
     Raises:
         InputError: If an argument does not fit the model.
+        CheckpointError: If the statistics are incomplete.
     """
     config: PiConfig = model.config
     names = tuple(config.cameras.values()) if cameras is None else tuple(cameras)
@@ -52,8 +54,10 @@ def build_pi0(
         if not config.adaptive or state_prompt not in STATE_PROMPTS:
             raise InputError(f"state_prompt '{state_prompt}': π0.5 knows {list(STATE_PROMPTS)}, π0 has none")
         config = replace(config, state_prompt=state_prompt)
-    decoder, head = GemmaDecoder(model.prefix), PiHead(model)
+    state_units = config.normalization.units(STATE, config.state_dim)
+    action_units = config.normalization.units(ACTION, config.action_dim)
+    decoder, head = GemmaDecoder(model.prefix), PiHead(model, action_units, state_units)
     letterbox = Letterbox(config.vision.pixels, -1.0 if image_pipeline == PIPELINES[1] else 0.0)
-    processor = PiProcessor(config, encode, name, names, letterbox, decoder.embed)
+    processor = PiProcessor(config, encode, name, names, letterbox, state_units, decoder.embed)
     vision = SiglipVision(model.vision, model.projector, names, letterbox)
     return VLA(name, config.family, config, model, processor, vision, decoder, head, encode)

@@ -13,17 +13,15 @@ import torch
 from lac_vla.errors import CheckpointError
 from lac_vla.models.heads.flow_matching import FlowConfig
 from lac_vla.models.lerobot_layout import (
-    ACTION,
-    STATE,
     Features,
-    Units,
+    Normalization,
     find_tokenizer,
     read_features,
+    read_normalization,
     read_processors,
-    read_units,
     tokenizer_length,
+    write_processors,
 )
-from lac_vla.models.lerobot_write import write_processors
 from lac_vla.models.pi0.build import build_pi0
 from lac_vla.models.pi0.config import PiConfig
 from lac_vla.models.pi0.gemma import GemmaConfig
@@ -77,11 +75,10 @@ def load_pi0(
     preprocessor, _ = read_processors(folder)
     if data.get("use_relative_actions"):
         raise CheckpointError("config.json: use_relative_actions is not supported")
-    features = read_features(data, preprocessor)
     config = read_config(
         data,
-        features,
-        read_units(folder, data, features),
+        read_features(data, preprocessor),
+        read_normalization(folder, data),
         tokenizer_length(preprocessor, int(data.get("tokenizer_max_length", 48))),
         {rename(key): shape for key, shape in found.items()},
     )
@@ -112,8 +109,8 @@ def save_pi0(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
     images = {f"observation.images.{name}": {"type": "VISUAL", "shape": shape} for name in vla.grids}
     data = {
         "type": config.family,
-        "input_features": {**images, "observation.state": {"type": "STATE", "shape": [config.state_units.dim]}},
-        "output_features": {"action": {"type": "ACTION", "shape": [config.action_units.dim]}},
+        "input_features": {**images, "observation.state": {"type": "STATE", "shape": [config.state_dim]}},
+        "output_features": {"action": {"type": "ACTION", "shape": [config.action_dim]}},
         "chunk_size": config.flow.horizon,
         "max_state_dim": config.state_width,
         "max_action_dim": config.flow.width,
@@ -122,11 +119,16 @@ def save_pi0(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
         "max_period": config.flow.max_period,
         "image_resolution": [size, size],
         "tokenizer_max_length": config.max_tokens,
+        "normalization_mapping": {
+            "VISUAL": "IDENTITY",
+            "STATE": config.normalization.modes["observation.state"],
+            "ACTION": config.normalization.modes["action"],
+        },
         "vision_heads": config.vision.heads,
         "state_prompt": config.state_prompt,
     }
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    write_processors(folder, {STATE: config.state_units, ACTION: config.action_units})
+    write_processors(folder, config.normalization, data, config.max_tokens)
     save_tokenizer(vla.encode, folder)
 
 
@@ -167,7 +169,7 @@ def official(key: str) -> str:
 def read_config(
     data: Mapping[str, Any],
     features: Features,
-    units: tuple[Units, Units],
+    normalization: Normalization,
     max_tokens: int,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> PiConfig:
@@ -176,7 +178,7 @@ def read_config(
     Args:
         data: Contents of ``config.json``.
         features: Inputs and outputs.
-        units: Of state and action.
+        normalization: Of both.
         max_tokens: Longest prompt.
         shapes: Our name → shape of the file's tensors.
 
@@ -210,8 +212,9 @@ def read_config(
         )
     return PiConfig(
         cameras=features.cameras,
-        state_units=units[0],
-        action_units=units[1],
+        state_dim=features.state_dim,
+        action_dim=features.action_dim,
+        normalization=normalization,
         vision=SiglipConfig(width, depth, heads, mlp_width, patch, table),
         prefix=prefix,
         expert=expert,

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from lac_vla.errors import CheckpointError
 from lac_vla.models.heads.flow_matching import FlowConfig
-from lac_vla.models.lerobot_layout import Units
+from lac_vla.models.lerobot_layout import Normalization
 from lac_vla.models.pi0.gemma import GemmaConfig
 from lac_vla.models.siglip import SiglipConfig
 
@@ -27,8 +25,9 @@ class PiConfig:
 
     Attributes:
         cameras: Name → name in ``Frame.images``, in token order; every one has the same tower.
-        state_units: Units of the robot's state.
-        action_units: Units of its actions.
+        state_dim: Values of the robot's state.
+        action_dim: Values of its actions.
+        normalization: Of both.
         vision: The tower.
         prefix: PaliGemma's language model.
         expert: The action expert.
@@ -45,8 +44,9 @@ class PiConfig:
     """
 
     cameras: Mapping[str, str]
-    state_units: Units
-    action_units: Units
+    state_dim: int
+    action_dim: int
+    normalization: Normalization
     vision: SiglipConfig
     prefix: GemmaConfig
     expert: GemmaConfig
@@ -67,10 +67,10 @@ class PiConfig:
             other.heads,
         ):
             raise CheckpointError(f"the expert {other} cannot read the prefix's keys and values, {own}")
-        if self.state_units.dim > self.state_width or self.action_units.dim > self.flow.width:
+        if self.state_dim > self.state_width or self.action_dim > self.flow.width:
             raise CheckpointError(
-                f"a state of {self.state_units.dim} and actions of {self.action_units.dim} values; the model takes up "
-                f"to {self.state_width} and {self.flow.width}"
+                f"a state of {self.state_dim} and actions of {self.action_dim} values; the model takes up to "
+                f"{self.state_width} and {self.flow.width}"
             )
         if self.state_prompt not in STATE_PROMPTS:
             raise CheckpointError(f"state_prompt is {self.state_prompt!r}; known are {list(STATE_PROMPTS)}")
@@ -86,11 +86,17 @@ class PiConfig:
         return "pi05" if self.adaptive else "pi0"
 
 
-def unscaled(dim: int, *, centred: bool) -> Units:
-    """Make units of a model that was trained on nothing: the robot's are the model's."""
-    one = np.ones(dim, dtype=np.float32)
-    statistics = {"mean": 0 * one, "std": one, "q01": -one, "q99": one}
-    return Units.of("MEAN_STD" if centred else "QUANTILES", statistics, dim, "nothing", eps=0.0)
+def _unscaled(state_dim: int, action_dim: int, mode: str) -> Normalization:
+    """Make statistics of a model that was trained on nothing: the robot's units are the model's."""
+    low, high = ("mean", "std") if mode == "MEAN_STD" else ("q01", "q99")
+    first = 0.0 if mode == "MEAN_STD" else -1.0
+    return Normalization.of(
+        mode,
+        {
+            "observation.state": {low: [first] * state_dim, high: [1.0] * state_dim},
+            "action": {low: [first] * action_dim, high: [1.0] * action_dim},
+        },
+    )
 
 
 SO400M = SiglipConfig(1152, 27, 16, 4304, patch=14, table=16)
@@ -99,8 +105,9 @@ GEMMA_300M = GemmaConfig(1024, 18, 4096)
 
 PI0 = PiConfig(
     cameras={name: name for name in ("base_0_rgb", "left_wrist_0_rgb")},
-    state_units=unscaled(8, centred=True),
-    action_units=unscaled(7, centred=True),
+    state_dim=8,
+    action_dim=7,
+    normalization=_unscaled(8, 7, "MEAN_STD"),
     vision=SO400M,
     prefix=GEMMA_2B,
     expert=GEMMA_300M,
@@ -110,8 +117,9 @@ PI0 = PiConfig(
 )
 PI05 = PiConfig(
     cameras=PI0.cameras,
-    state_units=unscaled(8, centred=False),
-    action_units=unscaled(7, centred=False),
+    state_dim=8,
+    action_dim=7,
+    normalization=_unscaled(8, 7, "QUANTILES"),
     vision=SO400M,
     prefix=GEMMA_2B,
     expert=GEMMA_300M,
@@ -125,8 +133,9 @@ PI05 = PiConfig(
 def _tiny(adaptive: bool) -> PiConfig:
     return PiConfig(
         cameras={name: name for name in ("agentview", "wrist")},
-        state_units=unscaled(8, centred=not adaptive),
-        action_units=unscaled(7, centred=not adaptive),
+        state_dim=8,
+        action_dim=7,
+        normalization=_unscaled(8, 7, "QUANTILES" if adaptive else "MEAN_STD"),
         vision=SiglipConfig(24, 2, 2, 48, patch=8, table=4),
         prefix=GemmaConfig(32, 2, 64, heads=4, kv_heads=1, head_dim=8),
         expert=GemmaConfig(16, 2, 32, heads=4, kv_heads=1, head_dim=8),

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from lac_vla.errors import InputError
 from lac_vla.models.heads.base import AppendRows, HeadContext, LossContext
 from lac_vla.models.heads.flow_matching import FlowMatchingHead, Velocity, time_embedding
+from lac_vla.models.lerobot_layout import Units
 from lac_vla.models.pi0.gemma import AdaptiveNorm, GemmaBlocks, ModulatedNorm, StateFirst
 from lac_vla.models.pi0.model import PiModel
 from lac_vla.types import FloatArray
@@ -35,11 +36,16 @@ class PiHead(FlowMatchingHead):
 
     Args:
         model: The modules.
+        action_units: Units of the actions.
+        state_units: Units of the state.
+
+    Raises:
+        CheckpointError: If the robot's actions have more values than the model's.
     """
 
-    def __init__(self, model: PiModel) -> None:
-        super().__init__(model.config.flow, model.config.action_units)
-        self._model, self._state_units = model, model.config.state_units
+    def __init__(self, model: PiModel, action_units: Units, state_units: Units) -> None:
+        super().__init__(model.config.flow, action_units)
+        self._model, self._state_units = model, state_units
         self._adaptive = model.config.adaptive
         self.max_new_tokens = self.horizon + (not self._adaptive)
         self._plain = None if self._adaptive else StateFirst(model.expert)

@@ -10,6 +10,7 @@ import torch
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.images import fit
+from lac_vla.models.lerobot_layout import Units
 from lac_vla.models.pi0.config import PiConfig
 from lac_vla.models.protocols import PromptInputs
 from lac_vla.models.siglip import as_uint8
@@ -49,6 +50,7 @@ class PiProcessor:
         name: For error messages.
         cameras: Names of the cameras in ``Frame.images``, in token order.
         letterbox: Makes what the tower sees.
+        state_units: Units of the state.
         embed: Token ids → embeddings.
 
     Attributes:
@@ -63,13 +65,14 @@ class PiProcessor:
         name: str,
         cameras: Sequence[str],
         letterbox: Letterbox,
+        state_units: Units,
         embed: Callable[[Sequence[int]], torch.Tensor],
     ) -> None:
         side = config.vision.side
         self.grids = dict.fromkeys(cameras, (side, side))
-        self.state_dim = config.state_units.dim if config.reads_state else None
+        self.state_dim = config.state_dim if config.reads_state else None
         self._config, self._encode, self._name = config, encode, name
-        self._letterbox, self._embed = letterbox, embed
+        self._letterbox, self._state_units, self._embed = letterbox, state_units, embed
 
     def images(self, frame: Frame) -> dict[str, UInt8Image]:
         """Letterbox every camera's image as the tower sees it, but rounded.
@@ -112,10 +115,10 @@ class PiProcessor:
         Raises:
             InputError: If it is missing or of another length.
         """
-        if state is None or state.shape != (self._config.state_units.dim,):
+        if state is None or state.shape != (self._state_units.dim,):
             given = "none" if state is None else state.size
-            raise InputError(f"{self._name} needs {self._config.state_units.dim} values in Frame.proprio, got {given}")
-        return self._config.state_units.normalize(state)
+            raise InputError(f"{self._name} needs {self._state_units.dim} values in Frame.proprio, got {given}")
+        return self._state_units.normalize(state)
 
     def text(self, instruction: str, state: FloatArray | None) -> str:
         """Write the prompt; that of π0.5 tells the normalised state, (state_dim,), in bins, none of them clipped."""
