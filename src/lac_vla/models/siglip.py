@@ -222,11 +222,11 @@ class SiglipVision:
             return features if mask is None else features[mask]
         cameras = []
         for camera, own in enumerate(stem):
-            rows = None if mask is None else table[mask.view(len(stem), -1)[camera]].flatten()
+            chosen = None if mask is None else table[mask.view(len(stem), -1)[camera]]
+            rows = None if chosen is None else chosen.flatten()
             features = self._tower.encode(own[None], kv_cache.of(0, camera), rows)[0]
-            features = features[table] if rows is None else features
-            cameras.append(features.reshape(-1, table.shape[1] * stem.shape[-1]))
-        return torch.cat(cameras)
+            cameras.append(features[table] if chosen is None else features)
+        return torch.cat([part.reshape(-1, table.shape[1] * stem.shape[-1]) for part in cameras])
 
     def encode_camera(self, camera: str, images: torch.Tensor, kv_cache: Any) -> torch.Tensor:
         """Run the transformer over a batch of one camera's images, differentiably; they may be rounded.
