@@ -9,7 +9,7 @@ from lac_vla.models.pi0.config import PiConfig
 from lac_vla.models.pi0.gemma import AdaptiveNorm, GemmaStack
 from lac_vla.models.siglip import SiglipTower
 
-PRECISE = r"(state_proj|action_\w+|time_mlp_\w+)\.|.*norm\.(weight|dense\.\w+)$"
+PRECISE = r"(state_proj|action_\w+|time_mlp_\w+)\.|(prefix|expert)\..*norm\."
 """Weights that stay in float32 whatever the model's dtype: what stands around the expert, and Gemma's norms."""
 
 
