@@ -347,11 +347,11 @@ class _Builder:
 
     def _targets(self, episode: Episode, frames: list[Frame]) -> npt.NDArray[Any]:
         """Turn recorded actions into the head's answers; without any, those of the dense model itself."""
-        actions = episode.action[: len(frames)]
+        actions, head = episode.action[: len(frames)], self.vla.head
         if not actions.shape[1]:
             self.dense.reset()
             actions = np.stack([self.dense.act(frame) for frame in frames])
-        return self.vla.head.targets(actions)
+        return head.with_states(head.targets(actions), episode.state[: len(frames)])
 
     def _check_disk(self, folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
         needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
