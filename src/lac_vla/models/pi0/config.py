@@ -77,7 +77,7 @@ class PiConfig:
 
     @property
     def reads_state(self) -> bool:
-        """Whether the model is told the state at all."""
+        """True if the model is told the state at all."""
         return not self.adaptive or self.state_prompt != "none"
 
     @property

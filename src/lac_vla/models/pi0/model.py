@@ -44,7 +44,7 @@ class PiModel(nn.Module):
 
     @property
     def around(self) -> list[nn.Module]:
-        """What stays in float32."""
+        """The modules that stay in float32."""
         names = [name for name, _ in self.named_children() if name.startswith(("action_", "state_", "time_"))]
         return [*(self.get_submodule(name) for name in names), *self.prefix.norms, *self.expert.norms]
 
