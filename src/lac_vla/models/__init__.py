@@ -70,7 +70,7 @@ FAMILIES: dict[str, Family] = {
     "pi0": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI0_PRESETS, "pi0-tiny", options=PI0_OPTIONS),
     "pi05": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI05_PRESETS, "pi05-tiny", options=PI0_OPTIONS),
 }
-"""``model_type`` in a checkpoint's ``config.json`` → family."""
+"""``model_type``, or LeRobot's ``type``, in a checkpoint's ``config.json`` → family."""
 
 
 def load_vla(
@@ -89,7 +89,8 @@ def load_vla(
 
     Weights are read from safetensors; official CogACT's from the ``.pt`` file of its run, of which tensors alone are
     unpickled.
-    A CogACT run holds no tokenizer: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
+    LeRobot's checkpoints hold no tokenizer: pass ``tokenizer``.
+    A CogACT run holds none either: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
 
     Args:
         path_or_hub_id: A folder, or ``owner/name`` on the Hugging Face hub (downloaded once).
@@ -162,7 +163,7 @@ def random_vla(
 
     Args:
         config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
-            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``.
+            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"pi0"``, ``"pi05"``, ``"pi0-tiny"``, ``"pi05-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.
