@@ -34,6 +34,8 @@ class ModelOptions:
         tokenizer: Folder or hub id of the tokenizer, where the checkpoint holds none (LeRobot's do not).
         state_prompt: How π0.5's prompt tells the state: ``given``, ``padded`` (LeRobot 0.4) or ``none`` (openpi's
             LIBERO model).
+        relative_actions: How many leading values of π0's or π0.5's actions are relative to the state, if the
+            checkpoint does not say so: 6 for openpi's π0 for LIBERO.
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.
@@ -52,6 +54,7 @@ class ModelOptions:
     image_pipeline: str | None = None
     tokenizer: str | None = None
     state_prompt: str | None = None
+    relative_actions: int | None = None
     flow: str | None = None
     max_age: int = 16
     options: str = "default"
@@ -205,6 +208,7 @@ def load_methods(
         image_pipeline=options.image_pipeline,
         tokenizer=options.tokenizer,
         state_prompt=options.state_prompt,
+        relative_actions=options.relative_actions,
     )
     engine_options = EngineOptions.parse(options.options)
     return {

@@ -84,6 +84,7 @@ def load_vla(
     encode: Encode | None = None,
     tokenizer: str | Path | None = None,
     state_prompt: str | None = None,
+    relative_actions: int | None = None,
 ) -> VLA:
     """Load a VLA from a checkpoint in its official layout.
 
@@ -99,12 +100,14 @@ def load_vla(
         unnorm_key: Data set whose statistics give actions their units; needed if the checkpoint has several.
         cameras: Names of the cameras in ``Frame.images``, in the model's order; ``None`` for its own names.
         image_pipeline: ``"resize-naive"``, ``"letterbox"``, ``"resize-crop"``, ``"libero"`` (OpenVLA's LIBERO
-            evaluation) or ``"area"``; of LeRobot's policies ``"lerobot"`` or ``"lerobot-0.4"``, which pads with −3;
-            ``None`` for the checkpoint's own.
+            evaluation) or ``"area"``; of LeRobot's policies ``"lerobot"``, ``"lerobot-0.4"``, which pads with −3, or
+            ``"openpi"``; ``None`` for the checkpoint's own.
         encode: Text → token ids, in place of the checkpoint's tokenizer.
         tokenizer: Folder or hub id that holds the ``tokenizer.json``, where the checkpoint does not (LeRobot's).
         state_prompt: How π0.5's prompt tells the state: ``"given"`` (LeRobot 0.6, openpi), ``"padded"`` with zeros as
             LeRobot 0.4 does, or ``"none"`` (openpi's ``discrete_state_input=False``); ``None`` for ``"given"``.
+        relative_actions: How many leading values of π0's or π0.5's actions are relative to the state: 6 for openpi's
+            π0 for LIBERO, whose files do not say so; ``None`` for what the checkpoint says.
 
     Returns:
         The model, in evaluation mode.
@@ -117,12 +120,12 @@ def load_vla(
     folder = find_folder(path_or_hub_id)
     data = read_json(folder / CONFIG)
     name = data.get("model_type", data.get("type"))  # the latter is LeRobot's
-    if name is None and "vla" in data:
-        name = "cogact"  # a training run's, which does not say so
+    if name is None:  # neither CogACT's, a training run's, nor openpi's say so
+        name = "cogact" if "vla" in data else "pi0" if "action_horizon" in data else None
     if name not in FAMILIES:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {name!r}; known are {list(FAMILIES)}")
     family = FAMILIES[name]
-    further = {"tokenizer": tokenizer, "state_prompt": state_prompt}
+    further = {"tokenizer": tokenizer, "state_prompt": state_prompt, "relative_actions": relative_actions}
     if unknown := sorted(key for key, value in further.items() if value is not None and key not in family.options):
         raise InputError(f"a model of the family '{name}' takes no {', '.join(unknown)}: leave it out")
     if family.hub_files != HUB_FILES:
@@ -163,7 +166,8 @@ def random_vla(
 
     Args:
         config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
-            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"pi0"``, ``"pi05"``, ``"pi0-tiny"``, ``"pi05-tiny"``.
+            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"pi0"``, ``"pi05"``, ``"pi0-tiny"``,
+            ``"pi05-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

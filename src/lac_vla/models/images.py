@@ -91,6 +91,17 @@ def fit(pixels: torch.Tensor, size: tuple[int, int], *, centred: bool, fill: flo
     return F.pad(fitted, (left, right - left, top, down - top), value=fill)
 
 
+def fit_image(image: UInt8Image, size: int) -> UInt8Image:
+    """Do the same to the image itself, with antialiasing, as openpi does: black around it, the image in the middle."""
+    height, width = image.shape[:2]
+    ratio = max(width, height) / size
+    inner = _resize(image, (int(width / ratio), int(height / ratio)), Image.Resampling.BILINEAR)
+    padded = np.zeros((size, size, 3), dtype=np.uint8)
+    top, left = (size - inner.shape[0]) // 2, (size - inner.shape[1]) // 2
+    padded[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
+    return padded
+
+
 PIPELINES: dict[str, Pipeline] = {
     "resize-naive": resize_naive,
     "letterbox": letterbox,

@@ -260,6 +260,29 @@ def tokenizer_length(preprocessor: Mapping[str, Any] | None, default: int) -> in
     return int(_step(preprocessor, "tokenizer_processor").get("max_length", default))
 
 
+def relative_values(
+    data: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, action_dim: int
+) -> tuple[bool, ...]:
+    """Read which values of an action are relative to the state's at the same place; empty for none.
+
+    Args:
+        data: Contents of ``config.json``.
+        preprocessor: Those of ``policy_preprocessor.json``, which come first.
+        action_dim: Values of an action.
+    """
+    step = _step(preprocessor, "relative_actions_processor") or {
+        "enabled": data.get("use_relative_actions"),
+        "exclude_joints": data.get("relative_exclude_joints"),
+        "action_names": data.get("action_feature_names"),
+    }
+    if not step.get("enabled"):
+        return ()
+    excluded = [str(name).lower() for name in step.get("exclude_joints") or () if name]
+    names = [str(name).lower() for name in step.get("action_names") or ()][:action_dim]
+    relative = [not any(part in name for part in excluded) for name in names]
+    return (*relative, *(True,) * (action_dim - len(relative)))
+
+
 def find_tokenizer(
     folder: Path, other: str | Path | None, usual: str, vocab_size: int, what: str = TOKENIZER
 ) -> Encode:

@@ -20,7 +20,7 @@ from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.heads.base import ActionHead, AppendRows, Decoding, HeadContext, LossContext
 from lac_vla.models.heads.units import check_units
 from lac_vla.models.lerobot_layout import Units
-from lac_vla.types import FloatArray
+from lac_vla.types import FloatArray, Frame
 
 DRAWS = 2
 """Noisings of every chunk in the loss; an expert is small beside its prefix."""
@@ -159,10 +159,22 @@ class FlowMatchingHead(ActionHead):
             velocity = yield from self.velocity(shared, chunk, step)
             chunk = chunk + (-1.0 / self.config.steps) * velocity
         normalized = chunk[:, : self.units.dim].cpu().numpy()
-        return self.units.unnormalize(normalized), {"normalized": normalized.tolist()}
+        return self.robot_actions(normalized, context.frame), {"normalized": normalized.tolist()}
+
+    def robot_actions(self, normalized: FloatArray, frame: Frame) -> FloatArray:
+        """Map a chunk to the robot's own units, (horizon, action_dim)."""
+        return self.units.unnormalize(normalized)
 
     def targets(self, actions: FloatArray) -> npt.NDArray[np.float32]:
         """Flatten normalised chunks, float32, (T, horizon · action_dim); behind the episode's end its last goes on."""
+        return self.normalized(self.chunks(actions))
+
+    def chunks(self, actions: FloatArray) -> FloatArray:
+        """Cut an episode's actions into chunks, (T, horizon, action_dim).
+
+        Raises:
+            InputError: If they are of another number of values.
+        """
         horizon, dim = self.config.horizon, self.units.dim
         chunks = actions
         if actions.ndim == 2:
@@ -172,11 +184,19 @@ class FlowMatchingHead(ActionHead):
             raise InputError(
                 f"the dataset's actions have shape {actions.shape}; the model's are chunks of {horizon} × {dim} values"
             )
-        normalized = self.units.normalize(chunks).reshape(len(chunks), -1)
-        if not np.isfinite(normalized).all():
+        return chunks
+
+    def normalized(self, chunks: FloatArray) -> npt.NDArray[np.float32]:
+        """Map chunks to the model's units, and flatten them, (T, horizon · action_dim).
+
+        Raises:
+            InputError: If they mostly lie outside the statistics' range, or are not finite.
+        """
+        rows = self.units.normalize(chunks).reshape(len(chunks), -1)
+        if not np.isfinite(rows).all():
             raise InputError("the dataset's actions hold NaN or infinity, or the statistics are another data set's")
-        check_units(normalized / (DEVIATIONS if self.units.centred else 1.0), np.ones(horizon * dim, dtype=np.bool_))
-        return normalized
+        check_units(rows / (DEVIATIONS if self.units.centred else 1.0), np.ones(rows.shape[1], dtype=np.bool_))
+        return rows
 
     def loss(
         self,

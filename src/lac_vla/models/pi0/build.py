@@ -35,7 +35,8 @@ def build_pi0(
         name: For tables and error messages.
         unnorm_key: Must be ``None``: a checkpoint has the statistics of one data set.
         cameras: Names of the cameras in ``Frame.images``; fewer than the model has leave the last ones out.
-        image_pipeline: One of :data:`lac_vla.models.pi0.config.PIPELINES`; ``None`` for the newest.
+        image_pipeline: One of :data:`lac_vla.models.pi0.config.PIPELINES`; ``None`` for the
+            checkpoint's own.
         state_prompt: See :class:`PiConfig`; ``None`` for the configuration's.
 
     Raises:
@@ -57,7 +58,8 @@ def build_pi0(
     state_units = config.normalization.units(STATE, config.state_dim)
     action_units = config.normalization.units(ACTION, config.action_dim)
     decoder, head = GemmaDecoder(model.prefix), PiHead(model, action_units, state_units)
-    letterbox = Letterbox(config.vision.pixels, -1.0 if image_pipeline == PIPELINES[1] else 0.0)
+    chosen = image_pipeline or ("openpi" if config.openpi else "lerobot")
+    letterbox = Letterbox(config.vision.pixels, -1.0 if chosen == "lerobot-0.4" else 0.0, chosen == "openpi")
     processor = PiProcessor(config, encode, name, names, letterbox, state_units, decoder.embed)
     vision = SiglipVision(model.vision, model.projector, names, letterbox)
     return VLA(name, config.family, config, model, processor, vision, decoder, head, encode)

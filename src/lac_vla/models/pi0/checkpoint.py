@@ -1,10 +1,11 @@
-"""π0 and π0.5 checkpoints in LeRobot's layout, of LeRobot 0.4 to 0.6."""
+"""π0 and π0.5 checkpoints in LeRobot's layout, of LeRobot 0.4 to 0.6, and openpi's converted ones."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lac_vla.models.lerobot_layout import (
     read_features,
     read_normalization,
     read_processors,
+    relative_values,
     tokenizer_length,
     write_processors,
 )
@@ -26,6 +28,7 @@ from lac_vla.models.pi0.build import build_pi0
 from lac_vla.models.pi0.config import PiConfig
 from lac_vla.models.pi0.gemma import GemmaConfig
 from lac_vla.models.pi0.model import PRECISE, PiModel
+from lac_vla.models.pi0.openpi import describe, is_openpi
 from lac_vla.models.siglip import SiglipConfig
 from lac_vla.models.tokenizer import Encode, WordHash, save_tokenizer
 from lac_vla.models.vla import VLA
@@ -35,7 +38,7 @@ CONFIG = "config.json"
 TOKENIZER_OF = "google/paligemma-3b-pt-224"
 VISION_HEADS = {1152: 16, 768: 12}
 """Width of a tower → its heads, which no shape tells; ``vision_heads`` in config.json (not official) is for others."""
-OPTIONS = frozenset({"tokenizer", "state_prompt"})
+OPTIONS = frozenset({"tokenizer", "state_prompt", "relative_actions"})
 
 PARTS = {
     "paligemma_with_expert.paligemma.model.vision_tower.vision_model.": "vision.",
@@ -45,6 +48,8 @@ PARTS = {
 }
 """LeRobot's names, without a leading ``model.`` → ours."""
 EMBEDDING, TIED = "prefix.embed_tokens.weight", "paligemma_with_expert.paligemma.lm_head.weight"
+TIME = "time_mlp_in.weight"
+"""What π0.5 has and π0 does not."""
 UNUSED = re.compile(
     r"paligemma_with_expert\.(paligemma|gemma_expert)\.lm_head\.weight|expert\.embed_tokens\.weight"
     r"|(un)?normalize_\w+\.buffer_.*"
@@ -64,6 +69,7 @@ def load_pi0(
     encode: Encode | None = None,
     tokenizer: str | Path | None = None,
     state_prompt: str | None = None,
+    relative_actions: int | None = None,
 ) -> VLA:
     """Load a checkpoint whose ``config.json`` holds ``data``; see :func:`lac_vla.models.load_vla`."""
     found = file_shapes(folder)
@@ -72,16 +78,21 @@ def load_pi0(
     def rename(key: str) -> str:
         return EMBEDDING if tied and key.removeprefix("model.") == TIED else renamed(key)
 
-    preprocessor, _ = read_processors(folder)
-    if data.get("use_relative_actions"):
-        raise CheckpointError("config.json: use_relative_actions is not supported")
-    config = read_config(
-        data,
-        read_features(data, preprocessor),
-        read_normalization(folder, data),
-        tokenizer_length(preprocessor, int(data.get("tokenizer_max_length", 48))),
-        {rename(key): shape for key, shape in found.items()},
-    )
+    shapes = {rename(key): shape for key, shape in found.items()}
+    if is_openpi(data):
+        data, features, normalization, max_tokens = describe(
+            folder, data, "pi05" if TIME in shapes else "pi0", unnorm_key
+        )
+        preprocessor, unnorm_key = None, None
+    else:
+        preprocessor, _ = read_processors(folder)
+        features, normalization = read_features(data, preprocessor), read_normalization(folder, data)
+        max_tokens = tokenizer_length(preprocessor, int(data.get("tokenizer_max_length", 48)))
+    config = read_config(data, features, normalization, max_tokens, shapes)
+    relative = relative_values(data, preprocessor, config.action_dim)
+    if relative_actions is not None:
+        relative = tuple(index < relative_actions for index in range(config.action_dim))
+    config = replace(config, relative=relative if any(relative) else ())
     encode = encode or find_tokenizer(folder, tokenizer, TOKENIZER_OF, config.vocab_size)
     with torch.device("meta"):
         model = PiModel(config)
@@ -126,6 +137,10 @@ def save_pi0(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
         },
         "vision_heads": config.vision.heads,
         "state_prompt": config.state_prompt,
+        "openpi": config.openpi,
+        "use_relative_actions": bool(config.relative),
+        "relative_exclude_joints": ["absolute"],
+        "action_feature_names": ["relative" if own else "absolute" for own in config.relative],
     }
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     write_processors(folder, config.normalization, data, config.max_tokens)
@@ -193,7 +208,7 @@ def read_config(
         head_dim = shapes["prefix.layers.0.self_attn.k_proj.weight"][0]  # both of its Gemmas have one key head
         prefix, expert = (_gemma(shapes, part, head_dim) for part in ("prefix.", "expert."))
         action_width = shapes["action_in_proj.weight"][1]
-        adaptive = "time_mlp_in.weight" in shapes
+        adaptive = TIME in shapes
         state_width = int(data.get("max_state_dim", 32)) if adaptive else shapes["state_proj.weight"][1]
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"the weights are not those of a π0 or π0.5 ({error} is missing or misshapen)") from error
@@ -230,6 +245,7 @@ def read_config(
         state_width=state_width,
         max_tokens=max_tokens,
         state_prompt=str(data.get("state_prompt", "given")),
+        openpi=bool(data.get("openpi", False)),
     )
 
 

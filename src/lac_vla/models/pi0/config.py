@@ -16,7 +16,7 @@ from lac_vla.models.pi0.gemma import GemmaConfig
 from lac_vla.models.siglip import SiglipConfig
 
 STATE_PROMPTS = ("given", "padded", "none")
-PIPELINES = ("lerobot", "lerobot-0.4")
+PIPELINES = ("lerobot", "lerobot-0.4", "openpi")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class PiConfig:
         state_width: Values of the state as the model takes them.
         max_tokens: Longest prompt.
         state_prompt: How π0.5's prompt tells the state: one of :data:`STATE_PROMPTS`.
+        relative: Which values of an action are relative to the state's at the same place, (action_dim,); empty for
+            none.
+        openpi: Whether openpi's ways of preparing π0's instruction and the pictures are the checkpoint's own.
 
     Raises:
         CheckpointError: If the parts do not fit together.
@@ -56,6 +59,8 @@ class PiConfig:
     state_width: int = 32
     max_tokens: int = 48
     state_prompt: str = "given"
+    relative: tuple[bool, ...] = ()
+    openpi: bool = False
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
@@ -72,13 +77,18 @@ class PiConfig:
                 f"a state of {self.state_dim} and actions of {self.action_dim} values; the model takes up to "
                 f"{self.state_width} and {self.flow.width}"
             )
+        if self.relative and (len(self.relative) != self.action_dim or self.state_dim < self.action_dim):
+            raise CheckpointError(
+                f"actions of {self.action_dim} values cannot be relative to a state of {self.state_dim}, as "
+                f"{self.relative} says"
+            )
         if self.state_prompt not in STATE_PROMPTS:
             raise CheckpointError(f"state_prompt is {self.state_prompt!r}; known are {list(STATE_PROMPTS)}")
 
     @property
     def reads_state(self) -> bool:
         """True if the model is told the state at all."""
-        return not self.adaptive or self.state_prompt != "none"
+        return not self.adaptive or any(self.relative) or self.state_prompt != "none"
 
     @property
     def family(self) -> str:

@@ -17,7 +17,7 @@ from lac_vla.models.heads.flow_matching import FlowMatchingHead, Velocity, time_
 from lac_vla.models.lerobot_layout import Units
 from lac_vla.models.pi0.gemma import AdaptiveNorm, GemmaBlocks, ModulatedNorm, StateFirst
 from lac_vla.models.pi0.model import PiModel
-from lac_vla.types import FloatArray
+from lac_vla.types import FloatArray, Frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,7 @@ class PiHead(FlowMatchingHead):
         super().__init__(model.config.flow, action_units)
         self._model, self._state_units = model, state_units
         self._adaptive = model.config.adaptive
+        self._relative = np.array(model.config.relative or (False,) * self.units.dim)
         self.max_new_tokens = self.horizon + (not self._adaptive)
         self._plain = None if self._adaptive else StateFirst(model.expert)
         self._steps: tuple[object, list[Step]] = (None, [])
@@ -95,15 +96,34 @@ class PiHead(FlowMatchingHead):
         hidden = context.run(AppendRows(rows.to(stack.weight.dtype), stack=stack))
         return cast(torch.Tensor, self._model.action_out_proj(hidden[:, -self.horizon :].to(self.like.dtype)))
 
+    def robot_actions(self, normalized: FloatArray, frame: Frame) -> FloatArray:
+        """Map a chunk to the robot's own units; what is relative to the state is added to it."""
+        actions = self.units.unnormalize(normalized)
+        return actions + self._origin(frame.proprio) if self._relative.any() else actions
+
+    def targets(self, actions: FloatArray) -> npt.NDArray[np.float32]:
+        """Flatten chunks; they are normalised by :meth:`with_states` where they are relative to the state."""
+        return self.chunks(actions).reshape(len(actions), -1) if self._relative.any() else super().targets(actions)
+
     def with_states(self, targets: npt.NDArray[Any], states: FloatArray) -> npt.NDArray[Any]:
         """Put normalised states before the targets of π0, (T, state_dim + n); π0.5's prompt tells them."""
-        if self._adaptive:
+        if self._adaptive and not self._relative.any():
             return targets
         if states.shape != (len(targets), self._state_units.dim):
             raise InputError(
-                f"the dataset's states have shape {states.shape}; the model's {self._state_units.dim} values"
+                f"the dataset's states have shape {states.shape}; the model needs {self._state_units.dim} values"
             )
-        return np.concatenate([self._state_units.normalize(states), targets], axis=1)
+        if self._relative.any():
+            chunks = targets.reshape(len(targets), self.horizon, -1)
+            targets = self.normalized(chunks - self._origin(states)[:, None])
+        return targets if self._adaptive else np.concatenate([self._state_units.normalize(states), targets], axis=1)
+
+    def _origin(self, states: FloatArray | None) -> FloatArray:
+        """Take what relative actions are relative to, zero for the others: (..., state_dim) → (..., action_dim)."""
+        if states is None:
+            raise InputError("the model's actions are relative to the state: give Frame.proprio")
+        origin: FloatArray = np.where(self._relative, states[..., : self.units.dim], np.float32(0))
+        return origin
 
     def steps(self) -> Sequence[Step]:
         """Get what the fixed times of the Euler steps give; it is computed anew if the weights have changed."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models.images import fit
+from lac_vla.models.images import fit, fit_image
 from lac_vla.models.lerobot_layout import Units
 from lac_vla.models.pi0.config import PiConfig
 from lac_vla.models.protocols import PromptInputs
@@ -29,14 +29,18 @@ class Letterbox:
 
     Attributes:
         size: Side, pixels.
+        antialias: Resize the image itself, with antialiasing, as openpi does.
         fill: Value of the padding before [0, 1] becomes [-1, 1]: 0, black; LeRobot 0.4 fills with −1, which becomes −3.
     """
 
     size: int
     fill: float = 0.0
+    antialias: bool = False
 
     def __call__(self, image: UInt8Image) -> torch.Tensor:
         """Resize in floating point: uint8, (H, W, 3) → float32, (3, size, size)."""
+        if self.antialias:
+            image = fit_image(image, self.size)
         pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 255.0
         return fit(pixels, (self.size, self.size), centred=True, fill=self.fill) * 2.0 - 1.0
 
@@ -123,10 +127,10 @@ class PiProcessor:
     def text(self, instruction: str, state: FloatArray | None) -> str:
         """Write the prompt; that of π0.5 tells the normalised state, (state_dim,), in bins, none of them clipped."""
         config = self._config
-        if not config.adaptive:
+        if not config.adaptive and not config.openpi:
             return instruction if instruction.endswith("\n") else f"{instruction}\n"
         task = instruction.strip().replace("_", " ").replace("\n", " ")
-        if state is None:
+        if state is None or not config.adaptive or config.state_prompt == "none":
             return f"{task}\n"
         bins = (np.digitize(state, np.linspace(-1, 1, BINS + 1)[:-1]) - 1).tolist()
         if config.state_prompt == "padded":
