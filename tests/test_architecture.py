@@ -35,7 +35,9 @@ FORBIDDEN = {
     "serving": {"evaluation"},
     "evaluation": {"serving"},
 }
-FAMILIES = re.compile(r"lac_vla\.models\.(prismatic|cogact)\b")
+FAMILIES = re.compile(
+    rf"lac_vla\.models\.({'|'.join({path.parent.name for path in (ROOT / 'models').glob('*/*.py')} - {'heads'})})\b"
+)
 FRAGMENT = re.compile(r"(Of|As|What|Why|Where|Whether|How|Which|Whose|Those|With|Without|Than)\b")
 
 

@@ -81,7 +81,9 @@ def store_of(
         prefix=prefix.float().numpy(),
         suffix=np.repeat(np.stack(padded), length, axis=0),
         suffix_length=np.repeat(lengths, length),
-        targets=vla.head.targets(rng.uniform(-1, 1, (total, 7))),
+        targets=vla.head.with_states(
+            vla.head.targets(rng.uniform(-1, 1, (total, 7))), np.zeros((total, vla.processor.state_dim or 0))
+        ),
         images=images,
         flow=flow,
         instructions=texts,
@@ -93,7 +95,8 @@ def store_of(
 
 def embedded(vla: VLA, instruction: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What stands before and behind the visual tokens."""
-    blank = Frame({name: np.zeros((8, 8, 3), np.uint8) for name in vla.grids}, instruction)
+    state = np.zeros(vla.processor.state_dim or 1, np.float32)
+    blank = Frame({name: np.zeros((8, 8, 3), np.uint8) for name in vla.grids}, instruction, state)
     return vla.processor.embed(vla.processor.prompt(blank))
 
 

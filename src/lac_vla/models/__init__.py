@@ -14,6 +14,9 @@ from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig
+from lac_vla.models.pi0.checkpoint import OPTIONS as PI0_OPTIONS
+from lac_vla.models.pi0.checkpoint import load_pi0, new_pi0, random_pi0, save_pi0
+from lac_vla.models.pi0.config import PI0_PRESETS, PI05_PRESETS, PiConfig
 from lac_vla.models.prismatic.checkpoint import CONFIG, load_prismatic, new_prismatic, random_prismatic, save_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import PRESETS
@@ -37,6 +40,7 @@ class Family:
         presets: Configurations by name.
         tiny: The preset that tests run.
         hub_files: Files to download from the hub.
+        options: Further arguments of :func:`load_vla` that ``load`` takes.
     """
 
     load: Callable[..., VLA]
@@ -47,6 +51,7 @@ class Family:
     presets: Mapping[str, Any]
     tiny: str
     hub_files: Sequence[str] = HUB_FILES
+    options: frozenset[str] = frozenset()
 
 
 FAMILIES: dict[str, Family] = {
@@ -56,8 +61,10 @@ FAMILIES: dict[str, Family] = {
     "cogact": Family(
         load_cogact, save_cogact, new_cogact, random_cogact, CogACTConfig, COGACT_PRESETS, "cogact-tiny", COGACT_FILES
     ),
+    "pi0": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI0_PRESETS, "pi0-tiny", options=PI0_OPTIONS),
+    "pi05": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI05_PRESETS, "pi05-tiny", options=PI0_OPTIONS),
 }
-"""``model_type`` in a checkpoint's ``config.json`` → family."""
+"""``model_type``, or LeRobot's ``type``, in a checkpoint's ``config.json`` → family."""
 
 
 def load_vla(
@@ -69,12 +76,16 @@ def load_vla(
     cameras: Sequence[str] | None = None,
     image_pipeline: str | None = None,
     encode: Encode | None = None,
+    tokenizer: str | Path | None = None,
+    state_prompt: str | None = None,
+    relative_actions: int | None = None,
 ) -> VLA:
     """Load a VLA from a checkpoint in its official layout.
 
     Weights are read from safetensors; official CogACT's from the ``.pt`` file of its run, of which tensors alone are
     unpickled.
-    A CogACT run holds no tokenizer: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
+    LeRobot's checkpoints hold no tokenizer: pass ``tokenizer``.
+    A CogACT run holds none either: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
 
     Args:
         path_or_hub_id: A folder, or ``owner/name`` on the Hugging Face hub (downloaded once).
@@ -83,8 +94,14 @@ def load_vla(
         unnorm_key: Data set whose statistics give actions their units; needed if the checkpoint has several.
         cameras: Names of the cameras in ``Frame.images``, in the model's order; ``None`` for its own names.
         image_pipeline: ``"resize-naive"``, ``"letterbox"``, ``"resize-crop"``, ``"libero"`` (OpenVLA's LIBERO
-            evaluation) or ``"area"``; ``None`` for the checkpoint's own.
+            evaluation) or ``"area"``; of LeRobot's policies ``"lerobot"``, ``"lerobot-0.4"``, which pads with −3, or
+            ``"openpi"``; ``None`` for the checkpoint's own.
         encode: Text → token ids, in place of the checkpoint's tokenizer.
+        tokenizer: Folder or hub id that holds the ``tokenizer.json``, where the checkpoint does not (LeRobot's).
+        state_prompt: How π0.5's prompt tells the state: ``"given"`` (LeRobot 0.6, openpi), ``"padded"`` with zeros as
+            LeRobot 0.4 does, or ``"none"`` (openpi's ``discrete_state_input=False``); ``None`` for ``"given"``.
+        relative_actions: How many leading values of π0's or π0.5's actions are relative to the state: 6 for openpi's
+            π0 for LIBERO, whose files do not say so; ``None`` for what the checkpoint says.
 
     Returns:
         The model, in evaluation mode.
@@ -96,10 +113,15 @@ def load_vla(
     device = torch.device(device)
     folder = find_folder(path_or_hub_id)
     data = read_json(folder / CONFIG)
-    name = data.get("model_type", "cogact" if "vla" in data else None)  # CogACT's, a training run's, does not say so
+    name = data.get("model_type", data.get("type"))  # the latter is LeRobot's
+    if name is None:  # neither CogACT's, a training run's, nor openpi's say so
+        name = "cogact" if "vla" in data else "pi0" if "action_horizon" in data else None
     if name not in FAMILIES:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {name!r}; known are {list(FAMILIES)}")
     family = FAMILIES[name]
+    further = {"tokenizer": tokenizer, "state_prompt": state_prompt, "relative_actions": relative_actions}
+    if unknown := sorted(key for key, value in further.items() if value is not None and key not in family.options):
+        raise InputError(f"a model of the family '{name}' takes no {', '.join(unknown)}: leave it out")
     if family.hub_files != HUB_FILES:
         folder = find_folder(path_or_hub_id, family.hub_files)
     return family.load(
@@ -112,6 +134,7 @@ def load_vla(
         cameras=cameras,
         image_pipeline=image_pipeline,
         encode=encode,
+        **{key: value for key, value in further.items() if value is not None},
     )
 
 
@@ -133,7 +156,8 @@ def random_vla(
 
     Args:
         config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
-            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``.
+            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"pi0"``, ``"pi05"``, ``"pi0-tiny"``,
+            ``"pi05-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

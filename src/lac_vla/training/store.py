@@ -240,8 +240,7 @@ class _Builder:
         layout, images = vla.processor.prompt(frame).layout, vla.processor.images(frame)
         lengths = [int(self.source.episodes[index]["length"]) for index in self.chosen]
         total, width = sum(lengths), vla.decoder.shape.width
-        texts = {self.source.episode(index).instruction for index in self.chosen}
-        longest = max(len(self._text(replace(frame, instruction=text))[1]) for text in texts)
+        longest = max(self._longest_suffix(frame, self.source.episode(index)) for index in self.chosen)
         answer = self._targets(first, [frame])
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "visual": ((total, layout.n_visual, width), np.float16),
@@ -322,6 +321,13 @@ class _Builder:
             previous = pixels
             bar.update()
 
+    def _longest_suffix(self, frame: Frame, episode: Episode) -> int:
+        """Count the tokens behind the visual ones in an episode's longest prompt, which may tell the state."""
+        frame = replace(frame, instruction=episode.instruction)
+        states = [frame.proprio] if self.vla.processor.state_dim is None else list(episode.state)
+        prompts = (self.vla.processor.prompt(replace(frame, proprio=state)) for state in states)
+        return max(prompt.layout.n_suffix for prompt in prompts)
+
     def _frames(self, episode: Episode, count: int) -> list[Frame]:
         """Read the first frames of an episode."""
         clips = {camera: episode.images.window(camera, 0, count) for camera in episode.images}
@@ -333,11 +339,11 @@ class _Builder:
 
     def _targets(self, episode: Episode, frames: list[Frame]) -> npt.NDArray[Any]:
         """Turn recorded actions into the head's answers; without any, those of the dense model itself."""
-        actions = episode.action[: len(frames)]
+        actions, head = episode.action[: len(frames)], self.vla.head
         if not actions.shape[1]:
             self.dense.reset()
             actions = np.stack([self.dense.act(frame) for frame in frames])
-        return self.vla.head.targets(actions)
+        return head.with_states(head.targets(actions), episode.state[: len(frames)])
 
     def _check_disk(self, folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
         needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
