@@ -8,14 +8,14 @@ attention (:class:`~lac_vla.models.protocols.DecoderLayer`), and the attention i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lac_vla.models.protocols import DecoderLayer, QueryRows, Rotary
+from lac_vla.models.protocols import DecoderLayer, KeysValues, QueryRows, Rotary
 
 
 @dataclass(eq=False, slots=True)  # made for every run: a frozen one takes several times as long
@@ -35,6 +35,8 @@ class Segment:
         n_queries: Rows at the end that alone have queries in the last layer of the stack; the others leave no more
             than their keys and values there. ``None`` for all.
         final_mask: Their mask there, bool, (n_queries, slots).
+        cross: Layer → keys and values that the rows attend to there; the store is left alone.
+        cross_mask: Their mask, bool, (rows, slots); ``None`` if every row sees all of them.
     """
 
     n_rows: int
@@ -47,6 +49,8 @@ class Segment:
     causal: bool = True
     n_queries: int | None = None
     final_mask: torch.Tensor | None = None
+    cross: Mapping[int, KeysValues] | None = None
+    cross_mask: torch.Tensor | None = None
 
 
 class KVStore(Protocol):
@@ -123,7 +127,8 @@ def run_layers(
     """
     stop = len(layers) if stop is None else stop
     autocast = torch.is_autocast_enabled(hidden.device.type)
-    masks = [None if segment.mask is None else _additive(segment.mask, hidden.dtype) for segment in segments]
+    masks = [_additive(segment.mask, hidden.dtype) for segment in segments]
+    cross_masks = [_additive(segment.cross_mask, hidden.dtype) for segment in segments]
     query = hidden
     seen: list[torch.Tensor] = []
     for index in range(first, stop):
@@ -132,16 +137,21 @@ def run_layers(
         query, key, value = layer.qkv(hidden, rotary, rows)
         seen, attended = [], []
         row = at = 0
-        for segment, added in zip(segments, masks, strict=True):
+        for segment, added, across in zip(segments, masks, cross_masks, strict=True):
             n_queries = segment.n_queries if final and segment.n_queries is not None else segment.n_rows
             own = slice(row, row + segment.n_rows), slice(at, at + n_queries)
             row, at = own[0].stop, own[1].stop
-            if len(segments) == 1:
-                keys, values = store.update(index, segment, key, value)
-                asked = query
-            else:
-                keys, values = store.update(index, segment, key[..., own[0], :], value[..., own[0], :])
+            if len(segments) > 1:
+                new = key[..., own[0], :], value[..., own[0], :]
                 asked = query[..., own[1], :]
+            else:
+                new, asked = (key, value), query
+            if segment.cross is not None and index in segment.cross:
+                keys, values = segment.cross[index]
+                attended.append(attend(asked, keys, values, across, False, precise=autocast))
+                seen.append(keys)
+                continue
+            keys, values = store.update(index, segment, *new)
             seen.append(keys)
             if n_queries:
                 whole = not final or segment.n_queries is None
@@ -169,9 +179,9 @@ def query_rows(segments: Sequence[Segment], device: torch.device) -> QueryRows |
     return torch.cat(parts)
 
 
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """Make a mask that is added to the scores: the kernel would make it of a bool one anew in every layer."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def attend(
