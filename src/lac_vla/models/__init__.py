@@ -43,6 +43,7 @@ class Family:
         presets: Configurations by name.
         tiny: The preset that tests run.
         hub_files: Files to download from the hub.
+        options: Further arguments of :func:`load_vla` that ``load`` takes.
     """
 
     load: Callable[..., VLA]
@@ -53,6 +54,7 @@ class Family:
     presets: Mapping[str, Any]
     tiny: str
     hub_files: Sequence[str] = HUB_FILES
+    options: frozenset[str] = frozenset()
 
 
 FAMILIES: dict[str, Family] = {
@@ -75,6 +77,8 @@ def load_vla(
     cameras: Sequence[str] | None = None,
     image_pipeline: str | None = None,
     encode: Encode | None = None,
+    tokenizer: str | Path | None = None,
+    state_prompt: str | None = None,
 ) -> VLA:
     """Load a VLA from a checkpoint in its official layout.
 
@@ -89,8 +93,12 @@ def load_vla(
         unnorm_key: Data set whose statistics give actions their units; needed if the checkpoint has several.
         cameras: Names of the cameras in ``Frame.images``, in the model's order; ``None`` for its own names.
         image_pipeline: ``"resize-naive"``, ``"letterbox"``, ``"resize-crop"``, ``"libero"`` (OpenVLA's LIBERO
-            evaluation) or ``"area"``; ``None`` for the checkpoint's own.
+            evaluation) or ``"area"``; of LeRobot's policies ``"lerobot"`` or ``"lerobot-0.4"``, which pads with −3;
+            ``None`` for the checkpoint's own.
         encode: Text → token ids, in place of the checkpoint's tokenizer.
+        tokenizer: Folder or hub id that holds the ``tokenizer.json``, where the checkpoint does not (LeRobot's).
+        state_prompt: How π0.5's prompt tells the state: ``"given"`` (LeRobot 0.6, openpi), ``"padded"`` with zeros as
+            LeRobot 0.4 does, or ``"none"`` (openpi's ``discrete_state_input=False``); ``None`` for ``"given"``.
 
     Returns:
         The model, in evaluation mode.
@@ -102,10 +110,15 @@ def load_vla(
     device = torch.device(device)
     folder = find_folder(path_or_hub_id)
     data = read_json(folder / CONFIG)
-    name = data.get("model_type", "cogact" if "vla" in data else None)  # CogACT's, a training run's, does not say so
+    name = data.get("model_type", data.get("type"))  # the latter is LeRobot's
+    if name is None and "vla" in data:
+        name = "cogact"  # a training run's, which does not say so
     if name not in FAMILIES:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {name!r}; known are {list(FAMILIES)}")
     family = FAMILIES[name]
+    further = {"tokenizer": tokenizer, "state_prompt": state_prompt}
+    if unknown := sorted(key for key, value in further.items() if value is not None and key not in family.options):
+        raise InputError(f"a model of the family '{name}' takes no {', '.join(unknown)}: leave it out")
     if family.hub_files != HUB_FILES:
         folder = find_folder(path_or_hub_id, family.hub_files)
     return family.load(
@@ -118,6 +131,7 @@ def load_vla(
         cameras=cameras,
         image_pipeline=image_pipeline,
         encode=encode,
+        **{key: value for key, value in further.items() if value is not None},
     )
 
 

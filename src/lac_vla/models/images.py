@@ -68,6 +68,29 @@ def libero(image: UInt8Image, size: int) -> UInt8Image:
     return _centre_crop(_resize(stored, (size, size), Image.Resampling.LANCZOS), LIBERO_CROP_AREA)
 
 
+def fit(pixels: torch.Tensor, size: tuple[int, int], *, centred: bool, fill: float = 0.0) -> torch.Tensor:
+    """Shrink or enlarge in floating point without changing the aspect ratio, and pad, as LeRobot's policies do.
+
+    Bilinear without antialiasing; sides are rounded down.
+
+    Args:
+        pixels: RGB in [0, 1], float32, (3, H, W).
+        size: (height, width) wanted.
+        centred: Whether the image stands in the middle (an odd pixel behind it), or at the bottom right.
+        fill: Value of the padding.
+
+    Returns:
+        (3, height, width).
+    """
+    height, width = pixels.shape[1:]
+    ratio = max(width / size[1], height / size[0])
+    inner = int(height / ratio), int(width / ratio)
+    fitted = F.interpolate(pixels[None], size=inner, mode="bilinear", align_corners=False)[0].clamp(0.0, 1.0)
+    down, right = size[0] - inner[0], size[1] - inner[1]
+    top, left = (down // 2, right // 2) if centred else (down, right)
+    return F.pad(fitted, (left, right - left, top, down - top), value=fill)
+
+
 PIPELINES: dict[str, Pipeline] = {
     "resize-naive": resize_naive,
     "letterbox": letterbox,

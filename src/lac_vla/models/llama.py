@@ -32,6 +32,14 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
+def make_rotary(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+    """Make the factors of :func:`rotate`, each (rows, head_dim), of int64 positions (rows,); computed in float32."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angle = positions.float()[:, None] * (1.0 / theta**exponent)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rms_norm(x: torch.Tensor, module: Any) -> torch.Tensor:
     """Run a ``LlamaRMSNorm`` by torch's own kernel: one call in place of six, the same but for rounding."""
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)

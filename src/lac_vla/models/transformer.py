@@ -55,6 +55,26 @@ class ImageKVCache:
         return self.blocks[block]
 
 
+@dataclass
+class FrameKVCache:
+    """Keys and values that the vision transformers keep from one frame to the next.
+
+    Attributes:
+        images: (Number of the transformer, number of the camera) → its keys and values.
+    """
+
+    images: dict[tuple[int, int], ImageKVCache] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take, bytes."""
+        return sum(image.nbytes for image in self.images.values())
+
+    def of(self, tower: int, camera: int) -> ImageKVCache:
+        """Get those of a transformer and a camera's image."""
+        return self.images.setdefault((tower, camera), ImageKVCache())
+
+
 class Attention(nn.Module):
     """Self-attention over all tokens."""
 
@@ -71,11 +91,18 @@ class Attention(nn.Module):
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             keys, values = cache.update(block, keys, values, rows)
-        # Under autocast in the precision of the residual stream: on a CPU the backward pass is several times faster.
-        with torch.autocast(x.device.type, enabled=False):
-            attended = F.scaled_dot_product_attention(*(part.to(x.dtype) for part in (queries, keys, values)))
-        out: torch.Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        out: torch.Tensor = self.proj(attend_all(queries, keys, values, x.dtype))
         return out
+
+
+def attend_all(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Let every row see every token: (B, heads, rows, head_dim) → (B, rows, heads · head_dim).
+
+    Under autocast in ``dtype``, the residual stream's: on a CPU the backward pass is several times faster.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        attended = F.scaled_dot_product_attention(queries.to(dtype), keys.to(dtype), values.to(dtype))
+    return attended.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):

@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def load_weights(
-    model: nn.Module, folder: Path, *, dtype: torch.dtype, device: torch.device, unused: re.Pattern[str]
+    model: nn.Module,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    unused: re.Pattern[str],
+    rename: Callable[[str], str] = str,
+    precise: re.Pattern[str] | None = None,
 ) -> None:
     """Put a folder's weights into a model on ``meta``, file by file; names and shapes are checked first.
 
@@ -82,6 +89,8 @@ def load_weights(
         dtype: Of the weights in memory.
         device: Where to put them.
         unused: Names that a checkpoint may hold although the model does not use them.
+        rename: Name in the file → name in the model; ``unused`` means the latter.
+        precise: Names of weights that are float32 whatever ``dtype`` says.
 
     Raises:
         CheckpointError: If a file is missing or truncated, or names or shapes are not the model's.
@@ -90,19 +99,33 @@ def load_weights(
     files = _files(folder)
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
-        found |= _shapes(file)
+        found |= {rename(key): shape for key, shape in _shapes(file).items()}
     check_shapes(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
     copy = device.type == "cpu"  # there, what is read is a view of the file, and badly aligned
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as shard:
-            keys = wanted.keys() & shard.keys()
-            part = {key: shard.get_tensor(key).to(dtype, copy=copy) for key in keys}
+            keys = {rename(key): key for key in shard.keys()}  # noqa: SIM118
+            part = {
+                name: shard.get_tensor(keys[name]).to(
+                    torch.float32 if precise and precise.match(name) else dtype, copy=copy
+                )
+                for name in wanted.keys() & keys.keys()
+            }
         model.load_state_dict(part, strict=False, assign=True)
 
 
-def write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Write a model's weights into a folder as one safetensors file, in ``dtype``."""
-    weights = {key: value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
+def file_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read the names and shapes of a folder's weights, from the headers alone.
+
+    Raises:
+        CheckpointError: If a file is missing or truncated.
+    """
+    return {key: shape for file in _files(folder) for key, shape in _shapes(file).items()}
+
+
+def write_weights(model: nn.Module, folder: Path, dtype: torch.dtype, rename: Callable[[str], str] = str) -> None:
+    """Write a model's weights into a folder as one safetensors file, in ``dtype``, under the names of ``rename``."""
+    weights = {rename(key): value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / PARTIAL, metadata={"format": "pt"})
     (folder / PARTIAL).replace(folder / WEIGHTS)  # never half a file under the final name
 

@@ -9,7 +9,8 @@ import torch
 
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.towers import ViTConfig
-from lac_vla.models.prismatic.vision import FrameKVCache, Stem
+from lac_vla.models.prismatic.vision import Stem
+from lac_vla.models.transformer import FrameKVCache
 from lac_vla.types import BoolArray, Frame, UInt8Image
 
 

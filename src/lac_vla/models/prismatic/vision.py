@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -13,30 +12,10 @@ from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.conv import ConvTower
 from lac_vla.models.prismatic.towers import Keep, ViTConfig
 from lac_vla.models.prismatic.vit import ViT, ViTTower
-from lac_vla.models.transformer import ImageKVCache
+from lac_vla.models.transformer import FrameKVCache
 
 Stem: TypeAlias = Sequence[torch.Tensor]
 """Per camera or transformer, what a backbone's ``encode_stem`` returns and its ``encode_tokens`` goes on from."""
-
-
-@dataclass
-class FrameKVCache:
-    """Keys and values that the vision transformers keep from one frame to the next.
-
-    Attributes:
-        images: (Number of the transformer, number of the camera) → its keys and values.
-    """
-
-    images: dict[tuple[int, int], ImageKVCache] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that they take, bytes."""
-        return sum(image.nbytes for image in self.images.values())
-
-    def of(self, tower: int, camera: int) -> ImageKVCache:
-        """Get those of a transformer and a camera's image."""
-        return self.images.setdefault((tower, camera), ImageKVCache())
 
 
 class ViTBackbone(nn.Module):

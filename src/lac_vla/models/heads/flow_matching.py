@@ -1,0 +1,208 @@
+"""Flow matching: a chunk of actions is drawn from noise by following a learned velocity, in a few Euler steps.
+
+Source: π0 (Black et al., 2024, arXiv 2410.24164), after Lipman et al., 2022, arXiv 2210.02747.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from lac_vla.errors import CheckpointError, InputError
+from lac_vla.models.heads.base import ActionHead, AppendRows, Decoding, HeadContext, LossContext
+from lac_vla.models.lerobot_layout import Units
+from lac_vla.types import FloatArray
+
+DRAWS = 2
+"""Noisings of every chunk in the loss; an expert is small beside its prefix."""
+TIME_POWER, TIME_SCALE, TIME_OFFSET = 1.5, 0.999, 0.001
+"""Times of training are scale · x + offset with x of a Beta(power, 1) distribution."""
+
+Velocity: TypeAlias = Generator[AppendRows, torch.Tensor, torch.Tensor]
+"""Yields rows, is sent their normalised last hidden states; returns velocities, float32, (horizon, width)."""
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """A flow-matching head.
+
+    Attributes:
+        horizon: Actions of a chunk.
+        width: Values of an action as the model takes them; those of the robot come first, zeros behind.
+        steps: Euler steps.
+        min_period: Shortest period of the time embedding.
+        max_period: Longest.
+
+    Raises:
+        CheckpointError: If a number is not positive.
+    """
+
+    horizon: int
+    width: int = 32
+    steps: int = 10
+    min_period: float = 0.004
+    max_period: float = 4.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if min(self.horizon, self.width, self.steps) < 1 or not 0 < self.min_period < self.max_period:
+            raise CheckpointError(f"a flow-matching head cannot have {self}")
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The times at which an Euler step looks at the velocity: 1, 1 − 1/steps, …."""
+        return tuple(1.0 + step * (-1.0 / self.steps) for step in range(self.steps))
+
+
+def time_embedding(times: torch.Tensor, width: int, min_period: float, max_period: float) -> torch.Tensor:
+    """Embed times as sines and cosines of geometrically spaced periods; computed in float64.
+
+    Args:
+        times: (...), rounded to float32 before.
+        width: Of the embedding, even.
+        min_period: Shortest period.
+        max_period: Longest.
+
+    Returns:
+        float32, (..., width): the sines, then the cosines.
+    """
+    share = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=times.device)
+    period = min_period * (max_period / min_period) ** share
+    angle = times.float().double()[..., None] * (1.0 / period * 2 * math.pi)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+
+
+class FlowMatchingHead(ActionHead):
+    """Answers with a chunk of actions, drawn by Euler steps from noise at time 1 to actions at time 0.
+
+    Its loss is the mean square error of the velocity (noise − actions) at random times between the two; or half of that
+    between its velocity and the dense pass's, the Kullback-Leibler divergence between Gaussians of unit variance around
+    the two, in nats per value.
+
+    Args:
+        config: Its shape.
+        units: Units of the actions.
+
+    Attributes:
+        config: As given.
+        units: As given.
+
+    Raises:
+        CheckpointError: If the robot's actions have more values than the model's.
+    """
+
+    reads: ClassVar[Literal["hidden", "kv"]] = "kv"
+
+    def __init__(self, config: FlowConfig, units: Units) -> None:
+        if units.dim > config.width:
+            raise CheckpointError(f"actions of {units.dim} values, a head of {config.width}")
+        self.config, self.units = config, units
+        self.horizon = self.max_new_tokens = config.horizon
+
+    @property
+    @abstractmethod
+    def like(self) -> torch.Tensor:
+        """Any weight of the head: noise is drawn for its device."""
+
+    @abstractmethod
+    def begin(self, context: HeadContext) -> Any:
+        """Compute what all steps of a frame share; for :meth:`velocity`."""
+
+    @abstractmethod
+    def velocity(self, shared: Any, noised: torch.Tensor, step: int) -> Velocity:
+        """Compute the velocity at one Euler step.
+
+        Args:
+            shared: From :meth:`begin`.
+            noised: The chunk so far, float32, (horizon, width).
+            step: Number of the step.
+        """
+
+    @abstractmethod
+    def train_velocity(
+        self, context: LossContext, states: torch.Tensor, noised: torch.Tensor, times: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute velocities behind a batch of prompts.
+
+        Args:
+            context: What may be read.
+            states: What :meth:`state_targets` made, (B, n).
+            noised: (B, horizon, width).
+            times: (B,).
+
+        Returns:
+            float32, (B, horizon, width).
+        """
+
+    def decode(self, context: HeadContext) -> Decoding:
+        """Draw a chunk; see :meth:`ActionHead.decode`. Noise is drawn on the host: a seed means the same everywhere.
+
+        Returns:
+            The actions in the robot's own units, float32, (horizon, action_dim); and, as lists, the chunk in the
+            model's (``normalized``).
+        """
+        shape = self.config.horizon, self.config.width
+        noise = context.rng.standard_normal(shape, dtype=np.float32)
+        chunk, shared = torch.from_numpy(noise).to(self.like.device), self.begin(context)
+        for step in range(self.config.steps):
+            velocity = yield from self.velocity(shared, chunk, step)
+            chunk = chunk + (-1.0 / self.config.steps) * velocity
+        normalized = chunk[:, : self.units.dim].cpu().numpy()
+        return self.units.unnormalize(normalized), {"normalized": normalized.tolist()}
+
+    def state_targets(self, states: FloatArray | None, n_frames: int) -> FloatArray:
+        """Make what the loss needs of the frames' states, (T, n): by default nothing."""
+        return np.zeros((n_frames, 0), dtype=np.float32)
+
+    def targets(self, actions: FloatArray, states: FloatArray | None = None) -> npt.NDArray[np.float32]:
+        """Put states and normalised chunks into rows, float32, (T, n + horizon · action_dim).
+
+        Behind an episode's end its last action goes on.
+        """
+        horizon, dim = self.config.horizon, self.units.dim
+        chunks = actions
+        if actions.ndim == 2:
+            at = np.minimum(np.arange(len(actions))[:, None] + np.arange(horizon), len(actions) - 1)
+            chunks = actions[at]
+        if chunks.ndim != 3 or chunks.shape[1:] != (horizon, dim):
+            raise InputError(
+                f"the dataset's actions have shape {actions.shape}; the model's are chunks of {horizon} × {dim} values"
+            )
+        normalized = self.units.normalize(chunks).reshape(len(chunks), -1)
+        if not np.isfinite(normalized).all():
+            raise InputError("the dataset's actions hold NaN or infinity, or the statistics are another data set's")
+        return np.concatenate([self.state_targets(states, len(chunks)), normalized], axis=1)
+
+    def loss(
+        self,
+        context: LossContext,
+        targets: torch.Tensor,
+        generator: torch.Generator,
+        teacher: LossContext | None = None,
+    ) -> torch.Tensor:
+        """Compute the velocity's error, or the divergence from the teacher, mean over values and noisings."""
+        config, dim = self.config, self.units.dim
+        n_values = config.horizon * dim
+        states, clean = targets[:, : targets.shape[1] - n_values].float(), targets[:, targets.shape[1] - n_values :]
+        clean = F.pad(clean.float().view(-1, config.horizon, dim), (0, config.width - dim))
+        total = torch.zeros(len(clean), device=clean.device)
+        for _ in range(DRAWS):
+            uniform = torch.rand(len(clean), generator=generator).to(clean.device)
+            times = uniform ** (1 / TIME_POWER) * TIME_SCALE + TIME_OFFSET
+            noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+            share = times[:, None, None]
+            noised, wanted = share * noise + (1 - share) * clean, noise - clean
+            if teacher is not None:
+                with torch.no_grad():
+                    wanted = self.train_velocity(teacher, states, noised, times)
+            error = self.train_velocity(context, states, noised, times) - wanted
+            total = total + error[..., :dim].square().mean(dim=(1, 2)) / DRAWS
+        return total if teacher is None else 0.5 * total

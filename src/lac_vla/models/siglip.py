@@ -1,0 +1,261 @@
+"""SigLIP's vision transformer under its Hugging Face parameter names, and a vision encoder of one for all cameras."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from lac_vla.errors import CheckpointError
+from lac_vla.models.transformer import LAYER_NORM_EPS, FeedForward, FrameKVCache, KVCache, attend_all
+from lac_vla.types import BoolArray, Frame, UInt8Image
+
+Picture: TypeAlias = Callable[[UInt8Image], torch.Tensor]
+"""A camera's image, (H, W, 3), uint8 → what the tower sees: RGB in about [-1, 1], float32, (3, size, size)."""
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """A SigLIP vision transformer.
+
+    Attributes:
+        width: Channels.
+        depth: Blocks.
+        heads: Attention heads.
+        mlp_width: Hidden channels of a block's feed-forward network.
+        patch: Side of a patch, pixels.
+        table: Patches per side that it has learned positions for.
+        image_size: Side of its images, pixels; 0 for ``table`` · ``patch``. Smaller ones take the positions at the
+            same fractions of the picture.
+
+    Raises:
+        CheckpointError: If the patches do not tile the image, or there are more of them than positions.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    patch: int
+    table: int
+    image_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together."""
+        if self.image_size % self.patch or not 0 < self.side <= self.table:
+            raise CheckpointError(
+                f"images of {self.image_size} pixels, patches of {self.patch}: give a multiple of {self.patch} up to "
+                f"{self.patch * self.table}"
+            )
+        if self.width % self.heads:
+            raise CheckpointError(f"a vision tower of width {self.width} cannot have {self.heads} heads")
+
+    @property
+    def side(self) -> int:
+        """Patches per side of an image."""
+        return self.image_size // self.patch if self.image_size else self.table
+
+    @property
+    def pixels(self) -> int:
+        """Side of its images, pixels."""
+        return self.side * self.patch
+
+
+class SiglipAttention(nn.Module):
+    """Self-attention over all patches."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, block: int = 0, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run (B, patches, width) → the same; with a cache, ``x`` may be some ``rows`` of the patches in it."""
+        parts = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        queries, keys, values = (part.transpose(1, 2) for part in parts)
+        if cache is not None:
+            keys, values = cache.update(block, keys, values, rows)
+        out: torch.Tensor = self.out_proj(attend_all(queries, keys, values, x.dtype))
+        return out
+
+
+class SiglipBlock(nn.Module):
+    """Attention and feed-forward, each normalised before and added to its input."""
+
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.self_attn = SiglipAttention(config.width, config.heads)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.mlp = FeedForward(config.width, config.mlp_width, approximate="tanh")
+
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, block: int = 0, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the block: (B, patches, width) → the same; see :class:`SiglipAttention`."""
+        x = x + self.self_attn(self.layer_norm1(x), cache, block, rows)
+        out: torch.Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
+
+
+class SiglipTower(nn.Module):
+    """A SigLIP vision transformer, its last normalisation included.
+
+    Args:
+        config: Its shape.
+    """
+
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.ModuleDict(
+            {
+                "patch_embedding": nn.Conv2d(3, config.width, config.patch, stride=config.patch),
+                "position_embedding": nn.Embedding(config.table**2, config.width),
+            }
+        )
+        self._blocks = [SiglipBlock(config) for _ in range(config.depth)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(self._blocks)})
+        self.post_layernorm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode RGB in [-1, 1]: (B, 3, size, size) → (B, patches, width), raster order."""
+        return self.encode(self.embed(pixels))
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embed RGB in [-1, 1]: (B, 3, size, size) → (B, patches, width)."""
+        rows = self.embeddings["patch_embedding"](pixels).flatten(2).transpose(1, 2)
+        at = torch.arange(self.config.side, device=pixels.device) * self.config.table // self.config.side
+        places = (at[:, None] * self.config.table + at).flatten()
+        embedded: torch.Tensor = rows + self.embeddings["position_embedding"](places)
+        return embedded
+
+    def encode(self, x: torch.Tensor, cache: KVCache | None = None, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the blocks.
+
+        Args:
+            x: From :meth:`embed`, (B, patches, width); B = 1 with ``rows``.
+            cache: Keys and values of the same image's predecessors: they take the place of the patches that are not in
+                ``rows``, and are brought up to date where they are. A new one is filled.
+            rows: Patches to compute, int64, in any order; ``None`` for all.
+
+        Returns:
+            Features of these patches, (B, patches, width).
+        """
+        if rows is not None:
+            x = x[:, rows]
+        for index, block in enumerate(self._blocks):
+            x = block(x, cache, index, rows)
+        out: torch.Tensor = self.post_layernorm(x)
+        return out
+
+
+class SiglipVision:
+    """Implements :class:`lac_vla.models.protocols.VisionEncoder` by one SigLIP tower for all cameras.
+
+    A token's features are those of a block of patches, one behind the other in raster order.
+
+    Args:
+        tower: The transformer.
+        project: Features row by row, (..., features) → (..., width).
+        cameras: Names of the cameras in ``Frame.images``, in token order.
+        picture: Makes what the tower sees.
+        block: Side of a token, patches.
+
+    Raises:
+        CheckpointError: If blocks do not tile the patches.
+    """
+
+    def __init__(
+        self,
+        tower: SiglipTower,
+        project: Callable[[torch.Tensor], torch.Tensor],
+        cameras: Sequence[str],
+        picture: Picture,
+        block: int = 1,
+    ) -> None:
+        side = tower.config.side
+        if side % block:
+            raise CheckpointError(f"{side} × {side} patches do not make tokens of {block} × {block}")
+        self._tower, self._project, self._names, self._picture = tower, project, tuple(cameras), picture
+        self._patches = token_patches(side, block)
+
+    @property
+    def transformer_cameras(self) -> tuple[str, ...]:
+        """Cameras that vision transformers see: all."""
+        return self._names
+
+    @property
+    def _like(self) -> torch.Tensor:
+        weight: torch.Tensor = self._tower.post_layernorm.weight
+        return weight
+
+    def kv_cache(self) -> FrameKVCache:
+        """Make an empty cache."""
+        return FrameKVCache()
+
+    def encode_stem(
+        self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None
+    ) -> torch.Tensor:
+        """Embed the patches of all cameras, (cameras, patches, width); run the blocks unless a cache will be given.
+
+        The images are resized in floating point from the frame's own; ``images``, which are rounded, are not read.
+        """
+        pixels = torch.stack([self._picture(frame.images[name]) for name in self._names])
+        stem = self._tower.embed(pixels.to(self._like.device, self._like.dtype))
+        return stem if kv_cache is not None else self._tower.encode(stem)
+
+    def encode_tokens(
+        self, stem: torch.Tensor, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
+    ) -> torch.Tensor:
+        """Compute the features of the tokens in ``token_mask`` (all by default), (n, features)."""
+        table = self._patches.to(stem.device)
+        mask = None if token_mask is None or token_mask.all() else torch.from_numpy(token_mask).to(stem.device)
+        if kv_cache is None:
+            features = stem[:, table].flatten(2).flatten(0, 1)
+            return features if mask is None else features[mask]
+        cameras = []
+        for camera, own in enumerate(stem):
+            chosen = None if mask is None else table[mask.view(len(stem), -1)[camera]]
+            rows = None if chosen is None else chosen.flatten()
+            features = self._tower.encode(own[None], kv_cache.of(0, camera), rows)[0]
+            cameras.append(features[table].flatten(1) if chosen is None else features.reshape(len(chosen), -1))
+        return torch.cat([part.reshape(-1, table.shape[1] * stem.shape[-1]) for part in cameras])
+
+    def encode_camera(self, camera: str, images: torch.Tensor, kv_cache: Any) -> torch.Tensor:
+        """Run the transformer over a batch of one camera's images, differentiably; they may be rounded.
+
+        Args:
+            camera: Its name in ``Frame.images``.
+            images: uint8, (B, H, W, 3).
+            kv_cache: ``of(tower, camera)`` gives the :class:`lac_vla.models.transformer.KVCache` of an image.
+
+        Returns:
+            Projected tokens, (B, tokens, width).
+        """
+        pixels = (images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(self._like.dtype)
+        features = self._tower.encode(self._tower.embed(pixels), kv_cache.of(0, self._names.index(camera)))
+        return self.project(features[:, self._patches.to(features.device)].flatten(2))
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Project features row by row: (..., features) → (..., width)."""
+        return self._project(features)
+
+
+def token_patches(side: int, block: int) -> torch.Tensor:
+    """List the patches of every token of ``side`` × ``side`` patches, int64, (tokens, block²), all in raster order."""
+    patches = torch.arange(side * side).view(side // block, block, side // block, block)
+    return patches.transpose(1, 2).reshape(-1, block * block)
+
+
+def as_uint8(picture: torch.Tensor) -> UInt8Image:
+    """Round what a tower sees, RGB in [-1, 1], (3, H, W), to an image, uint8, (H, W, 3); what is below −1 is black."""
+    pixels = ((picture + 1.0) * 127.5).round().clamp(0.0, 255.0)
+    image: UInt8Image = pixels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return image
