@@ -23,6 +23,9 @@ from lac_vla.models.prismatic.checkpoint import (
 )
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import PRESETS
+from lac_vla.models.smolvla.checkpoint import load_smolvla, new_smolvla, random_smolvla, save_smolvla
+from lac_vla.models.smolvla.config import PRESETS as SMOLVLA_PRESETS
+from lac_vla.models.smolvla.config import SmolVLAConfig
 from lac_vla.models.tokenizer import Encode
 from lac_vla.models.vla import VLA
 from lac_vla.models.weights import HUB_FILES, find_folder, read_json
@@ -64,8 +67,18 @@ FAMILIES: dict[str, Family] = {
     "cogact": Family(
         load_cogact, save_cogact, new_cogact, random_cogact, CogACTConfig, COGACT_PRESETS, "cogact-tiny", COGACT_FILES
     ),
+    "smolvla": Family(
+        load_smolvla,
+        save_smolvla,
+        new_smolvla,
+        random_smolvla,
+        SmolVLAConfig,
+        SMOLVLA_PRESETS,
+        "smolvla-tiny",
+        options=frozenset({"tokenizer"}),
+    ),
 }
-"""``model_type`` in a checkpoint's ``config.json`` → family."""
+"""``model_type``, or LeRobot's ``type``, in a checkpoint's ``config.json`` → family."""
 
 
 def load_vla(
@@ -157,7 +170,7 @@ def random_vla(
 
     Args:
         config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
-            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``.
+            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"smolvla-base"``, ``"smolvla-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

@@ -133,9 +133,7 @@ class MixedOutput:
         visible = _visible(stack, self.layout, lengths, own, torch.cat([slots, own], dim=1), real)
         cos, sin = (part.view(*own.shape, -1)[:, None] for part in stack.rotary(own.flatten()))
         mask = visible[:, None]
-        segment = Segment(
-            n_rows, length, length + n_rows, mask=mask, cross=rows.cross, cross_mask=mask[..., :length]
-        )
+        segment = Segment(n_rows, length, length + n_rows, mask=mask, cross=rows.cross, cross_mask=mask[..., :length])
         out = run_layers(stack.layers, rows.embeddings, (cos, sin), [segment], AppendedKV(prompts))
         return stack.norm(out.hidden)
 

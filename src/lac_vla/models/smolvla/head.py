@@ -38,9 +38,7 @@ class SmolVLAHead(FlowMatchingHead):
         times = self._times.to(self.like.device, self.like.dtype)
         return self._expert.project(context.keys, context.values), self._project_times(times)
 
-    def velocity(
-        self, shared: tuple[dict[int, KeysValues], torch.Tensor], noised: torch.Tensor, step: int
-    ) -> Velocity:
+    def velocity(self, shared: tuple[dict[int, KeysValues], torch.Tensor], noised: torch.Tensor, step: int) -> Velocity:
         """Run the expert; see :meth:`FlowMatchingHead.velocity`."""
         cross, times = shared
         hidden = yield AppendRows(self._embed(noised, times[step]), at=0, stack=self._expert, cross=cross)

@@ -34,10 +34,11 @@ class SmolVLAProcessor:
         grids: Camera → (rows, cols) of its visual tokens, in token order.
         state_dim: Values of the state.
         prompt_ids: Instruction → token ids.
+        units: As given.
     """
 
     def __init__(self, model: SmolVLAModel, config: SmolVLAConfig, encode: Encode, name: str, units: Units) -> None:
-        self._model, self._config, self._encode, self._name, self._units = model, config, encode, name, units
+        self._model, self._config, self._encode, self._name, self.units = model, config, encode, name, units
         self.grids = dict.fromkeys(config.cameras, (config.side, config.side))
         self.state_dim = config.state_dim
         self.prompt_ids = lru_cache(PROMPTS_REMEMBERED)(self._ids)
@@ -91,7 +92,7 @@ class SmolVLAProcessor:
         if state is None or state.shape[-1] != self.state_dim:
             given = "none" if state is None else state.shape[-1]
             raise InputError(f"{self._name} needs {self.state_dim} values in Frame.proprio, got {given}")
-        return self._units.normalize(state)
+        return self.units.normalize(state)
 
     def _ids(self, instruction: str) -> list[int]:
         ids = self._encode(instruction if instruction.endswith("\n") else f"{instruction}\n")
@@ -99,5 +100,10 @@ class SmolVLAProcessor:
             raise InputError(
                 f"the instruction has {len(ids)} tokens; {self._name} takes up to {self._config.max_tokens}: "
                 f"shorten {instruction[:60]!r}"
+            )
+        if max(ids) >= self._config.text.vocab_size:
+            raise InputError(
+                f"the instruction has token {max(ids)}, {self._name} knows {self._config.text.vocab_size}: take the "
+                "tokenizer of its language model"
             )
         return ids

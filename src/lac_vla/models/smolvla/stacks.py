@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaModel
 
 from lac_vla.models.llama import LlamaLayer, LlamaStack, rms_norm, rotate
-from lac_vla.models.protocols import DecoderLayer, KeysValues, QueryRows, Rotary
+from lac_vla.models.protocols import KeysValues, QueryRows, Rotary
 from lac_vla.types import TokenLayout
 
 
@@ -81,9 +81,7 @@ class ExpertStack(LlamaStack):
         self._rotaries: dict[tuple[int, torch.dtype, torch.device], Rotary] = {}
         self.shape = replace(self.shape, cross=cross)
         self.cross_layers = {i: CrossLayer(model.layers[i], self.head_dim, self._within) for i in sorted(cross)}
-        self.layers: tuple[DecoderLayer, ...] = tuple(
-            self.cross_layers.get(i, layer) for i, layer in enumerate(self.layers)
-        )
+        self.layers = tuple(self.cross_layers.get(i, layer) for i, layer in enumerate(self.layers))
 
     def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """See :func:`visible`."""
