@@ -18,19 +18,20 @@ STATIC = 0.98
 
 SEEDING = Lock()
 """Torch's own chance is the process's: sessions that decide beside each other must not seed it at the same time."""
+STATE_DIM = 8
 TINY_GRIDS = {"agentview": (6, 6), "wrist": (4, 4)}
 
 
 def frame(
     seed: int = 0, instruction: str = "pick up the bowl", cameras: tuple[str, ...] = ("agentview", "wrist")
 ) -> Frame:
-    """Smooth random pictures: neighbouring seeds differ a little, not by a scene cut."""
+    """Smooth random pictures and states: neighbouring seeds differ a little, not by a scene cut."""
     base, change = np.random.default_rng(7), np.random.default_rng(1000 + seed)
     images = {}
     for camera in cameras:
         picture = base.integers(60, 190, (64, 64, 3)) + change.integers(-25, 26, (64, 64, 3))
         images[camera] = picture.astype(np.uint8)
-    return Frame(images, instruction)
+    return Frame(images, instruction, change.normal(size=STATE_DIM).astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,7 @@ class PruneHalf(CachePolicy):
         return Decision(exit_layer, inputs.n_layers, SkippedTokens.PRUNE)
 
 
+@torch.inference_mode()
 def test_cross_attention_does_not_see_what_was_pruned(vla: VLA, arrays: Arrays) -> None:
     """The content of a slot that is gone does not matter, in no layer; that of another one does."""
     session = session_of(vla, arrays)
