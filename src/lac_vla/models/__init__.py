@@ -14,6 +14,9 @@ from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig
+from lac_vla.models.pi0.checkpoint import OPTIONS as PI0_OPTIONS
+from lac_vla.models.pi0.checkpoint import load_pi0, new_pi0, random_pi0, save_pi0
+from lac_vla.models.pi0.config import PI0_PRESETS, PI05_PRESETS, PiConfig
 from lac_vla.models.prismatic.checkpoint import (
     CONFIG,
     load_prismatic,
@@ -67,6 +70,8 @@ FAMILIES: dict[str, Family] = {
     "cogact": Family(
         load_cogact, save_cogact, new_cogact, random_cogact, CogACTConfig, COGACT_PRESETS, "cogact-tiny", COGACT_FILES
     ),
+    "pi0": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI0_PRESETS, "pi0-tiny", options=PI0_OPTIONS),
+    "pi05": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI05_PRESETS, "pi05-tiny", options=PI0_OPTIONS),
     "smolvla": Family(
         load_smolvla,
         save_smolvla,

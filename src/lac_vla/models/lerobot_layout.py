@@ -6,6 +6,7 @@ checkpoints of before LeRobot 0.4 keep them among the weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from lac_vla.errors import CheckpointError
 from lac_vla.models.tokenizer import TOKENIZER, Encode, FileTokenizer, load_tokenizer
@@ -23,6 +25,7 @@ from lac_vla.types import FloatArray
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 STATE, ACTION = "observation.state", "action"
 IMAGES = "observation.images."
+KINDS = {STATE: "STATE", ACTION: "ACTION"}
 EMPTY = f"{IMAGES}empty_camera_"
 TOKENIZER_FILES = ("tokenizer.json",)
 TOKENIZER_SLACK = 128
@@ -111,6 +114,34 @@ class Units:
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class Normalization:
+    """How a checkpoint normalises state and action.
+
+    Attributes:
+        modes: Feature → ``MEAN_STD``, or one of :data:`BOUNDS`.
+        statistics: Feature → its statistics.
+        eps: See :meth:`Units.of`.
+    """
+
+    modes: Mapping[str, str]
+    statistics: Mapping[str, Statistics]
+    eps: float = 1e-8
+
+    @classmethod
+    def of(cls, mode: str, statistics: Mapping[str, Mapping[str, Any]]) -> Normalization:
+        """Normalise all features in one way; statistics may be lists."""
+        vectors = {
+            feature: {name: np.asarray(value, dtype=np.float32) for name, value in parts.items()}
+            for feature, parts in statistics.items()
+        }
+        return cls(dict.fromkeys(statistics, mode), vectors)
+
+    def units(self, feature: str, dim: int) -> Units:
+        """Make the units of a feature of ``dim`` values; see :meth:`Units.of` for errors."""
+        return Units.of(self.modes.get(feature, "none"), self.statistics.get(feature, {}), dim, feature, self.eps)
+
+
 @dataclass(frozen=True)
 class Features:
     """Everything that a ``config.json`` says of a policy's inputs and outputs.
@@ -163,31 +194,65 @@ def read_processors(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]
     return before, after
 
 
+def read_normalization(folder: Path, data: Mapping[str, Any]) -> Normalization:
+    """Read how state and action are normalised: from the processors, or from the weights of an old checkpoint.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    before, after = read_processors(folder)
+    modes: dict[str, str] = {}
+    statistics: dict[str, Statistics] = {}
+    eps = 1e-8
+    for feature, kind, processor, name, old in (
+        (STATE, "STATE", before, "normalizer_processor", "normalize_inputs.buffer_observation_state."),
+        (ACTION, "ACTION", after, "unnormalizer_processor", "unnormalize_outputs.buffer_action."),
+    ):
+        config, file = _step(processor, name), _state_file(processor, name)
+        modes[feature] = str((config.get("norm_map") or data.get("normalization_mapping") or {}).get(kind))
+        eps = float(config.get("eps", eps))
+        if file is not None:
+            statistics[feature] = _read(folder / file, f"{feature}.")
+        elif processor is None and (folder / WEIGHTS).is_file():
+            statistics[feature] = _read(folder / WEIGHTS, old)
+    return Normalization(modes, statistics, eps)
+
+
 def read_units(folder: Path, data: Mapping[str, Any], features: Features) -> tuple[Units, Units]:
-    """Read the units of state and action from the processors' statistics, or from the weights of an old checkpoint.
+    """Read the units of state and action.
 
     Raises:
         CheckpointError: If statistics are missing, not finite, or of other lengths; or the normalisation is unknown.
     """
-    before, after = read_processors(folder)
-    if before is None or after is None:
-        modes = data.get("normalization_mapping") or {}
-        state = _from_weights(folder, "normalize_inputs.buffer_observation_state.")
-        action = _from_weights(folder, "unnormalize_outputs.buffer_action.")
-        return (
-            Units.of(modes.get("STATE", "MEAN_STD"), state, features.state_dim, STATE),
-            Units.of(modes.get("ACTION", "MEAN_STD"), action, features.action_dim, ACTION),
-        )
-    units = []
-    for processor, step, key, kind, dim in (
-        (before, "normalizer_processor", STATE, "STATE", features.state_dim),
-        (after, "unnormalizer_processor", ACTION, "ACTION", features.action_dim),
-    ):
-        config, file = _step(processor, step), _state_file(processor, step)
-        statistics = {} if file is None else _read(folder / file, f"{key}.")
-        mode = (config.get("norm_map") or data.get("normalization_mapping") or {}).get(kind)
-        units.append(Units.of(str(mode), statistics, dim, key, float(config.get("eps", 1e-8))))
-    return units[0], units[1]
+    read = read_normalization(folder, data)
+    return read.units(STATE, features.state_dim), read.units(ACTION, features.action_dim)
+
+
+def write_processors(folder: Path, normalization: Normalization, data: Mapping[str, Any], max_tokens: int) -> None:
+    """Write the processors' JSON and statistics as far as this library reads them.
+
+    Args:
+        folder: The checkpoint's.
+        normalization: Of state and action.
+        data: Contents of ``config.json``.
+        max_tokens: Longest prompt.
+    """
+    norm_map = {"VISUAL": "IDENTITY", **{kind: normalization.modes[name] for name, kind in KINDS.items()}}
+    features = {**data["input_features"], **data["output_features"]}
+    config = {"eps": normalization.eps, "features": features, "norm_map": norm_map}
+    tensors = {
+        f"{feature}.{name}": np.ascontiguousarray(value, dtype=np.float32)
+        for feature, parts in normalization.statistics.items()
+        for name, value in parts.items()
+    }
+    tokens = {"max_length": max_tokens, "padding_side": "right", "padding": "max_length", "truncation": True}
+    before = [{"registry_name": "tokenizer_processor", "config": tokens}]
+    for file, steps, name in ((PREPROCESSOR, before, "normalizer"), (POSTPROCESSOR, [], "unnormalizer")):
+        state_file = f"{file.removesuffix('.json')}_step_{len(steps)}_{name}_processor.safetensors"
+        steps = [*steps, {"registry_name": f"{name}_processor", "config": config, "state_file": state_file}]
+        content = {"name": file.removesuffix(".json"), "steps": steps}
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / state_file)
 
 
 def tokenizer_length(preprocessor: Mapping[str, Any] | None, default: int) -> int:
@@ -234,18 +299,14 @@ def _step(processor: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
     return {}
 
 
-def _state_file(processor: Mapping[str, Any], name: str) -> str | None:
-    for step in processor.get("steps", ()):
+def _state_file(processor: Mapping[str, Any] | None, name: str) -> str | None:
+    for step in (processor or {}).get("steps", ()):
         if step.get("registry_name") == name:
             file = step.get("state_file")
             if file is not None and Path(file).name != file:
                 raise CheckpointError(f"state_file {file!r} of {name} must be the name of a file beside it")
             return None if file is None else str(file)
     return None
-
-
-def _from_weights(folder: Path, prefix: str) -> dict[str, npt.NDArray[np.float32]]:
-    return _read(folder / WEIGHTS, prefix) if (folder / WEIGHTS).is_file() else {}
 
 
 def _read(file: Path, prefix: str) -> dict[str, npt.NDArray[np.float32]]:

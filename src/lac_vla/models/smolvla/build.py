@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lac_vla.models.lerobot_layout import Units
+from lac_vla.models.lerobot_layout import ACTION, STATE
 from lac_vla.models.siglip import SiglipVision
 from lac_vla.models.smolvla.config import SmolVLAConfig
 from lac_vla.models.smolvla.head import SmolVLAHead
@@ -19,7 +19,6 @@ def build_smolvla(
     config: SmolVLAConfig,
     model: SmolVLAModel,
     encode: Encode,
-    units: tuple[Units, Units],
     *,
     name: str = "smolvla",
 ) -> VLA:
@@ -29,13 +28,13 @@ def build_smolvla(
         config: What the modules were built from.
         model: The modules.
         encode: The tokenizer: text → token ids.
-        units: Units of the state and of the actions.
         name: For tables and error messages.
 
     Raises:
-        CheckpointError: If the parts do not fit together.
+        CheckpointError: If the statistics are incomplete.
     """
-    state, actions = units
+    state = config.normalization.units(STATE, config.state_dim)
+    actions = config.normalization.units(ACTION, config.action_dim)
     processor = SmolVLAProcessor(model, config, encode, name, state)
     decoder = PrefixStack(model.text)
     expert = ExpertStack(model.expert, config.cross, config.flow.horizon)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from lac_vla.models.heads.units import choose_stats
 from lac_vla.models.lerobot_layout import (
     ACTION,
     STATE,
-    Units,
+    Normalization,
     find_tokenizer,
     read_features,
+    read_normalization,
     read_processors,
-    read_units,
     tokenizer_length,
+    write_processors,
 )
-from lac_vla.models.lerobot_write import write_processors
 from lac_vla.models.smolvla.build import build_smolvla
 from lac_vla.models.smolvla.config import SmolVLAConfig
 from lac_vla.models.smolvla.layout import VLM, VLM_CONFIG, config_json, read_config, vlm_json
@@ -70,12 +71,12 @@ def load_smolvla(
             "names in Frame.images in this order, one to all of them"
         )
     max_tokens = tokenizer_length(before, int(data.get("tokenizer_max_length", 48)))
-    config = read_config(folder, data, features, names, file_shapes(folder), tokenizer, max_tokens)
-    units = read_units(folder, data, features)
+    normalization = read_normalization(folder, data)
+    config = read_config(folder, data, features, normalization, names, file_shapes(folder), tokenizer, max_tokens)
     encode = encode or find_tokenizer(folder, tokenizer, VLM, config.text.vocab_size)
     with torch.device("meta"):
         model = SmolVLAModel(config)
-    vla = build_smolvla(config, model, encode, units, name=name)
+    vla = build_smolvla(config, model, encode, name=name)
     load_weights(model, folder, dtype=dtype, device=device, unused=UNUSED)
     model.reset_rotary(device)
     model.eval()
@@ -86,10 +87,10 @@ def save_smolvla(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
     """Write a model in LeRobot's layout, with tokenizer and sizes; see :func:`lac_vla.models.save_vla`."""
     folder.mkdir(parents=True, exist_ok=True)
     config: SmolVLAConfig = vla.config
-    head, processor = vla.head, vla.processor
     write_weights(vla.module, folder, dtype)
-    write_processors(folder, {STATE: processor.units, ACTION: head.units})  # type: ignore[attr-defined]
-    for file, content in ((CONFIG, config_json(config)), (VLM_CONFIG, vlm_json(config))):
+    data = config_json(config)
+    write_processors(folder, config.normalization, data, config.max_tokens)
+    for file, content in ((CONFIG, data), (VLM_CONFIG, vlm_json(config))):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(vla.encode, folder)
 
@@ -103,16 +104,17 @@ def random_smolvla(config: SmolVLAConfig, *, name: str, seed: int, dtype: torch.
         model.reset_rotary(device)
         randomise(model, seed)
     model.eval()
-    units = [
-        Units.of("MEAN_STD", {"mean": torch.zeros(dim).numpy(), "std": torch.ones(dim).numpy()}, dim, what)
-        for dim, what in ((config.state_dim, STATE), (config.action_dim, ACTION))
-    ]
-    return build_smolvla(config, model, WordHash(config.text.vocab_size), (units[0], units[1]), name=name)
+    return build_smolvla(config, model, WordHash(config.text.vocab_size), name=name)
 
 
 def new_smolvla(config: SmolVLAConfig, statistics: Mapping[str, Any], encode: Encode, *, name: str) -> VLA:
     """Make a model to be trained; see :func:`lac_vla.models.untrained_vla`."""
     stats = choose_stats(statistics, None)
-    state = Units.of("MEAN_STD", stats.get("proprio", {}), config.state_dim, STATE)
-    action = Units.of("MEAN_STD", stats.get("action", {}), config.action_dim, ACTION)
-    return build_smolvla(config, SmolVLAModel(config), encode, (state, action), name=name)
+    normalization = Normalization.of("MEAN_STD", {STATE: _numbers(stats, "proprio"), ACTION: _numbers(stats, "action")})
+    config = replace(config, normalization=normalization)
+    return build_smolvla(config, SmolVLAModel(config), encode, name=name)
+
+
+def _numbers(stats: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Take mean and deviation of a data set's statistics."""
+    return {name: value for name, value in stats.get(kind, {}).items() if name in ("mean", "std")}

@@ -11,6 +11,7 @@ from typing import Any
 
 from lac_vla.errors import CheckpointError
 from lac_vla.models.heads.flow_matching import FlowConfig
+from lac_vla.models.lerobot_layout import ACTION, STATE, Normalization
 from lac_vla.models.siglip import SiglipConfig
 
 FFN_MULTIPLE = 256
@@ -69,6 +70,7 @@ class SmolVLAConfig:
         cameras: Names in ``Frame.images``, in token order.
         state_dim: Values of the state.
         action_dim: Values of an action.
+        normalization: Of both.
         flow: The action head.
         expert_width: Channels of the expert.
         expert_ffn: Channels of its feed-forward network; 0 for what its width gives.
@@ -86,6 +88,7 @@ class SmolVLAConfig:
     cameras: tuple[str, ...]
     state_dim: int
     action_dim: int
+    normalization: Normalization
     flow: FlowConfig
     expert_width: int
     shuffle: int = 4
@@ -133,12 +136,19 @@ def expert_ffn(width: int) -> int:
     return FFN_MULTIPLE * -(-4 * (2 * width // 3) // FFN_MULTIPLE)
 
 
+def _unscaled(state_dim: int, action_dim: int) -> Normalization:
+    """Make statistics of a model that was trained on nothing: the robot's units are the model's."""
+    dims = {STATE: state_dim, ACTION: action_dim}
+    return Normalization.of("MEAN_STD", {name: {"mean": [0.0] * n, "std": [1.0] * n} for name, n in dims.items()})
+
+
 SMOLVLA_BASE = SmolVLAConfig(
     text=TextConfig(width=960, ffn=2560, layers=16, heads=15, kv_heads=5),
     vision=SiglipConfig(width=768, depth=12, heads=12, mlp_width=3072, patch=16, table=32),
     cameras=("camera1", "camera2", "camera3"),
     state_dim=6,
     action_dim=6,
+    normalization=_unscaled(6, 6),
     flow=FlowConfig(horizon=50),
     expert_width=720,
 )
@@ -150,6 +160,7 @@ TINY_SMOLVLA = SmolVLAConfig(
     cameras=("agentview", "wrist"),
     state_dim=8,
     action_dim=7,
+    normalization=_unscaled(8, 7),
     flow=FlowConfig(horizon=5, width=9, steps=4),
     expert_width=24,
     expert_ffn=40,

@@ -14,7 +14,7 @@ from typing import Any
 
 from lac_vla.errors import CheckpointError
 from lac_vla.models.heads.flow_matching import FlowConfig
-from lac_vla.models.lerobot_layout import ACTION, IMAGES, STATE, Features
+from lac_vla.models.lerobot_layout import ACTION, IMAGES, KINDS, STATE, Features, Normalization
 from lac_vla.models.siglip import SiglipConfig
 from lac_vla.models.smolvla.config import SmolVLAConfig, TextConfig
 from lac_vla.models.weights import find_folder, read_json
@@ -37,6 +37,7 @@ def read_config(
     folder: Path,
     data: Mapping[str, Any],
     features: Features,
+    normalization: Normalization,
     cameras: tuple[str, ...],
     shapes: Mapping[str, tuple[int, ...]],
     other: str | Path | None,
@@ -48,6 +49,7 @@ def read_config(
         folder: The checkpoint's.
         data: Contents of its ``config.json``.
         features: What these say of inputs and outputs.
+        normalization: Of both.
         cameras: Names in ``Frame.images``.
         shapes: Name → shape of the weights.
         other: Folder or hub id that may hold the language model's ``config.json``; ``None`` for none.
@@ -107,6 +109,7 @@ def read_config(
         cameras,
         features.state_dim,
         features.action_dim,
+        normalization,
         flow,
         expert_width,
         isqrt(joined // vision_width),
@@ -143,7 +146,10 @@ def config_json(config: SmolVLAConfig) -> dict[str, Any]:
         "type": "smolvla",
         "input_features": {**images, STATE: {"type": "STATE", "shape": [config.state_dim]}},
         "output_features": {ACTION: {"type": "ACTION", "shape": [config.action_dim]}},
-        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
+        "normalization_mapping": {
+            "VISUAL": "IDENTITY",
+            **{kind: config.normalization.modes[name] for name, kind in KINDS.items()},
+        },
         "chunk_size": config.flow.horizon,
         "n_action_steps": config.flow.horizon,
         "max_state_dim": config.state_width,
