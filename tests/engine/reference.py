@@ -1,4 +1,4 @@
-"""An independent Llama decoder with mixed keys and values, written from the definition: slow, plain, dense.
+"""An independent Llama or Gemma decoder with mixed keys and values, written from the definition: slow, plain, dense.
 
 It shares no code with the engine. Every row is computed in every layer; a token that the decision does not compute in
 a layer has its key and value there replaced by the remembered ones (reuse) or hidden from everyone (prune).
@@ -7,8 +7,10 @@ a layer has its key and value there replaced by the remembered ones (reuse) or h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from lac_vla.types import Decision, SkippedTokens
 
@@ -22,18 +24,30 @@ class ReferenceDecoder:
         kv_heads: Key/value heads.
         theta: Rotary base.
         eps: Of the RMS norms.
+        gain: Added to the weights of the RMS norms.
+        activate: Activation of the feed-forward networks.
+        sees: Length of a prompt → which slots its rows see, bool, (length, length); by default causal.
     """
 
     def __init__(
-        self, weights: dict[str, torch.Tensor], heads: int, kv_heads: int, theta: float = 10000.0, eps: float = 1e-6
+        self,
+        weights: dict[str, torch.Tensor],
+        heads: int,
+        kv_heads: int,
+        theta: float = 10000.0,
+        eps: float = 1e-6,
+        gain: float = 0.0,
+        activate: Callable[[torch.Tensor], torch.Tensor] = F.silu,
+        sees: Callable[[int], torch.Tensor] = lambda length: torch.ones(length, length).tril().bool(),
     ) -> None:
         self.w = {name: value.double() for name, value in weights.items()}
         self.heads, self.kv_heads, self.theta, self.eps = heads, kv_heads, theta, eps
+        self.gain, self.activate, self.sees = gain, activate, sees
         self.n_layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
         self.old: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return self.w[name] * x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return (self.gain + self.w[name]) * x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         length, half = x.shape[1], x.shape[2] // 2
@@ -79,12 +93,12 @@ class ReferenceDecoder:
             for head in range(self.heads):
                 group = head // (self.heads // self.kv_heads)
                 scores = q[head] @ k[group].T / math.sqrt(q.shape[-1])
-                scores = scores.masked_fill(torch.ones(length, length).triu(1).bool() | hidden_slots, -torch.inf)
+                scores = scores.masked_fill(~self.sees(length) | hidden_slots, -torch.inf)
                 # A hidden slot's own row may see nothing; nobody looks at it.
                 attended.append(torch.nan_to_num(scores.softmax(-1)) @ v[group])
             x = x + torch.cat(attended, -1) @ self.w[p + "self_attn.o_proj.weight"].T
             y = self.norm(x, p + "post_attention_layernorm.weight")
             gate, up = (y @ self.w[f"{p}mlp.{part}_proj.weight"].T for part in ("gate", "up"))
-            x = x + (gate * torch.sigmoid(gate) * up) @ self.w[p + "mlp.down_proj.weight"].T
+            x = x + (self.activate(gate) * up) @ self.w[p + "mlp.down_proj.weight"].T
         self.old = remembered
         return self.norm(x, "model.norm.weight")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from lac_vla import VLA, CachedVLA, Decision, Dense, Frame, InputError, Random, Session, random_vla
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.models import FAMILIES
 from lac_vla.models.heads.base import Decoding, HeadContext
 from lac_vla.models.llama import LlamaDecoder
@@ -38,10 +42,29 @@ def backbone(request: pytest.FixtureRequest) -> VLA:
 
 
 def reference(backbone: VLA) -> ReferenceDecoder:
-    config = backbone.module.language_model.config
-    return ReferenceDecoder(
-        dict(backbone.module.language_model.state_dict()), config.num_attention_heads, config.num_key_value_heads
-    )
+    decoder = backbone.decoder
+    sizes = decoder.shape.queries // decoder.head_dim, decoder.kv_heads
+    if decoder.causal:
+        return ReferenceDecoder(dict(backbone.module.language_model.state_dict()), *sizes)
+    gemma = backbone.family != "smolvla"
+    blocks = backbone.module.prefix if gemma else backbone.module.text
+    weights = {f"model.{name}": value for name, value in blocks.state_dict().items()}  # type: ignore[operator]
+    if gemma:
+        return ReferenceDecoder(
+            weights, *sizes, gain=1.0, activate=partial(F.gelu, approximate="tanh"), sees=everything
+        )
+    return ReferenceDecoder(weights, *sizes, eps=1e-5, sees=all_but_the_last)
+
+
+def everything(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool)
+
+
+def all_but_the_last(length: int) -> torch.Tensor:
+    """SmolVLA's state stands last and sees itself; nobody else does."""
+    sees = everything(length)
+    sees[:-1, -1] = False
+    return sees
 
 
 def sequence_of(backbone: VLA, observation: Frame, tokens: list[int]) -> torch.Tensor:
@@ -49,6 +72,8 @@ def sequence_of(backbone: VLA, observation: Frame, tokens: list[int]) -> torch.T
     with torch.inference_mode():
         visual = backbone.encode_image(observation)
         prefix, suffix = backbone.processor.embed(backbone.processor.prompt(observation))
+        if not tokens:
+            return torch.cat([prefix, visual, suffix])
         embed = backbone.module.language_model.get_input_embeddings()
         appended = embed(torch.tensor(tokens[:-1], dtype=torch.long))
         return torch.cat([prefix, visual, suffix, appended])
@@ -67,6 +92,9 @@ def run(session: Session, frames: list[Frame]) -> list[object]:
 @pytest.mark.parametrize("sequence", SEQUENCES)
 def test_dense_equals_the_stock_model(backbone: VLA, sequence: str) -> None:
     """Transformers' own forward pass, uncached: hidden states and, where there are any, greedy tokens."""
+    if backbone.head.reads == "kv":
+        assert_stock_values(backbone, SEQUENCES[sequence])
+        return
     session = CachedVLA(backbone, Dense()).session()
     for observation in SEQUENCES[sequence]:
         hidden = capture_hidden(session, observation)
@@ -80,27 +108,78 @@ def test_dense_equals_the_stock_model(backbone: VLA, sequence: str) -> None:
         assert logits.argmax(-1).tolist() == tokens or not tokens
 
 
+def assert_stock_values(backbone: VLA, frames: list[Frame]) -> None:
+    """The values of every layer of transformers' own forward pass."""
+    if not hasattr(backbone.module, "text"):
+        pytest.skip("its blocks are not those of transformers")
+    text, session, found = backbone.module.text, CachedVLA(backbone, Dense()).session(), []
+    for layer in text.layers:  # type: ignore[union-attr]
+        layer.self_attn.v_proj.register_forward_hook(lambda _, __, out: found.append(out))  # type: ignore[union-attr]
+    for observation in frames:
+        session.act(observation)
+        found.clear()
+        embeddings = sequence_of(backbone, observation, [])
+        mask = torch.zeros(len(embeddings), len(embeddings)).masked_fill_(
+            ~all_but_the_last(len(embeddings)), -torch.inf
+        )
+        with torch.inference_mode():
+            text(inputs_embeds=embeddings[None], attention_mask=mask[None, None], use_cache=False)  # type: ignore[operator]
+        heads = (session.model.decoder.kv_heads, session.model.decoder.head_dim)
+        stock = torch.cat(found).unflatten(2, heads).transpose(1, 2)
+        torch.testing.assert_close(slots_of(session)[1], stock, rtol=1e-5, atol=1e-5)
+
+
+def slots_of(session: Session) -> torch.Tensor:
+    """Keys and values of the prompt, (2, layers, kv_heads, length, head_dim)."""
+    layout, start, store = session.memory.layout, session._region.start, session.engine.store
+    assert layout is not None
+    own = slice(start, start + layout.length)
+    return torch.stack([store.keys[:, :, own], store.values[:, :, own]])
+
+
 @pytest.mark.parametrize("sequence", SEQUENCES)
 @pytest.mark.parametrize("name", ALL_POLICIES)
 def test_sparse_equals_the_reference(backbone: VLA, name: str, sequence: str) -> None:
-    """Invariant 3, and 1 for its first frames: hidden states of the suffix, and every decoding step."""
+    """Invariant 3, and 1 for its first frames: hidden states of the suffix, and every decoding step.
+
+    Of a head that reads keys and values, those of every slot that exists, in every layer.
+    """
     session = CachedVLA(backbone, ALL_POLICIES[name]()).session(seed=5)
-    expected = reference(backbone)
+    expected, frames = reference(backbone), SEQUENCES[sequence]
     sparse = 0
-    for observation in SEQUENCES[sequence]:
+    for observation in frames:
         captured = capture_hidden(session, observation)
         step = session.last_info
         assert step is not None
         embeddings = sequence_of(backbone, observation, step.metadata.get("tokens", []))
         hidden = expected.run(embeddings, step.layout.n_prefix, step.decision)[step.layout.suffix.start :]
-        torch.testing.assert_close(captured.double(), hidden, rtol=1e-5, atol=1e-5)
+        if backbone.head.reads == "hidden":
+            torch.testing.assert_close(captured.double(), hidden, rtol=1e-5, atol=1e-5)
+        else:
+            assert_slots(captured.double(), expected, step)
         sparse += int(step.ratio > 0)
-    expected_sparse = 0 if name == "dense" else len(SEQUENCES[sequence]) - 1
+    expected_sparse = sum(one.instruction == other.instruction for one, other in pairwise(frames))
+    if name == "dense" or backbone.decoder.causal:
+        expected_sparse = 0 if name == "dense" else len(frames) - 1
     assert sparse == expected_sparse or (name in HESITANT and 0 < sparse < expected_sparse)
 
 
+def assert_slots(found: torch.Tensor, expected: ReferenceDecoder, step: StepInfo) -> None:
+    for layer, pair in enumerate(expected.old):
+        exist = torch.ones(step.layout.length, dtype=torch.bool)
+        if step.decision.skipped is SkippedTokens.PRUNE:
+            exist[step.layout.visual] = torch.from_numpy(step.decision.exit_layer > layer)
+        torch.testing.assert_close(found[:, layer][:, :, exist], torch.stack(pair)[:, :, exist], rtol=1e-5, atol=1e-5)
+
+
 def capture_hidden(session: Session, observation: Frame) -> torch.Tensor:
-    """Act, and return the hidden states of suffix and appended tokens as they stood in the end."""
+    """Act, and return the hidden states of suffix and appended tokens as they stood in the end.
+
+    If the head reads none: keys and values of the prompt, (2, layers, kv_heads, length, head_dim).
+    """
+    if session.model.head.reads == "kv":
+        session.act(observation)
+        return slots_of(session).clone()
     head, rows = session.model.head, torch.zeros(0)
     original = head.decode
 
@@ -249,7 +328,7 @@ def test_reset_makes_the_next_frame_dense_and_the_episode_repeatable(backbone: V
 def test_scene_cut_drops_the_cache(backbone: VLA) -> None:
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0))
-    black = Frame({camera: np.zeros_like(image) for camera, image in frame(0).images.items()}, "pick up the bowl")
+    black = replace(frame(0), images={camera: np.zeros_like(image) for camera, image in frame(0).images.items()})
     session.act(black)
     assert session.last_info is not None
     assert session.last_info.dense_reason == "scene cut"
@@ -274,7 +353,7 @@ def test_other_image_size_is_refused_until_reset(backbone: VLA) -> None:
     session = CachedVLA(backbone, Random(0.5)).session()
     session.act(frame(0))
     before = session.act(frame(1))
-    larger = Frame({camera: np.zeros((80, 80, 3), np.uint8) for camera in ("agentview", "wrist")}, "pick up the bowl")
+    larger = replace(frame(2), images=dict.fromkeys(("agentview", "wrist"), np.zeros((80, 80, 3), np.uint8)))
     with pytest.raises(InputError, match=r"session\.reset"):
         session.act(larger)
     assert session.last_info is not None

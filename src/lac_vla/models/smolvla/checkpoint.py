@@ -58,7 +58,7 @@ def load_smolvla(
     ``cameras`` may name fewer than the model has: what is behind them is left out, as LeRobot does with missing ones.
     ``tokenizer`` may hold the language model's ``config.json``, too.
     """
-    if unnorm_key is not None or image_pipeline is not None:
+    if unnorm_key is not None or image_pipeline not in (None, "lerobot"):
         raise InputError(
             "a SmolVLA has one data set's statistics and one way to resize: leave `unnorm_key` and `image_pipeline` out"
         )
