@@ -196,6 +196,10 @@ class SiglipVision:
         weight: torch.Tensor = self._tower.post_layernorm.weight
         return weight
 
+    def token_patches(self, camera: str) -> torch.Tensor:
+        """List the patches of every token of a camera, int64, (tokens, patches of a token)."""
+        return self._patches
+
     def kv_cache(self) -> FrameKVCache:
         """Make an empty cache."""
         return FrameKVCache()
@@ -225,7 +229,7 @@ class SiglipVision:
             chosen = None if mask is None else table[mask.view(len(stem), -1)[camera]]
             rows = None if chosen is None else chosen.flatten()
             features = self._tower.encode(own[None], kv_cache.of(0, camera), rows)[0]
-            cameras.append(features[table].flatten(1) if chosen is None else features.reshape(len(chosen), -1))
+            cameras.append(features[table] if chosen is None else features)
         return torch.cat([part.reshape(-1, table.shape[1] * stem.shape[-1]) for part in cameras])
 
     def encode_camera(self, camera: str, images: torch.Tensor, kv_cache: Any) -> torch.Tensor:
