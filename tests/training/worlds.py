@@ -93,7 +93,8 @@ def store_of(
 
 def embedded(vla: VLA, instruction: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What stands before and behind the visual tokens."""
-    blank = Frame({name: np.zeros((8, 8, 3), np.uint8) for name in vla.grids}, instruction)
+    state = np.zeros(vla.processor.state_dim or 1, np.float32)
+    blank = Frame({name: np.zeros((8, 8, 3), np.uint8) for name in vla.grids}, instruction, state)
     return vla.processor.embed(vla.processor.prompt(blank))
 
 

@@ -72,4 +72,4 @@ class SmolVLAHead(FlowMatchingHead):
 
     def _read(self, hidden: torch.Tensor) -> torch.Tensor:
         velocity: torch.Tensor = self._model.linear("action_out_proj")(hidden)
-        return velocity.float()
+        return velocity.to(torch.promote_types(velocity.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What LeRobot's ``config.json`` and the weights' shapes say of a SmolVLA, and the same written.
+"""Reads a SmolVLA's configuration from LeRobot's ``config.json`` and the weights' shapes, and writes it.
 
 A checkpoint does not hold the language model's configuration. Sizes come from the weights' shapes; what these do not
 tell, the width of a head, is that of the published models, or stands in ``vlm_config.json``, the ``config.json`` of a
