@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,15 @@ import pytest
 import torch
 from tests.engine.scenes import frame
 from tests.training.test_lac_loss import WARM, gradients
+from tests.training.test_train import rows, short_run
 from tests.training.worlds import losses_of, store_of, tiny
 
-from lac_vla import VLA, CachedVLA, Random
+from lac_vla import VLA, CachedVLA, EngineOptions, LACPolicy, Random, load_vla, random_vla, save_vla
+from lac_vla.datasets.writer import DatasetWriter
+from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.training import lac
 from lac_vla.training.store import FrameStore
+from lac_vla.training.train import train
 
 TEXTS = ("stop", "put the mug on the plate, then stop")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -110,3 +115,28 @@ def test_the_gradient_of_the_mask_is_that_of_finite_differences(vla: VLA, loss: 
             slope = float(value(mask + step) - value(mask - step)) / 2e-4
         assert slope != 0
         assert float(grad[row, token]) == pytest.approx(slope, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["distill", "demo"])
+@pytest.mark.parametrize("vision", [False, True])
+def test_a_trained_policy_drives_the_model(tmp_path: Path, loss: str, vision: bool) -> None:
+    """``lac train`` from beginning to end, with the tower's reuse and without."""
+    rng = np.random.default_rng(0)
+    with DatasetWriter(tmp_path / "demos", 20) as writer:
+        for episode in range(4):
+            images = {name: rng.integers(0, 255, (9, 64, 64, 3), dtype=np.uint8) for name in ("agentview", "wrist")}
+            action, state = rng.uniform(-1, 1, (9, 7)), rng.uniform(-1, 1, (9, 8))
+            text = "pick up the bowl" if episode % 2 else "put it down"
+            writer.add_episode(images, state.astype(np.float32), action.astype(np.float32), text)
+    encode = FileTokenizer(train_tokenizer(TEXTS, 300))
+    save_vla(replace(random_vla("smolvla-tiny"), encode=encode), tmp_path / "vla")
+    short = short_run(tmp_path / "vla", tmp_path / "demos", tmp_path / "run")
+    config = replace(short, loss=loss, recovery=0.0, vision_kv_reuse=vision)  # type: ignore[arg-type]
+    policy = LACPolicy.from_pretrained(train(config))
+    options = EngineOptions(vision_kv_reuse=vision)
+    session = CachedVLA(load_vla(tmp_path / "vla"), policy, options=options).session()
+    for number in range(3):
+        session.act(frame(number))
+    assert session.last_info is not None
+    assert session.last_info.decision.nominal_ratio in config.ratios
+    assert all(np.isfinite(list(row.values())).all() for row in rows(config.out))

@@ -155,7 +155,7 @@ SMOLVLA_BASE = SmolVLAConfig(
 """``lerobot/smolvla_base``."""
 
 TINY_SMOLVLA = SmolVLAConfig(
-    text=TextConfig(width=32, ffn=48, layers=3, heads=4, kv_heads=2, head_dim=16, vocab_size=64),
+    text=TextConfig(width=32, ffn=48, layers=3, heads=4, kv_heads=2, head_dim=16, vocab_size=320),
     vision=SiglipConfig(width=24, depth=2, heads=2, mlp_width=32, patch=4, table=16),
     cameras=("agentview", "wrist"),
     state_dim=8,
