@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.engine.scenes import frame
 
 from lac_vla import VLA, CachedVLA, EngineOptions, Frame, Random, random_vla
 from lac_vla.models.siglip import token_patches
+from lac_vla.models.smolvla.config import TINY_SMOLVLA
 from lac_vla.training.tower import MixedTower
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -113,19 +115,22 @@ def test_without_a_cache_all_is_computed(vla: VLA) -> None:
 
 
 @torch.inference_mode()
-def test_training_with_a_tower_that_reuses_equals_the_engine(vla: VLA) -> None:
+@pytest.mark.parametrize("block", [4, 2])
+def test_training_with_a_tower_that_reuses_equals_the_engine(block: int) -> None:
     """The patches of a token are mixed together; two windows at once, each with its own decisions."""
+    vla = random_vla(replace(TINY_SMOLVLA, shuffle=block), seed=3)
+    n = 2 * (SIDE // block) ** 2
     tower, rng, old = MixedTower(vla), np.random.default_rng(0), None
     caches = [vla.vision.kv_cache() for _ in range(2)]
     for at in range(3):
-        active = rng.random((2, 2 * TOKENS)) < (0.5 if at else 1)
+        active = rng.random((2, n)) < (0.5 if at else 1)
         frames = [frame(at), frame(9 - at)]
         images = {
             name: torch.from_numpy(np.stack([vla.processor.images(each)[name] for each in frames]))
             for name in vla.grids
         }
         mask = torch.from_numpy(active).float() if at else None
-        seen = tower.encode(images, torch.zeros(2, 2 * TOKENS, 32), mask, old)
+        seen = tower.encode(images, torch.zeros(2, n, 32), mask, old)
         old = seen.slots
         for window, (observation, cache) in enumerate(zip(frames, caches, strict=True)):
             stem = vla.vision.encode_stem(observation, vla.processor.images(observation), cache)
