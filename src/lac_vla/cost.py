@@ -164,6 +164,8 @@ class CostModel:
                 while True:
                     rows = next(decoding) if rows is None else decoding.send(rows.embeddings)
 
+        with torch.inference_mode():
+            decode()  # what a head computes once for all frames does not count
         decoded = count_macs(decode)
         return cls(model.decoder.shape, always, tokens, projector, decoded // head.n_rows)
 

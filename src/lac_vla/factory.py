@@ -29,7 +29,11 @@ class ModelOptions:
         dtype: Of the weights in memory: ``auto`` (bfloat16 on a GPU, float32 elsewhere), ``float32``, ``bfloat16`` or
             ``float16``.
         unnorm_key: Statistics key of the checkpoint, if it has several.
-        image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
+        image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation,
+            ``lerobot-0.4`` for a π0 or π0.5 that was trained with LeRobot 0.4 and pictures that are not square.
+        tokenizer: Folder or hub id of the tokenizer, where the checkpoint holds none (LeRobot's do not).
+        state_prompt: How π0.5's prompt tells the state: ``given``, ``padded`` (LeRobot 0.4) or ``none`` (openpi's
+            LIBERO model).
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.
@@ -46,6 +50,8 @@ class ModelOptions:
     dtype: str = "auto"
     unnorm_key: str | None = None
     image_pipeline: str | None = None
+    tokenizer: str | None = None
+    state_prompt: str | None = None
     flow: str | None = None
     max_age: int = 16
     options: str = "default"
@@ -197,6 +203,8 @@ def load_methods(
         cameras=cameras,
         unnorm_key=options.unnorm_key,
         image_pipeline=options.image_pipeline,
+        tokenizer=options.tokenizer,
+        state_prompt=options.state_prompt,
     )
     engine_options = EngineOptions.parse(options.options)
     return {

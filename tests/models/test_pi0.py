@@ -242,7 +242,7 @@ def test_training_loss(vla: VLA, family: str, arrays: Arrays) -> None:
     for given in (frames[:1], frames, frames[::-1]):
         context, n = passed(vla, given).context(), len(given)
         proprio = np.stack([frame.proprio for frame in given if frame.proprio is not None])
-        states, times = torch.from_numpy(head.state_targets(proprio, n)), time.repeat(n)
+        states, times = torch.from_numpy(head.with_states(np.zeros((n, 0), np.float32), proprio)), time.repeat(n)
         times[[frame is not frames[0] for frame in given]] = 0.3
         velocity = head.train_velocity(context, states, noised.expand(n, -1, -1), times)
         close((velocity[given.index(frames[0])] - wanted[0]).square(), arrays["train_loss"])

@@ -81,7 +81,9 @@ def store_of(
         prefix=prefix.float().numpy(),
         suffix=np.repeat(np.stack(padded), length, axis=0),
         suffix_length=np.repeat(lengths, length),
-        targets=vla.head.targets(rng.uniform(-1, 1, (total, 7))),
+        targets=vla.head.with_states(
+            vla.head.targets(rng.uniform(-1, 1, (total, 7))), np.zeros((total, vla.processor.state_dim or 0))
+        ),
         images=images,
         flow=flow,
         instructions=texts,

@@ -102,7 +102,8 @@ def load_vla(
 
     Weights are read from safetensors; official CogACT's from the ``.pt`` file of its run, of which tensors alone are
     unpickled.
-    A CogACT run holds no tokenizer: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
+    LeRobot's checkpoints hold no tokenizer: pass ``tokenizer``.
+    A CogACT run holds none either: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
 
     Args:
         path_or_hub_id: A folder, or ``owner/name`` on the Hugging Face hub (downloaded once).
@@ -175,7 +176,8 @@ def random_vla(
 
     Args:
         config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
-            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"smolvla-base"``, ``"smolvla-tiny"``.
+            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"pi0"``, ``"pi05"``, ``"pi0-tiny"``,
+            ``"pi05-tiny"``, ``"smolvla-base"``, ``"smolvla-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

@@ -116,7 +116,7 @@ class Units:
 
 @dataclass(frozen=True, eq=False)
 class Normalization:
-    """How a checkpoint normalises state and action.
+    """Says how a checkpoint normalises state and action.
 
     Attributes:
         modes: Feature → ``MEAN_STD``, or one of :data:`BOUNDS`.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +246,7 @@ class _Builder:
         layout, images = vla.processor.prompt(frame).layout, vla.processor.images(frame)
         lengths = [int(self.source.episodes[index]["length"]) for index in self.chosen]
         total, width = sum(lengths), vla.decoder.shape.width
-        texts = {self.source.episode(index).instruction for index in self.chosen}
-        longest = max(len(self._text(self._frame(first, 0, text))[1]) for text in texts)
+        longest = max(self._longest_suffix(frame, self.source.episode(index)) for index in self.chosen)
         answer = self._targets(first, [frame])
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "visual": ((total, layout.n_visual, width), np.float16),
@@ -328,9 +327,20 @@ class _Builder:
             previous = pixels
             bar.update()
 
-    def _frame(self, episode: Episode, at: int, instruction: str | None = None) -> Frame:
+    def _longest_suffix(self, frame: Frame, episode: Episode) -> int:
+        """Count the tokens behind the visual ones in an episode's longest prompt, which may tell the state."""
+        count = 1 if self.vla.processor.state_dim is None else len(episode)
+        prompts = (
+            self.vla.processor.prompt(
+                replace(frame, instruction=episode.instruction, proprio=self._proprio(episode, at))
+            )
+            for at in range(count)
+        )
+        return max(prompt.layout.n_suffix for prompt in prompts)
+
+    def _frame(self, episode: Episode, at: int) -> Frame:
         images = {camera: episode.images.window(camera, at, at + 1)[0] for camera in episode.images}
-        return Frame(images, instruction or episode.instruction, self._proprio(episode, at))
+        return Frame(images, episode.instruction, self._proprio(episode, at))
 
     def _frames(self, episode: Episode) -> list[Frame]:
         return [
@@ -347,11 +357,11 @@ class _Builder:
 
     def _targets(self, episode: Episode, frames: list[Frame]) -> npt.NDArray[Any]:
         """Turn recorded actions into the head's answers; without any, those of the dense model itself."""
-        actions = episode.action[: len(frames)]
+        actions, head = episode.action[: len(frames)], self.vla.head
         if not actions.shape[1]:
             self.dense.reset()
             actions = np.stack([self.dense.act(frame) for frame in frames])
-        return self.vla.head.targets(actions)
+        return head.with_states(head.targets(actions), episode.state[: len(frames)])
 
     def _check_disk(self, folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
         needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())

@@ -142,6 +142,21 @@ class ActionHead(ABC):
         """
         raise InputError(f"{type(self).__name__} has no loss: give it targets() and loss() to train beside it")
 
+    def with_states(self, targets: npt.NDArray[Any], states: FloatArray) -> npt.NDArray[Any]:
+        """Add to the targets what the loss needs of the states, where the prompt does not tell them.
+
+        Args:
+            targets: See :meth:`targets`, (T, n).
+            states: The same frames' proprioception in the data set's units, (T, S).
+
+        Returns:
+            A row for every frame, (T, m).
+
+        Raises:
+            InputError: If the states do not fit the model.
+        """
+        return targets
+
     def forced(self, targets: torch.Tensor) -> torch.Tensor | None:
         """Embed the rows that are forced behind the prompt: (B, n) → (B, n_rows − 1, width); ``None`` for none."""
         return None

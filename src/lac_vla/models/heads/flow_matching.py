@@ -18,11 +18,14 @@ import torch.nn.functional as F  # noqa: N812
 
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.heads.base import ActionHead, AppendRows, Decoding, HeadContext, LossContext
+from lac_vla.models.heads.units import check_units
 from lac_vla.models.lerobot_layout import Units
 from lac_vla.types import FloatArray
 
 DRAWS = 2
 """Noisings of every chunk in the loss; an expert is small beside its prefix."""
+DEVIATIONS = 4.0
+"""Action values beyond as many standard deviations count as outside the statistics' range."""
 TIME_POWER, TIME_SCALE, TIME_OFFSET = 1.5, 0.999, 0.001
 """Times of training are scale · x + offset with x of a Beta(power, 1) distribution."""
 
@@ -134,7 +137,7 @@ class FlowMatchingHead(ActionHead):
 
         Args:
             context: What may be read.
-            states: What :meth:`state_targets` made, (B, n).
+            states: What :meth:`with_states` put before the targets, (B, n).
             noised: (B, horizon, width).
             times: (B,).
 
@@ -158,15 +161,8 @@ class FlowMatchingHead(ActionHead):
         normalized = chunk[:, : self.units.dim].cpu().numpy()
         return self.units.unnormalize(normalized), {"normalized": normalized.tolist()}
 
-    def state_targets(self, states: FloatArray | None, n_frames: int) -> FloatArray:
-        """Make what the loss needs of the frames' states, (T, n): by default nothing."""
-        return np.zeros((n_frames, 0), dtype=np.float32)
-
-    def targets(self, actions: FloatArray, states: FloatArray | None = None) -> npt.NDArray[np.float32]:
-        """Put states and normalised chunks into rows, float32, (T, n + horizon · action_dim).
-
-        Behind an episode's end its last action goes on.
-        """
+    def targets(self, actions: FloatArray) -> npt.NDArray[np.float32]:
+        """Flatten normalised chunks, float32, (T, horizon · action_dim); behind the episode's end its last goes on."""
         horizon, dim = self.config.horizon, self.units.dim
         chunks = actions
         if actions.ndim == 2:
@@ -179,7 +175,8 @@ class FlowMatchingHead(ActionHead):
         normalized = self.units.normalize(chunks).reshape(len(chunks), -1)
         if not np.isfinite(normalized).all():
             raise InputError("the dataset's actions hold NaN or infinity, or the statistics are another data set's")
-        return np.concatenate([self.state_targets(states, len(chunks)), normalized], axis=1)
+        check_units(normalized / (DEVIATIONS if self.units.centred else 1.0), np.ones(horizon * dim, dtype=np.bool_))
+        return normalized
 
     def loss(
         self,
@@ -191,13 +188,15 @@ class FlowMatchingHead(ActionHead):
         """Compute the velocity's error, or the divergence from the teacher, mean over values and noisings."""
         config, dim = self.config, self.units.dim
         n_values = config.horizon * dim
-        states, clean = targets[:, : targets.shape[1] - n_values].float(), targets[:, targets.shape[1] - n_values :]
-        clean = F.pad(clean.float().view(-1, config.horizon, dim), (0, config.width - dim))
-        total = torch.zeros(len(clean), device=clean.device)
+        precise = torch.promote_types(self.like.dtype, torch.float32)
+        n_states = targets.shape[1] - n_values
+        states, clean = targets[:, :n_states].to(precise), targets[:, n_states:].to(precise)
+        clean = F.pad(clean.view(-1, config.horizon, dim), (0, config.width - dim))
+        total = torch.zeros_like(clean[:, 0, 0])
         for _ in range(DRAWS):
-            uniform = torch.rand(len(clean), generator=generator).to(clean.device)
+            uniform = torch.rand(len(clean), generator=generator).to(clean)
             times = uniform ** (1 / TIME_POWER) * TIME_SCALE + TIME_OFFSET
-            noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+            noise = torch.randn(clean.shape, generator=generator).to(clean)
             share = times[:, None, None]
             noised, wanted = share * noise + (1 - share) * clean, noise - clean
             if teacher is not None:

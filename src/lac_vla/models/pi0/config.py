@@ -77,7 +77,7 @@ class PiConfig:
 
     @property
     def reads_state(self) -> bool:
-        """Whether the model is told the state at all."""
+        """True if the model is told the state at all."""
         return not self.adaptive or self.state_prompt != "none"
 
     @property
@@ -139,7 +139,7 @@ def _tiny(adaptive: bool) -> PiConfig:
         vision=SiglipConfig(24, 2, 2, 48, patch=8, table=4),
         prefix=GemmaConfig(32, 2, 64, heads=8, kv_heads=1, head_dim=8),
         expert=GemmaConfig(16, 2, 32, heads=8, kv_heads=1, head_dim=8),
-        vocab_size=512,
+        vocab_size=320,
         flow=FlowConfig(horizon=4, width=12, steps=3),
         adaptive=adaptive,
         state_width=12,

@@ -122,14 +122,14 @@ class Norm(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PlainNorm:
-    """Gemma's norm, which multiplies by 1 + weight; in float32."""
+    """Gemma's norm, which multiplies by 1 + weight; in the precision of the weight."""
 
     module: Any
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise (..., width)."""
         weight = self.module.weight
-        return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), EPS).to(x.dtype)
+        return F.rms_norm(x.to(weight.dtype), weight.shape, 1.0 + weight, EPS).to(x.dtype)
 
     def gate(self, branch: torch.Tensor) -> torch.Tensor:
         """Leave the branch as it is."""
@@ -141,7 +141,7 @@ class ModulatedNorm:
     """An adaptive norm at a given condition.
 
     Attributes:
-        scale: (width,), or (B, 1, width); float32.
+        scale: (width,), or (B, 1, width); its precision is the norm's.
         shift: As ``scale``.
         weigh: The gate, as ``scale``.
     """
@@ -161,7 +161,7 @@ class ModulatedNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise (..., width)."""
-        normed = F.rms_norm(x.float(), x.shape[-1:], None, EPS)
+        normed = F.rms_norm(x.to(self.scale.dtype), x.shape[-1:], None, EPS)
         return (normed * (1.0 + self.scale) + self.shift).to(x.dtype)
 
     def gate(self, branch: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 
@@ -77,7 +79,7 @@ class PiHead(FlowMatchingHead):
         if shared is not None:
             rows, at = (torch.cat([shared, rows]), 0) if step == 0 else (rows, 1)
         hidden = yield AppendRows(rows.to(now.stack.weight.dtype), at, now.stack)
-        return cast(torch.Tensor, self._model.action_out_proj(hidden[-self.horizon :].float()))
+        return cast(torch.Tensor, self._model.action_out_proj(hidden[-self.horizon :].to(self.like.dtype)))
 
     def train_velocity(
         self, context: LossContext, states: torch.Tensor, noised: torch.Tensor, times: torch.Tensor
@@ -91,16 +93,17 @@ class PiHead(FlowMatchingHead):
             stack, rows = self._plain, self._rows(noised, embedded)
             rows = torch.cat([self._model.state_proj(state)[:, None], rows], dim=1)
         hidden = context.run(AppendRows(rows.to(stack.weight.dtype), stack=stack))
-        return cast(torch.Tensor, self._model.action_out_proj(hidden[:, -self.horizon :].float()))
+        return cast(torch.Tensor, self._model.action_out_proj(hidden[:, -self.horizon :].to(self.like.dtype)))
 
-    def state_targets(self, states: FloatArray | None, n_frames: int) -> FloatArray:
-        """Normalise the states that the loss of π0 reads, (T, state_dim)."""
+    def with_states(self, targets: npt.NDArray[Any], states: FloatArray) -> npt.NDArray[Any]:
+        """Put normalised states before the targets of π0, (T, state_dim + n); π0.5's prompt tells them."""
         if self._adaptive:
-            return super().state_targets(states, n_frames)
-        if states is None or states.shape != (n_frames, self._state_units.dim):
-            given = "none" if states is None else states.shape
-            raise InputError(f"the model needs {self._state_units.dim} values of state in every frame, got {given}")
-        return self._state_units.normalize(states)
+            return targets
+        if states.shape != (len(targets), self._state_units.dim):
+            raise InputError(
+                f"the dataset's states have shape {states.shape}; the model's {self._state_units.dim} values"
+            )
+        return np.concatenate([self._state_units.normalize(states), targets], axis=1)
 
     def steps(self) -> Sequence[Step]:
         """Get what the fixed times of the Euler steps give; it is computed anew if the weights have changed."""
@@ -123,7 +126,7 @@ class PiHead(FlowMatchingHead):
     def _embed_time(self, times: torch.Tensor) -> torch.Tensor:
         """Embed times, (...) → (..., width): what conditions π0.5's norms, or its part of π0's first layer."""
         model, width, config = self._model, self._model.config.expert.width, self.config
-        embedded = time_embedding(times, width, config.min_period, config.max_period)
+        embedded = time_embedding(times, width, config.min_period, config.max_period).to(self.like.dtype)
         if self._adaptive:
             return F.silu(cast(torch.Tensor, model.time_mlp_out(F.silu(model.time_mlp_in(embedded)))))
         return F.linear(embedded, model.action_time_mlp_in.weight[:, width:], model.action_time_mlp_in.bias)
@@ -134,7 +137,7 @@ class PiHead(FlowMatchingHead):
     def _rows(self, noised: torch.Tensor, time: torch.Tensor | None) -> torch.Tensor:
         """Embed noised actions: (..., horizon, action width) → (..., horizon, width)."""
         model = self._model
-        rows: torch.Tensor = model.action_in_proj(noised)
+        rows: torch.Tensor = model.action_in_proj(noised.to(self.like.dtype))
         if time is None:
             return rows
         mixed = F.linear(rows, model.action_time_mlp_in.weight[:, : rows.shape[-1]]) + time

@@ -9,7 +9,7 @@ from lac_vla.models.pi0.config import PiConfig
 from lac_vla.models.pi0.gemma import AdaptiveNorm, GemmaStack
 from lac_vla.models.siglip import SiglipTower
 
-PRECISE = r"(state_proj|action_\w+|time_mlp_\w+)\.|.*norm\.(weight|dense\.\w+)$"
+PRECISE = r"(state_proj|action_\w+|time_mlp_\w+)\.|(prefix|expert)\..*norm\."
 """Weights that stay in float32 whatever the model's dtype: what stands around the expert, and Gemma's norms."""
 
 
@@ -44,7 +44,7 @@ class PiModel(nn.Module):
 
     @property
     def around(self) -> list[nn.Module]:
-        """What stays in float32."""
+        """The modules that stay in float32."""
         names = [name for name, _ in self.named_children() if name.startswith(("action_", "state_", "time_"))]
         return [*(self.get_submodule(name) for name in names), *self.prefix.norms, *self.expert.norms]
 
