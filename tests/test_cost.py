@@ -272,6 +272,19 @@ def test_a_tower_that_reuses_costs_what_it_computes(config: PrismaticConfig) -> 
 # Stacks of other sizes, and heads that read keys and values.
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_an_expert_with_cross_attention_costs_what_torch_counts(reuse: bool) -> None:
+    """The prefix's last layer leaves keys and values alone; cross-attention has no own, and is projected once."""
+    vla = random_vla("smolvla-tiny")
+    session = CachedVLA(vla, Random(0.5), options=EngineOptions(vision_kv_reuse=reuse)).session()
+    session.act(frame(0))
+    counted = count_macs(lambda: session.act(frame(1)))
+    assert session.last_info is not None
+    model = CostModel.of(vla, frame(0), vision_kv_reuse=reuse)
+    assert sum(model.step(session.last_info).values()) == pytest.approx(counted, rel=1e-3)
+    assert model.step(session.last_info)["decode"] > 0
+
+
 def stack(**config: Any) -> LlamaDecoder:
     """A stack of random layers over 2 key/value heads of width 8."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

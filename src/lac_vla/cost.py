@@ -74,7 +74,10 @@ def decode_macs(shape: DecoderShape, layout: TokenLayout, decision: Decision, pa
     total = 0
     for index in range(shape.layers):
         _, slots = _rows_and_slots(layout, decision, index)
-        total += sum(layer_macs(shape, stop - start, slots + stop) for start, stop in passes)
+        for start, stop in passes:
+            cross = index in shape.cross
+            total += layer_macs(shape, stop - start, slots if cross else slots + stop)
+            total -= 2 * shape.width * shape.kv_width * (stop - start) if cross else 0
     return total
 
 

@@ -19,14 +19,14 @@ probed layers other than the last, pruning, and several sequences at once.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lac_vla.engine.kv_cache import SlotCache
 from lac_vla.engine.layers import LayersOutput, Segment, run_layers
-from lac_vla.models.protocols import DecoderLayer, Rotary
+from lac_vla.models.protocols import DecoderLayer, KeysValues, Rotary
 
 CAPACITY_MULTIPLE = 64
 """Rows that an instruction may be longer than the first one, at least, before all graphs have to be made anew. A
@@ -52,6 +52,10 @@ class GraphEntry:
         mask = torch.empty(rows, size, dtype=torch.bool, device=hidden.device)
         final = None if queries is None else mask.new_empty(queries, size)
         self.segment = Segment(rows, positions, size, segment.start, size, None, mask, False, queries, final)
+        if segment.cross is not None:
+            self.segment.cross = {layer: _buffers(pair, size) for layer, pair in segment.cross.items()}
+            self.segment.cross_mask = torch.empty_like(mask)
+        self._cross: Mapping[int, KeysValues] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._out: LayersOutput | None = None
         self._warm = False
@@ -75,6 +79,21 @@ class GraphEntry:
         if final is not None and segment.final_mask is not None:
             final.zero_()
             final[:, : segment.length] = segment.final_mask
+        if segment.cross is not None:
+            self._fill_cross(segment, segment.cross)
+
+    def _fill_cross(self, segment: Segment, cross: Mapping[int, KeysValues]) -> None:
+        mask, buffers = self.segment.cross_mask, self.segment.cross
+        if mask is None or buffers is None:  # pragma: no cover - made above
+            raise RuntimeError("a graph's buffers are incomplete")
+        slots = next(iter(cross.values()))[0].shape[1] if cross else 0
+        mask.zero_()
+        mask[:, :slots] = True if segment.cross_mask is None else segment.cross_mask
+        if cross is not self._cross:  # once in a frame
+            for layer, pair in cross.items():
+                for buffer, part in zip(buffers[layer], pair, strict=True):
+                    buffer[:, :slots].copy_(part)
+            self._cross = cross
 
     def run(self, layers: Sequence[DecoderLayer], store: SlotCache, pool: Any) -> LayersOutput:
         """Run the layers over the buffers; what is returned holds until the next run of any shape."""
@@ -91,6 +110,12 @@ class GraphEntry:
         return self._out
 
 
+def _buffers(pair: KeysValues, size: int) -> KeysValues:
+    """Make zeros like keys and values, for ``size`` slots: what is masked must be finite."""
+    keys, values = (part.new_zeros(part.shape[0], size, part.shape[2]) for part in pair)
+    return keys, values
+
+
 class CUDAGraphRunner:
     """Runs layers as :func:`lac_vla.engine.layers.run_layers` does, over static buffers where it can. One per engine.
 
@@ -103,7 +128,7 @@ class CUDAGraphRunner:
 
     def __init__(self) -> None:
         self.static_runs = self.eager_runs = 0
-        self._entries: OrderedDict[tuple[int, int, int, int | None], GraphEntry] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, int, int, int | None, bool], GraphEntry] = OrderedDict()
         self._keys: torch.Tensor | None = None  # those that the graphs read; held, so that no other takes their place
         # Graphs share their memory: none runs beside another, and results are read before the next one runs.
         self._pool: Any = None
@@ -132,7 +157,7 @@ class CUDAGraphRunner:
             self._entries.clear()  # the store has grown: the graphs' addresses are gone
             self._keys = store.keys
             self._pool = torch.cuda.graph_pool_handle() if store.keys.is_cuda else None
-        key = (id(layers), segment.start, segment.n_rows, segment.n_queries)
+        key = (id(layers), segment.start, segment.n_rows, segment.n_queries, segment.cross is not None)
         if key not in self._entries:
             self._entries[key] = GraphEntry(segment, hidden, rotary[0])
             if len(self._entries) > LIMIT:

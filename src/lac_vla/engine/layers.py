@@ -8,14 +8,14 @@ attention (:class:`~lac_vla.models.protocols.DecoderLayer`), and the attention i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lac_vla.models.protocols import DecoderLayer, QueryRows, Rotary
+from lac_vla.models.protocols import DecoderLayer, KeysValues, QueryRows, Rotary
 
 
 @dataclass(eq=False, slots=True)  # made for every run: a frozen one takes several times as long
@@ -35,6 +35,8 @@ class Segment:
         n_queries: Rows at the end that alone have queries in the last layer of the stack; the others leave no more
             than their keys and values there. ``None`` for all.
         final_mask: Their mask there, bool, (n_queries, slots).
+        cross: Layer → keys and values that the rows attend to there; the store is left alone.
+        cross_mask: Their mask, bool, (rows, slots); ``None`` if every row sees all of them.
     """
 
     n_rows: int
@@ -47,6 +49,8 @@ class Segment:
     causal: bool = True
     n_queries: int | None = None
     final_mask: torch.Tensor | None = None
+    cross: Mapping[int, KeysValues] | None = None
+    cross_mask: torch.Tensor | None = None
 
 
 class KVStore(Protocol):
@@ -123,7 +127,8 @@ def run_layers(
     """
     stop = len(layers) if stop is None else stop
     autocast = torch.is_autocast_enabled(hidden.device.type)
-    masks = [None if segment.mask is None else _additive(segment.mask, hidden.dtype) for segment in segments]
+    masks = [_additive(segment.mask, hidden.dtype) for segment in segments]
+    cross_masks = [_additive(segment.cross_mask, hidden.dtype) for segment in segments]
     counts = [segment.n_rows for segment in segments]
     query, seen = hidden, list[torch.Tensor]()
     for index in range(first, stop):
@@ -135,12 +140,17 @@ def run_layers(
             queries = list(torch.split(query, query_counts(segments) if final else counts, dim=-2))
             keys, values = (list(torch.split(part, counts, dim=-2)) for part in (key, value))
         seen, attended = [], []
-        for segment, added, asked, key_part, value_part in zip(segments, masks, queries, keys, values, strict=True):
-            seen_keys, seen_values = store.update(index, segment, key_part, value_part)
+        for segment, added, across, asked, key_part, value_part in zip(
+            segments, masks, cross_masks, queries, keys, values, strict=True
+        ):
+            if segment.cross is not None and index in segment.cross:
+                (seen_keys, seen_values), mask, causal = segment.cross[index], across, False
+            else:
+                seen_keys, seen_values = store.update(index, segment, key_part, value_part)
+                mask, causal = added, segment.causal
+                if final and segment.n_queries is not None:
+                    mask, causal = segment.final_mask, False
             seen.append(seen_keys)
-            mask, causal = added, segment.causal
-            if final and segment.n_queries is not None:
-                mask, causal = segment.final_mask, False
             if asked.shape[-2]:
                 attended.append(attend(asked, seen_keys, seen_values, mask, causal, precise=autocast))
         if rows is not None:
@@ -169,9 +179,9 @@ def query_rows(segments: Sequence[Segment], device: torch.device) -> QueryRows |
     return torch.cat(parts)
 
 
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """Make a mask that is added to the scores: the kernel would make it of a bool one anew in every layer."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def attend(

@@ -276,6 +276,7 @@ class AppendCursor(Cursor):
         self._start = sequence.layout.length + kept
         self._stop = self._start + n_rows
         self._n_layers = len(stack.layers)
+        self._cross = rows.cross
         own = slice(self._start, self._stop)
         self._rows_rotary = rotary[0][own], rotary[1][own]
         self._visible: torch.Tensor | None = None
@@ -303,7 +304,18 @@ class AppendCursor(Cursor):
             mask = mask[:, slots] if mask is not None else None
         first, n_rows = region.start + self._start, self._stop - self._start
         segment = Segment(n_rows, first, self._stop, region.start, region.size, slots, mask, causal=False)
+        if self._cross is not None:
+            segment.cross, segment.cross_mask = self._cross, self._cross_mask(exist, n_rows)
         return segment, self._rows_rotary
+
+    def _cross_mask(self, exist: torch.Tensor | None, n_rows: int) -> torch.Tensor | None:
+        """Tell which of the prompt's slots the rows see; ``None`` if it is every one."""
+        length = self.sequence.layout.length
+        mask = None if self._visible is None else self._visible[:, :length]
+        if exist is None:
+            return mask
+        there = torch.zeros(length, dtype=torch.bool, device=exist.device).index_fill_(0, exist, True)
+        return there.expand(n_rows, -1) if mask is None else mask & there
 
 
 def _packed(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -20,6 +20,9 @@ from lac_vla.models.pi0.config import PI0_PRESETS, PI05_PRESETS, PiConfig
 from lac_vla.models.prismatic.checkpoint import CONFIG, load_prismatic, new_prismatic, random_prismatic, save_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import PRESETS
+from lac_vla.models.smolvla.checkpoint import load_smolvla, new_smolvla, random_smolvla, save_smolvla
+from lac_vla.models.smolvla.config import PRESETS as SMOLVLA_PRESETS
+from lac_vla.models.smolvla.config import SmolVLAConfig
 from lac_vla.models.tokenizer import Encode
 from lac_vla.models.vla import VLA
 from lac_vla.models.weights import HUB_FILES, find_folder, read_json
@@ -63,6 +66,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "pi0": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI0_PRESETS, "pi0-tiny", options=PI0_OPTIONS),
     "pi05": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI05_PRESETS, "pi05-tiny", options=PI0_OPTIONS),
+    "smolvla": Family(
+        load_smolvla,
+        save_smolvla,
+        new_smolvla,
+        random_smolvla,
+        SmolVLAConfig,
+        SMOLVLA_PRESETS,
+        "smolvla-tiny",
+        options=frozenset({"tokenizer"}),
+    ),
 }
 """``model_type``, or LeRobot's ``type``, in a checkpoint's ``config.json`` → family."""
 
@@ -157,7 +170,7 @@ def random_vla(
     Args:
         config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
             ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"pi0"``, ``"pi05"``, ``"pi0-tiny"``,
-            ``"pi05-tiny"``.
+            ``"pi05-tiny"``, ``"smolvla-base"``, ``"smolvla-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

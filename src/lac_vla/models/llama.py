@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from lac_vla.models.protocols import DecoderShape, QueryRows, Rotary
 from lac_vla.types import TokenLayout
@@ -20,10 +20,10 @@ def build_llama(text_config: Mapping[str, Any]) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**arguments))
 
 
-def reset_rotary(model: LlamaForCausalLM, device: torch.device) -> None:
+def reset_rotary(model: LlamaForCausalLM | LlamaModel, device: torch.device) -> None:
     """Compute the rotary frequencies anew, float32, on ``device``: a model from ``meta`` has none."""
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=model.config).to(device)
+    inner = getattr(model, "model", model)
+    inner.rotary_emb = type(inner.rotary_emb)(config=model.config).to(device)
 
 
 def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
@@ -85,11 +85,11 @@ class LlamaLayer:
         return cast(torch.Tensor, hidden + self._mlp(rms_norm(hidden, self._norm_out)))
 
 
-class LlamaDecoder:
-    """Implements :class:`lac_vla.models.protocols.Decoder` over a language model.
+class LlamaStack:
+    """Implements :class:`lac_vla.models.protocols.Decoder` over the blocks of a language model, without its head.
 
     Args:
-        model: The language model.
+        model: The blocks, embedding and final normalisation.
 
     Attributes:
         layers: The decoder blocks.
@@ -101,9 +101,9 @@ class LlamaDecoder:
 
     causal = True
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: LlamaModel) -> None:
         config = model.config
-        self._model = model
+        self._blocks = model
         self.head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads or config.num_attention_heads
         self.shape = DecoderShape(
@@ -113,18 +113,18 @@ class LlamaDecoder:
             ffn=int(config.intermediate_size),
             q_width=int(config.num_attention_heads) * self.head_dim,
         )
-        self.layers = tuple(LlamaLayer(block, self.head_dim) for block in model.model.layers)
+        self.layers = tuple(LlamaLayer(block, self.head_dim) for block in model.layers)
 
     @property
     def device(self) -> torch.device:
         """The device that the model is on."""
-        device: torch.device = self._model.lm_head.weight.device
+        device: torch.device = self._blocks.norm.weight.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the hidden states."""
-        dtype: torch.dtype = self._model.lm_head.weight.dtype
+        dtype: torch.dtype = self._blocks.norm.weight.dtype
         return dtype
 
     def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -136,18 +136,30 @@ class LlamaDecoder:
 
         The sine of the first half is negative: so a rotation needs no negated copy.
         """
-        like = self._model.lm_head.weight[:0].detach()
-        cos, sin = self._model.model.rotary_emb(like, positions[None])
+        like = self._blocks.norm.weight[:0].detach()
+        cos, sin = self._blocks.rotary_emb(like, positions[None])
         half = self.head_dim // 2
         return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run the final normalisation."""
-        return rms_norm(hidden, self._model.model.norm)
+        return rms_norm(hidden, self._blocks.norm)
 
     def embed(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Embed token ids: (...) → (..., width)."""
-        return cast(torch.Tensor, self._model.model.embed_tokens(torch.as_tensor(ids, device=self.device)))
+        return cast(torch.Tensor, self._blocks.embed_tokens(torch.as_tensor(ids, device=self.device)))
+
+
+class LlamaDecoder(LlamaStack):
+    """Is a :class:`LlamaStack` with the language model's head.
+
+    Args:
+        model: The language model.
+    """
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__(model.model)
+        self._model = model
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Score all tokens: (..., width) → (..., vocabulary)."""

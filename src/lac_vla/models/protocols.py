@@ -16,6 +16,8 @@ import torch
 
 from lac_vla.types import BoolArray, FloatArray, Frame, TokenLayout, UInt8Image
 
+KeysValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, each (..., kv_heads, slots, head_dim)."""
 Rotary: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine, each (rows, head_dim), signed and ordered as the model's own layers take them."""
 QueryRows: TypeAlias = slice | torch.Tensor
@@ -32,6 +34,7 @@ class DecoderShape:
         kv_width: D_kv, of the keys (kv_heads · head_dim).
         ffn: M, of the gated feed-forward network.
         q_width: D_q, of the queries (heads · head_dim); 0 for D.
+        cross: Layers without keys and values of their own, see :attr:`DecoderStack.layers`.
     """
 
     layers: int
@@ -39,6 +42,7 @@ class DecoderShape:
     kv_width: int
     ffn: int
     q_width: int = 0
+    cross: frozenset[int] = frozenset()
 
     @property
     def queries(self) -> int:
@@ -64,7 +68,7 @@ class DecoderLayer(Protocol):
 
         Returns:
             Queries (heads, query rows, head_dim), keys and values (kv_heads, rows, head_dim); queries and keys
-            rotated.
+            rotated. A layer of cross-attention has no own keys and values: they are of no rows.
         """
         ...
 
@@ -85,7 +89,8 @@ class DecoderStack(Protocol):
     """Blocks that run one after the other over the same rows: the decoder's own, or those of an action expert.
 
     Attributes:
-        layers: The blocks.
+        layers: The blocks. Some of an expert's may be cross-attention: whoever appends rows gives these the keys and
+            values that they attend to (:attr:`lac_vla.models.heads.base.AppendRows.cross`).
         shape: Their sizes.
     """
 

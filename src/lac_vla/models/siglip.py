@@ -196,6 +196,10 @@ class SiglipVision:
         weight: torch.Tensor = self._tower.post_layernorm.weight
         return weight
 
+    def token_patches(self, camera: str) -> torch.Tensor:
+        """List the patches of every token of a camera, int64, (tokens, patches of a token)."""
+        return self._patches
+
     def kv_cache(self) -> FrameKVCache:
         """Make an empty cache."""
         return FrameKVCache()

@@ -136,7 +136,8 @@ class MixedOutput:
         real = torch.cat([slots < lengths[:, None], torch.ones_like(own, dtype=torch.bool)], dim=1)
         visible = _visible(stack, self.layout, lengths, own, torch.cat([slots, own], dim=1), real)
         cos, sin = (part.view(*own.shape, -1)[:, None] for part in stack.rotary(own.flatten()))
-        segment = Segment(n_rows, length, length + n_rows, mask=visible[:, None])
+        mask = visible[:, None]
+        segment = Segment(n_rows, length, length + n_rows, mask=mask, cross=rows.cross, cross_mask=mask[..., :length])
         out = run_layers(stack.layers, rows.embeddings, (cos, sin), [segment], AppendedKV(prompts))
         return stack.norm(out.hidden)
 

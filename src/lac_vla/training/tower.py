@@ -77,7 +77,8 @@ class MixedTower:
             if camera.name not in self.cameras:
                 parts.append(visual[:, camera.tokens])
                 continue
-            caches = _MixedCaches(camera.size, None if mask is None else mask[:, camera.tokens], old)
+            patches = self._vision.token_patches(camera.name)
+            caches = _MixedCaches(patches, None if mask is None else mask[:, camera.tokens], old)
             parts.append(self._vision.encode_camera(camera.name, images[camera.name], caches))
             slots |= {key: cache.slots for key, cache in caches.used.items()}
         return VisionOutput(torch.cat(parts, dim=1), slots)
@@ -87,10 +88,13 @@ class _MixedCaches:
     """Stands for the cache of a camera's transformers; see :class:`lac_vla.models.transformer.KVCache`."""
 
     def __init__(
-        self, n_patches: int, mask: torch.Tensor | None, old: Mapping[tuple[int, int], LayerKV] | None
+        self, patches: torch.Tensor, mask: torch.Tensor | None, old: Mapping[tuple[int, int], LayerKV] | None
     ) -> None:
         # The patches stand behind class and register tokens, which are always new.
-        self._visual, self._mask, self._old = slice(-n_patches, None), mask, old or {}
+        self._visual, self._mask, self._old = slice(-patches.numel(), None), mask, old or {}
+        if mask is not None and patches.shape[1] > 1:
+            own = mask[:, :, None].expand(-1, -1, patches.shape[1])
+            self._mask = own.flatten(1)[:, patches.flatten().argsort().to(mask.device)]
         self.used: dict[tuple[int, int], MixedKV] = {}
 
     def of(self, tower: int, camera: int) -> MixedKV:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lac_vla.errors import InputError
-from lac_vla.models.protocols import DecoderStack
+from lac_vla.models.protocols import DecoderStack, KeysValues
 from lac_vla.types import FloatArray, Frame, TokenLayout
 
 
@@ -28,11 +28,14 @@ class AppendRows:
         embeddings: (n, width); in training (B, n, width).
         at: How many of the rows appended before stay; the new ones take the place of the others. ``None``: all.
         stack: Blocks to run them through, over the same keys and values; ``None`` for the decoder's own.
+        cross: Layer → keys and values, each (kv_heads, prompt's length, head_dim), in training (B, …), that the rows
+            attend to there in place of the sequence's. They are made once and serve every run of a frame.
     """
 
     embeddings: torch.Tensor
     at: int | None = None
     stack: DecoderStack | None = None
+    cross: Mapping[int, KeysValues] | None = None
 
 
 Decoding: TypeAlias = Generator[AppendRows, torch.Tensor, tuple[FloatArray, dict[str, Any]]]

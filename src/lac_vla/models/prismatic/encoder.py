@@ -33,6 +33,11 @@ class PrismaticVision:
         cameras = zip(self._names, config.cameras, strict=True)
         return tuple(name for name, own in cameras if own.tower is None or isinstance(own.tower, ViTConfig))
 
+    def token_patches(self, camera: str) -> torch.Tensor:
+        """List the patches of every token of a camera, one, int64, (tokens, 1)."""
+        rows, cols = self._model.vision_backbone.grids[self._names[camera]]
+        return torch.arange(rows * cols)[:, None]
+
     def kv_cache(self) -> FrameKVCache | None:
         """Make an empty cache; ``None`` if all towers are convolutions."""
         return FrameKVCache() if self.transformer_cameras else None
