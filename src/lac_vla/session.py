@@ -214,6 +214,7 @@ class Session:
             n_queries=sequence.n_queries,
             decode_passes=tuple(sequence.decode_passes),
             stack_passes=tuple((stack.shape, start, stop) for stack, start, stop in sequence.stack_passes),
+            prompt_passes=sequence.prompt_passes,
             encoded=result.encoded,
             eager_runs=result.eager_runs,
         )

@@ -72,9 +72,9 @@ class GraphEntry:
         mask[:, : segment.length] = True if segment.mask is None else segment.mask
         if segment.mask is None and segment.causal:
             mask.tril_()
-        if final is not None and segment.final_mask is not None:
+        if final is not None:
             final.zero_()
-            final[:, : segment.length] = segment.final_mask
+            final[:, : segment.length] = True if segment.final_mask is None else segment.final_mask
 
     def run(self, layers: Sequence[DecoderLayer], store: SlotCache, pool: Any) -> LayersOutput:
         """Run the layers over the buffers; what is returned holds until the next run of any shape."""

@@ -14,6 +14,11 @@ from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig
+from lac_vla.models.oft.checkpoint import HUB_FILES as OFT_FILES
+from lac_vla.models.oft.checkpoint import OPTIONS, load_oft, new_oft, random_oft, save_oft
+from lac_vla.models.oft.config import PRESETS as OFT_PRESETS
+from lac_vla.models.oft.config import OFTConfig
+from lac_vla.models.oft.official import MARKS
 from lac_vla.models.prismatic.checkpoint import (
     CONFIG,
     load_prismatic,
@@ -43,6 +48,8 @@ class Family:
         presets: Configurations by name.
         tiny: The preset that tests run.
         hub_files: Files to download from the hub.
+        marks: Patterns of files in a checkpoint's folder that tell this family, whatever ``config.json`` says.
+        options: Arguments of ``load`` that no other family has.
     """
 
     load: Callable[..., VLA]
@@ -53,6 +60,8 @@ class Family:
     presets: Mapping[str, Any]
     tiny: str
     hub_files: Sequence[str] = HUB_FILES
+    marks: Sequence[str] = ()
+    options: Sequence[str] = ()
 
 
 FAMILIES: dict[str, Family] = {
@@ -62,8 +71,20 @@ FAMILIES: dict[str, Family] = {
     "cogact": Family(
         load_cogact, save_cogact, new_cogact, random_cogact, CogACTConfig, COGACT_PRESETS, "cogact-tiny", COGACT_FILES
     ),
+    "oft": Family(
+        load_oft,
+        save_oft,
+        new_oft,
+        random_oft,
+        OFTConfig,
+        OFT_PRESETS,
+        "oft-tiny",
+        OFT_FILES,
+        MARKS,
+        OPTIONS,
+    ),
 }
-"""``model_type`` in a checkpoint's ``config.json`` → family."""
+"""``model_type`` in a checkpoint's ``config.json`` → family, unless the folder's files tell another."""
 
 
 def load_vla(
@@ -75,11 +96,14 @@ def load_vla(
     cameras: Sequence[str] | None = None,
     image_pipeline: str | None = None,
     encode: Encode | None = None,
+    **options: Any,
 ) -> VLA:
     """Load a VLA from a checkpoint in its official layout.
 
     Weights are read from safetensors; official CogACT's from the ``.pt`` file of its run, of which tensors alone are
     unpickled.
+    An OpenVLA-OFT folder is known by the files beside its weights; it does not say what robot it is for: pass
+    ``platform`` (``"libero"``, ``"aloha"``, ``"bridge"``), or ``chunk``, ``bounds`` and ``cameras``.
     A CogACT run holds no tokenizer: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
 
     Args:
@@ -91,21 +115,25 @@ def load_vla(
         image_pipeline: ``"resize-naive"``, ``"letterbox"``, ``"resize-crop"``, ``"libero"`` (OpenVLA's LIBERO
             evaluation) or ``"area"``; ``None`` for the checkpoint's own.
         encode: Text → token ids, in place of the checkpoint's tokenizer.
+        options: Of one family alone; ``None`` for what the checkpoint says. See
+            :func:`lac_vla.models.oft.official.configure`.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent or of an unknown family.
-        InputError: If ``unnorm_key``, ``cameras``, ``image_pipeline`` or ``dtype`` do not fit it.
+        InputError: If ``unnorm_key``, ``cameras``, ``image_pipeline``, ``dtype`` or an option do not fit it.
     """
     device = torch.device(device)
-    folder = find_folder(path_or_hub_id)
+    marks = [mark for family in FAMILIES.values() for mark in family.marks]
+    folder = find_folder(path_or_hub_id, (*HUB_FILES, *marks))
     data = read_json(folder / CONFIG)
-    name = data.get("model_type", "cogact" if "vla" in data else None)  # CogACT's, a training run's, does not say so
-    if name not in FAMILIES:
-        raise CheckpointError(f"{folder / CONFIG}: model_type is {name!r}; known are {list(FAMILIES)}")
+    options = {key: value for key, value in options.items() if value is not None}
+    name = _family(folder, data, options)
     family = FAMILIES[name]
+    if unknown := sorted(options.keys() - {*family.options}):
+        raise InputError(f"{unknown} make no sense for a checkpoint of {name}, which has {list(family.options)}")
     if family.hub_files != HUB_FILES:
         folder = find_folder(path_or_hub_id, family.hub_files)
     return family.load(
@@ -118,7 +146,19 @@ def load_vla(
         cameras=cameras,
         image_pipeline=image_pipeline,
         encode=encode,
+        **options,
     )
+
+
+def _family(folder: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Tell a checkpoint's family: by its files; by options that one alone has; or by what it says."""
+    for name, family in FAMILIES.items():
+        if any(next(folder.glob(mark), None) for mark in family.marks):
+            return name
+    name = data.get("model_type", "cogact" if "vla" in data else None)  # CogACT's, a training run's, does not say so
+    if name not in FAMILIES:
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {name!r}; known are {list(FAMILIES)}")
+    return str(name)
 
 
 def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -143,7 +183,7 @@ def random_vla(
 
     Args:
         config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
-            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``.
+            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"openvla-7b-oft"``, ``"oft-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

@@ -91,7 +91,7 @@ class LlamaDecoder:
         causal: Always.
     """
 
-    causal = True
+    causal: bool = True
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         config = model.config
@@ -119,7 +119,7 @@ class LlamaDecoder:
         dtype: torch.dtype = self._model.lm_head.weight.dtype
         return dtype
 
-    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         """Let every position see itself and what is before it: (rows,) and (slots,) → bool, (rows, slots)."""
         return keys[None, :] <= queries[:, None]
 
@@ -144,3 +144,16 @@ class LlamaDecoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Score all tokens: (..., width) → (..., vocabulary)."""
         return cast(torch.Tensor, self._model.lm_head(hidden))
+
+
+class BidirectionalLlamaDecoder(LlamaDecoder):
+    """A language model all of whose tokens see each other; there is never a mask.
+
+    Attributes:
+        causal: Never.
+    """
+
+    causal = False
+
+    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Let every position see all others."""

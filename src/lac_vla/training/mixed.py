@@ -144,6 +144,7 @@ def mixed_forward(
     lengths: torch.Tensor,
     *,
     n_rows: int = 1,
+    n_before: int = 0,
     mask: torch.Tensor | None = None,
     old: LayerKV | None = None,
     probe_layers: Sequence[int] = (),
@@ -155,7 +156,8 @@ def mixed_forward(
         embeddings: Whole sequences, right-padded, (B, length, width).
         layout: Of the prompts; its suffix does not count.
         lengths: Of the prompts, int64, (B,).
-        n_rows: Hidden states wanted: those of the last prompt row and of the n_rows − 1 behind it.
+        n_rows: Hidden states wanted, in a row.
+        n_before: Rows from the first of them to the last prompt row; what they reach beyond it is forced.
         mask: M, 1 = active, (B, N); ``None`` for a dense pass.
         old: The preceding frame's slots; needed with a mask.
         probe_layers: Layers whose attention is averaged.
@@ -166,13 +168,15 @@ def mixed_forward(
     decoder, reads_kv = vla.decoder, vla.head.reads == "kv"
     length = embeddings.shape[1]
     positions = torch.arange(length, device=embeddings.device)
-    rows = lengths[:, None] - 1 + torch.arange(n_rows, device=lengths.device)
+    rows = lengths[:, None] - 1 - n_before + torch.arange(n_rows, device=lengths.device)
     slots = positions.expand(len(lengths), -1)
-    real = slots < lengths[:, None] + n_rows - 1
-    visible = None if decoder.causal else _visible(decoder, layout, lengths, slots, slots, real)[:, None]
+    real = slots < lengths[:, None] + max(0, n_rows - 1 - n_before)
+    visible = None
+    if not (decoder.causal or (real.all() and decoder.visible(layout, positions[:1], positions) is None)):
+        visible = _visible(decoder, layout, lengths, slots, slots, real)[:, None]
     last = len(decoder.layers) - 1
     n_queries = 0 if reads_kv and last not in probe_layers else None
-    segment = Segment(length, 0, length, mask=visible, n_queries=n_queries)
+    segment = Segment(length, 0, length, mask=visible, causal=decoder.causal, n_queries=n_queries)
     store = MixedKV(layout.visual, mask, old, keep=reads_kv)
     rotary, hidden, first, maps = decoder.rotary(positions), embeddings, 0, []
     for stop in sorted({*(layer + 1 for layer in probe_layers), last + 1}):
@@ -211,7 +215,8 @@ def _visible(
     """
     layouts = [replace(layout, n_suffix=length - layout.visual.stop) for length in lengths.tolist()]
     seen = [stack.visible(own, *positions) for own, *positions in zip(layouts, queries, keys, strict=True)]
-    return torch.stack(seen) & real[:, None]
+    shown = [torch.ones_like(real[:1]) if part is None else part for part in seen]
+    return torch.stack([part.expand(queries.shape[1], -1) for part in shown]) & real[:, None]
 
 
 def mix(fresh: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, visual: slice) -> torch.Tensor:

@@ -128,6 +128,13 @@ class PrismaticConfig:
         return bool(self.vit_towers) or any(isinstance(camera.tower, ViTConfig) for camera in self.cameras)
 
     @property
+    def letterbox_fill(self) -> tuple[int, int, int]:
+        """Colour of a letterbox's border: the mean that the last vision transformer normalises by."""
+        means = [tower.mean for tower in self.vit_towers] or [(0.5, 0.5, 0.5)]
+        red, green, blue = (int(value * 255) for value in means[-1])
+        return red, green, blue
+
+    @property
     def width(self) -> int:
         """Width of the decoder."""
         return int(self.text_config.get("hidden_size", 4096))

@@ -20,7 +20,7 @@ from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
 
 PROMPTS_REMEMBERED = 64
 STATE_LIMIT = 1.5
-"""Normalised proprioception is clipped to ± this: beyond the 1 % and 99 % quantiles, yet bounded."""
+"""Normalised proprioception reaches beyond the 1 % and 99 % quantiles, yet is bounded."""
 
 
 class PrismaticProcessor:
@@ -34,6 +34,7 @@ class PrismaticProcessor:
         image_pipeline: A key of :data:`lac_vla.models.images.PIPELINES`; ``None`` for the model's own.
         state_range: Units of the proprioception; ``None`` if the model takes none.
         embed: Token ids → embeddings.
+        state_limit: Normalised proprioception is clipped to ± this.
 
     Attributes:
         grids: Camera → (rows, cols) of its visual tokens, in token order.
@@ -54,6 +55,7 @@ class PrismaticProcessor:
         image_pipeline: str | None,
         state_range: Range | None,
         embed: Callable[[Sequence[int]], torch.Tensor],
+        state_limit: float = STATE_LIMIT,
     ) -> None:
         config: PrismaticConfig = model.config
         if state_range is not None and state_range.dim != config.proprio_dim:
@@ -62,11 +64,15 @@ class PrismaticProcessor:
         self.state_dim = config.proprio_dim
         self.prompt_ids = lru_cache(PROMPTS_REMEMBERED)(Prompt.of(config, encode).ids)
         self._model, self._name, self._cameras, self._embed = model, name, cameras, embed
-        self._crop = make_pipeline(image_pipeline or config.image_resize_strategy)
-        self._state_range = state_range
+        self._crop = make_pipeline(image_pipeline or config.image_resize_strategy, config.letterbox_fill)
+        self._state_range, self._state_limit = state_range, state_limit
+        self._covered = {
+            name: self.grids[name][0] * (camera.tower or config.vit_towers[0]).stride
+            for name, camera in cameras.items()
+        }
 
     def images(self, frame: Frame) -> dict[str, UInt8Image]:
-        """Crop and resize every camera's image to what its tower sees.
+        """Crop and resize every camera's image to what its tower sees: what no patch covers (of 384 px) is left out.
 
         Raises:
             InputError: If a camera is missing. Further cameras are ignored.
@@ -77,7 +83,10 @@ class PrismaticProcessor:
                 f"{self._name} needs the cameras {list(self._cameras)}; the frame has {sorted(frame.images)}, "
                 f"so {missing} are missing: rename the images, or pass `cameras` when loading the model"
             )
-        return {name: self._crop(frame.images[name], cam.image_size) for name, cam in self._cameras.items()}
+        return {
+            name: covered(self._crop(frame.images[name], cam.image_size), self._covered[name])
+            for name, cam in self._cameras.items()
+        }
 
     def prompt(self, frame: Frame) -> PromptInputs:
         """Lay out ``[BOS | visual tokens of all cameras | proprio token, if any | text]``.
@@ -110,4 +119,11 @@ class PrismaticProcessor:
         if state is None or state.shape[-1] != self._state_range.dim:
             given = "none" if state is None else state.shape[-1]
             raise InputError(f"{self._name} needs {self._state_range.dim} values in Frame.proprio, got {given}")
-        return np.clip(self._state_range.normalize(state), -STATE_LIMIT, STATE_LIMIT).astype(np.float32)
+        return np.clip(
+            self._state_range.normalize(state), -self._state_limit, self._state_limit
+        ).astype(np.float32)
+
+
+def covered(image: UInt8Image, side: int) -> UInt8Image:
+    """Cut off what is right of and below the last whole patch; the patches' convolution never reads it."""
+    return image if len(image) == side else image[:side, :side].copy()

@@ -75,19 +75,28 @@ class ViTBackbone(nn.Module):
         std = torch.tensor(self._std, device=images.device).view(-1, 1, 1)
         return (pixels.repeat(1, len(self._mean) // 3, 1, 1) - mean) / std
 
-    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Stem:
+    def encode_stem(
+        self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool, language: torch.Tensor | None = None
+    ) -> Stem:
         """Compute of one frame what does not depend on which tokens matter.
 
         Args:
             pixel_values: Camera → normalised images, (1, C, H, W).
             whole: Run the blocks, too: without a cache, they need all patches in any case.
+            language: See :meth:`ViT.encode`.
         """
         pixels = torch.cat([pixel_values[name] for name in self.grids])
         stem = [vit.embed(part) for vit, part in zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)]
-        return [vit.encode(x) for vit, x in zip(self.vits, stem, strict=True)] if whole else stem
+        if not whole:
+            return stem
+        return [vit.encode(x, language=language) for vit, x in zip(self.vits, stem, strict=True)]
 
     def encode_tokens(
-        self, stem: Stem, token_mask: torch.Tensor | None = None, cache: FrameKVCache | None = None
+        self,
+        stem: Stem,
+        token_mask: torch.Tensor | None = None,
+        cache: FrameKVCache | None = None,
+        language: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the features of some tokens.
 
@@ -95,6 +104,7 @@ class ViTBackbone(nn.Module):
             stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
             token_mask: Which tokens, bool, (N,); ``None`` for all.
             cache: Keys and values of the other tokens; see :meth:`ViT.encode`.
+            language: See :meth:`ViT.encode`; not needed of a ``whole`` stem.
 
         Returns:
             (n, F).
@@ -107,7 +117,7 @@ class ViTBackbone(nn.Module):
         cameras = []
         for camera, part in enumerate(parts):
             towers = [
-                vit.encode(x[camera : camera + 1], cache.of(tower, camera), part)[0]
+                vit.encode(x[camera : camera + 1], cache.of(tower, camera), part, language)[0]
                 for tower, (vit, x) in enumerate(zip(self.vits, stem, strict=True))
             ]
             cameras.append(torch.cat(towers, dim=-1))
