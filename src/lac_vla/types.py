@@ -108,9 +108,7 @@ class TokenLayout:
     n_unread: int = 0
 
     @classmethod
-    def of(
-        cls, grids: Mapping[str, tuple[int, int]], n_prefix: int, n_suffix: int, n_unread: int = 0
-    ) -> TokenLayout:
+    def of(cls, grids: Mapping[str, tuple[int, int]], n_prefix: int, n_suffix: int, n_unread: int = 0) -> TokenLayout:
         """Lay the cameras' (rows, cols) grids one after the other."""
         cameras: list[CameraGrid] = []
         start = 0

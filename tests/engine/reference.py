@@ -22,13 +22,22 @@ class ReferenceDecoder:
         kv_heads: Key/value heads.
         theta: Rotary base.
         eps: Of the RMS norms.
+        causal: Whether a row sees what is before it alone, or everything.
     """
 
     def __init__(
-        self, weights: dict[str, torch.Tensor], heads: int, kv_heads: int, theta: float = 10000.0, eps: float = 1e-6
+        self,
+        weights: dict[str, torch.Tensor],
+        heads: int,
+        kv_heads: int,
+        theta: float = 10000.0,
+        eps: float = 1e-6,
+        *,
+        causal: bool = True,
     ) -> None:
         self.w = {name: value.double() for name, value in weights.items()}
         self.heads, self.kv_heads, self.theta, self.eps = heads, kv_heads, theta, eps
+        self.causal = causal
         self.n_layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
         self.old: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -79,7 +88,8 @@ class ReferenceDecoder:
             for head in range(self.heads):
                 group = head // (self.heads // self.kv_heads)
                 scores = q[head] @ k[group].T / math.sqrt(q.shape[-1])
-                scores = scores.masked_fill(torch.ones(length, length).triu(1).bool() | hidden_slots, -torch.inf)
+                later = torch.ones(length, length).triu(1).bool() & self.causal
+                scores = scores.masked_fill(later | hidden_slots, -torch.inf)
                 # A hidden slot's own row may see nothing; nobody looks at it.
                 attended.append(torch.nan_to_num(scores.softmax(-1)) @ v[group])
             x = x + torch.cat(attended, -1) @ self.w[p + "self_attn.o_proj.weight"].T

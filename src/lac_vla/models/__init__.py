@@ -50,6 +50,7 @@ class Family:
         hub_files: Files to download from the hub.
         marks: Patterns of files in a checkpoint's folder that tell this family, whatever ``config.json`` says.
         options: Arguments of ``load`` that no other family has.
+        based_on: ``model_type`` of its official checkpoints, another family's; where no file tells, options do.
     """
 
     load: Callable[..., VLA]
@@ -62,6 +63,7 @@ class Family:
     hub_files: Sequence[str] = HUB_FILES
     marks: Sequence[str] = ()
     options: Sequence[str] = ()
+    based_on: Sequence[str] = ()
 
 
 FAMILIES: dict[str, Family] = {
@@ -82,6 +84,7 @@ FAMILIES: dict[str, Family] = {
         OFT_FILES,
         MARKS,
         OPTIONS,
+        ("openvla",),
     ),
 }
 """``model_type`` in a checkpoint's ``config.json`` → family, unless the folder's files tell another."""
@@ -153,7 +156,8 @@ def load_vla(
 def _family(folder: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """Tell a checkpoint's family: by its files; by options that one alone has; or by what it says."""
     for name, family in FAMILIES.items():
-        if any(next(folder.glob(mark), None) for mark in family.marks):
+        asked = data.get("model_type") in family.based_on and options.keys() & {*family.options}
+        if asked or any(next(folder.glob(mark), None) for mark in family.marks):
             return name
     name = data.get("model_type", "cogact" if "vla" in data else None)  # CogACT's, a training run's, does not say so
     if name not in FAMILIES:

@@ -53,7 +53,9 @@ def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) ->
     if not HUB_ID.fullmatch(str(path_or_hub_id)):
         raise CheckpointError(f"'{path_or_hub_id}' is neither a folder nor a hub id (owner/name)")
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=list(files), ignore_patterns=list(HUB_IGNORED)))
+        return Path(
+            snapshot_download(str(path_or_hub_id), allow_patterns=list(files), ignore_patterns=list(HUB_IGNORED))
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path_or_hub_id}' is no local folder, and the hub says: {error}") from error
 
@@ -93,7 +95,7 @@ def load_weights(
         dtype: Of the weights in memory.
         device: Where to put them.
         unused: Names that a checkpoint may hold although the model does not use them.
-        beside: Weights from elsewhere; they take the place of those of the same names in these files.
+        beside: Weights from elsewhere; they take the place of those of the same parts (first names) in these files.
         read: Names of the folder's files that they were read from.
 
     Raises:
@@ -105,6 +107,8 @@ def load_weights(
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         found |= _shapes(file)
+    elsewhere = {key.partition(".")[0] for key in beside}
+    found = {key: shape for key, shape in found.items() if key.partition(".")[0] not in elsewhere}
     found |= {key: tuple(weight.shape) for key, weight in beside.items()}
     check_shapes(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
     kept = {key: weight.to(device, dtype, copy=True) for key, weight in beside.items() if key in wanted}

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from lac_vla.errors import InputError
 from lac_vla.models.heads.base import Decoding, HeadContext, RerunPrompt
 from lac_vla.models.heads.chunk import STOP_TOKENS, ChunkHead, ChunkMLP
-from lac_vla.models.heads.sampler import Schedule, ddim_step, strided
+from lac_vla.models.heads.sampler import Schedule, ddim_step
 from lac_vla.models.heads.units import Range
 
 CLIP = 1.0
@@ -56,7 +57,7 @@ class ChunkDiffusionHead(ChunkHead):
 
     def first_suffix(self, suffix: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """Put the first noise and step into the suffix; see :meth:`ActionHead.first_suffix`."""
-        return self.put(suffix, self._draw(deepcopy(rng)), strided(self.schedule.steps, self.steps)[-1])
+        return self.put(suffix, self._draw(deepcopy(rng)), leading(self.schedule.steps, self.steps)[-1])
 
     def decode(self, context: HeadContext) -> Decoding:
         """Draw a chunk; see :meth:`ActionHead.decode`. Noise is drawn on the host: a seed means the same everywhere.
@@ -65,7 +66,7 @@ class ChunkDiffusionHead(ChunkHead):
             The actions in the units of the data set, float32, (horizon, action_dim); and, as lists, the chunk in
             [-1, 1] (``normalized``).
         """
-        times, left = strided(self.schedule.steps, self.steps), self.schedule.alpha_bar
+        times, left = leading(self.schedule.steps, self.steps), self.schedule.alpha_bar
         x, hidden = self._draw(context.rng), context.hidden
         for index in reversed(range(len(times))):
             noise = self.model(self.rows(hidden))
@@ -85,6 +86,17 @@ class ChunkDiffusionHead(ChunkHead):
     def _draw(self, rng: np.random.Generator) -> torch.Tensor:
         weight = self.model.fc2.weight
         return torch.from_numpy(rng.standard_normal(self.shape, dtype=np.float32)).to(weight.device, weight.dtype)
+
+
+def leading(total: int, steps: int) -> range:
+    """List the steps that are visited, as diffusers' leading spacing does: 0 first, then every (total // steps)-th.
+
+    Raises:
+        InputError: If there are not so many steps.
+    """
+    if not 1 <= steps <= total:
+        raise InputError(f"{steps} diffusion steps: the model was trained with {total}; give 1 to {total}")
+    return range(0, steps * (total // steps), total // steps)
 
 
 def time_embedding(step: int, width: int) -> torch.Tensor:

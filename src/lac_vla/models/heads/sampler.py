@@ -116,9 +116,7 @@ class Sampling:
         return strided(DIFFUSION_STEPS, self.steps if self.method == "ddim" else DIFFUSION_STEPS)
 
 
-def ddim_step(
-    x: torch.Tensor, noise: torch.Tensor, now: float, then: float, clip: float | None = None
-) -> torch.Tensor:
+def ddim_step(x: torch.Tensor, noise: torch.Tensor, now: float, then: float, clip: float | None = None) -> torch.Tensor:
     """Go one step back from noise, DDIM's eq. 12 with η = 0.
 
     Args:

@@ -38,9 +38,7 @@ class Range:
     epsilon: float = 0.0
 
     @classmethod
-    def of(
-        cls, stats: Mapping[str, Any], kind: str, names: tuple[str, str] = QUANTILES, epsilon: float = 0.0
-    ) -> Range:
+    def of(cls, stats: Mapping[str, Any], kind: str, names: tuple[str, str] = QUANTILES, epsilon: float = 0.0) -> Range:
         """Read one data set's ``kind`` (``"action"``, ``"proprio"``) statistics.
 
         Args:

@@ -135,7 +135,7 @@ def _action_values(stats: Mapping[str, Any]) -> int:
     for bounds in BOUNDS.values():
         if set(bounds) <= set(stats.get("action", ())):
             return Range.of(stats, "action", bounds).dim
-    raise CheckpointError(f"{STATISTICS} holds neither quantiles nor extremes of \"action\"")
+    raise CheckpointError(f'{STATISTICS} holds neither quantiles nor extremes of "action"')
 
 
 def _ready(vla: VLA, model: OFTVLA, device: torch.device) -> VLA:

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models.heads.sampler import strided
+from lac_vla.errors import CheckpointError
 from lac_vla.models.prismatic.config import CameraConfig, PrismaticConfig
 from lac_vla.models.prismatic.presets import NO_STATS, OPENVLA_7B, TINY
 
@@ -87,10 +86,8 @@ class OFTConfig:
             raise CheckpointError(f"a chunk of {self.chunk} actions of {self.action_dim} values: give at least 1")
         if {tower.language for tower in self.vlm.vit_towers} not in (set(), {None}, {self.vlm.width}):
             raise CheckpointError("FiLM conditions all vision transformers, on embeddings of the decoder's width")
-        try:
-            strided(self.diffusion_steps, self.sampling_steps)
-        except InputError as error:
-            raise CheckpointError(f"sampling_steps: {error}") from error
+        if not 1 <= self.sampling_steps <= self.diffusion_steps:
+            raise CheckpointError(f"sampling_steps is {self.sampling_steps}; give 1 to {self.diffusion_steps}")
 
     @property
     def film(self) -> bool:

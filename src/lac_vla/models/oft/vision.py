@@ -22,9 +22,7 @@ class FiLMVision(PrismaticVision):
         language: Instruction → what the towers are conditioned on, (width,).
     """
 
-    def __init__(
-        self, model: PrismaticVLA, cameras: Sequence[str], language: Callable[[str], torch.Tensor]
-    ) -> None:
+    def __init__(self, model: PrismaticVLA, cameras: Sequence[str], language: Callable[[str], torch.Tensor]) -> None:
         super().__init__(model, cameras)
         self._language = language
 

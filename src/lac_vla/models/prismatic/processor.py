@@ -119,9 +119,7 @@ class PrismaticProcessor:
         if state is None or state.shape[-1] != self._state_range.dim:
             given = "none" if state is None else state.shape[-1]
             raise InputError(f"{self._name} needs {self._state_range.dim} values in Frame.proprio, got {given}")
-        return np.clip(
-            self._state_range.normalize(state), -self._state_limit, self._state_limit
-        ).astype(np.float32)
+        return np.clip(self._state_range.normalize(state), -self._state_limit, self._state_limit).astype(np.float32)
 
 
 def covered(image: UInt8Image, side: int) -> UInt8Image:
