@@ -241,8 +241,8 @@ class AttentionProbe:
 
     Attributes:
         layers: Decoder layers to probe.
-        rows: ``"last"``, the last prompt token that the head reads; ``"suffix"``, all tokens behind the visual ones; ``"all"``, every
-            computed row.
+        rows: ``"last"``, the last prompt token that the head reads; ``"suffix"``, all tokens behind the visual ones;
+            ``"all"``, every computed row.
     """
 
     layers: tuple[int, ...]

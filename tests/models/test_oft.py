@@ -226,7 +226,7 @@ def test_traps_are_seen_by_the_goldens(l1: VLA, libero: Arrays, trap: str, monke
         frame = replace(frame, images={"agentview": images["wrist"], "wrist": images["agentview"]})
     else:
         monkeypatch.setattr(vla.processor, "prompt_ids", lambda text: [int(i) for i in libero["input_ids"]])
-    action, metadata, _ = act(vla, frame)
+    _, metadata, _ = act(vla, frame)
     assert np.abs(np.array(metadata["normalized"]) - libero["l1.normalized"]).max() > 2e-3
 
 

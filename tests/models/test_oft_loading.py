@@ -170,8 +170,8 @@ def narrow(folder: Path, fill: Fill) -> None:
         (lambda f, _: write_state(f, "proprio_projector", [1]), "not the dictionary"),
         (lambda f, _: next(f.glob("action_head--*")).write_bytes(b"x"), "truncated"),
         (
-            lambda f, _: torch.save({}, f / "value_head--5_checkpoint.pt"),
-            r"does not read: value_head--5_checkpoint\.pt",
+            lambda f, _: torch.save({}, f / "value_head--5.pt"),
+            r"does not read: value_head--5\.pt",
         ),
         (lambda f, _: (f / "extra.safetensors").write_bytes(b""), r"does not read: extra\.safetensors"),
         (lambda f, _: (f / "dataset_statistics.json").unlink(), "dataset_statistics"),
@@ -323,9 +323,8 @@ def test_the_adapters_configuration_tells_the_scale(film_folder: Path, fill: Fil
     official = load_oft(film_folder, IDS, "aloha").module.state_dict()[name]
     (film_folder / "lora_adapter").mkdir()
     config = film_folder / "lora_adapter" / "adapter_config.json"
-    base = part_of(fill, "aloha", "vision_backbone")[
-        name.replace("blocks.0", "blocks.0.block").replace(".weight", ".base_layer.weight")
-    ]
+    key = "vision_backbone.featurizer.blocks.0.block.attn.qkv.base_layer.weight"
+    base = part_of(fill, "aloha", "vision_backbone")[key]
     config.write_text(json.dumps({"r": 32, "lora_alpha": 32}))
     doubled = load_oft(film_folder, IDS, "aloha").module.state_dict()[name]
     torch.testing.assert_close(doubled - base, 2 * (official - base))

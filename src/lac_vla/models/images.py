@@ -146,7 +146,8 @@ def _lanczos(image: UInt8Image, size: int) -> UInt8Image:
     """Resize to a square by Lanczos-3 in float32, not rounded between the two directions as uint8 would be."""
     channels = [Image.fromarray(image[..., i].astype(np.float32)) for i in range(3)]
     resized = [np.asarray(channel.resize((size, size), Image.Resampling.LANCZOS)) for channel in channels]
-    return np.rint(np.stack(resized, axis=-1)).clip(0, 255).astype(np.uint8)
+    rounded: UInt8Image = np.rint(np.stack(resized, axis=-1)).clip(0, 255).astype(np.uint8)
+    return rounded
 
 
 def _resize(image: UInt8Image, size: tuple[int, int], how: Image.Resampling) -> UInt8Image:

@@ -60,7 +60,7 @@ class ChunkMLP(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Run (..., chunk · action_dim, width) → (..., chunk, action_dim)."""
-        x = rows.unflatten(-2, (-1, self.action_dim)).flatten(-2)
+        x = rows.reshape(*rows.shape[:-2], -1, self.action_dim * rows.shape[-1])
         x = nn.functional.relu(self.fc1(self.layer_norm1(x)))
         for block in self.mlp_resnet_blocks:
             x = block(x)
@@ -149,7 +149,8 @@ class L1Head(ChunkHead):
         if teacher is not None:
             with torch.no_grad():
                 targets = self.model(teacher.hidden).flatten(1)
-        return (self.model(context.hidden).flatten(1) - targets).float().abs().mean(dim=1)
+        guess: torch.Tensor = self.model(context.hidden).flatten(1)
+        return (guess - targets).float().abs().mean(dim=1)
 
     def fingerprint(self) -> bytes:
         """Compute what the MLP makes of fixed rows; see :meth:`ActionHead.fingerprint`."""

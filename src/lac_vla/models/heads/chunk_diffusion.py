@@ -1,4 +1,4 @@
-"""A diffusion head whose denoiser is the decoder itself: the noisy chunk stands in the prompt, and every step is a pass.
+"""A diffusion head whose denoiser is the decoder: the noisy chunk stands in the prompt, and every step is a pass.
 
 Source: OpenVLA-OFT (Kim et al., 2025, arXiv 2502.19645) and its released code; DDIM as in diffusers' ``DDIMScheduler``
 (squared cosine, predicted actions clipped to ±1, leading steps).

@@ -86,7 +86,7 @@ def find_parts(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: If there are two of one part, or of two steps.
     """
-    files = {}
+    files: dict[str, Path] = {}
     for part, mark in zip(PARTS, MARKS, strict=True):
         found = sorted(folder.glob(mark))
         if len(found) > 1:

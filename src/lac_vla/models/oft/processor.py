@@ -13,8 +13,6 @@ from lac_vla.models.prismatic.processor import PrismaticProcessor
 from lac_vla.models.protocols import PromptInputs
 from lac_vla.types import Frame
 
-STATE_LIMIT = 1.0
-
 
 class OFTProcessor(PrismaticProcessor):
     """Lays out ``[BOS | visual | proprio, if any | diffusion step, if any | text | placeholders | stop]``.
@@ -24,8 +22,10 @@ class OFTProcessor(PrismaticProcessor):
         arguments: Of :class:`PrismaticProcessor`.
     """
 
+    state_limit = 1.0
+
     def __init__(self, config: OFTConfig, *arguments: Any) -> None:
-        super().__init__(*arguments, state_limit=STATE_LIMIT)
+        super().__init__(*arguments)
         self._config = config
 
     @property

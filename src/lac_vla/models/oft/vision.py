@@ -9,7 +9,7 @@ import torch
 
 from lac_vla.models.prismatic.encoder import PrismaticVision
 from lac_vla.models.prismatic.model import PrismaticVLA
-from lac_vla.models.prismatic.vision import FrameKVCache, Stem, ViTBackbone
+from lac_vla.models.prismatic.vision import FrameKVCache, ViTBackbone
 from lac_vla.types import BoolArray, Frame, UInt8Image
 
 
@@ -38,10 +38,7 @@ class FiLMVision(PrismaticVision):
         return self._backbone.encode_stem(pixels, whole=kv_cache is None, language=language), language
 
     def encode_tokens(
-        self,
-        stem: tuple[Stem, torch.Tensor],
-        token_mask: BoolArray | None = None,
-        kv_cache: FrameKVCache | None = None,
+        self, stem: Any, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
     ) -> torch.Tensor:
         """Compute the features of the tokens in ``token_mask`` (all by default), (n, features)."""
         rows, language = stem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,8 +20,6 @@ from lac_vla.models.tokenizer import Encode
 from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
 
 PROMPTS_REMEMBERED = 64
-STATE_LIMIT = 1.5
-"""Normalised proprioception reaches beyond the 1 % and 99 % quantiles, yet is bounded."""
 
 
 class PrismaticProcessor:
@@ -34,17 +33,19 @@ class PrismaticProcessor:
         image_pipeline: A key of :data:`lac_vla.models.images.PIPELINES`; ``None`` for the model's own.
         state_range: Units of the proprioception; ``None`` if the model takes none.
         embed: Token ids → embeddings.
-        state_limit: Normalised proprioception is clipped to ± this.
 
     Attributes:
         grids: Camera → (rows, cols) of its visual tokens, in token order.
         state_dim: Values of the proprioception; ``None`` if the model takes none.
         prompt_ids: Instruction → token ids of its whole prompt.
+        state_limit: Normalised proprioception is clipped to ± this: beyond the 1 % and 99 % quantiles, yet bounded.
 
     Raises:
         InputError: If there is no such image pipeline.
         CheckpointError: If the statistics are of another number of values than the model's state.
     """
+
+    state_limit: ClassVar[float] = 1.5
 
     def __init__(
         self,
@@ -55,7 +56,6 @@ class PrismaticProcessor:
         image_pipeline: str | None,
         state_range: Range | None,
         embed: Callable[[Sequence[int]], torch.Tensor],
-        state_limit: float = STATE_LIMIT,
     ) -> None:
         config: PrismaticConfig = model.config
         if state_range is not None and state_range.dim != config.proprio_dim:
@@ -65,7 +65,7 @@ class PrismaticProcessor:
         self.prompt_ids = lru_cache(PROMPTS_REMEMBERED)(Prompt.of(config, encode).ids)
         self._model, self._name, self._cameras, self._embed = model, name, cameras, embed
         self._crop = make_pipeline(image_pipeline or config.image_resize_strategy, config.letterbox_fill)
-        self._state_range, self._state_limit = state_range, state_limit
+        self._state_range = state_range
         self._covered = {
             name: self.grids[name][0] * (camera.tower or config.vit_towers[0]).stride
             for name, camera in cameras.items()
@@ -119,7 +119,7 @@ class PrismaticProcessor:
         if state is None or state.shape[-1] != self._state_range.dim:
             given = "none" if state is None else state.shape[-1]
             raise InputError(f"{self._name} needs {self._state_range.dim} values in Frame.proprio, got {given}")
-        return np.clip(self._state_range.normalize(state), -self._state_limit, self._state_limit).astype(np.float32)
+        return np.clip(self._state_range.normalize(state), -self.state_limit, self.state_limit).astype(np.float32)
 
 
 def covered(image: UInt8Image, side: int) -> UInt8Image:
