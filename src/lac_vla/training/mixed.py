@@ -8,7 +8,7 @@ first-order value of refreshing token i.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,7 +16,7 @@ import torch
 
 from lac_vla.engine.layers import Segment, attention_probabilities, run_layers
 from lac_vla.errors import InputError
-from lac_vla.models.heads.base import AppendRows, LossContext
+from lac_vla.models.heads.base import AppendRows, EditSuffix, LossContext
 from lac_vla.models.protocols import Decoder, DecoderStack
 from lac_vla.models.vla import VLA
 from lac_vla.types import TokenLayout
@@ -100,6 +100,7 @@ class MixedOutput:
         lengths: Of the prompts, int64, (B,).
         attention: Attention of the rows asked for to the visual tokens, mean over heads, rows and probed layers,
             (B, N), float32; ``None`` unless asked for.
+        again: Runs a part of the batch once more, with edited suffixes.
     """
 
     decoder: Decoder
@@ -108,6 +109,7 @@ class MixedOutput:
     store: MixedKV
     lengths: torch.Tensor
     attention: torch.Tensor | None
+    again: Callable[[slice, EditSuffix], torch.Tensor]
 
     def context(self, batch: slice = slice(None)) -> LossContext:
         """Make what a head's loss reads of a part of the batch."""
@@ -119,6 +121,7 @@ class MixedOutput:
             values=prompts.values.__getitem__,
             lengths=lengths,
             run=partial(self._append, prompts, lengths),
+            rerun=partial(self.again, batch),
         )
 
     def _append(self, prompts: LayerKV, lengths: torch.Tensor, rows: AppendRows) -> torch.Tensor:
@@ -189,7 +192,19 @@ def mixed_forward(
                 maps.append(attention_probabilities(query, out.keys[0], seen)[..., layout.visual].mean(dim=1))
     read = rows[:, :0] if reads_kv else rows
     hidden = decoder.norm(hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1])))
-    return MixedOutput(decoder, layout, hidden, store, lengths, torch.stack(maps).mean(dim=0) if maps else None)
+    attention = torch.stack(maps).mean(dim=0) if maps else None
+
+    def again(batch: slice, edit: EditSuffix) -> torch.Tensor:
+        own, first = zip(embeddings[batch], lengths[batch].tolist(), strict=True), layout.visual.stop
+        edited = [
+            torch.cat([row[:first], edit(number, row[first:length]), row[length:]])
+            for number, (row, length) in enumerate(own)
+        ]
+        mixture = {"mask": None if mask is None else mask[batch], "old": None if old is None else old.of(batch)}
+        rows = {"n_rows": n_rows, "n_before": n_before}
+        return mixed_forward(vla, torch.stack(edited), layout, lengths[batch], **rows, **mixture).hidden
+
+    return MixedOutput(decoder, layout, hidden, store, lengths, attention, again)
 
 
 def _visible(

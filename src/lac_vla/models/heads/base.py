@@ -48,6 +48,8 @@ class RerunPrompt:
     edit: Callable[[torch.Tensor], torch.Tensor]
 
 
+EditSuffix: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
+"""Number in the batch, embedded suffix → the new one."""
 Decoding: TypeAlias = Generator[AppendRows | RerunPrompt, torch.Tensor, tuple[FloatArray, dict[str, Any]]]
 """Yields rows, is sent their normalised last hidden states (the suffix's of a prompt that is run again); returns the
 action and what is worth recording of it."""
@@ -89,6 +91,9 @@ class LossContext:
         values: Layer → values, as ``keys``.
         lengths: Of the prompts, int64, (B,): slots from there on are padding.
         run: Runs rows behind the prompts, as :class:`HeadContext`'s decoding does by yielding them.
+        rerun: Runs the prompts again with other suffixes, over the same mixture: number in the batch, embedded suffix
+            (n_suffix, width) → the new one; gives the head's rows, (B, n_rows, width). What a frame leaves to the next
+            are the slots of the first run.
     """
 
     layout: TokenLayout
@@ -97,6 +102,7 @@ class LossContext:
     values: Callable[[int], torch.Tensor]
     lengths: torch.Tensor
     run: Callable[[AppendRows], torch.Tensor]
+    rerun: Callable[[EditSuffix], torch.Tensor] | None = None
 
 
 class ActionHead(ABC):

@@ -67,6 +67,13 @@ class ChunkMLP(nn.Module):
         out: torch.Tensor = self.fc2(self.layer_norm2(x))
         return out
 
+    def fingerprint(self, n_rows: int) -> bytes:
+        """Compute what is made of fixed rows."""
+        weight = self.fc2.weight
+        rows = torch.linspace(-1, 1, n_rows * weight.shape[1], device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            return bytes(self(rows.view(n_rows, -1)).float().cpu().numpy().tobytes())
+
 
 class ChunkHead(ActionHead):
     """The base of heads that answer with a chunk, read off rows within the prompt.
@@ -148,16 +155,13 @@ class L1Head(ChunkHead):
         """Compute the mean absolute error from targets or teacher; see :meth:`ActionHead.loss`."""
         if teacher is not None:
             with torch.no_grad():
-                targets = self.model(teacher.hidden).flatten(1)
+                targets = self.model(teacher.hidden).flatten(1).to(targets.dtype)
         guess: torch.Tensor = self.model(context.hidden).flatten(1)
-        return (guess - targets).float().abs().mean(dim=1)
+        return (guess.to(targets.dtype) - targets).abs().mean(dim=1)
 
     def fingerprint(self) -> bytes:
         """Compute what the MLP makes of fixed rows; see :meth:`ActionHead.fingerprint`."""
-        weight = self.model.fc2.weight
-        rows = torch.linspace(-1, 1, self.n_rows * weight.shape[1], device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            return bytes(self.model(rows.view(self.n_rows, -1)).float().cpu().numpy().tobytes())
+        return self.model.fingerprint(self.n_rows)
 
 
 class ChunkTokenHead(ChunkHead):

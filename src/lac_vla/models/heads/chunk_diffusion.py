@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lac_vla.errors import InputError
-from lac_vla.models.heads.base import Decoding, HeadContext, RerunPrompt
+from lac_vla.models.heads.base import Decoding, HeadContext, LossContext, RerunPrompt
 from lac_vla.models.heads.chunk import STOP_TOKENS, ChunkHead, ChunkMLP
 from lac_vla.models.heads.sampler import Schedule, ddim_step
 from lac_vla.models.heads.units import Range
@@ -26,7 +26,8 @@ CLIP = 1.0
 class ChunkDiffusionHead(ChunkHead):
     """Draws a chunk of actions by DDIM, with a pass over the whole prompt for every step.
 
-    Visual tokens that a policy reuses are reused in every step.
+    Visual tokens that a policy reuses are reused in every step. The loss is the mean square error of the noise that is
+    predicted in a chunk at a step drawn anew every time; or half of that between this prediction and the dense pass's.
 
     Args:
         model: Rows → the noise in the chunk.
@@ -75,6 +76,37 @@ class ChunkDiffusionHead(ChunkHead):
                 hidden = yield RerunPrompt(partial(self.put, chunk=x, step=times[index - 1]))
         normalized = x.float().cpu().numpy()
         return self.unnormalize_actions(normalized), {"normalized": normalized.tolist()}
+
+    def loss(
+        self,
+        context: LossContext,
+        targets: torch.Tensor,
+        generator: torch.Generator,
+        teacher: LossContext | None = None,
+    ) -> torch.Tensor:
+        """Compute the noise's error, or the divergence from the teacher; see :meth:`ActionHead.loss`."""
+        clean = targets.view(-1, *self.shape)
+        steps = torch.randint(self.schedule.steps, (len(clean),), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        noised = self.schedule.noised(clean, steps.to(clean.device), noise)
+
+        def predict(read: LossContext) -> torch.Tensor:
+            if read.rerun is None:
+                raise InputError("the noise is predicted in passes of its own: this loss needs a context with rerun")
+            hidden = read.rerun(lambda number, suffix: self.put(suffix, noised[number], int(steps[number])))
+            predicted: torch.Tensor = self.model(hidden)
+            return predicted.to(targets.dtype)
+
+        share = 1.0
+        if teacher is not None:
+            share = 0.5
+            with torch.no_grad():
+                noise = predict(teacher)
+        return share * (predict(context) - noise).square().flatten(1).mean(dim=1)
+
+    def fingerprint(self) -> bytes:
+        """Compute what the MLP makes of fixed rows; see :meth:`ActionHead.fingerprint`."""
+        return self.model.fingerprint(self.n_rows)
 
     def put(self, suffix: torch.Tensor, chunk: torch.Tensor, step: int) -> torch.Tensor:
         """Put a noisy chunk, (horizon, A), and its step into an embedded suffix, (n_suffix, width)."""

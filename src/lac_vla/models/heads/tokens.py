@@ -147,10 +147,11 @@ def token_loss(
     Returns:
         (B,).
     """
-    scores = logits(hidden).float()
+    scores = logits(hidden)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if teacher is None:
         return F.cross_entropy(scores.transpose(1, 2), targets, reduction="none").mean(dim=1)
     with torch.no_grad():
-        truth = logits(teacher).float().log_softmax(dim=-1)
+        truth = logits(teacher).to(scores.dtype).log_softmax(dim=-1)
     guess = scores.log_softmax(dim=-1)
     return F.kl_div(guess, truth, reduction="none", log_target=True).sum(dim=-1).mean(dim=1)
