@@ -241,25 +241,29 @@ class Engine:
 
     def _round(self, runs: Sequence[_Run]) -> None:
         """Run what several heads yielded through one stack, and send them its last hidden states."""
+        rows = runs[0].rows
         stack: DecoderStack = self.model.decoder
-        cursors: list[Cursor] = []
-        embeddings = []
-        for run in runs:
-            if isinstance(run.rows, AppendRows):
-                stack = run.rows.stack or stack
-                cursors.append(AppendCursor(stack, run.sequence, run.rows, self._rotary_of(stack, run)))
-                embeddings.append(run.rows.embeddings)
-            elif run.rows is not None:
-                sequence = run.sequence.again()
-                cursors.append(PrefillCursor(self.model.decoder, sequence, self._rotary_of(stack, run)))
-                kept = run.embeddings[: len(run.embeddings) - len(run.suffix) - run.sequence.draft]
-                embeddings.append(torch.cat([kept, run.rows.edit(run.suffix)]))
-        hidden = run_packed(stack, cursors, embeddings, self.store, self._run_layers)
-        for run, rows in zip(runs, hidden, strict=True):
-            if isinstance(run.rows, RerunPrompt):
-                rows = rows[len(rows) - len(run.suffix) :]
+        if isinstance(rows, AppendRows):
+            stack = rows.stack or stack
+        prepared = [(run, self._try(run, partial(self._prepare, stack=stack))) for run in runs]
+        ready = [(run, *rows) for run, rows in prepared if rows is not None]
+        cursors = [cursor for _, cursor, _ in ready]
+        hidden = run_packed(stack, cursors, [embedded for *_, embedded in ready], self.store, self._run_layers)
+        for (run, *_), own in zip(ready, hidden, strict=True):
+            read = own[len(own) - len(run.suffix) :] if isinstance(run.rows, RerunPrompt) else own
             run.rows = None
-            self._try(run, partial(self._advance, hidden=stack.norm(rows)))
+            self._try(run, partial(self._advance, hidden=stack.norm(read)))
+
+    def _prepare(self, run: _Run, stack: DecoderStack) -> tuple[Cursor, torch.Tensor]:
+        """Plan the rows that a head yielded, and embed them."""
+        sequence, rows, rotary = run.sequence, run.rows, self._rotary_of(stack, run)
+        if isinstance(rows, AppendRows):
+            return AppendCursor(stack, sequence, rows, rotary), rows.embeddings
+        if rows is None:  # pragma: no cover - those that are done have left
+            raise RuntimeError("the head yielded nothing")
+        before = run.embeddings[: len(run.embeddings) - len(run.suffix) - sequence.draft]
+        embeddings = torch.cat([before, rows.edit(run.suffix)])
+        return PrefillCursor(self.model.decoder, sequence.again(), rotary), embeddings
 
     def _advance(self, run: _Run, hidden: torch.Tensor | None) -> None:
         """Let a head go on until it yields rows or answers."""
