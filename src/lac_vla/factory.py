@@ -30,9 +30,11 @@ class ModelOptions:
             ``float16``.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation.
+        platform: Robot that the checkpoint is for, where it does not say so: ``libero``, ``aloha`` or ``bridge`` for
+            OpenVLA-OFT's.
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
-        max_age: No slot is reused once it is this old, frames.
+        max_age: No slot is reused once it is this old, control steps.
         options: Engine options beside caching, of all methods, dense included: ``default``, ``none``, ``exact``,
             ``draft+async_policy``, …
         seed: Of every session.
@@ -46,6 +48,7 @@ class ModelOptions:
     dtype: str = "auto"
     unnorm_key: str | None = None
     image_pipeline: str | None = None
+    platform: str | None = None
     flow: str | None = None
     max_age: int = 16
     options: str = "default"
@@ -68,7 +71,7 @@ class CachedVLA:
         model: The frozen model.
         policy: What decides which visual tokens are recomputed.
         flow: Optical flow for a policy that reads it, by name; ``None`` for the one that it was made for.
-        max_age: No slot is reused once it is this many frames old, ≥ 1.
+        max_age: No slot is reused once it is this many control steps old, ≥ 1; see :class:`Session`.
         scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
         options: What else is done to be fast.
 
@@ -197,6 +200,7 @@ def load_methods(
         cameras=cameras,
         unnorm_key=options.unnorm_key,
         image_pipeline=options.image_pipeline,
+        platform=options.platform,
     )
     engine_options = EngineOptions.parse(options.options)
     return {

@@ -44,7 +44,7 @@ class Session:
         engine: Runs the model.
         policy: Decides which visual tokens are computed.
         flow: Name of the optical flow; ``"none"`` for none.
-        max_age: No slot is reused once it is this many frames old.
+        max_age: No slot is reused once it is this many control steps old: frames, but for ``steps_per_frame``.
         scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
         seed: Of the session's generators.
 
@@ -56,6 +56,8 @@ class Session:
         token_budget: At most as many visual tokens are computed in a frame, as far as the maximum age allows; ``None``
             for as many as the policy wants. Frames that reuse nothing are not limited, nor is less than one bucket. It
             stays over a reset.
+        steps_per_frame: Control steps from one frame to the next, in which slots grow older: more than one where
+            several actions of a chunk are executed before the next frame. It stays over a reset.
         force_dense: If set, every frame is dense and this text is reported as the reason; ``None`` for what the policy
             decides.
     """
@@ -68,6 +70,7 @@ class Session:
         self.memory = FrameMemory()
         self.last_info: StepInfo | None = None
         self.token_budget: int | None = None
+        self.steps_per_frame = 1
         self.force_dense: str | None = None
         self._flow = make_flow(flow)
         self._region = Region()
@@ -167,6 +170,7 @@ class Session:
             refine=partial(self.policy.refine, prompt.layout) if dense_reason is None else None,
             drafted=drafted,
             rng=self._head_rng,
+            elapsed=self.steps_per_frame,
         )
         return self._open
 
@@ -195,7 +199,14 @@ class Session:
         decision, (_, forced) = sequence.decision, plan.decision()
         dense, memory = plan.dense_reason, self.memory
         with plan.clock.stage("bookkeeping"):
-            memory.commit(sequence.layout, plan.images, plan.frame.instruction, decision, sequence.attention)
+            memory.commit(
+                sequence.layout,
+                plan.images,
+                plan.frame.instruction,
+                decision,
+                sequence.attention,
+                elapsed=plan.elapsed,
+            )
             self._shapes, self._frame = plan.frame.shapes, plan.frame
             self._head_rng_state, self._action = result.rng_state, action
         self.last_info = StepInfo(

@@ -176,6 +176,12 @@ def test_unchanged_frame_is_exact_under_reuse(backbone: VLA, name: str) -> None:
 
 
 @dataclass(frozen=True)
+class ReuseAll(CachePolicy):
+    def decide(self, inputs: PolicyInput) -> Decision:
+        return Decision.reuse(np.ones(inputs.layout.n_visual, dtype=bool), inputs.n_layers)
+
+
+@dataclass(frozen=True)
 class PruneNothing(CachePolicy):
     def decide(self, inputs: PolicyInput) -> Decision:
         return Decision(np.full(inputs.layout.n_visual, inputs.n_layers), inputs.n_layers, SkippedTokens.PRUNE)
@@ -205,6 +211,21 @@ def test_no_slot_outlives_max_age(backbone: VLA, name: str) -> None:
         assert ages.max() > 0
 
 
+def test_ages_are_counted_in_control_steps(backbone: VLA) -> None:
+    """A maximum age means the same time where several actions of a chunk are executed between two frames."""
+    for steps, refreshed in ((1, 8), (4, 2), (8, 1)):
+        session = CachedVLA(backbone, ReuseAll(), max_age=8).session()
+        session.steps_per_frame = steps
+        forced = []
+        for _ in range(2 * refreshed + 2):
+            session.act(frame(0))
+            assert session.last_info is not None
+            forced.append(bool(session.last_info.forced.any()))
+        session.reset()
+        assert session.steps_per_frame == steps
+        assert forced == [False] + [i % (refreshed + 1) == refreshed for i in range(2 * refreshed + 1)]
+
+
 @pytest.mark.parametrize("name", PRUNING)
 def test_what_is_pruned_has_no_age(backbone: VLA, name: str) -> None:
     """It is absent, not old: no bound on ages would mean anything for it."""
@@ -226,11 +247,6 @@ def test_protecting_everything_is_exact(backbone: VLA) -> None:
 
 
 def test_forced_tokens_are_the_old_ones(backbone: VLA) -> None:
-    @dataclass(frozen=True)
-    class ReuseAll(CachePolicy):
-        def decide(self, inputs: PolicyInput) -> Decision:
-            return Decision.reuse(np.ones(inputs.layout.n_visual, dtype=bool), inputs.n_layers)
-
     session = CachedVLA(backbone, ReuseAll(), max_age=2).session()
     forced = []
     for _ in range(7):
