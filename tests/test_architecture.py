@@ -35,7 +35,7 @@ FORBIDDEN = {
     "serving": {"evaluation"},
     "evaluation": {"serving"},
 }
-FAMILIES = re.compile(r"lac_vla\.models\.(prismatic|cogact)\b")
+FAMILIES = re.compile(r"lac_vla\.models\.(prismatic|cogact|oft)\b")
 FRAGMENT = re.compile(r"(Of|As|What|Why|Where|Whether|How|Which|Whose|Those|With|Without|Than)\b")
 
 

@@ -44,7 +44,8 @@ class Session:
         engine: Runs the model.
         policy: Decides which visual tokens are computed.
         flow: Name of the optical flow; ``"none"`` for none.
-        max_age: No slot is reused once it is this many control steps old: frames, but for ``steps_per_frame``.
+        max_age: No slot is reused once it is this many control steps old, but once in any case; see
+            ``steps_per_frame``.
         scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
         seed: Of the session's generators.
 
@@ -56,8 +57,8 @@ class Session:
         token_budget: At most as many visual tokens are computed in a frame, as far as the maximum age allows; ``None``
             for as many as the policy wants. Frames that reuse nothing are not limited, nor is less than one bucket. It
             stays over a reset.
-        steps_per_frame: Control steps from one frame to the next, in which slots grow older: more than one where
-            several actions of a chunk are executed before the next frame. It stays over a reset.
+        steps_per_frame: Control steps from one frame to the next: more than one where several actions of a chunk are
+            executed before the model is asked again. It stays over a reset.
         force_dense: If set, every frame is dense and this text is reported as the reason; ``None`` for what the policy
             decides.
     """
@@ -87,6 +88,11 @@ class Session:
     def model(self) -> VLA:
         """The model that the engine runs."""
         return self.engine.model
+
+    @property
+    def max_frames(self) -> int:
+        """Age in frames from which on no slot is reused: the same time however often the model is asked."""
+        return max(1, self.max_age // self.steps_per_frame)
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +176,6 @@ class Session:
             refine=partial(self.policy.refine, prompt.layout) if dense_reason is None else None,
             drafted=drafted,
             rng=self._head_rng,
-            elapsed=self.steps_per_frame,
         )
         return self._open
 
@@ -199,14 +204,7 @@ class Session:
         decision, (_, forced) = sequence.decision, plan.decision()
         dense, memory = plan.dense_reason, self.memory
         with plan.clock.stage("bookkeeping"):
-            memory.commit(
-                sequence.layout,
-                plan.images,
-                plan.frame.instruction,
-                decision,
-                sequence.attention,
-                elapsed=plan.elapsed,
-            )
+            memory.commit(sequence.layout, plan.images, plan.frame.instruction, decision, sequence.attention)
             self._shapes, self._frame = plan.frame.shapes, plan.frame
             self._head_rng_state, self._action = result.rng_state, action
         self.last_info = StepInfo(
@@ -346,14 +344,14 @@ class Session:
                 )
             forced = np.zeros(layout.n_visual, dtype=np.bool_)
             if decision.skipped is SkippedTokens.REUSE:
-                forced = (memory.age >= self.max_age) & ~decision.active
+                forced = (memory.age >= self.max_frames) & ~decision.active
                 if forced.any():
                     decision = decision.with_active(forced)
             bucket = self.engine.options.bucket
             if self.token_budget is not None and decision.skipped is SkippedTokens.REUSE:
                 # what is padded to a bucket below stays within the budget
                 budget = max(bucket, self.token_budget - self.token_budget % bucket)
-                wanted, decision = decision.active, cap_to_budget(budget, decision, inputs, self.max_age)
+                wanted, decision = decision.active, cap_to_budget(budget, decision, inputs, self.max_frames)
                 forced = decision.active & (forced | ~wanted)
             decision = pad_to_bucket(decision, memory.age, bucket)
         return decision, forced

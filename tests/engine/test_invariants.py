@@ -211,7 +211,7 @@ def test_no_slot_outlives_max_age(backbone: VLA, name: str) -> None:
         assert ages.max() > 0
 
 
-def test_ages_are_counted_in_control_steps(backbone: VLA) -> None:
+def test_a_maximum_age_is_counted_in_control_steps(backbone: VLA) -> None:
     """A maximum age means the same time where several actions of a chunk are executed between two frames."""
     for steps, refreshed in ((1, 8), (4, 2), (8, 1)):
         session = CachedVLA(backbone, ReuseAll(), max_age=8).session()

@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.reference import ReferenceDecoder
-from tests.engine.scenes import ALL_POLICIES, frame
-from tests.engine.test_batches import CLOSE, assert_batch_equals_alone, make, observe
 
 from lac_vla import VLA, CachedVLA, Dense, Random, random_vla
 from lac_vla.cost import CostModel
@@ -20,6 +17,9 @@ from lac_vla.engine.engine import Engine
 from lac_vla.models.heads.base import HeadContext, RerunPrompt
 from lac_vla.models.oft.config import TINY_OFT
 from lac_vla.policies import CachePolicy
+from tests.engine.reference import ReferenceDecoder
+from tests.engine.scenes import ALL_POLICIES, frame
+from tests.engine.test_batches import CLOSE, assert_batch_equals_alone, make, observe
 
 STEPS = 3
 

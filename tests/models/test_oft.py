@@ -15,6 +15,7 @@ from tests.models.oft_folder import Arrays, Fill, aloha_frame, golden, libero_fr
 from lac_vla import VLA, CachedVLA, Frame, Random
 from lac_vla.models.llama import LlamaDecoder
 from lac_vla.models.protocols import PromptInputs
+from lac_vla.sims.libero.env import openvla_gripper
 from lac_vla.types import FloatArray
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -186,6 +187,11 @@ def test_aloha_with_film(film: VLA, aloha: Arrays) -> None:
     np.testing.assert_allclose(metadata["normalized"], aloha["l1.normalized"], **CLOSE)
     np.testing.assert_allclose(action, aloha["l1.action"], **CLOSE)
     assert action.shape == (25, 14)
+
+
+def test_gripper_of_libero(libero: Arrays) -> None:
+    """Exactly half open is neither."""
+    np.testing.assert_array_equal(openvla_gripper(libero["gripper.in"]), libero["gripper.out"])
 
 
 # The goldens' traps.

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.models.oft_folder import Fill, aloha_frame, golden, libero_frame, load_oft, part_of, write_oft
 
 from lac_vla import VLA, CachedVLA, Frame, load_vla, random_vla, save_vla
-from lac_vla.errors import CheckpointError, InputError
+from lac_vla.errors import CheckpointError, InputError, MissingExtraError
 from lac_vla.models.oft.build import build_oft
 from lac_vla.models.oft.config import PRESETS, TINY_OFT, OFTConfig
 from lac_vla.models.prismatic.presets import NO_STATS
@@ -266,7 +266,7 @@ def test_a_missing_package_is_asked_for_before_anything_is_loaded(
     original: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "simplejpeg", None)
-    with pytest.raises(InputError, match="simplejpeg"):
+    with pytest.raises(MissingExtraError, match=r"lac-vla\[jpeg\]"):
         load_oft(original, IDS, image_pipeline=None)
 
 

@@ -59,7 +59,7 @@ class FrameMemory:
             instruction: The frame's.
             decision: What was computed.
             attention: Layer → probed attention.
-            elapsed: Control steps by which the slots that were not computed grew older; 0 for a frame seen before.
+            elapsed: Frames by which the slots that were not computed grew older; 0 for a frame seen before.
         """
         active = decision.active
         if self.layout is None or self.layout.grids != layout.grids:  # all is active then

@@ -36,7 +36,7 @@ class FramePlan:
         refine: See :class:`lac_vla.engine.prefill.SequenceState`.
         drafted: What the preceding action's draft is made of; ``None`` for no draft.
         rng: Chance of the action head; ``None`` to stop behind the prefill.
-        elapsed: Control steps by which slots that are not computed grow older.
+        elapsed: Frames by which slots that are not computed grow older.
         used: Whether an engine has taken it.
     """
 

@@ -29,7 +29,7 @@ class StepInfo:
         layout: Where the tokens were.
         decision: How deep every visual token was computed.
         forced: bool, (N,): tokens that the policy would have cached, recomputed because of their age.
-        age: Age of every slot after the frame, in control steps, int64, (N,); 0 where the frame pruned, for what is absent
+        age: Age of every slot after the frame, in frames, int64, (N,); 0 where the frame pruned, for what is absent
             is not old.
         dense_reason: Why the policy was not asked (``"first frame"``, ``"scene cut"``, …); ``None`` if it was.
         stages: Milliseconds by stage, see :data:`lac_vla.timing.STAGES`.

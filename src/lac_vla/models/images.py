@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
-from lac_vla.errors import InputError
+from lac_vla.errors import InputError, MissingExtraError
 from lac_vla.types import UInt8Image
 
 Pipeline: TypeAlias = Callable[[UInt8Image, int], UInt8Image]
@@ -76,7 +76,7 @@ def libero(image: UInt8Image, size: int) -> UInt8Image:
     single levels in less than 1 of 5,000 values.
 
     Raises:
-        InputError: If the package ``simplejpeg`` is missing.
+        MissingExtraError: If ``simplejpeg`` is not installed.
     """
     if image.shape[:2] != (size, size):
         image = _lanczos(_jpeg(image), size)
@@ -117,7 +117,7 @@ def require_pipeline(name: str) -> None:
     """Check, before a model is loaded, that what a pipeline needs is installed.
 
     Raises:
-        InputError: If it is not.
+        MissingExtraError: If it is not.
     """
     if name in ("libero", "aloha"):
         _simplejpeg()
@@ -127,9 +127,8 @@ def _simplejpeg() -> Any:
     try:
         import simplejpeg
     except ImportError as error:
-        raise InputError(
-            "the image pipelines 'libero' and 'aloha' decode JPEG as TensorFlow does, by the package simplejpeg: "
-            "pip install 'lac-vla[jpeg]', or choose another image_pipeline"
+        raise MissingExtraError(
+            "jpeg", "The image pipeline 'libero' or 'aloha', which decodes as TensorFlow,"
         ) from error
     return simplejpeg
 

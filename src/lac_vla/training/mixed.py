@@ -200,9 +200,16 @@ def mixed_forward(
             torch.cat([row[:first], edit(number, row[first:length]), row[length:]])
             for number, (row, length) in enumerate(own)
         ]
-        mixture = {"mask": None if mask is None else mask[batch], "old": None if old is None else old.of(batch)}
-        rows = {"n_rows": n_rows, "n_before": n_before}
-        return mixed_forward(vla, torch.stack(edited), layout, lengths[batch], **rows, **mixture).hidden
+        return mixed_forward(
+            vla,
+            torch.stack(edited),
+            layout,
+            lengths[batch],
+            n_rows=n_rows,
+            n_before=n_before,
+            mask=None if mask is None else mask[batch],
+            old=None if old is None else old.of(batch),
+        ).hidden
 
     return MixedOutput(decoder, layout, hidden, store, lengths, attention, again)
 
