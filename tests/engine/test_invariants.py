@@ -165,6 +165,27 @@ def test_watching_every_row_of_every_layer_changes_nothing(backbone: VLA) -> Non
         assert all(torch.allclose(seen.sum(dim=1), torch.ones(shape[0])) for seen in watched.memory.attention.values())
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_last_row_is_the_last_that_the_head_reads(backbone: VLA, layer: int) -> None:
+    """What stands behind it is there to be seen, and nobody asks what it sees."""
+
+    @dataclass(frozen=True)
+    class Probed(Random):
+        rows: str = "last"
+
+        def probe(self, n_layers: int) -> AttentionProbe:
+            return AttentionProbe((layer,), self.rows)
+
+    last, suffix = (CachedVLA(backbone, Probed(0.5, rows=rows)).session() for rows in ("last", "suffix"))
+    for i in range(3):
+        last.act(frame(i))
+        suffix.act(frame(i))
+        assert last.last_info is not None
+        read = last.last_info.layout.n_suffix - last.last_info.layout.n_unread
+        torch.testing.assert_close(last.memory.attention[layer][0], suffix.memory.attention[layer][read - 1])
+        assert len(last.memory.attention[layer]) == 1
+
+
 @pytest.mark.parametrize("name", REUSING)
 def test_unchanged_frame_is_exact_under_reuse(backbone: VLA, name: str) -> None:
     """Invariant 2."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tests.models.oft_folder import golden
 
+from lac_vla import Frame, random_vla
 from lac_vla.errors import InputError, MissingExtraError
 from lac_vla.models.images import PIPELINES, Pipeline, _centre_crop, _jpeg, _lanczos, make_pipeline, require_pipeline
+from lac_vla.models.prismatic.presets import OPENVLA_7B
+from lac_vla.models.prismatic.towers import TIMM_TOWERS
 from lac_vla.types import UInt8Image
 
 JPEG = ("libero", "aloha")
@@ -89,6 +93,14 @@ def test_aloha_is_first_made_a_square_of_256() -> None:
     expected = pipeline("libero")(make_pipeline("resize-naive")(image, 256), 224)
     np.testing.assert_array_equal(make_pipeline("aloha")(image, 224), expected)
     assert not np.array_equal(expected, make_pipeline("libero")(image, 224))
+
+
+def test_the_border_has_the_mean_of_the_last_tower() -> None:
+    dino, siglip = TIMM_TOWERS["vit_large_patch14_reg4_dinov2.lvd142m"], TIMM_TOWERS["vit_so400m_patch14_siglip_224"]
+    for towers, expected in (((dino,), (123, 116, 103)), ((dino, siglip), (127, 127, 127))):
+        vla = random_vla(replace(OPENVLA_7B, vit_towers=towers, image_resize_strategy="letterbox"), device="meta")
+        image = vla.processor.images(Frame({"agentview": gradient(100, 224)}, "go"))["agentview"]
+        assert tuple(image[0, 0]) == expected
 
 
 @pytest.mark.parametrize("name", PIPELINES)

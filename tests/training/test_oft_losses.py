@@ -12,13 +12,20 @@ from tests.training.test_kv_heads import CLOSE, LENGTH, TEXTS, masks, seen_store
 from tests.training.test_lac_loss import WARM, gradients
 from tests.training.worlds import captured_hidden, losses_of, store_of
 
-from lac_vla import VLA, random_vla
+from lac_vla import VLA, InputError, random_vla
 from lac_vla.engine import layers
 from lac_vla.models.heads.chunk import ChunkHead, ChunkTokenHead, L1Head
 from lac_vla.models.heads.chunk_diffusion import ChunkDiffusionHead
-from lac_vla.models.oft.config import TINY_OFT
+from lac_vla.models.oft.config import TINY_OFT, with_film
+from lac_vla.models.prismatic.config import CameraConfig
+from lac_vla.models.prismatic.presets import TINY
+from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.training import lac
+from lac_vla.training.tower import MixedTower
 
+SMALL = replace(
+    TINY, vision_backbone_id="vit", vit_towers=(ViTConfig(8, 3, 2, 16),), cameras=(CameraConfig("agentview", 56),)
+)
 ACTIONS = np.random.default_rng(0).uniform(-0.9, 0.9, (9, 7)).astype(np.float32)
 
 
@@ -160,3 +167,10 @@ def test_l1_is_the_mean_absolute_error(vla: VLA) -> None:
     expected = (answers - vla.head.model(teacher.hidden).flatten(1)).abs().mean(dim=1)
     torch.testing.assert_close(vla.head.loss(context, targets, torch.Generator(), teacher), expected)
     assert vla.head.loss(context, targets, torch.Generator(), context).abs().max() == 0
+
+
+def test_towers_that_need_the_instruction_are_not_trained_through() -> None:
+    film = random_vla(replace(TINY_OFT, vlm=with_film(SMALL)))
+    with pytest.raises(InputError, match="depends on the instruction"):
+        MixedTower(film)
+    MixedTower(random_vla(SMALL))

@@ -26,7 +26,7 @@ from lac_vla.models.llama import reset_rotary
 from lac_vla.models.prismatic.checkpoint import CONFIG, STATISTICS, unused_weights
 from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer, save_tokenizer
 from lac_vla.models.vla import VLA
-from lac_vla.models.weights import WEIGHTS, check_shapes, randomise, read_json, read_torch, write_weights
+from lac_vla.models.weights import WEIGHTS, check_shapes, randomise, read_json, read_torch, refuse_unread, write_weights
 
 HUB_FILES = ("*.json", "*.safetensors", "checkpoints/*.pt")
 HEAD = "action_model."
@@ -122,6 +122,7 @@ def new_cogact(config: CogACTConfig, statistics: Mapping[str, Any], encode: Enco
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read a folder's tensors under our names: our own ``model.safetensors``, else the official ``.pt`` file."""
+    refuse_unread(folder, [WEIGHTS])
     if not (folder / WEIGHTS).is_file():
         return _read(_find_weights(folder))
     try:
