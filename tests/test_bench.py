@@ -130,6 +130,17 @@ def test_stock_and_dense_session_act_the_same(tiny: VLA) -> None:
         assert stock.last_info.stages["bookkeeping"] == 0
 
 
+@torch.inference_mode()
+def test_the_stock_model_sees_everything_where_ours_does() -> None:
+    """Stock Llama without a mask would be causal, and another model."""
+    oft = random_vla("oft-tiny", seed=2)
+    stock, session = StockSession(oft), CachedVLA(oft, Dense()).session()
+    for frame in synthetic(("agentview", "wrist"), None, 2, 1).frames:
+        np.testing.assert_allclose(stock.act(frame), session.act(frame), rtol=1e-5, atol=1e-5)
+    prefills = Prefills(oft, seed=0)
+    torch.testing.assert_close(prefills.ours(prefills.decision(0.5))(), prefills.stock(), rtol=1e-5, atol=1e-5)
+
+
 def test_stock_and_dense_session_draw_the_same_from_cogact() -> None:
     """The same noise too, episode by episode."""
     cogact = random_vla(TINY_COGACT, seed=2)

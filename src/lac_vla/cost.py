@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.engine.step_info import StepInfo
-from lac_vla.models.heads.base import HeadContext
+from lac_vla.models.heads.base import AppendRows, HeadContext
 from lac_vla.models.protocols import DecoderShape
 from lac_vla.models.vla import VLA
 from lac_vla.types import AttentionProbe, BoolArray, Decision, Frame, SkippedTokens, TokenLayout
@@ -149,15 +149,16 @@ class CostModel:
         def decode() -> None:  # over rows of any content
             read = hidden if head.reads == "hidden" else hidden[:0]
             context = HeadContext(frame, prompt.layout, read, cached, cached, np.random.default_rng(0))
-            decoding, rows = head.decode(context), None
+            decoding, sent = head.decode(context), None
             with suppress(StopIteration):
                 while True:
-                    rows = next(decoding) if rows is None else decoding.send(rows.embeddings)
+                    rows = next(decoding) if sent is None else decoding.send(sent)
+                    sent = rows.embeddings if isinstance(rows, AppendRows) else rows.edit(hidden)
 
         with torch.inference_mode():
             decode()  # what a head computes once for all frames does not count
         decoded = count_macs(decode)
-        return cls(model.decoder.shape, always, tokens, projector, decoded // head.n_rows)
+        return cls(model.decoder.shape, always, tokens, projector, decoded // (1 + head.n_forced))
 
     def step(self, step: StepInfo) -> dict[str, int]:
         """Count by stage what a session did with a frame.
@@ -177,6 +178,7 @@ class CostModel:
             "projector": self.projector * int(np.count_nonzero(decision.exit_layer)),
             "prefill": prefill_macs(self.decoder, layout, decision, step.draft, n_queries=step.n_queries),
             "decode": decode_macs(self.decoder, layout, decision, step.decode_passes)
+            + (step.prompt_passes - 1) * prefill_macs(self.decoder, layout, decision, n_queries=layout.n_suffix)
             + sum(decode_macs(shape, layout, decision, [(a, b)]) for shape, a, b in step.stack_passes),
             "head": self.head * read,
         }

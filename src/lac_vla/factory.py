@@ -31,6 +31,8 @@ class ModelOptions:
         unnorm_key: Statistics key of the checkpoint, if it has several.
         image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation,
             ``lerobot-0.4`` for a π0 or π0.5 that was trained with LeRobot 0.4 and pictures that are not square.
+        platform: Robot that the checkpoint is for, where it does not say so: ``libero``, ``aloha`` or ``bridge`` for
+            OpenVLA-OFT's.
         tokenizer: Folder or hub id of the tokenizer, where the checkpoint holds none (LeRobot's do not).
         state_prompt: How π0.5's prompt tells the state: ``given``, ``padded`` (LeRobot 0.4) or ``none`` (openpi's
             LIBERO model).
@@ -38,7 +40,7 @@ class ModelOptions:
             checkpoint does not say so: 6 for openpi's π0 for LIBERO.
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
-        max_age: No slot is reused once it is this old, frames.
+        max_age: No slot is reused once it is this old, control steps.
         options: Engine options beside caching, of all methods, dense included: ``default``, ``none``, ``exact``,
             ``draft+async_policy``, …
         seed: Of every session.
@@ -52,6 +54,7 @@ class ModelOptions:
     dtype: str = "auto"
     unnorm_key: str | None = None
     image_pipeline: str | None = None
+    platform: str | None = None
     tokenizer: str | None = None
     state_prompt: str | None = None
     relative_actions: int | None = None
@@ -77,7 +80,7 @@ class CachedVLA:
         model: The frozen model.
         policy: What decides which visual tokens are recomputed.
         flow: Optical flow for a policy that reads it, by name; ``None`` for the one that it was made for.
-        max_age: No slot is reused once it is this many frames old, ≥ 1.
+        max_age: No slot is reused once it is this many control steps old, ≥ 1; see :class:`Session`.
         scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
         options: What else is done to be fast.
 
@@ -206,6 +209,7 @@ def load_methods(
         cameras=cameras,
         unnorm_key=options.unnorm_key,
         image_pipeline=options.image_pipeline,
+        platform=options.platform,
         tokenizer=options.tokenizer,
         state_prompt=options.state_prompt,
         relative_actions=options.relative_actions,

@@ -44,7 +44,8 @@ class Session:
         engine: Runs the model.
         policy: Decides which visual tokens are computed.
         flow: Name of the optical flow; ``"none"`` for none.
-        max_age: No slot is reused once it is this many frames old.
+        max_age: No slot is reused once it is this many control steps old, but once in any case; see
+            ``steps_per_frame``.
         scene_cut: Mean absolute pixel change between adjacent frames, in 0..1, from which on nothing is reused.
         seed: Of the session's generators.
 
@@ -56,6 +57,8 @@ class Session:
         token_budget: At most as many visual tokens are computed in a frame, as far as the maximum age allows; ``None``
             for as many as the policy wants. Frames that reuse nothing are not limited, nor is less than one bucket. It
             stays over a reset.
+        steps_per_frame: Control steps from one frame to the next: more than one where several actions of a chunk are
+            executed before the model is asked again. It stays over a reset.
         force_dense: If set, every frame is dense and this text is reported as the reason; ``None`` for what the policy
             decides.
     """
@@ -68,6 +71,7 @@ class Session:
         self.memory = FrameMemory()
         self.last_info: StepInfo | None = None
         self.token_budget: int | None = None
+        self.steps_per_frame = 1
         self.force_dense: str | None = None
         self._flow = make_flow(flow)
         self._region = Region()
@@ -84,6 +88,11 @@ class Session:
     def model(self) -> VLA:
         """The model that the engine runs."""
         return self.engine.model
+
+    @property
+    def max_frames(self) -> int:
+        """Age in frames from which on no slot is reused: the same time however often the model is asked."""
+        return max(1, self.max_age // self.steps_per_frame)
 
     @property
     def nbytes(self) -> int:
@@ -214,6 +223,7 @@ class Session:
             n_queries=sequence.n_queries,
             decode_passes=tuple(sequence.decode_passes),
             stack_passes=tuple((stack.shape, start, stop) for stack, start, stop in sequence.stack_passes),
+            prompt_passes=sequence.prompt_passes,
             encoded=result.encoded,
             eager_runs=result.eager_runs,
         )
@@ -334,14 +344,14 @@ class Session:
                 )
             forced = np.zeros(layout.n_visual, dtype=np.bool_)
             if decision.skipped is SkippedTokens.REUSE:
-                forced = (memory.age >= self.max_age) & ~decision.active
+                forced = (memory.age >= self.max_frames) & ~decision.active
                 if forced.any():
                     decision = decision.with_active(forced)
             bucket = self.engine.options.bucket
             if self.token_budget is not None and decision.skipped is SkippedTokens.REUSE:
                 # what is padded to a bucket below stays within the budget
                 budget = max(bucket, self.token_budget - self.token_budget % bucket)
-                wanted, decision = decision.active, cap_to_budget(budget, decision, inputs, self.max_age)
+                wanted, decision = decision.active, cap_to_budget(budget, decision, inputs, self.max_frames)
                 forced = decision.active & (forced | ~wanted)
             decision = pad_to_bucket(decision, memory.age, bucket)
         return decision, forced

@@ -99,21 +99,23 @@ class TokenLayout:
         cameras: The cameras' grids, in token order.
         n_prefix: Tokens before the first visual token.
         n_suffix: Tokens after the last visual token.
+        n_unread: How many of them, at the end, are there for others to see alone: the head does not read them.
     """
 
     cameras: tuple[CameraGrid, ...]
     n_prefix: int
     n_suffix: int
+    n_unread: int = 0
 
     @classmethod
-    def of(cls, grids: Mapping[str, tuple[int, int]], n_prefix: int, n_suffix: int) -> TokenLayout:
+    def of(cls, grids: Mapping[str, tuple[int, int]], n_prefix: int, n_suffix: int, n_unread: int = 0) -> TokenLayout:
         """Lay the cameras' (rows, cols) grids one after the other."""
         cameras: list[CameraGrid] = []
         start = 0
         for name, (rows, cols) in grids.items():
             cameras.append(CameraGrid(name, rows, cols, start))
             start += rows * cols
-        return cls(tuple(cameras), n_prefix, n_suffix)
+        return cls(tuple(cameras), n_prefix, n_suffix, n_unread)
 
     @property
     def n_visual(self) -> int:
@@ -239,8 +241,8 @@ class AttentionProbe:
 
     Attributes:
         layers: Decoder layers to probe.
-        rows: ``"last"``, the last prompt token; ``"suffix"``, all tokens behind the visual ones; ``"all"``, every
-            computed row.
+        rows: ``"last"``, the last prompt token that the head reads; ``"suffix"``, all tokens behind the visual ones;
+            ``"all"``, every computed row.
     """
 
     layers: tuple[int, ...]

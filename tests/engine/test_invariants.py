@@ -44,8 +44,9 @@ def backbone(request: pytest.FixtureRequest) -> VLA:
 def reference(backbone: VLA) -> ReferenceDecoder:
     decoder = backbone.decoder
     sizes = decoder.shape.queries // decoder.head_dim, decoder.kv_heads
-    if decoder.causal:
-        return ReferenceDecoder(dict(backbone.module.language_model.state_dict()), *sizes)
+    if hasattr(backbone.module, "language_model"):
+        weights = dict(backbone.module.language_model.state_dict())  # type: ignore[operator]
+        return ReferenceDecoder(weights, *sizes, sees=causal if decoder.causal else everything)
     gemma = backbone.family != "smolvla"
     blocks = backbone.module.prefix if gemma else backbone.module.text
     weights = {f"model.{name}": value for name, value in blocks.state_dict().items()}  # type: ignore[operator]
@@ -54,6 +55,10 @@ def reference(backbone: VLA) -> ReferenceDecoder:
             weights, *sizes, gain=1.0, activate=partial(F.gelu, approximate="tanh"), sees=everything
         )
     return ReferenceDecoder(weights, *sizes, eps=1e-5, sees=all_but_the_last)
+
+
+def causal(length: int) -> torch.Tensor:
+    return everything(length).tril()
 
 
 def everything(length: int) -> torch.Tensor:
@@ -102,7 +107,11 @@ def test_dense_equals_the_stock_model(backbone: VLA, sequence: str) -> None:
         tokens, layout = session.last_info.metadata.get("tokens", []), session.last_info.layout
         embeddings = sequence_of(backbone, observation, tokens)
         with torch.inference_mode():
-            stock = backbone.module.language_model.model(inputs_embeds=embeddings[None], use_cache=False)
+            length = len(embeddings)
+            mask = None if backbone.decoder.causal else torch.zeros(1, 1, length, length)  # or else it is causal
+            stock = backbone.module.language_model.model(
+                inputs_embeds=embeddings[None], attention_mask=mask, use_cache=False
+            )
             logits = backbone.module.language_model.lm_head(stock.last_hidden_state[0, layout.length - 1 :])
         torch.testing.assert_close(hidden, stock.last_hidden_state[0, layout.suffix.start :], rtol=1e-5, atol=1e-5)
         assert logits.argmax(-1).tolist() == tokens or not tokens
@@ -234,6 +243,27 @@ def test_watching_every_row_of_every_layer_changes_nothing(backbone: VLA) -> Non
         assert all(torch.allclose(seen.sum(dim=1), torch.ones(shape[0])) for seen in watched.memory.attention.values())
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_last_row_is_the_last_that_the_head_reads(backbone: VLA, layer: int) -> None:
+    """What stands behind it is there to be seen, and nobody asks what it sees."""
+
+    @dataclass(frozen=True)
+    class Probed(Random):
+        rows: str = "last"
+
+        def probe(self, n_layers: int) -> AttentionProbe:
+            return AttentionProbe((layer,), self.rows)
+
+    last, suffix = (CachedVLA(backbone, Probed(0.5, rows=rows)).session() for rows in ("last", "suffix"))
+    for i in range(3):
+        last.act(frame(i))
+        suffix.act(frame(i))
+        assert last.last_info is not None
+        read = last.last_info.layout.n_suffix - last.last_info.layout.n_unread
+        torch.testing.assert_close(last.memory.attention[layer][0], suffix.memory.attention[layer][read - 1])
+        assert len(last.memory.attention[layer]) == 1
+
+
 @pytest.mark.parametrize("name", REUSING)
 def test_unchanged_frame_is_exact_under_reuse(backbone: VLA, name: str) -> None:
     """Invariant 2."""
@@ -242,6 +272,12 @@ def test_unchanged_frame_is_exact_under_reuse(backbone: VLA, name: str) -> None:
     dense_hidden = capture_hidden(dense, frame(4))
     for _ in range(3):
         torch.testing.assert_close(capture_hidden(session, frame(4)), dense_hidden, rtol=1e-5, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class ReuseAll(CachePolicy):
+    def decide(self, inputs: PolicyInput) -> Decision:
+        return Decision.reuse(np.ones(inputs.layout.n_visual, dtype=bool), inputs.n_layers)
 
 
 @dataclass(frozen=True)
@@ -274,6 +310,21 @@ def test_no_slot_outlives_max_age(backbone: VLA, name: str) -> None:
         assert ages.max() > 0
 
 
+def test_a_maximum_age_is_counted_in_control_steps(backbone: VLA) -> None:
+    """A maximum age means the same time where several actions of a chunk are executed between two frames."""
+    for steps, refreshed in ((1, 8), (4, 2), (8, 1)):
+        session = CachedVLA(backbone, ReuseAll(), max_age=8).session()
+        session.steps_per_frame = steps
+        forced = []
+        for _ in range(2 * refreshed + 2):
+            session.act(frame(0))
+            assert session.last_info is not None
+            forced.append(bool(session.last_info.forced.any()))
+        session.reset()
+        assert session.steps_per_frame == steps
+        assert forced == [False] + [i % (refreshed + 1) == refreshed for i in range(2 * refreshed + 1)]
+
+
 @pytest.mark.parametrize("name", PRUNING)
 def test_what_is_pruned_has_no_age(backbone: VLA, name: str) -> None:
     """It is absent, not old: no bound on ages would mean anything for it."""
@@ -295,11 +346,6 @@ def test_protecting_everything_is_exact(backbone: VLA) -> None:
 
 
 def test_forced_tokens_are_the_old_ones(backbone: VLA) -> None:
-    @dataclass(frozen=True)
-    class ReuseAll(CachePolicy):
-        def decide(self, inputs: PolicyInput) -> Decision:
-            return Decision.reuse(np.ones(inputs.layout.n_visual, dtype=bool), inputs.n_layers)
-
     session = CachedVLA(backbone, ReuseAll(), max_age=2).session()
     forced = []
     for _ in range(7):

@@ -127,3 +127,18 @@ def test_more_actions_than_a_chunk_has_are_refused_before_the_world_moves() -> N
     for wrong, ensemble in ((0, None), (2, AdaptiveEnsemble(2))):
         with pytest.raises(InputError, match=f"actions_per_call is {wrong}"):
             rollout(Film(), Chunks(), "random", 0, actions_per_call=wrong, ensemble=ensemble)
+
+
+def test_a_maximum_age_is_counted_in_what_the_robot_did() -> None:
+    """At three actions per call, a slot of two calls ago is six steps old."""
+    ages: list[int] = []
+
+    class Ages:
+        def add(self, _: Frame, info: StepInfo) -> None:
+            ages.append(int(info.age.max()))
+
+    session = CachedVLA(random_vla(TINY_COGACT, seed=1), Random(0.9), max_age=3).session()
+    for actions_per_call, expected in ((2, [0, 1, 1]), (1, [0, 1, 2, 3, 3])):
+        ages.clear()
+        rollout(Film(), session, "random", 0, actions_per_call=actions_per_call, observers=[Ages()])
+        assert ages == expected

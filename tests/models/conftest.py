@@ -86,6 +86,12 @@ def golden_weights() -> Weights:
     return {key: fill(key, shape) for key, shape in keys.items()}
 
 
+@pytest.fixture(scope="session", name="fill")
+def fill_fixture() -> Callable[[str, list[int]], torch.Tensor]:
+    """:func:`fill`."""
+    return fill
+
+
 @pytest.fixture(scope="session")
 def fill_head() -> Callable[[str, list[int]], torch.Tensor]:
     """:func:`fill_action_head`."""

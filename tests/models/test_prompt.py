@@ -94,3 +94,14 @@ def test_stand_in_gives_prompts_of_realistic_length() -> None:
     assert 20 <= len(ids) <= 29
     assert ids == prompt(encode)("put the wine bottle on the rack")
     assert all(3 <= i < 1000 for i in ids[1:-1])
+
+
+def test_padding_and_truncation_of_a_file_are_not_a_prompts(tmp_path: Path) -> None:
+    """Whoever saved the file had used it so; a prompt has its own tokens, all of them, and no others."""
+    tokenizer = train_tokenizer(SENTENCES, 300)
+    expected = FileTokenizer(tokenizer)(SENTENCES[0])
+    for change in (lambda: tokenizer.enable_truncation(2), lambda: tokenizer.enable_padding(length=90)):
+        change()
+        tokenizer.save(str(tmp_path / TOKENIZER))
+        assert load_tokenizer(tmp_path)(SENTENCES[0]) == expected
+        assert load_tokenizer(tmp_path)("") == []

@@ -126,6 +126,19 @@ def test_cogact_is_trained_and_resumed_exactly(config: TrainConfig, cogact: Path
     assert scores[0][-1] == scores[1][-1]
 
 
+@pytest.mark.parametrize("loss", ["distill", "demo"])
+def test_a_model_whose_tokens_see_each_other_is_trained_beside(config: TrainConfig, tmp_path: Path, loss: str) -> None:
+    folder = save_with_tokenizer(random_vla("oft-tiny"), tmp_path / "oft")
+    config = replace(config, model=str(folder), out=tmp_path / "out", loss=loss)  # type: ignore[arg-type]
+    policy = LACPolicy.from_pretrained(train(config))
+    assert FrameStore.open(config.out / "store").targets.shape == (36, 3 * 7)
+    session = CachedVLA(load_vla(folder), policy).session()
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for _ in range(3):
+        action = session.act(Frame({camera: image for camera in CAMERAS}, "pick up the bowl"))
+    assert action.shape == (3, 7)
+
+
 def test_plain_logs_teach_cogact_by_its_own_chunks(config: TrainConfig, cogact: Path, tmp_path: Path) -> None:
     logs = write_dataset(tmp_path / "logs", episodes=2, length=6)
     strip_actions(logs)

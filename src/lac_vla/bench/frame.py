@@ -167,6 +167,9 @@ class Log:
             floors = {"prefill": roofline.prefill_ms(step.layout, step.decision, step.draft, n_queries=step.n_queries)}
             if step.decode_passes:
                 floors["decode"] = roofline.decode_ms(step.layout, step.decision, step.decode_passes)
+            if again := step.prompt_passes - 1:
+                whole = roofline.prefill_ms(step.layout, step.decision, 0, n_queries=step.layout.n_suffix)
+                floors["decode"] = floors.get("decode", 0.0) + again * whole
             self.floors.append(floors)
 
     def stage(self, name: str) -> list[float]:

@@ -22,8 +22,13 @@ STOCK = "dense stock"
 
 
 def stock_prefill(model: VLA, embeddings: torch.Tensor) -> Any:
-    """Run ``LlamaModel`` over a prompt, (length, width), with the ``DynamicCache`` that decoding needs afterwards."""
-    return language_model(model).model(inputs_embeds=embeddings[None], use_cache=True)
+    """Run ``LlamaModel`` over a prompt, (length, width), with the ``DynamicCache`` that decoding needs afterwards.
+
+    Of a model whose tokens all see each other, with a mask that hides nothing: without one, stock Llama is causal.
+    """
+    length = len(embeddings)
+    mask = None if model.decoder.causal else embeddings.new_zeros(1, 1, length, length)
+    return language_model(model).model(inputs_embeds=embeddings[None], attention_mask=mask, use_cache=True)
 
 
 def language_model(model: VLA) -> Any:

@@ -76,9 +76,9 @@ class GraphEntry:
         mask[:, : segment.length] = True if segment.mask is None else segment.mask
         if segment.mask is None and segment.causal:
             mask.tril_()
-        if final is not None and segment.final_mask is not None:
+        if final is not None:
             final.zero_()
-            final[:, : segment.length] = segment.final_mask
+            final[:, : segment.length] = True if segment.final_mask is None else segment.final_mask
         if segment.cross is not None:
             self._fill_cross(segment, segment.cross)
 

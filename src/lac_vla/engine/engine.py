@@ -17,9 +17,9 @@ from lac_vla.engine.kv_cache import SlotCache
 from lac_vla.engine.layers import RunLayers, run_layers
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.plan import FramePlan, FrameResult
-from lac_vla.engine.prefill import AppendCursor, PrefillCursor, SequenceState, run_packed
+from lac_vla.engine.prefill import AppendCursor, Cursor, PrefillCursor, SequenceState, run_packed
 from lac_vla.errors import InputError
-from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext
+from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt
 from lac_vla.models.protocols import DecoderStack, Rotary
 from lac_vla.models.vla import VLA
 from lac_vla.timing import Stopwatch
@@ -36,8 +36,9 @@ class _Run:
     result: FrameResult
     clock: Stopwatch
     embeddings: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    suffix: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     decoding: Decoding | None = None
-    rows: AppendRows | None = None
+    rows: AppendRows | RerunPrompt | None = None
 
     @property
     def sequence(self) -> SequenceState:
@@ -159,7 +160,8 @@ class Engine:
         visual, run.result.encoded = self._encode_tokens(run, stem, decision)
         with clock.stage("projector"):
             draft = None if plan.drafted is None else model.head.draft(plan.drafted)
-            prefix, suffix = model.processor.embed(plan.prompt)
+            prefix, run.suffix = model.processor.embed(plan.prompt)
+            suffix = model.head.first_suffix(run.suffix, plan.rng or np.random.default_rng(0))
             run.embeddings = torch.cat([prefix, visual, suffix] if draft is None else [prefix, visual, suffix, draft])
         sequence = run.result.sequence = SequenceState(
             layout,
@@ -209,10 +211,10 @@ class Engine:
             for run in runs:
                 self._try(run, self._begin_decoding)
             while open_runs := [run for run in runs if run.rows is not None and run.result.error is None]:
-                stack = open_runs[0].rows.stack if open_runs[0].rows is not None else None
-                together = [run for run in open_runs if run.rows is not None and run.rows.stack is stack]
+                kind = _kind(open_runs[0])
+                together = [run for run in open_runs if _kind(run) == kind]
                 try:
-                    self._round(stack or self.model.decoder, together)
+                    self._round(together)
                 except Exception as error:  # of all that were packed
                     self._fail(together, error)
 
@@ -238,17 +240,31 @@ class Engine:
         run.decoding = self.model.head.decode(context)
         self._advance(run, None)
 
-    def _round(self, stack: DecoderStack, runs: Sequence[_Run]) -> None:
+    def _round(self, runs: Sequence[_Run]) -> None:
         """Run what several heads yielded through one stack, and send them its last hidden states."""
-        cursors, embeddings = [], []
-        for run in runs:
-            if run.rows is not None:
-                cursors.append(AppendCursor(stack, run.sequence, run.rows, self._rotary_of(stack, run)))
-                embeddings.append(run.rows.embeddings)
-        hidden = run_packed(stack, cursors, embeddings, self.store, self._run_layers)
-        for run, rows in zip(runs, hidden, strict=True):
+        rows = runs[0].rows
+        stack: DecoderStack = self.model.decoder
+        if isinstance(rows, AppendRows):
+            stack = rows.stack or stack
+        prepared = [(run, self._try(run, partial(self._prepare, stack=stack))) for run in runs]
+        ready = [(run, *rows) for run, rows in prepared if rows is not None]
+        cursors = [cursor for _, cursor, _ in ready]
+        hidden = run_packed(stack, cursors, [embedded for *_, embedded in ready], self.store, self._run_layers)
+        for (run, *_), own in zip(ready, hidden, strict=True):
+            read = own[len(own) - len(run.suffix) :] if isinstance(run.rows, RerunPrompt) else own
             run.rows = None
-            self._try(run, partial(self._advance, hidden=stack.norm(rows)))
+            self._try(run, partial(self._advance, hidden=stack.norm(read)))
+
+    def _prepare(self, run: _Run, stack: DecoderStack) -> tuple[Cursor, torch.Tensor]:
+        """Plan the rows that a head yielded, and embed them."""
+        sequence, rows, rotary = run.sequence, run.rows, self._rotary_of(stack, run)
+        if isinstance(rows, AppendRows):
+            return AppendCursor(stack, sequence, rows, rotary), rows.embeddings
+        if rows is None:  # pragma: no cover - those that are done have left
+            raise RuntimeError("the head yielded nothing")
+        before = run.embeddings[: len(run.embeddings) - len(run.suffix) - sequence.draft]
+        embeddings = torch.cat([before, rows.edit(run.suffix)])
+        return PrefillCursor(self.model.decoder, sequence.again(), rotary), embeddings
 
     def _advance(self, run: _Run, hidden: torch.Tensor | None) -> None:
         """Let a head go on until it yields rows or answers."""
@@ -270,3 +286,9 @@ class Engine:
         if id(stack) not in self._rotary or len(self._rotary[id(stack)][1][0]) < size:
             self._rotary[id(stack)] = stack, stack.rotary(torch.arange(size, device=self.model.device))
         return self._rotary[id(stack)][1]
+
+
+def _kind(run: _Run) -> tuple[bool, int]:
+    """Tell what rows can be packed with a run's: those of the same stack, and prompts with prompts."""
+    stack = run.rows.stack if isinstance(run.rows, AppendRows) else None
+    return isinstance(run.rows, RerunPrompt), id(stack)

@@ -34,7 +34,7 @@ class Segment:
             itself and what is before it; if not, every row sees every slot.
         n_queries: Rows at the end that alone have queries in the last layer of the stack; the others leave no more
             than their keys and values there. ``None`` for all.
-        final_mask: Their mask there, bool, (n_queries, slots).
+        final_mask: Their mask there, bool, (n_queries, slots); ``None`` if they see every slot.
         cross: Layer → keys and values that the rows attend to there; the store is left alone.
         cross_mask: Their mask, bool, (rows, slots); ``None`` if every row sees all of them.
     """
@@ -222,13 +222,13 @@ def attend(
     return attended[0] if single else attended
 
 
-def attention_probabilities(query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+def attention_probabilities(query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     """Compute attention aside, beside the kernel that computes the model; mean over heads, in float32.
 
     Args:
         query: (..., heads, rows, head_dim).
         key: (..., kv_heads, slots, head_dim).
-        visible: Which slots a row sees, bool, (..., rows, slots).
+        visible: Which slots a row sees, bool, (..., rows, slots); ``None`` for all.
 
     Returns:
         (..., rows, slots).
@@ -237,4 +237,6 @@ def attention_probabilities(query: torch.Tensor, key: torch.Tensor, visible: tor
     if query.shape[-3] != key.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     scores = (query @ key.transpose(-1, -2)).div_(math.sqrt(query.shape[-1]))
-    return scores.masked_fill_(~visible.unsqueeze(-3), -torch.inf).softmax(dim=-1).mean(dim=-3)
+    if visible is not None:
+        scores.masked_fill_(~visible.unsqueeze(-3), -torch.inf)
+    return scores.softmax(dim=-1).mean(dim=-3)

@@ -44,6 +44,7 @@ class SequenceState:
         slots: Per layer, the prompt's slots that exist there, int64; ``None`` for all of them.
         decode_passes: First and one-past-last appended row of every pass of the decoder's own stack so far.
         stack_passes: The same for every other stack, in order.
+        prompt_passes: Passes over the prompt so far, the first one included.
         error: What went wrong with this sequence alone; it takes no further part in a run.
     """
 
@@ -60,7 +61,14 @@ class SequenceState:
     slots: list[torch.Tensor | None] = field(default_factory=list)
     decode_passes: list[tuple[int, int]] = field(default_factory=list)
     stack_passes: list[tuple[DecoderStack, int, int]] = field(default_factory=list)
+    prompt_passes: int = 1
     error: Exception | None = None
+
+    def again(self) -> SequenceState:
+        """Open the prompt once more, as it was decided on in the end: nothing is probed, and no draft rides along."""
+        self.prompt_passes += 1
+        self.appended = 0
+        return replace(self, draft=0, probe=None, refine=None, slots=[])
 
     @property
     def n_computed(self) -> int:
@@ -232,14 +240,16 @@ class PrefillCursor(Cursor):
             size=sequence.region.size,
             slots=slots,
             mask=visible,
+            causal=decoder.causal,
         )
         n_queries = sequence.n_queries
         if n_queries is None:
             return segment
         final = self._positions[len(self._positions) - n_queries :]
+        final_mask: torch.Tensor | None = None
         if visible is not None:
             final_mask = visible[len(visible) - n_queries :]
-        else:
+        elif decoder.causal:
             final_mask = decoder.visible(layout, final, self._positions)  # without a mask, rows are slots
         return replace(segment, n_queries=n_queries, final_mask=final_mask)
 
@@ -252,11 +262,12 @@ class PrefillCursor(Cursor):
         """
         layout, draft = self.sequence.layout, self.sequence.draft
         asked = query.shape[1] - draft
-        first = asked - {"last": 1, "suffix": layout.n_suffix, "all": asked}[probe.rows]
-        positions = self._positions[len(self._positions) - draft - asked + first : len(self._positions) - draft]
+        stop = asked - (layout.n_unread if probe.rows == "last" else 0)
+        rows = slice(stop - {"last": 1, "suffix": layout.n_suffix, "all": asked}[probe.rows], stop)
+        positions = self._positions[len(self._positions) - draft - asked : len(self._positions) - draft][rows]
         slots = torch.arange(layout.length, device=query.device) if exist is None else exist
         visible = self._decoder.visible(layout, positions, slots)
-        return attention_probabilities(query[:, first:asked], keys[:, : len(slots)], visible)
+        return attention_probabilities(query[:, rows], keys[:, : len(slots)], visible)
 
 
 class AppendCursor(Cursor):

@@ -42,6 +42,7 @@ class StepInfo:
         n_queries: Rows of the prefill that had queries in its last layer; ``None`` for all.
         decode_passes: First and one-past-last appended token of every decoding pass behind the prefill.
         stack_passes: The same of the head's own stacks: shape of the stack, first and one-past-last row.
+        prompt_passes: Passes over the prompt: more than one if the head runs it again with another suffix.
         encoded: Visual tokens whose features the vision tower computed, bool, (N,).
         eager_runs: Runs of layers that the option ``cuda_graphs`` left to the ordinary loop.
     """
@@ -61,6 +62,7 @@ class StepInfo:
     n_queries: int | None = None
     decode_passes: tuple[tuple[int, int], ...] = ()
     stack_passes: tuple[tuple[DecoderShape, int, int], ...] = ()
+    prompt_passes: int = 1
     encoded: BoolArray | None = None
     eager_runs: int = 0
 

@@ -54,6 +54,8 @@ def rollout(
         )
     frame = env.reset(init_state, seed)
     session.reset(seed)
+    if isinstance(session, Session):
+        session.steps_per_frame = actions_per_call  # a maximum age means the same time however often it looks
     if ensemble is not None:
         ensemble.reset()
     metrics: dict[str, list[float | None]] = {name: [] for name in METRICS}

@@ -45,6 +45,7 @@ class Bridge:
         if not 1 <= n_action_steps <= horizon:
             raise InputError(f"n_action_steps is {n_action_steps}; give 1 to {horizon}, the length of a chunk")
         self._session, self._n_action_steps = vla.session(seed), n_action_steps
+        self._session.steps_per_frame = n_action_steps
         self._queue: deque[FloatArray] = deque()
 
     @property

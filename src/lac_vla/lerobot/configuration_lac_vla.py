@@ -28,9 +28,10 @@ class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
         cameras: The model's camera → key of its image; ``observation.images.<camera>`` for those left out.
         n_action_steps: Actions of a chunk that are executed before the model is asked again.
         flow: See :class:`lac_vla.factory.ModelOptions`, as for all that follow.
-        max_age: Frames.
+        max_age: Control steps.
         options: Engine options.
         image_pipeline: Image geometry.
+        platform: Robot of a checkpoint that does not say so.
         unnorm_key: Statistics key.
         seed: Seed of the session.
     """
@@ -43,6 +44,7 @@ class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
     max_age: int = 16
     options: str = "default"
     image_pipeline: str | None = None
+    platform: str | None = None
     unnorm_key: str | None = None
     seed: int = 0
 

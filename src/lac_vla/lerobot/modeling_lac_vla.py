@@ -36,7 +36,8 @@ class LacVlaPolicy(PreTrainedPolicy):  # type: ignore[misc]
             raise InputError("which model? Give its checkpoint folder or hub id: --policy.model=…")
         options = ModelOptions(
             device=config.device or "cpu", unnorm_key=config.unnorm_key, image_pipeline=config.image_pipeline,
-            flow=config.flow, max_age=config.max_age, options=config.options, seed=config.seed,
+            platform=config.platform, flow=config.flow, max_age=config.max_age, options=config.options,
+            seed=config.seed,
         )  # fmt: skip
         vla = CachedVLA.from_pretrained(config.model, config.policy, options)
         self.bridge = Bridge(vla, config.cameras, options.seed, config.n_action_steps)

@@ -14,6 +14,12 @@ from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig
+from lac_vla.models.oft.checkpoint import HUB_FILES as OFT_FILES
+from lac_vla.models.oft.checkpoint import OPTIONS as OFT_OPTIONS
+from lac_vla.models.oft.checkpoint import load_oft, new_oft, random_oft, save_oft
+from lac_vla.models.oft.config import PRESETS as OFT_PRESETS
+from lac_vla.models.oft.config import OFTConfig
+from lac_vla.models.oft.official import MARKS
 from lac_vla.models.pi0.checkpoint import OPTIONS as PI0_OPTIONS
 from lac_vla.models.pi0.checkpoint import load_pi0, new_pi0, random_pi0, save_pi0
 from lac_vla.models.pi0.config import PI0_PRESETS, PI05_PRESETS, PiConfig
@@ -43,7 +49,9 @@ class Family:
         presets: Configurations by name.
         tiny: The preset that tests run.
         hub_files: Files to download from the hub.
-        options: Further arguments of :func:`load_vla` that ``load`` takes.
+        marks: Patterns of files in a checkpoint's folder that tell this family, whatever ``config.json`` says.
+        options: Arguments of ``load`` beside those that every family has.
+        based_on: ``model_type`` of its official checkpoints, another family's; where no file tells, options do.
     """
 
     load: Callable[..., VLA]
@@ -54,7 +62,9 @@ class Family:
     presets: Mapping[str, Any]
     tiny: str
     hub_files: Sequence[str] = HUB_FILES
-    options: frozenset[str] = frozenset()
+    marks: Sequence[str] = ()
+    options: Sequence[str] = ()
+    based_on: Sequence[str] = ()
 
 
 FAMILIES: dict[str, Family] = {
@@ -74,10 +84,23 @@ FAMILIES: dict[str, Family] = {
         SmolVLAConfig,
         SMOLVLA_PRESETS,
         "smolvla-tiny",
-        options=frozenset({"tokenizer"}),
+        options=("tokenizer",),
+    ),
+    "oft": Family(
+        load_oft,
+        save_oft,
+        new_oft,
+        random_oft,
+        OFTConfig,
+        OFT_PRESETS,
+        "oft-tiny",
+        OFT_FILES,
+        MARKS,
+        OFT_OPTIONS,
+        ("openvla",),
     ),
 }
-"""``model_type``, or LeRobot's ``type``, in a checkpoint's ``config.json`` → family."""
+"""``model_type``, or LeRobot's ``type``, in a checkpoint's ``config.json`` → family, unless its files tell another."""
 
 
 def load_vla(
@@ -89,16 +112,16 @@ def load_vla(
     cameras: Sequence[str] | None = None,
     image_pipeline: str | None = None,
     encode: Encode | None = None,
-    tokenizer: str | Path | None = None,
-    state_prompt: str | None = None,
-    relative_actions: int | None = None,
+    **options: Any,
 ) -> VLA:
     """Load a VLA from a checkpoint in its official layout.
 
     Weights are read from safetensors; official CogACT's from the ``.pt`` file of its run, of which tensors alone are
     unpickled.
     LeRobot's checkpoints hold no tokenizer: pass ``tokenizer``.
-    A CogACT run holds none either: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
+    An OpenVLA-OFT folder is known by the files beside its weights; it does not say what robot it is for: pass
+    ``platform`` (``"libero"``, ``"aloha"``, ``"bridge"``), or ``chunk``, ``bounds`` and ``cameras``.
+    A CogACT run holds no tokenizer: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
 
     Args:
         path_or_hub_id: A folder, or ``owner/name`` on the Hugging Face hub (downloaded once).
@@ -110,30 +133,28 @@ def load_vla(
             evaluation) or ``"area"``; of LeRobot's policies ``"lerobot"``, ``"lerobot-0.4"``, which pads with −3, or
             ``"openpi"``; ``None`` for the checkpoint's own.
         encode: Text → token ids, in place of the checkpoint's tokenizer.
-        tokenizer: Folder or hub id that holds the ``tokenizer.json``, where the checkpoint does not (LeRobot's).
-        state_prompt: How π0.5's prompt tells the state: ``"given"`` (LeRobot 0.6, openpi), ``"padded"`` with zeros as
-            LeRobot 0.4 does, or ``"none"`` (openpi's ``discrete_state_input=False``); ``None`` for ``"given"``.
-        relative_actions: How many leading values of π0's or π0.5's actions are relative to the state: 6 for openpi's
-            π0 for LIBERO, whose files do not say so; ``None`` for what the checkpoint says.
+        options: Of some families alone; ``None`` for what the checkpoint says. OpenVLA-OFT's: see
+            :func:`lac_vla.models.oft.official.configure`. LeRobot's policies': ``tokenizer``, folder or hub id that
+            holds the ``tokenizer.json``. π0's and π0.5's: ``state_prompt``, how the prompt tells the state
+            (``"given"`` as LeRobot 0.6 and openpi do, ``"padded"`` with zeros as LeRobot 0.4 does, or ``"none"``,
+            openpi's ``discrete_state_input=False``), and ``relative_actions``, how many leading values of the actions
+            are relative to the state (6 for openpi's π0 for LIBERO, whose files do not say so).
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent or of an unknown family.
-        InputError: If ``unnorm_key``, ``cameras``, ``image_pipeline`` or ``dtype`` do not fit it.
+        InputError: If ``unnorm_key``, ``cameras``, ``image_pipeline``, ``dtype`` or an option do not fit it.
     """
     device = torch.device(device)
-    folder = find_folder(path_or_hub_id)
+    marks = [mark for family in FAMILIES.values() for mark in family.marks]
+    folder = find_folder(path_or_hub_id, (*HUB_FILES, *marks))
     data = read_json(folder / CONFIG)
-    name = data.get("model_type", data.get("type"))  # the latter is LeRobot's
-    if name is None:  # neither CogACT's, a training run's, nor openpi's say so
-        name = "cogact" if "vla" in data else "pi0" if "action_horizon" in data else None
-    if name not in FAMILIES:
-        raise CheckpointError(f"{folder / CONFIG}: model_type is {name!r}; known are {list(FAMILIES)}")
+    options = {key: value for key, value in options.items() if value is not None}
+    name = _name_of(folder, data, options)
     family = FAMILIES[name]
-    further = {"tokenizer": tokenizer, "state_prompt": state_prompt, "relative_actions": relative_actions}
-    if unknown := sorted(key for key, value in further.items() if value is not None and key not in family.options):
+    if unknown := sorted(options.keys() - {*family.options}):
         raise InputError(f"a model of the family '{name}' takes no {', '.join(unknown)}: leave it out")
     if family.hub_files != HUB_FILES:
         folder = find_folder(path_or_hub_id, family.hub_files)
@@ -147,8 +168,22 @@ def load_vla(
         cameras=cameras,
         image_pipeline=image_pipeline,
         encode=encode,
-        **{key: value for key, value in further.items() if value is not None},
+        **options,
     )
+
+
+def _name_of(folder: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Tell a checkpoint's family: by its files; by options that one alone has; or by what it says."""
+    for name, family in FAMILIES.items():
+        asked = data.get("model_type") in family.based_on and options.keys() & {*family.options}
+        if asked or any(next(folder.glob(mark), None) for mark in family.marks):
+            return name
+    said = data.get("model_type", data.get("type"))  # the latter is LeRobot's
+    if said is None:  # neither CogACT's, a training run's, nor openpi's say so
+        said = "cogact" if "vla" in data else "pi0" if "action_horizon" in data else None
+    if said not in FAMILIES:
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {said!r}; known are {list(FAMILIES)}")
+    return str(said)
 
 
 def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -169,8 +204,8 @@ def random_vla(
 
     Args:
         config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
-            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"pi0"``, ``"pi05"``, ``"pi0-tiny"``,
-            ``"pi05-tiny"``, ``"smolvla-base"``, ``"smolvla-tiny"``.
+            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"openvla-7b-oft"``, ``"oft-tiny"``, ``"pi0"``,
+            ``"pi05"``, ``"pi0-tiny"``, ``"pi05-tiny"``, ``"smolvla-base"``, ``"smolvla-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

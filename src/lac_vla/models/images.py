@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
-from lac_vla.errors import InputError
+from lac_vla.errors import InputError, MissingExtraError
 from lac_vla.types import UInt8Image
 
 Pipeline: TypeAlias = Callable[[UInt8Image, int], UInt8Image]
 """(H, W, 3) and a size → (size, size, 3)."""
 
-LETTERBOX_GREY = 127
+LETTERBOX_GREY = (127, 127, 127)
 LIBERO_CROP_AREA = 0.9
 LIBERO_JPEG_QUALITY = 95
+ALOHA_SIDE = 256
 
 
 def resize_naive(image: UInt8Image, size: int) -> UInt8Image:
@@ -30,12 +32,22 @@ def resize_naive(image: UInt8Image, size: int) -> UInt8Image:
     return _resize(image, (size, size), Image.Resampling.BICUBIC)
 
 
-def letterbox(image: UInt8Image, size: int) -> UInt8Image:
-    """Pad to a square with grey, the image in the middle; then bicubic."""
+def letterbox(image: UInt8Image, size: int, fill: tuple[int, int, int] = LETTERBOX_GREY) -> UInt8Image:
+    """Pad to a square, the image in the middle; then bicubic.
+
+    Both sides are padded alike, as in the official code: an odd difference leaves the result one pixel short of a
+    square, which the resizing stretches.
+
+    Args:
+        image: (H, W, 3).
+        size: Side of the result.
+        fill: Colour of the border.
+    """
     height, width = image.shape[:2]
     side = max(height, width)
-    padded = np.full((side, side, 3), LETTERBOX_GREY, dtype=np.uint8)
     top, left = (side - height) // 2, (side - width) // 2
+    padded = np.empty((height + 2 * top, width + 2 * left, 3), dtype=np.uint8)
+    padded[:] = fill
     padded[top : top + height, left : left + width] = image
     return resize_naive(padded, size)
 
@@ -56,16 +68,24 @@ def area(image: UInt8Image, size: int) -> UInt8Image:
 
 
 def libero(image: UInt8Image, size: int) -> UInt8Image:
-    """Do what OpenVLA's LIBERO evaluation does to the simulator's (already upright) image.
+    """Do what OpenVLA's and OpenVLA-OFT's LIBERO evaluations do to the simulator's (already upright) image.
 
-    A JPEG round trip and Lanczos, as its training data were stored; then the middle 90 % of the area, resized
-    back bilinearly, the counterpart of its random crops in training. The original runs on TensorFlow's JPEG
-    and Lanczos code, from which Pillow's differ in rounding.
+    A JPEG round trip and Lanczos, as the training data were stored; then the middle 90 % of the area, resized back
+    bilinearly, the counterpart of random crops in training. An image that has the size already is taken to have been
+    through the first two, as the official policy does. Equal to the official code, which runs on TensorFlow, but for
+    single levels in less than 1 of 5,000 values.
+
+    Raises:
+        MissingExtraError: If ``simplejpeg`` is not installed.
     """
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, format="JPEG", quality=LIBERO_JPEG_QUALITY)
-    stored = np.asarray(Image.open(stream))
-    return _centre_crop(_resize(stored, (size, size), Image.Resampling.LANCZOS), LIBERO_CROP_AREA)
+    if image.shape[:2] != (size, size):
+        image = _lanczos(_jpeg(image), size)
+    return _centre_crop(image, LIBERO_CROP_AREA)
+
+
+def aloha(image: UInt8Image, size: int) -> UInt8Image:
+    """Do what OpenVLA-OFT's ALOHA client does: 256 × 256 bicubically, then as for LIBERO."""
+    return libero(image if image.shape[:2] == (size, size) else resize_naive(image, ALOHA_SIDE), size)
 
 
 def fit(pixels: torch.Tensor, size: tuple[int, int], *, centred: bool, fill: float = 0.0) -> torch.Tensor:
@@ -107,19 +127,60 @@ PIPELINES: dict[str, Pipeline] = {
     "letterbox": letterbox,
     "resize-crop": resize_crop,
     "libero": libero,
+    "aloha": aloha,
     "area": area,
 }
 
 
-def make_pipeline(name: str) -> Pipeline:
+def make_pipeline(name: str, fill: tuple[int, int, int] = LETTERBOX_GREY) -> Pipeline:
     """Look up a pipeline.
+
+    Args:
+        name: A key of :data:`PIPELINES`.
+        fill: Colour of the border of ``letterbox``.
 
     Raises:
         InputError: If there is none of that name.
     """
     if name not in PIPELINES:
         raise InputError(f"unknown image pipeline '{name}': choose one of {list(PIPELINES)}")
-    return PIPELINES[name]
+    return partial(letterbox, fill=fill) if name == "letterbox" else PIPELINES[name]
+
+
+def require_pipeline(name: str) -> None:
+    """Check, before a model is loaded, that what a pipeline needs is installed.
+
+    Raises:
+        MissingExtraError: If it is not.
+    """
+    if name in ("libero", "aloha"):
+        _simplejpeg()
+
+
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError as error:
+        raise MissingExtraError(
+            "jpeg", "The image pipeline 'libero' or 'aloha', which decodes as TensorFlow,"
+        ) from error
+    return simplejpeg
+
+
+def _jpeg(image: UInt8Image) -> UInt8Image:
+    """Make a JPEG and decode it by the fast integer transform, TensorFlow's default; the accurate one is brighter."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="JPEG", quality=LIBERO_JPEG_QUALITY)
+    decoded: UInt8Image = _simplejpeg().decode_jpeg(stream.getvalue(), "RGB", fastdct=True)
+    return decoded
+
+
+def _lanczos(image: UInt8Image, size: int) -> UInt8Image:
+    """Resize to a square by Lanczos-3 in float32, not rounded between the two directions as uint8 would be."""
+    channels = [Image.fromarray(image[..., i].astype(np.float32)) for i in range(3)]
+    resized = [np.asarray(channel.resize((size, size), Image.Resampling.LANCZOS)) for channel in channels]
+    rounded: UInt8Image = np.rint(np.stack(resized, axis=-1)).clip(0, 255).astype(np.uint8)
+    return rounded
 
 
 def _resize(image: UInt8Image, size: tuple[int, int], how: Image.Resampling) -> UInt8Image:

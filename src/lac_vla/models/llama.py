@@ -99,7 +99,7 @@ class LlamaStack:
         causal: Always.
     """
 
-    causal = True
+    causal: bool = True
 
     def __init__(self, model: LlamaModel) -> None:
         config = model.config
@@ -127,7 +127,7 @@ class LlamaStack:
         dtype: torch.dtype = self._blocks.norm.weight.dtype
         return dtype
 
-    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         """Let every position see itself and what is before it: (rows,) and (slots,) → bool, (rows, slots)."""
         return keys[None, :] <= queries[:, None]
 
@@ -164,3 +164,16 @@ class LlamaDecoder(LlamaStack):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Score all tokens: (..., width) → (..., vocabulary)."""
         return cast(torch.Tensor, self._model.lm_head(hidden))
+
+
+class BidirectionalLlamaDecoder(LlamaDecoder):
+    """A language model all of whose tokens see each other; there is never a mask.
+
+    Attributes:
+        causal: Never.
+    """
+
+    causal = False
+
+    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Let every position see all others."""

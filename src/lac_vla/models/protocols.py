@@ -107,7 +107,7 @@ class DecoderStack(Protocol):
         """Run the final normalisation."""
         ...
 
-    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         """Tell which key positions a query position may attend to.
 
         Args:
@@ -116,7 +116,7 @@ class DecoderStack(Protocol):
             keys: Positions, int64, (slots,).
 
         Returns:
-            bool, (rows, slots).
+            bool, (rows, slots); ``None`` where every row sees every slot, so that the attention needs no mask.
         """
         ...
 

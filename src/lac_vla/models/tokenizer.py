@@ -65,9 +65,12 @@ def load_tokenizer(folder: Path) -> Encode:
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no {TOKENIZER}: copy it there, or pass `encode`")
     try:
-        return FileTokenizer(Tokenizer.from_file(str(file)))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
         raise CheckpointError(f"{file} is damaged: {error}") from error
+    tokenizer.no_padding()  # what the file was last used for is none of a prompt's business
+    tokenizer.no_truncation()
+    return FileTokenizer(tokenizer)
 
 
 def save_tokenizer(encode: Encode, folder: Path) -> None:

@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ WEIGHTS = "model.safetensors"
 PARTIAL = "model.safetensors.partial"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 HUB_FILES = ("*.json", "*.safetensors")
+HUB_IGNORED = ("lora_adapter/*.safetensors",)
+"""Weights that are merged into those of the model already."""
 SAFE_TORCH = "2.6"
 LISTED = 4
 """The number of names that an error message lists at most."""
@@ -47,7 +51,9 @@ def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) ->
     if not HUB_ID.fullmatch(str(path_or_hub_id)):
         raise CheckpointError(f"'{path_or_hub_id}' is neither a folder nor a hub id (owner/name)")
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=list(files)))
+        return Path(
+            snapshot_download(str(path_or_hub_id), allow_patterns=list(files), ignore_patterns=list(HUB_IGNORED))
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path_or_hub_id}' is no local folder, and the hub says: {error}") from error
 
@@ -78,6 +84,8 @@ def load_weights(
     unused: re.Pattern[str],
     rename: Callable[[str], str] = str,
     precise: re.Pattern[str] | None = None,
+    beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    read: Iterable[str] = (),
 ) -> None:
     """Put a folder's weights into a model on ``meta``, file by file; names and shapes are checked first.
 
@@ -89,16 +97,25 @@ def load_weights(
         unused: Names that a checkpoint may hold although the model does not use them.
         rename: Name in the file → name in the model; ``unused`` means the latter.
         precise: Names of weights that are float32 whatever ``dtype`` says.
+        beside: Weights from elsewhere; they take the place of those of the same parts (first names) in these files.
+        read: Names of the folder's files that they were read from.
 
     Raises:
-        CheckpointError: If a file is missing or truncated, or names or shapes are not the model's.
+        CheckpointError: If a file is missing, truncated or not read by anybody, or names or shapes are not the model's.
     """
     wanted = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
     files = _files(folder)
+    refuse_unread(folder, [*(file.name for file in files), *read])
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         found |= {rename(key): shape for key, shape in _shapes(file).items()}
+    elsewhere = {key.partition(".")[0] for key in beside}
+    found = {key: shape for key, shape in found.items() if key.partition(".")[0] not in elsewhere}
+    found |= {key: tuple(weight.shape) for key, weight in beside.items()}
     check_shapes(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
+    kept = {key: weight.to(device, dtype, copy=True) for key, weight in beside.items() if key in wanted}
+    model.load_state_dict(kept, strict=False, assign=True)
+    wanted = {key: shape for key, shape in wanted.items() if key not in kept}
     copy = device.type == "cpu"  # there, what is read is a view of the file, and badly aligned
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as shard:
@@ -149,6 +166,23 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or damaged ({error}): fetch it again") from error
+
+
+def refuse_unread(folder: Path, read: Iterable[str]) -> None:
+    """Refuse weights that lie in a folder and that its model does not read: it would be another one than was meant.
+
+    Args:
+        folder: Its own files are looked at, not those in folders within.
+        read: Names of those that are read.
+
+    Raises:
+        CheckpointError: If there are others.
+    """
+    unread = {file.name for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES} - {*read}
+    if unread:
+        raise CheckpointError(
+            f"{folder} holds weights that its model does not read: {_some(unread)}. Take away what is not part of it"
+        )
 
 
 def read_torch(file: Path) -> dict[str, Any]:

@@ -206,11 +206,11 @@ class LACLoss:
                 places = lengths[:, None] + torch.arange(answer.shape[1], device=self.device)
                 tail = tail.scatter(1, places[..., None].expand_as(answer), answer.to(dtype))
         embeddings = torch.cat([prefix, visual, tail], dim=1)  # differentiable: a tower that reuses depends on the mask
-        layout, rows = store.layout, head.n_rows
+        layout, rows = store.layout, {"n_rows": head.n_rows, "n_before": head.n_before}
         whole = layout.visual.stop + lengths
         with _autocast(self.device):
             return mixed_forward(
-                self.vla, embeddings, layout, whole, n_rows=rows, mask=mask, old=old, probe_layers=probe_layers
+                self.vla, embeddings, layout, whole, **rows, mask=mask, old=old, probe_layers=probe_layers
             )
 
     def inputs(

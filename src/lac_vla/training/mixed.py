@@ -8,7 +8,7 @@ first-order value of refreshing token i.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from lac_vla.engine.layers import Segment, attention_probabilities, run_layers
 from lac_vla.errors import InputError
-from lac_vla.models.heads.base import AppendRows, LossContext
+from lac_vla.models.heads.base import AppendRows, EditSuffix, LossContext
 from lac_vla.models.protocols import Decoder, DecoderStack
 from lac_vla.models.vla import VLA
 from lac_vla.types import TokenLayout
@@ -104,6 +104,7 @@ class MixedOutput:
         lengths: Of the prompts, int64, (B,).
         attention: Attention of the rows asked for to the visual tokens, mean over heads, rows and probed layers,
             (B, N), float32; ``None`` unless asked for.
+        again: Runs a part of the batch once more, with edited suffixes.
     """
 
     decoder: Decoder
@@ -112,6 +113,7 @@ class MixedOutput:
     store: MixedKV
     lengths: torch.Tensor
     attention: torch.Tensor | None
+    again: Callable[[slice, EditSuffix], torch.Tensor]
 
     def context(self, batch: slice = slice(None)) -> LossContext:
         """Make what a head's loss reads of a part of the batch."""
@@ -123,6 +125,7 @@ class MixedOutput:
             values=prompts.values.__getitem__,
             lengths=lengths,
             run=partial(self._append, prompts, lengths),
+            rerun=partial(self.again, batch),
         )
 
     def _append(self, prompts: LayerKV, lengths: torch.Tensor, rows: AppendRows) -> torch.Tensor:
@@ -149,6 +152,7 @@ def mixed_forward(
     lengths: torch.Tensor,
     *,
     n_rows: int = 1,
+    n_before: int = 0,
     mask: torch.Tensor | None = None,
     old: LayerKV | None = None,
     probe_layers: Sequence[int] = (),
@@ -160,7 +164,8 @@ def mixed_forward(
         embeddings: Whole sequences, right-padded, (B, length, width).
         layout: Of the prompts; its suffix does not count.
         lengths: Of the prompts, int64, (B,).
-        n_rows: Hidden states wanted: those of the last prompt row and of the n_rows − 1 behind it.
+        n_rows: Hidden states wanted, in a row.
+        n_before: Rows from the first of them to the last prompt row; what they reach beyond it is forced.
         mask: M, 1 = active, (B, N); ``None`` for a dense pass.
         old: The preceding frame's slots; needed with a mask.
         probe_layers: Layers whose attention is averaged.
@@ -168,13 +173,15 @@ def mixed_forward(
     decoder, reads_kv = vla.decoder, vla.head.reads == "kv"
     length = embeddings.shape[1]
     positions = torch.arange(length, device=embeddings.device)
-    rows = lengths[:, None] - 1 + torch.arange(n_rows, device=lengths.device)
+    rows = lengths[:, None] - 1 - n_before + torch.arange(n_rows, device=lengths.device)
     slots = positions.expand(len(lengths), -1)
-    real = slots < lengths[:, None] + n_rows - 1
-    visible = None if decoder.causal else _visible(decoder, layout, lengths, slots, slots, real)[:, None]
+    real = slots < lengths[:, None] + max(0, n_rows - 1 - n_before)
+    visible = None
+    if not (decoder.causal or (real.all() and decoder.visible(layout, positions[:1], positions) is None)):
+        visible = _visible(decoder, layout, lengths, slots, slots, real)[:, None]
     last = len(decoder.layers) - 1
     n_queries = 0 if reads_kv and last not in probe_layers else None
-    segment = Segment(length, 0, length, mask=visible, n_queries=n_queries)
+    segment = Segment(length, 0, length, mask=visible, causal=decoder.causal, n_queries=n_queries)
     store = MixedKV(layout.visual, mask, old, keep=reads_kv)
     rotary, hidden, first, maps = decoder.rotary(positions), embeddings, 0, []
     for stop in sorted({*(layer + 1 for layer in probe_layers), last + 1}):
@@ -187,7 +194,26 @@ def mixed_forward(
                 maps.append(attention_probabilities(query, out.keys[0], seen)[..., layout.visual].mean(dim=1))
     read = rows[:, :0] if reads_kv else rows
     hidden = decoder.norm(hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1])))
-    return MixedOutput(decoder, layout, hidden, store, lengths, torch.stack(maps).mean(dim=0) if maps else None)
+    attention = torch.stack(maps).mean(dim=0) if maps else None
+
+    def again(batch: slice, edit: EditSuffix) -> torch.Tensor:
+        own, first = zip(embeddings[batch], lengths[batch].tolist(), strict=True), layout.visual.stop
+        edited = [
+            torch.cat([row[:first], edit(number, row[first:length]), row[length:]])
+            for number, (row, length) in enumerate(own)
+        ]
+        return mixed_forward(
+            vla,
+            torch.stack(edited),
+            layout,
+            lengths[batch],
+            n_rows=n_rows,
+            n_before=n_before,
+            mask=None if mask is None else mask[batch],
+            old=None if old is None else old.of(batch),
+        ).hidden
+
+    return MixedOutput(decoder, layout, hidden, store, lengths, attention, again)
 
 
 def _visible(
@@ -204,7 +230,8 @@ def _visible(
     """
     layouts = [replace(layout, n_suffix=length - layout.visual.stop) for length in lengths.tolist()]
     seen = [stack.visible(own, *positions) for own, *positions in zip(layouts, queries, keys, strict=True)]
-    return torch.stack(seen) & real[:, None]
+    shown = [torch.ones_like(real[:1]) if part is None else part for part in seen]
+    return torch.stack([part.expand(queries.shape[1], -1) for part in shown]) & real[:, None]
 
 
 def mix(fresh: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, visual: slice) -> torch.Tensor:

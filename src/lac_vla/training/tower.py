@@ -54,6 +54,8 @@ class MixedTower:
             raise InputError(f"{vla.name} has a vision tower that `lac train --vision-kv-reuse` does not know")
         self._layout = TokenLayout.of(vla.grids, 0, 0)
         self.cameras: tuple[str, ...] = self._vision.transformer_cameras
+        if not self.cameras:
+            raise InputError(f"{vla.name}'s vision tower depends on the instruction: leave out --vision-kv-reuse")
 
     def encode(
         self,

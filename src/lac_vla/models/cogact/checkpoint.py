@@ -24,7 +24,7 @@ from lac_vla.models.cogact.config import CogACTConfig, head_config, own_options,
 from lac_vla.models.prismatic.checkpoint import STATISTICS, fill, make_ready, unused_weights, write_folder
 from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer
 from lac_vla.models.vla import VLA
-from lac_vla.models.weights import WEIGHTS, check_shapes, read_json, read_torch
+from lac_vla.models.weights import WEIGHTS, check_shapes, read_json, read_torch, refuse_unread
 
 HUB_FILES = ("*.json", "*.safetensors", "checkpoints/*.pt")
 HEAD = "action_model."
@@ -104,6 +104,7 @@ def new_cogact(config: CogACTConfig, statistics: Mapping[str, Any], encode: Enco
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read a folder's tensors under our names: our own ``model.safetensors``, else the official ``.pt`` file."""
+    refuse_unread(folder, [WEIGHTS])
     if (folder / WEIGHTS).is_file():
         try:
             return load_file(folder / WEIGHTS)

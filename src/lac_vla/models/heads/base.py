@@ -38,8 +38,24 @@ class AppendRows:
     cross: Mapping[int, KeysValues] | None = None
 
 
-Decoding: TypeAlias = Generator[AppendRows, torch.Tensor, tuple[FloatArray, dict[str, Any]]]
-"""Yields rows, is sent their normalised last hidden states; returns the action and what is worth recording of it."""
+@dataclass(frozen=True, eq=False)
+class RerunPrompt:
+    """The prompt to run again with another suffix, over the same visual tokens; everything appended is gone.
+
+    It is for heads whose rows stand within a prompt that sees them.
+
+    Attributes:
+        edit: Embedded suffix as the processor made it, (n_suffix, width) → the new one, of the same shape.
+    """
+
+    edit: Callable[[torch.Tensor], torch.Tensor]
+
+
+EditSuffix: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
+"""Number in the batch, embedded suffix → the new one."""
+Decoding: TypeAlias = Generator[AppendRows | RerunPrompt, torch.Tensor, tuple[FloatArray, dict[str, Any]]]
+"""Yields rows, is sent their normalised last hidden states (the suffix's of a prompt that is run again); returns the
+action and what is worth recording of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +89,14 @@ class LossContext:
 
     Attributes:
         layout: Where the prompt's tokens are, without a suffix.
-        hidden: Normalised hidden states of the last prompt token and of every forced row, (B, n_rows, width).
+        hidden: Normalised hidden states of the head's ``n_rows`` rows, (B, n_rows, width).
         keys: Layer → mixed keys, (B, kv_heads, length, head_dim); right-padded.
         values: Layer → values, as ``keys``.
         lengths: Of the prompts, int64, (B,): slots from there on are padding.
         run: Runs rows behind the prompts, as :class:`HeadContext`'s decoding does by yielding them.
+        rerun: Runs the prompts again with other suffixes, over the same mixture: number in the batch, embedded suffix
+            (n_suffix, width) → the new one; gives the head's rows, (B, n_rows, width). What a frame leaves to the next
+            are the slots of the first run.
     """
 
     layout: TokenLayout
@@ -86,6 +105,7 @@ class LossContext:
     values: Callable[[int], torch.Tensor]
     lengths: torch.Tensor
     run: Callable[[AppendRows], torch.Tensor]
+    rerun: Callable[[EditSuffix], torch.Tensor] | None = None
 
 
 class ActionHead(ABC):
@@ -96,13 +116,21 @@ class ActionHead(ABC):
             that the last layer computes no queries.
         max_new_tokens: Rows that it appends at most.
         horizon: Actions per answer.
-        n_rows: Hidden states that its loss reads: the last prompt token's and every forced one's.
+        n_rows: Hidden states that its loss reads, in a row: the last prompt token's and every forced one's; or, with
+            ``n_before``, those of the prompt itself.
+        n_before: Rows from the first of them to the last prompt token.
     """
 
     reads: ClassVar[Literal["hidden", "kv"]] = "hidden"
     max_new_tokens: int = 0
     horizon: int = 1
     n_rows: int = 1
+    n_before: int = 0
+
+    @property
+    def n_forced(self) -> int:
+        """Rows that are forced behind the prompt in training."""
+        return max(0, self.n_rows - 1 - self.n_before)
 
     @abstractmethod
     def decode(self, context: HeadContext) -> Decoding:
@@ -126,6 +154,18 @@ class ActionHead(ABC):
             Embeddings, (n, width), n < ``max_new_tokens``; ``None`` for no guess.
         """
         return None
+
+    def first_suffix(self, suffix: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Put what the first pass needs of the head into the embedded suffix, e.g. noise.
+
+        Args:
+            suffix: As the processor made it, (n_suffix, width).
+            rng: In the state in which :meth:`decode` will find it; it must be left so (draw from a copy).
+
+        Returns:
+            As ``suffix``.
+        """
+        return suffix
 
     def targets(self, actions: FloatArray) -> npt.NDArray[Any]:
         """Say what the head is to answer.
@@ -158,7 +198,7 @@ class ActionHead(ABC):
         return targets
 
     def forced(self, targets: torch.Tensor) -> torch.Tensor | None:
-        """Embed the rows that are forced behind the prompt: (B, n) → (B, n_rows − 1, width); ``None`` for none."""
+        """Embed the rows that are forced behind the prompt: (B, n) → (B, n_forced, width); ``None`` for none."""
         return None
 
     def loss(

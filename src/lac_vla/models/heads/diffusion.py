@@ -14,7 +14,7 @@ from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext, LossContext
 from lac_vla.models.heads.dit import DiT, DiTConfig
 from lac_vla.models.heads.sampler import Draw, Sampling, Schedule, ddim, ddpm
-from lac_vla.models.heads.units import SLACK, Range, check_units
+from lac_vla.models.heads.units import SLACK, Range, check_units, chunks_of
 from lac_vla.types import FloatArray
 
 SCHEDULE = Schedule()
@@ -134,16 +134,7 @@ class DiffusionHead(ActionHead):
 
     def targets(self, actions: FloatArray) -> npt.NDArray[np.float32]:
         """Flatten normalised chunks, float32, (T, horizon · A); behind the episode's end its last action goes on."""
-        horizon = self.horizon
-        chunks = actions
-        if actions.ndim == 2:
-            steps = np.minimum(np.arange(len(actions))[:, None] + np.arange(horizon), len(actions) - 1)
-            chunks = actions[steps]
-        if chunks.ndim != 3 or chunks.shape[1:] != self._shape:
-            raise InputError(
-                f"the dataset's actions have shape {actions.shape}; the model's are chunks of "
-                f"{horizon} × {self._shape[1]} values"
-            )
+        chunks = chunks_of(actions, *self._shape)
         normalized = self.normalize_actions(chunks)
         mask = self.action_range.mask
         check_units(normalized, mask)

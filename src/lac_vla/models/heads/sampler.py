@@ -1,8 +1,8 @@
-"""The diffusion process behind CogACT's actions, and the two ways back from noise.
+"""The diffusion process behind actions, and the two ways back from noise.
 
 Sources: DDPM (Ho et al., 2020, arXiv 2006.11239), DDIM (Song et al., 2021, arXiv 2010.02502); the schedule and the
 strided steps are those of improved diffusion (Nichol & Dhariwal, 2021, arXiv 2102.09672), which CogACT builds on.
-Predictions are never clipped.
+CogACT's predictions are never clipped.
 
 The schedulers of diffusers (``DDIMScheduler`` and ``DDPMScheduler``, ``squaredcos_cap_v2``, no clipping) draw the same
 to 1e-5 where the number of steps divides 100; for others, e.g. 3 or 7, their stride is not the official one. They would
@@ -113,6 +113,22 @@ class Sampling:
         return strided(DIFFUSION_STEPS, self.steps if self.method == "ddim" else DIFFUSION_STEPS)
 
 
+def ddim_step(x: torch.Tensor, noise: torch.Tensor, now: float, then: float, clip: float | None = None) -> torch.Tensor:
+    """Go one step back from noise, DDIM's eq. 12 with η = 0.
+
+    Args:
+        x: Noisy actions.
+        noise: The noise that is predicted in them.
+        now: Share of the signal's variance in ``x``.
+        then: That in the result.
+        clip: Predicted clean actions are clipped to ± this; ``None`` for not.
+    """
+    clean = (x - math.sqrt(1.0 - now) * noise) / math.sqrt(now)
+    if clip is not None:
+        clean = clean.clamp(-clip, clip)
+    return math.sqrt(then) * clean + math.sqrt(1.0 - then) * noise
+
+
 def ddim(denoise: Denoise, draw: Draw, schedule: Schedule, steps: int) -> torch.Tensor:
     """Sample by DDIM without new noise on the way (η = 0)."""
     times = strided(schedule.steps, steps)
@@ -120,9 +136,7 @@ def ddim(denoise: Denoise, draw: Draw, schedule: Schedule, steps: int) -> torch.
     for index in reversed(range(steps)):
         now = float(schedule.alpha_bar[times[index]])
         then = float(schedule.alpha_bar[times[index - 1]]) if index else 1.0
-        noise = denoise(x, times[index])
-        clean = (x - math.sqrt(1.0 - now) * noise) / math.sqrt(now)
-        x = math.sqrt(then) * clean + math.sqrt(1.0 - then) * noise
+        x = ddim_step(x, denoise(x, times[index]), now, then)
     return x
 
 

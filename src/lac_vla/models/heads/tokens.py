@@ -123,10 +123,31 @@ class TokenHead(ActionHead):
         teacher: LossContext | None = None,
     ) -> torch.Tensor:
         """Compute the cross-entropy, or KL(teacher ‖ model); see :meth:`ActionHead.loss`."""
-        logits = self.logits(context.hidden).float()
-        if teacher is None:
-            return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
-        with torch.no_grad():
-            truth = self.logits(teacher.hidden).float().log_softmax(dim=-1)
-        guess = logits.log_softmax(dim=-1)
-        return F.kl_div(guess, truth, reduction="none", log_target=True).sum(dim=-1).mean(dim=1)
+        return token_loss(self.logits, context.hidden, targets, None if teacher is None else teacher.hidden)
+
+
+def token_loss(
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    teacher: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute the cross-entropy of tokens, or KL(teacher ‖ model), in nats, mean over the tokens.
+
+    Args:
+        logits: Hidden states → scores.
+        hidden: Of the rows that answer with the tokens, (B, n, width).
+        targets: The tokens, int64, (B, n).
+        teacher: The dense pass's hidden states, (B, n, width); ``None`` for the cross-entropy.
+
+    Returns:
+        (B,).
+    """
+    scores = logits(hidden)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if teacher is None:
+        return F.cross_entropy(scores.transpose(1, 2), targets, reduction="none").mean(dim=1)
+    with torch.no_grad():
+        truth = logits(teacher).to(scores.dtype).log_softmax(dim=-1)
+    guess = scores.log_softmax(dim=-1)
+    return F.kl_div(guess, truth, reduction="none", log_target=True).sum(dim=-1).mean(dim=1)

@@ -17,53 +17,71 @@ OUT_OF_RANGE = 0.5
 SLACK = 0.05
 
 
+QUANTILES = ("q01", "q99")
+"""Names of the statistics that [-1, 1] stands for unless a family says otherwise."""
+
+
 @dataclass(frozen=True, eq=False)
 class Range:
-    """A vector's 1 % and 99 % quantiles in a data set, which [-1, 1] stands for.
+    """A vector's range in a data set, which [-1, 1] stands for: its 1 % and 99 % quantiles, or its extremes.
 
     Attributes:
-        q01: 1 % quantiles, (dim,).
-        q99: 99 % quantiles, (dim,).
+        low: Lower ends, (dim,).
+        high: Upper ends, (dim,).
         mask: Dimensions that are scaled at all, (dim,); the others pass through.
+        epsilon: What the span is enlarged by, ≥ 0.
     """
 
-    q01: npt.NDArray[np.float64]
-    q99: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
     mask: BoolArray
+    epsilon: float = 0.0
 
     @classmethod
-    def of(cls, stats: Mapping[str, Any], kind: str) -> Range:
+    def of(cls, stats: Mapping[str, Any], kind: str, names: tuple[str, str] = QUANTILES, epsilon: float = 0.0) -> Range:
         """Read one data set's ``kind`` (``"action"``, ``"proprio"``) statistics.
 
+        Args:
+            stats: Of the data set.
+            kind: Of the vector.
+            names: Of the lower and the upper end.
+            epsilon: See the class.
+
         Raises:
-            CheckpointError: If they are missing or their lengths differ.
+            CheckpointError: If they are missing or not finite, or their lengths differ.
         """
-        if kind not in stats or not {"q01", "q99"} <= set(stats[kind]):
-            raise CheckpointError(f'the data set\'s statistics hold no "q01" and "q99" of "{kind}"')
-        q01 = np.asarray(stats[kind]["q01"], dtype=np.float64)
-        q99 = np.asarray(stats[kind]["q99"], dtype=np.float64)
-        mask = np.asarray(stats[kind].get("mask", np.ones(q01.shape, dtype=bool)), dtype=bool)
-        shapes = (q01.shape, q99.shape, mask.shape)
-        if q01.ndim != 1 or len(set(shapes)) != 1:
-            raise CheckpointError(f'q01, q99 and mask of "{kind}" must be vectors of one length, not {shapes}')
-        return cls(q01, q99, mask)
+        lower, upper = names
+        if kind not in stats or not {*names} <= set(stats[kind]):
+            raise CheckpointError(f'the data set\'s statistics hold no "{lower}" and "{upper}" of "{kind}"')
+        low = np.asarray(stats[kind][lower], dtype=np.float64)
+        high = np.asarray(stats[kind][upper], dtype=np.float64)
+        mask = np.asarray(stats[kind].get("mask", np.ones(low.shape, dtype=bool)), dtype=bool)
+        shapes = (low.shape, high.shape, mask.shape)
+        if low.ndim != 1 or len(set(shapes)) != 1:
+            raise CheckpointError(f'{lower}, {upper} and mask of "{kind}" must be vectors of one length, not {shapes}')
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise CheckpointError(f'{lower} and {upper} of "{kind}" hold numbers that are not finite')
+        return cls(low, high, mask, epsilon)
 
     @property
     def dim(self) -> int:
         """Length of the vector."""
-        return int(self.q01.size)
+        return int(self.low.size)
+
+    @property
+    def _span(self) -> npt.NDArray[np.float64]:
+        return self.high - self.low + self.epsilon
 
     def normalize(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Scale units of the data set to [-1, 1] between the quantiles, (..., dim); to 0 where these are equal."""
-        raw = np.asarray(values, dtype=np.float64)
-        span = self.q99 - self.q01
-        scaled = np.where(span > 0, 2.0 * (raw - self.q01) / np.where(span > 0, span, 1.0) - 1.0, 0.0)
+        """Scale units of the data set to [-1, 1] within the range, (..., dim); to 0 where its span is none."""
+        raw, span = np.asarray(values, dtype=np.float64), self._span
+        scaled = np.where(span > 0, 2.0 * (raw - self.low) / np.where(span > 0, span, 1.0) - 1.0, 0.0)
         return np.where(self.mask, scaled, raw)
 
     def unnormalize(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Scale [-1, 1] to units of the data set, (..., dim)."""
         scaled = np.asarray(values, dtype=np.float64)
-        return np.where(self.mask, 0.5 * (scaled + 1.0) * (self.q99 - self.q01) + self.q01, scaled)
+        return np.where(self.mask, 0.5 * (scaled + 1.0) * self._span + self.low, scaled)
 
 
 def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
@@ -84,8 +102,33 @@ def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str,
     raise InputError(f"{what}: choose one of {sorted(norm_stats)}")
 
 
+def chunks_of(actions: npt.NDArray[Any], horizon: int, dim: int) -> npt.NDArray[Any]:
+    """Cut an episode's actions, (T, A), into the chunk that begins at every frame; behind the end the last goes on.
+
+    Args:
+        actions: Of the episode; or chunks already, (T, horizon, A), which are returned.
+        horizon: Actions of a chunk.
+        dim: Values A of an action.
+
+    Returns:
+        (T, horizon, A).
+
+    Raises:
+        InputError: If the shape is neither.
+    """
+    chunks = actions
+    if actions.ndim == 2:
+        steps = np.minimum(np.arange(len(actions))[:, None] + np.arange(horizon), len(actions) - 1)
+        chunks = actions[steps]
+    if chunks.ndim != 3 or chunks.shape[1:] != (horizon, dim):
+        raise InputError(
+            f"the dataset's actions have shape {actions.shape}; the model's are chunks of {horizon} × {dim} values"
+        )
+    return chunks
+
+
 def check_units(normalized: npt.NDArray[np.float64], mask: BoolArray) -> None:
-    """Refuse normalised actions, (..., A), that mostly lie outside the model's quantiles, where ``mask`` scales them.
+    """Refuse normalised actions, (..., A), that mostly lie outside the model's range, where ``mask`` scales them.
 
     Raises:
         InputError: If they do.

@@ -38,7 +38,7 @@ CONFIG = "config.json"
 TOKENIZER_OF = "google/paligemma-3b-pt-224"
 VISION_HEADS = {1152: 16, 768: 12}
 """Width of a tower → its heads, which no shape tells; ``vision_heads`` in config.json (not official) is for others."""
-OPTIONS = frozenset({"tokenizer", "state_prompt", "relative_actions"})
+OPTIONS = ("tokenizer", "state_prompt", "relative_actions")
 
 PARTS = {
     "paligemma_with_expert.paligemma.model.vision_tower.vision_model.": "vision.",

@@ -10,6 +10,7 @@ from lac_vla.models.heads.base import ActionHead
 from lac_vla.models.heads.tokens import ActionTokenizer, TokenHead
 from lac_vla.models.heads.units import Range, choose_stats
 from lac_vla.models.llama import LlamaDecoder
+from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.encoder import PrismaticVision
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.processor import PrismaticProcessor
@@ -54,9 +55,7 @@ def build_prismatic(
         CheckpointError: If the statistics are incomplete.
     """
     own = model.config
-    names = tuple(camera.name for camera in own.cameras) if cameras is None else tuple(cameras)
-    if len(set(names)) != len(own.cameras):
-        raise InputError(f"the model has {len(own.cameras)} camera(s), `cameras` names {list(names)}")
+    names = camera_names(own, cameras)
     stats = choose_stats(own.norm_stats, unnorm_key)
     decoder = LlamaDecoder(model.language_model)
     action_range = Range.of(stats, "action")
@@ -76,3 +75,15 @@ def build_prismatic(
         head = make_head(decoder, action_range)
     vision = PrismaticVision(model, names)
     return VLA(name, family, config or own, model, processor, vision, decoder, head, encode, ensemble)
+
+
+def camera_names(config: PrismaticConfig, cameras: Sequence[str] | None) -> tuple[str, ...]:
+    """Name the cameras as ``Frame.images`` does: as given, or by the model's own names.
+
+    Raises:
+        InputError: If they are not as many as the model's.
+    """
+    names = tuple(camera.name for camera in config.cameras) if cameras is None else tuple(cameras)
+    if len(set(names)) != len(config.cameras) or len(names) != len(config.cameras):
+        raise InputError(f"the model has {len(config.cameras)} camera(s), `cameras` names {list(names)}")
+    return names

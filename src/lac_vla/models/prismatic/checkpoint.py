@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from lac_vla.models.images import require_pipeline
 from lac_vla.models.llama import reset_rotary
 from lac_vla.models.prismatic.build import build_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
@@ -35,12 +36,10 @@ def load_prismatic(
     **build: Any,
 ) -> VLA:
     """Load a checkpoint whose ``config.json`` holds ``data``; see :func:`lac_vla.models.load_vla`."""
-    config = PrismaticConfig.from_json(data)
+    config = official_config(folder, data)
     if (folder / STATISTICS).is_file():
         config = replace(config, norm_stats=read_json(folder / STATISTICS))
-    if (folder / PREPROCESSOR).is_file():
-        towers = _normalised_as(config.vit_towers, read_json(folder / PREPROCESSOR))
-        config = replace(config, vit_towers=towers)
+    require_pipeline(build.get("image_pipeline") or config.image_resize_strategy)
     encode = encode or load_tokenizer(folder)
     with torch.device("meta"):
         model = PrismaticVLA(config)
@@ -48,6 +47,14 @@ def load_prismatic(
     load_weights(model, folder, dtype=dtype, device=device, unused=unused_weights(config))
     make_ready(model, device)
     return vla
+
+
+def official_config(folder: Path, data: Mapping[str, Any]) -> PrismaticConfig:
+    """Read a ``config.json``, and the towers' means and deviations as the image processor beside it has them."""
+    config = PrismaticConfig.from_json(data)
+    if not (folder / PREPROCESSOR).is_file():
+        return config
+    return replace(config, vit_towers=_normalised_as(config.vit_towers, read_json(folder / PREPROCESSOR)))
 
 
 def save_prismatic(vla: VLA, folder: Path, dtype: torch.dtype) -> None:

@@ -123,6 +123,13 @@ class PrismaticConfig:
         return own.features if own is not None else sum(tower.features for tower in self.vit_towers)
 
     @property
+    def letterbox_fill(self) -> tuple[int, int, int]:
+        """Colour of a letterbox's border: the mean that the last vision transformer normalises by."""
+        means = [tower.mean for tower in self.vit_towers] or [(0.5, 0.5, 0.5)]
+        red, green, blue = (int(value * 255) for value in means[-1])
+        return red, green, blue
+
+    @property
     def width(self) -> int:
         """Width of the decoder."""
         return int(self.text_config.get("hidden_size", 4096))

@@ -51,9 +51,7 @@ class PrismaticVision:
         self, stem: Stem, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
     ) -> torch.Tensor:
         """Compute the features of the tokens in ``token_mask`` (all by default), (n, features)."""
-        device = self._model.language_model.lm_head.weight.device
-        mask = None if token_mask is None or token_mask.all() else torch.from_numpy(token_mask).to(device)
-        return self._model.vision_backbone.encode_tokens(stem, mask, kv_cache)
+        return self._model.vision_backbone.encode_tokens(stem, self._token_mask(token_mask), kv_cache)
 
     def encode_camera(self, camera: str, images: torch.Tensor, kv_cache: Any) -> torch.Tensor:
         """Run a camera's transformers differentiably: uint8, (B, H, W, 3) → projected tokens, (B, tokens, width).
@@ -67,6 +65,10 @@ class PrismaticVision:
         """Project features row by row: (..., features) → (..., width)."""
         rows: torch.Tensor = self._model.projector(features)
         return rows
+
+    def _token_mask(self, token_mask: BoolArray | None) -> torch.Tensor | None:
+        device = self._model.language_model.lm_head.weight.device
+        return None if token_mask is None or token_mask.all() else torch.from_numpy(token_mask).to(device)
 
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         weight = self._model.language_model.lm_head.weight

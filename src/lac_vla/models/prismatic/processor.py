@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,8 +19,6 @@ from lac_vla.models.tokenizer import Encode
 from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
 
 PROMPTS_REMEMBERED = 64
-STATE_LIMIT = 1.5
-"""Normalised proprioception is clipped to ± this: beyond the 1 % and 99 % quantiles, yet bounded."""
 
 
 def prompt_ids(config: PrismaticConfig, encode: Encode, instruction: str) -> list[int]:
@@ -57,11 +56,14 @@ class PrismaticProcessor:
         grids: Camera → (rows, cols) of its visual tokens, in token order.
         state_dim: Values of the proprioception; ``None`` if the model takes none.
         prompt_ids: Instruction → token ids of its whole prompt.
+        state_limit: Normalised proprioception is clipped to ± this: beyond the 1 % and 99 % quantiles, yet bounded.
 
     Raises:
         InputError: If there is no such image pipeline.
         CheckpointError: If the statistics are of another number of values than the model's state.
     """
+
+    state_limit: ClassVar[float] = 1.5
 
     def __init__(
         self,
@@ -80,11 +82,15 @@ class PrismaticProcessor:
         self.state_dim = config.proprio_dim
         self.prompt_ids = lru_cache(PROMPTS_REMEMBERED)(partial(prompt_ids, config, encode))
         self._model, self._name, self._cameras, self._embed = model, name, cameras, embed
-        self._crop = make_pipeline(image_pipeline or config.image_resize_strategy)
+        self._crop = make_pipeline(image_pipeline or config.image_resize_strategy, config.letterbox_fill)
         self._state_range = state_range
+        self._covered = {
+            name: self.grids[name][0] * (camera.tower or config.vit_towers[0]).stride
+            for name, camera in cameras.items()
+        }
 
     def images(self, frame: Frame) -> dict[str, UInt8Image]:
-        """Crop and resize every camera's image to what its tower sees.
+        """Crop and resize every camera's image to what its tower sees: what no patch covers (of 384 px) is left out.
 
         Raises:
             InputError: If a camera is missing. Further cameras are ignored.
@@ -95,7 +101,10 @@ class PrismaticProcessor:
                 f"{self._name} needs the cameras {list(self._cameras)}; the frame has {sorted(frame.images)}, "
                 f"so {missing} are missing: rename the images, or pass `cameras` when loading the model"
             )
-        return {name: self._crop(frame.images[name], cam.image_size) for name, cam in self._cameras.items()}
+        return {
+            name: covered(self._crop(frame.images[name], cam.image_size), self._covered[name])
+            for name, cam in self._cameras.items()
+        }
 
     def prompt(self, frame: Frame) -> PromptInputs:
         """Lay out ``[BOS | visual tokens of all cameras | proprio token, if any | text]``.
@@ -128,4 +137,9 @@ class PrismaticProcessor:
         if state is None or state.shape[-1] != self._state_range.dim:
             given = "none" if state is None else state.shape[-1]
             raise InputError(f"{self._name} needs {self._state_range.dim} values in Frame.proprio, got {given}")
-        return np.clip(self._state_range.normalize(state), -STATE_LIMIT, STATE_LIMIT).astype(np.float32)
+        return np.clip(self._state_range.normalize(state), -self.state_limit, self.state_limit).astype(np.float32)
+
+
+def covered(image: UInt8Image, side: int) -> UInt8Image:
+    """Cut off what is right of and below the last whole patch; the patches' convolution never reads it."""
+    return image if len(image) == side else image[:side, :side].copy()

@@ -59,6 +59,8 @@ class ViTConfig:
         neck: Width that a linear layer behind the blocks brings the features to; ``None`` for no such layer.
         mean: Mean per channel that RGB in 0..1 is normalised with.
         std: Standard deviation per channel.
+        language: Width of the language embedding that scales and shifts every block's tokens behind the attention
+            (FiLM); ``None`` for none.
     """
 
     width: int
@@ -72,6 +74,7 @@ class ViTConfig:
     neck: int | None = None
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
+    language: int | None = None
 
     @property
     def stride(self) -> int:

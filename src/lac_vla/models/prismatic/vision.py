@@ -31,17 +31,22 @@ class VisionBackbone(nn.Module):
         """Make pixel values of RGB images: uint8, (B, H, W, 3) → float32, (B, C, H, W)."""
         raise NotImplementedError
 
-    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Stem:
+    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool, **conditions: torch.Tensor) -> Stem:
         """Compute of one frame what does not depend on which tokens matter.
 
         Args:
             pixel_values: Camera → normalised images, (1, C, H, W).
             whole: Run the blocks of transformers, too: without a cache, they need all patches in any case.
+            conditions: As in :meth:`encode_tokens`.
         """
         raise NotImplementedError
 
     def encode_tokens(
-        self, stem: Stem, token_mask: torch.Tensor | None = None, cache: FrameKVCache | None = None
+        self,
+        stem: Stem,
+        token_mask: torch.Tensor | None = None,
+        cache: FrameKVCache | None = None,
+        **conditions: torch.Tensor,
     ) -> torch.Tensor:
         """Compute the features of some tokens.
 
@@ -52,6 +57,7 @@ class VisionBackbone(nn.Module):
             stem: From :meth:`encode_stem`; ``whole`` without a cache, and not with one.
             token_mask: Which tokens, bool, (N,); ``None`` for all.
             cache: Keys and values of the transformers' other tokens; see :meth:`ViT.encode`.
+            conditions: What the blocks are conditioned on: ``language``, see :meth:`ViT.encode`.
 
         Returns:
             (n, F): without a cache, the same numbers as in :meth:`forward`.
@@ -61,7 +67,7 @@ class VisionBackbone(nn.Module):
         cameras = []
         for camera, mask in enumerate(masks):
             towers = [
-                tower.encode_tokens(x, mask, None if cache is None else cache.of(number, camera))
+                tower.encode_tokens(x, mask, None if cache is None else cache.of(number, camera), **conditions)
                 for number, (tower, x) in enumerate(self._towers(camera, stem))
             ]
             cameras.append(torch.cat(towers, dim=-1))
@@ -101,11 +107,14 @@ class ViTBackbone(VisionBackbone):
         std = torch.tensor(self._std, device=images.device).view(-1, 1, 1)
         return (pixels.repeat(1, len(self._mean) // 3, 1, 1) - mean) / std
 
-    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Stem:
+    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool, **conditions: torch.Tensor) -> Stem:
         """See :meth:`VisionBackbone.encode_stem`; of every transformer, for all cameras together."""
         pixels = torch.cat([pixel_values[name] for name in self.grids])
         stem = [vit.embed(part) for vit, part in zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)]
-        return [vit.encode(x) for vit, x in zip(self.vits, stem, strict=True)] if whole else stem
+        if not whole:
+            return stem
+        language = conditions.get("language")
+        return [vit.encode(x, language=language) for vit, x in zip(self.vits, stem, strict=True)]
 
     def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
         """See :meth:`VisionBackbone.encode_camera`."""
@@ -149,8 +158,8 @@ class PerCameraBackbone(VisionBackbone):
         """Scale RGB images to [-1, 1]: uint8, (B, H, W, 3) → float32, (B, 3, H, W)."""
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
-    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool) -> Stem:
-        """See :meth:`VisionBackbone.encode_stem`; of every camera."""
+    def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool, **conditions: torch.Tensor) -> Stem:
+        """See :meth:`VisionBackbone.encode_stem`; of every camera, without conditions."""
         return [cast(Any, self.towers[name]).encode_stem(pixel_values[name], whole=whole) for name in self.grids]
 
     def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:

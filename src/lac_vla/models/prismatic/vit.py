@@ -47,12 +47,22 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.mlp = FeedForward(config.width, config.mlp_width)
         self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
+        film = config.language
+        self.scale = None if film is None else nn.Linear(film, config.width)
+        self.shift = None if film is None else nn.Linear(film, config.width)
 
     def forward(
-        self, x: torch.Tensor, cache: KVCache | None = None, block: int = 0, rows: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        cache: KVCache | None = None,
+        block: int = 0,
+        rows: torch.Tensor | None = None,
+        language: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the block: (B, tokens, width) → the same; see :class:`Attention`."""
+        """Run the block: (B, tokens, width) → the same; see :class:`Attention` and :meth:`ViT.encode`."""
         x = x + self.ls1(self.attn(self.norm1(x), cache, block, rows))
+        if self.scale is not None and self.shift is not None:
+            x = x * (1 + self.scale(language)) + self.shift(language)
         out: torch.Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out
 
@@ -86,7 +96,11 @@ class ViT(nn.Module):
         return torch.cat([*(token.expand(len(x), -1, -1) for token in extra), x], dim=1)
 
     def encode(
-        self, x: torch.Tensor, cache: KVCache | None = None, token_mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        cache: KVCache | None = None,
+        token_mask: torch.Tensor | None = None,
+        language: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the blocks.
 
@@ -95,6 +109,7 @@ class ViT(nn.Module):
             cache: Keys and values of the same image's predecessors: they take the place of the patches that are not in
                 ``token_mask``, and are brought up to date where they are. A new one is filled.
             token_mask: Patches to compute, bool, (patches,); ``None`` for all. Class and register tokens always are.
+            language: What blocks with FiLM are conditioned on, (language,).
 
         Returns:
             Features of these patches, (B, patches, features).
@@ -105,12 +120,16 @@ class ViT(nn.Module):
             rows = torch.cat([token_mask.new_ones(extra), token_mask]).nonzero()[:, 0]
             x = x[:, rows]
         for index, block in enumerate(self.blocks):
-            x = block(x, cache, index, rows)
+            x = block(x, cache, index, rows, language)
         features: torch.Tensor = self.neck(x[:, extra:])
         return features
 
     def encode_tokens(
-        self, stem: torch.Tensor, token_mask: torch.Tensor | None = None, cache: ImageKVCache | None = None
+        self,
+        stem: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        cache: ImageKVCache | None = None,
+        language: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the features of some patches of one image, (n, features).
 
@@ -118,9 +137,10 @@ class ViT(nn.Module):
             stem: With a cache, from :meth:`embed`, (1, tokens, width); else all features, (1, patches, features).
             token_mask: Which patches, bool, (patches,); ``None`` for all.
             cache: Keys and values of the others; see :meth:`encode`.
+            language: See :meth:`encode`; not needed of features.
         """
         if cache is not None:
-            return self.encode(stem, cache, token_mask)[0]
+            return self.encode(stem, cache, token_mask, language)[0]
         return stem[0] if token_mask is None else stem[0, token_mask]
 
 

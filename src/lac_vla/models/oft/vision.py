@@ -1,0 +1,50 @@
+"""The vision encoder of OpenVLA-OFT with FiLM: its towers look with the instruction in mind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from lac_vla.models.prismatic.encoder import PrismaticVision
+from lac_vla.models.prismatic.model import PrismaticVLA
+from lac_vla.models.prismatic.vision import ViTBackbone
+from lac_vla.models.transformer import FrameKVCache
+from lac_vla.types import BoolArray, Frame, UInt8Image
+
+
+class FiLMVision(PrismaticVision):
+    """Conditions the towers on the frame's instruction.
+
+    Args:
+        model: The modules.
+        cameras: Names of the cameras in ``Frame.images``, in the model's order.
+        language: Instruction → what the towers are conditioned on, (width,).
+    """
+
+    def __init__(self, model: PrismaticVLA, cameras: Sequence[str], language: Callable[[str], torch.Tensor]) -> None:
+        super().__init__(model, cameras)
+        self._language = language
+
+    @property
+    def transformer_cameras(self) -> tuple[str, ...]:
+        """None: in training, towers run without a frame's instruction."""
+        return ()
+
+    def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Any:
+        """Run what does not depend on which tokens matter, and keep the instruction's embedding with it."""
+        pixels = {own: self._normalize(torch.tensor(images[name])[None]) for name, own in self._names.items()}
+        language = self._language(frame.instruction)
+        return self._backbone.encode_stem(pixels, whole=kv_cache is None, language=language), language
+
+    def encode_tokens(
+        self, stem: Any, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
+    ) -> torch.Tensor:
+        """Compute the features of the tokens in ``token_mask`` (all by default), (n, features)."""
+        rows, language = stem
+        return self._backbone.encode_tokens(rows, self._token_mask(token_mask), kv_cache, language=language)
+
+    @property
+    def _backbone(self) -> ViTBackbone:
+        return cast(ViTBackbone, self._model.vision_backbone)
