@@ -194,6 +194,11 @@ def read_processors(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]
     return before, after
 
 
+def processor_weights(folder: Path) -> list[str]:
+    """Name the files in a checkpoint's folder that hold its processors' statistics, not weights."""
+    return [file.name for file in folder.glob("policy_p*processor*.safetensors")]
+
+
 def read_normalization(folder: Path, data: Mapping[str, Any]) -> Normalization:
     """Read how state and action are normalised: from the processors, or from the weights of an old checkpoint.
 

@@ -17,6 +17,7 @@ from lac_vla.models.lerobot_layout import (
     Features,
     Normalization,
     find_tokenizer,
+    processor_weights,
     read_features,
     read_normalization,
     read_processors,
@@ -105,7 +106,16 @@ def load_pi0(
         image_pipeline=image_pipeline,
         state_prompt=state_prompt,
     )
-    load_weights(model, folder, dtype=dtype, device=device, unused=UNUSED, rename=rename, precise=re.compile(PRECISE))
+    load_weights(
+        model,
+        folder,
+        dtype=dtype,
+        device=device,
+        unused=UNUSED,
+        rename=rename,
+        precise=re.compile(PRECISE),
+        read=processor_weights(folder),
+    )
     model.eval()
     return vla
 
