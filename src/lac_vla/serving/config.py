@@ -122,6 +122,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
         "max_age": vla.max_age,
         "options": str(vla.options),
         "deadline_ms": config.deadline_ms or None,
+        "max_batch": config.max_batch if controller is None else controller.largest_batch(config.max_batch),
     }
     limits = Limits(config.max_sessions, config.max_rate, int(config.max_message_mb * 2**20))
     server = PolicyServer(

@@ -47,7 +47,7 @@ class LatencyTable:
     def measure(cls, vla: CachedVLA, rounds: int = ROUNDS, max_batch: int = 1) -> LatencyTable:
         """Time the model, with its policy and flow, on synthetic frames.
 
-        Takes about ``6 · rounds`` frames, and, above 1, ``rounds · (2 + max_batch)`` for batches.
+        Takes about ``6 · rounds`` frames, and ``(rounds + 4) · (2 + max_batch)`` for batches.
         """
         frames = sample_frames(vla.model)
         count = sum(rows * cols for rows, cols in vla.model.grids.values())
@@ -138,6 +138,11 @@ class DeadlineController:
     def batch_ms(self, frames_ms: Sequence[float]) -> float:
         """Return the table's milliseconds of a batch of frames that take so many each, one by one."""
         return self.table.factor(len(frames_ms)) * sum(frames_ms)
+
+    def largest_batch(self, limit: int) -> int:
+        """Return the most frames, up to ``limit``, that keep the deadline together, with the fewest tokens each."""
+        fits = (count for count in range(limit, 1, -1) if self.batch_ms([self.least_ms] * count) <= self.deadline_ms)
+        return next(fits, 1)
 
     def token_budget(self, milliseconds: float) -> int:
         """Return the tokens that a frame of so many of the table's milliseconds affords; never fewer than the floor."""
