@@ -115,6 +115,15 @@ def test_the_table_is_measured_on_the_model(backbone: VLA) -> None:
     assert table.milliseconds[0] > 0
 
 
+def test_batches_are_measured_with_it(backbone: VLA) -> None:
+    table = LatencyTable.measure(CachedVLA(backbone, Motion(0.5)), rounds=2, max_batch=4)
+    assert table.batches == (1, 2, 4)
+    assert table.factors[0] == 1
+    assert 0 < min(table.factors[1:]) < 3
+    assert table.factor(3) == pytest.approx((table.factors[1] + table.factors[2]) / 2)
+    assert LatencyTable.measure(CachedVLA(backbone), rounds=2, max_batch=1).batches == (1,)
+
+
 def test_the_controller_learns_from_what_frames_take() -> None:
     controller = DeadlineController(30.0, TABLE, 4)
     before = controller.token_budget(controller.left(0))
@@ -165,6 +174,7 @@ def test_slack_refresh_keeps_within_the_idle_time(backbone: VLA, clock: Clock) -
         clock.now += idle
         ask(one, observation(i + 1), clock.now)
     assert one.refresh() == 24  # the tokens of 50 ms
+    assert one.refresh(quiet_s=0.05) == 11  # 25 ms: another robot will ask before
     one._idle = 0.015
     assert one.refresh() == 0  # not even the fewest fit
 
