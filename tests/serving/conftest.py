@@ -12,7 +12,9 @@ import pytest
 
 from lac_vla import VLA, CachedVLA, Motion, random_vla
 from lac_vla.client.observation import ObservationKeys
+from lac_vla.serving.batches import Batcher, Request
 from lac_vla.serving.server import PolicyServer
+from lac_vla.serving.sessions import Answer, RobotSession
 
 
 def observation(seed: int = 0, prompt: str = "pick up the bowl", side: int = 64) -> dict[str, Any]:
@@ -23,6 +25,14 @@ def observation(seed: int = 0, prompt: str = "pick up the bowl", side: int = 64)
         for key in ("observation/image", "observation/wrist_image")
     }
     return {**images, "observation/state": np.zeros(8), "prompt": prompt}
+
+
+def ask(robot: RobotSession, message: dict[str, Any], arrived: float) -> Answer:
+    """Let a robot ask alone."""
+    [outcome] = Batcher(robot.vla.engine, robot.controller).answer([Request(robot, message, arrived)]).values()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 class Running:

@@ -131,6 +131,11 @@ def test_a_deadline_and_slack_measure_the_machine(model: Path) -> None:
     assert made.table is not None
     assert made.controller is not None
     assert made.controller.floor == 4  # 52 tokens, none older than 16 frames
+    assert made.table.batches == (1, 2, 8)
+    assert made.metadata["max_batch"] == 8
+    assert make_server(replace(config, max_batch=1)).metadata["max_batch"] == 1
+    with pytest.raises(InputError, match="batch_window_ms is 99999"):
+        make_server(replace(config, batch_window_ms=99999.9))
     with pytest.raises(InputError, match="cannot be kept"):
         make_server(replace(config, deadline_ms=1e-3))
 

@@ -156,7 +156,7 @@ def test_an_internal_error_tells_no_internals(start: Start, monkeypatch: pytest.
     with Client(server.url) as one, Client(server.url) as other:
         other.infer(observation(0))
         with monkeypatch.context() as patch:
-            patch.setattr("lac_vla.serving.sessions.RobotSession.answer", broken)
+            patch.setattr("lac_vla.serving.sessions.RobotSession.plan", broken)
             with pytest.raises(ServerError, match="internal error") as error:
                 one.infer(observation())
         assert "secret" not in str(error.value)

@@ -14,7 +14,7 @@ from lac_vla.policies import CachePolicy
 from lac_vla.serving import sessions
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.sessions import RobotSession, SessionOptions
-from tests.serving.conftest import KEYS, observation
+from tests.serving.conftest import KEYS, ask, observation
 
 TABLE = LatencyTable((4, 26, 52), (5.0, 20.0, 40.0))
 
@@ -57,34 +57,34 @@ def robot(backbone: VLA, policy: CachePolicy | None = None, **options: Any) -> R
 )
 def test_what_begins_an_episode(backbone: VLA, clock: Clock, change: dict[str, Any], reason: str | None) -> None:
     one = robot(backbone)
-    first = one.answer(observation(0) | {"episode_id": "a"}, clock.now)
+    first = ask(one, observation(0) | {"episode_id": "a"}, clock.now)
     assert first.reset is None
-    answer = one.answer(observation(1) | {"episode_id": "a"} | change, clock.now)
+    answer = ask(one, observation(1) | {"episode_id": "a"} | change, clock.now)
     assert answer.reset == answer.message["lac"]["reset"] == reason
     assert (answer.step.dense_reason == "first frame") == (reason is not None)
-    again = one.answer(observation(2) | {"episode_id": "a"} | change | {"reset": False}, clock.now)
+    again = ask(one, observation(2) | {"episode_id": "a"} | change | {"reset": False}, clock.now)
     assert (again.reset, again.step.dense_reason) == (None, None)  # only once
 
 
 def test_a_silence_begins_an_episode(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone, options=SessionOptions(gap_s=3))
-    one.answer(observation(0), clock.now)
+    ask(one, observation(0), clock.now)
     clock.now += 2.9
-    assert one.answer(observation(1), clock.now).reset is None
+    assert ask(one, observation(1), clock.now).reset is None
     clock.now += 3.1
-    assert one.answer(observation(2), clock.now).reset == "time gap"
+    assert ask(one, observation(2), clock.now).reset == "time gap"
 
 
 def test_a_scene_cut_makes_a_frame_dense(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone)
-    one.answer(observation(0), clock.now)
+    ask(one, observation(0), clock.now)
     cut = observation(1) | {"observation/image": np.full((64, 64, 3), 255, np.uint8)}
-    assert one.answer(cut, clock.now).message["lac"]["dense_reason"] == "scene cut"
+    assert ask(one, cut, clock.now).message["lac"]["dense_reason"] == "scene cut"
 
 
 def test_a_seed_is_that_of_the_episode(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone)
-    one.answer(observation(0) | {"reset": True, "seed": 5}, clock.now)
+    ask(one, observation(0) | {"reset": True, "seed": 5}, clock.now)
     assert one._session.seed == 5
 
 
@@ -94,9 +94,9 @@ def test_a_seed_is_that_of_the_episode(backbone: VLA, clock: Clock) -> None:
 def test_the_deadline_caps_the_tokens(backbone: VLA, clock: Clock, waited_ms: float, tokens: int) -> None:
     controller = DeadlineController(20.0, LatencyTable((8, 26, 52), (7.5, 20.0, 40.0)), 8)
     one = robot(backbone, Dense(), controller=controller)
-    assert one.answer(observation(0), clock.now).message["lac"]["late"] is False
+    assert ask(one, observation(0), clock.now).message["lac"]["late"] is False
     controller.correction = 1.0
-    answer = one.answer(observation(1), clock.now - waited_ms / 1e3)
+    answer = ask(one, observation(1), clock.now - waited_ms / 1e3)
     assert answer.step.active.sum() == tokens == answer.message["lac"]["token_budget"]
     assert answer.message["lac"]["late"] is (waited_ms > 20)
 
@@ -115,16 +115,25 @@ def test_the_table_is_measured_on_the_model(backbone: VLA) -> None:
     assert table.milliseconds[0] > 0
 
 
+def test_batches_are_measured_with_it(backbone: VLA) -> None:
+    table = LatencyTable.measure(CachedVLA(backbone, Motion(0.5)), rounds=2, max_batch=4)
+    assert table.batches == (1, 2, 4)
+    assert table.factors[0] == 1
+    assert 0 < min(table.factors[1:]) < 3
+    assert table.factor(3) == pytest.approx((table.factors[1] + table.factors[2]) / 2)
+    assert LatencyTable.measure(CachedVLA(backbone), rounds=2, max_batch=1).batches == (1,)
+
+
 def test_the_controller_learns_from_what_frames_take() -> None:
     controller = DeadlineController(30.0, TABLE, 4)
-    before = controller.token_budget(0)
+    before = controller.token_budget(controller.left(0))
     for _ in range(40):  # the machine takes twice as long as the table says
-        controller.observe(26, 40.0)
-    assert controller.token_budget(0) < before
+        controller.observe(TABLE(26), 40.0)
+    assert controller.token_budget(controller.left(0)) < before
     assert controller.correction > 2
     rng = np.random.default_rng(0)
     for _ in range(4000):
-        controller.observe(26, 20 * rng.lognormal(sigma=0.2))
+        controller.observe(TABLE(26), 20 * rng.lognormal(sigma=0.2))
     late = sum(20 * rng.lognormal(sigma=0.2) > 20 * controller.correction for _ in range(2000))
     assert late / 2000 < 0.1
 
@@ -140,7 +149,7 @@ def drive(one: RobotSession, clock: Clock, frames: int = 12) -> list[float]:
     for i in range(frames):
         if i:
             ages.append(float(one._session.memory.age.mean()))
-        one.answer(observation(i), clock.now)
+        ask(one, observation(i), clock.now)
         if (job := one.spare()) is not None:
             job()
         clock.now += 0.1
@@ -154,17 +163,18 @@ def test_slack_refresh_starts_the_next_frame_fresher(backbone: VLA, clock: Clock
     fresher = drive(one, clock)
     assert np.mean(fresher) < np.mean(plain) / 2
     # the first two gaps tell how much time there is; 50 ms of 100 suffice for all
-    assert one.answer(observation(99), clock.now).message["lac"]["refreshed"] > 0
+    assert ask(one, observation(99), clock.now).message["lac"]["refreshed"] > 0
 
 
 def test_slack_refresh_keeps_within_the_idle_time(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone, Stubborn(), options=SessionOptions(slack=True), table=LatencyTable((4, 52), (10.0, 106.0)))
-    one.answer(observation(0), clock.now)
+    ask(one, observation(0), clock.now)
     assert one.spare() is None  # nobody knows when the robot will ask again
     for i, idle in enumerate((0.1, 0.1, 0.1)):
         clock.now += idle
-        one.answer(observation(i + 1), clock.now)
+        ask(one, observation(i + 1), clock.now)
     assert one.refresh() == 24  # the tokens of 50 ms
+    assert one.refresh(quiet_s=0.05) == 11  # 25 ms: another robot will ask before
     one._idle = 0.015
     assert one.refresh() == 0  # not even the fewest fit
 
@@ -179,7 +189,7 @@ def test_the_watchdog_distrusts_a_cache_that_disagrees(clock: Clock) -> None:
     one = robot(random_vla(TINY_COGACT, seed=1), Stubborn(), options=options)  # its actions are continuous
     reasons, shadows = [], []
     for i in range(8):
-        answer = one.answer(observation(7 * i), clock.now)
+        answer = ask(one, observation(7 * i), clock.now)
         reasons.append(answer.message["lac"]["dense_reason"])
         shadows.append(answer.message["lac"]["shadow"])
         job = one.spare()
@@ -190,13 +200,13 @@ def test_the_watchdog_distrusts_a_cache_that_disagrees(clock: Clock) -> None:
     assert reasons[:3] == ["first frame", None, None]
     assert all(f"shadow pass disagreed by {shadows[3]:.3g}" == f for f in reasons[3:5])
     assert reasons[5] is None  # the cache gets another chance
-    assert one.answer(observation(0) | {"reset": True}, clock.now).message["lac"]["dense_reason"] == "first frame"
+    assert ask(one, observation(0) | {"reset": True}, clock.now).message["lac"]["dense_reason"] == "first frame"
 
 
 def test_the_watchdog_trusts_a_cache_that_agrees(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone, Dense(), options=SessionOptions(shadow_every=1, shadow_threshold=1e-4))
     for i in range(4):
-        answer = one.answer(observation(i), clock.now)
+        answer = ask(one, observation(i), clock.now)
         assert one.spare()() < 1e-4
     assert answer.message["lac"]["dense_reason"] is None
 

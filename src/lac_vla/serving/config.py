@@ -36,6 +36,8 @@ class ServeConfig:
         tls_cert: Certificate, PEM.
         tls_key: Its key, PEM.
         deadline_ms: From a request's arrival to its answer; caps the tokens per frame. 0 for none.
+        max_batch: Requests of different robots that are answered together, at most; 1 for one at a time.
+        batch_window_ms: A request waits so long for others to join it; 0 for not at all.
         max_sessions: Robots at a time.
         max_rate: Requests per second and robot.
         max_message_mb: Size of a request.
@@ -61,6 +63,8 @@ class ServeConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     deadline_ms: float = 0.0
+    max_batch: int = 8
+    batch_window_ms: float = 0.0
     max_sessions: int = 32
     max_rate: float = 200.0
     max_message_mb: float = 8.0
@@ -75,6 +79,8 @@ class ServeConfig:
             raise InputError(f"port is {self.port}; give one in 0..65535, 0 for any free one")
         if self.max_sessions < 1 or not self.max_rate > 0 or not self.max_message_mb > 0 or self.deadline_ms < 0:
             raise InputError("max_sessions, max_rate and max_message_mb must be greater than 0, deadline_ms at least 0")
+        if self.max_batch < 1 or not self.batch_window_ms >= 0:
+            raise InputError("max_batch must be at least 1, which answers one at a time, batch_window_ms at least 0")
         if self.record_fps < 0:
             raise InputError(f"record_fps is {self.record_fps}; give whole frames per second, or 0")
 
@@ -98,7 +104,9 @@ def make_server(config: ServeConfig) -> PolicyServer:
     check_exposure(config.host, key)
     [(method, vla)] = load_methods(config.model, (config.policy,), config.model_options).items()
     keys = ObservationKeys.parse(vla.model.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
-    table = LatencyTable.measure(vla) if config.deadline_ms or config.session_options.slack else None
+    table = None
+    if config.deadline_ms or config.session_options.slack:
+        table = LatencyTable.measure(vla, max_batch=config.max_batch if config.deadline_ms else 1)
     controller = None
     if config.deadline_ms and table is not None:
         n_visual = sum(rows * cols for rows, cols in vla.model.grids.values())
@@ -114,11 +122,13 @@ def make_server(config: ServeConfig) -> PolicyServer:
         "max_age": vla.max_age,
         "options": str(vla.options),
         "deadline_ms": config.deadline_ms or None,
+        "max_batch": config.max_batch if controller is None else controller.largest_batch(config.max_batch),
     }
     limits = Limits(config.max_sessions, config.max_rate, int(config.max_message_mb * 2**20))
     server = PolicyServer(
         vla, keys, config.session_options, controller, table, metadata, config.host, config.port, key, tls, limits,
-        view=config.view, seed=config.model_options.seed,
+        view=config.view, seed=config.model_options.seed, max_batch=config.max_batch,
+        batch_window_ms=config.batch_window_ms,
     )  # fmt: skip
     if config.record is not None:
         from lac_vla.serving.record import Recorder

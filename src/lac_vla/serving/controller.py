@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,19 +29,26 @@ STEP = 0.3
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Latency of a frame, from observation to action, by the number of tokens computed.
+    """Latency of a frame, from observation to action, by the number of tokens computed; and of a batch of frames.
 
     Attributes:
         tokens: Numbers of tokens, rising.
         milliseconds: A high quantile of the latency at each of them, never falling.
+        batches: Numbers of frames that are computed together, rising from 1.
+        factors: Latency of so many together, over the sum of their latencies one by one.
     """
 
     tokens: tuple[int, ...]
     milliseconds: tuple[float, ...]
+    batches: tuple[int, ...] = (1,)
+    factors: tuple[float, ...] = (1.0,)
 
     @classmethod
-    def measure(cls, vla: CachedVLA, rounds: int = ROUNDS) -> LatencyTable:
-        """Time the model, with its policy and flow, on synthetic frames. Takes ``6 · rounds`` frames."""
+    def measure(cls, vla: CachedVLA, rounds: int = ROUNDS, max_batch: int = 1) -> LatencyTable:
+        """Time the model, with its policy and flow, on synthetic frames.
+
+        Takes about ``6 · rounds`` frames, and ``(rounds + 4) · (2 + max_batch)`` for batches.
+        """
         frames = sample_frames(vla.model)
         count = sum(rows * cols for rows, cols in vla.model.grids.values())
         points = sorted({smallest_budget(count, vla.max_age), *(round(count * share) for share in SHARES)} - {0})
@@ -52,7 +60,29 @@ class LatencyTable:
                 session.act(frames[index % len(frames)])
                 took.append(session.last_info.timings["observation_to_action"] if session.last_info else math.nan)
             times.append(float(np.quantile(took[2:], 0.9)))
-        return cls(tuple(points), tuple(np.maximum.accumulate(times).tolist()))
+        table = cls(tuple(points), tuple(np.maximum.accumulate(times).tolist()))
+        batches = tuple(sorted({1, min(2, max_batch), max_batch}))
+        factors = (1.0, *(table._measure_factor(vla, frames, count, rounds) for count in batches[1:]))
+        return replace(table, batches=batches, factors=factors)
+
+    def _measure_factor(self, vla: CachedVLA, frames: Sequence[Frame], count: int, rounds: int) -> float:
+        """Measure the factor of a batch with the fewest tokens and with half of all: the greater one counts."""
+        factors = []
+        for tokens in (self.tokens[0], self.tokens[-1] // 2):
+            fixed, took = replace(vla, policy=_Fixed(vla.policy, tokens)), []
+            sessions = [fixed.session() for _ in range(count)]
+            for index in range(rounds // 2 + 2):
+                begin = time.perf_counter()
+                plans = [session.plan(frames[index % len(frames)]) for session in sessions]
+                for session, plan, result in zip(sessions, plans, fixed.engine.run(plans), strict=True):
+                    session.commit(plan, result)
+                took.append(1e3 * (time.perf_counter() - begin))
+            factors.append(float(np.quantile(took[2:], 0.9)) / (count * self(tokens)))
+        return max(factors)
+
+    def factor(self, count: int) -> float:
+        """Return what ``count`` frames together take, relative to one by one."""
+        return float(np.interp(count, self.batches, self.factors))
 
     def __call__(self, tokens: float) -> float:
         """Return the milliseconds of a frame with so many tokens."""
@@ -90,19 +120,37 @@ class DeadlineController:
     correction: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.deadline_ms > (least := self.table(self.floor)):
+        if not self.deadline_ms > (least := self.least_ms):
             raise InputError(
                 f"a deadline of {self.deadline_ms:g} ms cannot be kept: {self.floor} tokens per frame, the fewest that "
                 f"the maximum age allows, take {least:.1f} ms here; give more time, or a greater --max-age"
             )
 
-    def token_budget(self, waited_ms: float) -> int:
-        """Return the tokens that a frame can afford which has waited so long; never fewer than the floor."""
-        return max(self.floor, self.table.tokens_in((self.deadline_ms - waited_ms) / self.correction))
+    @property
+    def least_ms(self) -> float:
+        """Milliseconds of a frame with the fewest tokens, by the table."""
+        return self.table(self.floor)
 
-    def observe(self, tokens: float, milliseconds: float) -> None:
-        """Learn from a frame that computed so many tokens in so many milliseconds."""
-        late = milliseconds > self.correction * self.table(tokens)
+    def left(self, waited_ms: float) -> float:
+        """Return the time that is left to a request which has waited so long, in the table's milliseconds."""
+        return (self.deadline_ms - waited_ms) / self.correction
+
+    def batch_ms(self, frames_ms: Sequence[float]) -> float:
+        """Return the table's milliseconds of a batch of frames that take so many each, one by one."""
+        return self.table.factor(len(frames_ms)) * sum(frames_ms)
+
+    def largest_batch(self, limit: int) -> int:
+        """Return the most frames, up to ``limit``, that keep the deadline together, with the fewest tokens each."""
+        fits = (count for count in range(limit, 1, -1) if self.batch_ms([self.least_ms] * count) <= self.deadline_ms)
+        return next(fits, 1)
+
+    def token_budget(self, milliseconds: float) -> int:
+        """Return the tokens that a frame of so many of the table's milliseconds affords; never fewer than the floor."""
+        return max(self.floor, self.table.tokens_in(milliseconds))
+
+    def observe(self, predicted_ms: float, milliseconds: float) -> None:
+        """Learn from a run for which the table says ``predicted_ms``."""
+        late = milliseconds > self.correction * predicted_ms
         self.correction *= math.exp(STEP * (QUANTILE if late else QUANTILE - 1))
         self.correction = min(max(self.correction, 0.5), 20.0)
 

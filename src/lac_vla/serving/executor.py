@@ -1,15 +1,21 @@
-"""The one thread that runs the model: requests in the order of their arrival, idle work when none waits."""
+"""The one thread that runs the model: requests that wait are answered together, idle work when none waits."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable
+import math
+import time
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from threading import Condition
+from typing import Any, TypeAlias
 
-from lac_vla.errors import LacError
+from lac_vla.errors import InputError, LacError
+from lac_vla.serving.batches import Batcher, Outcome, Request
+from lac_vla.serving.sessions import Answer, RobotSession
 
-T = TypeVar("T")
+IdleJob: TypeAlias = Callable[[float], object]
+"""Called with the seconds until another robot is expected to ask."""
 
 
 class BusyError(LacError):
@@ -17,63 +23,138 @@ class BusyError(LacError):
 
 
 class ModelExecutor:
-    """Runs jobs one at a time, off the event loop.
+    """Answers requests off the event loop: whenever the model is free, as many of those that wait as go together.
 
-    Every connection hands in one request at a time, so the order of arrival is fair: a robot waits for at most one
-    request of every other, however fast that one asks; ``capacity`` of them may wait or run. Idle work is a single
-    short job at a time.
+    Every connection hands in one request at a time, so a robot waits for at most one request of every other, however
+    fast that one asks; ``capacity`` of them may wait or run. Idle work is a single short job at a time.
+
+    Args:
+        batcher: Chooses and answers.
+        capacity: Requests that may wait or run.
+        window_s: Seconds that a request waits for others to join it; nobody waits for robots that are not there.
+
+    Raises:
+        InputError: If the window is negative, or as long as the deadline leaves time for.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.waiting = capacity, 0
+    def __init__(self, batcher: Batcher, capacity: int, window_s: float = 0.0) -> None:
+        if not window_s >= 0:
+            raise InputError(f"batch_window_ms is {1e3 * window_s:g}; give at least 0")
+        controller = batcher.controller
+        if window_s and controller is not None and 1e3 * window_s >= controller.deadline_ms - controller.least_ms:
+            raise InputError(
+                f"batch_window_ms is {1e3 * window_s:g}, and the fewest tokens take {controller.least_ms:.1f} ms: no "
+                f"batch could keep the deadline of {controller.deadline_ms:g} ms; wait less, or give more time"
+            )
+        self.batcher, self.capacity, self.window_s, self.waiting = batcher, capacity, window_s, 0
+        self.robots: set[RobotSession] = set()
         self._thread = ThreadPoolExecutor(1, "model")
-        self._idle: dict[Hashable, Callable[[], object]] = {}
-        self._resting, self._closed = True, False
+        self._changed = Condition()
+        self._queue: dict[Request, asyncio.Future[Answer]] = {}
+        self._idle: dict[RobotSession, IdleJob] = {}
+        self._working = self._closed = False
 
-    async def run(self, job: Callable[[], T]) -> T:
-        """Run a request's job; if the caller is cancelled, the job still runs to its end.
+    def join(self, robot: RobotSession) -> None:
+        """Count a robot among those that may ask."""
+        with self._changed:
+            self.robots.add(robot)
+
+    def leave(self, robot: RobotSession) -> None:
+        """Forget a robot and its idle job."""
+        with self._changed:
+            self.robots.discard(robot)
+            self._idle.pop(robot, None)
+            self._changed.notify()
+
+    async def answer(self, robot: RobotSession, message: Mapping[str, Any], arrived: float) -> Answer:
+        """Answer a request; if the caller is cancelled, it is still carried out.
 
         Raises:
             BusyError: If too many wait.
+            InputError: If the request cannot be used.
         """
         if self.waiting >= self.capacity or self._closed:
             raise BusyError("the server is stopping" if self._closed else f"{self.waiting} requests wait: try later")
         self.waiting += 1
-        future = asyncio.get_running_loop().run_in_executor(self._thread, job)
-        future.add_done_callback(self._done)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        with self._changed:
+            self._queue[Request(robot, message, arrived)] = future
+            self._wake()
         return await asyncio.shield(future)
 
-    def offer(self, owner: Hashable, job: Callable[[], object]) -> None:
-        """Leave a job for when no request waits; it replaces the owner's last one."""
-        self._idle.pop(owner, None)
-        self._idle[owner] = job
-        self._rest()
-
-    def withdraw(self, owner: Hashable) -> None:
-        """Forget the owner's idle job."""
-        self._idle.pop(owner, None)
+    def offer(self, robot: RobotSession, job: IdleJob) -> None:
+        """Leave a job for when no request waits; it replaces the robot's last one."""
+        self._loop = asyncio.get_running_loop()
+        with self._changed:
+            self._idle.pop(robot, None)
+            self._idle[robot] = job
+            self._wake()
 
     async def close(self) -> None:
         """Finish what was taken, drop idle work, and stop the thread."""
-        self._closed = True
-        self._idle.clear()
+        with self._changed:
+            self._closed = True
+            self._idle.clear()
+            self._changed.notify()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
 
-    def _done(self, future: asyncio.Future[T]) -> None:
-        self.waiting -= 1
-        if not future.cancelled():
-            future.exception()  # seen, even if the caller has gone
-        self._rest()
+    def _wake(self) -> None:
+        if self._working:
+            self._changed.notify()
+        elif not self._closed or self._queue:
+            self._working = True
+            self._thread.submit(self._work)
 
-    def _rest(self) -> None:
-        if self.waiting or not self._resting or not self._idle or self._closed:
-            return
-        job = self._idle.pop(next(iter(self._idle)))
-        self._resting = False
-        asyncio.get_running_loop().run_in_executor(self._thread, job).add_done_callback(self._rested)
+    def _work(self) -> None:
+        """Work until there is nothing to do."""
+        while True:
+            with self._changed:
+                batch = self._take()
+                if not batch and not self._idle:
+                    self._working = False
+                    return
+                others, robots = list(self._queue), set(self.robots)
+                job = None if batch else self._idle.pop(next(iter(self._idle)))
+            if job is not None:
+                self._rest(job, _quiet_s(robots, time.perf_counter()))
+                continue
+            try:
+                outcomes = self.batcher.answer(list(batch), others, robots)
+            except Exception as error:  # a fault of the batcher itself
+                outcomes = dict.fromkeys(batch, error)
+            with self._changed:  # those that were put off wait on
+                self._queue |= {request: future for request, future in batch.items() if request not in outcomes}
+            loop = next(iter(batch.values())).get_loop()
+            loop.call_soon_threadsafe(
+                self._deliver, [(batch[request], outcome) for request, outcome in outcomes.items()]
+            )
 
-    def _rested(self, future: asyncio.Future[object]) -> None:
-        self._resting = True
-        if not future.cancelled() and (error := future.exception()) is not None:
-            asyncio.get_running_loop().call_exception_handler({"message": "idle work failed", "exception": error})
-        self._rest()
+    def _take(self) -> dict[Request, asyncio.Future[Answer]]:
+        """Take those that are answered next out of the queue, after the window."""
+        while self._queue and not self._closed and len(self._queue) < min(self.batcher.max_batch, len(self.robots)):
+            rest = min(request.arrived for request in self._queue) + self.window_s - time.perf_counter()
+            if rest <= 0:
+                break
+            self._changed.wait(rest)
+        return {request: self._queue.pop(request) for request in self.batcher.choose(list(self._queue))}
+
+    def _rest(self, job: IdleJob, quiet_s: float) -> None:
+        try:
+            job(quiet_s)
+        except Exception as error:
+            context = {"message": "idle work failed", "exception": error}
+            self._loop.call_soon_threadsafe(self._loop.call_exception_handler, context)
+
+    def _deliver(self, outcomes: list[tuple[asyncio.Future[Answer], Outcome]]) -> None:
+        self.waiting -= len(outcomes)
+        for future, outcome in outcomes:
+            if isinstance(outcome, Answer):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+                future.exception()  # seen, even if the caller has gone
+
+
+def _quiet_s(robots: Collection[RobotSession], now: float) -> float:
+    """Seconds for which no robot is expected to ask; those that are overdue are not waited for."""
+    return min((robot.expected - now for robot in robots if robot.expected > now), default=math.inf)

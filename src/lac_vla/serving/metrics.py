@@ -33,6 +33,9 @@ class Metrics:
         self.waiting = Gauge("lac_waiting_requests", "Requests that wait or run", registry=registry)
         self.memory = Gauge("lac_cache_bytes", "Keys and values of all sessions", registry=registry)
         self.seconds = Histogram("lac_request_seconds", "From arrival to answer", buckets=SECONDS, registry=registry)
+        self.batch = Histogram(
+            "lac_batch_robots", "Robots answered together", buckets=(1, 2, 4, 8, 16, 32), registry=registry
+        )
         self.stages = Counter("lac_stage_seconds", "Time spent, by stage", ["stage"], registry=registry)
         self.dense = Counter("lac_dense_frames", "Frames computed in full", ["reason"], registry=registry)
         self.resets = Counter("lac_resets", "Episodes begun", ["reason"], registry=registry)
@@ -56,6 +59,7 @@ class Metrics:
         report, step = answer.message["lac"], answer.step
         self.requests.labels("answered").inc()
         self.seconds.observe(seconds)
+        self.batch.observe(report["batch"])
         for stage, milliseconds in step.stages.items():
             self.stages.labels(stage).inc(milliseconds / 1e3)
         for name, exported in self.steps.items():

@@ -18,6 +18,7 @@ from lac_vla.client.observation import ObservationKeys
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.factory import CachedVLA
 from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names_this_machine
+from lac_vla.serving.batches import Batcher
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.executor import ModelExecutor
 from lac_vla.serving.metrics import Metrics, log
@@ -77,9 +78,12 @@ class PolicyServer:
         recorder: Records the sessions; ``None`` if nothing is recorded.
         view: Whether there is a live page for the operator.
         seed: Seed of every session.
+        max_batch: Requests that are answered together, at most; 1 for one at a time.
+        batch_window_ms: Milliseconds that a request waits for others to join it.
 
     Raises:
-        InputError: If the address needs a key and there is none, or an answer cannot hold that many actions.
+        InputError: If the address needs a key and there is none, an answer cannot hold that many actions, or no batch
+            is possible.
     """
 
     vla: CachedVLA
@@ -97,13 +101,16 @@ class PolicyServer:
     recorder: Recorder | None = None
     view: bool = False
     seed: int = 0
+    max_batch: int = 8
+    batch_window_ms: float = 0.0
 
     def __post_init__(self) -> None:
         check_exposure(self.host, self.key)
         wanted = self.session_options.actions_per_call
         if wanted > (horizon := self.vla.model.horizon):
             raise InputError(f"actions_per_call is {wanted}; the model answers with {horizon} actions at most")
-        self._executor = ModelExecutor(self.limits.sessions)
+        batcher = Batcher(self.vla.engine, self.controller, self.max_batch)
+        self._executor = ModelExecutor(batcher, self.limits.sessions, self.batch_window_ms / 1e3)
         self._robots: dict[ServerConnection, RobotSession] = {}
         self._busy: set[ServerConnection] = set()
         self._stopping = False
@@ -204,6 +211,7 @@ class PolicyServer:
         robot = RobotSession(self.vla, self.keys, self.session_options, self.controller, self.table, self.seed)
         name = uuid.uuid4().hex
         self._robots[ws] = robot
+        self._executor.join(robot)
         log("session opened", session=name, peer=ws.remote_address)
         if self._view is not None:
             self._view.begin(name, ws.remote_address)
@@ -229,7 +237,7 @@ class PolicyServer:
         finally:
             self._busy.discard(ws)
             self._robots.pop(ws, None)
-            self._executor.withdraw(ws)
+            self._executor.leave(robot)
             for observer in observers:
                 observer.end(name, reason)
             log("session closed", session=name, reason=reason)
@@ -248,7 +256,7 @@ class PolicyServer:
             if isinstance(data, str):
                 raise InputError("requests are binary messages of openpi's protocol, not text")
             request = wire.unpack(data, self.limits.message)
-            answer = await self._executor.run(lambda request=request, at=arrived: robot.answer(request, at))  # type: ignore[misc]
+            answer = await self._executor.answer(robot, request, arrived)
             if total is not None:
                 answer.message["server_timing"]["prev_total_ms"] = total
             await self._send(ws, answer.message)
@@ -258,7 +266,7 @@ class PolicyServer:
                 observer.add(name, answer, arrived, total)
             self._busy.discard(ws)
             if (job := robot.spare()) is not None:
-                self._executor.offer(ws, job)
+                self._executor.offer(robot, job)
         await ws.close(1001, "stopping")
 
     async def _send(self, ws: ServerConnection, message: dict[str, Any]) -> None:

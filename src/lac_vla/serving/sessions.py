@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lac_vla.client.observation import ObservationKeys
+from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
@@ -59,6 +62,25 @@ class SessionOptions:
 
 
 @dataclass(frozen=True, eq=False)
+class PlannedFrame:
+    """A request that an engine may run.
+
+    Attributes:
+        plan: The plan.
+        frame: The robot's observation.
+        reset: The reason if a new episode began.
+        arrived: When the request came, by ``time.perf_counter()``.
+        tokens: Visual tokens that it computes, at most; one that is computed in half of the layers counts half.
+    """
+
+    plan: FramePlan
+    frame: Frame
+    reset: str | None
+    arrived: float
+    tokens: float
+
+
+@dataclass(frozen=True, eq=False)
 class Answer:
     """The answer to a request, and what it was made of.
 
@@ -81,6 +103,9 @@ class RobotSession:
 
     Its fields are the server's, see :class:`lac_vla.serving.server.PolicyServer`.
 
+    Attributes:
+        answered: When it was answered last, or else began, by ``time.perf_counter()``.
+
     Raises:
         InputError: If slack refresh lacks its table.
     """
@@ -100,7 +125,7 @@ class RobotSession:
         self._episode: Any = None
         self._shapes: Mapping[str, tuple[int, int]] = {}
         self._action: FloatArray | None = None
-        self._answered = 0.0
+        self.answered = time.perf_counter()
         self._idle: float | None = None  # expected seconds from an answer to the next request
         self._frames = self._cooling = self._refreshed = 0
         self._disagreement: float | None = None
@@ -110,57 +135,85 @@ class RobotSession:
         """Memory of the cache, in bytes."""
         return self._session.nbytes
 
-    def answer(self, request: Mapping[str, Any], arrived: float) -> Answer:
-        """Answer a request that came at ``arrived``, by ``time.perf_counter()``.
+    @property
+    def expected(self) -> float:
+        """When the robot will probably ask again, by ``time.perf_counter()``; infinite if nobody knows."""
+        return math.inf if self._idle is None else self.answered + self._idle
+
+    def plan(self, request: Mapping[str, Any], arrived: float, token_budget: int | None = None) -> PlannedFrame:
+        """Plan a request that came at ``arrived``, by ``time.perf_counter()``.
 
         Raises:
             InputError: If the request cannot be used.
         """
-        start = time.perf_counter()
         frame = self.keys.frame(request)
         reset = self._begin(request, frame, arrived)
-        session, waited = self._session, 1e3 * (start - arrived)
-        if self.controller is not None:
-            session.token_budget = self.controller.token_budget(waited)
-        action = session.act(frame)
-        step = session.last_info
-        if step is None:  # pragma: no cover - act always leaves a step
-            raise RuntimeError("the session did not report its step")
-        took = 1e3 * (time.perf_counter() - start)
-        if self.controller is not None and step.dense_reason is None:
-            self.controller.observe(step.decision.exit_layer.sum() / step.decision.n_layers, took)
+        self._session.token_budget = token_budget
+        plan = self._session.plan(frame)
+        tokens = float(plan.prompt.layout.n_visual)
+        if plan.dense_reason is None and not isinstance(plan.decided, Future):
+            decision, _ = plan.decided
+            tokens = float(decision.exit_layer.sum() / decision.n_layers)
+        elif plan.dense_reason is None and token_budget is not None:  # still being decided, within the budget
+            tokens = min(tokens, token_budget)
+        return PlannedFrame(plan, frame, reset, arrived, tokens)
+
+    def commit(self, planned: PlannedFrame, result: FrameResult, begun: float, robots: int) -> Answer:
+        """Answer a planned request.
+
+        Args:
+            planned: From :meth:`plan`.
+            result: The engine's, for its plan.
+            begun: When its batch was begun, by ``time.perf_counter()``.
+            robots: Requests in the batch.
+
+        Raises:
+            Exception: If something went wrong in the run.
+        """
+        session = self._session
+        step, action = session.commit(planned.plan, result), result.action
+        if action is None:  # pragma: no cover - what was committed has one
+            raise RuntimeError("the engine left no action")
+        waited, took = 1e3 * (begun - planned.arrived), 1e3 * (time.perf_counter() - begun)
         message = {
             "actions": np.atleast_2d(action)[: self.options.actions_per_call or None],
             "policy_timing": {"infer_ms": step.timings["model_call"]},
             "server_timing": {"infer_ms": took},
-            "lac": self._report(step, reset, waited, took),
+            "lac": {**self._report(step, planned.reset, waited, took), "batch": robots},
         }
         self._action, self._refreshed, self._disagreement = action, 0, None
         self._frames += 1
         self._cooling = max(0, self._cooling - 1)
         if not self._cooling:
             session.force_dense = None
-        self._answered = time.perf_counter()
-        return Answer(message, step, reset, frame)
+        self.answered = time.perf_counter()
+        return Answer(message, step, planned.reset, planned.frame)
 
-    def spare(self) -> Callable[[], object] | None:
+    def spare(self) -> Callable[[float], object] | None:
         """Choose what this session does before its robot asks again, if anything."""
         every = self.options.shadow_every
         if every and self._frames % every == 0:
             return self.shadow
         return self.refresh if self.options.slack and self._idle is not None else None
 
-    def refresh(self) -> int:
-        """Compute as many of the stalest slots as the expected idle time allows, and return their number."""
+    def refresh(self, quiet_s: float = math.inf) -> int:
+        """Compute as many of the stalest slots as the expected idle time allows, and return their number.
+
+        Args:
+            quiet_s: Seconds until another robot is expected to ask.
+        """
         if self.table is None or self._idle is None:
             return 0
         correction = 1.0 if self.controller is None else self.controller.correction
-        count = self._session.refresh(self.table.tokens_in(1e3 * SLACK_SHARE * self._idle / correction))
+        count = self._session.refresh(self.table.tokens_in(1e3 * SLACK_SHARE * min(self._idle, quiet_s) / correction))
         self._refreshed += count
         return count
 
-    def shadow(self) -> float | None:
+    def shadow(self, quiet_s: float = math.inf) -> float | None:
         """Compare the last action with that of the model without a cache; if they disagree, the next frames are dense.
+
+        Args:
+            quiet_s: Seconds until another robot is expected to ask; it takes what it takes.
 
         Returns:
             Mean absolute difference; ``None`` if there is nothing to compare.
@@ -181,7 +234,7 @@ class RobotSession:
             raise InputError("seed must be a whole number from 0 on")
         if not isinstance(episode, str | int | np.integer | None):
             raise InputError("episode_id must be a text or a whole number")
-        idle = arrived - self._answered
+        idle = arrived - self.answered
         first, reason = self._instruction is None, None
         if request.get("reset") is not None and bool(request["reset"]):
             reason = "reset"
