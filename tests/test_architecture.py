@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "src" / "lac_vla"
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"errors", "files", "types", "timing"},
-    {"flow", "client", "bundled", "provenance"},
+    {"flow", "client", "bundled", "dataset_keys", "provenance"},
     {"policies", "models"},
     {"engine"},
     {"session"},
