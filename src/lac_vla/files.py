@@ -157,7 +157,7 @@ def read_lines(path: Path, command: str, parse: Callable[[Any], T]) -> Iterator[
 
 
 def cut_unfinished(path: Path) -> None:
-    """Take away the last line of a log if it lacks its end, as a killed run leaves it: what is appended stands alone."""
+    """Take away the last line of a log if it lacks its end, as a killed run leaves it, before anything is appended."""
     content = path.read_bytes() if path.exists() else b""
     if (whole := content.rfind(b"\n") + 1) < len(content):
         os.truncate(path, whole)

@@ -123,8 +123,8 @@ class LeRobotDataset:
         self._check_columns()
         self.tasks = read_tasks(self.root)
         # An episode counts once info.json does: what an interrupted append left behind is none.
-        rows = read_episodes(self.root, [key for key in self._images.values() if self._is_video(key)])
-        rows = rows[: self.info["total_episodes"]]
+        videos = [key for key in self._images.values() if self._is_video(key)]
+        rows = read_episodes(self.root, videos)[: self.info["total_episodes"]]
         if len(rows) != self.info["total_episodes"]:
             raise DatasetError(
                 f"{self.root}: info.json speaks of {self.info['total_episodes']} episodes, the episode table "

@@ -50,7 +50,7 @@ def _text_column(table: Any) -> str | None:
     index = [name for name in parse_json(note).get("index_columns", []) if isinstance(name, str)]
     for name in ("task", *index, "__index_level_0__", *(texts if len(texts) == 1 else [])):
         if name in texts:
-            return name
+            return str(name)
     return None
 
 
@@ -212,8 +212,8 @@ class Rows:
     def _refuse(self, name: str, wrong: npt.NDArray[Any], what: str) -> None:
         if wrong.any():
             raise DatasetError(
-                f"{self.path}: episode {self.episode}, frame {int(wrong.argmax())}: '{name}' {what}; repair the row, or "
-                "leave the episode out"
+                f"{self.path}: episode {self.episode}, frame {int(wrong.argmax())}: '{name}' {what}; repair the row, "
+                "or leave the episode out"
             )
 
 
@@ -263,9 +263,9 @@ def read_pictures(path: Path, key: str, first: int, episode: int, start: int, st
         if key not in file.schema_arrow.names:
             raise DatasetError(f"{path} lacks the column '{key}': {AGAIN}")
         ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
-        groups = np.arange(*np.searchsorted(ends, [first + start, first + stop - 1], side="right") + [0, 1])
-        before = int(ends[groups[0] - 1]) if groups[0] else 0
-        rows = file.read_row_groups(groups.tolist(), columns=[key]).slice(first + start - before, stop - start)
+        begin, last = (int(np.searchsorted(ends, first + at, side="right")) for at in (start, stop - 1))
+        before = int(ends[begin - 1]) if begin else 0
+        rows = file.read_row_groups(range(begin, last + 1), columns=[key]).slice(first + start - before, stop - start)
         for frame, cell in enumerate(rows.column(0).to_pylist(), start):
             data = cell.get("bytes") if isinstance(cell, dict) else cell
             if not isinstance(data, bytes):

@@ -151,8 +151,8 @@ def read_frames(
             wanted = times[len(images)]
             if abs(now - wanted) > tolerance:
                 raise DatasetError(
-                    f"{path}: episode {episode}, frame {first + len(images)} is at {wanted:.3f} s, the nearest frame of "
-                    f"the video at {now:.3f} s: it is cut short, or belongs to another dataset; {AGAIN}"
+                    f"{path}: episode {episode}, frame {first + len(images)} is at {wanted:.3f} s, the nearest frame "
+                    f"of the video at {now:.3f} s: it is cut short, or belongs to another dataset; {AGAIN}"
                 )
             images.append(_rgb(frame))
 
