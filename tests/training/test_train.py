@@ -268,7 +268,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     free = shutil.disk_usage(config.dataset)._replace(free=1000)
     monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(InputError, match=r"need 0\.0 GB.*fewer --episodes"):
+    with pytest.raises(InputError, match=r"need 0\.\d MB, store's disk has 0\.0 MB free: .*fewer --episodes"):
         train(config)
     assert not (config.out / "store").exists()
     assert not (config.out / "store.incomplete").exists()
@@ -329,6 +329,7 @@ def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
 TWO = """
 import torch
 from pathlib import Path
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.training import train as module
 from lac_vla.training.config import TrainConfig
 

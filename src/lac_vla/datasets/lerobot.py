@@ -198,6 +198,9 @@ class LeRobotDataset:
             left = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
             self._tables[path] = Table.read(path, left)
         rows = self._tables[path].episode(number, row["length"])
+        for key in (self.keys.state_key, self.keys.action_key):
+            if key in self.features and key not in rows.names:
+                raise DatasetError(f"{path} lacks the column '{key}': {AGAIN}, or repair the table")
         state, action = (rows.numbers(key) for key in (self.keys.state_key, self.keys.action_key))
         times = rows.times()
         task = rows.task()

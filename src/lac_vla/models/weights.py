@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lac_vla.errors import CheckpointError
+from lac_vla.files import write_whole
 
 WEIGHTS = "model.safetensors"
-PARTIAL = "model.safetensors.partial"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors")
@@ -97,8 +97,7 @@ def load_weights(
 def write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Write a model's weights into a folder as one safetensors file, in ``dtype``."""
     weights = {key: value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, folder / PARTIAL, metadata={"format": "pt"})
-    (folder / PARTIAL).replace(folder / WEIGHTS)  # never half a file under the final name
+    write_whole(folder / WEIGHTS, lambda partial: save_file(weights, partial, metadata={"format": "pt"}))
 
 
 def _files(folder: Path) -> list[Path]:
