@@ -35,7 +35,8 @@ from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.bench.stock import StockSession
 from lac_vla.bench.sweep import expand, scripted
 from lac_vla.cost import layer_macs
-from lac_vla.datasets import DatasetWriter
+from lac_vla.dataset_keys import DatasetKeys
+from lac_vla.datasets import DatasetWriter, LeRobotDataset
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.models.heads.tokens import TokenHead
@@ -539,8 +540,12 @@ def test_a_model_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_a_dataset_must_have_the_models_cameras_and_state(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"\['camera'\] are missing"):
-        make_scene(random_vla(SMALL), dataset, 5, 0)  # its camera is called "camera"
+    small = random_vla(SMALL)  # its camera is called "camera"
+    with pytest.raises(InputError, match=r"\['camera'\] are missing.*--camera camera=KEY"):
+        make_scene(small, dataset, 5, 0)
+    scene = make_scene(small, dataset, 5, 0, DatasetKeys(("camera=wrist",)))
+    wrist = LeRobotDataset(dataset).episode(0).images["wrist"]
+    np.testing.assert_array_equal(scene.frames[1].images["camera"], wrist[1])
     with pytest.raises(InputError, match="needs 8 values"):
         run_bench(config(tmp_path, random_weights="mini", replay=dataset))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -152,3 +153,32 @@ def test_a_robot_without_a_state(tmp_path: Path) -> None:
     dataset = LeRobotDataset(tmp_path / "log")
     assert "observation.state" not in dataset.features
     assert dataset.episode(0).state.shape == (LENGTHS[1], 0)
+
+
+@pytest.mark.parametrize("survived", range(6))
+def test_what_is_derived_is_of_the_counted_episodes_after_any_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
+    """Whoever is killed within an episode and adds it again has the dataset of one who was not killed."""
+    whole, root, left = tmp_path / "whole", tmp_path / "log", [survived]
+    grow(whole, [0, 1, 2])
+    grow(root, [0])
+
+    def replace(source: Any, target: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        os.rename(source, target)
+
+    monkeypatch.setattr(append.os, "replace", replace)
+    with contextlib.suppress(KeyboardInterrupt):
+        grow(root, [1])
+    monkeypatch.undo()
+    counted = LeRobotDataset(root)
+    assert counted.stats["action"]["count"] == counted.total_frames == sum(LENGTHS[: len(counted)])
+    grow(root, [1, 2][len(counted) - 1 :])
+    once, dataset = LeRobotDataset(whole), LeRobotDataset(root)
+    assert (dataset.info, dataset.tasks) == (once.info, once.tasks)
+    for key, stats in once.stats.items():
+        for name, values in stats.items():
+            np.testing.assert_allclose(dataset.stats[key][name], values, atol=1e-9, err_msg=f"{key} {name}")

@@ -47,7 +47,7 @@ def test_staged_episodes_come_back(tmp_path: Path, codec: str) -> None:
     dataset = pack(tmp_path / "staging", tmp_path / "demos")
     assert isinstance(dataset, LeRobotDataset)
     assert dataset.cameras == ("agentview", "wrist")
-    assert dataset.tasks == ["task 0", "task 1", "task 2"]
+    assert dataset.tasks == {0: "task 0", 1: "task 1", 2: "task 2"}
     assert dataset.fps == 20
     assert dataset.provenance == META
     assert dataset.features["action"]["names"][-1] == "gripper"

@@ -324,5 +324,5 @@ def test_missing_camera(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch)
     vlm = PRESETS["mini"]
     cameras = (replace(vlm.cameras[0], name="overhead"), vlm.cameras[1])
     monkeypatch.setitem(PRESETS, "mini", replace(vlm, cameras=cameras))
-    with pytest.raises(InputError, match="no camera 'overhead'"):
+    with pytest.raises(InputError, match=r"\['overhead'\] are missing.*--camera overhead=KEY"):
         Pretraining(config)

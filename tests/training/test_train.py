@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,7 +20,10 @@ from tests.training.worlds import save_with_tokenizer, store_of, tiny
 
 from lac_vla import CachedVLA, CheckpointError, Frame, InputError, LACPolicy, load_vla, random_vla, save_vla
 from lac_vla.bundled import BUNDLED
+from lac_vla.dataset_keys import DatasetKeys
+from lac_vla.datasets import DatasetError, LeRobotDataset
 from lac_vla.datasets.writer import DatasetWriter
+from lac_vla.errors import MissingExtraError
 from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.training import store as store_module
 from lac_vla.training.config import TrainConfig
@@ -244,8 +248,6 @@ def damaged(root: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None
         columns = {"frame_index": table.column("frame_index").to_numpy().copy()}
         change(columns)
         index = table.column_names.index("frame_index")
-        import pyarrow as pa
-
         pq.write_table(table.set_column(index, "frame_index", pa.array(columns["frame_index"])), path)
 
 
@@ -281,7 +283,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     free = shutil.disk_usage(config.dataset)._replace(free=1000)
     monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(InputError, match=r"need 0\.0 GB.*fewer --episodes"):
+    with pytest.raises(InputError, match=r"need 0\.\d MB, store's disk has 0\.0 MB free: .*fewer --episodes"):
         train(config)
     assert not (config.out / "store").exists()
     assert not (config.out / "store.incomplete").exists()
@@ -323,7 +325,6 @@ def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
     train(config)
     store = FrameStore.open(config.out / "store")
     vla = load_vla(config.model)
-    from lac_vla.datasets import LeRobotDataset
 
     episode = LeRobotDataset(config.dataset).episode(1)
     frame = Frame({c: episode.images[c][4] for c in CAMERAS}, episode.instruction)
@@ -342,6 +343,7 @@ def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
 TWO = """
 import torch
 from pathlib import Path
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.training import train as module
 from lac_vla.training.config import TrainConfig
 
@@ -429,3 +431,90 @@ def test_a_bundled_model_is_trained_beside_by_its_name(config: TrainConfig, monk
     train(replace(config, model="mini", stage1_steps=1, stage2_steps=1))
     assert json.loads((config.out / "config.json").read_text())["model"] == "mini"
     LACPolicy.from_pretrained(config.out)
+
+
+def rename(root: Path, **names: str) -> None:
+    """Give columns of a dataset other names, as other tools choose them."""
+    for path in (root / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.rename_columns([names.get(name, name) for name in table.column_names]), path)
+    info = json.loads((root / "meta" / "info.json").read_text())
+    info["features"] = {names.get(name, name): entry for name, entry in info["features"].items()}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+
+
+def test_what_training_reads_can_be_named(config: TrainConfig, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "other", cameras=("top", "hand", "depth"))
+    rename(root, **{"observation.state": "state", "action": "actions"})
+    depth = next((root / "videos" / "observation.images.depth").rglob("*.mp4"))
+    depth.write_text("version https://git-lfs.github.com/spec/v1\n")
+    plain = replace(config, dataset=root, loss="demo", stage1_steps=1, stage2_steps=1, flow="none")
+    cameras = ("agentview=top", "wrist=observation.images.hand")
+    with pytest.raises(InputError, match=r"\['agentview', 'wrist'\] are missing.*'hand'.*--camera agentview=KEY"):
+        train(plain)
+    with pytest.raises(InputError, match=r"records no actions.*--action-key takes one of \['state', 'actions'\]"):
+        train(replace(plain, keys=DatasetKeys(cameras)))
+    assert not (config.out / "store").exists()
+    named = replace(plain, keys=DatasetKeys(cameras, "state", "actions"))
+    train(named)
+    store = FrameStore.open(config.out / "store")
+    assert store.has_actions
+    episode = LeRobotDataset(root, {"agentview": "top", "wrist": "hand"}).episode(0)
+    with torch.inference_mode():
+        seen = load_vla(config.model).encode_image(Frame({c: episode.images[c][3] for c in CAMERAS}, "go")).numpy()
+    np.testing.assert_allclose(store.visual[3].astype(np.float32), seen, rtol=2e-3, atol=2e-3)
+    swapped = DatasetKeys(("agentview=hand", "wrist=top"), "state", "actions")
+    with pytest.raises(InputError, match=r"stored embeddings of other \['keys'\]"):
+        train(replace(named, keys=swapped, out=tmp_path / "second", store=config.out / "store"))
+
+
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_stored(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="use at least 2"):
+        train(replace(config, dataset=write_dataset(tmp_path / "one", episodes=1)))
+    with pytest.raises(InputError, match="consecutive frames, the longest has 2"):
+        train(replace(config, dataset=write_dataset(tmp_path / "short", length=2)))
+    broken = write_dataset(tmp_path / "broken")
+    for path in (broken / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        actions = table.column("action").to_pylist()
+        actions[-2] = [float("nan")] * 7
+        pq.write_table(table.set_column(table.column_names.index("action"), "action", pa.array(actions)), path)
+    with pytest.raises(DatasetError, match="episode 3, frame 7: 'action' is not finite"):
+        train(replace(config, dataset=broken))
+    assert not (config.out / "store").exists()
+    assert not (config.out / "store.incomplete").exists()
+
+
+def test_a_missing_extra_is_told_before_anything_is_loaded(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtraError, match="tensorboard"):
+        train(replace(config, model="nowhere", tensorboard=True))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_one_error(config: TrainConfig, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"cannot write to .*give another --out"):
+        train(replace(config, model="nowhere", out=tmp_path / place))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_disk_that_fills_up_is_one_error_and_loses_nothing(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    train(replace(config, stage2_steps=4), max_seconds=0.0)
+    before = (config.out / STATE).read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="make room"):
+        train(config)
+    monkeypatch.undo()
+    assert (config.out / STATE).read_bytes() == before
+    assert not list(config.out.rglob("*.partial"))
+    train(config)
+    assert torch.load(config.out / STATE, weights_only=True)["step"] == 6

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
+
+import tyro
 
 from lac_vla.bench.roofline import GPUS
 from lac_vla.bench.sweep import expand
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
 from lac_vla.factory import make_policies, resolve_policy
@@ -47,7 +50,7 @@ class BenchConfig:
         minutes: The sections ``frame`` and ``batch`` end with the round in which they have taken so long; 0 for no
             limit.
         warmup: Rounds, or observations, that are run first and not counted.
-        replay: Folder of a LeRobot dataset whose frames are replayed; by default a synthetic scene.
+        replay: LeRobot dataset whose frames are replayed, a folder or a hub id; by default a synthetic scene.
         flow: Optical flow of all policies that read it: ``dis``, ``raft_small:FILE`` or ``none``; by default each
             has the one that it was made for.
         max_age: No slot is reused once it is this old, frames.
@@ -56,6 +59,7 @@ class BenchConfig:
         batch: Numbers of sessions that the section ``batch`` runs together, beside 1.
         roofline: GPU whose floors are put beside the times: ``h200``, ``h100``, ``a100`` or ``rtx4090``.
         seed: Of weights, scene, orders and sessions.
+        keys: Names of what is read of the dataset that is replayed.
 
     Raises:
         InputError: If a setting makes no sense.
@@ -86,6 +90,7 @@ class BenchConfig:
     batch: tuple[int, ...] = (1, 2, 4, 8, 16)
     roofline: str | None = None
     seed: int = 0
+    keys: Annotated[DatasetKeys, tyro.conf.arg(name="")] = field(default_factory=DatasetKeys)
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked before anything is loaded."""

@@ -125,7 +125,7 @@ def _sections(config: BenchConfig) -> dict[str, Callable[[], Any]]:
         sections["engine"] = partial(measure_engine, config)
     if {"frame", "memory", "batch"} & set(config.sections):
         model = open_model(config)
-        scene = make_scene(model, config.replay, config.warmup + config.frames, config.seed)
+        scene = make_scene(model, config.replay, config.warmup + config.frames, config.seed, config.keys)
         if "frame" in config.sections:
             sections["frame"] = partial(measure_frames, model, scene, config)
         if "memory" in config.sections:

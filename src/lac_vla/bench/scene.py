@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.errors import InputError
 from lac_vla.models import VLA
 from lac_vla.types import Frame, UInt8Image
@@ -37,7 +38,7 @@ class Scene:
     starts: frozenset[int]
 
 
-def make_scene(model: VLA, replay: Path | None, length: int, seed: int) -> Scene:
+def make_scene(model: VLA, replay: Path | None, length: int, seed: int, keys: DatasetKeys | None = None) -> Scene:
     """Make the synthetic frames that fit a model; or read those of a LeRobot dataset, which may be fewer.
 
     Raises:
@@ -48,7 +49,7 @@ def make_scene(model: VLA, replay: Path | None, length: int, seed: int) -> Scene
     state = model.processor.state_dim
     if replay is None:
         return synthetic(cameras, state, length, seed)
-    return replayed(replay, cameras, state, length)
+    return replayed(replay, cameras, state, length, keys or DatasetKeys())
 
 
 def synthetic(cameras: tuple[str, ...], state: int | None, length: int, seed: int) -> Scene:
@@ -86,17 +87,11 @@ def _shot(rng: np.random.Generator, background: UInt8Image, thing: UInt8Image, a
     return np.asarray(np.clip(image, 0, 255), dtype=np.uint8)
 
 
-def replayed(folder: Path, cameras: tuple[str, ...], state: int | None, length: int) -> Scene:
+def replayed(folder: Path, cameras: tuple[str, ...], state: int | None, length: int, keys: DatasetKeys) -> Scene:
     """Read the first frames, ``length`` at most, of a LeRobot dataset; see :func:`make_scene`."""
     from lac_vla.datasets import LeRobotDataset  # needs an optional dependency
 
-    dataset = LeRobotDataset(folder)
-    missing = [camera for camera in cameras if camera not in dataset.cameras]
-    if missing:
-        raise InputError(
-            f"the model needs the cameras {list(cameras)}, and {missing} are missing from {folder}, "
-            f"which has {list(dataset.cameras)}"
-        )
+    dataset = LeRobotDataset(folder, keys.cameras(cameras), keys)
     frames: list[Frame] = []
     starts = set()
     for index in range(len(dataset)):
@@ -105,7 +100,10 @@ def replayed(folder: Path, cameras: tuple[str, ...], state: int | None, length: 
         starts.add(len(frames))
         episode = dataset.episode(index)
         if state is not None and episode.state.shape[1] != state:
-            raise InputError(f"the model needs {state} values of proprioception; {folder} has {episode.state.shape[1]}")
+            raise InputError(
+                f"the model needs {state} values of proprioception; {folder} has {episode.state.shape[1]} in "
+                f"'{keys.state_key}': --state-key takes one of {dataset.number_columns}"
+            )
         count = min(len(episode), length - len(frames))
         images = {camera: episode.images.window(camera, 0, count) for camera in cameras}
         for step in range(count):

@@ -18,6 +18,7 @@ from lac_vla.datasets.schema import Arrays, Images, data_table, tasks_table
 from lac_vla.datasets.statistics import FeatureStats, merge, to_lists
 from lac_vla.datasets.video import VideoWriter
 from lac_vla.datasets.writer import EpisodeWriter, Place, VideoPlaces
+from lac_vla.files import write_object, write_whole
 
 
 class DatasetAppender(EpisodeWriter):
@@ -50,8 +51,15 @@ class DatasetAppender(EpisodeWriter):
             raise DatasetError(f"{self.root} has {dataset.fps:g} frames per second, not {self.fps}")
         if dataset.info["data_path"] != layout.DATA_PATH or dataset.info.get("video_path") != layout.VIDEO_PATH:
             raise DatasetError(f"{self.root} names its files in a way of its own: nothing can be added to it")
+        numbers = [row["episode_index"] for row in dataset.episodes]
+        if numbers != list(range(dataset.info["total_episodes"])) or not all(
+            "shape" in f for f in dataset.features.values()
+        ):
+            raise DatasetError(f"{self.root} numbers its episodes in a way of its own: nothing can be added to it")
         self.fps, self._info = int(dataset.fps), dataset.info
-        self._tasks = {task: index for index, task in enumerate(dataset.tasks)}
+        # Tasks that info.json does not count are those of an episode that was not finished.
+        count = dataset.info.get("total_tasks", len(dataset.tasks))
+        self._tasks = {task: index for index, task in sorted(dataset.tasks.items())[:count]}
         self._stats = dataset.stats
         taken = [
             (int(value), int(row[key.replace("chunk_index", "file_index")]))
@@ -85,12 +93,8 @@ class DatasetAppender(EpisodeWriter):
         self._folder, self._stats, self._next = self.root, stats, layout.next_file(*self._next)
 
     def _replace(self, name: str, content: Any) -> None:
-        """Write a file under another name first; nobody ever reads half of it."""
         path = self._folder / name.format(chunk_index=self._next[0], file_index=self._next[1])
-        partial = path.with_name(path.name + ".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, Mapping):
-            layout.write_json(partial, content)
+            write_object(path, content)
         else:
-            pq.write_table(content, partial, compression="snappy")
-        os.replace(partial, path)
+            write_whole(path, lambda partial: pq.write_table(content, partial, compression="snappy"))

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.datasets import layout
-from lac_vla.datasets.layout import DatasetError
-from lac_vla.datasets.statistics import FeatureStats, from_lists
+from lac_vla.datasets.hub import HubDataset
+from lac_vla.datasets.layout import AGAIN, DatasetError
+from lac_vla.datasets.statistics import FeatureStats, from_lists, merge
+from lac_vla.datasets.tables import Table, read_episodes, read_pictures, read_tasks
 from lac_vla.datasets.video import read_frames
+from lac_vla.errors import InputError
+from lac_vla.files import parse_json, reading
 from lac_vla.types import FloatArray, UInt8Image
+
+Clip: TypeAlias = Callable[[int, int], UInt8Image]
+"""Reads the frames from the first to before the second number, uint8, (n, H, W, 3)."""
 
 
 class EpisodeImages(Mapping[str, UInt8Image]):
     """The images of an episode by camera, uint8, (T, H, W, 3), RGB; decoded when asked for, then kept."""
 
-    def __init__(self, clips: Mapping[str, tuple[Path, float]], length: int, fps: float) -> None:
-        self._clips, self._length, self._fps = dict(clips), length, fps
+    def __init__(self, clips: Mapping[str, Clip], length: int) -> None:
+        self._clips, self._length = dict(clips), length
         self._decoded: dict[str, UInt8Image] = {}
 
     def __getitem__(self, camera: str) -> UInt8Image:
@@ -48,8 +55,7 @@ class EpisodeImages(Mapping[str, UInt8Image]):
         """
         if not 0 <= start < stop <= self._length:
             raise DatasetError(f"frames {start}..{stop} do not lie within the episode's {self._length}")
-        path, offset = self._clips[camera]
-        return read_frames(path, offset + start / self._fps, stop - start, self._fps)
+        return self._clips[camera](start, stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +66,9 @@ class Episode:
         index: Its place in the dataset.
         instruction: The task, in words.
         images: Camera → uint8, (T, H, W, 3), decoded on access.
-        state: float32, (T, S); S is 0 if the dataset has none.
-        action: float32, (T, A); A is 0 if the dataset has none (plain observation logs).
-        columns: All other columns, (T,) or (T, n).
+        state: float32, (T, S), finite; S is 0 if the dataset has none.
+        action: float32, (T, A), finite; A is 0 if the dataset has none (plain observation logs).
+        columns: All other columns that hold a number, a text or equally many numbers in every row, (T,) or (T, n).
         metadata: The writer's metadata of the episode.
     """
 
@@ -80,46 +86,62 @@ class Episode:
 
 
 class LeRobotDataset:
-    """A dataset on disk.
+    """A dataset on disk. All that is read of it is checked once, against what is used.
 
     Args:
-        root: Its folder, the one that holds ``meta``, ``data`` and ``videos``.
+        root: Its folder, the one that holds ``meta``, ``data`` and ``videos``; or ``owner/name`` on the Hugging Face
+            hub, of which what is needed is downloaded once.
+        cameras: Cameras that are needed → the dataset's names of them; no other one is looked at. ``None`` for all.
+        keys: Names of state and actions.
 
     Attributes:
         info: ``meta/info.json``.
         fps: Frames per second.
         features: Feature → dtype, shape, names.
-        cameras: Names of the cameras (without ``observation.images.``).
+        cameras: Names of the cameras (without ``observation.images.``), or those that were asked for.
         tasks: Task index → instruction.
-        episodes: The episode table, one mapping per episode, without statistics.
-        stats: Feature → ``min``, ``max``, ``mean``, ``std``, ``count``, ``q01``, ``q10``, ``q50``, ``q90``, ``q99``,
-            as far as the dataset has them. Images' are scaled to [0, 1], (3, 1, 1).
+        episodes: The episode table, one mapping per episode that has frames, without statistics.
         provenance: Origin of the data, if the dataset names it.
 
     Raises:
         DatasetError: If the folder is no complete dataset of version 3.x.
+        InputError: If it has no such camera, state or action.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        self.info = _read_info(self.root)
+    def __init__(
+        self, root: str | Path, cameras: Mapping[str, str] | None = None, keys: DatasetKeys | None = None
+    ) -> None:
+        self.root, self.keys = Path(root), keys or DatasetKeys()
+        hub = HubDataset.find(self.root)
+        if hub is not None:
+            self.root = hub.fetch(["meta/*"])
+        self.info = layout.read_info(self.root)
         self.fps: float = self.info["fps"]
         self.features: dict[str, dict[str, Any]] = self.info["features"]
-        for key, feature in self.features.items():
-            if feature["dtype"] == "image":
-                raise DatasetError(f"'{key}' is stored as single images; convert the dataset to videos first")
-        videos = [key for key, feature in self.features.items() if feature["dtype"] == "video"]
-        self._videos = {key.removeprefix(layout.IMAGE_PREFIX): key for key in videos}
-        self.cameras = tuple(self._videos)
-        self.tasks = _read_tasks(self.root)
+        self._images = self._choose(cameras)
+        self.cameras = tuple(self._images)
+        self._check_columns()
+        self.tasks = read_tasks(self.root)
         # An episode counts once info.json does: what an interrupted append left behind is none.
-        self.episodes = _read_episodes(self.root)[: self.info["total_episodes"]]
-        stats = self.root / layout.STATS
-        self.stats: dict[str, FeatureStats] = from_lists(layout.read_json(stats)) if stats.exists() else {}
+        videos = [key for key in self._images.values() if self._is_video(key)]
+        rows = read_episodes(self.root, videos)[: self.info["total_episodes"]]
+        if len(rows) != self.info["total_episodes"]:
+            raise DatasetError(
+                f"{self.root}: info.json speaks of {self.info['total_episodes']} episodes, the episode table "
+                f"of {len(rows)}; {AGAIN}, all of it"
+            )
+        self.episodes = [row for row in rows if row["length"]]
         provenance = self.root / layout.PROVENANCE
         self.provenance: dict[str, Any] = layout.read_json(provenance) if provenance.exists() else {}
-        self._tables: dict[Path, Any] = {}
-        self._check_files()
+        self._tables: dict[Path, Table] = {}
+        wanted = {self._path(row) for row in self.episodes}
+        wanted |= {
+            self._path(row, key) for row in self.episodes for key in self._images.values() if self._is_video(key)
+        }
+        if hub is not None:
+            hub.fetch(sorted(path.relative_to(self.root).as_posix() for path in wanted))
+        if missing := sorted(str(path) for path in wanted if not path.exists()):
+            raise DatasetError(f"{missing[0]} is missing, {len(missing)} files in all: {AGAIN}, all of it")
 
     def __len__(self) -> int:
         """Return the number of episodes."""
@@ -132,129 +154,121 @@ class LeRobotDataset:
     @property
     def total_frames(self) -> int:
         """Frames of all episodes together."""
-        return int(self.info["total_frames"])
+        return sum(row["length"] for row in self.episodes)
+
+    @cached_property
+    def stats(self) -> dict[str, FeatureStats]:
+        """Feature → ``min``, ``max``, ``mean``, ``std``, ``count``, ``q01``, ``q10``, ``q50``, ``q90``, ``q99``.
+
+        As far as the dataset has them. Images' are scaled to [0, 1], (3, 1, 1). Where the file counts other frames than
+        the episodes have, as an interrupted append leaves it, those of the episodes are merged.
+        """
+        path = self.root / layout.STATS
+        if not path.exists():
+            return {}
+        content = layout.read_json(path)
+        with reading(path, AGAIN, DatasetError):
+            stats = from_lists(content)
+            if stats.get("timestamp", {}).get("count", [self.total_frames])[0] == self.total_frames:
+                return stats
+        rows = read_episodes(self.root, (), stats=True)[: self.info["total_episodes"]]
+        with reading(path, AGAIN, DatasetError):
+            parts = [
+                {key: {name: row[f"stats/{key}/{name}"] for name in entry} for key, entry in content.items()}
+                for row in rows
+                if row["length"]
+            ]
+            if not parts or any(value is None for entry in parts[0].values() for value in entry.values()):
+                return stats
+            each = [from_lists(part) for part in parts]
+            return {key: reduce(merge, (part[key] for part in each)) for key in stats}
 
     def episode(self, index: int) -> Episode:
         """Read an episode's numbers; its images are decoded when they are asked for.
 
         Raises:
             IndexError: If there is no such episode.
-            DatasetError: If a file is missing or damaged.
+            DatasetError: If a file is missing or damaged, or a state or an action is not finite.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"episode {index} of a dataset of {len(self)}")
         row = self.episodes[index]
-        path = self._path(row)
-        rows = self._rows(path, row)
-        columns = {name: _numpy(rows.column(name)) for name in rows.column_names}
-        nothing = np.zeros((rows.num_rows, 0))
-        state, action = (
-            columns.pop(key, nothing).astype(np.float32).reshape(rows.num_rows, -1)
-            for key in (layout.STATE, layout.ACTION)
-        )
-        task_index = int(columns["task_index"][0])
-        if not 0 <= task_index < len(self.tasks):
-            raise DatasetError(f"{path}: episode {index} has an unknown task, {task_index}; copy it again")
-        clips = {
-            camera: (self._path(row, key), float(row[f"videos/{key}/from_timestamp"]))
-            for camera, key in self._videos.items()
-        }
-        return Episode(
-            index=index,
-            instruction=self.tasks[task_index],
-            images=EpisodeImages(clips, len(action), self.fps),
-            state=state,
-            action=action,
-            columns=columns,
-            metadata=json.loads(row.get(layout.METADATA) or "{}"),
-        )
-
-    def _rows(self, path: Path, row: Mapping[str, Any]) -> Any:
+        path, number = self._path(row), row["episode_index"]
         if path not in self._tables:
-            self._tables[path] = _read_table(path)
-        table = self._tables[path]
-        first = int(table.column("index")[0].as_py()) if table.num_rows else 0
-        rows = table.slice(int(row["dataset_from_index"]) - first, int(row["length"]))
-        if rows.num_rows != row["length"] or rows.column("episode_index")[0].as_py() != row["episode_index"]:
-            place = f"{path} does not hold episode {row['episode_index']} where the episode table says"
-            raise DatasetError(f"{place}; copy the dataset again")
-        return rows
+            left = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
+            self._tables[path] = Table.read(path, left)
+        rows = self._tables[path].episode(number, row["length"])
+        for key in (self.keys.state_key, self.keys.action_key):
+            if key in self.features and key not in rows.names:
+                raise DatasetError(f"{path} lacks the column '{key}': {AGAIN}, or repair the table")
+        state, action = (rows.numbers(key) for key in (self.keys.state_key, self.keys.action_key))
+        times = rows.times()
+        task = rows.task()
+        if task not in self.tasks:
+            raise DatasetError(f"{path}: episode {number} has an unknown task, {task}; {AGAIN}")
+        columns = {}
+        for name in rows.names:
+            if name not in (self.keys.state_key, self.keys.action_key):
+                with suppress(DatasetError):
+                    columns[name] = rows.column(name)
+        clips: dict[str, Clip] = {}
+        for camera, key in self._images.items():
+            if self._is_video(key):
+                shown = float(row[f"videos/{key}/from_timestamp"]) + times
+                clips[camera] = partial(_decode, self._path(row, key), shown, self.fps, number)
+            else:
+                clips[camera] = partial(read_pictures, path, key, rows.first, number)
+        with reading(self.root / "meta" / "episodes", AGAIN, DatasetError):
+            metadata = dict(parse_json(row.get(layout.METADATA) or "{}"))
+        return Episode(index, self.tasks[task], EpisodeImages(clips, len(times)), state, action, columns, metadata)
+
+    def _is_video(self, key: str) -> bool:
+        return bool(self.features[key]["dtype"] == "video")
 
     def _path(self, row: Mapping[str, Any], key: str | None = None) -> Path:
         """Return the file of an episode's numbers, or of its images of the feature ``key``."""
         name, place = ("data_path", "data") if key is None else ("video_path", f"videos/{key}")
         chunk, file = row[f"{place}/chunk_index"], row[f"{place}/file_index"]
-        return self.root / str(self.info[name]).format(video_key=key, chunk_index=chunk, file_index=file)
+        path = Path(str(self.info[name]).format(video_key=key, chunk_index=chunk, file_index=file))
+        if path.is_absolute() or ".." in path.parts:
+            raise DatasetError(f"{self.root / layout.INFO}: {name} leads out of the dataset, to {path}; {AGAIN}")
+        return self.root / path
 
-    def _check_files(self) -> None:
-        if len(self) != self.info["total_episodes"]:
-            raise DatasetError(
-                f"{self.root}: info.json speaks of {self.info['total_episodes']} episodes, the episode table "
-                f"of {len(self)}; copy the dataset again, all of it"
+    def _choose(self, cameras: Mapping[str, str] | None) -> dict[str, str]:
+        """Camera → feature."""
+        has = {
+            key.removeprefix(layout.IMAGE_PREFIX): key
+            for key, feature in self.features.items()
+            if feature["dtype"] in ("image", "video")
+        }
+        if cameras is None:
+            return has
+        if missing := [camera for camera, name in cameras.items() if name not in has]:
+            raise InputError(
+                f"the model needs the cameras {list(cameras)}, and {[cameras[name] for name in missing]} are missing "
+                f"from {self.root}, which has {list(has)}: say which are meant, --camera {missing[0]}=KEY"
             )
-        wanted = {self._path(row) for row in self.episodes}
-        wanted |= {self._path(row, key) for row in self.episodes for key in self._videos.values()}
-        if missing := sorted(str(path) for path in wanted if not path.exists()):
-            count = f"{len(missing)} files in all"
-            raise DatasetError(f"{missing[0]} is missing, {count}: copy the dataset again, all of it")
+        return {camera: has[name] for camera, name in cameras.items()}
+
+    def _check_columns(self) -> None:
+        """Refuse a state or an action that was named and is not there."""
+        usual = DatasetKeys()
+        for option, key, default in (
+            ("--state-key", self.keys.state_key, usual.state_key),
+            ("--action-key", self.keys.action_key, usual.action_key),
+        ):
+            if key != default and key not in self.features:
+                raise InputError(f"{self.root} has no column '{key}'; {option} takes one of {self.number_columns}")
+
+    @property
+    def number_columns(self) -> list[str]:
+        """List the features that hold numbers of the robot."""
+        return [
+            key
+            for key, feature in self.features.items()
+            if feature["dtype"] not in ("image", "video", "string") and key not in layout.BOOKKEEPING
+        ]
 
 
-def _read_info(root: Path) -> dict[str, Any]:
-    if not root.is_dir():
-        unfinished = layout.incomplete_path(root)
-        if unfinished.exists():
-            raise DatasetError(f"{root} was never finished ({unfinished} exists): run what writes it again")
-        raise DatasetError(f"there is no dataset at {root}: give the folder that holds 'meta' and 'data'")
-    if not (root / layout.INFO).exists():
-        raise DatasetError(f"{root} is no complete LeRobot dataset: {layout.INFO} is missing")
-    info = layout.read_json(root / layout.INFO)
-    version = str(info.get("codebase_version"))
-    if version.startswith(("v1.", "v2.")):
-        raise DatasetError(
-            f"{root} has the layout {version}; 3.x is read. Convert it with LeRobot's own tool: "
-            "python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=<name>"
-        )
-    if not version.startswith("v3."):
-        raise DatasetError(f"{root} has the layout {version}; 3.x is read")
-    needed = ("fps", "features", "total_episodes", "total_frames", "data_path")
-    if lacking := [key for key in needed if key not in info]:
-        raise DatasetError(f"{root / layout.INFO} lacks {', '.join(lacking)}: copy the dataset again")
-    return info
-
-
-def _read_tasks(root: Path) -> list[str]:
-    table = _read_table(root / layout.TASKS)
-    text = next((name for name in table.column_names if name != "task_index"), None)
-    if text is None or "task_index" not in table.column_names:
-        raise DatasetError(f"{root / layout.TASKS} has columns {table.column_names}, not task and task_index")
-    order = np.argsort(_numpy(table.column("task_index")))
-    names = table.column(text).to_pylist()
-    return [str(names[index]) for index in order]
-
-
-def _read_episodes(root: Path) -> list[dict[str, Any]]:
-    paths = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
-    if not paths:
-        raise DatasetError(f"{root} has no episode table in meta/episodes: copy the dataset again, all of it")
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        table = _read_table(path)
-        rows += table.select([name for name in table.column_names if not name.startswith("stats/")]).to_pylist()
-    return sorted(rows, key=lambda row: int(row["episode_index"]))
-
-
-def _read_table(path: Path) -> Any:
-    try:
-        return pq.read_table(path)
-    except FileNotFoundError:
-        raise DatasetError(f"{path} is missing: copy the dataset again, all of it") from None
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{path} cannot be read ({error}): copy the dataset again") from error
-
-
-def _numpy(column: Any) -> npt.NDArray[Any]:
-    """Convert a column of numbers to (T,), one of equally long lists to (T, n)."""
-    array = column.combine_chunks()
-    if not isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
-        return np.array(array.to_numpy(zero_copy_only=False))
-    return np.array(array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1))
+def _decode(path: Path, times: npt.NDArray[np.float64], fps: float, episode: int, start: int, stop: int) -> UInt8Image:
+    return read_frames(path, times[start:stop], fps, episode=episode, first=start)

@@ -10,9 +10,11 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+import numpy.typing as npt
 from av.video.frame import PictureType
 
-from lac_vla.datasets.layout import VIDEO_FILE_MB, VIDEO_PATH, DatasetError, next_file
+from lac_vla.datasets.layout import AGAIN, VIDEO_FILE_MB, VIDEO_PATH, DatasetError, next_file
+from lac_vla.files import reading, sync
 from lac_vla.types import UInt8Image
 
 OPTIONS = {"crf": "16", "g": "5", "bf": "0", "preset": "veryfast", "forced-idr": "1"}
@@ -96,12 +98,13 @@ class VideoWriter:
         self._mux(None)
         self._container.close()
         self._container, self._stream = None, None
+        sync(self._path)
 
     def _open(self) -> None:
         chunk, file = self.place
-        path = self.root / VIDEO_PATH.format(video_key=self.key, chunk_index=chunk, file_index=file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(path), "w")
+        self._path = self.root / VIDEO_PATH.format(video_key=self.key, chunk_index=chunk, file_index=file)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = av.open(str(self._path), "w")
         stream = self._container.add_stream("libx264", rate=self.fps, options=OPTIONS)
         stream.height, stream.width = self.height, self.width
         stream.pix_fmt = "yuv420p"
@@ -117,35 +120,58 @@ class VideoWriter:
             self._container.mux(packet)
 
 
-def read_frames(path: Path, start: float, count: int, fps: float) -> UInt8Image:
-    """Decode consecutive frames, the first at ``start`` seconds; uint8, (count, H, W, 3), RGB.
+def read_frames(
+    path: Path, times: npt.NDArray[np.float64], fps: float, *, episode: int = 0, first: int = 0
+) -> UInt8Image:
+    """Decode the frames that are nearest to some times.
+
+    Args:
+        path: The file.
+        times: Seconds within the file, growing, (T,).
+        fps: Frames per second, where the file does not say how many it has.
+        episode: The episode's number, for messages.
+        first: Number of the first frame within the episode.
+
+    Returns:
+        uint8, (T, H, W, 3), RGB.
 
     Raises:
-        DatasetError: If the file is missing or damaged, or has no such frames.
+        DatasetError: If the file is missing or damaged, or has no frame within half a frame of one of the times.
     """
-    first = round(start * fps)
     images: list[UInt8Image] = []
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "SLICE"
-            base = stream.time_base or Fraction(1, round(fps))
-            container.seek(int(first / fps / base), stream=stream)
-            for frame in container.decode(stream):
-                if frame.pts is None or round(float(frame.pts * base) * fps) < first:
-                    continue
-                images.append(_rgb(frame))
-                if len(images) == count:
-                    break
-    except FileNotFoundError:
-        raise DatasetError(f"{path} is missing: copy the dataset again, all of it") from None
-    except (av.FFmpegError, IndexError, OSError) as error:
-        raise DatasetError(f"{path} cannot be decoded ({error}): copy the dataset again") from error
-    if len(images) < count:
-        raise DatasetError(
-            f"{path} has {len(images)} of the {count} frames from {start:.3f} s on: it is cut short or "
-            "belongs to another dataset; copy the dataset again"
-        )
+    with reading(path, AGAIN, DatasetError), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("it holds no video")
+        stream = container.streams.video[0]
+        stream.thread_type = "SLICE"
+        base = stream.time_base or Fraction(1, round(fps))
+        tolerance = 0.51 / float(stream.average_rate or stream.guessed_rate or fps)
+
+        def take(now: float, frame: Any) -> None:
+            wanted = times[len(images)]
+            if abs(now - wanted) > tolerance:
+                raise DatasetError(
+                    f"{path}: episode {episode}, frame {first + len(images)} is at {wanted:.3f} s, the nearest frame "
+                    f"of the video at {now:.3f} s: it is cut short, or belongs to another dataset; {AGAIN}"
+                )
+            images.append(_rgb(frame))
+
+        container.seek(max(0, int((times[0] - tolerance) / base)), stream=stream)
+        before: tuple[float, Any] | None = None
+        for frame in container.decode(stream):
+            if frame.pts is None:
+                continue
+            now = float(frame.pts * base)
+            while len(images) < len(times) and now >= times[len(images)]:
+                wanted = times[len(images)]
+                take(*(before if before is not None and wanted - before[0] < now - wanted else (now, frame)))
+            before = now, frame
+            if len(images) == len(times):
+                break
+        while len(images) < len(times):
+            if before is None:
+                raise ValueError("it holds no frames")
+            take(*before)
     return np.stack(images)
 
 

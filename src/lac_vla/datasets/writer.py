@@ -20,6 +20,7 @@ from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.schema import Arrays, Features, Images
 from lac_vla.datasets.statistics import FeatureStats, ImageHistogram, to_lists, vector_stats
 from lac_vla.datasets.video import VideoWriter
+from lac_vla.files import write_object
 from lac_vla.types import FloatArray
 
 Place = tuple[int, int]
@@ -123,7 +124,7 @@ class EpisodeWriter(ABC):
         note = json.dumps(dict(metadata or {}), ensure_ascii=False)
         vectors, features = self.check(images, state, action, columns or {})
         index, length, first = len(self), len(action), int(self._info.get("total_frames", 0))
-        tasks = self._tasks | {task: self._tasks.get(task, len(self._tasks))}
+        tasks = self._tasks | {task: self._tasks.get(task, max(self._tasks.values(), default=-1) + 1)}
         frames = np.arange(length, dtype=np.int64)
         vectors = {
             **vectors,
@@ -218,6 +219,12 @@ class DatasetWriter(EpisodeWriter):
         for path in (self.root, self._folder):
             if path.exists() and not overwrite:
                 raise DatasetError(f"{path} exists already: delete it, or overwrite it, or write elsewhere")
+        if (
+            self.root.exists()
+            and not (self.root / layout.INFO).exists()
+            and (self.root.is_file() or [*self.root.iterdir()])
+        ):
+            raise DatasetError(f"{self.root} is no dataset that could be overwritten: write elsewhere")
         try:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
@@ -258,10 +265,10 @@ class DatasetWriter(EpisodeWriter):
         pq.write_table(schema.tasks_table(self._tasks), self._folder / layout.TASKS)
         stats = {key: vector_stats(np.concatenate(parts)) for key, parts in self._vectors.items()}
         stats |= {key: histogram.stats() for key, histogram in self._histograms.items()}
-        layout.write_json(self._folder / layout.STATS, to_lists(stats))
+        write_object(self._folder / layout.STATS, to_lists(stats))
         if self._provenance:
-            layout.write_json(self._folder / layout.PROVENANCE, self._provenance)
-        layout.write_json(self._folder / layout.INFO, self._info)
+            write_object(self._folder / layout.PROVENANCE, self._provenance)
+        write_object(self._folder / layout.INFO, self._info)
         if self._overwrite and self.root.exists():
             shutil.rmtree(self.root)
         os.replace(self._folder, self.root)

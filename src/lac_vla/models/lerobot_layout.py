@@ -6,7 +6,6 @@ checkpoints of before LeRobot 0.4 keep them among the weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lac_vla.errors import CheckpointError
+from lac_vla.files import write_object
 from lac_vla.models.tokenizer import TOKENIZER, Encode, FileTokenizer, load_tokenizer
 from lac_vla.models.weights import WEIGHTS, find_folder, read_json
 from lac_vla.types import FloatArray
@@ -256,7 +256,7 @@ def write_processors(folder: Path, normalization: Normalization, data: Mapping[s
         state_file = f"{file.removesuffix('.json')}_step_{len(steps)}_{name}_processor.safetensors"
         steps = [*steps, {"registry_name": f"{name}_processor", "config": config, "state_file": state_file}]
         content = {"name": file.removesuffix(".json"), "steps": steps}
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_object(folder / file, content)
         save_file(tensors, folder / state_file)
 
 

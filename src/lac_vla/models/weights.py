@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lac_vla.errors import CheckpointError
+from lac_vla.files import write_whole
 
 WEIGHTS = "model.safetensors"
-PARTIAL = "model.safetensors.partial"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
@@ -141,8 +141,7 @@ def file_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def write_weights(model: nn.Module, folder: Path, dtype: torch.dtype, rename: Callable[[str], str] = str) -> None:
     """Write a model's weights into a folder as one safetensors file, in ``dtype``, under the names of ``rename``."""
     weights = {rename(key): value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, folder / PARTIAL, metadata={"format": "pt"})
-    (folder / PARTIAL).replace(folder / WEIGHTS)  # never half a file under the final name
+    write_whole(folder / WEIGHTS, lambda partial: save_file(weights, partial, metadata={"format": "pt"}))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lac_vla.errors import InputError
-from lac_vla.results.files import read_lines
+from lac_vla.files import read_lines
 from lac_vla.results.metrics import METRICS
 
 Trial: TypeAlias = tuple[str, int, int, int, str]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
+
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.errors import InputError
 
 
@@ -14,7 +17,7 @@ class PretrainConfig:
     """Settings of ``lac pretrain``, which trains a bundled VLA on demonstrations.
 
     Attributes:
-        dataset: LeRobot dataset with the demonstrations.
+        dataset: LeRobot v3 dataset with the demonstrations, a folder or a hub id.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
         model: Which bundled model: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
             first camera) or ``mini-cogact`` (the same trunk, CogACT's head).
@@ -42,6 +45,7 @@ class PretrainConfig:
         held_out: Share of the episodes kept for validation.
         every: Samples between two validations (and saved states).
         seed: Of everything.
+        keys: Names of what is read of the data set.
     """
 
     dataset: Path
@@ -69,6 +73,7 @@ class PretrainConfig:
     held_out: float = 0.03
     every: int = 20_000
     seed: int = 0
+    keys: Annotated[DatasetKeys, tyro.conf.arg(name="")] = field(default_factory=DatasetKeys)
 
     @property
     def samples(self) -> int:
@@ -82,7 +87,8 @@ class TrainConfig:
 
     Attributes:
         model: Checkpoint folder, name of a bundled model, or hub id.
-        dataset: LeRobot v3 dataset: demonstrations, or (with ``--loss distill``) plain observation logs.
+        dataset: LeRobot v3 dataset, a folder or a hub id: demonstrations, or (with ``--loss distill``) plain
+            observation logs.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``policy/`` (for ``--policies lac:path=``).
         loss: Task loss of stage II. ``distill``: divergence from the dense pass of the same model; ``demo``: the
             model's native loss on the recorded actions.
@@ -115,6 +121,7 @@ class TrainConfig:
         tensorboard: Also write TensorBoard's event files, if it is installed.
         seed: Of everything.
         device: ``cpu`` or ``cuda``; under ``torchrun`` every process takes its own.
+        keys: Names of what is read of the data set.
     """
 
     model: str
@@ -149,6 +156,7 @@ class TrainConfig:
     tensorboard: bool = False
     seed: int = 0
     device: str = "cpu"
+    keys: Annotated[DatasetKeys, tyro.conf.arg(name="")] = field(default_factory=DatasetKeys)
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -170,4 +178,6 @@ class TrainConfig:
 
 def describe(config: PretrainConfig | TrainConfig) -> dict[str, Any]:
     """Turn a configuration into plain data; only the names of folders are kept."""
-    return {key: value.name if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    content = asdict(config)
+    content |= content.pop("keys")
+    return {key: value.name if isinstance(value, Path) else value for key, value in content.items()}

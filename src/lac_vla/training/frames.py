@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.datasets.lerobot import LeRobotDataset
 from lac_vla.errors import InputError
 from lac_vla.types import BoolArray, FloatArray, IntArray, UInt8Image
@@ -42,23 +43,32 @@ class FrameBank:
     instructions: tuple[str, ...]
 
     @classmethod
-    def load(cls, root: Path, sizes: dict[str, int], resize: Callable[[UInt8Image, int], UInt8Image]) -> FrameBank:
+    def load(
+        cls,
+        root: Path,
+        sizes: dict[str, int],
+        resize: Callable[[UInt8Image, int], UInt8Image],
+        keys: DatasetKeys | None = None,
+    ) -> FrameBank:
         """Decode a LeRobot dataset: every camera's images at its side in pixels, by the model's own geometry.
 
         Raises:
-            InputError: If a camera is missing or the dataset is empty.
+            InputError: If a camera, the state or the action is missing, or the dataset is empty.
         """
-        dataset = LeRobotDataset(root)
+        keys = keys or DatasetKeys()
+        dataset = LeRobotDataset(root, keys.cameras(sizes), keys)
         if not len(dataset):
             raise InputError(f"{root} holds no episodes: collect some first (lac collect)")
+        for option, key in (("--state-key", keys.state_key), ("--action-key", keys.action_key)):
+            if key not in dataset.features:
+                raise InputError(f"{root} has no column '{key}'; {option} takes one of {dataset.number_columns}")
         images: dict[str, list[npt.NDArray[np.uint8]]] = {camera: [] for camera in sizes}
         states, actions, lengths, texts = [], [], [], []
         for index in tqdm(range(len(dataset)), desc="decoding demonstrations", unit="episode"):
             episode = dataset.episode(index)
             for camera, size in sizes.items():
-                if camera not in episode.images:
-                    raise InputError(f"{root} has no camera '{camera}'; it has {sorted(episode.images)}")
-                images[camera].append(np.stack([resize(image, size) for image in episode.images[camera]]))
+                clip = episode.images.window(camera, 0, len(episode))
+                images[camera].append(np.stack([resize(image, size) for image in clip]))
             states.append(episode.state)
             actions.append(episode.action)
             lengths.append(len(episode.action))

@@ -21,7 +21,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from lac_vla.errors import CheckpointError, InputError
+from lac_vla.errors import CheckpointError, InputError, LacError
+from lac_vla.files import locked, read_object, write_object, writing
 from lac_vla.models import Encode, random_vla, save_vla, untrained_vla
 from lac_vla.models.images import make_pipeline
 from lac_vla.models.tokenizer import FileTokenizer, load_tokenizer, train_tokenizer
@@ -32,6 +33,7 @@ from lac_vla.training.frames import FrameBank
 from lac_vla.training.pretrain_losses.base import Batch, Keep, PretrainLoss, Targets
 from lac_vla.training.pretrain_losses.tower import TowerLoss
 from lac_vla.training.recipes import RECIPES
+from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, load_state, open_log, save_state
 
 CARD = "lac.json"
 """The file beside the weights that says how the model was made, for the reports of evaluations."""
@@ -50,7 +52,7 @@ class Pretraining:
         if start is None and config.frozen_samples:
             raise InputError("nothing is loaded that could be held fixed: give --start, or no --frozen-samples")
         sizes = {camera.name: camera.image_size for camera in shape.config.cameras}
-        bank = FrameBank.load(config.dataset, sizes, make_pipeline(shape.config.image_resize_strategy))
+        bank = FrameBank.load(config.dataset, sizes, make_pipeline(shape.config.image_resize_strategy), config.keys)
         if start is None:
             words = shape.config.vocab_size - shape.config.n_action_bins
             encode: Encode = FileTokenizer(train_tokenizer(bank.instructions, words))
@@ -166,8 +168,8 @@ class Pretraining:
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
     def save(self) -> None:
-        """Write the state to resume from, then the averaged model."""
-        out = self.config.out
+        """Write the averaged model, then the state to resume from, which says that it is there."""
+        self.save_model()
         state = {
             "seen": torch.tensor(self.seen),
             "objective": self.loss.state_dict(),
@@ -176,11 +178,14 @@ class Pretraining:
             "noise_rng": self.random.generator.get_state(),
             "rng": json.dumps(self.random.rng.bit_generator.state),
         }
-        torch.save(state, out / "state.tmp")
-        (out / "state.tmp").replace(out / "state.pt")
+        save_state(self.config.out, state)
+
+    def save_model(self) -> None:
+        """Write the averaged model."""
+        out = self.config.out
         average = cast(PretrainLoss, self.average.module)
         save_vla(average.vla, out / "model")
-        (out / "model" / CARD).write_text(json.dumps(self.card(), indent=2) + "\n", encoding="utf-8")
+        write_object(out / "model" / CARD, self.card())
 
     def card(self) -> dict[str, Any]:
         """Describe how the model was made, as plain data."""
@@ -199,22 +204,23 @@ class Pretraining:
         }
 
     def resume(self) -> None:
-        """Go on from the saved state.
+        """Go on from the saved state, if there is one.
 
         Raises:
-            CheckpointError: If it is of another model.
+            CheckpointError: If it is damaged, or of another model.
         """
-        path = self.config.out / "state.pt"
-        state = torch.load(path, weights_only=True)
+        path, state = self.config.out / STATE, load_state(self.config.out)
+        if state is None:
+            return
         try:
             self.loss.load_state_dict(state["objective"])
             self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.random.generator.set_state(state["noise_rng"])
+            self.random.rng.bit_generator.state = json.loads(state["rng"])
+            self.seen = int(state["seen"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a state of this run; give another --out: {error}") from error
-        self.random.generator.set_state(state["noise_rng"])
-        self.random.rng.bit_generator.state = json.loads(state["rng"])
-        self.seen = int(state["seen"])
 
 
 def pretrain(config: PretrainConfig, *, max_seconds: float = math.inf) -> Path:
@@ -227,38 +233,51 @@ def pretrain(config: PretrainConfig, *, max_seconds: float = math.inf) -> Path:
     Returns:
         Folder of the saved model.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
-    run = Pretraining(config)
-    if (config.out / "state.pt").exists():
+    lock = locked(config.out / LOCK, f"another process trains in {config.out}: give another --out")
+    with writing(config.out, "--out"), lock:
+        run = Pretraining(config)
         run.resume()
-    (config.out / "config.json").write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
-    start = time.monotonic()
+        write_object(config.out / CONFIG, describe(config))
+        _loop(run, max_seconds)
+    return config.out / "model"
+
+
+def _loop(run: Pretraining, max_seconds: float) -> None:
+    config, start = run.config, time.monotonic()
     with (
-        (config.out / "metrics.jsonl").open("a") as log,
+        open_log(config.out, "samples", run.seen) as log,
         tqdm(total=config.samples, initial=run.seen, unit="frame", desc="pretraining") as bar,
     ):
         for metrics in _steps(run, start, max_seconds):
             metrics = {"samples": run.seen, "seconds": time.monotonic() - start, "coarse": run.coarse, **metrics}
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
+            append(log, metrics)
             bar.set_postfix({key: f"{value:.3g}" for key, value in metrics.items() if isinstance(value, float)})
             bar.update(run.seen - bar.n)
-    return config.out / "model"
 
 
 def _steps(run: Pretraining, start: float, max_seconds: float) -> Iterator[dict[str, Any]]:
-    """Train, yielding metrics every 50 steps and at every validation (which saves)."""
+    """Train, yielding metrics every 50 steps and at every validation, which saves once they are noted."""
     recent: list[dict[str, float]] = []
+    if run.seen >= run.config.samples and _samples_of_model(run.config.out) != run.seen:
+        run.save_model()
     while run.seen < run.config.samples:
         recent.append(run.step())
         done = run.seen >= run.config.samples or time.monotonic() - start > max_seconds
-        if len(recent) == 50 or done:
+        saves = run.seen % run.config.every < run.config.batch or done
+        if len(recent) == 50 or saves:
             # A phase may have begun that has other losses than the one before.
             yield {name: float(np.mean([row[name] for row in recent if name in row])) for name in recent[-1]}
             recent = []
-        if run.seen % run.config.every < run.config.batch or done:
-            scores = run.validate()
+        if saves:
+            yield {f"held_out_{name}": value for name, value in run.validate().items()}
             run.save()
-            yield {f"held_out_{name}": value for name, value in scores.items()}
         if done:
             return
+
+
+def _samples_of_model(out: Path) -> Any:
+    """Read after how many samples the saved model was written; ``None`` if there is none that can be read."""
+    try:
+        return read_object(out / "model" / CARD, "save it again").get("samples_shown")
+    except LacError:
+        return None

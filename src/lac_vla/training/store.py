@@ -7,10 +7,10 @@ episode under another name and renamed when it is whole.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ import torch
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.datasets.lerobot import Episode, LeRobotDataset
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
+from lac_vla.files import locked, read_object, reading, write_object
 from lac_vla.flow import Flow, make_flow
 from lac_vla.models import VLA
 from lac_vla.policies.lac.inputs import flow_in_patches, resize
 from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout
 
 META = "store.json"
+DAMAGED = "delete the folder, and it is stored again"
 SAME = 0.05
 """Relative distance of two models' embeddings of a frame from which on they are not one model's."""
 
@@ -76,20 +79,8 @@ class FrameStore:
         return TokenLayout.of(self.grids, len(self.prefix), 0)
 
     def windows(self, episodes: IntArray, length: int) -> IntArray:
-        """List all windows of ``length`` consecutive frames within some episodes by their first frames.
-
-        Raises:
-            InputError: If no episode is long enough.
-        """
-        firsts = [np.arange(self.start[e], self.stop[e] - length + 1) for e in episodes]
-        first: IntArray = np.concatenate([*firsts, np.zeros(0, dtype=np.int64)])
-        if not first.size:
-            longest = int((self.stop - self.start).max())
-            raise InputError(
-                f"no episode has {length} consecutive frames, the longest has {longest}: caching is learned between "
-                "frames that follow one another; give another dataset or a smaller --window"
-            )
-        return first
+        """List all windows of ``length`` consecutive frames within some episodes, see :func:`windows`."""
+        return windows(self.start, self.stop, episodes, length)
 
     @classmethod
     def build(
@@ -103,6 +94,8 @@ class FrameStore:
         episodes: int = 0,
         labels: bool = False,
         tower_cameras: Sequence[str] = (),
+        keys: DatasetKeys | None = None,
+        check: Callable[[IntArray, IntArray], object] | None = None,
     ) -> FrameStore:
         """Open the store in ``folder``; compute it first unless it is there already.
 
@@ -115,14 +108,26 @@ class FrameStore:
             episodes: How many episodes to use, evenly spread over the dataset; 0 for all.
             labels: Whether recorded actions are needed; else the model's own answers stand in where there are none.
             tower_cameras: Cameras of which the tower's pixels are needed, too.
+            keys: Names of what is read of the dataset.
+            check: Given the episodes' first frames and those behind their last ones, refuses what cannot be trained on;
+                nothing has been stored then.
 
         Raises:
             InputError: If the dataset does not fit the model, lacks what is needed, or the disk is too small; or if the
                 folder holds a store of something else.
         """
-        source = LeRobotDataset(dataset)
+        keys = keys or DatasetKeys()
+        source = LeRobotDataset(dataset, keys.cameras(vla.grids), keys)
         if not len(source):
             raise InputError(f"{dataset} holds no episodes")
+        wants_state = vla.processor.state_dim is not None
+        for option, key, needed, why in (
+            ("--state-key", keys.state_key, wants_state, "the model reads"),
+            ("--action-key", keys.action_key, labels, "--loss demo needs; use --loss distill, or name it"),
+        ):
+            if needed and key not in source.features:
+                what = f"records no actions ('{key}'), which" if key == keys.action_key else f"has no '{key}', which"
+                raise InputError(f"{dataset} {what} {why}: {option} takes one of {source.number_columns}")
         count = len(source) if not episodes else min(episodes, len(source))
         chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
         metadata = {
@@ -134,12 +139,16 @@ class FrameStore:
             "patch_pixels": patch_pixels,
             "tower_cameras": list(tower_cameras),
         }
+        if keys != DatasetKeys():
+            metadata["keys"] = {**asdict(keys), "camera": list(keys.camera)}
         meta = folder / META
         builder = _Builder(vla, source, chosen, make_flow(flow), patch_pixels, tower_cameras)
         if meta.is_file():
-            found = json.loads(meta.read_text(encoding="utf-8"))["about"]
+            found = read_object(meta, DAMAGED).get("about", {})
             unread = {"flow": flow == "none", "tower_cameras": not tower_cameras}  # whether it is there or not
-            different = [key for key in metadata if not unread.get(key) and found.get(key) != metadata[key]]
+            different = [
+                key for key in {**found, **metadata} if not unread.get(key) and found.get(key) != metadata.get(key)
+            ]
             if different == ["tower_cameras"]:
                 raise InputError(
                     f"{folder} holds no pixels of the cameras {list(tower_cameras)}, which --vision-kv-reuse needs: "
@@ -150,7 +159,11 @@ class FrameStore:
             if not builder.agrees(cls.open(folder).visual[0]):
                 raise InputError(f"{folder} holds stored embeddings of another vision tower; give another --store")
         else:
-            builder.write(folder, metadata)
+            # The lock lies beside the folder, which gets its name only when it is whole.
+            lock = folder.resolve().with_name(f"{folder.resolve().name}.lock")
+            with locked(lock, f"another process fills {folder}: wait for it, or give another --store"):
+                if not meta.is_file():
+                    builder.write(folder, metadata, check)
         store = cls.open(folder)
         if labels and not store.has_actions:
             raise InputError(f"{dataset} records no actions, which --loss demo needs; use --loss distill")
@@ -158,13 +171,23 @@ class FrameStore:
 
     @classmethod
     def open(cls, folder: Path) -> FrameStore:
-        """Map a finished store."""
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        """Map a finished store.
+
+        Raises:
+            InputError: If a file is missing or damaged.
+        """
+        meta = read_object(folder / META, DAMAGED)
 
         def read(name: str) -> npt.NDArray[Any]:
-            array: npt.NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            return array
+            with reading(folder / f"{name}.npy", DAMAGED):
+                array: npt.NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                return array
 
+        with reading(folder / META, DAMAGED):
+            return cls._map(meta, read)
+
+    @classmethod
+    def _map(cls, meta: Mapping[str, Any], read: Callable[[str], npt.NDArray[Any]]) -> FrameStore:
         grids = {name: (int(rows), int(cols)) for name, (rows, cols) in meta["grids"].items()}
         return cls(
             grids=grids,
@@ -185,6 +208,23 @@ class FrameStore:
                 if name in meta["about"].get("tower_cameras", [])
             },
         )
+
+
+def windows(start: IntArray, stop: IntArray, episodes: IntArray, length: int) -> IntArray:
+    """List all windows of ``length`` consecutive frames within some episodes by their first frames.
+
+    Raises:
+        InputError: If no episode is long enough.
+    """
+    firsts = [np.arange(start[e], stop[e] - length + 1) for e in episodes]
+    first: IntArray = np.concatenate([*firsts, np.zeros(0, dtype=np.int64)])
+    if not first.size:
+        longest = int((stop - start)[episodes].max(initial=0))
+        raise InputError(
+            f"no episode has {length} consecutive frames, the longest has {longest}: caching is learned between "
+            "frames that follow one another; give another dataset or a smaller --window"
+        )
+    return first
 
 
 def fingerprint(vla: VLA) -> str:
@@ -232,14 +272,44 @@ class _Builder:
         prefix, suffix = processor.embed(processor.prompt(frame))
         return prefix.float().cpu().numpy(), suffix.float().cpu().numpy()
 
-    def write(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+    def _check(self, images: Mapping[str, Any]) -> bool:
+        """Read the numbers of all episodes before anything is stored, and refuse what cannot be learned from.
+
+        Returns:
+            Whether all episodes have actions.
+        """
+        labelled = True
+        for index in self.chosen:
+            episode = self.source.episode(index)
+            step = np.diff(episode.columns["frame_index"]) if "frame_index" in episode.columns else np.ones(1)
+            if (step != 1).any():
+                raise InputError(
+                    f"episode {index} skips frames: caching is learned between consecutive ones; split it there"
+                )
+            try:
+                state = episode.state[0] if episode.state.shape[1] else None
+                self.vla.processor.prompt(Frame(images, episode.instruction, state))
+                if episode.action.shape[1]:
+                    self.vla.head.targets(episode.action)
+            except InputError as error:
+                raise InputError(f"{self.source.root}, episode {index}: {error}") from error
+            labelled &= episode.action.shape[1] > 0
+        return labelled
+
+    def write(
+        self, folder: Path, metadata: Mapping[str, Any], check: Callable[[IntArray, IntArray], object] | None
+    ) -> None:
         """Compute everything, then give the folder its name."""
         vla, side = self.vla, self.patch_pixels
+        lengths = np.array([int(self.source.episodes[index]["length"]) for index in self.chosen])
+        stop = np.cumsum(lengths)
+        if check is not None:
+            check(stop - lengths, stop)
         first = self.source.episode(self.chosen[0])
         [frame] = self._frames(first, 1)
+        labelled = self._check(frame.images)
         layout, images = vla.processor.prompt(frame).layout, vla.processor.images(frame)
-        lengths = [int(self.source.episodes[index]["length"]) for index in self.chosen]
-        total, width = sum(lengths), vla.decoder.shape.width
+        total, width = int(stop[-1]), vla.decoder.shape.width
         longest = max(self._longest_suffix(frame, self.source.episode(index)) for index in self.chosen)
         answer = self._targets(first, [frame])
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -265,17 +335,17 @@ class _Builder:
             name: open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
             for name, (shape, dtype) in shapes.items()
         }
+        for name in shapes:
+            _reserve(partial / f"{name}.npy")
         np.save(partial / "prefix.npy", self._text(frame)[0])
-        start, labelled = 0, True
+        start = 0
         with tqdm(total=total, desc="storing embeddings", unit="frame") as bar:
             for index in self.chosen:
                 episode = self.source.episode(index)
-                labelled &= episode.action.shape[1] > 0
                 self._episode(episode, arrays, start, layout, bar)
                 start += len(episode)
         for array in arrays.values():
             array.flush()
-        stop = np.cumsum(lengths)
         meta = {
             "about": dict(metadata),
             "grids": {name: list(grid) for name, grid in layout.grids.items()},
@@ -285,18 +355,13 @@ class _Builder:
             "has_flow": self.flow is not None,
             "has_actions": labelled,
         }
-        (partial / META).write_text(json.dumps(meta), encoding="utf-8")
-        partial.replace(folder)
+        write_object(partial / META, meta)
+        os.replace(partial, folder)
 
     @torch.inference_mode()
     def _episode(
         self, episode: Episode, arrays: Mapping[str, npt.NDArray[Any]], start: int, layout: TokenLayout, bar: Any
     ) -> None:
-        step = np.diff(episode.columns["frame_index"]) if "frame_index" in episode.columns else np.ones(1)
-        if (step != 1).any():
-            raise InputError(
-                f"episode {episode.index} skips frames: caching is learned between consecutive ones; split it there"
-            )
         frames = self._frames(episode, len(episode))
         arrays["targets"][start : start + len(frames)] = self._targets(episode, frames)
         previous: Mapping[str, Any] | None = None
@@ -351,6 +416,17 @@ class _Builder:
         free = shutil.disk_usage(place).free
         if needed > free:
             raise InputError(
-                f"the stored embeddings need {needed / 1e9:.1f} GB, {folder.name}'s disk has {free / 1e9:.1f} GB free: "
+                f"the stored embeddings need {_size(needed)}, {folder.name}'s disk has {_size(free)} free: "
                 "make room, give another --store, or use fewer --episodes"
             )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _reserve(path: Path) -> None:
+    """Take the file's blocks now: where the disk is full, writing to mapped memory ends the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,21 @@ from torch import nn
 from tqdm import tqdm
 
 from lac_vla.bundled import find_model
-from lac_vla.errors import CheckpointError, InputError, MissingExtraError
+from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
+from lac_vla.files import locked, read_object, write_object, write_whole, writing
 from lac_vla.models import VLA, load_vla
 from lac_vla.policies.lac import SUBFOLDER, LACConfig, LACPolicy
 from lac_vla.provenance import provenance
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
-from lac_vla.training.store import FrameStore
+from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, check_settings, load_state, open_log, save_state
+from lac_vla.training.store import FrameStore, windows
 from lac_vla.training.tower import MixedTower
 from lac_vla.types import IntArray
 
-STATE, METRICS, CONFIG, PICTURES = "state.pt", "metrics.jsonl", "config.json", "saliency.npz"
+PICTURES = "saliency.npz"
+CHANGEABLE = ("every", "tensorboard", "device", "store", "out")
+"""Settings with which a run may be resumed."""
 VALIDATION_WINDOWS = 32
 STEERING = 0.02
 """Speed at which λ follows a target ratio: per step, log λ moves by this times the distance in units of 0.1."""
@@ -67,12 +72,7 @@ class Training:
         self.networks = self.policy.networks
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
         self.step, self.lam, self.seconds = 0, config.lam, 0.0
-        chosen = np.random.default_rng(config.seed).permutation(len(store.start))
-        held = max(1, round(config.held_out * len(chosen)))
-        if held >= len(chosen):
-            raise InputError(f"{len(chosen)} episode(s) cannot be divided into training and validation: use at least 2")
-        self.first = store.windows(np.sort(chosen[held:]), config.window)
-        self.held_first = store.windows(np.sort(chosen[:held]), config.window)
+        self.first, self.held_first = divide(config, store.start, store.stop)
 
     @property
     def stage(self) -> int:
@@ -166,8 +166,8 @@ class Training:
         return found
 
     def save(self) -> None:
-        """Write the state to resume from, then the policy and its pictures."""
-        out = self.config.out
+        """Write the policy and its pictures, then the state to resume from, which says that they are there."""
+        self.save_policy()
         state = {
             "step": self.step,
             "lam": self.lam,
@@ -175,8 +175,11 @@ class Training:
             "networks": self.networks.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
-        torch.save(state, out / f"{STATE}.partial")
-        (out / f"{STATE}.partial").replace(out / STATE)
+        save_state(self.config.out, state)
+
+    def save_policy(self) -> None:
+        """Write the policy and its pictures."""
+        out = self.config.out
         metadata = {
             "training": describe(self.config),
             "steps": self.step,
@@ -187,21 +190,22 @@ class Training:
             "trained_with": provenance(),
         }
         self.policy.save_pretrained(out / SUBFOLDER, about=metadata)
-        np.savez_compressed(out / PICTURES, **self.pictures())
+        pictures = io.BytesIO()
+        np.savez_compressed(pictures, **self.pictures())
+        write_whole(out / PICTURES, pictures.getvalue())
 
-    def resume(self) -> None:
+    def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from the saved state.
 
         Raises:
-            CheckpointError: If it is damaged, or of another run.
+            CheckpointError: If it is of another run.
         """
         path = self.config.out / STATE
         try:
-            state = torch.load(path, weights_only=True, map_location=self.vla.device)
             self.networks.load_state_dict(state["networks"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.step, self.lam, self.seconds = int(state["step"]), float(state["lam"]), float(state["seconds"])
-        except (KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is damaged or not a state of this run; give another --out: {error}"
             ) from error
@@ -233,37 +237,59 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         Folder of the saved policy.
 
     Raises:
-        InputError: If dataset and model do not fit, the model has no tower that could reuse, or the loss is not finite.
+        InputError: If dataset and model do not fit, the model has no tower that could reuse, the loss is not finite, or
+            the folder cannot be written or is another process's.
     """
     size, rank = _join(config)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
-    vla = load_vla(find_model(config.model), device=device, dtype="auto", unnorm_key=config.unnorm_key)
-    vla.module.requires_grad_(False)
-    tower = MixedTower(vla) if config.vision_kv_reuse else None
-    config.out.mkdir(parents=True, exist_ok=True)
-    store = _store(config, vla, () if tower is None else tower.cameras, rank)
-    run = Training(config, vla, store, tower, (size, rank))
-    if (config.out / STATE).exists():
-        _check_settings(config)
-        run.resume()
-    if rank == 0:
-        (config.out / CONFIG).write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
-    _loop(run, rank, max_seconds)
+    with ExitStack() as stack:
+        stack.enter_context(writing(config.out, "--out"))
+        if rank == 0:
+            _require_board(config)
+            stack.enter_context(
+                locked(config.out / LOCK, f"another process trains in {config.out}: give another --out")
+            )
+        state = load_state(config.out)
+        if state is not None:  # without one, settings bind nothing
+            check_settings(config.out, describe(config), CHANGEABLE)
+        if rank == 0:
+            write_object(config.out / CONFIG, describe(config))
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
+        vla = load_vla(find_model(config.model), device=device, dtype="auto", unnorm_key=config.unnorm_key)
+        vla.module.requires_grad_(False)
+        tower = MixedTower(vla) if config.vision_kv_reuse else None
+        store = _store(config, vla, () if tower is None else tower.cameras, rank)
+        run = Training(config, vla, store, tower, (size, rank))
+        if state is not None:
+            run.resume(state)
+        _loop(run, rank, max_seconds)
     if size > 1:
         dist.destroy_process_group()
     return config.out / SUBFOLDER
 
 
+def divide(config: TrainConfig, start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
+    """List the first frames of all windows: those that are trained on, and those of the episodes held out.
+
+    Raises:
+        InputError: If there are too few episodes, or none is long enough.
+    """
+    chosen = np.random.default_rng(config.seed).permutation(len(start))
+    held = max(1, round(config.held_out * len(chosen)))
+    if held >= len(chosen):
+        raise InputError(f"{len(chosen)} episode(s) cannot be divided into training and validation: use at least 2")
+    first, held_first = (windows(start, stop, np.sort(part), config.window) for part in (chosen[held:], chosen[:held]))
+    return first, held_first
+
+
 def _loop(run: Training, rank: int, max_seconds: float) -> None:
     config = run.config
-    board = _board(config) if rank == 0 and config.tensorboard else None
+    board = _board(run) if rank == 0 and config.tensorboard else None
     with (
-        (config.out / (METRICS if rank == 0 else os.devnull)).open("a", encoding="utf-8") as log,
+        open_log(config.out, "step", run.step) if rank == 0 else Path(os.devnull).open("a", encoding="utf-8") as log,
         tqdm(total=config.steps, initial=run.step, unit="step", desc="training", disable=rank != 0) as bar,
     ):
         for metrics in _steps(run, rank, max_seconds):
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
+            append(log, metrics)
             shown = {key: f"{value:.3g}" for key, value in metrics.items() if isinstance(value, float)}
             bar.set_postfix(shown)
             bar.update(run.step - bar.n)
@@ -273,27 +299,39 @@ def _loop(run: Training, rank: int, max_seconds: float) -> None:
 
 
 def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, Any]]:
-    """Train, yielding metrics every 10 steps and at every validation (which saves)."""
+    """Train, yielding metrics every 10 steps and at every validation, which saves once they are noted."""
     before, start = run.seconds, time.monotonic()
     recent: list[dict[str, float]] = []
+    if rank == 0 and run.step == run.config.steps and _steps_of_policy(run.config.out) != run.step:
+        run.save_policy()
     while run.step < run.config.steps:
         stage, temperatures = run.stage, run.temperatures
         recent.append(run.advance())
         run.seconds = before + time.monotonic() - start
         done = run.step == run.config.steps or time.monotonic() - start > max_seconds
-        if run.step % 10 == 0 or run.step == run.config.stage1_steps or done:
+        saves = run.step % run.config.every == 0 or run.step == run.config.stage1_steps or done
+        if run.step % 10 == 0 or saves:
             means = {name: float(np.mean([row[name] for row in recent])) for name in recent[0]}
             note = {"step": run.step, "stage": stage, "seconds": round(run.seconds, 1)}
             if stage == 2:
                 note |= {"tau_ratio": temperatures.ratio, "tau_score": temperatures.score}
             yield {**note, **means}
             recent = []
-        if rank == 0 and (run.step % run.config.every == 0 or run.step == run.config.stage1_steps or done):
-            scores = run.validate()
+        if rank == 0 and saves:
+            yield {"step": run.step, "stage": stage, "seconds": round(run.seconds, 1), **run.validate()}
             run.save()
-            yield {"step": run.step, "stage": stage, "seconds": round(run.seconds, 1), **scores}
         if done:
             return
+
+
+def _steps_of_policy(out: Path) -> int | None:
+    """Read after how many steps the saved policy was written; ``None`` if there is none that can be read."""
+    try:
+        LACPolicy.from_pretrained(out / SUBFOLDER)
+        about = read_object(out / SUBFOLDER / "config.json", "save it again").get("about")
+    except LacError:
+        return None
+    return about.get("steps") if isinstance(about, dict) else None
 
 
 def _join(config: TrainConfig) -> tuple[int, int]:
@@ -317,6 +355,8 @@ def _store(config: TrainConfig, vla: VLA, tower_cameras: Sequence[str], rank: in
             episodes=config.episodes,
             labels=config.loss == "demo",
             tower_cameras=tower_cameras,
+            keys=config.keys,
+            check=lambda start, stop: divide(config, start, stop),
         )
 
     if not dist.is_initialized():
@@ -326,20 +366,16 @@ def _store(config: TrainConfig, vla: VLA, tower_cameras: Sequence[str], rank: in
     return store or FrameStore.open(folder)
 
 
-def _check_settings(config: TrainConfig) -> None:
-    """Refuse to resume a run with other settings; only where it stops to look at itself may change."""
-    path = config.out / CONFIG
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    now = json.loads(json.dumps(describe(config)))
-    changeable = ("every", "tensorboard", "device", "store", "out")
-    different = [key for key in now if key not in changeable and key in before and before[key] != now[key]]
-    if different:
-        raise InputError(f"{config.out} holds a run with other {different}; give another --out")
-
-
-def _board(config: TrainConfig) -> Any:
+def _require_board(config: TrainConfig) -> Any:
+    if not config.tensorboard:
+        return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise MissingExtraError("tensorboard", "TensorBoard's event files") from error
-    return SummaryWriter(str(config.out / "tensorboard"))
+    return SummaryWriter
+
+
+def _board(run: Training) -> Any:
+    """Open the event files; those of steps that come again are superseded."""
+    return _require_board(run.config)(str(run.config.out / "tensorboard"), purge_step=run.step + 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from lac_vla.errors import CheckpointError
+from lac_vla.files import write_object
 from lac_vla.models.heads.flow_matching import FlowConfig
 from lac_vla.models.lerobot_layout import (
     Features,
@@ -152,7 +152,7 @@ def save_pi0(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
         "relative_exclude_joints": ["absolute"],
         "action_feature_names": ["relative" if own else "absolute" for own in config.relative],
     }
-    (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_object(folder / CONFIG, data)
     write_processors(folder, config.normalization, data, config.max_tokens)
     save_tokenizer(vla.encode, folder)
 

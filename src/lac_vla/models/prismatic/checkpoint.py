@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from lac_vla.files import write_object
 from lac_vla.models.images import require_pipeline
 from lac_vla.models.llama import reset_rotary
 from lac_vla.models.prismatic.build import build_prismatic
@@ -95,7 +95,7 @@ def write_folder(vla: VLA, folder: Path, dtype: torch.dtype, config: Any, statis
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(vla.module, folder, dtype)
     for name, content in ((CONFIG, config), (STATISTICS, statistics)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_object(folder / name, content)
     save_tokenizer(vla.encode, folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from lac_vla.errors import InputError
+from lac_vla.files import write_object
 from lac_vla.models.heads.units import choose_stats
 from lac_vla.models.lerobot_layout import (
     ACTION,
@@ -92,7 +92,7 @@ def save_smolvla(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
     data = config_json(config)
     write_processors(folder, config.normalization, data, config.max_tokens)
     for file, content in ((CONFIG, data), (VLM_CONFIG, vlm_json(config))):
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_object(folder / file, content)
     save_tokenizer(vla.encode, folder)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lac_vla.errors import CheckpointError, InputError
+from lac_vla.files import write_object, write_whole
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
 from lac_vla.policies.lac.config import LACConfig
 from lac_vla.policies.lac.inputs import WORDS, from_policy_input, words
@@ -144,11 +145,9 @@ class LACPolicy(CachePolicy):
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": MODEL_TYPE, **self.config.to_json(), "about": dict(about or {})}
         state = {key: value.detach().cpu().contiguous() for key, value in self.networks.state_dict().items()}
-        partial = folder / f"{WEIGHTS}.partial"
-        save_file(state, partial, metadata={"format": "pt"})
-        partial.replace(folder / WEIGHTS)  # never half a file under the final name
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(card or _CARD, encoding="utf-8")
+        write_whole(folder / WEIGHTS, lambda partial: save_file(state, partial, metadata={"format": "pt"}))
+        write_object(folder / CONFIG, config)
+        write_whole(folder / CARD, card or _CARD)
 
     @classmethod
     def from_pretrained(

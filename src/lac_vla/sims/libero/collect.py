@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -42,6 +40,7 @@ from tqdm import tqdm
 
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.errors import InputError, LacError
+from lac_vla.files import cut_unfinished, locked, parse_json, read_lines, reading, write_whole, writing
 from lac_vla.sims.libero.benchmark import Libero
 from lac_vla.sims.libero.demonstration import Demonstration, demonstrate
 from lac_vla.sims.libero.env import LiberoEnv
@@ -51,8 +50,7 @@ from lac_vla.sims.libero.suites import TRIALS
 FORMAT = 1
 DTYPES = {"success": np.bool_, "phase": np.int8}
 """Key → dtype, where it is not float32."""
-BROKEN = (KeyError, TypeError, OSError, ValueError, EOFError, zipfile.BadZipFile)
-"""Errors of reading a damaged file."""
+AGAIN = "delete it or collect it again"
 FAILURES = "failures.jsonl"
 
 
@@ -104,9 +102,15 @@ def collect(config: CollectConfig) -> None:
     May be interrupted and started again: episodes staged, or recorded in ``failures.jsonl``, are skipped.
 
     Raises:
+        InputError: If the folder cannot be written, or another process collects into it.
         LacError: If a worker fails for any other reason than an unsolved episode.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
+    busy = f"another process collects into {config.out}: give another --out"
+    with writing(config.out, "--out"), locked(config.out / ".lock", busy):
+        _collect(config)
+
+
+def _collect(config: CollectConfig) -> None:
     known = set() if config.retry_failures else _known_failures(config)
     jobs = [
         (task, init_state)
@@ -135,15 +139,17 @@ def load_metadata(path: Path) -> dict[str, Any]:
     Raises:
         DatasetError: If the file is not of this format.
     """
-    try:
+    with reading(path, AGAIN, DatasetError):
         with np.load(path, allow_pickle=False) as file:
-            meta: dict[str, Any] = json.loads(str(file["meta"]))
-        version = meta["format"]
-    except BROKEN as error:
-        raise DatasetError(f"{path} is not a staged episode ({error}): delete it or collect it again") from error
-    if version != FORMAT:
-        raise DatasetError(f"{path} has staging format {version}; this version reads {FORMAT}")
-    return meta
+            meta = parse_json(str(file["meta"])) if "meta" in file.files else None
+        if not isinstance(meta, dict) or "format" not in meta:
+            raise DatasetError(f"{path} is not a staged episode: {AGAIN}")
+        if meta["format"] != FORMAT:
+            raise DatasetError(f"{path} has staging format {meta['format']!r}; this version reads {FORMAT}")
+        for kind, names in {str: ("suite", "instruction"), int: ("task", "init_state", "seed")}.items():
+            if wrong := [name for name in names if not isinstance(meta.get(name), kind)]:
+                raise DatasetError(f"{path}: the metadata's {wrong[0]} is {meta.get(wrong[0])!r}: {AGAIN}")
+        return meta
 
 
 def load_episode(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
@@ -153,15 +159,18 @@ def load_episode(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any
         DatasetError: If the file is not of this format, or an image is damaged.
     """
     meta = load_metadata(path)
-    with np.load(path, allow_pickle=False) as file:
-        arrays: dict[str, npt.NDArray[Any]] = {key: file[key] for key in file.files if key != "meta"}
-    for camera in [key.split(".", 1)[1] for key in arrays if key.startswith("encoded.")]:
-        parts = np.split(arrays.pop(f"encoded.{camera}"), np.cumsum(arrays.pop(f"lengths.{camera}"))[:-1])
-        images = [cv2.imdecode(part, cv2.IMREAD_COLOR) for part in parts]
-        if any(image is None for image in images):
-            raise DatasetError(f"{path} holds an image of {camera} that cannot be decoded: delete it, collect again")
-        arrays[f"images.{camera}"] = np.stack([image[..., ::-1] for image in images if image is not None])
-    return arrays, meta
+    with reading(path, AGAIN, DatasetError):
+        with np.load(path, allow_pickle=False) as file:
+            arrays: dict[str, npt.NDArray[Any]] = {key: file[key] for key in file.files if key != "meta"}
+        for camera in [key.split(".", 1)[1] for key in arrays if key.startswith("encoded.")]:
+            parts = np.split(arrays.pop(f"encoded.{camera}"), np.cumsum(arrays.pop(f"lengths.{camera}"))[:-1])
+            images = [cv2.imdecode(part, cv2.IMREAD_COLOR) if part.size else None for part in parts]
+            if any(image is None for image in images):
+                raise DatasetError(f"{path} holds an image of {camera} that cannot be decoded: {AGAIN}")
+            arrays[f"images.{camera}"] = np.stack([image[..., ::-1] for image in images if image is not None])
+        if missing := [key for key in ("state", "action") if key not in arrays]:
+            raise DatasetError(f"{path} holds no {missing[0]}: {AGAIN}")
+        return arrays, meta
 
 
 # ---- staging
@@ -187,16 +196,12 @@ def _stage(config: CollectConfig, env: LiberoEnv, init_state: int, demo: Demonst
         "image_codec": config.image_codec,
         "steps": len(demo),
     }
-    path = episode_path(config, env.task, init_state)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
             np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_whole(episode_path(config, env.task, init_state), write)
 
 
 def _encode(image: npt.NDArray[np.uint8], codec: str) -> npt.NDArray[np.uint8]:
@@ -213,13 +218,14 @@ def _known_failures(config: CollectConfig) -> set[tuple[int, int]]:
     path = config.out / FAILURES
     if not path.exists():
         return set()
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {(row["task"], row["init_state"]) for row in rows if row["seed"] == config.seed}
+    rows = read_lines(path, "lac collect", lambda row: (int(row["seed"]), int(row["task"]), int(row["init_state"])))
+    return {(task, init_state) for _, (seed, task, init_state) in rows if seed == config.seed}
 
 
 def _record_failure(config: CollectConfig, task: int, init_state: int, steps: int) -> None:
     """Append one line to the list of failures."""
     row = {"task": task, "init_state": init_state, "seed": config.seed, "steps": steps}
+    cut_unfinished(config.out / FAILURES)
     with (config.out / FAILURES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

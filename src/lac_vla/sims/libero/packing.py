@@ -9,7 +9,8 @@ from tqdm import tqdm
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.lerobot import LeRobotDataset
 from lac_vla.datasets.writer import DatasetWriter
-from lac_vla.sims.libero.collect import BROKEN, load_episode, load_metadata
+from lac_vla.files import locked, writing
+from lac_vla.sims.libero.collect import load_episode, load_metadata
 from lac_vla.sims.libero.env import CONTROL_HZ
 
 IMAGES = "images."
@@ -48,22 +49,27 @@ def pack(staging_dir: Path, out: Path) -> LeRobotDataset:
         for key, value in notes[paths[0]].items()
         if key not in PER_EPISODE and all(note.get(key) == value for note in notes.values())
     }
-    with DatasetWriter(
-        out,
-        CONTROL_HZ,
-        state_names=STATE_NAMES,
-        action_names=ACTION_NAMES,
-        robot_type="panda",
-        provenance=common,
-        overwrite=True,
-    ) as writer:
+    lock = locked(out.with_name(f"{out.name}.lock"), f"another process writes {out}: give another --dataset")
+    with (
+        writing(out, "--dataset"),
+        lock,
+        DatasetWriter(
+            out,
+            CONTROL_HZ,
+            state_names=STATE_NAMES,
+            action_names=ACTION_NAMES,
+            robot_type="panda",
+            provenance=common,
+            overwrite=True,
+        ) as writer,
+    ):
         for path in tqdm(paths, desc="packing", unit="episode"):
+            arrays, note = load_episode(path)
             try:
-                arrays, note = load_episode(path)
                 images = {key.removeprefix(IMAGES): arrays.pop(key) for key in list(arrays) if key.startswith(IMAGES)}
                 state, action = arrays.pop("state"), arrays.pop("action")
                 columns = {RENAMED.get(key, key): array for key, array in arrays.items()}
                 writer.add_episode(images, state, action, note["instruction"], columns=columns, metadata=note)
-            except BROKEN as error:
+            except DatasetError as error:
                 raise DatasetError(f"{path}: {error}; delete the file or collect it again") from error
     return LeRobotDataset(out)
