@@ -182,3 +182,23 @@ def test_what_is_derived_is_of_the_counted_episodes_after_any_kill(
     for key, stats in once.stats.items():
         for name, values in stats.items():
             np.testing.assert_allclose(dataset.stats[key][name], values, atol=1e-9, err_msg=f"{key} {name}")
+
+
+def test_the_task_of_an_episode_that_was_not_finished_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "log"
+    grow(root, [0])
+    appender = DatasetAppender(root)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(append, "write_object", killed)  # behind the task table
+    with pytest.raises(KeyboardInterrupt):
+        appender.add_episode(**episode(1))
+    monkeypatch.undo()
+    assert set(LeRobotDataset(root).tasks.values()) == {"lift the cup", "open the drawer"}
+    grow(root, [2])
+    dataset = LeRobotDataset(root)
+    assert (dataset.tasks, dataset.info["total_tasks"]) == ({0: "lift the cup"}, 1)
