@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 
 from lac_vla.errors import InputError, MissingExtraError
+from lac_vla.files import publish
 from lac_vla.types import UInt8Image
 
 
@@ -53,7 +53,7 @@ class VideoFile:
         self._mux(None)
         self._container.close()
         self._container = None
-        os.replace(self._partial, self.path)
+        publish(self._partial, self.path)
 
     def _open(self, height: int, width: int) -> None:
         try:
@@ -81,7 +81,7 @@ def sample_frames(path: str | Path, n: int) -> list[UInt8Image]:
     """
     av = _av()
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format="mp4") as container:  # nothing that would name further files
             stream = container.streams.video[0]
             total = stream.frames or sum(1 for _ in container.decode(stream))
             container.seek(0, stream=stream)

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lac_vla.errors import InputError
+from lac_vla.files import shortened
 
 T = TypeVar("T")
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
+"""All that reading a damaged or foreign file may raise, :class:`InputError` among it."""
 
 
 def read_lines(path: Path, command: str, parse: Callable[[Any], T]) -> Iterator[tuple[int, T]]:
@@ -25,8 +28,9 @@ def read_lines(path: Path, command: str, parse: Callable[[Any], T]) -> Iterator[
         if line.strip():
             try:
                 value = parse(json.loads(line))
-            except (ValueError, AttributeError, TypeError, InputError) as error:
-                raise InputError(f"{path}, line {number}: {error}; take the line away and resume the run") from error
+            except UNREADABLE as error:
+                said = shortened(str(error))
+                raise InputError(f"{path}, line {number}: {said}; take the line away and resume the run") from error
             yield number, value
 
 
@@ -38,11 +42,17 @@ def read_object(path: Path, command: str) -> dict[str, Any]:
     """
     text = _text(path, command)
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read ({error}): resume the run, it writes it again") from error
+        return parse_json(text)
+    except UNREADABLE as error:
+        said = shortened(str(error))
+        raise InputError(f"{path} cannot be read ({said}): resume the run, it writes it again") from error
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Parse one JSON object, or raise one of :data:`UNREADABLE`."""
+    found = json.loads(text)
     if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object: resume the run, it writes it again")
+        raise ValueError("it holds no JSON object")
     return found
 
 
