@@ -1,99 +1,205 @@
-"""Files are written whole or not at all, and a folder by one process at a time."""
+"""The one place where files are read and written: read within bounds and with one kind of error, written whole."""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
-from lac_vla.errors import InputError
+from filelock import FileLock, Timeout  # which torch needs, too
+from safetensors import SafetensorError
 
-LOCK = ".lock"
+from lac_vla.errors import InputError, LacError
+
+T = TypeVar("T")
+
+MAX_BYTES = 2**28
+"""The longest JSON file that is read."""
+POINTER = b"version https://git-lfs.github.com/spec"
+PAGE = (b"<!doctype html", b"<html")
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, its folder included: whoever reads it, whenever, reads the old content or the new, never half.
+def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file so that nobody, after whatever kill, finds anything but the whole old content or the whole new one.
 
-    What is equal already is left alone.
+    What is equal already is not written again. The folder is made if need be.
+
+    Args:
+        path: The file.
+        content: Text or bytes; or a function that writes the file at the path that it is given.
 
     Raises:
-        OSError: If the disk fails; the file is as it was.
+        OSError: If the disk fails; the old content is still there.
     """
-    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
-    with contextlib.suppress(OSError):
-        if path.read_bytes() == data:
-            return
+    if isinstance(content, str):
+        content = content.encode()
+    if isinstance(content, bytes) and path.is_file() and path.read_bytes() == content:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-        publish(partial, path)
+        if isinstance(content, bytes):
+            partial.write_bytes(content)
+        else:
+            content(partial)
+        sync(partial)
+    except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' ways to say that the disk is full
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from error
     except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
         raise
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Give a finished file its name, once it is on the disk."""
-    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)
+
+
+def write_object(path: Path, content: Any) -> None:
+    """Write plain data as JSON, see :func:`write_whole`."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Have the disk hold a file's content, or a folder's names."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a log, and wait until it is on the disk; one that is cut off has no end, and does not count."""
-    with path.open("ab") as file:
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def locked(folder: Path, option: str) -> Iterator[None]:
-    """Keep other processes from writing to a folder, by whatever name they know it; it is made if it is not there.
-
-    A folder in which nothing was written is taken away again.
+@contextmanager
+def reading(path: Path, advice: str, kind: type[LacError] = InputError) -> Iterator[None]:
+    """Turn whatever a damaged file makes a library raise into one error that names the file and says what to do.
 
     Args:
-        folder: The folder.
-        option: The command's option that chooses it, for messages.
+        path: The file that is read.
+        advice: What to do about it, as a command: "copy it again".
+        kind: Class of the error.
+    """
+    try:
+        yield
+    except LacError:
+        raise
+    except Exception as error:
+        raise kind(_fault(path, error, advice)) from error
+
+
+def _fault(path: Path, error: Exception, advice: str) -> str:
+    """Say what is wrong with a file that could not be read."""
+    begin = b""
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                begin = file.read(len(POINTER)).lower()
+    except OSError:
+        pass
+    if begin == POINTER:
+        return f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in the folder that was cloned"
+    if begin.lstrip().startswith(PAGE):
+        return f"{path} is a web page that was saved in the file's place: download the file itself"
+    reason = str(error).split("\n")[0][:200] or type(error).__name__
+    if not path.exists():
+        reason = "it is missing"
+    elif path.is_dir():
+        reason = "it is a folder"
+    return f"{path} cannot be read ({reason}): {advice}"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
 
     Raises:
-        InputError: If another process has it, or it cannot be written.
+        ValueError: If it is none, nested too deeply, or too long.
     """
-    from filelock import FileLock, Timeout  # which torch needs, too
-
-    path = folder.resolve() / LOCK
-    made = not path.parent.exists()
-    lock = FileLock(path, thread_local=False)  # another thread may leave
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it is longer than {MAX_BYTES >> 20} MB")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: Path, advice: str, kind: type[LacError] = InputError) -> dict[str, Any]:
+    """Read a file that holds one JSON object; ``advice`` and ``kind`` are those of :func:`reading`.
+
+    Raises:
+        LacError: Of that kind, if it cannot be read, or holds something else.
+    """
+    with reading(path, advice, kind):
+        found = parse_json(_text(path))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds no JSON object but a {type(found).__name__}")
+        return found
+
+
+def read_lines(path: Path, command: str, parse: Callable[[Any], T]) -> Iterator[tuple[int, T]]:
+    """Read a log: number of the line, from 1 on, and what ``parse`` makes of it, whose errors say that it is damaged.
+
+    A last line without its end, left by a killed run, is not counted. Messages name the command that writes the log.
+
+    Raises:
+        InputError: If the file cannot be read, or a line is damaged.
+    """
+    with reading(path, f"give the folder of a run of '{command}'"):
+        whole, _, _ = _text(path).rpartition("\n")
+    for number, line in enumerate(whole.split("\n"), start=1):
+        if line.strip():
+            try:
+                value = parse(parse_json(line))
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
+                raise InputError(f"{path}, line {number}: {error}; take the line away and resume the run") from error
+            yield number, value
+
+
+def cut_unfinished(path: Path) -> None:
+    """Take away the last line of a log if it lacks its end, as a killed run leaves it, before anything is appended."""
+    content = path.read_bytes() if path.exists() else b""
+    if (whole := content.rfind(b"\n") + 1) < len(content):
+        os.truncate(path, whole)
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it is longer than {MAX_BYTES >> 20} MB")
+    return path.read_text(encoding="utf-8")
+
+
+@contextmanager
+def writing(folder: Path, option: str) -> Iterator[None]:
+    """Turn errors of the operating system into one that a user can act on.
+
+    Args:
+        folder: Folder that is written to.
+        option: The option that names another one.
+
+    Raises:
+        InputError: If the operating system refuses something.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error}): make room, or give another {option}") from error
+
+
+@contextmanager
+def locked(file: Path, message: str) -> Iterator[None]:
+    """Hold a lock file, which is left where it is; links to its folder lead to the same lock.
+
+    Raises:
+        InputError: With this message, if another process holds it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file.parent.resolve() / file.name, thread_local=False)  # another thread may let go of it
+    try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise InputError(f"another process writes to {folder}: let it end, or give another {option}") from None
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write to {folder} ({error}); give another {option}") from error
+        raise InputError(message) from None
     try:
         yield
     finally:
-        try:
-            with contextlib.suppress(OSError):
-                if [*path.parent.iterdir()] == [path]:
-                    path.unlink()
-                    if made:
-                        path.parent.rmdir()
-        finally:
-            lock.release()
-
-
-def shortened(text: str, most: int = 300) -> str:
-    """Cut a text that came from elsewhere, for a log, a page or a message."""
-    return text if len(text) <= most else f"{text[: most - 20]}… ({len(text)} characters)"
+        lock.release()

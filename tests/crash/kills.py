@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from lac_vla.files import LOCK
-
+LOCKS = ("lock", ".lock")
 CHANGES = ("fsync", "replace", "unlink", "rmdir")
 
 
@@ -29,7 +28,7 @@ class Kill:
         """Make a change one that is counted."""
 
         def counted(*args: Any, **options: Any) -> Any:
-            if args and Path(str(args[0])).name == LOCK:
+            if args and Path(str(args[0])).name in LOCKS:
                 return change(*args, **options)  # which the system lets go of with the process
             if self.done == self.at:
                 raise Killed
@@ -55,5 +54,5 @@ def files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != LOCK and not path.name.endswith(".partial")
+        if path.is_file() and path.name not in LOCKS and not path.name.endswith(".partial")
     }

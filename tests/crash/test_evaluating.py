@@ -18,11 +18,12 @@ from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.runner import evaluate
 from lac_vla.factory import ModelOptions
 from lac_vla.files import locked
+from lac_vla.results.records import EpisodeRecord
 from lac_vla.sims.libero.benchmark import Libero
 from tests.crash.kills import files, killed_at
 from tests.evaluation.worlds import FakeEnv, outcomes, save_tiny
 
-POINTS = 16
+POINTS = 20
 """Changes to the disk of this evaluation."""
 
 
@@ -77,7 +78,7 @@ def test_killed_while_it_evaluates(unbroken: EvalConfig, tmp_path: Path, torn: b
     log = config.out / "episodes.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         if torn:
-            patch.setattr(runner, "append_line", append_in_two)
+            patch.setattr(runner, "_log", log_in_two)
         with killed_at(at):
             evaluate(config)
     before = log.read_bytes() if log.exists() else b""
@@ -86,8 +87,9 @@ def test_killed_while_it_evaluates(unbroken: EvalConfig, tmp_path: Path, torn: b
     assert counting(config.out) == counting(unbroken.out)
 
 
-def append_in_two(path: Path, line: str) -> None:
+def log_in_two(record: EpisodeRecord, path: Path) -> None:
     """Half a line is on the disk at the moment of a change."""
+    line = json.dumps(record.to_json())
     with path.open("a") as file:
         file.write(line[:50])
         file.flush()
@@ -132,5 +134,5 @@ def test_settings_that_cannot_be_read(unbroken: EvalConfig, tmp_path: Path, cont
 
 def test_one_writer(unbroken: EvalConfig, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(unbroken.out)
-    with locked(unbroken.out, "--out"), pytest.raises(InputError, match="another process writes to"):
+    with locked(unbroken.out / runner.LOCK, ""), pytest.raises(InputError, match="another process writes to"):
         evaluate(replace(unbroken, out=tmp_path / "link"))

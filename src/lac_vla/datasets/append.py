@@ -19,7 +19,7 @@ from lac_vla.datasets.schema import Arrays, Images, data_table, tasks_table
 from lac_vla.datasets.statistics import FeatureStats, from_lists, merge, to_lists
 from lac_vla.datasets.video import VideoWriter
 from lac_vla.datasets.writer import EpisodeWriter, Place, VideoPlaces
-from lac_vla.files import publish, sync
+from lac_vla.files import sync, write_object, write_whole
 
 
 class DatasetAppender(EpisodeWriter):
@@ -114,15 +114,11 @@ class DatasetAppender(EpisodeWriter):
         self._folder, self._stats, self._next = self.root, stats, layout.next_file(*self._next)
 
     def _replace(self, name: str, content: Any) -> None:
-        """Write a file under another name first; nobody ever reads half of it."""
         path = self._folder / name.format(chunk_index=self._next[0], file_index=self._next[1])
-        partial = path.with_name(path.name + ".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, Mapping):
-            layout.write_json(partial, content)
+            write_object(path, content)
         else:
-            pq.write_table(content, partial, compression="snappy")
-        publish(partial, path)
+            write_whole(path, lambda partial: pq.write_table(content, partial, compression="snappy"))
 
 
 def _merged(one: Mapping[str, FeatureStats], other: Mapping[str, FeatureStats]) -> dict[str, FeatureStats]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 
 from lac_vla.errors import InputError, MissingExtraError
-from lac_vla.files import publish
+from lac_vla.files import sync
 from lac_vla.types import UInt8Image
 
 
@@ -53,7 +54,8 @@ class VideoFile:
         self._mux(None)
         self._container.close()
         self._container = None
-        publish(self._partial, self.path)
+        sync(self._partial)
+        os.replace(self._partial, self.path)
 
     def _open(self, height: int, width: int) -> None:
         try:

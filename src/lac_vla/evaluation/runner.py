@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,11 @@ from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.worker import EpisodeWorker, Job
 from lac_vla.factory import method_name
-from lac_vla.files import append_line, locked, write_whole
+from lac_vla.files import locked, read_object, reading, write_object, writing
 from lac_vla.provenance import provenance
-from lac_vla.results.files import UNREADABLE, parse_json
 from lac_vla.results.records import EpisodeRecord, finished
 
-EPISODES, CONFIG, SUMMARY = "episodes.jsonl", "config.json", "summary.json"
+EPISODES, CONFIG, SUMMARY, LOCK = "episodes.jsonl", "config.json", "summary.json", ".lock"
 CHANGEABLE = ("workers", "threads", "videos", "server")
 """Settings that may differ when a run is resumed: they change no result."""
 
@@ -67,7 +67,7 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
     begin, stop = first.states
     with ExitStack() as opened:
         for config in configs:
-            opened.enter_context(locked(config.out, "--out"))
+            opened.enter_context(_held(config.out))
         settings = [_settings(config) for config in configs]
         done = [finished(config.out / EPISODES, config.stress or "") for config in configs]
         jobs = [
@@ -94,13 +94,28 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
             config.benchmark.publish(config.out)
 
 
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; one that was made for nothing is taken away again."""
+    made, lock = not out.exists(), out / LOCK
+    with ExitStack() as held:
+        with writing(out, "--out"):
+            held.enter_context(locked(lock, f"another process writes to {out}: let it end, or give another --out"))
+        try:
+            yield
+        finally:
+            if [*out.iterdir()] == [lock]:
+                with suppress(OSError):
+                    lock.unlink()
+                    if made:
+                        out.rmdir()
+
+
 def _log(record: EpisodeRecord, path: Path) -> None:
-    try:
-        append_line(path, json.dumps(record.to_json()))
-    except OSError as error:
-        raise LacError(
-            f"cannot write to {path} ({error}): make room, and the same command goes on from here"
-        ) from error
+    with writing(path, "--out"), path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(record.to_json()) + "\n")
+        log.flush()
+        os.fsync(log.fileno())
 
 
 def _run(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
@@ -125,14 +140,10 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     """
     settings: dict[str, Any] = json.loads(json.dumps(config.settings(), default=str))
     path, log = config.out / CONFIG, config.out / EPISODES
-    try:
-        if not path.exists() or not log.exists() or b"\n" not in log.read_bytes():
-            return settings
-        return _grown(config.out, parse_json(path.read_text(encoding="utf-8")), settings)
-    except InputError:
-        raise
-    except UNREADABLE as error:
-        raise InputError(f"{path} cannot be read ({error!r:.200}); give another --out") from error
+    if not path.exists() or not log.exists() or b"\n" not in log.read_bytes():
+        return settings
+    with reading(path, "give another --out"):
+        return _grown(config.out, read_object(path, "give another --out"), settings)
 
 
 def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -166,15 +177,13 @@ def _describe(
     """Write what describes the runs; files that say the same already are left alone."""
     for config, agreed in zip(configs, settings, strict=True):
         summary, path = _summary(config, agreed, simulator), config.out / SUMMARY
-        with suppress(*UNREADABLE):
-            before = parse_json(path.read_text(encoding="utf-8"))
+        with suppress(LacError):
+            before = read_object(path, "it is written again")
             if before | {"created": None} == json.loads(json.dumps(summary)) | {"created": None}:
                 summary = before
-        try:
-            for name, content in ((CONFIG, agreed), (SUMMARY, summary)):
-                write_whole(config.out / name, json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write to {config.out} ({error}); give another --out") from error
+        with writing(config.out, "--out"):
+            write_object(config.out / CONFIG, agreed)
+            write_object(path, summary)
 
 
 def _summary(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,8 +212,5 @@ def _summary(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping
 def describe_model(model: str) -> dict[str, Any]:
     """Read what the checkpoint says of itself in ``lac.json``, if it does."""
     path = Path(model) / "lac.json"
-    try:
-        described = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except UNREADABLE as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r:.200}): fetch the checkpoint again") from error
-    return {"name": Path(model).name, **described}
+    found = read_object(path, "fetch the checkpoint again", CheckpointError) if path.is_file() else {}
+    return {"name": Path(model).name, **found}

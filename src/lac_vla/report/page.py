@@ -29,7 +29,7 @@ def write_page(template: str, out: Path, **context: Any) -> Path:
     )
     page = environment.get_template(template).render(**context)
     try:
-        write_whole(out, page)
+        write_whole(out, page.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"cannot write {out} ({error}): choose another place") from error
     return out

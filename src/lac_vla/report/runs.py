@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lac_vla.errors import InputError
-from lac_vla.results.files import read_object
+from lac_vla.files import read_object
 from lac_vla.results.records import EpisodeRecord, Trial, read_episodes
 from lac_vla.results.summary import Summary, summarize
 
@@ -28,7 +28,7 @@ class Run:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the folder of a run of 'lac eval'")
         path = folder / "summary.json"
-        metadata = read_object(path, "lac eval") if path.exists() else {}
+        metadata = read_object(path, "resume the run (lac eval), it writes it again") if path.exists() else {}
         episodes = read_episodes(folder / "episodes.jsonl")
         return cls(folder, metadata, episodes, summarize(episodes))
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from lac_vla.errors import InputError
-from lac_vla.results.files import read_lines, read_object
+from lac_vla.files import read_lines, read_object
 from lac_vla.types import BoolArray, FloatArray, UInt8Image
 
 METRICS, CONFIG, POLICY, SALIENCY = "metrics.jsonl", "config.json", "policy/config.json", "saliency.npz"
 COMMAND = "lac train"
+ADVICE = "give the folder of a run of 'lac train'; resumed, it writes the file again"
 
 Row = Mapping[str, float]
 """One line of ``metrics.jsonl``: ``step``, ``stage``, ``seconds``, and what was measured there."""
@@ -83,10 +84,10 @@ class TrainingRun:
     def read(cls, folder: str | Path) -> TrainingRun:
         """Read a run's folder; an :class:`InputError` says that it is none, or that a file in it is damaged."""
         folder = Path(folder)
-        config = read_object(folder / CONFIG, COMMAND)
+        config = read_object(folder / CONFIG, ADVICE)
         if "stage2_steps" not in config:
             raise InputError(f"{folder / CONFIG} holds no settings of 'lac train': give the folder of such a run")
-        metadata = read_object(folder / POLICY, COMMAND).get("about", {}) if (folder / POLICY).exists() else {}
+        metadata = read_object(folder / POLICY, ADVICE).get("about", {}) if (folder / POLICY).exists() else {}
         pictures = folder / SALIENCY
         return cls(
             folder,

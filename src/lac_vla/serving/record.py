@@ -24,12 +24,13 @@ import numpy as np
 from lac_vla.datasets import DatasetAppender, DatasetError, layout
 from lac_vla.datasets.schema import describe
 from lac_vla.errors import InputError, LacError
-from lac_vla.files import locked
+from lac_vla.files import locked, writing
 from lac_vla.serving.metrics import Metrics, log
 from lac_vla.serving.raw import COLUMNS, SUFFIX, TOO_MANY_FILES, RawEpisode, RawWriter
 from lac_vla.serving.sessions import Answer
 from lac_vla.types import FloatArray, Frame
 
+LOCK = "lock"
 MAX_WAITING = 2**28
 """Bytes of frames that may wait for the disk."""
 MIN_FREE = 2**30
@@ -75,7 +76,9 @@ class Recorder:
         folder = folder.resolve()  # the lock is for what is written, whatever it is called
         self._raw = folder.with_name(folder.name + ".recording")
         self._lock = contextlib.ExitStack()
-        self._lock.enter_context(locked(self._raw, "--record"))
+        busy = f"another process writes to {folder}: give another --record"
+        with writing(folder, "--record"):
+            self._lock.enter_context(locked(self._raw / LOCK, busy))
         try:
             self._dataset = DatasetAppender(folder, fps or None)
             _check_fits(self._dataset, cameras, action, state)
@@ -136,9 +139,9 @@ class Recorder:
         self._release()
 
     def _release(self) -> None:
+        if not any(self._raw.glob(f"*{SUFFIX}")):
+            shutil.rmtree(self._raw)
         self._lock.close()
-        with contextlib.suppress(OSError):  # frames are left in it
-            self._raw.rmdir()
 
     def _open(self, buffer: RawWriter) -> None:
         with contextlib.suppress(OSError):  # the first frame tries again
@@ -215,6 +218,8 @@ class Recorder:
             index = self._add(arrays, metadata)
         except Exception as error:  # of the disk, as a rule; the frames are there and get another chance
             self._lost(f"{error}; {path} is tried again at the next start", path.stem, 0, exc_info=True)
+            with contextlib.suppress(OSError, LacError):  # what is on the disk counts, however far it came
+                self._dataset = DatasetAppender(self._dataset.root, self._dataset.fps)
         else:
             path.unlink()
             self.metrics.recorded.labels("kept").inc()
