@@ -194,7 +194,7 @@ def locked(file: Path, message: str) -> Iterator[None]:
         InputError: With this message, if another process holds it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file.parent.resolve() / file.name)
+    lock = FileLock(file.parent.resolve() / file.name, thread_local=False)  # another thread may let go of it
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,22 +16,26 @@ from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.lerobot import LeRobotDataset
 from lac_vla.datasets.schema import Arrays, Images, data_table, tasks_table
-from lac_vla.datasets.statistics import FeatureStats, merge, to_lists
+from lac_vla.datasets.statistics import FeatureStats, from_lists, merge, to_lists
 from lac_vla.datasets.video import VideoWriter
 from lac_vla.datasets.writer import EpisodeWriter, Place, VideoPlaces
-from lac_vla.files import write_object, write_whole
+from lac_vla.files import sync, write_object, write_whole
 
 
 class DatasetAppender(EpisodeWriter):
     """Appends episodes to a dataset, or begins one. When the disk fails, the dataset is as it was.
 
     Every episode has files of its own, and belongs to the dataset once ``info.json``, replaced last, counts it. What
-    a killed process leaves behind is referred to by nothing, and the next episode takes its place. A new dataset gets
-    its name with its first episode. Videos are encoded in one thread, which leaves the others to a model.
+    a killed process leaves behind is referred to by nothing, and the next episode takes its place; tasks and statistics
+    that count it already are put right at the start. A new dataset gets its name with its first episode. Videos are
+    encoded in one thread, which leaves the others to a model.
 
     Args:
         root: Folder of the dataset.
         fps: Frames per second; ``None`` for those of the folder.
+
+    Attributes:
+        metadata: That of every episode which was there at the start.
 
     Raises:
         DatasetError: If the folder holds something else than a dataset, or one with other frames per second.
@@ -38,11 +43,12 @@ class DatasetAppender(EpisodeWriter):
 
     def __init__(self, root: str | Path, fps: int | None = None) -> None:
         super().__init__(root, fps)
+        self.metadata: list[dict[str, Any]] = []
         self._stats: dict[str, FeatureStats] = {}
         self._next = (0, 0)
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            self._continue(LeRobotDataset(self.root))
             self._folder = self.root
+            self._continue(LeRobotDataset(self.root))
         else:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -61,6 +67,8 @@ class DatasetAppender(EpisodeWriter):
         count = dataset.info.get("total_tasks", len(dataset.tasks))
         self._tasks = {task: index for index, task in sorted(dataset.tasks.items())[:count]}
         self._stats = dataset.stats
+        notes = [json.loads(row.get(layout.METADATA) or "{}") for row in dataset.episodes]
+        self.metadata = [note for note in notes if isinstance(note, dict)]
         taken = [
             (int(value), int(row[key.replace("chunk_index", "file_index")]))
             for row in dataset.episodes
@@ -68,6 +76,22 @@ class DatasetAppender(EpisodeWriter):
             if key.endswith("chunk_index")
         ]
         self._next = layout.next_file(*max(taken)) if taken else (0, 0)
+        self._put_right(dataset)
+
+    def _put_right(self, dataset: LeRobotDataset) -> None:
+        """Take out of tasks and statistics what a killed process had entered for an episode that does not count."""
+        known = int(self._info.get("total_tasks", len(self._tasks)))
+        if len(self._tasks) > known:
+            self._tasks = {task: index for task, index in self._tasks.items() if index < known}
+            self._replace(layout.TASKS, tasks_table(self._tasks))
+        if any(int(entry["count"].max()) > dataset.total_frames for entry in self._stats.values() if "count" in entry):
+            self._stats = {}
+            for path in sorted(self.root.glob("meta/episodes/chunk-*/file-*.parquet")):
+                for row in pq.read_table(path).to_pylist():
+                    if row["episode_index"] < len(self):
+                        stats = _row_stats(row)
+                        self._stats = _merged(self._stats, stats) if self._stats else stats
+            self._replace(layout.STATS, to_lists(self._stats))
 
     def _write_frames(self, vectors: Arrays, pictures: Images, fps: int) -> tuple[Place, Place, VideoPlaces]:
         videos = {}
@@ -75,6 +99,10 @@ class DatasetAppender(EpisodeWriter):
             video = VideoWriter(self._folder, key, fps, *values.shape[1:3], place=self._next, threads=1)
             videos[key] = video.add(values)
             video.close()
+            sync(
+                self._folder
+                / layout.VIDEO_PATH.format(video_key=key, chunk_index=self._next[0], file_index=self._next[1])
+            )
         self._replace(layout.DATA_PATH, data_table(vectors))
         return self._next, self._next, videos
 
@@ -83,7 +111,7 @@ class DatasetAppender(EpisodeWriter):
     ) -> None:
         """Write the tables in the order in which they refer to one another."""
         if len(self):
-            stats = {key: merge(self._stats[key], entry) for key, entry in stats.items() if key in self._stats}
+            stats = _merged(self._stats, stats)
         self._replace(layout.TASKS, tasks_table(tasks))
         self._replace(layout.STATS, to_lists(stats))
         self._replace(layout.EPISODES_PATH, pa.Table.from_pylist([row]))
@@ -98,3 +126,17 @@ class DatasetAppender(EpisodeWriter):
             write_object(path, content)
         else:
             write_whole(path, lambda partial: pq.write_table(content, partial, compression="snappy"))
+
+
+def _merged(one: Mapping[str, FeatureStats], other: Mapping[str, FeatureStats]) -> dict[str, FeatureStats]:
+    return {key: merge(one[key], entry) for key, entry in other.items() if key in one}
+
+
+def _row_stats(row: Mapping[str, Any]) -> dict[str, FeatureStats]:
+    """Read the statistics of one episode from its row of the episode table."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in row.items():
+        if name.startswith("stats/"):
+            _, key, what = name.split("/")
+            found.setdefault(key, {})[what] = value
+    return from_lists(found)

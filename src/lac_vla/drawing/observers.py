@@ -11,6 +11,7 @@ from lac_vla.drawing.picture import caption, jpeg, side_by_side, stacked
 from lac_vla.drawing.video import VideoFile
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
+from lac_vla.files import write_whole
 from lac_vla.types import Frame, UInt8Image
 
 MOMENTS = 4
@@ -91,8 +92,7 @@ class FailurePicture:
             return None
         picture = side_by_side([self._moment(number, step) for number, step in self._steps])
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(jpeg(picture, quality=80))
+            write_whole(self.path, jpeg(picture, quality=80))
         except OSError as error:
             raise InputError(f"cannot write {self.path} ({error}): choose another folder") from error
         return self.path

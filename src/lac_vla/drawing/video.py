@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from lac_vla.errors import InputError, MissingExtraError
+from lac_vla.files import sync
 from lac_vla.types import UInt8Image
 
 
@@ -53,6 +54,7 @@ class VideoFile:
         self._mux(None)
         self._container.close()
         self._container = None
+        sync(self._partial)
         os.replace(self._partial, self.path)
 
     def _open(self, height: int, width: int) -> None:
@@ -81,7 +83,7 @@ def sample_frames(path: str | Path, n: int) -> list[UInt8Image]:
     """
     av = _av()
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format="mp4") as container:  # nothing that would name further files
             stream = container.streams.video[0]
             total = stream.frames or sum(1 for _ in container.decode(stream))
             container.seek(0, stream=stream)

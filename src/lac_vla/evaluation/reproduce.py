@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Annotated
 import tyro
 
 from lac_vla.bundled import MINI
-from lac_vla.errors import InputError
+from lac_vla.errors import CheckpointError, InputError
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.runner import CONFIG as RUN_CONFIG
 from lac_vla.evaluation.runner import EPISODES, evaluate_together
 from lac_vla.factory import ModelOptions, method_name
+from lac_vla.files import read_object
 from lac_vla.policies import LACPolicy, PolicySpec
 from lac_vla.policies.lac import SUBFOLDER
 from lac_vla.policies.lac.policy import CONFIG
@@ -298,7 +298,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     def played(*runs: EvalConfig) -> list[EpisodeRecord]:
         evaluate_together(runs)
         for run in runs:
-            workers.append(int(json.loads((run.out / RUN_CONFIG).read_text(encoding="utf-8"))["workers"]))
+            workers.append(int(read_object(run.out / RUN_CONFIG, "run the same command again").get("workers", 1)))
         methods, tasks = {method_name(spec) for spec in runs[0].policies}, runs[0].task_ids
         found = [episode for run in runs for episode in read_episodes(run.out / EPISODES)]
         return [episode for episode in found if episode.method in methods and episode.task in tasks]
@@ -328,8 +328,9 @@ def ablation_row(folder: Path) -> Row:
     """
     config = LACPolicy.from_pretrained(folder).config
     home = folder / SUBFOLDER if (folder / SUBFOLDER / CONFIG).is_file() else folder
-    about = json.loads((home / CONFIG).read_text(encoding="utf-8")).get("about", {})
-    steps = about.get("training", {}).get("stage1_steps")
+    about = read_object(home / CONFIG, "train it again", CheckpointError).get("about")
+    training = about.get("training") if isinstance(about, dict) else None
+    steps = training.get("stage1_steps") if isinstance(training, dict) else None
     lacking = {
         "selector alone": config.ratio is not None,
         "without stage I": steps == 0,

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from lac_vla.errors import InputError
+from lac_vla.errors import CheckpointError, InputError, LacError
 from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.worker import EpisodeWorker, Job
 from lac_vla.factory import method_name
+from lac_vla.files import locked, read_object, reading, write_object, writing
 from lac_vla.provenance import provenance
 from lac_vla.results.records import EpisodeRecord, finished
 
-EPISODES, CONFIG, SUMMARY = "episodes.jsonl", "config.json", "summary.json"
+EPISODES, CONFIG, SUMMARY, LOCK = "episodes.jsonl", "config.json", "summary.json", ".lock"
 CHANGEABLE = ("workers", "threads", "videos", "server")
 """Settings that may differ when a run is resumed: they change no result."""
 
@@ -31,7 +32,8 @@ def evaluate(config: EvalConfig) -> Path:
     """Run what is still missing of an evaluation.
 
     Every finished episode is on disk before the next one begins; a killed run goes on where it stopped, without
-    losing or repeating an episode. An episode whose simulator dies is begun again, as often as the benchmark allows.
+    losing or repeating an episode. One process at a time writes to the folder, and its settings bind whoever goes on
+    once it holds an episode. An episode whose simulator dies is begun again, as often as the benchmark allows.
 
     A run may grow: more policies, more tasks, and more initial states behind those that it has. What it holds is kept.
 
@@ -39,7 +41,7 @@ def evaluate(config: EvalConfig) -> Path:
         The run's folder: ``config.json``, ``episodes.jsonl``, ``summary.json``, ``videos/``, ``failures/``.
 
     Raises:
-        InputError: If the folder cannot be written or holds a run with other settings.
+        InputError: If the folder cannot be written, another process has it, or it holds a run with other settings.
         SimulatorError: If an episode's simulators died, too often.
     """
     evaluate_together([config])
@@ -60,35 +62,60 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
             raise InputError(
                 f"evaluations that run together have an out and a stress each, and all else alike: {field.name}"
             )
-    settings = [_settings(config) for config in configs]
-    done = [finished(config.out / EPISODES, config.stress or "") for config in configs]
     simulator = first.benchmark.metadata(first.task_ids)
     methods = tuple(method_name(spec) for spec in first.policies)
     begin, stop = first.states
-    jobs = [
-        Job(config, task, init_state, missing)
-        for task in first.task_ids
-        for config, there in zip(configs, done, strict=True)
-        for init_state in range(begin, min(stop, first.benchmark.trials[task]))
-        if (missing := tuple(m for m in methods if (m, task, init_state) not in there))
-    ]
     with ExitStack() as opened:
+        for config in configs:
+            opened.enter_context(_held(config.out))
+        settings = [_settings(config) for config in configs]
+        done = [finished(config.out / EPISODES, config.stress or "") for config in configs]
+        jobs = [
+            Job(config, task, init_state, missing)
+            for task in first.task_ids
+            for config, there in zip(configs, done, strict=True)
+            for init_state in range(begin, min(stop, first.benchmark.trials[task]))
+            if (missing := tuple(m for m in methods if (m, task, init_state) not in there))
+        ]
         records = opened.enter_context(closing(_run(first, jobs))) if jobs else ()
-        for config, agreed in zip(configs, settings, strict=True):
-            _open(config, agreed, simulator)
-        logs = {c.stress or "": opened.enter_context((c.out / EPISODES).open("a", encoding="utf-8")) for c in configs}
+        logs = {config.stress or "": config.out / EPISODES for config in configs}
         bar = opened.enter_context(tqdm(total=sum(len(job.methods) for job in jobs), unit="episode", desc="rollouts"))
         solved: dict[str, list[bool]] = {method: [] for method in methods}
-        for record in records:
-            log = logs[record.stress]
-            log.write(json.dumps(record.to_json()) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
+        for number, record in enumerate(records):
+            if not number:  # a start that failed has bound nobody
+                _describe(configs, settings, simulator)
+            _log(record, logs[record.stress])
             solved[record.method].append(record.success)
             bar.update()
             bar.set_postfix({method: f"{sum(s)}/{len(s)}" for method, s in solved.items() if s})
-    for config in configs:
-        config.benchmark.publish(config.out)
+        if not jobs:
+            _describe(configs, settings, simulator)
+        for config in configs:
+            config.benchmark.publish(config.out)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; one that was made for nothing is taken away again."""
+    made, lock = not out.exists(), out / LOCK
+    with ExitStack() as held:
+        with writing(out, "--out"):
+            held.enter_context(locked(lock, f"another process writes to {out}: let it end, or give another --out"))
+        try:
+            yield
+        finally:
+            if [*out.iterdir()] == [lock]:
+                with suppress(OSError):
+                    lock.unlink()
+                    if made:
+                        out.rmdir()
+
+
+def _log(record: EpisodeRecord, path: Path) -> None:
+    with writing(path, "--out"), path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(record.to_json()) + "\n")
+        log.flush()
+        os.fsync(log.fileno())
 
 
 def _run(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
@@ -113,13 +140,10 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     """
     settings: dict[str, Any] = json.loads(json.dumps(config.settings(), default=str))
     path, log = config.out / CONFIG, config.out / EPISODES
-    if not path.exists() or not log.exists() or not log.stat().st_size:
+    if not path.exists() or not log.exists() or b"\n" not in log.read_bytes():
         return settings
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); give another --out") from error
-    return _grown(config.out, before, settings)
+    with reading(path, "give another --out"):
+        return _grown(config.out, read_object(path, "give another --out"), settings)
 
 
 def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -147,14 +171,19 @@ def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[
     }
 
 
-def _open(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping[str, Any]) -> None:
-    """Prepare the run's folder."""
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        for name, content in ((CONFIG, settings), (SUMMARY, _summary(config, settings, simulator))):
-            (config.out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to {config.out} ({error}); give another --out") from error
+def _describe(
+    configs: Sequence[EvalConfig], settings: Sequence[Mapping[str, Any]], simulator: Mapping[str, Any]
+) -> None:
+    """Write what describes the runs; files that say the same already are left alone."""
+    for config, agreed in zip(configs, settings, strict=True):
+        summary, path = _summary(config, agreed, simulator), config.out / SUMMARY
+        with suppress(LacError):
+            before = read_object(path, "it is written again")
+            if before | {"created": None} == json.loads(json.dumps(summary)) | {"created": None}:
+                summary = before
+        with writing(config.out, "--out"):
+            write_object(config.out / CONFIG, agreed)
+            write_object(path, summary)
 
 
 def _summary(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,5 +212,5 @@ def _summary(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping
 def describe_model(model: str) -> dict[str, Any]:
     """Read what the checkpoint says of itself in ``lac.json``, if it does."""
     path = Path(model) / "lac.json"
-    described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {"name": Path(model).name, **described}
+    found = read_object(path, "fetch the checkpoint again", CheckpointError) if path.is_file() else {}
+    return {"name": Path(model).name, **found}

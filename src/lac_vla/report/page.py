@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lac_vla.errors import InputError, MissingExtraError
+from lac_vla.files import write_whole
 
 
 def write_page(template: str, out: Path, **context: Any) -> Path:
@@ -28,11 +28,8 @@ def write_page(template: str, out: Path, **context: Any) -> Path:
         trim_blocks=True,
     )
     page = environment.get_template(template).render(**context)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, out)
+        write_whole(out, page.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"cannot write {out} ({error}): choose another place") from error
     return out

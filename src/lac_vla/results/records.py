@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lac_vla.errors import InputError
-from lac_vla.files import read_lines
+from lac_vla.files import cut_unfinished, read_lines
 from lac_vla.results.metrics import METRICS
 
 Trial: TypeAlias = tuple[str, int, int, int, str]
@@ -134,11 +134,7 @@ def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:
     """
     if not path.exists():
         return set()
-    text = path.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        with path.open("r+b") as file:
-            file.truncate(whole)
+    cut_unfinished(path)
     records = read_episodes(path)
     if any(record.stress != stress for record in records):  # older logs have "" for every stress
         raise InputError(f"{path} holds episodes that are not marked {stress!r}, of an older version: another --out")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +18,11 @@ from lac_vla.datasets import DatasetError
 from lac_vla.types import FloatArray, Frame
 
 SUFFIX = ".frames"
+MAX_HEADER = 2**20
+"""Bytes of a file's first line, at most."""
+ENDED = b"LACENDED"
+"""The last bytes of a finished file; before them the reason why the episode ended, and its length, four bytes."""
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 COLUMNS = {"seconds": np.float64, "cache_ratio": np.float32, "latency_ms": np.float32}
 """Columns beside observation and action: the request's arrival since the episode began; the share of the tokens that
 was reused; the time from the request's arrival to the answer."""
@@ -61,10 +69,12 @@ class RawEpisode:
     Attributes:
         header: The file's header.
         records: Its frames, (T,), of the dtype that the header gives; they stay on the disk.
+        ended: The reason why it ended; ``None`` if it never did.
     """
 
     header: Header
     records: npt.NDArray[np.void]
+    ended: str | None
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -88,20 +98,27 @@ class RawEpisode:
         """
         with path.open("rb") as file:
             try:
-                found = json.loads(file.readline())
+                found = json.loads(file.readline(MAX_HEADER))
                 header = Header(**found | {"images": {c: (int(h), int(w)) for c, (h, w) in found["images"].items()}})
-            except (KeyError, TypeError, ValueError) as error:
-                raise DatasetError(f"{path} is no recorded episode ({error!r})") from error
-            offset = file.tell()
-        count = (path.stat().st_size - offset) // header.record.itemsize
+                record = header.record
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+                raise DatasetError(f"{path} is no recorded episode ({error!r:.200})") from error
+            offset, size, ended = file.tell(), path.stat().st_size, None
+            file.seek(max(offset, size - 4 - len(ENDED)))
+            tail = file.read()
+            if tail[4:] == ENDED:
+                end = size - len(tail) - int.from_bytes(tail[:4], "big")
+                file.seek(max(offset, end))
+                ended, size = file.read(max(0, size - len(tail) - end)).decode("utf-8", "replace"), end
+        count = (size - offset) // record.itemsize
         if count < 1:
             raise DatasetError(f"{path} holds no frame")
-        return cls(header, np.memmap(path, header.record, "r", offset, (count,)))
+        return cls(header, np.memmap(path, record, "r", offset, (count,)), ended)
 
 
 @dataclass
 class RawWriter:
-    """Writes the file of one episode, which the first frame opens.
+    """Writes the file of one episode.
 
     Attributes:
         path: Path of the new file.
@@ -114,12 +131,27 @@ class RawWriter:
 
     path: Path
     metadata: Mapping[str, Any]
-    started_at: float
+    started_at: float = 0.0
     frames: int = 0
     written: int = 0
     dropped: bool = False
     _header: Header | None = None
     _file: BinaryIO | None = None
+
+    def open(self, patience: float = 0.0) -> None:
+        """Make the file, if it is not there; while the process has too many, try again for ``patience`` seconds.
+
+        Raises:
+            OSError: If the disk fails, or there are too many files all the time.
+        """
+        end = time.monotonic() + patience
+        while self._file is None:
+            try:
+                self._file = self.path.open("xb")
+            except OSError as error:
+                if error.errno not in TOO_MANY_FILES or time.monotonic() >= end:
+                    raise
+                time.sleep(0.05)
 
     def write(self, frame: Frame, action: FloatArray, columns: Mapping[str, float]) -> None:
         """Append one frame.
@@ -129,8 +161,10 @@ class RawWriter:
             OSError: If the disk fails.
         """
         header = Header.of(frame, action, self.metadata)
-        if self._file is None:
-            self._header, self._file = header, self.path.open("xb")
+        self.open(patience=1.0)
+        assert self._file is not None
+        if self._header is None:
+            self._header = header
             self._file.write(json.dumps(asdict(header)).encode() + b"\n")
         if header != self._header:
             raise DatasetError("images, state, action or instruction changed in mid-episode")
@@ -142,7 +176,16 @@ class RawWriter:
         self._file.flush()
         self.written += 1
 
-    def close(self) -> None:
-        """Finish the file."""
+    def finish(self, ended: str) -> None:
+        """Note why the episode ended, and close the file, or raise :class:`OSError`."""
         if self._file is not None:
+            reason = ended.encode("utf-8", "replace")
+            self._file.write(reason + len(reason).to_bytes(4, "big") + ENDED)
             self._file.close()
+
+    def discard(self) -> None:
+        """Close the file, and delete it."""
+        with contextlib.suppress(OSError):  # what a full disk did not take is thrown away anyhow
+            if self._file is not None:
+                self._file.close()
+        self.path.unlink(missing_ok=True)

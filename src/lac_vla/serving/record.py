@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout  # which torch needs, too
 
 from lac_vla.datasets import DatasetAppender, DatasetError, layout
 from lac_vla.datasets.schema import describe
 from lac_vla.errors import InputError, LacError
+from lac_vla.files import locked, writing
 from lac_vla.serving.metrics import Metrics, log
-from lac_vla.serving.raw import COLUMNS, SUFFIX, RawEpisode, RawWriter
+from lac_vla.serving.raw import COLUMNS, SUFFIX, TOO_MANY_FILES, RawEpisode, RawWriter
 from lac_vla.serving.sessions import Answer
 from lac_vla.types import FloatArray, Frame
 
+LOCK = "lock"
 MAX_WAITING = 2**28
 """Bytes of frames that may wait for the disk."""
 MIN_FREE = 2**30
@@ -44,7 +45,8 @@ class Recorder:
     """Records all sessions of a server into one dataset.
 
     A frame is an answered request: the images as they were received, the state, the first action of the answer, and
-    :data:`lac_vla.serving.raw.COLUMNS`. What a killed server left is recorded at the next start.
+    :data:`lac_vla.serving.raw.COLUMNS`. What a killed server left is recorded at the next start, once: an episode's
+    metadata names its raw file.
 
     Args:
         folder: Folder of the dataset; one that is there is continued.
@@ -71,16 +73,12 @@ class Recorder:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self.metadata, self.metrics = dict(metadata or {}), metrics
+        folder = folder.resolve()  # the lock is for what is written, whatever it is called
         self._raw = folder.with_name(folder.name + ".recording")
-        try:
-            self._raw.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {self._raw} ({error}); give another --record") from error
-        self._lock = FileLock(self._raw / "lock", thread_local=False)  # another thread closes
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise InputError(f"another server records into {folder}; give another --record") from None
+        self._lock = contextlib.ExitStack()
+        busy = f"another process writes to {folder}: give another --record"
+        with writing(folder, "--record"):
+            self._lock.enter_context(locked(self._raw / LOCK, busy))
         try:
             self._dataset = DatasetAppender(folder, fps or None)
             _check_fits(self._dataset, cameras, action, state)
@@ -92,8 +90,19 @@ class Recorder:
         self._waiting, self._waiting_lock = 0, threading.Lock()
         self._writing = ThreadPoolExecutor(1, "record")
         self._packing = ThreadPoolExecutor(1, "pack", initializer=_lower_priority)
-        for path in sorted(self._raw.glob(f"*{SUFFIX}")):
-            self._queue(path, "the server was killed")
+        recorded = {note.get("raw") for note in self._dataset.metadata}
+        for path in sorted(self._raw.glob(f"*{SUFFIX}"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+            if path.name in recorded or not path.stat().st_size:
+                path.unlink()
+            else:
+                self._queue(path)
+
+    def begin(self, session: str, peer: Any = None) -> None:
+        """Open the file of a session's next episode: the descriptor is there when the first frame is."""
+        path = self._raw / f"{time.time_ns()}-{session[:8]}{SUFFIX}"
+        buffer = RawWriter(path, {**self.metadata, "session": session, "raw": path.name})
+        self._buffers[session] = buffer
+        self._writing.submit(self._open, buffer)
 
     def add(self, session: str, answer: Answer, arrived: float, took_ms: float) -> None:
         """Record a request that came at ``arrived``, by ``time.perf_counter()``; returns at once."""
@@ -102,9 +111,10 @@ class Recorder:
         elif session in self._buffers and self._buffers[session].frames >= MAX_FRAMES:
             self.end(session, f"went on after {MAX_FRAMES} frames")
         if session not in self._buffers:
-            path = self._raw / f"{time.time_ns()}-{session[:8]}{SUFFIX}"
-            self._buffers[session] = RawWriter(path, {**self.metadata, "session": session}, arrived)
+            self.begin(session)
         buffer = self._buffers[session]
+        if not buffer.frames:
+            buffer.started_at = arrived
         buffer.frames += 1
         size = sum(image.nbytes for image in answer.frame.images.values())
         with self._waiting_lock:
@@ -131,7 +141,11 @@ class Recorder:
     def _release(self) -> None:
         if not any(self._raw.glob(f"*{SUFFIX}")):
             shutil.rmtree(self._raw)
-        self._lock.release()
+        self._lock.close()
+
+    def _open(self, buffer: RawWriter) -> None:
+        with contextlib.suppress(OSError):  # the first frame tries again
+            buffer.open()
 
     def _write(
         self, buffer: RawWriter, frame: Frame, action: FloatArray, columns: Mapping[str, float], size: int
@@ -159,9 +173,7 @@ class Recorder:
         if buffer.dropped:
             return
         buffer.dropped = True
-        with contextlib.suppress(OSError):  # what a full disk did not take is thrown away anyhow
-            buffer.close()
-        buffer.path.unlink(missing_ok=True)
+        buffer.discard()
         self._lost(reason, buffer.metadata["session"], buffer.written, exc_info=exc_info)
 
     def _lost(self, reason: str, session: Any, frames: int, *, exc_info: bool = False) -> None:
@@ -170,37 +182,59 @@ class Recorder:
         log("episode not recorded", level=logging.WARNING, exc_info=exc_info, **lost)
 
     def _finish(self, buffer: RawWriter, ended: str) -> None:
+        if not buffer.frames:
+            buffer.discard()
+            return
         if buffer.written < MIN_FRAMES:
             self._drop(buffer, "it has a single frame")
         if not buffer.dropped:
-            buffer.close()
-            self._queue(buffer.path, ended)
+            try:
+                buffer.finish(ended)
+            except OSError as error:
+                self._drop(buffer, str(error))
+            else:
+                self._queue(buffer.path)
 
-    def _queue(self, path: Path, ended: str) -> None:
+    def _queue(self, path: Path) -> None:
         self.metrics.unpacked.inc()
-        self._packing.submit(self._pack, path, ended)
+        self._packing.submit(self._pack, path).add_done_callback(lambda _: self.metrics.unpacked.dec())
 
-    def _pack(self, path: Path, ended: str) -> None:
-        """Make a raw file an episode of the dataset."""
+    def _pack(self, path: Path) -> None:
+        """Make a raw file an episode of the dataset; it is deleted once it is one, or if it can never be."""
         try:
             episode = RawEpisode.read(path)
+            arrays = episode.arrays
             if len(episode.records) < MIN_FRAMES:
                 raise DatasetError("it has a single frame")
-            if self._measured and not self._dataset.features:
-                self._dataset.fps = episode.rate
-            metadata = {**episode.header.metadata, "ended": ended}
-            index = self._dataset.add_episode(**episode.arrays, metadata=metadata)
+            self._dataset.check(*(arrays[name] for name in ("images", "state", "action", "columns")))
+            metadata = {**episode.header.metadata, "ended": episode.ended or "the server was killed"}
         except LacError as error:
             self._lost(str(error), path.stem, 0)
             path.unlink()
+            return
+        if self._measured and not self._dataset.features:
+            self._dataset.fps = episode.rate
+        try:
+            index = self._add(arrays, metadata)
         except Exception as error:  # of the disk, as a rule; the frames are there and get another chance
             self._lost(f"{error}; {path} is tried again at the next start", path.stem, 0, exc_info=True)
+            with contextlib.suppress(OSError, LacError):  # what is on the disk counts, however far it came
+                self._dataset = DatasetAppender(self._dataset.root, self._dataset.fps)
         else:
             path.unlink()
             self.metrics.recorded.labels("kept").inc()
             log("episode recorded", episode=index, frames=len(episode.records), fps=self._dataset.fps, **metadata)
-        finally:
-            self.metrics.unpacked.dec()
+
+    def _add(self, arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> int:
+        """Add an episode; while the process has too many files open, wait."""
+        for _ in range(20):
+            try:
+                return self._dataset.add_episode(**arrays, metadata=metadata)
+            except OSError as error:
+                if error.errno not in TOO_MANY_FILES:
+                    raise
+                time.sleep(0.2)
+        return self._dataset.add_episode(**arrays, metadata=metadata)
 
 
 def _check_fits(dataset: DatasetAppender, cameras: tuple[str, ...], action: int, state: int | None) -> None:

@@ -213,9 +213,9 @@ class PolicyServer:
         self._robots[ws] = robot
         self._executor.join(robot)
         log("session opened", session=name, peer=ws.remote_address)
-        if self._view is not None:
-            self._view.begin(name, ws.remote_address)
         observers = [observer for observer in (self.recorder, self._view) if observer is not None]
+        for observer in observers:
+            observer.begin(name, ws.remote_address)
         reason = "closed by the client"
         try:
             await self._send(ws, {**self.metadata, "session": name})

@@ -43,7 +43,7 @@ class View:
         self._closed: deque[dict[str, Any]] = deque(maxlen=CLOSED)
         self._drawing = asyncio.Lock()
 
-    def begin(self, session: str, peer: Any) -> None:
+    def begin(self, session: str, peer: Any = None) -> None:
         """Show a session, from the robot's connection on."""
         address = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unknown"
         self._snapshots[session] = SessionSnapshot(session, address, time.monotonic())

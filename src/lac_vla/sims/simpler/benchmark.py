@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 from rich.table import Table
 
 from lac_vla.errors import InputError
+from lac_vla.files import write_whole
 from lac_vla.results.records import read_episodes
 from lac_vla.sims.base import Benchmark
 from lac_vla.sims.simpler.actions import Convention, conversion
@@ -145,7 +146,7 @@ class Simpler(Benchmark):
             InputError: If the run holds an episode of another benchmark.
         """
         table = PublishedTable.of(self.setup, read_episodes(run / "episodes.jsonl"))
-        (run / TABLE).write_text(json.dumps(asdict(table), indent=2) + "\n", encoding="utf-8")
+        write_whole(run / TABLE, json.dumps(asdict(table), indent=2) + "\n")
         return table.to_terminal()
 
     @property
