@@ -88,6 +88,13 @@ def test_a_seed_is_that_of_the_episode(backbone: VLA, clock: Clock) -> None:
     assert one._session.seed == 5
 
 
+@pytest.mark.parametrize(("actions", "frames"), [(0, 16), (1, 16), (4, 4), (99, 1)])
+def test_the_maximum_age_is_one_of_control_steps(backbone: VLA, clock: Clock, actions: int, frames: int) -> None:
+    one = RobotSession(CachedVLA(backbone, Stubborn(), max_age=16), KEYS, SessionOptions(actions_per_call=actions))
+    ages = [int(ask(one, observation(number), clock.now).step.age.max()) for number in range(20)]
+    assert max(ages) == frames
+
+
 @pytest.mark.parametrize(
     ("waited_ms", "tokens"), [(0, 26), (12.5, 8), (19, 8), (100, 8)], ids=["all", "half", "floor", "late"]
 )

@@ -110,7 +110,8 @@ def make_server(config: ServeConfig) -> PolicyServer:
     controller = None
     if config.deadline_ms and table is not None:
         n_visual = sum(rows * cols for rows, cols in vla.model.grids.values())
-        controller = DeadlineController(config.deadline_ms, table, smallest_budget(n_visual, vla.max_age))
+        max_frames = max(1, vla.max_age // (config.session_options.actions_per_call or 1))
+        controller = DeadlineController(config.deadline_ms, table, smallest_budget(n_visual, max_frames))
     metadata = {
         "server": f"lac-vla {__version__}",
         "model": vla.model.name,

@@ -121,6 +121,7 @@ class RobotSession:
         if self.options.slack and self.table is None:
             raise InputError("slack refresh needs a latency table: LatencyTable.measure(vla)")
         self._session = self.vla.session(self.seed)
+        self._session.steps_per_frame = self.options.actions_per_call or 1
         self._instruction: str | None = None
         self._episode: Any = None
         self._shapes: Mapping[str, tuple[int, int]] = {}
