@@ -190,9 +190,12 @@ def writing(folder: Path, option: str) -> Iterator[None]:
 def locked(file: Path, message: str) -> Iterator[None]:
     """Hold a lock file, which is left where it is; links to its folder lead to the same lock.
 
+    The folder is made if need be, and taken away again if nothing was put there.
+
     Raises:
         InputError: With this message, if another process holds it.
     """
+    made = not file.parent.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file.parent.resolve() / file.name, thread_local=False)  # another thread may let go of it
     try:
@@ -203,3 +206,6 @@ def locked(file: Path, message: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if made and {*file.parent.iterdir()} <= {file}:
+            file.unlink(missing_ok=True)
+            file.parent.rmdir()

@@ -251,12 +251,12 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         state = load_state(config.out)
         if state is not None:  # without one, settings bind nothing
             check_settings(config.out, describe(config), CHANGEABLE)
-        if rank == 0:
-            write_object(config.out / CONFIG, describe(config))
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
         vla = load_vla(find_model(config.model), device=device, dtype="auto", unnorm_key=config.unnorm_key)
         vla.module.requires_grad_(False)
         tower = MixedTower(vla) if config.vision_kv_reuse else None
+        if rank == 0:
+            write_object(config.out / CONFIG, describe(config))
         store = _store(config, vla, () if tower is None else tower.cameras, rank)
         run = Training(config, vla, store, tower, (size, rank))
         if state is not None:
