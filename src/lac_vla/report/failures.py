@@ -33,7 +33,7 @@ def gallery(run: Run, colours: dict[str, str]) -> dict[str, Any] | None:
         return None
     shown: list[dict[str, Any]] = []
     for method in colours:
-        pictures = {e.trial: picture for _, e in pairs if e.method == method and (picture := _picture(run, e))}
+        pictures = {e.trial: data for _, e in pairs if e.method == method and (data := _picture(run, e))}
         pictured = [(d, e) for d, e in pairs if e.method == method and e.trial in pictures]
         tasks = {e.task: (d, e) for d, e in reversed(pictured)}  # one of each task first
         rest = [pair for pair in pictured if pair not in tasks.values()]

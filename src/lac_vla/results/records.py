@@ -107,7 +107,9 @@ class EpisodeRecord:
         wrong = [name for name, value in known.items() if not _KINDS[name](value)]
         if missing or wrong:
             raise InputError(
-                f"an episode record lacks {', '.join(missing)}" if missing else f"an episode record cannot hold that {wrong}"
+                f"an episode record lacks {', '.join(missing)}"
+                if missing
+                else f"an episode record cannot hold that {wrong}"
             )
         return cls(**known)
 
