@@ -129,3 +129,21 @@ def test_few_of_many_losses_are_shown_and_those_of_different_tasks_first(run: Ru
         (1, 0),
         (0, 1),
     ]
+
+
+@pytest.mark.parametrize("name", ["../secret", "link", "plain.txt", "huge.jpg", "failures", "x\0y", "n" * 5000, "loop"])
+@pytest.mark.parametrize("field", ["failure", "video"])
+def test_a_page_carries_nothing_away(run: Run, tmp_path: Path, name: str, field: str) -> None:
+    """A foreign run's record may name any file: what lies outside, or is no picture, is not shown."""
+    (tmp_path / "secret").write_text("the key")
+    if field == "failure":  # a picture outside is none of the run's, either
+        shutil.copy(run.folder / "failures" / "one.jpg", tmp_path / "secret")
+    (run.folder / "link").symlink_to(tmp_path / "secret")
+    (run.folder / "loop").symlink_to(run.folder / "loop")
+    if field == "failure":
+        (run.folder / "plain.txt").write_text("no picture")
+        (run.folder / "huge.jpg").write_bytes(b"\xff\xd8" + bytes(2**23))
+    episodes = [replace(e, video=None, failure=None) for e in run.episodes]
+    shown = [replace(e, **{field: name}) for e in episodes]
+    assert gallery(replace(run, episodes=shown), {"motion-0.5": "red"})["shown"] == []  # type: ignore[index]
+    assert replace(run, episodes=shown).recorded() == []

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from lac_vla.client.wire import pack, unpack
-from lac_vla.errors import LacError, MissingExtraError
+from lac_vla.errors import InputError, LacError, MissingExtraError
 
 try:
     from websockets.asyncio.client import connect as connect_async
@@ -117,10 +117,13 @@ def _faults(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, InvalidHandshake, ConnectionClosed) as error:
-        raise ServerError(f"{what}: {error}") from error
+        raise ServerError(f"{what}: {error!s:.500}") from error
 
 
 def _read(message: str | bytes) -> dict[str, Any]:
     if isinstance(message, str):
-        raise ServerError(f"the server answered: {message}")
-    return unpack(message, _LARGEST)
+        raise ServerError(f"the server answered: {message:.500}")
+    try:
+        return unpack(message, _LARGEST)
+    except InputError as error:
+        raise ServerError(f"the server's answer cannot be read: {error}") from error

@@ -15,6 +15,8 @@ LIBERO_IMAGES = ("observation/image", "observation/wrist_image")
 """Keys of openpi's LIBERO client, in the order of a model's cameras."""
 MAX_SIDE = 2048
 """Pixels along an image's side."""
+SESSION_KEYS = ("episode_id", "reset", "seed")
+"""Keys of a request that say when an episode begins."""
 MAX_PROMPT = 1000
 """Characters of an instruction."""
 
@@ -57,6 +59,11 @@ class ObservationKeys:
             raise InputError(f"where are the images of {missing}? Add --camera {missing[0]}=KEY")
         return cls(keys, state, prompt)
 
+    @property
+    def wanted(self) -> frozenset[str]:
+        """List the keys of a request that are read; all others may hold anything."""
+        return frozenset({*self.cameras.values(), self.state, self.prompt, *SESSION_KEYS})
+
     def frame(self, request: Mapping[str, Any]) -> Frame:
         """Make the frame of a request.
 
@@ -65,9 +72,12 @@ class ObservationKeys:
         """
         images = {camera: _find(request, key) for camera, key in self.cameras.items()}
         if missing := [self.cameras[camera] for camera, image in images.items() if image is None]:
-            raise InputError(f"the request has no {missing}; it has {sorted(request)[:20]}")
+            there = [f"{key:.40}" for key in sorted(request)[:20]]
+            raise InputError(f"the request has no {missing}; it has {there}")
         for camera, image in images.items():
-            if isinstance(image, np.ndarray) and max(image.shape, default=0) > MAX_SIDE:
+            if not isinstance(image, np.ndarray):
+                raise InputError(f"{self.cameras[camera]} is a {type(image).__name__}; send an array, uint8, H×W×3")
+            if max(image.shape, default=0) > MAX_SIDE:
                 raise InputError(
                     f"{self.cameras[camera]} has the shape {image.shape}; send at most {MAX_SIDE} pixels a side"
                 )

@@ -66,7 +66,7 @@ class RemoteSession:
             self._keys = ObservationKeys(dict(metadata["cameras"]), metadata["state"], metadata["prompt"])
             self.actions_per_call = int(metadata["actions_per_call"] or 1)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"this server's metadata lacks what `lac serve` sends: {error!r}") from error
+            raise InputError(f"this server's metadata lacks what `lac serve` sends: {error!r:.200}") from error
 
     @classmethod
     def connect(cls, url: str, model: str, method: str) -> RemoteSession:
@@ -107,6 +107,12 @@ class RemoteSession:
         start = time.perf_counter()
         answer = self.client.infer(request)
         round_trip = 1e3 * (time.perf_counter() - start)
-        report = {name: answer["lac"][name] for name in ("ratio", "nominal_ratio", "oldest_age", "stages")}
+        try:
+            report = {name: answer["lac"][name] for name in ("ratio", "nominal_ratio", "oldest_age", "stages")}
+            actions = np.asarray(answer["actions"], dtype=np.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the server's answer lacks what `lac serve` sends: {error!r:.200}") from error
+        if actions.ndim not in (1, 2) or not actions.size or not np.isfinite(actions).all():
+            raise InputError(f"the server answered with actions of shape {actions.shape}, or some that are not finite")
         self.last_info = RemoteReport(**report, round_trip=round_trip)
-        return np.asarray(answer["actions"], dtype=np.float32)
+        return actions

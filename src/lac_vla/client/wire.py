@@ -7,7 +7,7 @@ array's bytes must be there before an array is made of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,12 @@ MAX_ITEMS = 256
 """Entries of one map or list."""
 MAX_CONTAINERS = 256
 """Maps and lists in one message."""
-MAX_NESTING, MAX_DIMS = 8, 4
+MAX_NESTING, MAX_DIMS, MAX_SIDE = 8, 4, 2**31
 DTYPES = frozenset(["b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8"])
 """Kind and bytes of array elements, in either byte order."""
 
+_MAPS = {bytes([first]) for first in (*range(0x80, 0x90), 0xDE, 0xDF)}
+"""First bytes of maps."""
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 _SCALARS = (bool, int, float, str, bytes, np.generic, np.ndarray, type(None))
 
@@ -47,12 +49,14 @@ def pack(message: Mapping[str, Any]) -> bytes:
         raise InputError(f"this message cannot be sent: {error}") from error
 
 
-def unpack(data: bytes, limit: int = MAX_MESSAGE) -> dict[str, Any]:
+def unpack(data: bytes, limit: int = MAX_MESSAGE, wanted: Collection[str] | None = None) -> dict[str, Any]:
     """Read a message: a map whose keys are texts. Its arrays are the receiver's own, and can be written to.
 
     Args:
         data: The message's bytes.
         limit: Bytes that it may have.
+        wanted: The keys that are read, or the ways to them through maps within the message, ``a/b``; all else may be
+            anything, and is ``None``. By default everything is read.
 
     Raises:
         InputError: If it is too long, or no such message, or exceeds one of this module's limits.
@@ -61,21 +65,25 @@ def unpack(data: bytes, limit: int = MAX_MESSAGE) -> dict[str, Any]:
         raise InputError(f"a message of {len(data)} bytes; at most {limit} are read: send smaller images")
     reader = _Reader()
     try:
-        message = msgpack.unpackb(
-            data,
+        unpacker = msgpack.Unpacker(
             object_pairs_hook=reader.map,
             list_hook=reader.list,
             ext_hook=_refuse_extension,
+            max_buffer_size=max(1, len(data)),
             max_str_len=MAX_TEXT,
             max_bin_len=limit,
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
             max_ext_len=0,
         )
+        unpacker.feed(data)
+        message = unpacker.unpack() if wanted is None else _read_wanted(unpacker, data, wanted)
+        if unpacker.tell() != len(data):
+            raise ValueError("more than one message")
     except InputError:
         raise
     except Exception as error:  # msgpack's own errors are of many kinds
-        raise InputError(f"not a message of openpi's protocol ({type(error).__name__}: {error})") from error
+        raise InputError(f"not a message of openpi's protocol ({type(error).__name__}: {error!s:.200})") from error
     if type(message) is not dict:
         raise InputError(f"a message is a map; this is a {type(message).__name__}")
     _check(message, 1)
@@ -107,6 +115,28 @@ class _Reader:
             raise InputError(f"a message has more than {MAX_CONTAINERS} maps and lists; send numbers as arrays")
 
 
+def _read_wanted(unpacker: Any, data: bytes, wanted: Collection[str], way: str = "") -> dict[str, Any]:
+    """Read the wanted values of a map, and skip all others, which costs no memory."""
+    found: dict[str, Any] = {}
+    count = unpacker.read_map_header()
+    if count > MAX_ITEMS:
+        raise InputError(f"a map has {count} keys; at most {MAX_ITEMS} are read")
+    for _ in range(count):
+        key = unpacker.unpack()
+        if key in found if isinstance(key, str) else way == "":
+            raise InputError("a map has the same key twice" if isinstance(key, str) else "a map's keys are texts")
+        leads = isinstance(key, str) and any(path.startswith(f"{way}{key}/") for path in wanted)
+        if isinstance(key, str) and way + key in wanted:
+            found[key] = unpacker.unpack()
+        elif leads and data[unpacker.tell() : unpacker.tell() + 1] in _MAPS:
+            found[key] = _read_wanted(unpacker, data, wanted, f"{way}{key}/")
+        else:
+            unpacker.skip()
+            if isinstance(key, str):
+                found[key] = None
+    return found
+
+
 def _check(value: Any, depth: int) -> None:
     """Refuse what is nested too deeply, and keys and values that are none of the protocol's."""
     if isinstance(value, _SCALARS):
@@ -131,7 +161,11 @@ def _array(found: dict[Any, Any]) -> np.ndarray[Any, Any]:
     data, shape, dtype = found[b"data"], found[b"shape"], _dtype(found[b"dtype"])
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
         raise InputError(f"an array has the shape {shape!r:.60}; give at most {MAX_DIMS} sizes")
-    if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
+    if (
+        not isinstance(data, bytes)
+        or len(data) != math.prod(shape) * dtype.itemsize
+        or max(shape, default=0) > MAX_SIDE
+    ):
         raise InputError(f"an array of shape {shape} and type {dtype.str} does not have as many bytes as it should")
     return np.ndarray(shape, dtype, bytearray(data))
 
@@ -144,7 +178,8 @@ def _scalar(found: dict[Any, Any]) -> np.generic:
     try:
         if dtype.kind in "iu" and not (isinstance(value, int) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max):
             raise OverflowError
-        scalar: np.generic = dtype.type(value)
+        with np.errstate(over="ignore"):
+            scalar: np.generic = dtype.type(value)
     except OverflowError as error:
         raise InputError(f"a numpy scalar is {value}, which {dtype} does not hold") from error
     return scalar

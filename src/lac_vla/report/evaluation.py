@@ -156,7 +156,7 @@ def _shown(run: Run, trials: Sequence[list[EpisodeRecord]]) -> list[list[Episode
     shown: list[list[EpisodeRecord]] = []
     room = VIDEO_MB * 1e6
     for group in trials[:VIDEO_TRIALS]:
-        room -= sum((run.folder / str(episode.video)).stat().st_size for episode in group)
+        room -= sum(path.stat().st_size for episode in group if (path := run.file(episode.video)))
         if room < 0 and shown:
             break
         shown.append(group)
@@ -164,7 +164,7 @@ def _shown(run: Run, trials: Sequence[list[EpisodeRecord]]) -> list[list[Episode
 
 
 def _clip(run: Run, episode: EpisodeRecord, colour: str) -> dict[str, Any]:
-    path = run.folder / str(episode.video)
+    path = run.file(episode.video) or run.folder
     frames = sample_frames(path, 4)  # the first is dense with every method: nothing to see
     strip = filmstrip(frames[1:] or frames, 3)
     ratios = [value for value in episode.metrics.get("ratio_effective", ()) if value is not None]

@@ -46,6 +46,14 @@ class Run:
         simulator = self.metadata.get("simulator")
         return str(simulator.get("rendering", "")) if isinstance(simulator, dict) else ""
 
+    def file(self, name: str | None) -> Path | None:
+        """Find a file that a record names; ``None`` if it is not there, or lies outside the folder, links followed."""
+        try:
+            path, root = (self.folder / (name or "")).resolve(), self.folder.resolve()
+            return path if path.is_file() and path.is_relative_to(root) else None
+        except (OSError, RuntimeError, ValueError):  # links in a circle, names that no file can have
+            return None
+
     def recorded(self) -> list[list[EpisodeRecord]]:
         """Group the episodes with videos by trial, each group with its episodes in the order of the methods.
 
@@ -54,7 +62,7 @@ class Run:
         order = {row.method: index for index, row in enumerate(self.summary.methods)}
         trials: dict[Trial, list[EpisodeRecord]] = {}
         for episode in self.episodes:
-            if episode.video is not None and (self.folder / episode.video).is_file():
+            if self.file(episode.video) is not None:
                 trials.setdefault(episode.trial, []).append(episode)
         groups = [sorted(group, key=lambda e: order[e.method]) for _, group in sorted(trials.items())]
         first = {group[0].task: group[0].trial for group in reversed(groups)}

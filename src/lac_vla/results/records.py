@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +17,9 @@ Trial: TypeAlias = tuple[str, int, int, int, str]
 
 WHOLE = "observation_to_action"
 """The latency window of a whole call of the model."""
+
+LARGEST = 1e18
+"""The largest number that a record may hold."""
 
 RENAMED = {"passes": "decode_passes"}
 """Keys of earlier logs → their metrics."""
@@ -91,18 +94,57 @@ class EpisodeRecord:
         """Read a line; keys that are neither fields nor metrics are left aside.
 
         Raises:
-            InputError: If a key is missing.
+            InputError: If a key is missing, or holds what it cannot.
         """
+        if not isinstance(line, Mapping):
+            raise InputError("an episode record is a JSON object")
         line = {RENAMED.get(key, key): value for key, value in line.items()}
         known = {name: line[name] for name in cls.__dataclass_fields__ if name in line}
         known["metrics"] = {name: line[name] for name in METRICS if line.get(name)}
-        try:
-            return cls(**known)
-        except TypeError as error:
-            fields = dataclasses.fields(cls)
-            needed = [field.name for field in fields if field.default is MISSING is field.default_factory]
-            missing = ", ".join(name for name in needed if name not in known)
-            raise InputError(f"an episode record lacks {missing or error}") from error
+        missing = [
+            f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING and f.name not in known
+        ]
+        wrong = [name for name, value in known.items() if not _KINDS[name](value)]
+        if missing or wrong:
+            raise InputError(
+                f"an episode record lacks {', '.join(missing)}"
+                if missing
+                else f"an episode record cannot hold that {wrong}"
+            )
+        return cls(**known)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 <= value <= LARGEST
+
+
+def _is_series(value: object) -> bool:
+    """Tell whether it is name → one amount, or ``None``, per call."""
+    return isinstance(value, dict) and all(
+        isinstance(values, list | tuple) and all(each is None or _is_amount(each) for each in values)
+        for values in value.values()
+    )
+
+
+_KINDS: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("method", "suite", "instruction", "stress"), _is_text),
+    **dict.fromkeys(("task", "init_state", "seed", "steps", "horizon"), _is_whole),
+    **dict.fromkeys(("metrics", "latency_ms"), _is_series),
+    **dict.fromkeys(("video", "failure"), lambda value: value is None or _is_text(value)),
+    "actions_per_call": lambda value: _is_whole(value) and value != 0,
+    "success": lambda value: isinstance(value, bool),
+    "peak_memory_mb": lambda value: value is None or _is_amount(value),
+    "outcome": lambda value: isinstance(value, dict),
+}
+"""Field → whether a line may hold a value there."""
 
 
 def read_episodes(path: str | Path) -> list[EpisodeRecord]:

@@ -65,7 +65,7 @@ def net_speedup(row: MethodRow) -> str:
 def _window(name: str, meaning: str) -> Column:
     def cell(row: MethodRow, dense: MethodRow | None) -> str:
         own, reference = row.latency.get(name), dense.latency.get(name) if dense else None
-        faster = f"\n{write.times(reference.p50 / own.p50)}" if own and reference else ""
+        faster = f"\n{write.times(reference.p50 / own.p50)}" if own and own.p50 and reference else ""
         return write.latency(own) + faster
 
     return Column(name.replace("_", " "), cell, meaning)

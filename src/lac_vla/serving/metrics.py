@@ -19,6 +19,9 @@ except ModuleNotFoundError as error:
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.35, 0.5, 1, 2, 5)
 """Upper bounds of the histogram of request times."""
 
+LONGEST, LONGEST_TRACE = 1000, 20_000
+"""Characters of a text, and of a traceback, in the log."""
+
 LOG = logging.getLogger("lac_vla.serving")
 
 
@@ -29,6 +32,7 @@ class Metrics:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter("lac_requests", "Requests by outcome", ["outcome"], registry=registry)
         self.rejected = Counter("lac_rejected_connections", "Connections refused", ["reason"], registry=registry)
+        self.hung_up = Gauge("lac_hung_up_connections", "Dropped before their handshake", registry=registry)
         self.sessions = Gauge("lac_sessions", "Open sessions", registry=registry)
         self.waiting = Gauge("lac_waiting_requests", "Requests that wait or run", registry=registry)
         self.memory = Gauge("lac_cache_bytes", "Keys and values of all sessions", registry=registry)
@@ -87,11 +91,15 @@ class JsonLines(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),
-            **getattr(record, "metadata", {}),
+            **{name: _short(value) for name, value in getattr(record, "metadata", {}).items()},
         }
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+            entry["exception"] = self.formatException(record.exc_info)[-LONGEST_TRACE:]
         return json.dumps(entry, default=str)
+
+
+def _short(value: Any) -> Any:
+    return f"{value[:LONGEST]}…" if isinstance(value, str) and len(value) > LONGEST else value
 
 
 def log(event: str, *, level: int = logging.INFO, exc_info: bool = False, **metadata: Any) -> None:
@@ -106,4 +114,6 @@ def log_to_stderr() -> None:
     LOG.handlers = [handler]
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
-    logging.getLogger("lac_vla.serving.websockets").setLevel(logging.WARNING)  # it speaks of every connection
+    websockets = logging.getLogger("lac_vla.serving.websockets")
+    websockets.setLevel(logging.WARNING)  # it speaks of every connection
+    websockets.addFilter(lambda record: "handshake failed" not in record.getMessage())  # nor is anyone's our trouble

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from lac_vla.factory import CachedVLA
 from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names_this_machine
 from lac_vla.serving.batches import Batcher
 from lac_vla.serving.controller import DeadlineController, LatencyTable
+from lac_vla.serving.door import Door, open_doors
 from lac_vla.serving.executor import ModelExecutor
 from lac_vla.serving.metrics import Metrics, log
 from lac_vla.serving.sessions import RobotSession, SessionOptions
@@ -36,6 +38,8 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("serve", "Serving") from error
 
 
+TOO_BIG = 1009
+"""Code with which a connection is closed whose message is larger than is read."""
 FOREIGN = "without an API key this is shown to localhost and 127.0.0.1 alone; give the server a key"
 
 
@@ -47,6 +51,7 @@ class Limits:
         sessions: Connections at a time, at most.
         rate_hz: Requests per second and session; a faster client is read more slowly.
         message: Bytes of a request, at most.
+        open_s: Seconds that a client may take to shake hands.
         send_s: Seconds that a client may take to read an answer.
         idle_s: Seconds without a request after which a session ends.
     """
@@ -54,8 +59,19 @@ class Limits:
     sessions: int = 32
     rate_hz: float = 200.0
     message: int = wire.MAX_MESSAGE
+    open_s: float = 5.0
     send_s: float = 10.0
     idle_s: float = 1800.0
+
+
+class _Connection(ServerConnection):
+    """A connection that says what to do about a message that is too large: websockets tells numbers alone."""
+
+    def __init__(self, limit: int, protocol: Any, *args: Any, **options: Any) -> None:
+        super().__init__(protocol, *args, **options)
+        fail = protocol.fail
+        advice = f"a message has more than {limit / 2**20:g} MB: send smaller images, or serve with --max-message-mb"
+        protocol.fail = lambda code, reason="": fail(code, advice if code == TOO_BIG else reason)
 
 
 @dataclass
@@ -114,7 +130,8 @@ class PolicyServer:
         self._robots: dict[ServerConnection, RobotSession] = {}
         self._busy: set[ServerConnection] = set()
         self._stopping = False
-        self._server: Server | None = None
+        self._doors: list[Door] = []
+        self._servers: list[Server] = []
         self._view: View | None = None
         if self.view:
             from lac_vla.serving.view import View
@@ -135,26 +152,32 @@ class PolicyServer:
             InputError: If the address cannot be listened on.
         """
         try:
-            self._server = await serve(
-                self._serve, self.host, self.port, ssl=self.tls, compression=None,
-                origins=[None],  # robots are no browsers: no web page may talk to a server on its reader's machine
-                process_request=self._admit, max_size=self.limits.message, write_limit=2**16, server_header=None,
-                max_queue=1,  # what a client sends ahead waits in its own socket
-                logger=logging.getLogger("lac_vla.serving.websockets"),
-            )  # fmt: skip
+            self._doors = open_doors(self.host, self.port)
+            for door in self._doors:
+                self._servers.append(await serve(
+                    self._serve, sock=door, ssl=self.tls, compression=None,
+                    origins=[None],  # robots are no browsers: no web page may talk to a server on its reader's machine
+                    process_request=self._admit, max_size=self.limits.message, write_limit=2**16, server_header=None,
+                    max_queue=1,  # what a client sends ahead waits in its own socket
+                    open_timeout=self.limits.open_s, create_connection=partial(_Connection, self.limits.message),  # type: ignore[arg-type]
+                    logger=logging.getLogger("lac_vla.serving.websockets"),
+                ))  # fmt: skip
         except OSError as error:
             raise InputError(f"cannot listen on {self.host}:{self.port} ({error}); choose another --port") from error
-        self.port = self._server.sockets[0].getsockname()[1]
+        self.port = self._doors[0].getsockname()[1]
         log("listening", url=self.url, **self.metadata)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Take nothing more, answer what was taken, and stop."""
         self._stopping = True
-        if self._server is not None:
-            self._server.close(close_connections=False)
-            await asyncio.gather(*(ws.close(1001, "stopping") for ws in self._robots if ws not in self._busy))
-            await self._server.wait_closed()
+        for server in self._servers:
+            server.close(close_connections=False)
+        for door in self._doors:
+            door.shut()
+        await asyncio.gather(*(ws.close(1001, "stopping") for ws in self._robots if ws not in self._busy))
+        for server in self._servers:
+            await server.wait_closed()
         await self._executor.close()
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)
@@ -163,6 +186,8 @@ class PolicyServer:
     async def _admit(self, ws: ServerConnection, request: Request) -> Response | None:
         """Answer plain requests, and refuse connections that may not be."""
         path = request.path.partition("?")[0]
+        if repeated := [name for name in ("Authorization", "Host") if len(request.headers.get_all(name)) > 1]:
+            return self._refuse(ws, HTTPStatus.BAD_REQUEST, "repeated header", f"send one header {repeated[0]}")
         if path == "/healthz":
             return ws.respond(HTTPStatus.OK, "OK\n")
         if path == "/view" or path.startswith("/view/"):
@@ -173,6 +198,7 @@ class PolicyServer:
             if self._foreign(request):
                 return self._refuse(ws, HTTPStatus.FORBIDDEN, "foreign name", FOREIGN)
             self.metrics.sessions.set(len(self._robots))
+            self.metrics.hung_up.set(sum(door.dropped for door in self._doors))
             self.metrics.waiting.set(self._executor.waiting)
             self.metrics.memory.set(sum(robot.nbytes for robot in self._robots.values()))
             return ws.respond(HTTPStatus.OK, self.metrics.text().decode())
@@ -208,6 +234,8 @@ class PolicyServer:
         if len(self._robots) >= self.limits.sessions or self._stopping:  # several were admitted at the same moment
             await ws.close(1013, "all sessions are taken: try later")
             return
+        for door in self._doors:
+            door.admit(ws.transport.get_extra_info("socket").fileno())
         robot = RobotSession(self.vla, self.keys, self.session_options, self.controller, self.table, self.seed)
         name = uuid.uuid4().hex
         self._robots[ws] = robot
@@ -220,13 +248,14 @@ class PolicyServer:
         try:
             await self._send(ws, {**self.metadata, "session": name})
             await self._answer_all(ws, robot, name, observers)
-        except ConnectionClosed:
-            pass
+        except ConnectionClosed as closed:
+            if closed.sent is not None and closed.sent.code == TOO_BIG:
+                reason = closed.sent.reason
         except asyncio.TimeoutError:
             reason = "timed out"
             await ws.close(1001, "timed out")
         except LacError as error:
-            reason = str(error)
+            reason = f"{error!s:.300}"  # it may quote what the client sent
             self.metrics.requests.labels("refused").inc()
             await self._fail(ws, reason)
         except Exception:
@@ -255,7 +284,7 @@ class PolicyServer:
             not_before = arrived + 1 / self.limits.rate_hz
             if isinstance(data, str):
                 raise InputError("requests are binary messages of openpi's protocol, not text")
-            request = wire.unpack(data, self.limits.message)
+            request = wire.unpack(data, self.limits.message, self.keys.wanted)
             answer = await self._executor.answer(robot, request, arrived)
             if total is not None:
                 answer.message["server_timing"]["prev_total_ms"] = total

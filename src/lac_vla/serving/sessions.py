@@ -230,14 +230,18 @@ class RobotSession:
 
     def _begin(self, request: Mapping[str, Any], frame: Frame, arrived: float) -> str | None:
         """Begin a new episode if this request does, and return the reason; ``None`` at the first request of all."""
-        episode, seed = request.get("episode_id"), request.get("seed")
+        episode, seed, again = (request.get(key) for key in ("episode_id", "seed", "reset"))
+        if isinstance(again, np.ndarray) and again.size == 1:
+            again = again.item()
+        if not isinstance(again, bool | int | float | np.generic | None):
+            raise InputError("reset must be true or false")
         if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed <= MAX_SEED):
             raise InputError("seed must be a whole number from 0 on")
         if not isinstance(episode, str | int | np.integer | None):
             raise InputError("episode_id must be a text or a whole number")
         idle = arrived - self.answered
         first, reason = self._instruction is None, None
-        if request.get("reset") is not None and bool(request["reset"]):
+        if again:
             reason = "reset"
         elif episode != self._episode:
             reason = "new episode"
