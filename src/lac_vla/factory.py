@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lac_vla.bundled import find_model
+from lac_vla.checks import LONGEST_AGE, check_whole
 from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
@@ -54,6 +55,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         EngineOptions.parse(self.options)
+        check_whole("max_age", self.max_age, 1, LONGEST_AGE)
         if self.flow is not None:
             make_flow(self.flow)
         if self.threads < 0 or self.seed < 0:
@@ -85,8 +87,7 @@ class CachedVLA:
     options: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        if self.max_age < 1:
-            raise InputError(f"max_age is {self.max_age}; a slot must be allowed to grow at least 1 frame old")
+        check_whole("max_age", self.max_age, 1, LONGEST_AGE)
         if not 0 < self.scene_cut <= 1:
             raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
         self.policy.check_layout(self.model.grids)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lac_vla.checkpoint_files import read_json
+from lac_vla.checks import check_device, find_dtype
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
@@ -19,7 +21,7 @@ from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import PRESETS
 from lac_vla.models.tokenizer import Encode
 from lac_vla.models.vla import VLA
-from lac_vla.models.weights import HUB_FILES, find_folder, read_json
+from lac_vla.models.weights import HUB_FILES, find_folder, model_name, refuse_adapter, refuse_unread
 
 __all__ = ["FAMILIES", "VLA", "Encode", "Family", "load_vla", "random_vla", "save_vla", "untrained_vla"]
 
@@ -36,7 +38,7 @@ class Family:
         config: Class of its configurations.
         presets: Configurations by name.
         tiny: The preset that tests run.
-        hub_files: Files to download from the hub.
+        hub_files: Patterns of all files that ``load`` reads: they are downloaded, and any other weights are refused.
     """
 
     load: Callable[..., VLA]
@@ -91,22 +93,26 @@ def load_vla(
 
     Raises:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent or of an unknown family.
-        InputError: If ``unnorm_key``, ``cameras``, ``image_pipeline`` or ``dtype`` do not fit it.
+        InputError: If ``unnorm_key``, ``cameras``, ``image_pipeline`` or ``dtype`` do not fit it, or there is no such
+            ``device`` here.
     """
-    device = torch.device(device)
+    device = check_device(device)
+    dtype = find_dtype(dtype, device)
     folder = find_folder(path_or_hub_id)
+    refuse_adapter(path_or_hub_id, folder)
     data = read_json(folder / CONFIG)
     name = data.get("model_type", "cogact" if "vla" in data else None)  # CogACT's, a training run's, does not say so
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {name!r}; known are {list(FAMILIES)}")
     family = FAMILIES[name]
     if family.hub_files != HUB_FILES:
         folder = find_folder(path_or_hub_id, family.hub_files)
+    refuse_unread(path_or_hub_id, folder, family.hub_files, name)
     return family.load(
         folder,
         data,
-        name=Path(path_or_hub_id).resolve().name,
-        dtype=_dtype(dtype, device),
+        name=model_name(path_or_hub_id, folder),
+        dtype=dtype,
         device=device,
         unnorm_key=unnorm_key,
         cameras=cameras,
@@ -115,15 +121,15 @@ def load_vla(
     )
 
 
-def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype | str = torch.bfloat16) -> None:
     """Write a model so that :func:`load_vla` reads it: configuration, weights, statistics, tokenizer.
 
     Args:
         vla: What to write.
         folder: Made if need be; files of these names in it are replaced.
-        dtype: Of the weights in the file.
+        dtype: Of the weights in the file, or its name.
     """
-    FAMILIES[vla.family].save(vla, Path(folder), dtype)
+    FAMILIES[vla.family].save(vla, Path(folder).expanduser(), find_dtype(dtype, vla.device))
 
 
 def random_vla(
@@ -141,10 +147,10 @@ def random_vla(
     Raises:
         InputError: If there is no configuration of that name.
     """
-    device = torch.device(device)
+    device = check_device(device, meta=True)
     name = config if isinstance(config, str) else "random"
     family, config = _family(config)
-    return family.random(config, name=name, seed=seed, dtype=_dtype(dtype, device), device=device)
+    return family.random(config, name=name, seed=seed, dtype=find_dtype(dtype, device), device=device)
 
 
 def untrained_vla(preset: str, statistics: Mapping[str, Any], encode: Encode) -> VLA:
@@ -170,14 +176,3 @@ def _family(model: Any) -> tuple[Family, Any]:
         if isinstance(config, family.config):
             return family, config
     raise InputError(f"unknown model {model!r}: choose one of {list(presets)}")
-
-
-def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    named = getattr(torch, dtype, None)
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise InputError(f"dtype {dtype!r}: give 'auto', 'float32', 'bfloat16' or 'float16', or a torch.dtype")
-    return named

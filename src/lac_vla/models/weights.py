@@ -1,36 +1,39 @@
 """Checkpoint folders: finding them, and reading their weights into a model that was built on ``meta``.
 
-Weights are safetensors, or torch's own container where that is a family's official layout; of it, tensors and plain
-containers alone are read. No code of a checkpoint is ever run.
+Weights are safetensors, or torch's own container where that is a family's official layout; see
+:mod:`lac_vla.checkpoint_files`.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
+import os
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import HfApi, snapshot_download
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lac_vla.checkpoint_files import check_finite_weights, read_json, safetensors_shapes, some
 from lac_vla.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 PARTIAL = "model.safetensors.partial"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-HUB_FILES = ("*.json", "*.safetensors")
-SAFE_TORCH = "2.6"
-LISTED = 4
-"""The number of names that an error message lists at most."""
+HUB_FILES = ("*.json", WEIGHTS, "model-*.safetensors")
+WEIGHT_FILE = re.compile(r"[^/]*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)")
+TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)(?![a-z])|state\.pt$")
+"""Files of a training run beside its model, which are none of the model's weights."""
+WRAPPERS = {
+    "module.": "they were saved from DistributedDataParallel; save the state dict of its .module",
+    "base_model.model.": "they were saved from peft; save model.merge_and_unload()",
+}
+"""Prefixes of names that training code leaves behind → what mends it."""
 
 
 def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
@@ -41,32 +44,86 @@ def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) ->
     Raises:
         CheckpointError: If there is none.
     """
-    folder = Path(path_or_hub_id)
-    if folder.is_dir():
-        return folder
-    if not HUB_ID.fullmatch(str(path_or_hub_id)):
-        raise CheckpointError(f"'{path_or_hub_id}' is neither a folder nor a hub id (owner/name)")
+    given = os.path.expanduser(path_or_hub_id)
+    if os.path.isdir(given):
+        return Path(given)
+    if not HUB_ID.fullmatch(given) or os.path.exists(given):
+        raise CheckpointError(f"'{path_or_hub_id}' {_no_model(given)}")
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=list(files)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        return Path(snapshot_download(given, allow_patterns=list(files)))
+    except Exception as error:  # of the hub, the network, the cache, or what else a client has under it
         raise CheckpointError(f"'{path_or_hub_id}' is no local folder, and the hub says: {error}") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read an object from a JSON file.
+def model_name(path_or_hub_id: str | Path, folder: Path) -> str:
+    """Name a model for tables: its folder's last name; that of its repository where the folder is a hub's snapshot."""
+    if not os.path.isdir(os.path.expanduser(path_or_hub_id)):
+        return str(path_or_hub_id).rpartition("/")[2]
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.rpartition("--")[2]
+    return folder.name
+
+
+def refuse_adapter(path_or_hub_id: str | Path, folder: Path) -> None:
+    """Refuse a folder that holds an adapter, which would be ignored.
 
     Raises:
-        CheckpointError: If it is missing or holds something else.
+        CheckpointError: If it does.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: is the checkpoint's folder complete?") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is damaged: it does not hold a JSON object")
-    return data
+    if found := [file.name for file in folder.glob("adapter_*") if file.is_file()]:
+        raise CheckpointError(
+            f"'{path_or_hub_id}' holds a LoRA adapter that was never merged ({some(found)}): merge it into its base "
+            "model (with peft: model.merge_and_unload().save_pretrained(FOLDER)) and give that folder"
+        )
+
+
+def refuse_unread(path_or_hub_id: str | Path, folder: Path, read: Iterable[str], family: str) -> None:
+    """Refuse weights beside the model's own, local or on the hub, that nobody would read.
+
+    Args:
+        path_or_hub_id: What the user gave.
+        folder: Where it is.
+        read: Patterns of the files that the family reads.
+        family: Its name.
+
+    Raises:
+        CheckpointError: If there are any.
+    """
+    names = {file.name for file in folder.iterdir()}
+    if not os.path.isdir(os.path.expanduser(path_or_hub_id)):
+        try:
+            names |= {file.rfilename for file in HfApi().model_info(str(path_or_hub_id), timeout=10).siblings or ()}
+        except Exception:  # noqa: S110 - without the hub, what was downloaded before is all there is
+            pass
+    weights = [name for name in names if WEIGHT_FILE.fullmatch(name) and not TRAINER_STATE.match(name)]
+    if unread := [name for name in weights if not any(fnmatch(name, pattern) for pattern in read)]:
+        raise CheckpointError(
+            f"'{path_or_hub_id}' holds weights that nobody reads for a model of the family {family}: {some(unread)}. "
+            "The model would act without them. If they belong to it, it is of a family that is not supported, or they "
+            "are pickled and must be saved as safetensors; if not, move them to another folder (from the hub: "
+            "after 'hf download')"
+        )
+
+
+def _no_model(given: str) -> str:
+    """Say what a text is that names neither a folder nor a repository, and what to give in its place."""
+    if os.path.isfile(given):
+        whole = next((folder for folder in Path(given).resolve().parents[:2] if (folder / "config.json").is_file()), "")
+        return f"is a file: give the folder of the whole model, which holds its config.json{whole and f': {whole}'}"
+    if found := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", given):
+        return f"is an address: give the repository's name, '{found[1]}'"
+    if re.match(r"\w+://", given):
+        return "is an address: download the model, and give its folder"
+    if "@" in given and HUB_ID.fullmatch(given.partition("@")[0]):
+        name, _, revision = given.partition("@")
+        return (
+            f"names a revision, which is not taken here: run 'hf download {name} --revision {revision} --local-dir "
+            "FOLDER' and give that folder"
+        )
+    if "\\" in given or re.match(r"[A-Za-z]:", given):
+        return f"is a path of Windows, and no folder {'here' if os.name == 'nt' else 'of this machine'}"
+    return "is neither a folder nor a hub id (owner/name)"
 
 
 def load_weights(
@@ -84,14 +141,15 @@ def load_weights(
     files = _files(folder)
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
-        found |= _shapes(file)
-    check_shapes(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
+        found |= safetensors_shapes(file, unused)
+    check_shapes(wanted, found)
     copy = device.type == "cpu"  # there, what is read is a view of the file, and badly aligned
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as shard:
             keys = wanted.keys() & shard.keys()
             part = {key: shard.get_tensor(key).to(dtype, copy=copy) for key in keys}
         model.load_state_dict(part, strict=False, assign=True)
+    check_finite_weights(folder, model, dtype)
 
 
 def write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
@@ -104,53 +162,22 @@ def write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict):
-            raise CheckpointError(f"{folder / INDEX} is damaged: it has no weight_map")
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise CheckpointError(f"{folder / INDEX} is damaged: it has no weight_map of names and files")
         files = [folder / name for name in sorted(set(index.values()))]
+        if outside := [name for name in index.values() if Path(name).name != name]:
+            raise CheckpointError(f"{folder / INDEX} names files outside of its folder: {some(outside)}")
     else:
         files = [folder / WEIGHTS]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{folder} is incomplete: {_some(missing)} missing (pickled weights are not read)")
-    return files
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes by name, from the header alone; the file's length is checked against it."""
-    try:
-        with safe_open(file, framework="pt") as shard:
-            return {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or damaged ({error}): fetch it again") from error
-
-
-def read_torch(file: Path) -> dict[str, Any]:
-    """Open a ``.pt`` file of ``torch.save``; its tensors stay on disk, mapped into memory, until they are copied.
-
-    Torch's restricted unpickler makes tensors and plain containers, and refuses everything else. The restriction has
-    had holes: up to torch 2.5 code could be run (CVE-2025-32434), so that these versions are refused here; up to 2.9
-    memory could be corrupted (CVE-2026-24747): with those, read files of people you trust.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged, of torch's format of before 1.6 (which cannot be mapped), or
-            holds anything else; or if torch is too old.
-    """
-    if torch.__version__ < SAFE_TORCH:
-        raise CheckpointError(f"{file}: .pt files are read with torch ≥ {SAFE_TORCH}, this is {torch.__version__}")
-    if not zipfile.is_zipfile(file):
-        raise CheckpointError(f"{file} is missing, truncated, or no file of torch ≥ 1.6: fetch it again")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{folder} is incomplete: {some(missing)} missing (pickled weights are not read)")
+    if more := {file.name for file in folder.glob("model*.safetensors")} - {file.name for file in files}:
         raise CheckpointError(
-            f"{file} holds more than tensors and plain containers, and nothing else is unpickled: "
-            "where you trust it, load it with torch and save its state dicts alone"
-        ) from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, not the dictionary of a checkpoint")
-    return content
+            f"{folder} holds two sets of weights: {some(more)} beside those that {INDEX} names, or without it: "
+            "move away those that are not meant"
+        )
+    return files
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -178,14 +205,12 @@ def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
         if key in found and found[key] != shape
     ]
     faults = [
-        f"{len(names)} {what}: {_some(names)}"
+        f"{len(names)} {what}: {some(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
         if names
     ]
+    for prefix, advice in WRAPPERS.items():
+        if unexpected and all(name.startswith(prefix) for name in found):
+            faults.append(f"all names begin with '{prefix}': {advice}")
     if faults:
         raise CheckpointError("the weights are not those of the model in config.json; " + "; ".join(faults))
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:LISTED]) + (", …" if len(ordered) > LISTED else "")

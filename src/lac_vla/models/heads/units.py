@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lac_vla.checks import shortened
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.types import BoolArray
 
@@ -36,13 +37,14 @@ class Range:
         """Read one data set's ``kind`` (``"action"``, ``"proprio"``) statistics.
 
         Raises:
-            CheckpointError: If they are missing or their lengths differ.
+            CheckpointError: If they are missing, no finite numbers, or their lengths differ.
         """
-        if kind not in stats or not {"q01", "q99"} <= set(stats[kind]):
+        own = stats.get(kind) if isinstance(stats, Mapping) else None
+        if not isinstance(own, Mapping) or not {"q01", "q99"} <= set(own):
             raise CheckpointError(f'the data set\'s statistics hold no "q01" and "q99" of "{kind}"')
-        q01 = np.asarray(stats[kind]["q01"], dtype=np.float64)
-        q99 = np.asarray(stats[kind]["q99"], dtype=np.float64)
-        mask = np.asarray(stats[kind].get("mask", np.ones(q01.shape, dtype=bool)), dtype=bool)
+        q01, q99 = _numbers(own["q01"], f'q01 of "{kind}"'), _numbers(own["q99"], f'q99 of "{kind}"')
+        mask = np.ones(q01.shape) if own.get("mask") is None else _numbers(own["mask"], f'mask of "{kind}"')
+        mask = mask.astype(bool)
         shapes = (q01.shape, q99.shape, mask.shape)
         if q01.ndim != 1 or len(set(shapes)) != 1:
             raise CheckpointError(f'q01, q99 and mask of "{kind}" must be vectors of one length, not {shapes}')
@@ -66,6 +68,20 @@ class Range:
         return np.where(self.mask, 0.5 * (scaled + 1.0) * (self.q99 - self.q01) + self.q01, scaled)
 
 
+def _numbers(values: Any, what: str) -> npt.NDArray[np.float64]:
+    """Read numbers that are finite as float32, in which actions are given."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "biuf":
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array.astype(np.float32)).all()
+            if finite:
+                return array.astype(np.float64)
+    except (TypeError, ValueError):
+        pass
+    raise CheckpointError(f"the statistics' {what} must be finite numbers, not {shortened(values)}")
+
+
 def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
     """Pick the statistics of one data set; no ``key`` is needed if there is only one.
 
@@ -73,7 +89,13 @@ def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str,
 
     Raises:
         InputError: If the key is unknown, or is missing though there are several; the message lists the keys.
+        CheckpointError: If there are none.
     """
+    if not isinstance(norm_stats, Mapping) or not norm_stats:
+        raise CheckpointError(
+            "there are no statistics that give actions their units: copy dataset_statistics.json of the training run "
+            "into the checkpoint's folder (config.json holds no norm_stats)"
+        )
     if key is None and len(norm_stats) == 1:
         key = next(iter(norm_stats))
     for name in () if key is None else (key, f"{key}_no_noops"):

@@ -82,6 +82,7 @@ class PrismaticProcessor:
         self._model, self._name, self._cameras, self._embed = model, name, cameras, embed
         self._crop = make_pipeline(image_pipeline or config.image_resize_strategy)
         self._state_range = state_range
+        self._patch = config.vit_towers[0].patch if config.vit_towers else 1
 
     def images(self, frame: Frame) -> dict[str, UInt8Image]:
         """Crop and resize every camera's image to what its tower sees.
@@ -95,7 +96,12 @@ class PrismaticProcessor:
                 f"{self._name} needs the cameras {list(self._cameras)}; the frame has {sorted(frame.images)}, "
                 f"so {missing} are missing: rename the images, or pass `cameras` when loading the model"
             )
-        return {name: self._crop(frame.images[name], cam.image_size) for name, cam in self._cameras.items()}
+        return {name: self._seen(frame.images[name], name) for name in self._cameras}
+
+    def _seen(self, image: UInt8Image, name: str) -> UInt8Image:
+        """Cut off what no patch covers: of 384 pixels, 27 patches of 14 see the first 378."""
+        size, patch = self._cameras[name].image_size, self._patch
+        return self._crop(image, size)[: size // patch * patch, : size // patch * patch]
 
     def prompt(self, frame: Frame) -> PromptInputs:
         """Lay out ``[BOS | visual tokens of all cameras | proprio token, if any | text]``.
