@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def check_finite_weights(where: object, module: nn.Module, dtype: torch.dtype = 
         raise CheckpointError(f"{where}: NaN or infinity in the weights {some(broken)}: fetch them again{advice}")
 
 
-def some(names: list[str], limit: int = 4) -> str:
+def some(names: Collection[str], limit: int = 4) -> str:
     """List some of many names."""
     ordered = sorted(names)
     return ", ".join(ordered[:limit]) + (", …" if len(ordered) > limit else "")

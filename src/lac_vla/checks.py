@@ -69,9 +69,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(each) and value == each for each in inner)
     if origin is tuple:
         kinds = [inner[0]] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
-        return (
-            isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-        )
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
         return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
     if kind in (int, float):

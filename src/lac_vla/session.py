@@ -363,14 +363,14 @@ class Session:
             decision = pad_to_bucket(decision, memory.age, bucket)
         return decision, forced
 
-
     def _refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
         """Let the policy refine its decision in mid-forward; what has reached the maximum age stays computed."""
         refined, before = self.policy.refine(layout, layer, attention, decision), decision.exit_layer
         changed = refined.exit_layer != before
-        if refined.skipped is not decision.skipped or (
-            changed & ((before <= layer) | (refined.exit_layer <= layer))
-        ).any():
+        if (
+            refined.skipped is not decision.skipped
+            or (changed & ((before <= layer) | (refined.exit_layer <= layer))).any()
+        ):
             raise InputError(
                 f"{type(self.policy).__name__} refined behind layer {layer} what was computed up to there: it may only "
                 "choose the exit layers, from the next one on, of tokens that are still computed"

@@ -55,7 +55,9 @@ class FrameMemory:
             OutdatedPlanError: If the cache has changed since.
         """
         if version not in (None, self.version):
-            raise OutdatedPlanError("the session has gone on since this plan was made: make a new one by session.plan(frame)")
+            raise OutdatedPlanError(
+                "the session has gone on since this plan was made: make a new one by session.plan(frame)"
+            )
         self.warm = False
         self.version += 1
 

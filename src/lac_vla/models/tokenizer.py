@@ -65,7 +65,7 @@ def load_tokenizer(folder: Path) -> Encode:
     file = folder / TOKENIZER
     if not file.is_file():
         convert = (
-            f"; its {SENTENCE_PIECE} alone is not read, convert it with: python -c \"from transformers import "
+            f'; its {SENTENCE_PIECE} alone is not read, convert it with: python -c "from transformers import '
             f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
         found = convert if (folder / SENTENCE_PIECE).is_file() else ": copy it there, or pass `encode`"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -92,10 +93,8 @@ def refuse_unread(path_or_hub_id: str | Path, folder: Path, read: Iterable[str],
     """
     names = {file.name for file in folder.iterdir()}
     if not os.path.isdir(os.path.expanduser(path_or_hub_id)):
-        try:
+        with suppress(Exception):  # without the hub, what was downloaded before is all there is
             names |= {file.rfilename for file in HfApi().model_info(str(path_or_hub_id), timeout=10).siblings or ()}
-        except Exception:  # noqa: S110 - without the hub, what was downloaded before is all there is
-            pass
     weights = [name for name in names if WEIGHT_FILE.fullmatch(name) and not TRAINER_STATE.match(name)]
     if unread := [name for name in weights if not any(fnmatch(name, pattern) for pattern in read)]:
         raise CheckpointError(

@@ -43,8 +43,9 @@ class Range:
         if not isinstance(own, Mapping) or not {"q01", "q99"} <= set(own):
             raise CheckpointError(f'the data set\'s statistics hold no "q01" and "q99" of "{kind}"')
         q01, q99 = _numbers(own["q01"], f'q01 of "{kind}"'), _numbers(own["q99"], f'q99 of "{kind}"')
-        mask = np.ones(q01.shape) if own.get("mask") is None else _numbers(own["mask"], f'mask of "{kind}"')
-        mask = mask.astype(bool)
+        mask = np.ones(q01.shape, dtype=bool)
+        if own.get("mask") is not None:
+            mask = _numbers(own["mask"], f'mask of "{kind}"').astype(bool)
         shapes = (q01.shape, q99.shape, mask.shape)
         if q01.ndim != 1 or len(set(shapes)) != 1:
             raise CheckpointError(f'q01, q99 and mask of "{kind}" must be vectors of one length, not {shapes}')
