@@ -49,8 +49,8 @@ def shortened(value: Any) -> str:
     """Write a value from outside, however long it is, in at most 80 characters."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        text = "a number of thousands of digits"
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or lists in lists in lists
+        text = "more than can be shown"
     return text if len(text) <= 80 else text[:79] + "…"
 
 

@@ -161,8 +161,9 @@ class PrismaticConfig:
             cameras = tuple(_camera(camera) for camera in data.get("cameras") or ()) or _official_camera(data)
             hidden = tuple(data.get("projector_hidden") or _official_projector(data["text_config"], vit))
             prompt = VICUNA_PROMPT if llm.startswith("vicuna") else OPENVLA_PROMPT
-            config: dict[str, Any] = {"norm_stats": {}, "prompt_template": prompt}
+            config: dict[str, Any] = {"prompt_template": prompt}
             config |= {f.name: data[f.name] for f in fields(cls) if f.init and f.name in data}
+            config["norm_stats"] = data.get("norm_stats") or {}
             config |= {"vision_backbone_id": backbone, "llm_backbone_id": llm}
             config |= {"vit_towers": vit, "cameras": cameras, "projector_hidden": hidden}
             return cls(**config)
