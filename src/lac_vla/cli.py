@@ -7,18 +7,21 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
 
 if TYPE_CHECKING:
     from lac_vla.evaluation.reproduce import Reproduction
 
-console = Console()
+console = Console(markup=False, highlight=False, emoji=False)
+"""Prints texts as they are: paths, names and errors come from outside, and may hold square brackets."""
 FLAT: Any = tyro.conf.arg(name="")
 """Marks a config dataclass whose fields are options of the command itself."""
 
@@ -29,12 +32,15 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Words behind ``lac``; by default those of the process.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a terminal or log in plain ASCII cannot show becomes "?"
+            stream.reconfigure(errors="replace")
+    words = [_expanded(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         _refuse_old_names(words)
         tyro.extras.subcommand_cli_from_dict(_verbs(_suite(words)), prog="lac", description=_DESCRIPTION, args=words)
     except LacError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
@@ -65,9 +71,15 @@ def _refuse_old_names(words: list[str]) -> None:
             raise InputError(f"{name} is called {RENAMED[name]} now")
 
 
+def _expanded(word: str) -> str:
+    """Write out the home folder where the shell did not: behind an equals sign, or in quotes."""
+    name, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return f"{name}{equals}{os.path.expanduser(value)}"
+
+
 def _suite(words: list[str]) -> str | None:
     """Find the suite among the words of `lac eval` and `lac check`: it decides which options the benchmark has."""
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip(words, [*words[1:], None], strict=False):
         name, _, value = word.partition("=")
         if words[0] in ("eval", "check") and name == "--suite":
             return value or following
@@ -122,7 +134,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
         episodes = sum(benchmark.trials[task] for task in wanted)
         console.print(f"{benchmark.suite}: {episodes} episodes; missing: {len(lacking)}")
         for item in lacking:
-            console.print(f"- {item}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"- {item}", soft_wrap=True)
         raise SystemExit(1 if lacking else 0)
 
     def reproduce(benchmark: tyro.conf.Positional[Literal["libero"]], config: Annotated[ReproduceConfig, FLAT]) -> None:
@@ -233,7 +245,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
         try:
             console.print(f"report: {_report_training(config.out, config.out / 'report.html')}")
         except MissingExtraError as error:  # the policy is there all the same
-            console.print(f"no report: {error}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"no report: {error}", soft_wrap=True)
 
     def serve(config: Annotated[ServeConfig, FLAT]) -> None:
         """Serve a VLA with its policy to robots that speak openpi's websocket protocol."""
@@ -249,7 +261,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
         """
         from lac_vla.serving.browse import open_page
 
-        console.print(open_page(url), markup=False, highlight=False, soft_wrap=True)
+        console.print(open_page(url), soft_wrap=True)
 
     verbs: list[Callable[..., Any]] = [reproduce, check, bench, report, collect, train, pretrain, serve, view]
     return {"demo": demo, "eval": evaluate, **{verb.__name__: verb for verb in verbs}}
@@ -268,7 +280,7 @@ def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
         by_run = {"": episodes}  # else the runs differ in more than their methods
     for name, found in by_run.items():
         if name:
-            console.print(name, style="bold", markup=False, highlight=False)
+            console.print(name, style="bold")
         for table in method_tables(summarize(found)):
             console.print(table.to_terminal())
     return build_report(runs, out)

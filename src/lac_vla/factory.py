@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from lac_vla.bundled import find_model
+from lac_vla.checks import LONGEST_AGE, check_whole
 from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
 from lac_vla.flow import make_flow
+from lac_vla.flow.raft import downloaded
 from lac_vla.models import VLA, load_vla
 from lac_vla.policies import CachePolicy, Dense, PolicySpec, build_policy
 from lac_vla.policies.lac import SUBFOLDER
@@ -66,6 +68,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         EngineOptions.parse(self.options)
+        check_whole("max_age", self.max_age, 1, LONGEST_AGE)
         if self.flow is not None:
             make_flow(self.flow)
         if self.threads < 0 or self.seed < 0:
@@ -97,11 +100,15 @@ class CachedVLA:
     options: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        if self.max_age < 1:
-            raise InputError(f"max_age is {self.max_age}; a slot must be allowed to grow at least 1 frame old")
+        check_whole("max_age", self.max_age, 1, LONGEST_AGE)
         if not 0 < self.scene_cut <= 1:
             raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
         self.policy.check_layout(self.model.grids)
+        if self.flow is None and self.policy.flow == "raft_small" and not downloaded().is_file():
+            raise InputError(
+                "the policy was made for the flow raft_small, whose weights are not here: give flow raft_small:FILE, "
+                "or raft_small to download them"
+            )
         make_flow(self.flow or self.policy.flow)
         _ = self.engine  # an option that does not fit the model is refused here
 
@@ -154,7 +161,7 @@ def resolve_policy(spec: str, model: str | None) -> CachePolicy:
     """
     parsed = PolicySpec.parse(spec)
     if parsed.name == "lac" and "path" not in parsed.options:
-        folder = None if model is None else Path(find_model(model)) / SUBFOLDER
+        folder = None if model is None else Path(find_model(model)).expanduser() / SUBFOLDER
         if folder is None or not folder.is_dir():
             raise InputError(f"{spec!r}: the model comes without a policy; give its folder as lac:path=FOLDER")
         parsed = replace(parsed, options={**parsed.options, "path": str(folder)})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import cv2
@@ -13,7 +14,7 @@ import torch
 
 from lac_vla.engine.budget import cap_to_budget, pad_to_bucket
 from lac_vla.engine.engine import Engine
-from lac_vla.engine.frame_memory import FrameMemory
+from lac_vla.engine.frame_memory import FrameMemory, OutdatedPlanError
 from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.step_info import StepInfo
@@ -126,8 +127,19 @@ class Session:
                 goes wrong on the way: the next frame is computed in full.
         """
         plan = self.plan(frame)
-        self.commit(plan, *self.engine.run([plan]))
+        with self._dense_after_errors():
+            self.commit(plan, *self.engine.run([plan]))
         return self._action
+
+    @contextmanager
+    def _dense_after_errors(self) -> Iterator[None]:
+        """Give the open plan and the cache up if anything goes wrong: the next frame is computed in full."""
+        try:
+            yield
+        except BaseException:  # Ctrl-C as well
+            self._open = None
+            self.memory.begin()
+            raise
 
     def plan(self, frame: Frame) -> FramePlan:
         """Plan a frame on the host: checks, optical flow, the policy's decision within maximum age and budget.
@@ -160,7 +172,8 @@ class Session:
         elif self._policy_executor is not None:
             decided = self._policy_executor.submit(decide, Stopwatch(torch.device("cpu")))
         else:
-            decided = decide(clock)
+            with self._dense_after_errors():
+                decided = decide(clock)
         self._open = FramePlan(
             engine=self.engine,
             frame=frame,
@@ -173,7 +186,7 @@ class Session:
             decided=decided,
             dense_reason=dense_reason,
             probe=self.policy.probe(self.model.n_layers),
-            refine=partial(self.policy.refine, prompt.layout) if dense_reason is None else None,
+            refine=partial(self._refine, prompt.layout) if dense_reason is None else None,
             drafted=drafted,
             rng=self._head_rng,
         )
@@ -197,8 +210,11 @@ class Session:
             raise InputError("this is not the open plan of this session and its result: commit what was planned last")
         self._open = None
         sequence, action = result.sequence, result.action
-        if result.error is not None:
+        if isinstance(result.error, OutdatedPlanError):
             raise result.error
+        if result.error is not None:
+            with self._dense_after_errors():
+                raise result.error
         if sequence is None or action is None:
             raise InputError("this plan was not run to its end: give it to engine.run() first")
         decision, (_, forced) = sequence.decision, plan.decision()
@@ -282,9 +298,10 @@ class Session:
             decided=(decision, np.zeros_like(tokens)),
             rng=rng,
         )
-        [result] = self.engine.run([plan])
-        if result.error is not None:
-            raise result.error
+        with self._dense_after_errors():
+            [result] = self.engine.run([plan])
+            if result.error is not None:
+                raise result.error
         memory.commit(memory.layout, pixels, frame.instruction, decision, attention, elapsed=0)
         return result.action
 
@@ -355,6 +372,22 @@ class Session:
                 forced = decision.active & (forced | ~wanted)
             decision = pad_to_bucket(decision, memory.age, bucket)
         return decision, forced
+
+    def _refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
+        """Let the policy refine its decision in mid-forward; what has reached the maximum age stays computed."""
+        refined, before = self.policy.refine(layout, layer, attention, decision), decision.exit_layer
+        changed = refined.exit_layer != before
+        if (
+            refined.skipped is not decision.skipped
+            or (changed & ((before <= layer) | (refined.exit_layer <= layer))).any()
+        ):
+            raise InputError(
+                f"{type(self.policy).__name__} refined behind layer {layer} what was computed up to there: it may only "
+                "choose the exit layers, from the next one on, of tokens that are still computed"
+            )
+        if refined.skipped is SkippedTokens.REUSE:
+            refined = refined.with_active(self.memory.age >= self.max_age)
+        return refined
 
 
 def _generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:

@@ -5,6 +5,7 @@ Nothing here knows a model, a simulator or a policy. Everything above imports fr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lac_vla.checks import is_text, shortened
 from lac_vla.errors import InputError
 
 UInt8Image: TypeAlias = npt.NDArray[np.uint8]
@@ -42,6 +44,9 @@ class Frame:
     timestamp: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, Mapping):
+            raise InputError(f"Frame.images is a {type(self.images).__name__}; give a mapping of cameras to images")
+        object.__setattr__(self, "images", dict(self.images))
         if not self.images:
             raise InputError("Frame.images is empty: give at least one camera, e.g. {'agentview': rgb}")
         for camera, image in self.images.items():
@@ -51,22 +56,40 @@ class Frame:
                 raise InputError(f"image '{camera}' has dtype {image.dtype}; give uint8 RGB in 0..255")
             if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
                 raise InputError(f"image '{camera}' has shape {image.shape}; give H×W×3")
-        if not isinstance(self.instruction, str) or not self.instruction.strip():
+        if not isinstance(self.instruction, str):
+            raise InputError(f"Frame.instruction is a {type(self.instruction).__name__}; give a text")
+        if not is_text(self.instruction):
+            raise InputError("Frame.instruction holds a lone surrogate: it was not decoded as the text that it was")
+        if not self.instruction.strip():
             raise InputError("Frame.instruction is empty: say what the robot should do")
         if self.proprio is not None:
-            proprio = np.asarray(self.proprio, dtype=np.float32)
+            proprio = _vector(self.proprio)
             if proprio.ndim != 1:
                 raise InputError(f"proprio has shape {proprio.shape}; give a vector")
             if not np.isfinite(proprio).all():
                 raise InputError("proprio holds NaN or infinity: drop this observation or repair the sensor's reading")
             object.__setattr__(self, "proprio", proprio)
-        if self.timestamp is not None and not np.isfinite(self.timestamp):
-            raise InputError(f"timestamp is {self.timestamp}; give seconds or None")
+        if self.timestamp is not None:
+            number = isinstance(self.timestamp, int | float | np.integer | np.floating)
+            if not number or abs(self.timestamp) > sys.float_info.max or self.timestamp != self.timestamp:
+                raise InputError(f"timestamp is {shortened(self.timestamp)}; give seconds or None")
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Camera → (H, W)."""
         return {camera: (image.shape[0], image.shape[1]) for camera, image in self.images.items()}
+
+
+def _vector(values: Any) -> FloatArray:
+    """Copy a state, so that it stays what it is when the caller's buffer changes."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "biuf":
+            with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused
+                return np.array(array, dtype=np.float32)
+    except Exception as error:  # of numpy, or of whatever kind of array it is
+        raise InputError(f"proprio cannot be read as a vector of numbers: {shortened(error)}") from error
+    raise InputError(f"proprio is a {type(values).__name__} of {array.dtype}; give a vector of real numbers")
 
 
 @dataclass(frozen=True)

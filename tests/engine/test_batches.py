@@ -171,8 +171,7 @@ def test_what_fails_for_one_session_fails_for_it_alone(model: VLA, part: str, mo
     # the session is usable: what was touched is not built upon
     sessions[1].act(observe(1, 3))
     assert sessions[1].last_info is not None
-    kept = None if model.decoder.causal else "new instruction"
-    assert sessions[1].last_info.dense_reason == (kept if part in ("policy", "stem") else "first frame")
+    assert sessions[1].last_info.dense_reason == "first frame"
 
 
 def _break(part: str, plan: Any, model: VLA, patch: pytest.MonkeyPatch) -> None:

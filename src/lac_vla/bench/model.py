@@ -8,6 +8,7 @@ import torch
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bundled import find_model
+from lac_vla.checks import check_device
 from lac_vla.errors import InputError
 from lac_vla.models import VLA, load_vla, random_vla
 from lac_vla.models.heads.tokens import TokenHead
@@ -25,7 +26,7 @@ def open_model(config: BenchConfig) -> VLA:
         if config.acceptance and not isinstance(random.head, TokenHead):
             raise InputError(f"{random.name} appends no tokens that could be drafted: leave acceptance out")
         return random
-    model = load_vla(find_model(config.model), dtype=config.dtype, device=_device(config), unnorm_key=config.unnorm_key)
+    model = load_vla(find_model(config.model), dtype=config.dtype, device=config.device, unnorm_key=config.unnorm_key)
     if not hasattr(model.module, "language_model"):
         raise InputError(f"{model.name} has no stock language model to time against")
     return model
@@ -38,21 +39,9 @@ def open_shapes(config: BenchConfig) -> VLA:
 
 def open_random(model: str, config: BenchConfig) -> VLA:
     """Make a model with random weights, by the name of a preset, unless it does not fit into memory."""
-    device, dtype = _device(config), config.dtype
+    device, dtype = check_device(config.device), config.dtype
     _check_memory(random_vla(model, dtype=dtype, device="meta"), device)
     return random_vla(model, seed=config.seed, dtype=dtype, device=device)
-
-
-def _device(config: BenchConfig) -> torch.device:
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {config.device!r}: give cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {config.device!r} cannot be timed: give cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("torch sees no CUDA device here: give cpu, or install a CUDA build of torch")
-    return device
 
 
 def _check_memory(model: VLA, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from lac_vla.bench.batch import BatchResult
 from lac_vla.bench.engine import EngineResult
@@ -182,7 +183,7 @@ def target_table(result: BenchResult) -> Table:
     table = _table("targets", conditions(result), "measured", "target", "reached", first="what")
     for target in result.targets:
         sign = "≤" if target.bound == "at most" else "≥"
-        reached = "[green]yes[/]" if target.reached else "[red]no[/]"
+        reached = Text("yes", "green") if target.reached else Text("no", "red")
         table.add_row(target.what, measured(target), f"{sign} {target.limit:g} {target.unit}", reached)
     return table
 

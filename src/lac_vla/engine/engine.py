@@ -18,8 +18,8 @@ from lac_vla.engine.layers import RunLayers, run_layers
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.prefill import AppendCursor, Cursor, PrefillCursor, SequenceState, run_packed
-from lac_vla.errors import InputError
-from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt
+from lac_vla.errors import InputError, NonFiniteError
+from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt, finite
 from lac_vla.models.protocols import DecoderStack, Rotary
 from lac_vla.models.vla import VLA
 from lac_vla.timing import Stopwatch
@@ -110,6 +110,8 @@ class Engine:
             self._decode(runs, clock)
             for run in runs:
                 run.result.eager_runs = 0 if self.graphs is None else self.graphs.eager_runs - before
+                if isinstance(run.result.error, NonFiniteError):
+                    self.store.clear(run.plan.region)
                 for stage, milliseconds in clock.stages.items():
                     run.plan.clock.stages[stage] += milliseconds
         return [run.result for run in runs]
@@ -274,7 +276,8 @@ class Engine:
             run.rows = next(run.decoding) if hidden is None else run.decoding.send(hidden)
         except StopIteration as answer:
             run.rows = None
-            run.result.action, run.result.metadata = answer.value
+            action, run.result.metadata = answer.value
+            run.result.action = finite(action)
 
     def _fail(self, runs: Sequence[_Run], error: Exception) -> None:
         for run in runs:

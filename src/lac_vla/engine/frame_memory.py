@@ -14,6 +14,10 @@ from lac_vla.errors import InputError
 from lac_vla.types import BoolArray, CameraGrid, Decision, IntArray, TokenLayout, UInt8Image
 
 
+class OutdatedPlanError(InputError):
+    """A plan whose session has gone on since; nothing was touched."""
+
+
 class FrameMemory:
     """The host's side of one session's cache; its keys and values lie in the engine's store.
 
@@ -48,10 +52,12 @@ class FrameMemory:
             version: That for which the frame was planned; ``None`` for any.
 
         Raises:
-            InputError: If the cache has changed since.
+            OutdatedPlanError: If the cache has changed since.
         """
         if version not in (None, self.version):
-            raise InputError("the session has gone on since this plan was made: make a new one by session.plan(frame)")
+            raise OutdatedPlanError(
+                "the session has gone on since this plan was made: make a new one by session.plan(frame)"
+            )
         self.warm = False
         self.version += 1
 

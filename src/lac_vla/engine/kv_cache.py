@@ -86,6 +86,11 @@ class SlotCache:
         region.start, region.size = place.start, size
         self.release(old)
 
+    def clear(self, region: Region) -> None:
+        """Fill a region with zeros: a slot of NaN would poison the attention even where a mask hides it."""
+        for pool in (self.keys, self.values):
+            pool[:, :, region.start : region.start + region.size] = 0
+
     def release(self, region: Region) -> None:
         """Give a region back; neighbouring free ones become one."""
         if not region.size:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+from lac_vla.checks import check_whole
 from lac_vla.errors import InputError
 
 
@@ -46,8 +47,7 @@ class EngineOptions:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        if self.bucket < 1:
-            raise InputError(f"bucket is {self.bucket}; give a number of tokens, at least 1, which rounds nothing")
+        check_whole("bucket", self.bucket, 1, 2**31)
 
     @classmethod
     def parse(cls, text: str) -> EngineOptions:

@@ -46,6 +46,19 @@ def make_flow(name: str) -> Flow | None:
         raise InputError(f"flow {kind!r} does not take {option!r}: {error}") from error
 
 
+def policy_flow(name: str) -> str:
+    """Name a flow as a policy's file does: the estimator, and no file of weights.
+
+    Raises:
+        InputError: If there is none of that name.
+    """
+    kind = name.partition(":")[0]
+    if kind != "raft_small":
+        make_flow(name)
+        return name
+    return kind
+
+
 def estimate(
     flow: Flow, previous: Mapping[str, UInt8Image], current: Mapping[str, UInt8Image]
 ) -> dict[str, FloatArray]:
@@ -58,4 +71,4 @@ def flow_macs(flow: Flow, images: Mapping[str, UInt8Image]) -> int:
     return sum(flow.macs(*image.shape[:2]) for image in images.values())
 
 
-__all__ = ["FLOWS", "DISFlow", "Flow", "RAFTFlow", "estimate", "flow_macs", "make_flow"]
+__all__ = ["FLOWS", "DISFlow", "Flow", "RAFTFlow", "estimate", "flow_macs", "make_flow", "policy_flow"]

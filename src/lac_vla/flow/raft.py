@@ -9,17 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lac_vla.checkpoint_files import check_finite_weights, check_tensors, read_safetensors, read_torch
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.types import FloatArray, UInt8Image
 
@@ -63,8 +61,9 @@ class RAFTFlow:
             model = RAFTSmall()
         try:
             model.load_state_dict(_read(self.weights), assign=True)
-        except (RuntimeError, AttributeError, TypeError) as error:
+        except RuntimeError as error:
             raise CheckpointError(f"{self.weights or URL} does not hold the weights of RAFT-small: {error}") from error
+        check_finite_weights(self.weights or URL, model)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return model.to(device, torch.float32).eval().requires_grad_(False)
 
@@ -107,23 +106,25 @@ def macs_per_place(iterations: int) -> int:
     return int(counter.get_total_flops()) // 2 // places - CHANNELS * places
 
 
+def downloaded() -> Path:
+    """Tell where torchvision's weights are kept once they were downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2]
+
+
 def _read(file: str | Path | None) -> dict[str, torch.Tensor]:
     """Read weights by name. Nothing but tensors is unpickled."""
-    state: dict[str, torch.Tensor]
-    source = URL if file is None else file
-    try:
-        if file is None:
-            state = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
-        elif Path(file).suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        advice = "download it elsewhere and give it as raft_small:FILE" if file is None else "is the path right?"
-        raise CheckpointError(f"cannot read RAFT-small's weights {source} ({error}): {advice}") from error
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{source} is damaged, or no file of weights: {error}") from error
-    return state
+    source = downloaded() if file is None else Path(file).expanduser()
+    if file is None and not source.is_file():
+        try:
+            source.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(source), hash_prefix="01064c6d", progress=False)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"cannot download RAFT-small's weights {URL} ({error}): download them elsewhere and give them as "
+                "raft_small:FILE"
+            ) from error
+    read = read_safetensors if source.suffix == ".safetensors" else read_torch
+    return check_tensors(source, read(source))
 
 
 class RAFTSmall(nn.Module):

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from lac_vla.checkpoint_files import read_json
+from lac_vla.checks import check_device, find_dtype
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
 from lac_vla.models.cogact.config import CogACTConfig
+from lac_vla.models.lerobot_layout import HUB_FILES as LEROBOT_FILES
 from lac_vla.models.oft.checkpoint import HUB_FILES as OFT_FILES
 from lac_vla.models.oft.checkpoint import OPTIONS as OFT_OPTIONS
 from lac_vla.models.oft.checkpoint import load_oft, new_oft, random_oft, save_oft
@@ -31,7 +34,7 @@ from lac_vla.models.smolvla.config import PRESETS as SMOLVLA_PRESETS
 from lac_vla.models.smolvla.config import SmolVLAConfig
 from lac_vla.models.tokenizer import Encode
 from lac_vla.models.vla import VLA
-from lac_vla.models.weights import HUB_FILES, find_folder, read_json
+from lac_vla.models.weights import HUB_FILES, find_folder, model_name, refuse_adapter, refuse_unread
 
 __all__ = ["FAMILIES", "VLA", "Encode", "Family", "load_vla", "random_vla", "save_vla", "untrained_vla"]
 
@@ -48,7 +51,7 @@ class Family:
         config: Class of its configurations.
         presets: Configurations by name.
         tiny: The preset that tests run.
-        hub_files: Files to download from the hub.
+        hub_files: Patterns of all files that ``load`` reads: they are downloaded, and any other weights are refused.
         marks: Patterns of files in a checkpoint's folder that tell this family, whatever ``config.json`` says.
         options: Arguments of ``load`` beside those that every family has.
         based_on: ``model_type`` of its official checkpoints, another family's; where no file tells, options do.
@@ -74,8 +77,12 @@ FAMILIES: dict[str, Family] = {
     "cogact": Family(
         load_cogact, save_cogact, new_cogact, random_cogact, CogACTConfig, COGACT_PRESETS, "cogact-tiny", COGACT_FILES
     ),
-    "pi0": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI0_PRESETS, "pi0-tiny", options=PI0_OPTIONS),
-    "pi05": Family(load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI05_PRESETS, "pi05-tiny", options=PI0_OPTIONS),
+    "pi0": Family(
+        load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI0_PRESETS, "pi0-tiny", LEROBOT_FILES, options=PI0_OPTIONS
+    ),
+    "pi05": Family(
+        load_pi0, save_pi0, new_pi0, random_pi0, PiConfig, PI05_PRESETS, "pi05-tiny", LEROBOT_FILES, options=PI0_OPTIONS
+    ),
     "smolvla": Family(
         load_smolvla,
         save_smolvla,
@@ -84,6 +91,7 @@ FAMILIES: dict[str, Family] = {
         SmolVLAConfig,
         SMOLVLA_PRESETS,
         "smolvla-tiny",
+        LEROBOT_FILES,
         options=("tokenizer",),
     ),
     "oft": Family(
@@ -145,11 +153,14 @@ def load_vla(
 
     Raises:
         CheckpointError: If the checkpoint is missing, truncated, inconsistent or of an unknown family.
-        InputError: If ``unnorm_key``, ``cameras``, ``image_pipeline``, ``dtype`` or an option do not fit it.
+        InputError: If ``unnorm_key``, ``cameras``, ``image_pipeline``, ``dtype`` or an option do not fit it, or there
+            is no such ``device`` here.
     """
-    device = torch.device(device)
+    device = check_device(device)
+    dtype = find_dtype(dtype, device)
     marks = [mark for family in FAMILIES.values() for mark in family.marks]
     folder = find_folder(path_or_hub_id, (*HUB_FILES, *marks))
+    refuse_adapter(path_or_hub_id, folder)
     data = read_json(folder / CONFIG)
     options = {key: value for key, value in options.items() if value is not None}
     name = _name_of(folder, data, options)
@@ -158,11 +169,12 @@ def load_vla(
         raise InputError(f"a model of the family '{name}' takes no {', '.join(unknown)}: leave it out")
     if family.hub_files != HUB_FILES:
         folder = find_folder(path_or_hub_id, family.hub_files)
+    refuse_unread(path_or_hub_id, folder, family.hub_files, name)
     return family.load(
         folder,
         data,
-        name=Path(path_or_hub_id).resolve().name,
-        dtype=_dtype(dtype, device),
+        name=model_name(path_or_hub_id, folder),
+        dtype=dtype,
         device=device,
         unnorm_key=unnorm_key,
         cameras=cameras,
@@ -174,27 +186,27 @@ def load_vla(
 
 def _name_of(folder: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """Tell a checkpoint's family: by its files; by options that one alone has; or by what it says."""
+    said: Any = data.get("model_type", data.get("type"))  # the latter is LeRobot's
     for name, family in FAMILIES.items():
-        asked = data.get("model_type") in family.based_on and options.keys() & {*family.options}
+        asked = said in family.based_on and options.keys() & {*family.options}
         if asked or any(next(folder.glob(mark), None) for mark in family.marks):
             return name
-    said = data.get("model_type", data.get("type"))  # the latter is LeRobot's
     if said is None:  # neither CogACT's, a training run's, nor openpi's say so
         said = "cogact" if "vla" in data else "pi0" if "action_horizon" in data else None
-    if said not in FAMILIES:
+    if not isinstance(said, str) or said not in FAMILIES:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {said!r}; known are {list(FAMILIES)}")
-    return str(said)
+    return said
 
 
-def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype | str = torch.bfloat16) -> None:
     """Write a model so that :func:`load_vla` reads it: configuration, weights, statistics, tokenizer.
 
     Args:
         vla: What to write.
         folder: Made if need be; files of these names in it are replaced.
-        dtype: Of the weights in the file.
+        dtype: Of the weights in the file, or its name.
     """
-    FAMILIES[vla.family].save(vla, Path(folder), dtype)
+    FAMILIES[vla.family].save(vla, Path(folder).expanduser(), find_dtype(dtype, vla.device))
 
 
 def random_vla(
@@ -213,10 +225,10 @@ def random_vla(
     Raises:
         InputError: If there is no configuration of that name.
     """
-    device = torch.device(device)
+    device = check_device(device, meta=True)
     name = config if isinstance(config, str) else "random"
     family, config = _family(config)
-    return family.random(config, name=name, seed=seed, dtype=_dtype(dtype, device), device=device)
+    return family.random(config, name=name, seed=seed, dtype=find_dtype(dtype, device), device=device)
 
 
 def untrained_vla(preset: str, statistics: Mapping[str, Any], encode: Encode) -> VLA:
@@ -242,14 +254,3 @@ def _family(model: Any) -> tuple[Family, Any]:
         if isinstance(config, family.config):
             return family, config
     raise InputError(f"unknown model {model!r}: choose one of {list(presets)}")
-
-
-def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    named = getattr(torch, dtype, None)
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise InputError(f"dtype {dtype!r}: give 'auto', 'float32', 'bfloat16' or 'float16', or a torch.dtype")
-    return named

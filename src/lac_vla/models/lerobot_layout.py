@@ -16,10 +16,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lac_vla.checkpoint_files import read_json
 from lac_vla.errors import CheckpointError
 from lac_vla.files import write_object
 from lac_vla.models.tokenizer import TOKENIZER, Encode, FileTokenizer, load_tokenizer
-from lac_vla.models.weights import WEIGHTS, find_folder, read_json
+from lac_vla.models.weights import HUB_FILES as WEIGHT_FILES
+from lac_vla.models.weights import WEIGHTS, find_folder
 from lac_vla.types import FloatArray
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -28,6 +30,8 @@ IMAGES = "observation.images."
 KINDS = {STATE: "STATE", ACTION: "ACTION"}
 EMPTY = f"{IMAGES}empty_camera_"
 TOKENIZER_FILES = ("tokenizer.json",)
+HUB_FILES = (*WEIGHT_FILES, "policy_p*processor*.safetensors")
+"""Weights, and the statistics of the processors."""
 TOKENIZER_SLACK = 128
 """Ids by which a tokenizer and an embedding may differ: special tokens, and rows of padding."""
 OPENPI_EPS = 1e-6
@@ -192,11 +196,6 @@ def read_processors(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]
         raise CheckpointError(f"{files[there.index(False)]} is missing: is the checkpoint's folder complete?")
     before, after = (read_json(file) if file.is_file() else None for file in files)
     return before, after
-
-
-def processor_weights(folder: Path) -> list[str]:
-    """Name the files in a checkpoint's folder that hold its processors' statistics, not weights."""
-    return [file.name for file in folder.glob("policy_p*processor*.safetensors")]
 
 
 def read_normalization(folder: Path, data: Mapping[str, Any]) -> Normalization:

@@ -10,14 +10,23 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from lac_vla.checks import shortened
+from lac_vla.errors import CheckpointError
 from lac_vla.models.protocols import DecoderShape, QueryRows, Rotary
 from lac_vla.types import TokenLayout
 
 
 def build_llama(text_config: Mapping[str, Any]) -> LlamaForCausalLM:
-    """Make a language model (on the current default device) from ``LlamaConfig``'s arguments."""
+    """Make a language model (on the current default device) from ``LlamaConfig``'s arguments.
+
+    Raises:
+        CheckpointError: If there is no such language model.
+    """
     arguments = {key: value for key, value in text_config.items() if key != "model_type"}
-    return LlamaForCausalLM(LlamaConfig(**arguments))
+    try:
+        return LlamaForCausalLM(LlamaConfig(**arguments))
+    except Exception as error:  # several kinds, of transformers, huggingface_hub and torch
+        raise CheckpointError(f"text_config describes no Llama that can be built: {shortened(error)}") from error
 
 
 def reset_rotary(model: LlamaForCausalLM | LlamaModel, device: torch.device) -> None:

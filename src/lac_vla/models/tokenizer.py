@@ -11,12 +11,13 @@ from typing import TypeAlias
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lac_vla.checkpoint_files import damaged
 from lac_vla.errors import CheckpointError, InputError
 
 Encode: TypeAlias = Callable[[str], list[int]]
 """Text → token ids, with or without the token that starts a sequence."""
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, SENTENCE_PIECE = "tokenizer.json", "tokenizer.model"
 SPECIALS = ("<pad>", "<s>", "<out>")
 """Ids 0, 1, 2 of a tokenizer that we train: padding, start of the prompt, end of the prompt."""
 
@@ -63,12 +64,17 @@ def load_tokenizer(folder: Path) -> Encode:
     """
     file = folder / TOKENIZER
     if not file.is_file():
-        raise CheckpointError(f"{folder} holds no {TOKENIZER}: copy it there, or pass `encode`")
+        convert = (
+            f'; its {SENTENCE_PIECE} alone is not read, convert it with: python -c "from transformers import '
+            f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+        found = convert if (folder / SENTENCE_PIECE).is_file() else ": copy it there, or pass `encode`"
+        raise CheckpointError(f"{folder} holds no {TOKENIZER}{found}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    tokenizer.no_padding()  # what the file was last used for is none of a prompt's business
+        raise damaged(file, error) from error
+    tokenizer.no_padding()  # a file may keep what its last user set: a prompt is neither filled up nor cut
     tokenizer.no_truncation()
     return FileTokenizer(tokenizer)
 

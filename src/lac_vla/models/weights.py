@@ -1,40 +1,41 @@
 """Checkpoint folders: finding them, and reading their weights into a model that was built on ``meta``.
 
-Weights are safetensors, or torch's own container where that is a family's official layout; of it, tensors and plain
-containers alone are read. No code of a checkpoint is ever run.
+Weights are safetensors, or torch's own container where that is a family's official layout; see
+:mod:`lac_vla.checkpoint_files`.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
+import os
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import HfApi, snapshot_download
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lac_vla.checkpoint_files import check_finite_weights, read_json, safetensors_shapes, some
 from lac_vla.errors import CheckpointError
 from lac_vla.files import write_whole
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
-HUB_FILES = ("*.json", "*.safetensors")
-HUB_IGNORED = ("lora_adapter/*.safetensors",)
-"""Weights that are merged into those of the model already."""
-SAFE_TORCH = "2.6"
-LISTED = 4
-"""The number of names that an error message lists at most."""
+HUB_FILES = ("*.json", WEIGHTS, "model-*.safetensors")
+WEIGHT_FILE = re.compile(r"[^/]*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)")
+TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)(?![a-z])|state\.pt$")
+"""Files of a training run beside its model, which are none of the model's weights."""
+WRAPPERS = {
+    "module.": "they were saved from DistributedDataParallel; save the state dict of its .module",
+    "base_model.model.": "they were saved from peft; save model.merge_and_unload()",
+}
+"""Prefixes of names that training code leaves behind → what mends it."""
 
 
 def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
@@ -45,34 +46,84 @@ def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) ->
     Raises:
         CheckpointError: If there is none.
     """
-    folder = Path(path_or_hub_id)
-    if folder.is_dir():
-        return folder
-    if not HUB_ID.fullmatch(str(path_or_hub_id)):
-        raise CheckpointError(f"'{path_or_hub_id}' is neither a folder nor a hub id (owner/name)")
+    given = os.path.expanduser(path_or_hub_id)
+    if os.path.isdir(given):
+        return Path(given)
+    if not HUB_ID.fullmatch(given) or os.path.exists(given):
+        raise CheckpointError(f"'{path_or_hub_id}' {_no_model(given)}")
     try:
-        return Path(
-            snapshot_download(str(path_or_hub_id), allow_patterns=list(files), ignore_patterns=list(HUB_IGNORED))
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        return Path(snapshot_download(given, allow_patterns=list(files)))
+    except Exception as error:  # of the hub, the network, the cache, or what else a client has under it
         raise CheckpointError(f"'{path_or_hub_id}' is no local folder, and the hub says: {error}") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read an object from a JSON file.
+def model_name(path_or_hub_id: str | Path, folder: Path) -> str:
+    """Name a model for tables: its folder's last name; that of its repository where the folder is a hub's snapshot."""
+    if not os.path.isdir(os.path.expanduser(path_or_hub_id)):
+        return str(path_or_hub_id).rpartition("/")[2]
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.rpartition("--")[2]
+    return folder.name
+
+
+def refuse_adapter(path_or_hub_id: str | Path, folder: Path) -> None:
+    """Refuse a folder that holds an adapter, which would be ignored.
 
     Raises:
-        CheckpointError: If it is missing or holds something else.
+        CheckpointError: If it does.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: is the checkpoint's folder complete?") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is damaged: it does not hold a JSON object")
-    return data
+    if found := [file.name for file in folder.glob("adapter_*") if file.is_file()]:
+        raise CheckpointError(
+            f"'{path_or_hub_id}' holds a LoRA adapter that was never merged ({some(found)}): merge it into its base "
+            "model (with peft: model.merge_and_unload().save_pretrained(FOLDER)) and give that folder"
+        )
+
+
+def refuse_unread(path_or_hub_id: str | Path, folder: Path, read: Iterable[str], family: str) -> None:
+    """Refuse weights beside the model's own, local or on the hub, that nobody would read.
+
+    Args:
+        path_or_hub_id: What the user gave.
+        folder: Where it is.
+        read: Patterns of the files that the family reads.
+        family: Its name.
+
+    Raises:
+        CheckpointError: If there are any.
+    """
+    names = {file.name for file in folder.iterdir()}
+    if not os.path.isdir(os.path.expanduser(path_or_hub_id)):
+        with suppress(Exception):  # without the hub, what was downloaded before is all there is
+            names |= {file.rfilename for file in HfApi().model_info(str(path_or_hub_id), timeout=10).siblings or ()}
+    weights = [name for name in names if WEIGHT_FILE.fullmatch(name) and not TRAINER_STATE.match(name)]
+    if unread := [name for name in weights if not any(fnmatch(name, pattern) for pattern in read)]:
+        raise CheckpointError(
+            f"'{path_or_hub_id}' holds weights that nobody reads for a model of the family {family}: {some(unread)}. "
+            "The model would act without them. If they belong to it, it is of a family that is not supported, or they "
+            "are pickled and must be saved as safetensors; if not, move them to another folder (from the hub: "
+            "after 'hf download')"
+        )
+
+
+def _no_model(given: str) -> str:
+    """Say what a text is that names neither a folder nor a repository, and what to give in its place."""
+    if os.path.isfile(given):
+        whole = next((folder for folder in Path(given).resolve().parents[:2] if (folder / "config.json").is_file()), "")
+        return f"is a file: give the folder of the whole model, which holds its config.json{whole and f': {whole}'}"
+    if found := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", given):
+        return f"is an address: give the repository's name, '{found[1]}'"
+    if re.match(r"\w+://", given):
+        return "is an address: download the model, and give its folder"
+    if "@" in given and HUB_ID.fullmatch(given.partition("@")[0]):
+        name, _, revision = given.partition("@")
+        return (
+            f"names a revision, which is not taken here: run 'hf download {name} --revision {revision} --local-dir "
+            "FOLDER' and give that folder"
+        )
+    if "\\" in given or re.match(r"[A-Za-z]:", given):
+        return f"is a path of Windows, and no folder {'here' if os.name == 'nt' else 'of this machine'}"
+    return "is neither a folder nor a hub id (owner/name)"
 
 
 def load_weights(
@@ -85,7 +136,6 @@ def load_weights(
     rename: Callable[[str], str] = str,
     precise: re.Pattern[str] | None = None,
     beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    read: Iterable[str] = (),
 ) -> None:
     """Put a folder's weights into a model on ``meta``, file by file; names and shapes are checked first.
 
@@ -98,21 +148,19 @@ def load_weights(
         rename: Name in the file → name in the model; ``unused`` means the latter.
         precise: Names of weights that are float32 whatever ``dtype`` says.
         beside: Weights from elsewhere; they take the place of those of the same parts (first names) in these files.
-        read: Names of the folder's files that they were read from.
 
     Raises:
         CheckpointError: If a file is missing, truncated or not read by anybody, or names or shapes are not the model's.
     """
     wanted = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
     files = _files(folder)
-    refuse_unread(folder, [*(file.name for file in files), *read])
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
-        found |= {rename(key): shape for key, shape in _shapes(file).items()}
+        found |= safetensors_shapes(file, unused, rename)
     elsewhere = {key.partition(".")[0] for key in beside}
     found = {key: shape for key, shape in found.items() if key.partition(".")[0] not in elsewhere}
     found |= {key: tuple(weight.shape) for key, weight in beside.items()}
-    check_shapes(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
+    check_shapes(wanted, found)
     kept = {key: weight.to(device, dtype, copy=True) for key, weight in beside.items() if key in wanted}
     model.load_state_dict(kept, strict=False, assign=True)
     wanted = {key: shape for key, shape in wanted.items() if key not in kept}
@@ -127,6 +175,7 @@ def load_weights(
                 for name in wanted.keys() & keys.keys()
             }
         model.load_state_dict(part, strict=False, assign=True)
+    check_finite_weights(folder, model, dtype)
 
 
 def file_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -135,7 +184,7 @@ def file_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: If a file is missing or truncated.
     """
-    return {key: shape for file in _files(folder) for key, shape in _shapes(file).items()}
+    return {key: shape for file in _files(folder) for key, shape in safetensors_shapes(file).items()}
 
 
 def write_weights(model: nn.Module, folder: Path, dtype: torch.dtype, rename: Callable[[str], str] = str) -> None:
@@ -147,70 +196,22 @@ def write_weights(model: nn.Module, folder: Path, dtype: torch.dtype, rename: Ca
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict):
-            raise CheckpointError(f"{folder / INDEX} is damaged: it has no weight_map")
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise CheckpointError(f"{folder / INDEX} is damaged: it has no weight_map of names and files")
         files = [folder / name for name in sorted(set(index.values()))]
+        if outside := [name for name in index.values() if Path(name).name != name]:
+            raise CheckpointError(f"{folder / INDEX} names files outside of its folder: {some(outside)}")
     else:
         files = [folder / WEIGHTS]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{folder} is incomplete: {_some(missing)} missing (pickled weights are not read)")
-    return files
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes by name, from the header alone; the file's length is checked against it."""
-    try:
-        with safe_open(file, framework="pt") as shard:
-            return {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or damaged ({error}): fetch it again") from error
-
-
-def refuse_unread(folder: Path, read: Iterable[str]) -> None:
-    """Refuse weights that lie in a folder and that its model does not read: it would be another one than was meant.
-
-    Args:
-        folder: Its own files are looked at, not those in folders within.
-        read: Names of those that are read.
-
-    Raises:
-        CheckpointError: If there are others.
-    """
-    unread = {file.name for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES} - {*read}
-    if unread:
+        raise CheckpointError(f"{folder} is incomplete: {some(missing)} missing (pickled weights are not read)")
+    if more := {file.name for file in folder.glob("model*.safetensors")} - {file.name for file in files}:
         raise CheckpointError(
-            f"{folder} holds weights that its model does not read: {_some(unread)}. Take away what is not part of it"
+            f"{folder} holds two sets of weights: {some(more)} beside those that {INDEX} names, or without it: "
+            "move away those that are not meant"
         )
-
-
-def read_torch(file: Path) -> dict[str, Any]:
-    """Open a ``.pt`` file of ``torch.save``; its tensors stay on disk, mapped into memory, until they are copied.
-
-    Torch's restricted unpickler makes tensors and plain containers, and refuses everything else. The restriction has
-    had holes: up to torch 2.5 code could be run (CVE-2025-32434), so that these versions are refused here; up to 2.9
-    memory could be corrupted (CVE-2026-24747): with those, read files of people you trust.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged, of torch's format of before 1.6 (which cannot be mapped), or
-            holds anything else; or if torch is too old.
-    """
-    if torch.__version__ < SAFE_TORCH:
-        raise CheckpointError(f"{file}: .pt files are read with torch ≥ {SAFE_TORCH}, this is {torch.__version__}")
-    if not zipfile.is_zipfile(file):
-        raise CheckpointError(f"{file} is missing, truncated, or no file of torch ≥ 1.6: fetch it again")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} holds more than tensors and plain containers, and nothing else is unpickled: "
-            "where you trust it, load it with torch and save its state dicts alone"
-        ) from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, not the dictionary of a checkpoint")
-    return content
+    return files
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -238,14 +239,12 @@ def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
         if key in found and found[key] != shape
     ]
     faults = [
-        f"{len(names)} {what}: {_some(names)}"
+        f"{len(names)} {what}: {some(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
         if names
     ]
+    for prefix, advice in WRAPPERS.items():
+        if unexpected and all(name.startswith(prefix) for name in found):
+            faults.append(f"all names begin with '{prefix}': {advice}")
     if faults:
         raise CheckpointError("the weights are not those of the model in config.json; " + "; ".join(faults))
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:LISTED]) + (", …" if len(ordered) > LISTED else "")

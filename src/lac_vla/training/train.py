@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lac_vla.bundled import find_model
 from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
 from lac_vla.files import locked, read_object, write_object, write_whole, writing
+from lac_vla.flow import policy_flow
 from lac_vla.models import VLA, load_vla
 from lac_vla.policies.lac import SUBFOLDER, LACConfig, LACPolicy
 from lac_vla.provenance import provenance
@@ -59,7 +60,7 @@ class Training:
             grids=dict(store.grids),
             ratios=config.ratios,
             inputs=config.inputs,
-            flow=config.flow,
+            flow=policy_flow(config.flow),
             language=config.language,
             ratio=config.fixed_ratio or None,
             recovery=config.recovery,

@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from lac_vla.checkpoint_files import check_finite_weights, check_tensors, read_json, read_safetensors, read_torch
 from lac_vla.errors import CheckpointError
 from lac_vla.models.cogact.build import CogACTVLA, build_cogact
 from lac_vla.models.cogact.config import CogACTConfig, head_config, own_options, vlm_config
 from lac_vla.models.prismatic.checkpoint import STATISTICS, fill, make_ready, unused_weights, write_folder
 from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer
 from lac_vla.models.vla import VLA
-from lac_vla.models.weights import WEIGHTS, check_shapes, read_json, read_torch, refuse_unread
+from lac_vla.models.weights import WEIGHTS, check_shapes
 
-HUB_FILES = ("*.json", "*.safetensors", "checkpoints/*.pt")
+HUB_FILES = ("*.json", WEIGHTS, "checkpoints/*.pt")
 HEAD = "action_model."
 UNUSED = r"ema_diffusion\..*|action_model\.net\.history_embedder\..*"
 """Official weights that no output depends on: the averaged head, and an embedding of past actions."""
@@ -64,8 +63,10 @@ def load_cogact(
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     unused = re.compile(f"{unused_weights(vlm).pattern}|{UNUSED}")
     check_shapes(wanted, {key: shape for key, shape in found.items() if not unused.fullmatch(key)})
+    check_tensors(folder, {key: weights[key] for key in wanted})
     kept = {key: weights[key].to(device, torch.float32 if key.startswith(HEAD) else dtype, copy=True) for key in wanted}
     model.load_state_dict(kept, assign=True)
+    check_finite_weights(folder, model, dtype)
     make_ready(model, device)
     return vla
 
@@ -104,13 +105,11 @@ def new_cogact(config: CogACTConfig, statistics: Mapping[str, Any], encode: Enco
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read a folder's tensors under our names: our own ``model.safetensors``, else the official ``.pt`` file."""
-    refuse_unread(folder, [WEIGHTS])
-    if (folder / WEIGHTS).is_file():
-        try:
-            return load_file(folder / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / WEIGHTS} is truncated or damaged ({error}): fetch it again") from error
     files = sorted((folder / "checkpoints").glob("*.pt"))
+    if (folder / WEIGHTS).is_file():
+        if files:
+            raise CheckpointError(f"{folder} holds two sets of weights, {WEIGHTS} and {files[0].name}: move one away")
+        return read_safetensors(folder / WEIGHTS)
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(f"{folder / 'checkpoints'} must hold just one .pt file, the one to load; found: {names}")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lac_vla.checks import check_fields
 from lac_vla.errors import CheckpointError
 from lac_vla.models.heads.dit import DIT, DiTConfig
 from lac_vla.models.heads.sampler import Sampling
@@ -47,6 +48,7 @@ class CogACTConfig:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
+        check_fields(self, CheckpointError)
         if self.gripper[0] == self.gripper[1]:
             raise CheckpointError(f"gripper is {self.gripper}: closed and open must differ")
         if not 1 <= self.ensemble <= self.head.horizon:
@@ -108,10 +110,10 @@ def own_options(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         read: dict[str, Any] = {
-            "prompt_end": lambda ids: tuple(int(token) for token in ids),
+            "prompt_end": tuple,
             "sampling": lambda values: Sampling(**values),
-            "gripper": lambda values: (float(values[0]), float(values[1])),
-            "ensemble": int,
+            "gripper": lambda values: (lambda closed, opened: (closed, opened))(*values),
+            "ensemble": lambda value: value,
         }
         return {name: make(data[name]) for name, make in read.items() if name in data}
     except (TypeError, ValueError, IndexError) as error:

@@ -15,9 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lac_vla.errors import InputError
+from lac_vla.errors import InputError, NonFiniteError
 from lac_vla.models.protocols import DecoderStack, KeysValues
 from lac_vla.types import FloatArray, Frame, TokenLayout
+
+NON_FINITE = (
+    "the model computed NaN or infinity, so there is no action: stop the robot. The next frame is computed in full; if "
+    "it fails as well, the weights do not suit this dtype (give bfloat16 or float32 for float16) or are broken"
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -106,6 +111,19 @@ class LossContext:
     lengths: torch.Tensor
     run: Callable[[AppendRows], torch.Tensor]
     rerun: Callable[[EditSuffix], torch.Tensor] | None = None
+
+
+def finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return values that a head computed, unless one of them is not finite.
+
+    The engine asks this of every action. A head that clips, rounds or compares what it computed asks it before.
+
+    Raises:
+        NonFiniteError: If one is NaN or infinite.
+    """
+    if not np.isfinite(values).all():
+        raise NonFiniteError(NON_FINITE)
+    return values
 
 
 class ActionHead(ABC):

@@ -9,12 +9,13 @@ greedy decoding yields: every settled token was computed behind settled tokens a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 
 import torch
 
-from lac_vla.errors import InputError
-from lac_vla.models.heads.base import AppendRows
+from lac_vla.errors import InputError, NonFiniteError
+from lac_vla.models.heads.base import NON_FINITE, AppendRows
 
 
 def decode_tokens(
@@ -38,13 +39,18 @@ def decode_tokens(
 
     Raises:
         InputError: If the draft is longer than what is asked for without its last token.
+        NonFiniteError: If a score is NaN or infinite.
     """
     if len(draft) >= n_tokens:
         raise InputError(f"a draft of {len(draft)} tokens for {n_tokens}: the last one is never read, leave it out")
     tokens: list[int] = []
     guess, rows = list(draft), hidden[-1 - len(draft) :]
     while True:
-        greedy: list[int] = logits(rows).argmax(dim=-1).tolist()  # each behind the tokens and the guesses before it
+        scores = logits(rows)
+        total = scores.sum(dtype=torch.float32)  # not finite as soon as one score is not, and the cheapest way to see
+        greedy: list[int] = scores.argmax(dim=-1).tolist()  # each behind the tokens and the guesses before it
+        if not math.isfinite(total):
+            raise NonFiniteError(NON_FINITE)
         agreed = next((i for i, (a, b) in enumerate(zip(guess, greedy, strict=False)) if a != b), len(guess))
         tokens += greedy[: agreed + 1]
         if len(tokens) >= n_tokens:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext, LossContext
+from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext, LossContext, finite
 from lac_vla.models.heads.dit import DiT, DiTConfig
 from lac_vla.models.heads.sampler import Draw, Sampling, Schedule, ddim, ddpm
 from lac_vla.models.heads.units import SLACK, Range, check_units, chunks_of
@@ -111,7 +111,7 @@ class DiffusionHead(ActionHead):
             return torch.from_numpy(noise).to(like.device, like.dtype)
 
         drawn = self.model.sample(context.hidden[-1:][None].to(like.dtype), self.sampling, draw)
-        normalized = np.clip(drawn[0].float().cpu().numpy(), -1.0, 1.0)
+        normalized = np.clip(finite(drawn[0].float().cpu().numpy()), -1.0, 1.0)
         normalized[:, -1] = normalized[:, -1] >= GRIPPER_THRESHOLD
         return self.unnormalize_actions(normalized).astype(np.float32), {"normalized": normalized.tolist()}
         yield  # a generator, although it appends nothing

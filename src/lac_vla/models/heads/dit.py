@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from lac_vla.checks import check_fields
 from lac_vla.errors import CheckpointError
 from lac_vla.models.transformer import LAYER_NORM_EPS, Attention, FeedForward
 
@@ -46,6 +47,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
+        check_fields(self, CheckpointError)
         if min(self.width, self.depth, self.heads, self.action_dim, self.horizon, self.condition) < 1:
             raise CheckpointError(f"{self}: every size must be at least 1")
         if self.width % self.heads:

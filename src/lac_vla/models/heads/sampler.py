@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lac_vla.checks import check_fields
 from lac_vla.errors import InputError
 
 Denoise: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]
@@ -101,6 +102,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        check_fields(self)
         if self.method not in ("ddim", "ddpm"):
             raise InputError(f"unknown sampler {self.method!r}: choose 'ddim' or 'ddpm'")
         if self.guidance < 1:

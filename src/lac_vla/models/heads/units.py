@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lac_vla.checks import shortened
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.types import BoolArray
 
@@ -48,19 +49,19 @@ class Range:
             epsilon: See the class.
 
         Raises:
-            CheckpointError: If they are missing or not finite, or their lengths differ.
+            CheckpointError: If they are missing, no finite numbers, or their lengths differ.
         """
         lower, upper = names
-        if kind not in stats or not {*names} <= set(stats[kind]):
+        own = stats.get(kind) if isinstance(stats, Mapping) else None
+        if not isinstance(own, Mapping) or not {*names} <= set(own):
             raise CheckpointError(f'the data set\'s statistics hold no "{lower}" and "{upper}" of "{kind}"')
-        low = np.asarray(stats[kind][lower], dtype=np.float64)
-        high = np.asarray(stats[kind][upper], dtype=np.float64)
-        mask = np.asarray(stats[kind].get("mask", np.ones(low.shape, dtype=bool)), dtype=bool)
+        low, high = (_numbers(own[name], f'{name} of "{kind}"') for name in names)
+        mask = np.ones(low.shape, dtype=bool)
+        if own.get("mask") is not None:
+            mask = _numbers(own["mask"], f'mask of "{kind}"').astype(bool)
         shapes = (low.shape, high.shape, mask.shape)
         if low.ndim != 1 or len(set(shapes)) != 1:
             raise CheckpointError(f'{lower}, {upper} and mask of "{kind}" must be vectors of one length, not {shapes}')
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise CheckpointError(f'{lower} and {upper} of "{kind}" hold numbers that are not finite')
         return cls(low, high, mask, epsilon)
 
     @property
@@ -84,6 +85,20 @@ class Range:
         return np.where(self.mask, 0.5 * (scaled + 1.0) * self._span + self.low, scaled)
 
 
+def _numbers(values: Any, what: str) -> npt.NDArray[np.float64]:
+    """Read numbers that are finite as float32, in which actions are given."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "biuf":
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array.astype(np.float32)).all()
+            if finite:
+                return array.astype(np.float64)
+    except (TypeError, ValueError):
+        pass
+    raise CheckpointError(f"the statistics' {what} must be finite numbers, not {shortened(values)}")
+
+
 def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
     """Pick the statistics of one data set; no ``key`` is needed if there is only one.
 
@@ -91,7 +106,13 @@ def choose_stats(norm_stats: Mapping[str, Any], key: str | None) -> Mapping[str,
 
     Raises:
         InputError: If the key is unknown, or is missing though there are several; the message lists the keys.
+        CheckpointError: If there are none.
     """
+    if not isinstance(norm_stats, Mapping) or not norm_stats:
+        raise CheckpointError(
+            "there are no statistics that give actions their units: copy dataset_statistics.json of the training run "
+            "into the checkpoint's folder (config.json holds no norm_stats)"
+        )
     if key is None and len(norm_stats) == 1:
         key = next(iter(norm_stats))
     for name in () if key is None else (key, f"{key}_no_noops"):

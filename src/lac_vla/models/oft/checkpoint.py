@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lac_vla.checkpoint_files import read_json
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.heads.units import Range, choose_stats
 from lac_vla.models.images import require_pipeline
@@ -30,7 +31,7 @@ from lac_vla.models.prismatic.checkpoint import (
 from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer
 from lac_vla.models.vla import VLA
 from lac_vla.models.weights import HUB_FILES as WEIGHT_FILES
-from lac_vla.models.weights import load_weights, read_json
+from lac_vla.models.weights import load_weights
 
 HUB_FILES = (*WEIGHT_FILES, *MARKS)
 OPTIONS = ("platform", "chunk", "bounds", "proprio")
@@ -86,7 +87,6 @@ def load_oft(
         device=device,
         unused=unused,
         beside={key: weight for key, weight in parts.weights.items() if not unused.fullmatch(key)},
-        read=[file.name for file in parts.files.values()],
     )
     make_ready(model, device)
     return vla

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from lac_vla.checkpoint_files import read_json, read_torch
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.oft.config import PLATFORMS, OFTConfig, with_cameras, with_film
 from lac_vla.models.prismatic.config import PrismaticConfig
-from lac_vla.models.weights import read_json, read_torch
 
 HEAD, PROPRIO, NOISY, VISION = PARTS = (
     "action_head",

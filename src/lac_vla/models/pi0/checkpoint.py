@@ -17,7 +17,6 @@ from lac_vla.models.lerobot_layout import (
     Features,
     Normalization,
     find_tokenizer,
-    processor_weights,
     read_features,
     read_normalization,
     read_processors,
@@ -114,7 +113,6 @@ def load_pi0(
         unused=UNUSED,
         rename=rename,
         precise=re.compile(PRECISE),
-        read=processor_weights(folder),
     )
     model.eval()
     return vla

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lac_vla.checkpoint_files import read_json
 from lac_vla.errors import CheckpointError
 from lac_vla.models.heads.units import choose_stats
 from lac_vla.models.lerobot_layout import ACTION, OPENPI_EPS, STATE, Features, Normalization
-from lac_vla.models.weights import read_json
 
 STATISTICS = "norm_stats.json"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import torch
 
+from lac_vla.checkpoint_files import read_json
+from lac_vla.errors import CheckpointError
 from lac_vla.files import write_object
 from lac_vla.models.images import require_pipeline
 from lac_vla.models.llama import reset_rotary
@@ -19,7 +21,7 @@ from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.models.tokenizer import Encode, WordHash, load_tokenizer, save_tokenizer
 from lac_vla.models.vla import VLA
-from lac_vla.models.weights import load_weights, randomise, read_json, write_weights
+from lac_vla.models.weights import load_weights, randomise, write_weights
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -110,9 +112,12 @@ def unused_weights(config: PrismaticConfig) -> re.Pattern[str]:
 def _normalised_as(towers: tuple[ViTConfig, ...], preprocessor: Mapping[str, Any]) -> tuple[ViTConfig, ...]:
     """Take means and deviations from the official image processor: the published are rounded to bfloat16."""
     given = preprocessor.get("tvf_normalize_params", [])
-    if len(given) != len(towers):
-        return towers
-    return tuple(
-        replace(tower, mean=tuple(values["mean"]), std=tuple(values["std"]))
-        for tower, values in zip(towers, given, strict=True)
-    )
+    try:
+        if len(given) != len(towers):
+            return towers
+        return tuple(
+            replace(tower, mean=tuple(values["mean"]), std=tuple(values["std"]))
+            for tower, values in zip(towers, given, strict=True)
+        )
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{PREPROCESSOR}: tvf_normalize_params holds no mean and std: {error!r}") from error

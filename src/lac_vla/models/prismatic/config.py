@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lac_vla.checks import check_fields, shortened
 from lac_vla.errors import CheckpointError
-from lac_vla.models.prismatic.towers import TowerConfig, ViTConfig, tower_of, towers_of
+from lac_vla.models.prismatic.towers import DEEPEST, TowerConfig, ViTConfig, tower_of, towers_of
 
 OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 VICUNA_PROMPT = (
@@ -21,6 +22,8 @@ VICUNA_PROMPT = (
 )
 OPENVLA_PROMPT_END = 29871
 """Llama 2's token of a lone space, the last token of every prompt that OpenVLA was trained with."""
+LARGEST_IMAGE = 4096
+"""Pixels of a side."""
 PER_CAMERA = ("conv", "towers")
 """``vision_backbone_id`` of models with a tower per camera: convolutions only, or any."""
 
@@ -41,6 +44,9 @@ class CameraConfig:
 
     def __post_init__(self) -> None:
         """Check the name, and that the tokens tile the image."""
+        check_fields(self, CheckpointError)
+        if not 1 <= self.image_size <= LARGEST_IMAGE:
+            raise CheckpointError(f"camera '{self.name}': image_size is {self.image_size}; give 1..{LARGEST_IMAGE}")
         if not self.name or "." in self.name:
             raise CheckpointError(f"camera name {self.name!r} must not be empty or hold a dot")
         if self.tower is not None and self.image_size % self.tower.stride:
@@ -94,7 +100,8 @@ class PrismaticConfig:
     model_type: str = field(default="openvla", init=False)
 
     def __post_init__(self) -> None:
-        """Check that the parts fit together."""
+        """Check the values, and that the parts fit together."""
+        check_fields(self, CheckpointError)
         own = [camera.tower for camera in self.cameras if camera.tower is not None]
         if self.vision_backbone_id in PER_CAMERA:
             if len(own) != len(self.cameras) or self.vit_towers:
@@ -115,6 +122,7 @@ class PrismaticConfig:
             raise CheckpointError(f"language model '{self.text_config['model_type']}' is not supported, only llama")
         if "{instruction}" not in self.prompt_template:
             raise CheckpointError("prompt_template does not hold {instruction}")
+        _check_sizes(self)
 
     @property
     def features(self) -> int:
@@ -160,13 +168,16 @@ class PrismaticConfig:
             cameras = tuple(_camera(camera) for camera in data.get("cameras") or ()) or _official_camera(data)
             hidden = tuple(data.get("projector_hidden") or _official_projector(data["text_config"], vit))
             prompt = VICUNA_PROMPT if llm.startswith("vicuna") else OPENVLA_PROMPT
-            config: dict[str, Any] = {"norm_stats": {}, "prompt_template": prompt}
+            config: dict[str, Any] = {"prompt_template": prompt}
             config |= {f.name: data[f.name] for f in fields(cls) if f.init and f.name in data}
+            config["norm_stats"] = data.get("norm_stats") or {}
             config |= {"vision_backbone_id": backbone, "llm_backbone_id": llm}
             config |= {"vit_towers": vit, "cameras": cameras, "projector_hidden": hidden}
             return cls(**config)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"config.json does not describe a Prismatic VLA: {error!r}") from error
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, IndexError) as error:
+            raise CheckpointError(f"config.json does not describe a Prismatic VLA: {shortened(error)}") from error
 
     def to_json(self) -> dict[str, Any]:
         """Make plain data of everything, for ``config.json``; :meth:`from_json` reads it back."""
@@ -176,16 +187,42 @@ class PrismaticConfig:
         return data
 
 
+def _check_sizes(config: PrismaticConfig) -> None:
+    """Refuse numbers that no model can have, before anything is built of them.
+
+    Raises:
+        CheckpointError: If there is one.
+    """
+    text = config.text_config
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = {name: text[name] for name in (*names, "head_dim", "vocab_size") if text.get(name) is not None}
+    sizes |= {"llm_max_length": config.llm_max_length, "pad_to_multiple_of": config.pad_to_multiple_of + 1}
+    sizes |= {f"projector_hidden[{number}]": width for number, width in enumerate(config.projector_hidden)}
+    sizes |= {} if config.proprio_dim is None else {"proprio_dim": config.proprio_dim}
+    for name, size in sizes.items():
+        limit = DEEPEST if name == "num_hidden_layers" else 2**31
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= limit:
+            raise CheckpointError(f"config.json: {name} is {shortened(size)}; it must be a whole number, 1..{limit}")
+    heads = sizes.get("num_attention_heads", 32)
+    if heads % sizes.get("num_key_value_heads", heads) or ("head_dim" not in sizes and config.width % heads):
+        raise CheckpointError(f"config.json: {heads} attention heads do not fit the rest of text_config")
+    if not 2 <= config.n_action_bins < config.vocab_size:
+        raise CheckpointError(
+            f"config.json: n_action_bins is {config.n_action_bins}; it must be at least 2, and less than the "
+            f"vocabulary of {config.vocab_size}"
+        )
+
+
 def _camera(data: Mapping[str, Any]) -> CameraConfig:
     tower = data.get("tower")
-    return CameraConfig(data["name"], int(data["image_size"]), None if tower is None else tower_of(tower))
+    return CameraConfig(data["name"], data["image_size"], None if tower is None else tower_of(tower))
 
 
 def _official_camera(data: Mapping[str, Any]) -> tuple[CameraConfig, ...]:
     sizes = data.get("image_sizes", [224])
     if len(set(sizes)) != 1:
         raise CheckpointError(f"image_sizes {sizes}: the towers must see the same size")
-    return (CameraConfig("agentview", int(sizes[0])),)
+    return (CameraConfig("agentview", sizes[0]),)
 
 
 def _official_projector(text_config: Mapping[str, Any], towers: tuple[ViTConfig, ...]) -> tuple[int, ...]:

@@ -35,8 +35,8 @@ def prompt_ids(config: PrismaticConfig, encode: Encode, instruction: str) -> lis
         ids = [*ids, config.prompt_end_id]
     if len(ids) > config.llm_max_length:
         raise InputError(f"the instruction makes a prompt of {len(ids)} tokens, more than {config.llm_max_length}")
-    if max(ids) >= config.vocab_size:
-        raise CheckpointError(f"token {max(ids)} is not in the model's vocabulary of {config.vocab_size}")
+    if outside := [token for token in ids if not 0 <= token < config.vocab_size]:
+        raise CheckpointError(f"token {outside[0]} is not in the model's vocabulary of {config.vocab_size}")
     return ids
 
 

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from lac_vla.checks import check_fields
 from lac_vla.errors import CheckpointError
 
 Triple: TypeAlias = tuple[float, float, float]
 Keep: TypeAlias = tuple[int, int, int]
 """Row offset, column offset and stride of a regular subset of a token grid."""
+
+DEEPEST = 1000
+"""Layers that a network has at most: a larger number is a damaged file, and would take for ever to build."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class ConvTowerConfig:
 
     def __post_init__(self) -> None:
         """Check that such a tower exists."""
+        check_fields(self, CheckpointError)
+        if min(self.widths, default=0) < 1 or self.norm_groups < 0 or len(self.widths) > DEEPEST:
+            raise CheckpointError(f"a convolutional tower cannot have {self}")
         if len(self.widths) < 3:
             raise CheckpointError(f"a convolutional tower needs at least 3 widths, got {self.widths}")
         if self.norm_groups and any(width % self.norm_groups for width in self.widths[1:-1]):
@@ -75,6 +82,15 @@ class ViTConfig:
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
     language: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check that such a transformer exists."""
+        check_fields(self, CheckpointError)
+        sizes = (self.width, self.heads, self.mlp_width, self.patch, 1 if self.neck is None else self.neck)
+        if min(sizes) < 1 or not 1 < self.depth <= DEEPEST or self.width % self.heads or self.registers < 0:
+            raise CheckpointError(f"a vision transformer cannot have {self}")
+        if min(self.std) <= 0:
+            raise CheckpointError(f"std is {self.std}; images cannot be divided by it")
 
     @property
     def stride(self) -> int:

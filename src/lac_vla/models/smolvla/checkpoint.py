@@ -18,7 +18,6 @@ from lac_vla.models.lerobot_layout import (
     STATE,
     Normalization,
     find_tokenizer,
-    processor_weights,
     read_features,
     read_normalization,
     read_processors,
@@ -78,7 +77,7 @@ def load_smolvla(
     with torch.device("meta"):
         model = SmolVLAModel(config)
     vla = build_smolvla(config, model, encode, name=name)
-    load_weights(model, folder, dtype=dtype, device=device, unused=UNUSED, read=processor_weights(folder))
+    load_weights(model, folder, dtype=dtype, device=device, unused=UNUSED)
     model.reset_rotary(device)
     model.eval()
     return vla

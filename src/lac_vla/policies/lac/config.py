@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from lac_vla.checks import LONGEST_AGE, check_fields, check_whole
 from lac_vla.errors import CheckpointError, InputError
+from lac_vla.flow import policy_flow
 
 INPUTS = ("paper", "extended")
 RATIOS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9)
@@ -47,6 +49,9 @@ class LACConfig:
     max_age: int = 16
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if self.flow != policy_flow(self.flow):
+            raise InputError(f"flow {self.flow!r}: a policy names an estimator; its weights are named when it is run")
         if not self.grids or any(min(grid) < 1 for grid in self.grids.values()):
             raise InputError(f"grids {dict(self.grids)}: give (rows, cols) for at least one camera")
         if list(self.ratios) != sorted(set(self.ratios)) or not self.ratios or self.ratios[0] != 0:
@@ -59,8 +64,9 @@ class LACConfig:
             raise InputError(f"ratio {self.ratio}: a cache ratio is a share of the tokens, in 0..1")
         if not 0 <= self.recovery <= 1:
             raise InputError(f"recovery {self.recovery}: give a probability in 0..1")
-        if min(self.patch_pixels, self.width, self.max_age) < 1 or self.depth < 0:
-            raise InputError("patch_pixels, width and max_age must be at least 1, depth at least 0")
+        check_whole("max_age", self.max_age, 1, LONGEST_AGE)
+        for name, low, high in (("patch_pixels", 1, 64), ("width", 1, 4096), ("depth", 0, 100)):
+            check_whole(name, getattr(self, name), low, high)
 
     @property
     def channels(self) -> int:
@@ -87,7 +93,7 @@ class LACConfig:
         if unknown:
             raise CheckpointError(f"unknown settings {unknown}: the policy is of another version of lac-vla")
         try:
-            grids = {str(name): (int(rows), int(cols)) for name, (rows, cols) in data["grids"].items()}
+            grids = {name: (rows, cols) for name, (rows, cols) in data["grids"].items()}
             rest = {key: value for key, value in data.items() if key not in ("grids", "ratios")}
             return cls(grids=grids, ratios=tuple(data["ratios"]), **rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

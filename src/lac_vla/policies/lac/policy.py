@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from lac_vla.checkpoint_files import check_finite_weights, check_tensors, read_json, read_safetensors
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.files import write_object, write_whole
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
@@ -141,7 +140,7 @@ class LACPolicy(CachePolicy):
             card: The model card, Markdown.
             about: How the policy came about, plain data; kept in the configuration under ``about``.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": MODEL_TYPE, **self.config.to_json(), "about": dict(about or {})}
         state = {key: value.detach().cpu().contiguous() for key, value in self.networks.state_dict().items()}
@@ -163,23 +162,23 @@ class LACPolicy(CachePolicy):
         Raises:
             CheckpointError: If a file is missing or damaged, or is something else.
         """
-        folder = Path(path)
+        folder = Path(path).expanduser()
         if (folder / SUBFOLDER / CONFIG).is_file():
             folder = folder / SUBFOLDER
-        try:
-            data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"there is no policy at {folder}: {CONFIG} cannot be read ({error})") from error
-        except ValueError as error:
-            raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
-        if not isinstance(data, dict) or data.pop("model_type", None) != MODEL_TYPE:
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"there is no policy at {folder}: it holds no {CONFIG}")
+        data, weights = read_json(folder / CONFIG), folder / WEIGHTS
+        if data.pop("model_type", None) != MODEL_TYPE:
             raise CheckpointError(f"{folder} does not hold a LAC policy: give the folder that `lac train` wrote")
         data.pop("about", None)
-        try:
+        with torch.device("meta"):
             policy = cls(LACConfig.from_json(data), ratio=ratio, recovery=recovery)
-            policy.networks.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{folder / WEIGHTS} is missing, damaged or of another shape: {error}") from error
+        try:
+            state = check_tensors(weights, read_safetensors(weights))
+            policy.networks.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+        except (CheckpointError, RuntimeError) as error:
+            raise CheckpointError(f"{weights} is missing, damaged or of another shape: {error}") from error
+        check_finite_weights(weights, policy.networks)
         policy.networks.eval()
         return policy
 
