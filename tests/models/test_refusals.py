@@ -100,8 +100,8 @@ def test_no_statistics_at_all(folder: Path, stats: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["action_head--1_checkpoint.pt", "proprio_projector--1_checkpoint.pt", "extra.safetensors", "pytorch_model.bin",
-     "consolidated.00.pth", "last.ckpt", "model.gguf", "state_dict.pt"],
+    ["value_head--1_checkpoint.pt", "extra.safetensors", "pytorch_model.bin", "consolidated.00.pth",
+     "last.ckpt", "model.gguf", "state_dict.pt"],
 )  # fmt: skip
 def test_weights_that_nobody_reads(folder: Path, cogact: Path, name: str) -> None:
     for model in (folder, cogact):

@@ -32,6 +32,10 @@ def expand(spec: str) -> list[str]:
     return [head + colon + ",".join(choice) for choice in product(*options)]
 
 
+CERTAIN = 6e4
+"""A score beyond every other's, and finite in half precision as well."""
+
+
 class ScriptedHead(TokenHead):
     """Always says the same token, and its drafts have the first ``accepted`` tokens right.
 
@@ -60,8 +64,8 @@ class ScriptedHead(TokenHead):
         scores = self._head.logits(hidden)
         right = min(len(scores), 1 + self._drafted_right)
         self._drafted_right = 0
-        scores[:right, self._right] = torch.inf
-        scores[right:, self._wrong] = torch.inf
+        scores[:right, self._right] = CERTAIN
+        scores[right:, self._wrong] = CERTAIN
         return scores
 
 

@@ -18,6 +18,19 @@ from lac_vla.errors import InputError, NonFiniteError
 from lac_vla.models.heads.base import NON_FINITE, AppendRows
 
 
+def best(scores: torch.Tensor) -> list[int]:
+    """Pick the token of the best score in every row, (n, vocabulary) → n ids.
+
+    Raises:
+        NonFiniteError: If a score is NaN or infinite.
+    """
+    total = scores.sum(dtype=torch.float32)  # not finite as soon as one score is not, and the cheapest way to see
+    tokens: list[int] = scores.argmax(dim=-1).tolist()
+    if not math.isfinite(total):
+        raise NonFiniteError(NON_FINITE)
+    return tokens
+
+
 def decode_tokens(
     embed: Callable[[torch.Tensor], torch.Tensor],
     logits: Callable[[torch.Tensor], torch.Tensor],
@@ -46,11 +59,7 @@ def decode_tokens(
     tokens: list[int] = []
     guess, rows = list(draft), hidden[-1 - len(draft) :]
     while True:
-        scores = logits(rows)
-        total = scores.sum(dtype=torch.float32)  # not finite as soon as one score is not, and the cheapest way to see
-        greedy: list[int] = scores.argmax(dim=-1).tolist()  # each behind the tokens and the guesses before it
-        if not math.isfinite(total):
-            raise NonFiniteError(NON_FINITE)
+        greedy = best(logits(rows))  # each behind the tokens and the guesses before it
         agreed = next((i for i, (a, b) in enumerate(zip(guess, greedy, strict=False)) if a != b), len(guess))
         tokens += greedy[: agreed + 1]
         if len(tokens) >= n_tokens:
