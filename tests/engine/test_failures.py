@@ -13,6 +13,7 @@ import torch
 from lac_vla import CachedVLA, EngineOptions, InputError, Motion, Random, Session, random_vla
 from lac_vla.errors import NonFiniteError
 from lac_vla.models import FAMILIES, VLA
+from lac_vla.models.heads.flow_matching import FlowMatchingHead
 from lac_vla.policies import CachePolicy
 from lac_vla.types import AttentionProbe, Decision, PolicyInput, SkippedTokens, TokenLayout
 from tests.engine.scenes import frame
@@ -27,9 +28,28 @@ def model(request: pytest.FixtureRequest) -> VLA:
     return random_vla(TINY[request.param], seed=3)
 
 
-def weight(model: VLA, *parts: str) -> torch.Tensor:
-    """The first weight whose name holds one of the parts."""
-    return next(w for part in parts for name, w in model.module.named_parameters() if part in name)
+ACTIONS = {
+    "cogact": "final_layer.linear.weight",
+    "oft": "action_head.fc2.weight",
+    "openvla": "lm_head",
+    "pi0": "action_out_proj.weight",
+    "pi05": "action_out_proj.weight",
+    "smolvla": "action_out_proj.weight",
+}
+"""Family → the weight that its actions are read by."""
+DECODER = ("language_model.", "text_model.", "prefix.")
+
+
+def weight(model: VLA, part: str) -> torch.Tensor:
+    """A weight of the projector (``projector``), of the decoder's first layer, or the one that actions are read by."""
+    weights = dict(model.module.named_parameters())
+    if part == "actions":
+        names = [name for name in weights if name.endswith(ACTIONS[model.family]) or ACTIONS[model.family] in name]
+    elif part == "projector":
+        names = [name for name in weights if name.startswith("projector.") or ".modality_projection." in name]
+    else:
+        names = [name for name in weights if part in name and any(stack in name for stack in DECODER)]
+    return weights[names[0]]
 
 
 def dense_reason(session: Session) -> str | None:
@@ -38,7 +58,7 @@ def dense_reason(session: Session) -> str | None:
 
 
 @pytest.mark.parametrize("options", ["none", "default", "exact+cuda_graphs", "default+bucket=4"])
-@pytest.mark.parametrize("part", ["projector", "q_proj", "final_layer|lm_head"])
+@pytest.mark.parametrize("part", ["projector", "q_proj", "actions"])
 @pytest.mark.parametrize("value", VALUES)
 def test_a_broken_model_gives_no_action_and_a_mended_one_goes_on(
     model: VLA, value: float, part: str, options: str
@@ -47,7 +67,7 @@ def test_a_broken_model_gives_no_action_and_a_mended_one_goes_on(
     session, untouched = vla.session(), vla.session()
     for one in (session, untouched):
         one.act(frame(0))
-    broken, place = weight(model, *part.split("|")), (0, 0)
+    broken, place = weight(model, part), (0, 0)
     good = broken[place].clone()
     with torch.no_grad():
         broken[place] = value
@@ -61,7 +81,7 @@ def test_a_broken_model_gives_no_action_and_a_mended_one_goes_on(
     alone = CachedVLA(model).session()
     alone._head_rng.bit_generator.state = session._head_rng_state
     np.testing.assert_allclose(action, alone.act(frame(1, "go")), atol=1e-5)
-    session.act(frame(2))
+    session.act(frame(2, "go"))
     untouched.act(frame(1))
     assert dense_reason(session) is dense_reason(untouched) is None
 
@@ -69,7 +89,7 @@ def test_a_broken_model_gives_no_action_and_a_mended_one_goes_on(
 def test_a_head_that_compares_what_is_not_finite_is_not_trusted() -> None:
     """CogACT's gripper is 0 or 1 whatever was drawn, and what is infinite would be clipped to full scale."""
     model = random_vla(TINY["cogact"], seed=3)
-    bias = weight(model, "final_layer.linear.bias")
+    bias = model.module.get_parameter("action_model.net.final_layer.linear.bias")
     for dim in (0, len(bias) - 1):
         for value in VALUES:
             before = bias.detach().clone()
@@ -82,7 +102,14 @@ def test_a_head_that_compares_what_is_not_finite_is_not_trusted() -> None:
 
 
 def test_an_action_beyond_float32_is_none(model: VLA) -> None:
-    model.head.action_range.q99[:] = 1e300  # type: ignore[attr-defined]
+    """Statistics that are finite may still make an action that float32 does not hold."""
+    if isinstance(model.head, FlowMatchingHead):  # its units are float32
+        model.head.units.factor[:] = 3e38
+        model.head.units.offset[:] = 3e38
+        with torch.no_grad():
+            weight(model, "actions").mul_(1e3)
+    else:
+        model.head.action_range.high[:] = 1e300  # type: ignore[attr-defined]
     with np.errstate(over="ignore"), pytest.raises(NonFiniteError):
         CachedVLA(model).session().act(frame(0))
 

@@ -262,7 +262,7 @@ def test_runs_on_the_hub_are_downloaded_with_their_weights(
     asked: list[list[str]] = []
     folder = write({"model": parts})
 
-    def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(hub_id: str, allow_patterns: list[str]) -> str:
         asked.append(allow_patterns)
         return str(folder)
 
