@@ -93,6 +93,7 @@ class GraphEntry:
             for layer, pair in cross.items():
                 for buffer, part in zip(buffers[layer], pair, strict=True):
                     buffer[:, :slots].copy_(part)
+                    buffer[:, slots:] = 0  # a longer prompt's may be NaN, which a mask does not hide
             self._cross = cross
 
     def run(self, layers: Sequence[DecoderLayer], store: SlotCache, pool: Any) -> LayersOutput:
