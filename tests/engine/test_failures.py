@@ -14,6 +14,7 @@ from lac_vla import CachedVLA, EngineOptions, InputError, Motion, Random, Sessio
 from lac_vla.errors import NonFiniteError
 from lac_vla.models import FAMILIES, VLA
 from lac_vla.models.heads.flow_matching import FlowMatchingHead
+from lac_vla.models.oft.config import TINY_OFT
 from lac_vla.policies import CachePolicy
 from lac_vla.types import AttentionProbe, Decision, PolicyInput, SkippedTokens, TokenLayout
 from tests.engine.scenes import frame
@@ -100,6 +101,25 @@ def test_a_head_that_compares_what_is_not_finite_is_not_trusted() -> None:
                 CachedVLA(model).session().act(frame(0))
             with torch.no_grad():
                 bias.copy_(before)
+
+
+@pytest.mark.parametrize(
+    ("head", "name"), [("discrete", "language_model.lm_head.weight"), ("diffusion", "action_head.fc2.bias")]
+)
+def test_chunks_of_what_is_not_finite_are_not_trusted(head: str, name: str) -> None:
+    """A token is chosen whatever the scores are, and what is predicted of the clean chunk is clipped."""
+    model = random_vla(replace(TINY_OFT, head=head, sampling_steps=2), seed=3)
+    broken = model.module.get_parameter(name)
+    for place in (0, len(broken) - 1):
+        for value in VALUES:
+            before = broken.detach().clone()
+            with torch.no_grad():
+                broken[place] = value
+            with pytest.raises(NonFiniteError):
+                CachedVLA(model).session().act(frame(0))
+            with torch.no_grad():
+                broken.copy_(before)
+    assert np.isfinite(CachedVLA(model).session().act(frame(0))).all()
 
 
 def test_an_action_beyond_float32_is_none(model: VLA) -> None:
