@@ -245,16 +245,16 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         stack.enter_context(writing(config.out, "--out"))
         if rank == 0:
             _require_board(config)
-        if load_state(config.out) is not None:  # without one, settings bind nothing
+            stack.enter_context(
+                locked(config.out / LOCK, f"another process trains in {config.out}: give another --out")
+            )
+        state = load_state(config.out)
+        if state is not None:  # without one, settings bind nothing
             check_settings(config.out, describe(config), CHANGEABLE)
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
         vla = load_vla(find_model(config.model), device=device, dtype="auto", unnorm_key=config.unnorm_key)
         vla.module.requires_grad_(False)
         tower = MixedTower(vla) if config.vision_kv_reuse else None
-        if rank == 0:
-            message = f"another process trains in {config.out}: give another --out"
-            stack.enter_context(locked(config.out / LOCK, message))
-        state = load_state(config.out)
         if rank == 0:
             write_object(config.out / CONFIG, describe(config))
         store = _store(config, vla, () if tower is None else tower.cameras, rank)
