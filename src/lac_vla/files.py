@@ -206,6 +206,6 @@ def locked(file: Path, message: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if made and {*file.parent.iterdir()} <= {file}:
+        if made and file.parent.is_dir() and {*file.parent.iterdir()} <= {file}:
             file.unlink(missing_ok=True)
             file.parent.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ from lac_vla.serving.record import Recorder
 from tests.crash.kills import Killed, files, killed_at
 
 TASKS = ("pick up the bowl", "open the drawer", "pick up the bowl", "close the drawer")
-POINTS = 74
+POINTS = 78
 """Changes to the disk while these episodes are packed."""
 
 VIDEO = (VideoWriter, "_open")
@@ -191,3 +192,23 @@ def test_two_names_of_one_folder_have_one_writer(tmp_path: Path) -> None:
         start(tmp_path / "other" / "log")
     one.close()
     shutil.rmtree(tmp_path / "real")
+
+
+def test_too_many_open_files_are_a_reason_to_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The descriptors come back while the first frames wait."""
+    real, refused = Path.open, [0]
+
+    def full(path: Path, mode: str = "r", **options: Any) -> Any:
+        if path.suffix == ".frames" and mode == "xb" and refused[0] < 4:
+            refused[0] += 1
+            raise OSError(errno.EMFILE, "too many open files")
+        return real(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    writer = RawWriter(tmp_path / "1.frames", {})
+    with pytest.raises(OSError, match="too many"):
+        writer.open()
+    for at in range(3):
+        writer.write(frame(0, at), action(0, at), dict.fromkeys(COLUMNS, at))
+    writer.finish("reset")
+    assert (len(RawEpisode.read(writer.path).records), refused) == (3, [4])

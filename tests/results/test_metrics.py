@@ -42,7 +42,14 @@ class Walk:
 
 def answer(session: Session) -> Answer:
     assert session.last_info is not None
-    lac = {"late": None, "refreshed": 0, "waited_ms": 0.0, "ratio": session.last_info.ratio, "token_budget": None}
+    lac = {
+        "late": None,
+        "refreshed": 0,
+        "waited_ms": 0.0,
+        "ratio": session.last_info.ratio,
+        "token_budget": None,
+        "batch": 1,
+    }
     return Answer({"lac": lac, "server_timing": {"infer_ms": 1.0}}, session.last_info, None, frame(0))
 
 

@@ -138,7 +138,10 @@ def run_layers(
         queries, keys, values = [query], [key], [value]
         if len(segments) > 1:
             queries = list(torch.split(query, query_counts(segments) if final else counts, dim=-2))
-            keys, values = (list(torch.split(part, counts, dim=-2)) for part in (key, value))
+            if key.shape[-2]:  # layers that attend elsewhere make none
+                keys, values = (list(torch.split(part, counts, dim=-2)) for part in (key, value))
+            else:
+                keys, values = [key] * len(segments), [value] * len(segments)
         seen, attended = [], []
         for segment, added, across, asked, key_part, value_part in zip(
             segments, masks, cross_masks, queries, keys, values, strict=True

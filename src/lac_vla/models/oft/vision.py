@@ -32,6 +32,10 @@ class FiLMVision(PrismaticVision):
         """None: in training, towers run without a frame's instruction."""
         return ()
 
+    def kv_cache(self) -> FrameKVCache:
+        """Make the memory of one session's transformers."""
+        return FrameKVCache()
+
     def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Any:
         """Run what does not depend on which tokens matter, and keep the instruction's embedding with it."""
         pixels = {own: self._normalize(torch.tensor(images[name])[None]) for name, own in self._names.items()}
