@@ -96,8 +96,8 @@ def test_options_of_another_family(tmp_path: Path) -> None:
     save_vla(random_vla("cogact-tiny"), tmp_path)
     with pytest.raises(InputError, match="'cogact' takes no platform"):
         load_vla(tmp_path, encode=lambda text: [1], platform="libero")
-    with pytest.raises(InputError, match="takes no plattform"):
-        load_vla(tmp_path, encode=lambda text: [1], plattform="libero")
+    with pytest.raises(InputError, match="takes no platforms"):
+        load_vla(tmp_path, encode=lambda text: [1], platforms="libero")
 
 
 def test_parts_on_the_hub_are_downloaded_and_adapters_are_not(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
