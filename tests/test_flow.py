@@ -141,11 +141,37 @@ def test_raft_refuses_what_are_no_weights_of_its_own(weights: Path, tmp_path: Pa
         RAFTFlow(weights, iterations=0)
 
 
-def test_raft_says_what_to_do_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_downloaded_once_is_read_by_the_one_safe_reader(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: Path
+) -> None:
+    def download(url: str, file: str, **_: object) -> None:
+        torch.save(formula_weights(), file)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    one, other = RAFTFlow(weights, iterations=1), RAFTFlow(iterations=1)
+    assert (one(*pictures((64, 64))) == other(*pictures((64, 64)))).all()
+    monkeypatch.setattr(torch, "__version__", "2.5.1")  # whose unpickler could be made to run code
+    for name in (None, tmp_path / "checkpoints" / "raft_small_C_T_V2-01064c6d.pth"):
+        with pytest.raises(CheckpointError, match="torch ≥"):
+            RAFTFlow(name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_raft_refuses_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    broken = formula_weights()
+    next(iter(broken.values())).view(-1)[0] = value
+    save_file(broken, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        RAFTFlow(tmp_path / "w.safetensors")
+
+
+def test_raft_says_what_to_do_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def offline(*_: object, **__: object) -> None:
         raise URLError("no route to host")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(CheckpointError, match="raft_small:FILE"):
         make_flow("raft_small")
 

@@ -266,6 +266,48 @@ def test_configurations_out_of_range_are_refused(options: dict[str, object]) -> 
         LACConfig(**{"grids": GRIDS, **options})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("change", [{"width": 10**9}, {"depth": 10**9}, {"patch_pixels": 10**9}, {"max_age": 10**9}])
+def test_a_file_cannot_make_a_policy_of_any_size(tmp_path: Path, change: dict[str, int]) -> None:
+    random_policy().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=f"{next(iter(change))} is 1000000000; give a whole number"):
+        LACPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_must_be_finite(tmp_path: Path, value: float) -> None:
+    policy = random_policy()
+    with torch.no_grad():
+        policy.selector.shift.fill_(value)
+    policy.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in the weights selector\.shift"):
+        LACPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("flow", ["raft_small:weights.pt", "raft_small:/etc/hosts", "dis:slow", "raft", "https://x/y"])
+def test_a_policys_file_names_an_estimator_and_no_file(tmp_path: Path, flow: str) -> None:
+    random_policy().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "flow": flow}))
+    with pytest.raises(CheckpointError):
+        LACPolicy.from_pretrained(tmp_path)
+
+
+def test_a_policys_flow_is_not_downloaded_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> None:
+        pytest.fail("the network was asked")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    random_policy(flow="raft_small").save_pretrained(tmp_path)
+    policy = LACPolicy.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="raft_small:FILE"):
+        CachedVLA(random_vla(TINY), policy)
+    assert CachedVLA(random_vla(TINY), policy, flow="dis").flow_used == "dis"
+
+
 def test_another_layout_is_refused_before_anything_changes() -> None:
     model = random_vla(TINY)
     with pytest.raises(InputError, match=r"made for the token grids.*lac train"):

@@ -2,7 +2,7 @@
 
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.step_info import StepInfo
-from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
+from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError, NonFiniteError
 from lac_vla.factory import CachedVLA, ModelOptions
 from lac_vla.models import VLA, load_vla, random_vla, save_vla
 from lac_vla.policies import CachePolicy, Dense, LACConfig, LACPolicy, Motion, Random, make_policy
@@ -27,6 +27,7 @@ __all__ = [
     "MissingExtraError",
     "ModelOptions",
     "Motion",
+    "NonFiniteError",
     "PolicyInput",
     "Random",
     "Session",
