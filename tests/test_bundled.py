@@ -45,7 +45,10 @@ def test_it_is_small_and_documented(folder: Path) -> None:
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize(("folder", "ensemble"), [(MINI, None), (MINI_VIT, None), (MINI_COGACT, AdaptiveEnsemble(4))])
+@pytest.mark.parametrize(
+    ("folder", "ensemble"),
+    [(MINI, None), (MINI_VIT, None), pytest.param(MINI_COGACT, AdaptiveEnsemble(4), marks=pytest.mark.slow)],
+)
 def test_it_solves_a_task_dense_and_with_reuse(folder: Path, ensemble: AdaptiveEnsemble | None) -> None:
     """Initial states that no demonstration used; two tries each, as another processor rounds otherwise."""
     vla = load_vla(folder)
