@@ -222,16 +222,6 @@ def read_normalization(folder: Path, data: Mapping[str, Any]) -> Normalization:
     return Normalization(modes, statistics, eps)
 
 
-def read_units(folder: Path, data: Mapping[str, Any], features: Features) -> tuple[Units, Units]:
-    """Read the units of state and action.
-
-    Raises:
-        CheckpointError: If statistics are missing, not finite, or of other lengths; or the normalisation is unknown.
-    """
-    read = read_normalization(folder, data)
-    return read.units(STATE, features.state_dim), read.units(ACTION, features.action_dim)
-
-
 def write_processors(folder: Path, normalization: Normalization, data: Mapping[str, Any], max_tokens: int) -> None:
     """Write the processors' JSON and statistics as far as this library reads them.
 
