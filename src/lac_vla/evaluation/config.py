@@ -39,6 +39,8 @@ class EvalConfig:
         server: ``ws://…`` of a policy server: it runs the one method of ``policies`` on its ``model``, which are named
             as the server names them. No MACs, no videos then.
         workers: Processes. Latencies are only worth reporting from one.
+        envs: Simulators, each in a process of its own (about 1 GB), whose frames one model answers in one batch, in
+            step with each other; the episodes are those of one at a time, their latencies those of a batch.
         ray: Run the workers on the Ray cluster at this address (``auto``, ``ray://HOST:PORT``; ``local`` for this
             machine), whose nodes share the folders that are named here. The results do not depend on it, nor on the
             number of workers, if ``threads`` is set.
@@ -61,6 +63,7 @@ class EvalConfig:
     videos: int = 1
     server: str | None = None
     workers: int = 1
+    envs: int = 1
     ray: str | None = None
     model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
@@ -69,8 +72,14 @@ class EvalConfig:
         first, stop = self.states
         if not 0 <= first < stop <= trials:
             raise InputError(f"init_states {self.states}: give first and one-past-last in 0..{trials}")
-        if self.workers < 1:
-            raise InputError(f"workers is {self.workers}; give at least 1")
+        for name in ("workers", "envs"):
+            if (number := getattr(self, name)) < 1:
+                raise InputError(f"{name} is {number}; give at least 1")
+        if self.envs > 1 and (self.workers > 1 or self.ray is not None or self.server is not None):
+            raise InputError(
+                "envs plays several simulators beside one model in this process: give no --workers, --ray "
+                "or --server with it"
+            )
         for name in ("ensemble", "actions_per_call"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} is {number}; at least the newest chunk's first action must count")

@@ -17,6 +17,7 @@ from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.stress import describe_stress
+from lac_vla.evaluation.together import run_together
 from lac_vla.evaluation.worker import EpisodeWorker, Job
 from lac_vla.factory import method_name
 from lac_vla.files import locked, read_object, reading, write_object, writing
@@ -24,7 +25,7 @@ from lac_vla.provenance import provenance
 from lac_vla.results.records import EpisodeRecord, finished
 
 EPISODES, CONFIG, SUMMARY, LOCK = "episodes.jsonl", "config.json", "summary.json", ".lock"
-CHANGEABLE = ("workers", "threads", "videos", "server")
+CHANGEABLE = ("workers", "envs", "threads", "videos", "server")
 """Settings that may differ when a run is resumed: they change no result."""
 
 
@@ -124,6 +125,8 @@ def _run(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, No
         return run_on_ray(EpisodeWorker, config, jobs)
     if config.workers > 1:
         return run_on_processes(EpisodeWorker, config, jobs)
+    if config.envs > 1:
+        return run_together(config, jobs)
     return _run_here(EpisodeWorker(config), jobs)
 
 
@@ -167,7 +170,7 @@ def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[
         "policies": list((specs | more).values()),
         "init_states": [first, max(stop, new_stop)],
         "tasks": sorted({*tasks[0], *tasks[1]}) if all(tasks) else [],  # empty means all
-        "workers": max(before.get("workers", 1), settings["workers"]),  # of its latencies, the worst
+        **{name: max(before.get(name, 1), settings[name]) for name in ("workers", "envs")},  # the worst latencies
     }
 
 
@@ -192,6 +195,8 @@ def _summary(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping
         notes.append(describe_stress(config.stress))
     if settings["workers"] > 1:
         notes.append(f"{settings['workers']} processes shared the machine: latencies are not worth comparing.")
+    if settings["envs"] > 1:
+        notes.append(f"{settings['envs']} simulators were answered together: latencies are those of whole batches.")
     if config.actions_per_call is not None:
         notes.append(f"{config.actions_per_call} actions of every answer are executed before the model is asked again.")
     trials = config.benchmark.trials

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +18,7 @@ from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.rollout import rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
-from lac_vla.factory import load_methods, method_name
+from lac_vla.factory import CachedVLA, load_methods, method_name
 from lac_vla.models.vla import VLA
 from lac_vla.results.records import EpisodeRecord
 from lac_vla.session import Session
@@ -28,6 +28,10 @@ from lac_vla.sims.base import Env, SimulatorError
 class EpisodeWorker:
     """The model, the sessions (by method) and the simulator of one process.
 
+    Args:
+        config: The evaluation.
+        sessions: By method; by default a server's, or new ones of the model.
+
     Raises:
         InputError: If a setting does not fit the model, or the server serves something else.
         CheckpointError: If the model cannot be loaded.
@@ -35,19 +39,17 @@ class EpisodeWorker:
 
     sessions: dict[str, PolicySession]
 
-    def __init__(self, config: EvalConfig) -> None:
+    def __init__(self, config: EvalConfig, sessions: Mapping[str, PolicySession] | None = None) -> None:
         self._env: Env | None = None
         self._cost: CostModel | None = None
-        benchmark, options = config.benchmark, config.model_options
-        if config.server is not None:
+        if sessions is None and config.server is not None:
             method = method_name(config.policies[0])
-            self.sessions = {method: RemoteSession.connect(config.server, Path(config.model).name, method)}
-            self._ensemble = _make_ensemble(config, None)
-            return
-        options = replace(options, unnorm_key=options.unnorm_key or benchmark.unnorm_key)
-        vlas = load_methods(config.model, config.policies, options, cameras=benchmark.cameras)
-        self._ensemble = _make_ensemble(config, next(iter(vlas.values())).model)
-        self.sessions = {name: vla.session(config.seed) for name, vla in vlas.items()}
+            sessions = {method: RemoteSession.connect(config.server, Path(config.model).name, method)}
+        elif sessions is None:
+            sessions = {name: vla.session(config.seed) for name, vla in load_vlas(config).items()}
+        first = next(iter(sessions.values()))
+        self._ensemble = _make_ensemble(config, first.model if isinstance(first, Session) else None)
+        self.sessions = dict(sessions)
 
     def run(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
         """Run one episode of an evaluation that may differ from the worker's own in ``out`` and ``stress``.
@@ -107,6 +109,13 @@ class EpisodeWorker:
             self.close()
             self._env = config.benchmark.make_env(task)
         return self._env
+
+
+def load_vlas(config: EvalConfig) -> dict[str, CachedVLA]:
+    """Load the model, and put every method's policy beside it."""
+    benchmark, options = config.benchmark, config.model_options
+    options = replace(options, unnorm_key=options.unnorm_key or benchmark.unnorm_key)
+    return load_methods(config.model, config.policies, options, cameras=benchmark.cameras)
 
 
 def _make_ensemble(config: EvalConfig, model: VLA | None) -> AdaptiveEnsemble | None:
