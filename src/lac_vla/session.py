@@ -96,6 +96,11 @@ class Session:
         return max(1, self.max_age // self.steps_per_frame)
 
     @property
+    def slots(self) -> int:
+        """Slots of the engine's store that it holds."""
+        return self._region.size
+
+    @property
     def nbytes(self) -> int:
         """Memory of the cached keys and values, in bytes."""
         cached = self._region.size * self.engine.store.bytes_per_slot
@@ -112,6 +117,15 @@ class Session:
         self._shapes = self._open = None
         self._rng, self._head_rng = _generators(self.seed)
         self._frame = self.last_info = self.force_dense = None
+
+    def release(self) -> None:
+        """Give the memory of keys and values back: the next frame is computed in full. Chance goes on as it was."""
+        self._open = None
+        self.memory.begin()
+        self.memory.attention = {}
+        self.engine.store.release(self._region)
+        self._region.start = self._region.size = 0
+        self._vision_kv = None if self._vision_kv is None else self.model.vision.kv_cache()
 
     def act(self, frame: Frame) -> FloatArray:
         """Answer an observation with an action.

@@ -104,17 +104,17 @@ def test_an_error_in_one_simulator_ends_the_run(alone: EvalConfig, tmp_path: Pat
 
 def test_what_is_given_up_ends_although_a_simulator_hangs(alone: EvalConfig, tmp_path: Path) -> None:
     config = replace(alone, out=tmp_path, envs=2, benchmark=Chain(trouble=str(tmp_path / "hang")))
-    with closing(run_together(config, [Job(config, 1, 1, ("dense",)), Job(config, 0, 0, ("dense",))])) as records:
-        with ThreadPoolExecutor(1) as pool:
-            run = pool.submit(list, records)
-            while not (tmp_path / "hang").exists():
-                time.sleep(0.02)
-            time.sleep(0.2)
-            assert not run.done()
-            for process in multiprocessing.active_children():
-                process.kill()
-            with pytest.raises(SimulatorError, match="was lost"):
-                run.result(60)
+    jobs = [Job(config, 1, 1, ("dense",)), Job(config, 0, 0, ("dense",))]
+    with closing(run_together(config, jobs)) as records, ThreadPoolExecutor(1) as pool:
+        run = pool.submit(list, records)
+        while not (tmp_path / "hang").exists():
+            time.sleep(0.02)
+        time.sleep(0.2)
+        assert not run.done()
+        for process in multiprocessing.active_children():
+            process.kill()
+        with pytest.raises(SimulatorError, match="was lost"):
+            run.result(60)
     assert not multiprocessing.active_children()
 
 

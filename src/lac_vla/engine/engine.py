@@ -116,6 +116,13 @@ class Engine:
                     run.plan.clock.stages[stage] += milliseconds
         return [run.result for run in runs]
 
+    def slots(self, plan: FramePlan) -> int:
+        """Count the slots of the store that a plan needs, those that its session has among them."""
+        needed = plan.prompt.layout.length + self.model.head.max_new_tokens
+        if self.graphs is not None and needed > plan.region.size:
+            needed += 2 * CAPACITY_MULTIPLE - needed % CAPACITY_MULTIPLE
+        return needed
+
     def _check(self, plans: Sequence[FramePlan]) -> None:
         for plan in plans:
             if plan.engine is not self:
@@ -155,10 +162,7 @@ class Engine:
         layout, clock = plan.prompt.layout, run.clock
         with clock.stage("bookkeeping"):
             plan.begin()
-            needed = layout.length + model.head.max_new_tokens
-            if self.graphs is not None and needed > plan.region.size:
-                needed += 2 * CAPACITY_MULTIPLE - needed % CAPACITY_MULTIPLE
-            self.store.reserve(plan.region, needed)
+            self.store.reserve(plan.region, self.slots(plan))
         visual, run.result.encoded = self._encode_tokens(run, stem, decision)
         with clock.stage("projector"):
             draft = None if plan.drafted is None else model.head.draft(plan.drafted)

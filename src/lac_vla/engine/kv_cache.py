@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lac_vla.engine.layers import Segment
+from lac_vla.errors import InputError
 
 
 @dataclass(eq=False)
@@ -49,6 +50,7 @@ class SlotCache:
         self._by_layer = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
         self.abandoned: deque[Region] = deque()
         self._free: list[Region] = []
+        self._fixed = False
 
     @property
     def bytes_per_slot(self) -> int:
@@ -56,24 +58,50 @@ class SlotCache:
         layers, heads, _, width = self.keys.shape
         return 2 * layers * heads * width * self.keys.element_size()
 
+    def limit(self, slots: int) -> None:
+        """Let the pool have so many slots and no more; all of its memory is taken now, before any region is.
+
+        Raises:
+            InputError: If it has regions.
+        """
+        self._reclaim()
+        if sum(free.size for free in self._free) < self.keys.shape[2]:
+            raise InputError("the memory of keys and values is limited before the first frame: make a new engine")
+        self._free = []
+        for name in ("keys", "values"):  # one is freed before the other is made
+            old = getattr(self, name)
+            setattr(self, name, old[:, :, :0].clone())
+        self._grow(slots)
+        self._fixed = True
+        self.release(Region(0, slots))
+
+    def fits(self, region: Region, size: int) -> bool:
+        """Tell whether a region can be made ``size`` slots large as things stand."""
+        self._reclaim()
+        return not self._fixed or size <= region.size or any(free.size >= size for free in self._free)
+
     def reserve(self, region: Region, size: int) -> None:
         """Make a region at least ``size`` slots large; what it holds moves along, and is lost only to others.
 
         Args:
             region: Of a session; changed in place.
             size: Slots that it needs.
+
+        Raises:
+            InputError: If the pool is limited and has no such room; nothing has changed then.
         """
-        while self.abandoned:
-            self.release(self.abandoned.popleft())
+        self._reclaim()
         if size <= region.size:
             return
         end, old = self.keys.shape[2], Region(region.start, region.size)
-        if old.size and old.start + old.size == end:  # it lies at the end: nothing has to move
+        if not self._fixed and old.size and old.start + old.size == end:  # it lies at the end: nothing has to move
             self._grow(old.start + size)
             region.size = size
             return
         place = next((free for free in self._free if free.size >= size), None)
         if place is None:
+            if self._fixed:
+                raise InputError(f"no room for {size} slots among the {end} of the limited memory: give it more")
             self._grow(end + size)
             place = Region(end, size)
         else:
@@ -116,6 +144,10 @@ class SlotCache:
             slots = pool[:, own]
             seen.append(slots if segment.slots is None else slots[:, segment.slots])
         return seen[0], seen[1]
+
+    def _reclaim(self) -> None:
+        while self.abandoned:
+            self.release(self.abandoned.popleft())
 
     def _grow(self, size: int) -> None:
         for name in ("keys", "values"):

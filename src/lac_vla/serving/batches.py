@@ -9,35 +9,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from lac_vla.engine.engine import Engine
 from lac_vla.errors import InputError
 from lac_vla.serving.controller import DeadlineController
-from lac_vla.serving.sessions import Answer, PlannedFrame, RobotSession
+from lac_vla.serving.kv_memory import KVMemory
+from lac_vla.serving.sessions import Answer, PlannedFrame, Request, RobotSession
+
+__all__ = ["Batcher", "Outcome", "Request"]
 
 Outcome: TypeAlias = Answer | Exception
-
-
-@dataclass(eq=False)
-class Request:
-    """A robot's request that waits for its answer.
-
-    Attributes:
-        robot: The robot.
-        message: The message that it sent.
-        arrived: When, by ``time.perf_counter()``.
-        planned: Its plan, once there is one.
-        postponed: Whether it has been planned for a batch that it would have made late; that happens only once.
-    """
-
-    robot: RobotSession
-    message: Mapping[str, Any]
-    arrived: float
-    planned: PlannedFrame | None = None
-    postponed: bool = False
 
 
 @dataclass
@@ -48,6 +32,7 @@ class Batcher:
         engine: The engine of all the robots' sessions.
         controller: Keeps the deadline; ``None`` if there is none.
         max_batch: Requests that are answered together, at most; 1 for one at a time.
+        memory: Budget of keys and values; ``None`` for as much as the robots need.
 
     Raises:
         InputError: If ``max_batch`` is below 1.
@@ -56,6 +41,7 @@ class Batcher:
     engine: Engine
     controller: DeadlineController | None = None
     max_batch: int = 8
+    memory: KVMemory | None = None
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -118,6 +104,9 @@ class Batcher:
         if controller is not None:
             late = self._postpone(controller, [request for request, _ in ready], begun)
             ready = [(request, planned) for request, planned in ready if request not in late]
+        if self.memory is not None:
+            ready, refused = self.memory.settle(ready, waiting, robots)
+            outcomes |= refused
         results = self.engine.run([planned.plan for _, planned in ready]) if ready else []
         computed = []
         for (request, planned), result in zip(ready, results, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,9 @@ class ServeConfig:
         max_batch: Requests of different robots that are answered together, at most; 1 for one at a time.
         batch_window_ms: A request waits so long for others to join it; 0 for not at all.
         max_sessions: Robots at a time.
+        kv_memory: Megabytes for the keys and values of all robots, taken at the start; 0 for as many as they need. A
+            robot that is silent gives its room to one that asks, and starts dense when it returns; one that finds all
+            room taken by robots at work is told so when it connects.
         max_rate: Requests per second and robot.
         max_message_mb: Size of a request.
         record: Folder of a LeRobot dataset of what the sessions see and do, for ``lac train``; one that is there is
@@ -66,6 +70,7 @@ class ServeConfig:
     max_batch: int = 8
     batch_window_ms: float = 0.0
     max_sessions: int = 32
+    kv_memory: float = 0.0
     max_rate: float = 200.0
     max_message_mb: float = 8.0
     record: Path | None = None
@@ -81,6 +86,8 @@ class ServeConfig:
             raise InputError("max_sessions, max_rate and max_message_mb must be greater than 0, deadline_ms at least 0")
         if self.max_batch < 1 or not self.batch_window_ms >= 0:
             raise InputError("max_batch must be at least 1, which answers one at a time, batch_window_ms at least 0")
+        if not 0 <= self.kv_memory < math.inf:
+            raise InputError(f"kv_memory is {self.kv_memory:g}; give megabytes, or 0 for no limit")
         if self.record_fps < 0:
             raise InputError(f"record_fps is {self.record_fps}; give whole frames per second, or 0")
 
@@ -98,12 +105,14 @@ def make_server(config: ServeConfig) -> PolicyServer:
     from lac_vla.engine.budget import smallest_budget
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
     from lac_vla.serving.controller import DeadlineController, LatencyTable, sample_frames
+    from lac_vla.serving.kv_memory import KVMemory
     from lac_vla.serving.server import Limits, PolicyServer
 
     key, tls = read_key(config.api_key_file), tls_context(config.tls_cert, config.tls_key)
     check_exposure(config.host, key)
     [(method, vla)] = load_methods(config.model, (config.policy,), config.model_options).items()
     keys = ObservationKeys.parse(vla.model.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
+    memory = KVMemory.take(vla, config.kv_memory) if config.kv_memory else None
     table = None
     if config.deadline_ms or config.session_options.slack:
         table = LatencyTable.measure(vla, max_batch=config.max_batch if config.deadline_ms else 1)
@@ -129,7 +138,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
     server = PolicyServer(
         vla, keys, config.session_options, controller, table, metadata, config.host, config.port, key, tls, limits,
         view=config.view, seed=config.model_options.seed, max_batch=config.max_batch,
-        batch_window_ms=config.batch_window_ms,
+        batch_window_ms=config.batch_window_ms, memory=memory,
     )  # fmt: skip
     if config.record is not None:
         from lac_vla.serving.record import Recorder

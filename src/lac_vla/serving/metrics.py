@@ -36,6 +36,8 @@ class Metrics:
         self.sessions = Gauge("lac_sessions", "Open sessions", registry=registry)
         self.waiting = Gauge("lac_waiting_requests", "Requests that wait or run", registry=registry)
         self.memory = Gauge("lac_cache_bytes", "Keys and values of all sessions", registry=registry)
+        self.memory_limit = Gauge("lac_cache_limit_bytes", "What they may take, if limited", registry=registry)
+        self.evicted = Gauge("lac_evicted_sessions", "Sessions that gave their slots to another", registry=registry)
         self.seconds = Histogram("lac_request_seconds", "From arrival to answer", buckets=SECONDS, registry=registry)
         self.batch = Histogram(
             "lac_batch_robots", "Robots answered together", buckets=(1, 2, 4, 8, 16, 32), registry=registry

@@ -23,6 +23,7 @@ from lac_vla.serving.batches import Batcher
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.door import Door, open_doors
 from lac_vla.serving.executor import ModelExecutor
+from lac_vla.serving.kv_memory import KVMemory
 from lac_vla.serving.metrics import Metrics, log
 from lac_vla.serving.sessions import RobotSession, SessionOptions
 
@@ -96,6 +97,7 @@ class PolicyServer:
         seed: Seed of every session.
         max_batch: Requests that are answered together, at most; 1 for one at a time.
         batch_window_ms: Milliseconds that a request waits for others to join it.
+        memory: Budget of keys and values; ``None`` for none.
 
     Raises:
         InputError: If the address needs a key and there is none, an answer cannot hold that many actions, or no batch
@@ -119,13 +121,18 @@ class PolicyServer:
     seed: int = 0
     max_batch: int = 8
     batch_window_ms: float = 0.0
+    memory: KVMemory | None = None
 
     def __post_init__(self) -> None:
         check_exposure(self.host, self.key)
         wanted = self.session_options.actions_per_call
         if wanted > (horizon := self.vla.model.horizon):
             raise InputError(f"actions_per_call is {wanted}; the model answers with {horizon} actions at most")
-        batcher = Batcher(self.vla.engine, self.controller, self.max_batch)
+        max_batch = self.max_batch
+        if self.memory is not None:
+            self.metrics.memory_limit.set(self.memory.nbytes)
+            max_batch = min(max_batch, self.memory.robots)
+        batcher = Batcher(self.vla.engine, self.controller, max_batch, self.memory)
         self._executor = ModelExecutor(batcher, self.limits.sessions, self.batch_window_ms / 1e3)
         self._robots: dict[ServerConnection, RobotSession] = {}
         self._busy: set[ServerConnection] = set()
@@ -201,10 +208,21 @@ class PolicyServer:
             self.metrics.hung_up.set(sum(door.dropped for door in self._doors))
             self.metrics.waiting.set(self._executor.waiting)
             self.metrics.memory.set(sum(robot.nbytes for robot in self._robots.values()))
+            self.metrics.evicted.set(0 if self.memory is None else self.memory.evictions)
             return ws.respond(HTTPStatus.OK, self.metrics.text().decode())
-        if len(self._robots) >= self.limits.sessions:
-            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "full", "all sessions are taken: try later")
+        if full := self._full():
+            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "full", full)
         return None
+
+    def _full(self) -> str:
+        """Tell why another robot cannot be served; empty if it can."""
+        if len(self._robots) >= self.limits.sessions:
+            return "all sessions are taken: try later"
+        now, gap_s = time.perf_counter(), self.session_options.gap_s
+        working = sum(ws in self._busy or now - robot.answered <= gap_s for ws, robot in self._robots.items())
+        if self.memory is not None and working >= self.memory.robots:
+            return f"the memory of keys and values is taken by {working} robots at work: try later, or serve with more"
+        return ""
 
     async def _show(self, ws: ServerConnection, request: Request) -> Response:
         """Answer the operator's browser."""
@@ -231,8 +249,8 @@ class PolicyServer:
 
     async def _serve(self, ws: ServerConnection) -> None:
         """Serve one connection, from metadata to the end."""
-        if len(self._robots) >= self.limits.sessions or self._stopping:  # several were admitted at the same moment
-            await ws.close(1013, "all sessions are taken: try later")
+        if (full := self._full()) or self._stopping:  # several were admitted at the same moment
+            await ws.close(1013, full or "stopping")
             return
         for door in self._doors:
             door.admit(ws.transport.get_extra_info("socket").fileno())

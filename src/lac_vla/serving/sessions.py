@@ -141,6 +141,10 @@ class RobotSession:
         """When the robot will probably ask again, by ``time.perf_counter()``; infinite if nobody knows."""
         return math.inf if self._idle is None else self.answered + self._idle
 
+    def release(self) -> None:
+        """Give the memory of the cache back; the robot starts dense when it returns."""
+        self._session.release()
+
     def plan(self, request: Mapping[str, Any], arrived: float, token_budget: int | None = None) -> PlannedFrame:
         """Plan a request that came at ``arrived``, by ``time.perf_counter()``.
 
@@ -278,3 +282,22 @@ class RobotSession:
             "waited_ms": waited,
             "stages": dict(step.stages),
         }
+
+
+@dataclass(eq=False)
+class Request:
+    """A robot's request that waits for its answer.
+
+    Attributes:
+        robot: The robot.
+        message: The message that it sent.
+        arrived: When, by ``time.perf_counter()``.
+        planned: Its plan, once there is one.
+        postponed: Whether it has been planned for a batch that it would have made late; that happens only once.
+    """
+
+    robot: RobotSession
+    message: Mapping[str, Any]
+    arrived: float
+    planned: PlannedFrame | None = None
+    postponed: bool = False
