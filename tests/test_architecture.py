@@ -20,7 +20,7 @@ FLOORS = [
     {"session"},
     {"factory"},
     {"cost", "datasets"},
-    {"results"},
+    {"results", "realtime"},
     {"drawing", "training"},
     {"sims"},
     {"evaluation", "serving", "lerobot"},

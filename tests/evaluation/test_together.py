@@ -33,7 +33,13 @@ from lac_vla.sims.libero.benchmark import Libero
 def played(run: Path) -> list[Any]:
     """All that an evaluation decides, step for step."""
     return sorted(
-        (e.method, e.trial, e.success, e.steps, str(e.outcome), str({name: list(m) for name, m in e.metrics.items()}))
+        (
+            e.method,
+            e.trial,
+            e.success,
+            e.steps,
+            str((e.outcome, e.realtime, {n: list(m) for n, m in e.metrics.items()})),
+        )
         for e in read_episodes(run / "episodes.jsonl")
     )
 
@@ -71,6 +77,16 @@ def test_episodes_equal_those_of_one_at_a_time(
     assert sizes == first, "what is computed together does not depend on how fast a simulator is"
     assert [(e.method, e.trial) for e in again] == [(e.method, e.trial) for e in order]
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("world", [{"clock": "120", "mode": "hold"}, {"clock": "70", "mode": "async"}])
+def test_in_a_world_that_does_not_wait(alone: EvalConfig, tmp_path: Path, world: dict[str, Any]) -> None:
+    config = replace(alone, policies=("dense", "random:ratio=0.5"), **world)
+    there = [played(evaluate(replace(config, out=tmp_path / f"{envs}", envs=envs))) for envs in (1, 2)]
+    assert there[0] == there[1]
+    assert len(there[0]) == 10
+    with pytest.raises(InputError, match="keeps this machine's time"):
+        replace(config, clock="wall", envs=2)
 
 
 def test_a_run_goes_on_with_more_simulators(alone: EvalConfig, tmp_path: Path) -> None:

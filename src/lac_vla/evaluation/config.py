@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import tyro
 
 from lac_vla.errors import InputError
+from lac_vla.evaluation.clock import WALL, WorldClock
+from lac_vla.evaluation.clock import settings as clock_settings
+from lac_vla.evaluation.realtime import Mode
 from lac_vla.evaluation.stress import make_stress
 from lac_vla.factory import ModelOptions, make_policies
 from lac_vla.policies import paths_by_name
@@ -30,6 +33,14 @@ class EvalConfig:
         init_states: First and one-past-last initial state of every task; by default those that the benchmark holds out.
         stress: What disturbs every episode, the same for all methods: ``shake``, ``lighting``, ``drift``,
             ``occlusion``, ``instruction``, ``drops`` or ``long``, see :mod:`lac_vla.evaluation.stress`.
+        clock: The world does not wait for the policy, but ticks at the benchmark's control rate: what an answer takes
+            is read off the latency table of a device (``cpu``, ``rtx4090``, ``agx-orin``, ``thor``, ``h100``) or of a
+            file, by what every frame really computed; or it is a number of milliseconds; or ``wall``, this machine's
+            own time. Horizon and success are in world time. By default the world waits.
+        mode: What the robot does while the policy thinks: ``hold``, nothing; ``chunk``, it goes on with its chunk;
+            ``async``, as chunk, and the policy looks again as soon as it has answered; ``rtc``, as async, and the
+            policy is told what will be executed meanwhile. See :mod:`lac_vla.evaluation.realtime`.
+        deadline_ms: The controller of ``lac serve --deadline-ms`` caps the tokens per frame, in the clock's time.
         ensemble: For a model that answers in chunks of actions: over how many of the last chunks every action is
             averaged, by CogACT's adaptive ensemble; 1 for the newest chunk's first action. By default what the
             benchmark demands, or else what the model's ``config.json`` says.
@@ -58,6 +69,9 @@ class EvalConfig:
     tasks: tuple[int, ...] = ()
     init_states: tuple[int, int] | None = None
     stress: str | None = None
+    clock: str | None = None
+    mode: Mode = "hold"
+    deadline_ms: float | None = None
     ensemble: int | None = None
     actions_per_call: int | None = None
     videos: int = 1
@@ -80,6 +94,11 @@ class EvalConfig:
                 "envs plays several simulators beside one model in this process: give no --workers, --ray "
                 "or --server with it"
             )
+        if self.envs > 1 and self.clock == WALL:
+            raise InputError(
+                "on the wall clock every simulator keeps this machine's time, which none can share: give "
+                "--envs 1, or the clock of a device"
+            )
         for name in ("ensemble", "actions_per_call"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} is {number}; at least the newest chunk's first action must count")
@@ -89,6 +108,21 @@ class EvalConfig:
             raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
         if self.stress is not None:
             make_stress(self.stress)
+        if (world := self.world) is None:
+            if self.mode != "hold" or self.deadline_ms is not None:
+                raise InputError("mode and deadline_ms are for a world that does not wait: give --clock, too")
+        elif self.server is not None:
+            world.check(None, self.actions_per_call or 1, ensemble=False)
+
+    @property
+    def world(self) -> WorldClock | None:
+        """The clock of a world that does not wait; ``None`` for one that does."""
+        return None if self.clock is None else WorldClock(self.clock, self.mode, self.deadline_ms)
+
+    @property
+    def clock_label(self) -> str:
+        """Name the world's clock as records do; empty for a world that waits."""
+        return "" if (world := self.world) is None else world.label
 
     @property
     def task_ids(self) -> tuple[int, ...]:
@@ -112,6 +146,7 @@ class EvalConfig:
             del plain[name]
         if Path(self.model).is_absolute():
             plain["model"] = Path(self.model).name
+        plain |= clock_settings(self.world)
         plain["policies"] = [paths_by_name(spec) for spec in self.policies]
         plain["flow"] = plain["flow"] and paths_by_name(plain["flow"])
         return plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -42,7 +42,7 @@ class ProcessEnv(Env):
             self._process.start()
             theirs.close()
         self.task = task
-        self.suite, self.instruction, self.horizon, self.no_op = self._call("enter", task)
+        self.suite, self.instruction, self.horizon, self.no_op, self.control_hz = self._call("enter", task)
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
         """See :meth:`Env.reset`."""
@@ -56,6 +56,11 @@ class ProcessEnv(Env):
         """See :meth:`Env.step`."""
         frame, success = self._call("step", action)
         return frame, success
+
+    def tick(self, action: npt.ArrayLike) -> tuple[Callable[[], Frame], bool]:
+        """See :meth:`Env.tick`."""
+        success: bool = self._call("tick", action)
+        return lambda: self._call("observe"), success
 
     def outcome(self) -> Mapping[str, Any]:
         """See :meth:`Env.outcome`."""
@@ -113,6 +118,7 @@ class _Host:
     def __init__(self, benchmark: Benchmark) -> None:
         self.benchmark = benchmark
         self.env: Env | None = None
+        self.observe: Callable[[], Frame]
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         if name == "enter":
@@ -120,9 +126,15 @@ class _Host:
                 self.env.close()
                 self.env = None
             self.env = self.benchmark.make_env(*arguments)
-            return self.env.suite, self.env.instruction, self.env.horizon, self.env.no_op
+            env = self.env
+            return env.suite, env.instruction, env.horizon, env.no_op, env.control_hz
         if self.env is None:  # it failed to open
             raise SimulatorError("no task has been entered")
+        if name == "tick":  # a function cannot be sent
+            self.observe, success = self.env.tick(*arguments)
+            return success
+        if name == "observe":
+            return self.observe()
         value = getattr(self.env, name)(*arguments)
         return (value, self.env.instruction, self.env.horizon) if name == "reset" else value
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any, TypeAlias
 
+from lac_vla.engine.engine import Engine
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.process_env import ProcessEnv
 from lac_vla.evaluation.worker import EpisodeWorker, Job, load_vlas
@@ -82,9 +83,9 @@ class _Meeting:
 class TogetherSession(Session):
     """A session whose frames are answered together with those of others; its methods are those of any other."""
 
-    def __init__(self, meeting: _Meeting, place: int, first: CachedVLA, vla: CachedVLA, seed: int) -> None:
+    def __init__(self, meeting: _Meeting, place: int, engine: Engine, vla: CachedVLA, seed: int) -> None:
         # one engine for all methods: they differ in nothing that it runs
-        super().__init__(first.engine, vla.policy, vla.flow_used, vla.max_age, vla.scene_cut, seed)
+        super().__init__(engine, vla.policy, vla.flow_used, vla.max_age, vla.scene_cut, seed)
         self._meeting, self._place = meeting, place
 
     def act(self, frame: Frame) -> FloatArray:
@@ -97,12 +98,9 @@ class _Place(EpisodeWorker):
     """A place for one episode at a time: its sessions, by method, and its simulator."""
 
     def __init__(self, config: EvalConfig, meeting: _Meeting, vlas: Mapping[str, CachedVLA], number: int) -> None:
-        first = next(iter(vlas.values()))
-        super().__init__(
-            config, {name: TogetherSession(meeting, number, first, vla, config.seed) for name, vla in vlas.items()}
-        )
-        self._meeting, self._number = meeting, number
+        self._meeting, self._number, self._engine = meeting, number, next(iter(vlas.values())).engine
         self._process: ProcessEnv | None = None
+        super().__init__(config, vlas)
 
     def play(self) -> None:
         """Play what there is to play, in a thread."""
@@ -124,6 +122,9 @@ class _Place(EpisodeWorker):
         """End the simulator, whatever it is doing."""
         if self._process is not None:
             self._process.kill()
+
+    def _session(self, vla: CachedVLA, seed: int) -> Session:
+        return TogetherSession(self._meeting, self._number, self._engine, vla, seed)
 
     def _simulator(self, config: EvalConfig, task: int) -> Env:
         if self._meeting.over:

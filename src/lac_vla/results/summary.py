@@ -47,7 +47,7 @@ class Speedup:
 
     Attributes:
         pairs: Number of these trials, at least 1.
-        ratio: Dense's time of all these episodes over the method's, see :attr:`EpisodeRecord.total_ms`: above 1 the
+        ratio: Dense's time of all these episodes over the method's, see :attr:`EpisodeRecord.duration_ms`: above 1 the
             method is faster, longer episodes included.
         interval: 95 % bootstrap interval over the pairs, stratified by task; ``None`` if no pair differs from another
             of its task.
@@ -123,7 +123,7 @@ class Summary:
 def summarize(episodes: Iterable[EpisodeRecord]) -> Summary:
     """Aggregate episodes.
 
-    Methods are paired with ``dense`` on (suite, task, initial state, seed, stress). Metrics and latencies are
+    Methods are paired with ``dense`` on (suite, task, initial state, seed, stress, clock). Metrics and latencies are
     aggregated over calls of the model: long episodes weigh more.
 
     Raises:
@@ -197,10 +197,10 @@ def _compare(pairs: Sequence[Pair]) -> Paired | None:
 
 
 def _speedup(pairs: Sequence[Pair]) -> Speedup | None:
-    solved = [pair for pair in pairs if all(episode.success and episode.total_ms for episode in pair)]
+    solved = [pair for pair in pairs if all(episode.success and episode.duration_ms for episode in pair)]
     if not solved:
         return None
-    tasks = _by_task(solved, lambda episode: episode.total_ms or 0.0)
+    tasks = _by_task(solved, lambda episode: episode.duration_ms or 0.0)
     dense, method = np.sum([times for task in tasks for times in task], axis=0)
     return Speedup(len(solved), float(dense / method), bootstrap_ratio(tasks))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lac_vla.engine.engine import Engine
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
-from lac_vla.serving.controller import sample_frames
+from lac_vla.realtime.deadline import sample_frames
 from lac_vla.serving.sessions import PlannedFrame, Request, RobotSession
 
 SPARE_SLOTS = 16
