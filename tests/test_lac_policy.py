@@ -160,13 +160,27 @@ def test_both_networks_together_are_each_by_itself(inputs: str, depth: int, lang
         apart = from_policy_input(policy.config, observed)
         for with_predictor in (True, False):
             joint = Joint(policy.config, policy.selector, policy.predictor if with_predictor else None)
-            canvas, places = joint.canvas()
+            canvas, [places] = joint.canvas(1)
             from_policy_input(policy.config, observed, places)
-            saliency, logits = joint(canvas, text)
+            [(saliency, logits)] = joint(canvas, text)
             torch.testing.assert_close(saliency, policy.selector(apart, text)[0])
             if with_predictor:
                 torch.testing.assert_close(logits, policy.predictor(apart, text)[0])
             assert logits.numel() == (len(policy.config.ratios) if with_predictor else 0)
+
+
+@pytest.mark.parametrize(("fixed", "language"), [(None, False), (0.7, False), (None, True)])
+def test_decisions_about_several_frames_at_once_are_those_one_by_one(fixed: float | None, language: bool) -> None:
+    policy = random_policy(fixed=fixed, language=language, recovery=0.2)
+    seen = [replace(policy_input(seed), rng=np.random.default_rng(seed), instruction=f"go {seed}") for seed in range(6)]
+    alone = [policy.decide(replace(each, rng=np.random.default_rng(k))) for k, each in enumerate(seen)]
+    for mine, theirs in zip(policy.decide_together(seen), alone, strict=True):
+        assert np.array_equal(mine.exit_layer, theirs.exit_layer)
+        assert mine.recovered is not None
+        assert theirs.recovered is not None
+        assert np.array_equal(mine.recovered, theirs.recovered)
+        assert mine.nominal_ratio == theirs.nominal_ratio
+    assert len({each.exit_layer.tobytes() for each in alone}) > 1
 
 
 def test_decisions_are_reproducible_and_recovery_draws_from_the_session() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lac_vla.engine.budget import cap_to_budget, pad_to_bucket
+from lac_vla.engine.deciding import PreparedFrame, decide_together
 from lac_vla.engine.engine import Engine
 from lac_vla.engine.frame_memory import FrameMemory, OutdatedPlanError
 from lac_vla.engine.kv_cache import Region
@@ -168,9 +169,17 @@ class Session:
             InputError: If the frame does not fit the model or this episode; or if a plan was made and its result not
                 committed, which is given up.
         """
+        return self.decide(self.prepare(frame))
+
+    def prepare(self, frame: Frame) -> PreparedFrame:
+        """Do the first half of :meth:`plan`: all but the decision.
+
+        Raises:
+            InputError: As :meth:`plan` does.
+        """
         self._check(frame)
         clock = Stopwatch(self.model.device)
-        processor, options, memory = self.model.processor, self.engine.options, self.memory
+        processor, options = self.model.processor, self.engine.options
         with clock.stage("preprocess"):
             images = processor.images(frame)
             prompt = processor.prompt(frame)
@@ -178,30 +187,43 @@ class Session:
             dense_reason = self._dense_reason(frame, prompt.layout, images)
             drafts = options.draft and self.model.decoder.causal  # else the prompt itself would see the guess
             drafted = self.last_info.metadata if drafts and self.last_info is not None else None
-        decide = partial(self._decide, frame, prompt.layout, images)
+        prepared = PreparedFrame(self.policy, frame, images, prompt, clock, dense_reason, drafted)
+        if dense_reason is None and self._policy_executor is None:
+            with self._dense_after_errors():
+                prepared.inputs = self._inputs(prepared, clock)
+        return prepared
+
+    def decide(self, prepared: PreparedFrame) -> FramePlan:
+        """Do the second half of :meth:`plan`: ask the policy, unless it has decided already, and plan.
+
+        Args:
+            prepared: From :meth:`prepare`, and nothing else was done since.
+        """
+        prompt, dense_reason, clock = prepared.prompt, prepared.dense_reason, prepared.clock
+        n_layers = self.model.n_layers
         decided: tuple[Decision, BoolArray] | Future[tuple[Decision, BoolArray]]
         if dense_reason is not None:
             n_visual = prompt.layout.n_visual
-            decided = Decision.dense(n_visual, self.model.n_layers), np.zeros(n_visual, dtype=np.bool_)
+            decided = Decision.dense(n_visual, n_layers), np.zeros(n_visual, dtype=np.bool_)
         elif self._policy_executor is not None:
-            decided = self._policy_executor.submit(decide, Stopwatch(torch.device("cpu")))
+            decided = self._policy_executor.submit(self._decide, prepared, Stopwatch(torch.device("cpu")))
         else:
             with self._dense_after_errors():
-                decided = decide(clock)
+                decided = self._decide(prepared, clock)
         self._open = FramePlan(
             engine=self.engine,
-            frame=frame,
-            images=images,
+            frame=prepared.frame,
+            images=prepared.images,
             prompt=prompt,
             region=self._region,
             vision_kv=self._vision_kv,
-            begin=partial(memory.begin, memory.version),
+            begin=partial(self.memory.begin, self.memory.version),
             clock=clock,
             decided=decided,
             dense_reason=dense_reason,
-            probe=self.policy.probe(self.model.n_layers),
+            probe=self.policy.probe(n_layers),
             refine=partial(self._refine, prompt.layout) if dense_reason is None else None,
-            drafted=drafted,
+            drafted=prepared.drafted,
             rng=self._head_rng,
         )
         return self._open
@@ -347,27 +369,31 @@ class Session:
         return None
 
     @torch.inference_mode()
-    def _decide(
-        self, frame: Frame, layout: TokenLayout, images: Mapping[str, UInt8Image], clock: Stopwatch
-    ) -> tuple[Decision, BoolArray]:
-        """Make the policy's decision, held to the maximum age; and list the tokens where that overruled it."""
-        memory, n_layers = self.memory, self.model.n_layers
+    def _inputs(self, prepared: PreparedFrame, clock: Stopwatch) -> PolicyInput:
+        """Collect what the policy decides by."""
+        memory, images = self.memory, prepared.images
         with clock.stage("flow"):
             flow = estimate(self._flow, memory.pixels, images) if self._flow is not None else {}
+        return PolicyInput(
+            layout=prepared.prompt.layout,
+            n_layers=self.model.n_layers,
+            instruction=prepared.frame.instruction,
+            pixels=images,
+            previous=memory.pixels,
+            reference=memory.reference,
+            flow=flow,
+            age=memory.age,
+            rng=self._rng,
+            attention=memory.attention,
+        )
+
+    @torch.inference_mode()
+    def _decide(self, prepared: PreparedFrame, clock: Stopwatch) -> tuple[Decision, BoolArray]:
+        """Make the policy's decision, held to the maximum age; and list the tokens where that overruled it."""
+        memory, layout, n_layers = self.memory, prepared.prompt.layout, self.model.n_layers
+        inputs = self._inputs(prepared, clock) if prepared.inputs is None else prepared.inputs
         with clock.stage("policy"):
-            inputs = PolicyInput(
-                layout=layout,
-                n_layers=n_layers,
-                instruction=frame.instruction,
-                pixels=images,
-                previous=memory.pixels,
-                reference=memory.reference,
-                flow=flow,
-                age=memory.age,
-                rng=self._rng,
-                attention=memory.attention,
-            )
-            decision = self.policy.decide(inputs)
+            decision = self.policy.decide(inputs) if prepared.decision is None else prepared.decision
             if decision.exit_layer.shape != (layout.n_visual,) or decision.n_layers != n_layers:
                 raise InputError(
                     f"{type(self.policy).__name__} decided about {decision.exit_layer.shape[0]} tokens in "
@@ -402,6 +428,28 @@ class Session:
         if refined.skipped is SkippedTokens.REUSE:
             refined = refined.with_active(self.memory.age >= self.max_age)
         return refined
+
+
+def plan_together(frames: Sequence[tuple[Session, Frame]]) -> list[FramePlan | Exception]:
+    """Plan a frame of each of several sessions, see :meth:`Session.plan`; their policies decide at once if they can.
+
+    Returns:
+        The plans; and what went wrong where there is none.
+    """
+    prepared: list[PreparedFrame | Exception] = []
+    for session, frame in frames:
+        try:
+            prepared.append(session.prepare(frame))
+        except Exception as error:  # of this session alone
+            prepared.append(error)
+    decide_together([each for each in prepared if isinstance(each, PreparedFrame)])
+    plans: list[FramePlan | Exception] = []
+    for (session, _), each in zip(frames, prepared, strict=True):
+        try:
+            plans.append(each if isinstance(each, Exception) else session.decide(each))
+        except Exception as error:  # of this session alone
+            plans.append(error)
+    return plans
 
 
 def _generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:

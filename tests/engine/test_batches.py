@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from lac_vla import CachedVLA, Dense, Frame, InputError, Random, Session, random_vla
 from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
+from lac_vla.engine.plan import FramePlan
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.models import FAMILIES, VLA
 from lac_vla.models.heads.base import Decoding, HeadContext
-from lac_vla.policies import CachePolicy
+from lac_vla.policies import CachePolicy, LACPolicy
+from lac_vla.session import plan_together
 from lac_vla.types import AttentionProbe, Decision, FloatArray, TokenLayout
-from tests.engine.scenes import ALL_POLICIES, Pruner, Staircase, frame
+from tests.engine.scenes import ALL_POLICIES, TINY_GRIDS, Pruner, Staircase, UntrainedLAC, frame
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 TEXTS = ("pick up the bowl", "stop", "put the mug on the plate, then open the drawer and stop")
@@ -40,7 +43,10 @@ def observe(robot: int, step: int) -> Frame:
 
 
 def together(engine: Engine, sessions: Sequence[Session], frames: Sequence[Frame]) -> list[FloatArray]:
-    plans = [session.plan(observation) for session, observation in zip(sessions, frames, strict=True)]
+    plans = []
+    for plan in plan_together(list(zip(sessions, frames, strict=True))):
+        assert isinstance(plan, FramePlan)
+        plans.append(plan)
     results = engine.run(plans)
     actions = []
     for session, plan, result in zip(sessions, plans, results, strict=True):
@@ -361,3 +367,34 @@ def test_a_replaced_head_runs_over_the_same_engine_parts(vla: CachedVLA) -> None
     session.act(frame(0))
     with pytest.raises(InputError, match="another engine"):
         vla.engine.run([session.plan(frame(1))])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_stems_and_decisions_of_robots_with_one_learned_policy(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are computed at once for all; where that fails, one by one, with the same chance."""
+    model, policy, calls = random_vla("tiny", seed=3), UntrainedLAC().policy(TINY_GRIDS), Counter[str]()
+    packed = Engine(model)
+
+    def counted(kind: type, name: str) -> None:
+        whole = getattr(kind, name)
+
+        def call(own: object, *arguments: Any) -> Any:
+            calls[name] += len(arguments[0]) > 1
+            answer = whole(own, *arguments)
+            if broken and len(arguments[0]) > 1:
+                raise RuntimeError("broken")
+            return answer
+
+        monkeypatch.setattr(kind, name, call)
+
+    counted(type(model.vision), "encode_stems")
+    counted(LACPolicy, "decide_together")
+    sessions = [make(packed, policy, seed) for seed in range(4)]
+    alone = [make(Engine(model, packed.options), policy, seed) for seed in range(4)]
+    for step in range(4):
+        frames = [frame(10 * robot + step) for robot in range(4)]
+        actions = together(packed, sessions, frames)
+        for mine, theirs, observation, action in zip(sessions, alone, frames, actions, strict=True):
+            np.testing.assert_allclose(action, theirs.act(observation), **CLOSE)
+            same(mine.last_info, theirs.last_info)
+    assert calls == {"encode_stems": 4, "decide_together": 3}

@@ -17,6 +17,7 @@ from lac_vla.factory import CachedVLA
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
 from lac_vla.results.stats import Percentiles
+from lac_vla.session import plan_together
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,17 @@ class Robots:
 
     def act(self, scene: Scene, index: int, ratios: list[float]) -> None:
         """Compute one frame of every session: plan all, run the plans together, commit all; append their ratios."""
-        plans = []
+        frames = []
         for number, session in enumerate(self._sessions):
             place = (index + number * len(scene.frames) // self.count) % len(scene.frames)
             if place in scene.starts:
                 session.reset()
-            plans.append(session.plan(scene.frames[place]))
+            frames.append((session, scene.frames[place]))
+        plans = []
+        for plan in plan_together(frames):
+            if isinstance(plan, Exception):
+                raise plan
+            plans.append(plan)
         for session, plan, result in zip(self._sessions, plans, self.vla.engine.run(plans), strict=True):
             ratios.append(session.commit(plan, result).ratio)
 

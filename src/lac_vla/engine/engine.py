@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock
@@ -103,7 +104,7 @@ class Engine:
         runs = [_Run(plan, FrameResult(plan), clock) for plan in plans]
         with self._lock:
             before = 0 if self.graphs is None else self.graphs.eager_runs
-            stems = [self._try(run, self._encode_stem) for run in runs]
+            stems = self._encode_stems(runs)
             for run, stem in zip(runs, stems, strict=True):
                 self._try(run, partial(self._open, stem=stem))
             self._prefill(runs, clock)
@@ -144,6 +145,18 @@ class Engine:
         except Exception as error:  # whatever it is, it goes to the session that asked
             run.result.error = error
             return None
+
+    def _encode_stems(self, runs: Sequence[_Run]) -> list[Any]:
+        """Run the vision stem of all frames at once; if that fails, one by one: the fault is one session's affair."""
+        plans = [run.plan for run in runs]
+        if len(runs) > 1 and all(plan.vision_kv is None for plan in plans):
+            with suppress(Exception), runs[0].clock.stage("tower"):
+                stems = self.model.vision.encode_stems([plan.frame for plan in plans], [plan.images for plan in plans])
+                for plan in plans:
+                    if isinstance(plan.decided, Future):
+                        wait([plan.decided])
+                return list(stems)
+        return [self._try(run, self._encode_stem) for run in runs]
 
     def _encode_stem(self, run: _Run) -> Any:
         plan = run.plan

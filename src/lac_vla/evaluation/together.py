@@ -18,7 +18,7 @@ from lac_vla.evaluation.process_env import ProcessEnv
 from lac_vla.evaluation.worker import EpisodeWorker, Job, load_vlas
 from lac_vla.factory import CachedVLA
 from lac_vla.results.records import EpisodeRecord
-from lac_vla.session import Session
+from lac_vla.session import Session, plan_together
 from lac_vla.sims.base import Env
 from lac_vla.types import FloatArray, Frame
 
@@ -182,11 +182,11 @@ def _answer(frames: Mapping[int, tuple[TogetherSession, Frame]]) -> dict[int, An
     """Answer a frame of every place in one run; what goes wrong with one is its own affair."""
     replies: dict[int, Any] = {}
     planned = []
-    for place, (session, frame) in frames.items():
-        try:
-            planned.append((place, session, session.plan(frame)))
-        except Exception as error:
-            replies[place] = error
+    for (place, (session, _)), plan in zip(frames.items(), plan_together(list(frames.values())), strict=True):
+        if isinstance(plan, Exception):
+            replies[place] = plan
+        else:
+            planned.append((place, session, plan))
     results = planned[0][1].engine.run([plan for *_, plan in planned]) if planned else []
     for (place, session, plan), result in zip(planned, results, strict=True):
         try:

@@ -223,6 +223,10 @@ class VisionEncoder(Protocol):
         """
         ...
 
+    def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> Sequence[Any]:
+        """Compute the stems of several frames at once, as :meth:`encode_stem` does one by one without a cache."""
+        ...
+
     def encode_tokens(self, stem: Any, token_mask: BoolArray | None = None, kv_cache: Any = None) -> torch.Tensor:
         """Compute the features of some visual tokens.
 

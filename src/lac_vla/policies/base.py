@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -56,6 +56,14 @@ class CachePolicy(ABC):
     @abstractmethod
     def decide(self, inputs: PolicyInput) -> Decision:
         """Decide about a frame before its forward pass."""
+
+    def decide_together(self, inputs: Sequence[PolicyInput]) -> list[Decision] | None:
+        """Decide about frames of several sessions at once, exactly as :meth:`decide` does one by one.
+
+        Returns:
+            A decision for each; ``None`` for a policy that is no faster so. Chance is drawn only once all else is done.
+        """
+        return None
 
     def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
         """Change the decision in mid-forward, after a probed layer.

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from lac_vla.engine.budget import smallest_budget
+from lac_vla.engine.engine import Engine
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
 from lac_vla.models import VLA
 from lac_vla.policies import CachePolicy
+from lac_vla.session import Session, plan_together
 from lac_vla.types import Decision, Frame, PolicyInput
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
@@ -73,9 +75,7 @@ class LatencyTable:
             sessions = [fixed.session() for _ in range(count)]
             for index in range(rounds // 2 + 2):
                 begin = time.perf_counter()
-                plans = [session.plan(frames[index % len(frames)]) for session in sessions]
-                for session, plan, result in zip(sessions, plans, fixed.engine.run(plans), strict=True):
-                    session.commit(plan, result)
+                _act_together(fixed.engine, [(session, frames[index % len(frames)]) for session in sessions])
                 took.append(1e3 * (time.perf_counter() - begin))
             factors.append(float(np.quantile(took[2:], 0.9)) / (count * self(tokens)))
         return max(factors)
@@ -95,6 +95,16 @@ class LatencyTable:
         # Where the table is level, the largest count of that time is meant: hence the tiny slope.
         rising = np.asarray(self.milliseconds) + 1e-9 * np.arange(len(self.tokens))
         return int(np.interp(milliseconds + 1e-8, rising, self.tokens))
+
+
+def _act_together(engine: Engine, frames: Sequence[tuple[Session, Frame]]) -> None:
+    plans = []
+    for plan in plan_together(frames):
+        if isinstance(plan, Exception):
+            raise plan
+        plans.append(plan)
+    for (session, _), plan, result in zip(frames, plans, engine.run(plans), strict=True):
+        session.commit(plan, result)
 
 
 @dataclass
@@ -174,6 +184,12 @@ class _Fixed(CachePolicy):
 
     def decide(self, inputs: PolicyInput) -> Decision:
         self.policy.decide(inputs)
+        return self._fixed(inputs)
+
+    def decide_together(self, inputs: Sequence[PolicyInput]) -> list[Decision] | None:
+        return None if self.policy.decide_together(inputs) is None else [self._fixed(each) for each in inputs]
+
+    def _fixed(self, inputs: PolicyInput) -> Decision:
         return Decision.reuse(np.arange(inputs.layout.n_visual) >= self.tokens, inputs.n_layers)
 
 

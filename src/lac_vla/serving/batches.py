@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from lac_vla.engine.deciding import decide_together
 from lac_vla.engine.engine import Engine
 from lac_vla.errors import InputError
 from lac_vla.realtime.deadline import DeadlineController
 from lac_vla.serving.kv_memory import KVMemory
-from lac_vla.serving.sessions import Answer, PlannedFrame, Request, RobotSession
+from lac_vla.serving.sessions import Answer, PlannedFrame, PreparedRequest, Request, RobotSession
 
 __all__ = ["Batcher", "Outcome", "Request"]
 
@@ -88,14 +89,24 @@ class Batcher:
         begun, controller = time.perf_counter(), self.controller
         outcomes: dict[Request, Outcome] = {}
         share = None if controller is None else self._share(controller, batch, waiting, robots, begun)
+        prepared: dict[Request, PreparedRequest] = {}
+        for request in batch:
+            try:
+                if request.planned is None:
+                    prepared[request] = request.robot.prepare(request.message, request.arrived)
+            except Exception as error:  # of this robot alone
+                outcomes[request] = error
+        decide_together([each.prepared for each in prepared.values()])
         ready: list[tuple[Request, PlannedFrame]] = []
         unused = 0.0  # what one robot leaves of its share, those behind it may use; what it takes beyond is not theirs
         for request in batch:
+            if request in outcomes:
+                continue
             try:
                 if request.planned is None:
                     own = None if share is None else share + unused
                     budget = None if controller is None or own is None else controller.token_budget(own)
-                    request.planned = request.robot.plan(request.message, request.arrived, budget)
+                    request.planned = request.robot.plan(prepared[request], budget)
                     if controller is not None and own is not None:
                         unused = max(0.0, own - _cost(request, controller))
                 ready.append((request, request.planned))

@@ -52,6 +52,7 @@ class ModelExecutor:
         self._changed = Condition()
         self._queue: dict[Request, asyncio.Future[Answer]] = {}
         self._idle: dict[RobotSession, IdleJob] = {}
+        self._gone: set[RobotSession] = set()
         self._working = self._closed = False
 
     def join(self, robot: RobotSession) -> None:
@@ -60,11 +61,12 @@ class ModelExecutor:
             self.robots.add(robot)
 
     def leave(self, robot: RobotSession) -> None:
-        """Forget a robot and its idle job."""
+        """Forget a robot and its idle job; its memory is free once nothing of it runs any more."""
         with self._changed:
             self.robots.discard(robot)
             self._idle.pop(robot, None)
-            self._changed.notify()
+            self._gone.add(robot)
+            self._wake()
 
     async def answer(self, robot: RobotSession, message: Mapping[str, Any], arrived: float) -> Answer:
         """Answer a request; if the caller is cancelled, it is still carried out.
@@ -109,6 +111,7 @@ class ModelExecutor:
         """Work until there is nothing to do."""
         while True:
             with self._changed:
+                self._release_gone()
                 batch = self._take()
                 if not batch and not self._idle:
                     self._working = False
@@ -128,6 +131,13 @@ class ModelExecutor:
             loop.call_soon_threadsafe(
                 self._deliver, [(batch[request], outcome) for request, outcome in outcomes.items()]
             )
+
+    def _release_gone(self) -> None:
+        """Free the memory of robots that have left, but for those whose last request is still to be carried out."""
+        waiting = {request.robot for request in self._queue}
+        for robot in self._gone - waiting:
+            robot.release()
+        self._gone &= waiting
 
     def _take(self) -> dict[Request, asyncio.Future[Answer]]:
         """Take those that are answered next out of the queue, after the window."""

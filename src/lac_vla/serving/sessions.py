@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lac_vla.client.observation import ObservationKeys
+from lac_vla.engine.deciding import PreparedFrame
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
@@ -59,6 +60,21 @@ class SessionOptions:
             raise InputError("shadow_every must be at least 0, cooldown at least 1")
         if self.actions_per_call < 0:
             raise InputError(f"actions_per_call is {self.actions_per_call}; give at least 1, or 0 for the whole chunk")
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRequest:
+    """A request that was checked, and may be decided on.
+
+    Attributes:
+        prepared: The session's part.
+        reset: The reason if a new episode began.
+        arrived: When the request came, by ``time.perf_counter()``.
+    """
+
+    prepared: PreparedFrame
+    reset: str | None
+    arrived: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,23 +161,27 @@ class RobotSession:
         """Give the memory of the cache back; the robot starts dense when it returns."""
         self._session.release()
 
-    def plan(self, request: Mapping[str, Any], arrived: float, token_budget: int | None = None) -> PlannedFrame:
-        """Plan a request that came at ``arrived``, by ``time.perf_counter()``.
+    def prepare(self, request: Mapping[str, Any], arrived: float) -> PreparedRequest:
+        """Prepare a request that came at ``arrived``, by ``time.perf_counter()``.
 
         Raises:
             InputError: If the request cannot be used.
         """
         frame = self.keys.frame(request)
         reset = self._begin(request, frame, arrived)
+        return PreparedRequest(self._session.prepare(frame), reset, arrived)
+
+    def plan(self, prepared: PreparedRequest, token_budget: int | None = None) -> PlannedFrame:
+        """Plan a request that was prepared, within a number of tokens."""
         self._session.token_budget = token_budget
-        plan = self._session.plan(frame)
+        plan, frame = self._session.decide(prepared.prepared), prepared.prepared.frame
         tokens = float(plan.prompt.layout.n_visual)
         if plan.dense_reason is None and not isinstance(plan.decided, Future):
             decision, _ = plan.decided
             tokens = float(decision.exit_layer.sum() / decision.n_layers)
         elif plan.dense_reason is None and token_budget is not None:  # still being decided, within the budget
             tokens = min(tokens, token_budget)
-        return PlannedFrame(plan, frame, reset, arrived, tokens)
+        return PlannedFrame(plan, frame, prepared.reset, prepared.arrived, tokens)
 
     def commit(self, planned: PlannedFrame, result: FrameResult, begun: float, robots: int) -> Answer:
         """Answer a planned request.

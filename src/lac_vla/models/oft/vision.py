@@ -42,6 +42,10 @@ class FiLMVision(PrismaticVision):
         language = self._language(frame.instruction)
         return self._backbone.encode_stem(pixels, whole=kv_cache is None, language=language), language
 
+    def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[Any]:
+        """Run it one by one: every frame's towers are conditioned on its own instruction."""
+        return [self.encode_stem(frame, seen) for frame, seen in zip(frames, images, strict=True)]
+
     def encode_tokens(
         self, stem: Any, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
     ) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from lac_vla.models.prismatic.model import PrismaticVLA
@@ -46,6 +47,14 @@ class PrismaticVision:
         """Run what does not depend on which tokens matter; see :class:`lac_vla.models.protocols.VisionEncoder`."""
         pixels = {own: self._normalize(torch.tensor(images[name])[None]) for name, own in self._names.items()}
         return self._model.vision_backbone.encode_stem(pixels, whole=kv_cache is None)
+
+    def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[Stem]:
+        """Run it for several frames at once; see :class:`lac_vla.models.protocols.VisionEncoder`."""
+        pixels = {
+            own: self._normalize(torch.from_numpy(np.stack([seen[name] for seen in images])))
+            for name, own in self._names.items()
+        }
+        return self._model.vision_backbone.encode_stems(pixels)
 
     def encode_tokens(
         self, stem: Stem, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None

@@ -41,6 +41,14 @@ class VisionBackbone(nn.Module):
         """
         raise NotImplementedError
 
+    def encode_stems(self, pixel_values: Mapping[str, torch.Tensor]) -> list[Stem]:
+        """Compute the stems of several frames, ``whole`` and without conditions.
+
+        Args:
+            pixel_values: Camera → normalised images, (frames, C, H, W).
+        """
+        raise NotImplementedError
+
     def encode_tokens(
         self,
         stem: Stem,
@@ -116,6 +124,13 @@ class ViTBackbone(VisionBackbone):
         language = conditions.get("language")
         return [vit.encode(x, language=language) for vit, x in zip(self.vits, stem, strict=True)]
 
+    def encode_stems(self, pixel_values: Mapping[str, torch.Tensor]) -> list[Stem]:
+        """See :meth:`VisionBackbone.encode_stems`; of every transformer, for all frames and cameras together."""
+        pixels = torch.stack([pixel_values[name] for name in self.grids], dim=1).flatten(0, 1)
+        parts = zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)
+        stems = [torch.split(vit.encode(vit.embed(part)), len(self.grids)) for vit, part in parts]
+        return list(zip(*stems, strict=True))
+
     def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
         """See :meth:`VisionBackbone.encode_camera`."""
         parts = zip(self.vits, torch.split(pixels, 3, dim=1), strict=True)
@@ -161,6 +176,11 @@ class PerCameraBackbone(VisionBackbone):
     def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool, **conditions: torch.Tensor) -> Stem:
         """See :meth:`VisionBackbone.encode_stem`; of every camera, without conditions."""
         return [cast(Any, self.towers[name]).encode_stem(pixel_values[name], whole=whole) for name in self.grids]
+
+    def encode_stems(self, pixel_values: Mapping[str, torch.Tensor]) -> list[Stem]:
+        """See :meth:`VisionBackbone.encode_stems`; of every camera, for all frames together."""
+        cameras = [cast(Any, self.towers[name]).encode_stem(pixel_values[name], whole=True) for name in self.grids]
+        return list(zip(*(torch.split(stem, 1) for stem in cameras), strict=True))
 
     def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
         """See :meth:`VisionBackbone.encode_camera`."""

@@ -37,7 +37,7 @@ class Joint:
         self._selector, self._predictor = deepcopy(selector), deepcopy(predictor)
         self.alone = predictor is None
         self._text = [deepcopy(trunk.text) for trunk in trunks if trunk.text is not None]
-        self._shape, self._stride, self._width = (1, config.channels, rows * side, cols * side), side, config.width
+        self._shape, self._stride, self._width = (config.channels, rows * side, cols * side), side, config.width
         self._sizes = [grid[0] * grid[1] for grid in grids]
         self._windows = [
             (slice(0, grid[0] * side), slice(left * side, (left + grid[1]) * side))
@@ -66,30 +66,36 @@ class Joint:
             ]
         )
 
-    def canvas(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Make an empty canvas, (1, channels, H, W), and on it, as views, the place of every camera's input."""
-        canvas = torch.zeros(self._shape)
-        return canvas, [canvas[:, :, rows, cols] for rows, cols in self._windows]
+    def canvas(self, frames: int) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+        """Make an empty canvas, (frames, channels, H, W), and on it, as views, the place of every frame's cameras."""
+        canvas = torch.zeros(frames, *self._shape)
+        return canvas, [[own[None, :, rows, cols] for rows, cols in self._windows] for own in canvas]
 
-    def __call__(self, canvas: torch.Tensor, words: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the tokens' saliency, (N,), and logits over the ratios, (C,), none without a predictor.
+    def __call__(self, canvas: torch.Tensor, words: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Compute every frame's saliency of tokens, (N,), and logits over the ratios, (C,), none without a predictor.
+
+        What follows the convolutions is done frame by frame: a frame's numbers do not depend on its company.
 
         Args:
             canvas: From :meth:`canvas`, the inputs in place.
-            words: Bag of words, (1, WORDS), for networks that read the instruction.
+            words: Bags of words, (frames, WORDS), for networks that read the instruction.
         """
         offset = self._offset
         if self._text:
             if words is None:
                 raise ValueError("a policy that reads the instruction was given none")
-            text = torch.cat([layer(words) for layer in self._text], dim=1)[:, :, None, None]
+            rows = [torch.cat([layer(own[None]) for layer in self._text], dim=1) for own in words]
+            text = torch.cat(rows)[:, :, None, None]
             offset = offset + text * self._inside
         x = F.gelu(F.conv2d(canvas, self._stem, stride=self._stride) + offset)
         groups = len(self._stem) // self._width
         for index, (weight, bias) in enumerate(self._blocks):
             x = x * self._inside if index else x  # behind the stem the empty columns are zero as they are
             x = x + F.gelu(F.conv2d(x, weight, bias, padding=1, groups=groups))
-        features = x[0].flatten(1).index_select(1, self._places)
+        return [self._read(own.flatten(1).index_select(1, self._places)) for own in x]
+
+    def _read(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read saliency and logits off one frame's features, (2 · width, N), or (width, N) without a predictor."""
         head = self._selector.head
         saliency = self._selector.standard(F.linear(features[: self._width].T, head.weight.flatten(1), head.bias).T)[0]
         if self._predictor is None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +115,37 @@ class LACPolicy(CachePolicy):
         Raises:
             InputError: If the layout of the inputs is not that of the policy, or it lacks the flow.
         """
-        self.check_layout(inputs.layout.grids)
-        if self.config.flow != "none" and not inputs.flow:
-            raise InputError(
-                f"this policy reads optical flow ({self.config.flow}), the session estimates none: "
-                "leave CachedVLA's `flow` unset"
-            )
+        [decision] = self.decide_together([inputs])
+        return decision
+
+    @torch.inference_mode()
+    def decide_together(self, inputs: Sequence[PolicyInput]) -> list[Decision]:
+        """See :meth:`CachePolicy.decide_together`: both networks run over a canvas of all frames.
+
+        Raises:
+            InputError: As :meth:`decide` does.
+        """
+        for each in inputs:
+            self.check_layout(each.layout.grids)
+            if self.config.flow != "none" and not each.flow:
+                raise InputError(
+                    f"this policy reads optical flow ({self.config.flow}), the session estimates none: "
+                    "leave CachedVLA's `flow` unset"
+                )
         fixed = self.ratio is not None
         if self._joint is None or self._joint.alone != fixed:
             self._joint = Joint(self.config, self.selector, None if fixed else self.predictor)
-        canvas, places = self._joint.canvas()
-        from_policy_input(self.config, inputs, places)
-        saliency, logits = self._joint(canvas, words([inputs.instruction]) if self.config.language else None)
+        canvas, places = self._joint.canvas(len(inputs))
+        for each, own in zip(inputs, places, strict=True):
+            from_policy_input(self.config, each, own)
+        text = words([each.instruction for each in inputs]) if self.config.language else None
+        return [
+            self._decision(each, saliency, logits)
+            for each, (saliency, logits) in zip(inputs, self._joint(canvas, text), strict=True)
+        ]
+
+    def _decision(self, inputs: PolicyInput, saliency: torch.Tensor, logits: torch.Tensor) -> Decision:
+        """Decide by the tokens' saliency, (N,), and logits over the ratios, (C,)."""
         ratio = self.config.ratios[int(logits.argmax())] if self.ratio is None else self.ratio
         cached = cache_lowest(saliency.numpy(), ratio)
         recovered = cached & (inputs.rng.random(cached.size) < self.recovery)
