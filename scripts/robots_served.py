@@ -21,8 +21,9 @@ from lac_vla.client.observation import ObservationKeys
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.errors import LacError
 from lac_vla.factory import CachedVLA, ModelOptions, load_methods
-from lac_vla.serving.batches import Batcher, Request
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
+from lac_vla.serving.batches import Batcher, Request
+from lac_vla.serving.executor import GIVING_WAY_S
 from lac_vla.serving.sessions import Answer, RobotSession, SessionOptions
 
 LENGTH = 40
@@ -119,7 +120,15 @@ class Site:
             if not waiting:
                 clock.wait_until(min(due))
                 continue
-            batch = self.batcher.choose(waiting)
+            batch = self.batcher.choose(waiting, robots)
+            if not batch:  # who asks often gives way to those who will ask soon
+                clock.wait_until(
+                    min(
+                        clock() + GIVING_WAY_S,
+                        min(due[number] for number in range(len(robots)) if number not in waiting.values()),
+                    )
+                )
+                continue
             others = [request for request in waiting if request not in batch]
             for request, answer in self.batcher.answer(batch, others, robots).items():
                 if not isinstance(answer, Answer):

@@ -254,7 +254,7 @@ def test_the_time_is_shared_out_equally(tiny: VLA, clock: Clock, count: int, tok
 def test_what_waits_or_will_come_has_its_share_kept(tiny: VLA, clock: Clock) -> None:
     served = Served(CachedVLA(tiny, Dense()), clock)
     one, other = served.warm(2)
-    one._idle = other._idle = 9.0
+    one.idle = other.idle = 9.0
 
     def tokens(waiting: Sequence[Request] = ()) -> list[int]:
         served.controller.correction = 1.0
@@ -263,7 +263,7 @@ def test_what_waits_or_will_come_has_its_share_kept(tiny: VLA, clock: Clock) -> 
     assert tokens() == [52]
     assert tokens([served.request(other)]) == [32]
     assert tokens([served.request(other, waited_ms=30)]) == [16]
-    other.answered, other._idle = clock.now, 0.02
+    other.answered, other.idle = clock.now, 0.02
     assert tokens() == [32]
     other.answered = clock.now - 1  # it was expected, and has not come
     assert tokens() == [52]
@@ -355,12 +355,15 @@ def loop(served: Served, clock: Clock, hz: Sequence[float], seconds: float, cutt
         if not waiting:
             clock.now = min(due)
             continue
-        batch = served.batcher.choose(list(waiting.values()))
+        batch = served.batcher.choose(list(waiting.values()), robots)
+        if not batch:
+            clock.now += 0.001
+            continue
         others = [request for request in waiting.values() if request not in batch]
         for request, outcome in served.batcher.answer(batch, others, robots).items():
             number = robots.index(request.robot)
             assert isinstance(outcome, Answer)
-            reports[number].append(outcome.message["lac"])
+            reports[number].append(outcome.message["lac"] | {"took_ms": 1e3 * (clock.now - request.arrived)})
             del waiting[number]
             due[number] = max(clock.now, due[number] + 1 / hz[number])
     return [own[int(rate) :] for own, rate in zip(reports, hz, strict=True)]
@@ -385,6 +388,24 @@ def test_a_noisy_neighbour_makes_nobody_late(tiny: VLA, clock: Clock) -> None:
     reports = loop(served, clock, hz=[5.0] * 6 + [50.0], seconds=12, cutting=[6])
     assert late_share(reports[:6]) < 0.01
     assert all(report["dense_reason"] == "scene cut" for report in reports[6])
+
+
+def test_who_asks_often_waits_behind_those_who_ask_less(tiny: VLA, clock: Clock) -> None:
+    @dataclass(frozen=True)
+    class Few(CachePolicy):
+        def decide(self, inputs: PolicyInput) -> Decision:
+            return Decision.reuse(np.arange(inputs.layout.n_visual) >= 10, inputs.n_layers)
+
+    def took(hz: Sequence[float], cutting: Sequence[int] = ()) -> list[list[float]]:
+        served = Served(CachedVLA(tiny, Few()), clock)
+        served.batcher = Batcher(served.vla.engine)
+        return [[report["took_ms"] for report in own] for own in loop(served, clock, hz, 8, cutting)]
+
+    quiet, noisy = took([3.0] * 5), took([3.0] * 5 + [30.0], cutting=[5])
+    p99_quiet, p99_beside = (np.quantile(np.concatenate(all_), 0.99) for all_ in (quiet, noisy[:5]))
+    assert p99_beside < 1.15 * p99_quiet
+    assert len(noisy[5]) > 8  # it is answered where there is time
+    assert max(noisy[5]) < 1500  # and not kept waiting for ever
 
 
 def test_the_largest_batch_that_can_keep_the_deadline() -> None:

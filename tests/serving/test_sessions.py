@@ -182,7 +182,7 @@ def test_slack_refresh_keeps_within_the_idle_time(backbone: VLA, clock: Clock) -
         ask(one, observation(i + 1), clock.now)
     assert one.refresh() == 24  # the tokens of 50 ms
     assert one.refresh(quiet_s=0.05) == 11  # 25 ms: another robot will ask before
-    one._idle = 0.015
+    one.idle = 0.015
     assert one.refresh() == 0  # not even the fewest fit
 
 

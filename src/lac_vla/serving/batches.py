@@ -1,8 +1,9 @@
 """A batch: whose requests are answered next, what each of them may cost, and one run of the engine for all of them.
 
-Turns are fair by robot: whoever has gone longest without an answer comes first, so that a robot which asks often stands
-behind the others. With a deadline, a batch is as large as its members can afford, and its time is shared out equally
-among them and the robots that wait, or will ask, before it ends.
+Turns are fair by robot: whoever has gone longest without an answer comes first. A robot that asks far more often than
+the others waits behind all of them: it is answered where nobody else waits, or will ask before its answer is done. With
+a deadline, a batch is as large as its members can afford, and its time is shared out equally among them and the robots
+that wait, or will ask, before it ends.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ from lac_vla.serving.sessions import Answer, PlannedFrame, PreparedRequest, Requ
 __all__ = ["Batcher", "Outcome", "Request"]
 
 Outcome: TypeAlias = Answer | Exception
+
+OFTEN = 0.25
+"""A robot asks often whose time from an answer to its next request is below this share of the robots' median."""
+PATIENCE_S = 1.0
+"""Seconds for which such a robot gives way to the others, at most."""
 
 
 @dataclass
@@ -48,16 +54,19 @@ class Batcher:
         if self.max_batch < 1:
             raise InputError(f"max_batch is {self.max_batch}; give at least 1, which answers one request at a time")
 
-    def choose(self, waiting: Collection[Request]) -> list[Request]:
+    def choose(self, waiting: Collection[Request], robots: Collection[RobotSession] = ()) -> list[Request]:
         """Choose the requests that are answered next; as many as let those before them keep their deadline.
 
         Args:
             waiting: All that wait.
+            robots: All robots, to which those among them that ask often give way.
 
         Returns:
-            At most one of every robot; empty if none waits.
+            At most one of every robot; empty if none waits, or all that wait give way to robots that will ask soon.
         """
         now, controller = time.perf_counter(), self.controller
+        held = _giving_way(waiting, robots, now)
+        waiting = [request for request in waiting if request not in held]
         chosen: dict[RobotSession, Request] = {}
         costs: list[float] = []
         for request in sorted(waiting, key=lambda request: (not request.postponed, request.robot.answered)):
@@ -122,7 +131,8 @@ class Batcher:
         computed = []
         for (request, planned), result in zip(ready, results, strict=True):
             try:
-                answer = request.robot.commit(planned, result, begun, len(ready))
+                part = planned.tokens / max(1.0, sum(other.tokens for _, other in ready))
+                answer = request.robot.commit(planned, result, begun, len(ready), part)
                 outcomes[request] = answer
                 computed.append((answer.step.dense_reason, answer.step.decision))
             except Exception as error:  # of this robot alone
@@ -172,6 +182,31 @@ class Batcher:
                 request.postponed = True
                 postponed.add(request)
         return postponed
+
+
+def _giving_way(waiting: Collection[Request], robots: Collection[RobotSession], now: float) -> set[Request]:
+    """Choose the requests that give way: of robots that ask often, to those who wait or are expected meanwhile."""
+    idle = sorted(robot.idle for robot in robots if robot.idle is not None)
+    limit = OFTEN * idle[len(idle) // 2] if len(idle) > 1 else 0.0
+    often = {robot for robot in robots if robot.idle is not None and robot.idle < limit}
+    if not often:
+        return set()
+    others = any(request.robot not in often for request in waiting)
+    soon = min(
+        (
+            robot.expected
+            for robot in robots
+            if robot.idle is not None and robot not in often and robot.expected > now - OFTEN * robot.idle
+        ),
+        default=math.inf,
+    )
+    return {
+        request
+        for request in waiting
+        if request.robot in often
+        and now - request.arrived < PATIENCE_S
+        and (others or now + request.robot.cost_s > soon)
+    }
 
 
 def _cost(request: Request, controller: DeadlineController) -> float:

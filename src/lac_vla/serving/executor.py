@@ -18,6 +18,10 @@ IdleJob: TypeAlias = Callable[[float], object]
 """Called with the seconds until another robot is expected to ask."""
 
 
+GIVING_WAY_S = 0.002
+"""Seconds after which it is asked again whether a robot that gives way has to."""
+
+
 class BusyError(LacError):
     """The request queue is full."""
 
@@ -114,6 +118,9 @@ class ModelExecutor:
                 self._release_gone()
                 batch = self._take()
                 if not batch and not self._idle:
+                    if self._queue:  # what gives way to robots that will ask soon
+                        self._changed.wait(GIVING_WAY_S)
+                        continue
                     self._working = False
                     return
                 others, robots = list(self._queue), set(self.robots)
@@ -146,7 +153,8 @@ class ModelExecutor:
             if rest <= 0:
                 break
             self._changed.wait(rest)
-        return {request: self._queue.pop(request) for request in self.batcher.choose(list(self._queue))}
+        chosen = self.batcher.choose(list(self._queue), () if self._closed else self.robots)
+        return {request: self._queue.pop(request) for request in chosen}
 
     def _rest(self, job: IdleJob, quiet_s: float) -> None:
         try:

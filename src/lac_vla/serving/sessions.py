@@ -23,7 +23,7 @@ from lac_vla.types import FloatArray, Frame
 SLACK_SHARE = 0.5
 """Share of the expected idle time that slack refresh takes, at most."""
 LEARNING = 0.2
-"""Weight of the newest idle time in the expected one."""
+"""Weight of the newest idle time in the expected one; so with costs."""
 MAX_SEED = 2**63 - 1
 
 
@@ -121,6 +121,8 @@ class RobotSession:
 
     Attributes:
         answered: When it was answered last, or else began, by ``time.perf_counter()``.
+        idle: Expected seconds from an answer to its next request; ``None`` if nobody knows.
+        cost_s: Seconds of the model that its last frames took.
 
     Raises:
         InputError: If slack refresh lacks its table.
@@ -143,7 +145,8 @@ class RobotSession:
         self._shapes: Mapping[str, tuple[int, int]] = {}
         self._action: FloatArray | None = None
         self.answered = time.perf_counter()
-        self._idle: float | None = None  # expected seconds from an answer to the next request
+        self.idle: float | None = None
+        self.cost_s = 0.0
         self._frames = self._cooling = self._refreshed = 0
         self._disagreement: float | None = None
 
@@ -155,7 +158,7 @@ class RobotSession:
     @property
     def expected(self) -> float:
         """When the robot will probably ask again, by ``time.perf_counter()``; infinite if nobody knows."""
-        return math.inf if self._idle is None else self.answered + self._idle
+        return math.inf if self.idle is None else self.answered + self.idle
 
     def release(self) -> None:
         """Give the memory of the cache back; the robot starts dense when it returns."""
@@ -183,7 +186,9 @@ class RobotSession:
             tokens = min(tokens, token_budget)
         return PlannedFrame(plan, frame, prepared.reset, prepared.arrived, tokens)
 
-    def commit(self, planned: PlannedFrame, result: FrameResult, begun: float, robots: int) -> Answer:
+    def commit(
+        self, planned: PlannedFrame, result: FrameResult, begun: float, robots: int = 1, share: float = 1.0
+    ) -> Answer:
         """Answer a planned request.
 
         Args:
@@ -191,6 +196,7 @@ class RobotSession:
             result: The engine's, for its plan.
             begun: When its batch was begun, by ``time.perf_counter()``.
             robots: Requests in the batch.
+            share: Share of the batch's work that was this one's, in [0, 1].
 
         Raises:
             Exception: If something went wrong in the run.
@@ -212,6 +218,7 @@ class RobotSession:
         if not self._cooling:
             session.force_dense = None
         self.answered = time.perf_counter()
+        self.cost_s += LEARNING * (took / 1e3 * share - self.cost_s)
         return Answer(message, step, planned.reset, planned.frame)
 
     def spare(self) -> Callable[[float], object] | None:
@@ -219,7 +226,7 @@ class RobotSession:
         every = self.options.shadow_every
         if every and self._frames % every == 0:
             return self.shadow
-        return self.refresh if self.options.slack and self._idle is not None else None
+        return self.refresh if self.options.slack and self.idle is not None else None
 
     def refresh(self, quiet_s: float = math.inf) -> int:
         """Compute as many of the stalest slots as the expected idle time allows, and return their number.
@@ -227,10 +234,10 @@ class RobotSession:
         Args:
             quiet_s: Seconds until another robot is expected to ask.
         """
-        if self.table is None or self._idle is None:
+        if self.table is None or self.idle is None:
             return 0
         correction = 1.0 if self.controller is None else self.controller.correction
-        count = self._session.refresh(self.table.tokens_in(1e3 * SLACK_SHARE * min(self._idle, quiet_s) / correction))
+        count = self._session.refresh(self.table.tokens_in(1e3 * SLACK_SHARE * min(self.idle, quiet_s) / correction))
         self._refreshed += count
         return count
 
@@ -277,11 +284,11 @@ class RobotSession:
             reason = "time gap"
         if reason is not None:
             self._session.reset(None if seed is None else int(seed))
-            self._cooling, self._action, self._idle = 0, None, None
-        elif self._idle is None:
-            self._idle = idle
+            self._cooling, self._action, self.idle = 0, None, None
+        elif self.idle is None:
+            self.idle = idle
         else:
-            self._idle += LEARNING * (max(0.0, idle) - self._idle)
+            self.idle += LEARNING * (max(0.0, idle) - self.idle)
         self._instruction, self._episode, self._shapes = frame.instruction, episode, frame.shapes
         return None if first else reason
 
