@@ -15,13 +15,13 @@ import numpy as np
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.engine.step_info import PolicySession, StepInfo
 from lac_vla.errors import InputError
-from lac_vla.evaluation.answers import Answers, Constant, Latency, OnDevice, Virtual, Wall, delay, episode_chance
+from lac_vla.evaluation.answers import Answers, Constant, Latency, OnDevice, Virtual, Wall, episode_chance
 from lac_vla.evaluation.realtime import Mode, RealTimeEpisode
 from lac_vla.evaluation.rollout import EpisodeLog
 from lac_vla.models.vla import VLA
 from lac_vla.realtime.deadline import SHARES, DeadlineController, LatencyTable
 from lac_vla.realtime.device import DeviceTable, Stages, find_tables, fitting, quantities
-from lac_vla.results.realtime import clock_label
+from lac_vla.results.realtime import clock_label, delay
 from lac_vla.results.records import EpisodeRecord
 from lac_vla.session import Session
 from lac_vla.types import Frame
@@ -130,7 +130,7 @@ class WorldClock:
             return
         if self.tables:
             fitting(self.tables, model)
-        if self.mode == "rtc" and not getattr(model.head, "guided", False):
+        if self.mode == "rtc" and not model.head.guided:
             raise InputError(
                 f"mode 'rtc' freezes actions and guides the rest, and {model.name}'s {type(model.head).__name__} "
                 "cannot be guided: give --mode async"

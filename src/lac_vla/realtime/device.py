@@ -1,4 +1,4 @@
-"""A device as a latency table: milliseconds as a function of what a frame really computed.
+"""A device is a latency table: milliseconds as a function of what a frame really computed.
 
 A table is linear in the quantities of :func:`quantities`, stage by stage; the decoder's prefill has a floor beside, the
 time in which its weights are read once. So a small model can play with the latencies of a large one of its family, at
@@ -84,7 +84,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class DeviceTable:
-    """What a frame of one model takes on one device.
+    """The time that a frame of one model takes on one device.
 
     Attributes:
         name: Of the table, unique.
