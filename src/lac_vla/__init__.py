@@ -9,7 +9,7 @@ from lac_vla.policies import CachePolicy, Dense, LACConfig, LACPolicy, Motion, R
 from lac_vla.session import Session
 from lac_vla.types import Decision, Frame, PolicyInput, TokenLayout
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "VLA",
