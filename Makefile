@@ -34,10 +34,10 @@ test: setup gl browser ## everything that runs in minutes on a CPU
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python -m pytest $(TESTS)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: setup          ## the site, links checked, into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 users: gl            ## four new users, each from the wheel in a clean environment
 	PYTHON=$(PYTHON) sh scripts/four_users.sh
