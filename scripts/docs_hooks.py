@@ -1,4 +1,4 @@
-"""Shows the docstrings' roles (``:class:`…```) as code on the site: an extension of griffe, which mkdocstrings reads with."""
+"""Shows roles in docstrings (``:class:`…```) as code on the site: an extension of griffe, with which mkdocstrings reads."""
 
 from __future__ import annotations
 
