@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from lac_vla.bench.config import BenchConfig
-from lac_vla.bundled import find_model
 from lac_vla.checks import check_device
 from lac_vla.errors import InputError
 from lac_vla.models import VLA, load_vla, random_vla
@@ -26,7 +25,7 @@ def open_model(config: BenchConfig) -> VLA:
         if config.acceptance and not isinstance(random.head, TokenHead):
             raise InputError(f"{random.name} appends no tokens that could be drafted: leave acceptance out")
         return random
-    model = load_vla(find_model(config.model), dtype=config.dtype, device=config.device, unnorm_key=config.unnorm_key)
+    model = load_vla(config.model, dtype=config.dtype, device=config.device, unnorm_key=config.unnorm_key)
     if not hasattr(model.module, "language_model"):
         raise InputError(f"{model.name} has no stock language model to time against")
     return model

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from lac_vla.bundled import find_model
 from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
 from lac_vla.files import locked, read_object, write_object, write_whole, writing
 from lac_vla.flow import policy_flow
@@ -253,7 +252,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         if state is not None:  # without one, settings bind nothing
             check_settings(config.out, describe(config), CHANGEABLE)
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
-        vla = load_vla(find_model(config.model), device=device, dtype="auto", unnorm_key=config.unnorm_key)
+        vla = load_vla(config.model, device=device, dtype="auto", unnorm_key=config.unnorm_key)
         vla.module.requires_grad_(False)
         tower = MixedTower(vla) if config.vision_kv_reuse else None
         if rank == 0:
