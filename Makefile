@@ -29,8 +29,8 @@ browser:             ## reports and the live page are tested in Chromium
 	@sh scripts/install_browser.sh
 
 test: setup gl browser ## everything that runs in minutes on a CPU
-	$(BIN)/ruff check src tests scripts
-	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts examples
+	$(BIN)/ruff format --check src tests scripts examples
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python -m pytest $(TESTS)
@@ -43,10 +43,10 @@ users: gl            ## four new users, each from the wheel in a clean environme
 	PYTHON=$(PYTHON) sh scripts/four_users.sh
 
 check: setup         ## the linters alone
-	$(BIN)/ruff check src tests scripts && $(BIN)/ruff format --check src tests scripts && $(BIN)/mypy && $(BIN)/codespell
+	$(BIN)/ruff check src tests scripts examples && $(BIN)/ruff format --check src tests scripts examples && $(BIN)/mypy && $(BIN)/codespell
 
 format: setup        ## rewrite the code in the project's format
-	$(BIN)/ruff check --fix src tests scripts && $(BIN)/ruff format src tests scripts
+	$(BIN)/ruff check --fix src tests scripts examples && $(BIN)/ruff format src tests scripts examples
 
 test-compat:         ## the engine with the oldest and the newest transformers, each in its own environment
 	PYTHON=$(PYTHON) sh scripts/test_compat.sh

@@ -1,4 +1,4 @@
-"""Shows roles in docstrings (``:class:`…```) as code on the site: an extension of griffe, with which mkdocstrings reads."""
+"""Shows roles in docstrings (``:class:`…```) as code on the site: an extension of griffe, which mkdocstrings uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make README's picture from a video of overlays: ``python scripts/readme_picture.py VIDEO.mp4 docs/images/overlay.jpg``."""
+"""Make README's picture from a video: ``python scripts/readme_picture.py VIDEO.mp4 docs/images/overlay.jpg``."""
 
 from __future__ import annotations
 
