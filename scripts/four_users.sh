@@ -54,6 +54,7 @@ server=""
 say "user 3: an own method and an own model, by file and as a package"
 lac bench --quick --policies own_policy:RoundRobin:ratio=0.5 --out bench-policy
 lac bench --quick --model own_model:load --policies own_policy:RoundRobin:ratio=0.5 --out bench-model
+lac train --model own_model:load --dataset kitchen --camera front=front_cam --stage1-steps 2 --stage2-steps 2 --out toy-lac
 mkdir package
 cat >package/pyproject.toml <<'END'
 [build-system]

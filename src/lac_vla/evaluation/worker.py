@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from lac_vla.client.remote import RemoteSession
 from lac_vla.cost import CostModel
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.drawing.observers import EpisodeVideo, FailurePicture
 from lac_vla.engine.step_info import PolicySession
 from lac_vla.errors import InputError
+from lac_vla.evaluation.cameras import RenamedCameras
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.rollout import rollout
@@ -37,6 +39,7 @@ class EpisodeWorker:
 
     def __init__(self, config: EvalConfig) -> None:
         self._env: Env | None = None
+        self._cameras: dict[str, str] = {}
         self._cost: CostModel | None = None
         benchmark, options = config.benchmark, config.model_options
         if config.server is not None:
@@ -46,7 +49,9 @@ class EpisodeWorker:
             return
         options = replace(options, unnorm_key=options.unnorm_key or benchmark.unnorm_key)
         vlas = load_methods(config.model, config.policies, options, cameras=benchmark.cameras)
-        self._ensemble = _make_ensemble(config, next(iter(vlas.values())).model)
+        model = next(iter(vlas.values())).model
+        self._cameras = DatasetKeys(config.camera).cameras(model.grids) if config.camera else {}
+        self._ensemble = _make_ensemble(config, model)
         self.sessions = {name: vla.session(config.seed) for name, vla in vlas.items()}
 
     def run(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
@@ -105,7 +110,8 @@ class EpisodeWorker:
         """Make the simulator of a task; the last one is kept open."""
         if self._env is None or self._env.task != task:
             self.close()
-            self._env = config.benchmark.make_env(task)
+            env = config.benchmark.make_env(task)
+            self._env = RenamedCameras(env, self._cameras) if self._cameras else env
         return self._env
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import tyro
 
+from lac_vla.checks import check_device
 from lac_vla.errors import InputError
 from lac_vla.factory import ModelOptions, load_methods
 from lac_vla.serving.sessions import SessionOptions
@@ -25,7 +26,7 @@ class ServeConfig:
     """A policy server.
 
     Attributes:
-        model: Checkpoint folder or hub id.
+        model: Name of a bundled model, checkpoint folder, hub id, or plug-in.
         policy: E.g. ``lac`` (the policy that comes with the model), ``lac:path=FOLDER``, ``dense``.
         host: Address to listen on. Any but this machine's own needs an API key.
         port: Port to listen on.
@@ -81,6 +82,7 @@ class ServeConfig:
             raise InputError("max_sessions, max_rate and max_message_mb must be greater than 0, deadline_ms at least 0")
         if self.max_batch < 1 or not self.batch_window_ms >= 0:
             raise InputError("max_batch must be at least 1, which answers one at a time, batch_window_ms at least 0")
+        check_device(self.model_options.device)
         if self.record_fps < 0:
             raise InputError(f"record_fps is {self.record_fps}; give whole frames per second, or 0")
 
