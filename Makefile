@@ -1,11 +1,12 @@
 # `make demo` and `make test` are all the set-up there is: each makes the environment it needs.
-PYTHON ?= python3
-VENV := .venv
+# PYTHON=python3.12 (a name or a path) chooses the interpreter, which gets an environment of its own.
+PYTHON ?=
+VENV := .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 TESTS ?= -m "not slow and not gpu"
 DEMO ?=
 
-.PHONY: help demo test check format test-compat bench-gpu setup gl browser sim-simpler clean
+.PHONY: help demo test docs users check format test-compat bench-gpu setup gl browser sim-simpler clean
 .DEFAULT_GOAL := help
 help:                ## show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -15,7 +16,7 @@ $(VENV)/ready: pyproject.toml constraints.txt scripts/find_python.sh
 	$$(PYTHON=$(PYTHON) sh scripts/find_python.sh) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,demo,docs]"
 	touch $@
 
 gl:                  ## check for the libraries that headless rendering needs
@@ -28,17 +29,24 @@ browser:             ## reports and the live page are tested in Chromium
 	@sh scripts/install_browser.sh
 
 test: setup gl browser ## everything that runs in minutes on a CPU
-	$(BIN)/ruff check src tests scripts
-	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts examples
+	$(BIN)/ruff format --check src tests scripts examples
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python -m pytest $(TESTS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: setup          ## the site, links checked, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+users: gl            ## four new users, each from the wheel in a clean environment
+	PYTHON=$(PYTHON) sh scripts/four_users.sh
 
 check: setup         ## the linters alone
-	$(BIN)/ruff check src tests scripts && $(BIN)/ruff format --check src tests scripts && $(BIN)/mypy && $(BIN)/codespell
+	$(BIN)/ruff check src tests scripts examples && $(BIN)/ruff format --check src tests scripts examples && $(BIN)/mypy && $(BIN)/codespell
 
 format: setup        ## rewrite the code in the project's format
-	$(BIN)/ruff check --fix src tests scripts && $(BIN)/ruff format src tests scripts
+	$(BIN)/ruff check --fix src tests scripts examples && $(BIN)/ruff format src tests scripts examples
 
 test-compat:         ## the engine with the oldest and the newest transformers, each in its own environment
 	PYTHON=$(PYTHON) sh scripts/test_compat.sh
@@ -53,4 +61,4 @@ sim-simpler: setup   ## ManiSkill3 and a Vulkan driver for SIMPLER's WidowX task
 	for what in "widowx --backend ms3" "widowx" "vm" "va"; do $(BIN)/lac check --suite simpler-$$what || true; done
 
 clean:
-	rm -rf $(VENV) .venv-compat-* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* site .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Make README's picture from an overlay video: ``python scripts/readme_picture.py VIDEO.mp4 docs/overlay.jpg``."""
+"""Make README's picture from a video: ``python scripts/readme_picture.py VIDEO.mp4 docs/images/overlay.jpg``."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "src" / "lac_vla"
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"errors", "files", "checks", "checkpoint_files", "types", "timing"},
-    {"flow", "client", "bundled", "dataset_keys", "provenance"},
+    {"flow", "client", "bundled", "dataset_keys", "provenance", "hub", "plugins"},
     {"policies", "models"},
     {"engine"},
     {"session"},

@@ -340,7 +340,7 @@ class TestAgainstTheRelease:
         ("vla-cache:gain=-1", "gain is"),
         ("vla-cache:static=300", r"static is 300\.0; give a number of tokens per 256"),
         ("vla-cache:protect=-1", "protect is"),
-        ("vla-cache:k=100", "cannot be made"),
+        ("vla-cache:k=100", "has no option 'k'; its options are variant"),
         ("fastv:ratio=1.5", r"in 0\.\.1; got 1\.5"),
         ("fastv:ratio=-0.1", r"in 0\.\.1; got"),
         ("fastv:layer=0", r"1\.\.31; got 0\.0"),

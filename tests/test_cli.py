@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -9,11 +10,19 @@ from pathlib import Path
 
 import pytest
 import tyro
+from rich.console import Console
 from rich.table import Table
 
-from lac_vla import cli
+import lac_vla
+from lac_vla import cli, plugins
+from lac_vla.bundled import BUNDLED
 from lac_vla.cli import main
+from lac_vla.cli.help import options_of
+from lac_vla.cli.output import folded
+from lac_vla.cli.verbs import VERBS, function_of
 from lac_vla.errors import InputError, MissingExtraError
+from lac_vla.models import FAMILIES
+from lac_vla.policies import POLICIES
 
 OPTIONS = {
     "demo": ("--out", "--tasks", "--episodes", "--policies", "--workers"),
@@ -31,6 +40,8 @@ OPTIONS = {
     "pretrain": ("--dataset", "--out", "--minutes"),
     "serve": ("--model", "--policy", "--host", "--port"),
     "view": (),
+    "policies": (),
+    "models": (),
 }
 """Verb → options that README and documents use."""
 
@@ -46,6 +57,81 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(capsys, "--help")
     assert code == 0
     assert all(verb in text for verb in OPTIONS)
+
+
+def test_help_is_there_at_once_and_without_torch() -> None:
+    code = (
+        "import sys, time; from lac_vla.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules, time.process_time())"
+    )
+    done = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    last = [run.stdout.splitlines()[-1].split() for run in done]
+    assert {torch for torch, _ in last} == {"False"}
+    assert min(float(seconds) for _, seconds in last) <= 0.7
+
+
+def test_a_module_that_can_be_run_tells_its_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "lac_vla", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"lac-vla {lac_vla.__version__}\n"
+
+
+def test_all_names_of_the_package_are_found_when_they_are_used() -> None:
+    assert all(getattr(lac_vla, name).__module__.startswith("lac_vla.") for name in lac_vla.__all__)
+    assert set(lac_vla.__all__) <= set(dir(lac_vla))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = lac_vla.nothing
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    """An example whose options there are, first what most need, every option explained, plain text of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    _, text = run(capsys, verb, "--help")
+    example = text.split("example:\n")[1].split("\n")[0].strip()
+    assert example == VERBS[verb].example
+    assert example.split()[:2] == ["lac", verb]
+    options = options_of(function_of(verb, [])[0])
+    flags = {flag for option in options for flag in (option.flag, f"--no-{option.flag[2:]}")}
+    assert {word for word in example.split() if word.startswith("--")} <= flags
+    assert {*VERBS[verb].basic} <= {option.name for option in options}
+    assert not [option.name for option in options if not option.text]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "``" not in text
+    assert ":mod:" not in text
+    assert "(default: )" not in text
+    if "advanced options:" in text:
+        basic = text.split("\noptions:\n")[1].split("advanced options:")[0]
+        assert all(option.flag in basic for option in options if option.required or option.name in VERBS[verb].basic)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("evla",), "there is no 'lac evla' (did you mean 'eval'?)"),
+        (("train", "--modle", "mini"), "lac train has no --modle (did you mean '--model'?)"),
+        (("bench", "--camera=a=b", "--round=3"), "lac bench has no --round (did you mean '--rounds'?)"),
+        (("policies", "mtion"), "unknown policy 'mtion' (did you mean 'motion'?)"),
+    ],
+)
+def test_typing_errors_are_answered_with_what_was_meant(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    code, text = run(capsys, *words)
+    assert code == 2
+    assert message in text
+
+
+def test_the_lists_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["policies"])
+    text = capsys.readouterr().out
+    for name in POLICIES:
+        assert all(f"\n           {option}" in text for option in plugins.options_of(POLICIES[name]))
+        assert f"{name} " in text
+    main(["policies", "motion"])
+    assert "ratio=0.5" in capsys.readouterr().out
+    main(["models"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*BUNDLED, *FAMILIES))
 
 
 @pytest.mark.parametrize("verb", OPTIONS)
@@ -74,10 +160,10 @@ TEXTS = ["[red]box", "run[/b]", "[/bold]x", '"lac-vla[ray]"', ":warning: [link=x
 def test_errors_are_printed_as_they_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    def fail(suite: str | None) -> None:
+    def fail(verb: str, words: list[str]) -> None:
         raise InputError(f"there is no {text}")
 
-    monkeypatch.setattr(cli, "_verbs", fail)
+    monkeypatch.setattr(cli, "function_of", fail)
     assert run(capsys, "report") == (2, f"error: there is no {text}\n")
 
 
@@ -85,10 +171,10 @@ def test_errors_are_printed_as_they_are(
 def test_a_missing_extra_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, extra: str
 ) -> None:
-    def fail(suite: str | None) -> None:
+    def fail(verb: str, words: list[str]) -> None:
         raise MissingExtraError(extra, "This")
 
-    monkeypatch.setattr(cli, "_verbs", fail)
+    monkeypatch.setattr(cli, "function_of", fail)
     assert f'pip install "lac-vla[{extra}]"' in run(capsys, "report")[1]
 
 
@@ -117,6 +203,24 @@ def test_tables_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], text
     assert capsys.readouterr().out.count(text) == 2
 
 
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_table_that_is_too_wide_is_divided_and_no_cell_is_cut(width: int) -> None:
+    headings, cells = ("method", "decoder prefill", "faster than stock", "than dense so equipped"), "1.36× [1.10, 1.34]"
+    table = Table(*headings, title="times", caption="of a frame")
+    for method in ("dense stock", "lac +default"):
+        table.add_row(method, *[cells] * 3)
+    printer = Console(width=width, file=io.StringIO())
+    parts = list(folded(table, width))
+    for part in parts:
+        printer.print(part)
+    text = printer.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert text.count(cells) == 6
+    assert text.count("lac +default") == len(parts) == {40: 3, 80: 2, 200: 1}[width]
+    assert text.count("times") == text.count("of a frame") == 1
+
+
 def test_no_words_at_all_are_no_crash(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(capsys)
     assert code == 2
@@ -135,7 +239,7 @@ def test_a_home_that_the_shell_left_is_written_out(
     def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
         given.extend((*runs, out))
 
-    monkeypatch.setattr(cli, "_verbs", lambda suite: {"report": report, "other": report})
+    monkeypatch.setattr(cli, "function_of", lambda verb, words: (report, words))
     main(list(words))
     assert tmp_path / "run" in given
 

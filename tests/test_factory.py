@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lac_vla import InputError, Motion, Random
+from lac_vla import CheckpointError, InputError, Motion, Random, hub
 from lac_vla.factory import make_policies, method_name, resolve_policy
 from lac_vla.policies import POLICIES
 
@@ -23,8 +22,8 @@ class Learned(Random):
 
 @pytest.fixture(autouse=True)
 def learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def from_pretrained(path: str, **options: Any) -> Learned:
-        return Learned(path=path, **options)
+    def from_pretrained(path: str, recovery: float | None = None) -> Learned:
+        return Learned(path=path, recovery=recovery)
 
     monkeypatch.setitem(POLICIES, "lac", from_pretrained)
 
@@ -42,11 +41,35 @@ def test_lac_without_a_path_is_the_models_own(tmp_path: Path) -> None:
     assert resolve_policy("motion:ratio=0.7", model) == Motion(0.7)
 
 
-@pytest.mark.parametrize("model", [None, "nowhere", "owner/name"])
-def test_lac_without_a_path_or_a_policy_beside_the_model(model: str | None) -> None:
-    with pytest.raises(InputError, match="lac:path=FOLDER"):
+def test_lac_without_a_path_or_a_policy_beside_the_model(tmp_path: Path) -> None:
+    for model in (None, str(tmp_path), "lac_vla.models:random_vla"):
+        with pytest.raises(InputError, match=r"without a policy.*lac:path=FOLDER"):
+            resolve_policy("lac", model)
+        assert resolve_policy("lac:path=full", model) == Learned(path="full")
+
+
+@pytest.mark.parametrize("model", ["nowhere", "minni"])
+def test_a_missing_model_is_what_is_missing(model: str) -> None:
+    with pytest.raises(CheckpointError, match=f"'{model}' is neither a folder nor a hub id"):
         resolve_policy("lac", model)
-    assert resolve_policy("lac:path=full", model) == Learned(path="full")
+    with pytest.raises(CheckpointError, match="did you mean 'mini-vit'"):
+        resolve_policy("lac", "mini_vit")
+
+
+def test_the_policy_of_a_model_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wanted: list[tuple[str, list[str]]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        wanted.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(InputError, match="without a policy"):
+        resolve_policy("lac", "owner/name")
+    (tmp_path / "policy").mkdir()
+    assert resolve_policy("lac", "owner/name") == Learned(path=str(tmp_path / "policy"))
+    assert wanted[0][0] == "owner/name"
+    assert "policy/policy.safetensors" in wanted[0][1]
 
 
 def test_methods_keep_their_order_and_have_different_names() -> None:

@@ -229,7 +229,8 @@ def test_files_give_the_same_policy_back(tmp_path: Path) -> None:
     assert back.config == policy.config
     assert np.array_equal(back.decide(policy_input()).exit_layer, policy.decide(policy_input()).exit_layer)
     assert json.loads((tmp_path / "p" / "config.json").read_text())["about"] == {"seconds": 3}
-    assert (tmp_path / "p" / "README.md").read_text().startswith("#")
+    assert back.about == {"seconds": 3}
+    assert (tmp_path / "p" / "README.md").read_text().startswith("---\nlibrary_name: lac-vla\n")
     overridden = make_policy("lac", path=str(tmp_path / "p"), ratio=0.25, recovery=0.0)
     assert overridden.decide(policy_input()).nominal_ratio == 0.25
     (tmp_path / "run").mkdir()

@@ -75,12 +75,10 @@ def test_parse() -> None:
     assert build_policy(PolicySpec.parse("dense")) == Dense()
 
 
-def test_values_are_numbers_truths_or_text() -> None:
-    spec = PolicySpec.parse("short@lac:path=outputs/my.lac,recovery=0,ratio=.5,extended=true")
-    assert spec.name == "lac"
-    assert spec.label == "short"
-    assert spec.values == {"path": "outputs/my.lac", "recovery": 0.0, "ratio": 0.5, "extended": True}
-    assert spec.values["extended"] is True
+def test_a_spec_is_taken_apart() -> None:
+    spec = PolicySpec.parse("short@lac:path=outputs/my.lac,recovery=0")
+    assert (spec.name, spec.label) == ("lac", "short")
+    assert spec.options == {"path": "outputs/my.lac", "recovery": "0"}
 
 
 def test_a_label_ends_before_the_options() -> None:

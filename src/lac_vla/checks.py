@@ -41,7 +41,7 @@ def check_fields(config: Any, error: type[ValueError] = InputError) -> None:
     kinds = get_type_hints(type(config))
     for field in fields(config):
         value = getattr(config, field.name)
-        if not _fits(value, kinds[field.name]):
+        if not fits(value, kinds[field.name]):
             raise error(f"{type(config).__name__}: {field.name} is {shortened(value)}; it must be {field.type}")
 
 
@@ -59,19 +59,20 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Tell whether a value is what an annotation says; numbers must be finite, texts writable as UTF-8."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
+        return any(fits(value, each) for each in inner)
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in inner)
     if origin is tuple:
         kinds = [inner[0]] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
     if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
-        return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     if kind in (int, float):
         whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
         return whole or (kind is float and isinstance(value, float) and math.isfinite(value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -41,3 +43,9 @@ class MissingExtraError(LacError, ImportError):
 
     def __init__(self, extra: str, what: str) -> None:
         super().__init__(f'{what} needs the optional dependencies "{extra}": pip install "lac-vla[{extra}]"')
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Ask for the known name that a wrong one comes closest to, e.g. `` (did you mean 'motion'?)``; or say nothing."""
+    close = get_close_matches(given, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

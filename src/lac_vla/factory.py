@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
-from lac_vla.bundled import find_model
+from lac_vla.bundled import BUNDLED, find_model
 from lac_vla.checks import LONGEST_AGE, check_whole
 from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
 from lac_vla.flow import make_flow
 from lac_vla.flow.raft import downloaded
-from lac_vla.models import VLA, load_vla
+from lac_vla.hub import find_folder
+from lac_vla.models import VLA, is_plugin, load_vla
 from lac_vla.policies import CachePolicy, Dense, PolicySpec, build_policy
-from lac_vla.policies.lac import SUBFOLDER
+from lac_vla.policies.lac import POLICY_FILES, SUBFOLDER
 from lac_vla.session import Session
 
 
@@ -154,16 +154,22 @@ def resolve_policy(spec: str, model: str | None) -> CachePolicy:
 
     Args:
         spec: See :class:`PolicySpec`.
-        model: Checkpoint folder, bundled name or hub id; ``None`` if there is no checkpoint.
+        model: See :func:`load_methods`; ``None`` if there is no checkpoint.
 
     Raises:
         InputError: If the spec cannot be read, or the model comes without a policy.
+        CheckpointError: If there is no such model, or the policy cannot be read.
     """
     parsed = PolicySpec.parse(spec)
     if parsed.name == "lac" and "path" not in parsed.options:
-        folder = None if model is None else Path(find_model(model)).expanduser() / SUBFOLDER
+        folder = None
+        if model is not None and not is_plugin(model):
+            folder = find_folder(find_model(model), POLICY_FILES, BUNDLED) / SUBFOLDER
         if folder is None or not folder.is_dir():
-            raise InputError(f"{spec!r}: the model comes without a policy; give its folder as lac:path=FOLDER")
+            raise InputError(
+                f"{spec!r}: the model comes without a policy; train one (lac train) and give it as lac:path=FOLDER, or "
+                "choose others, e.g. dense motion:ratio=0.5"
+            )
         parsed = replace(parsed, options={**parsed.options, "path": str(folder)})
     return build_policy(parsed)
 
@@ -193,7 +199,7 @@ def load_methods(
     """Load a checkpoint once, and put every policy of a run beside it.
 
     Args:
-        model: Checkpoint folder, name of a bundled model, or hub id.
+        model: Checkpoint folder, name of a bundled model, hub id, or plug-in; see :func:`lac_vla.models.load_vla`.
         specs: See :func:`make_policies`.
         options: How it is loaded and run.
         cameras: Names of the cameras in ``Frame.images``, in the model's order; ``None`` for its own names.
@@ -210,7 +216,7 @@ def load_methods(
     if options.threads:
         torch.set_num_threads(options.threads)
     loaded = load_vla(
-        find_model(model),
+        model,
         device=options.device,
         dtype=options.dtype,
         cameras=cameras,

@@ -163,7 +163,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in listed[0]])
 
     monkeypatch.setattr(weights, "HfApi", Api)
-    monkeypatch.setattr(weights, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr("lac_vla.hub.snapshot_download", lambda *_, **__: str(folder))
     return lambda names: listed.__setitem__(0, names)
 
 

@@ -40,6 +40,7 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.tags: list[str] = []
         self.text = ""
+        self.paragraphs: list[str] = []
         self._open: str | None = None
         self.feed(html)
 
@@ -49,12 +50,18 @@ class Page(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "poster", "srcset")]
         if tag == "tr":
             self.rows.append([])
+        if "notes" in dict(attrs).values():
+            assert tag == "figcaption", "what holds for a table stands in its figure"
+        if tag == "p":
+            self.paragraphs.append("")
         if tag in ("td", "th"):
             self.rows[-1].append("")
 
     def handle_data(self, data: str) -> None:
         if self._open is None:
             self.text += data
+            if self.paragraphs:
+                self.paragraphs[-1] += data
             if self.rows and self.rows[-1]:
                 self.rows[-1][-1] += data
 
@@ -62,6 +69,10 @@ class Page(HTMLParser):
         self._open = None
         if tag == "table":
             self.rows.append([])
+
+    def paragraph(self, begin: str) -> str:
+        """The first paragraph that begins so; spaces made single."""
+        return next(text for text in (" ".join(each.split()) for each in self.paragraphs) if text.startswith(begin))
 
     def row(self, first: str) -> list[str]:
         """The first row whose first cell is ``first``; spaces within cells made single."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
 from lac_vla.bench.roofline import GPUS
 from lac_vla.bench.sweep import expand
+from lac_vla.checks import check_device
 from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import InputError
@@ -19,6 +20,9 @@ from lac_vla.flow import make_flow
 Section: TypeAlias = Literal["engine", "frame", "memory", "batch", "roofline"]
 SHAPES = ("llama-8x512", "llama-32x4096")
 """Decoders of the section ``engine``: presets (layers × width). The second is OpenVLA's Llama 2 7B."""
+RULES = ("motion:ratio=0.5", "motion:ratio=0.7")
+QUICK = {"sections": ("frame",), "frames": 40, "warmup": 3, "minutes": 0.5}
+"""What is measured in about a minute."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class BenchConfig:
         sections: ``engine``, a decoder's prefill; ``frame``, whole observations; ``memory``, a long session;
             ``batch``, several sessions on one engine; ``roofline``, what the GPU of that option could do at best, from
             the model's shapes alone.
-        model: Checkpoint folder or hub id; by default a model with random weights, which costs the same.
-        random_weights: Which: ``mini``, ``mini-vit``, ``tiny``, ``openvla-7b``, ``mini-cogact``, ``cogact-tiny`` or
-            ``cogact-7b``.
+        quick: About a minute: the section ``frame`` alone, on few frames, whatever else is said of sections and frames.
+        model: Name of a bundled model, checkpoint folder, hub id, or plug-in; by default ``mini``.
+        random_weights: In place of a model, one with random weights, which costs the same: ``openvla-7b``, ``tiny``, …;
+            ``lac models`` lists them.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
@@ -41,7 +46,8 @@ class BenchConfig:
         active: Shares of the visual tokens that the section ``engine`` recomputes, in (0, 1).
         rounds: How often the sections ``engine`` and ``batch`` run every variant.
         policies: Methods of the sections ``frame`` and ``batch``, beside the dense ones; ``random:ratio=.25,.5,.9`` are
-            three.
+            three. By default ``lac``, the policy that comes with the model; for random weights, which have none,
+            ``motion:ratio=0.5 motion:ratio=0.7``.
         options: Sets of options beside caching, each for dense and for every policy: ``none`` is the baseline and
             always there; ``draft``, ``draft+async_policy``, ``default``, ``exact`` (all that change no number), …
         acceptance: Shares of the drafted tokens that are made to be accepted, in [0, 1], for random weights, where
@@ -67,8 +73,9 @@ class BenchConfig:
 
     out: Path = Path("outputs/bench")
     sections: tuple[Section, ...] = ("engine", "frame", "memory")
+    quick: bool = False
     model: str | None = None
-    random_weights: str = "mini"
+    random_weights: str | None = None
     unnorm_key: str | None = None
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -76,7 +83,7 @@ class BenchConfig:
     shape: str = "llama-8x512"
     active: tuple[float, ...] = (0.5, 0.25, 0.1)
     rounds: int = 50
-    policies: tuple[str, ...] = ("motion:ratio=0.5", "motion:ratio=0.7")
+    policies: tuple[str, ...] = ()
     options: tuple[str, ...] = ("none", "default")
     acceptance: tuple[float, ...] = ()
     frames: int = 200
@@ -93,7 +100,17 @@ class BenchConfig:
     keys: Annotated[DatasetKeys, tyro.conf.arg(name="")] = field(default_factory=DatasetKeys)
 
     def __post_init__(self) -> None:
-        """Check every setting that can be checked before anything is loaded."""
+        """Fill in what depends on other settings; check all that can be checked before anything is loaded."""
+        if self.model is not None and self.random_weights is not None:
+            raise InputError("give --model or --random-weights, not both")
+        filled: dict[str, Any] = QUICK if self.quick else {}
+        if self.model is None and self.random_weights is None:
+            filled = {**filled, "model": "mini"}
+        if not self.policies:
+            filled = {**filled, "policies": RULES if self.random_weights else ("lac",)}
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)
+        check_device(self.device)
         if not self.sections:
             raise InputError("there is no section to measure: give engine, frame, memory, batch or roofline")
         if self.shape not in SHAPES:
@@ -109,8 +126,6 @@ class BenchConfig:
             raise InputError(f"threads is {self.threads}; give a number of threads, or 0 for the default")
         if not self.active or not all(0 < share < 1 for share in self.active):
             raise InputError(f"active is {self.active}; give shares of the visual tokens in (0, 1)")
-        if not self.policies:
-            raise InputError("there is no policy to measure: give at least one, e.g. motion:ratio=0.5")
         if self.roofline is not None and self.roofline not in GPUS:
             raise InputError(f"unknown GPU {self.roofline!r} for --roofline; choose one of {list(GPUS)}")
         if "roofline" in self.sections and self.roofline is None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from lac_vla.bench.config import BenchConfig
-from lac_vla.bundled import find_model
 from lac_vla.checks import check_device
 from lac_vla.errors import InputError
 from lac_vla.models import VLA, load_vla, random_vla
@@ -21,20 +20,19 @@ def open_model(config: BenchConfig) -> VLA:
         InputError: If there is no such model or device, or it does not fit into memory.
         CheckpointError: If the checkpoint cannot be used.
     """
-    if config.model is None:
+    if config.random_weights is not None:
         random = open_random(config.random_weights, config)
         if config.acceptance and not isinstance(random.head, TokenHead):
             raise InputError(f"{random.name} appends no tokens that could be drafted: leave acceptance out")
         return random
-    model = load_vla(find_model(config.model), dtype=config.dtype, device=config.device, unnorm_key=config.unnorm_key)
-    if not hasattr(model.module, "language_model"):
-        raise InputError(f"{model.name} has no stock language model to time against")
-    return model
+    return load_vla(str(config.model), dtype=config.dtype, device=config.device, unnorm_key=config.unnorm_key)
 
 
 def open_shapes(config: BenchConfig) -> VLA:
     """Open the model of the section ``roofline``: of random weights the shapes alone, without memory."""
-    return random_vla(config.random_weights, device="meta") if config.model is None else open_model(config)
+    if config.random_weights is not None:
+        return random_vla(config.random_weights, device="meta")
+    return open_model(config)
 
 
 def open_random(model: str, config: BenchConfig) -> VLA:

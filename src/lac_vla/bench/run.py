@@ -103,10 +103,11 @@ def run_bench(config: BenchConfig) -> BenchResult:
         CheckpointError: If the checkpoint cannot be used.
         DatasetError: If the dataset cannot be read.
     """
-    _check_folder(config.out)
     with _threads(config.threads):
+        sections = _sections(config)
+        _check_folder(config.out)
         result = BenchResult(config, provenance(), (os.getloadavg()[0],) * 2)
-        for section, measure in _sections(config).items():
+        for section, measure in sections.items():
             part: Any = {section: measure()}
             result = replace(result, load=(result.load[0], os.getloadavg()[0]), **part)
             text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)

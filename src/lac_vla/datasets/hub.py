@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from lac_vla.datasets.layout import DatasetError
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+from lac_vla.hub import HUB_ID
 
 
 @dataclass

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from lac_vla.checks import check_device
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.errors import InputError
 from lac_vla.evaluation.clock import WALL, WorldClock
 from lac_vla.evaluation.clock import settings as clock_settings
@@ -24,10 +26,11 @@ class EvalConfig:
     """A paired evaluation.
 
     Attributes:
-        model: Checkpoint folder or hub id.
+        model: Name of a bundled model, checkpoint folder, hub id, or plug-in.
         out: Folder of the run. If it holds a run with the same settings, that run goes on.
         policies: Methods, e.g. ``dense``, ``motion:ratio=0.5``, ``lac`` (the policy that comes with the model),
-            ``lac:path=FOLDER,recovery=0``; ``NAME@`` before one names it in tables.
+            ``lac:path=FOLDER,recovery=0``, ``module:Class``; ``NAME@`` before one names it in tables. ``lac policies``
+            lists them.
         benchmark: The tasks and their simulator. ``lac eval --suite SUITE --help`` shows the options of another one.
         tasks: Task ids; empty for all.
         init_states: First and one-past-last initial state of every task; by default those that the benchmark holds out.
@@ -49,6 +52,7 @@ class EvalConfig:
         videos: Per method and task, how many episodes get an overlay video.
         server: ``ws://…`` of a policy server: it runs the one method of ``policies`` on its ``model``, which are named
             as the server names them. No MACs, no videos then.
+        camera: The simulator's images for a camera of the model, ``NAME=KEY``; by default those of its own name.
         workers: Processes. Latencies are only worth reporting from one.
         envs: Simulators, each in a process of its own (about 1 GB), whose frames one model answers in one batch, in
             step with each other; the episodes are those of one at a time, their latencies those of a batch.
@@ -64,7 +68,7 @@ class EvalConfig:
 
     model: str
     out: Path
-    policies: tuple[str, ...] = ("dense", "motion:ratio=0.5")
+    policies: tuple[str, ...] = ("dense", "lac")
     benchmark: Benchmark = field(default_factory=lambda: benchmark_of(None)())
     tasks: tuple[int, ...] = ()
     init_states: tuple[int, int] | None = None
@@ -76,6 +80,7 @@ class EvalConfig:
     actions_per_call: int | None = None
     videos: int = 1
     server: str | None = None
+    camera: tuple[str, ...] = ()
     workers: int = 1
     envs: int = 1
     ray: str | None = None
@@ -106,6 +111,11 @@ class EvalConfig:
             make_policies(self.policies, self.model)
         elif len(self.policies) != 1 or self.workers != 1 or self.ray is not None:
             raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
+        if self.camera and self.server is not None:
+            raise InputError("a server has its own --camera: leave it out here")
+        DatasetKeys(self.camera)
+        if self.server is None and self.ray is None:  # which run on other machines
+            check_device(self.model_options.device)
         if self.stress is not None:
             make_stress(self.stress)
         if (world := self.world) is None:
@@ -144,6 +154,8 @@ class EvalConfig:
         plain = {**vars(self), **self.benchmark.settings(), **asdict(self.model_options), "init_states": self.states}
         for name in ("out", "ray", "benchmark", "model_options"):
             del plain[name]
+        if not self.camera:  # as in the runs of before
+            del plain["camera"]
         if Path(self.model).is_absolute():
             plain["model"] = Path(self.model).name
         plain |= clock_settings(self.world)

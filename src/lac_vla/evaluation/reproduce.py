@@ -10,7 +10,6 @@ from typing import Annotated
 
 import tyro
 
-from lac_vla.bundled import MINI
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.evaluation.clock import WorldClock
 from lac_vla.evaluation.config import EvalConfig
@@ -124,7 +123,7 @@ class ReproduceConfig:
     """
 
     out: Path = Path("outputs/reproduce-libero")
-    model: str = str(MINI)
+    model: str = "mini"
     suites: tuple[str, ...] = ("libero_spatial",)
     tasks: tuple[int, ...] = ()
     first: int = FIRST_HELD_OUT

@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from lac_vla.client.remote import RemoteSession
 from lac_vla.cost import CostModel
+from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.drawing.observers import EpisodeVideo, FailurePicture
 from lac_vla.engine.step_info import PolicySession
 from lac_vla.errors import InputError
+from lac_vla.evaluation.cameras import RenamedCameras
 from lac_vla.evaluation.clock import sample_of
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
@@ -43,6 +45,7 @@ class EpisodeWorker:
 
     def __init__(self, config: EvalConfig, vlas: Mapping[str, CachedVLA] | None = None) -> None:
         self._env: Env | None = None
+        self._cameras: dict[str, str] = {}
         self._cost: CostModel | None = None
         if config.server is not None:
             method = method_name(config.policies[0])
@@ -51,7 +54,9 @@ class EpisodeWorker:
             self._policies = {method: ("dense", False)}
             return
         vlas = vlas or load_vlas(config)
-        self._ensemble = _make_ensemble(config, next(iter(vlas.values())).model)
+        model = next(iter(vlas.values())).model
+        self._cameras = DatasetKeys(config.camera).cameras(model.grids) if config.camera else {}
+        self._ensemble = _make_ensemble(config, model)
         self.sessions = {name: self._session(vla, config.seed) for name, vla in vlas.items()}
         kinds = {method_name(spec): PolicySpec.parse(spec).name for spec in config.policies}
         self._policies = {name: (kinds[name], vla.flow_used != "none") for name, vla in vlas.items()}
@@ -134,7 +139,8 @@ class EpisodeWorker:
         """Make the simulator of a task; the last one is kept open."""
         if self._env is None or self._env.task != task:
             self.close()
-            self._env = config.benchmark.make_env(task)
+            env = config.benchmark.make_env(task)
+            self._env = RenamedCameras(env, self._cameras) if self._cameras else env
         return self._env
 
 

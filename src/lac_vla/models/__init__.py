@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lac_vla.bundled import BUNDLED, find_model
 from lac_vla.checkpoint_files import read_json
 from lac_vla.checks import check_device, find_dtype
-from lac_vla.errors import CheckpointError, InputError
+from lac_vla.errors import CheckpointError, InputError, did_you_mean
+from lac_vla.hub import find_folder
 from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
@@ -26,6 +29,7 @@ from lac_vla.models.oft.official import MARKS
 from lac_vla.models.pi0.checkpoint import OPTIONS as PI0_OPTIONS
 from lac_vla.models.pi0.checkpoint import load_pi0, new_pi0, random_pi0, save_pi0
 from lac_vla.models.pi0.config import PI0_PRESETS, PI05_PRESETS, PiConfig
+from lac_vla.models.plugged import is_plugin, load_plugin
 from lac_vla.models.prismatic.checkpoint import CONFIG, load_prismatic, new_prismatic, random_prismatic, save_prismatic
 from lac_vla.models.prismatic.config import PrismaticConfig
 from lac_vla.models.prismatic.presets import PRESETS
@@ -34,9 +38,10 @@ from lac_vla.models.smolvla.config import PRESETS as SMOLVLA_PRESETS
 from lac_vla.models.smolvla.config import SmolVLAConfig
 from lac_vla.models.tokenizer import Encode
 from lac_vla.models.vla import VLA
-from lac_vla.models.weights import HUB_FILES, find_folder, model_name, refuse_adapter, refuse_unread
+from lac_vla.models.weights import HUB_FILES, model_name, refuse_adapter, refuse_unread
+from lac_vla.plugins import MODELS, announced
 
-__all__ = ["FAMILIES", "VLA", "Encode", "Family", "load_vla", "random_vla", "save_vla", "untrained_vla"]
+__all__ = ["FAMILIES", "VLA", "Encode", "Family", "is_plugin", "load_vla", "random_vla", "save_vla", "untrained_vla"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,8 @@ def load_vla(
     A CogACT run holds no tokenizer: put Llama 2's ``tokenizer.json`` beside its ``config.json``, or pass ``encode``.
 
     Args:
-        path_or_hub_id: A folder, or ``owner/name`` on the Hugging Face hub (downloaded once).
+        path_or_hub_id: A folder, the name of a bundled model, ``owner/name`` on the Hugging Face hub (downloaded
+            once), or a plug-in, see :mod:`lac_vla.models.plugged`.
         dtype: Of the weights in memory, or its name; ``"auto"`` for bfloat16 on a GPU and float32 elsewhere.
         device: Where to put them.
         unnorm_key: Data set whose statistics give actions their units; needed if the checkpoint has several.
@@ -158,10 +164,21 @@ def load_vla(
     """
     device = check_device(device)
     dtype = find_dtype(dtype, device)
+    path_or_hub_id = find_model(str(path_or_hub_id))
+    settings = {
+        "unnorm_key": unnorm_key, "cameras": cameras, "image_pipeline": image_pipeline, "encode": encode, **options
+    }  # fmt: skip
+    plugged = partial(
+        load_plugin, device=device, dtype=dtype, settings={k: v for k, v in settings.items() if v is not None}
+    )
+    if is_plugin(path_or_hub_id):
+        return plugged(path_or_hub_id)
     marks = [mark for family in FAMILIES.values() for mark in family.marks]
-    folder = find_folder(path_or_hub_id, (*HUB_FILES, *marks))
+    folder = find_folder(path_or_hub_id, (*HUB_FILES, *marks), BUNDLED)
     refuse_adapter(path_or_hub_id, folder)
     data = read_json(folder / CONFIG)
+    if data.get("model_type") in announced(MODELS):
+        return plugged(data["model_type"], path=folder)
     options = {key: value for key, value in options.items() if value is not None}
     name = _name_of(folder, data, options)
     family = FAMILIES[name]
@@ -194,7 +211,7 @@ def _name_of(folder: Path, data: Mapping[str, Any], options: Mapping[str, Any]) 
     if said is None:  # neither CogACT's, a training run's, nor openpi's say so
         said = "cogact" if "vla" in data else "pi0" if "action_horizon" in data else None
     if not isinstance(said, str) or said not in FAMILIES:
-        raise CheckpointError(f"{folder / CONFIG}: model_type is {said!r}; known are {list(FAMILIES)}")
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {said!r}; known are {list(FAMILIES)}, and plug-ins")
     return said
 
 
@@ -205,7 +222,12 @@ def save_vla(vla: VLA, folder: str | Path, *, dtype: torch.dtype | str = torch.b
         vla: What to write.
         folder: Made if need be; files of these names in it are replaced.
         dtype: Of the weights in the file, or its name.
+
+    Raises:
+        InputError: If the model is a plug-in's, which writes its own.
     """
+    if vla.family not in FAMILIES:
+        raise InputError(f"{vla.name} is no model of {list(FAMILIES)}: save its weights yourself")
     FAMILIES[vla.family].save(vla, Path(folder).expanduser(), find_dtype(dtype, vla.device))
 
 
@@ -253,4 +275,4 @@ def _family(model: Any) -> tuple[Family, Any]:
     for family in FAMILIES.values():
         if isinstance(config, family.config):
             return family, config
-    raise InputError(f"unknown model {model!r}: choose one of {list(presets)}")
+    raise InputError(f"unknown model {model!r}{did_you_mean(str(model), presets)}; choose one of {list(presets)}")

@@ -19,9 +19,10 @@ from safetensors.numpy import save_file
 from lac_vla.checkpoint_files import read_json
 from lac_vla.errors import CheckpointError
 from lac_vla.files import write_object
+from lac_vla.hub import find_folder
 from lac_vla.models.tokenizer import TOKENIZER, Encode, FileTokenizer, load_tokenizer
 from lac_vla.models.weights import HUB_FILES as WEIGHT_FILES
-from lac_vla.models.weights import WEIGHTS, find_folder
+from lac_vla.models.weights import WEIGHTS
 from lac_vla.types import FloatArray
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from lac_vla.checks import shortened
-from lac_vla.errors import CheckpointError
+from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.protocols import DecoderShape, QueryRows, Rotary
 from lac_vla.types import TokenLayout
 
@@ -54,19 +54,30 @@ def rms_norm(x: torch.Tensor, module: Any) -> torch.Tensor:
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
+BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+"""The parts of a block that is run here; one that has more (Qwen3 normalises its queries) is refused."""
+
+
 class LlamaLayer:
-    """A Hugging Face Llama block as a :class:`lac_vla.models.protocols.DecoderLayer`; no weights of its own.
+    """A Hugging Face Llama or Qwen2 block as a :class:`lac_vla.models.protocols.DecoderLayer`; no weights of its own.
 
     Both methods also take leading batch dimensions.
 
     Args:
         block: A ``LlamaDecoderLayer``.
         head_dim: Width of a head.
+
+    Raises:
+        InputError: If the block has further parts.
     """
 
     def __init__(self, block: nn.Module, head_dim: int) -> None:
         parts = cast(Any, block)
         attention = parts.self_attn
+        for module, known in ((block, BLOCK), (attention, ATTENTION)):
+            if more := {name for name, _ in module.named_children()} - known:
+                raise InputError(f"{type(module).__name__} has {sorted(more)}, which this decoder would leave out")
         self._queries, self._keys, self._values = attention.q_proj, attention.k_proj, attention.v_proj
         self._out = attention.o_proj
         self._mlp = parts.mlp
@@ -113,7 +124,10 @@ class LlamaStack:
     def __init__(self, model: LlamaModel) -> None:
         config = model.config
         self._blocks = model
-        self.head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
+        if getattr(config, "use_sliding_window", False):
+            raise InputError("a decoder with sliding windows cannot be run: every row must see the whole prompt")
+        width = getattr(config, "head_dim", None)  # Qwen2's configurations have none
+        self.head_dim: int = width or config.hidden_size // config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads or config.num_attention_heads
         self.shape = DecoderShape(
             layers=int(config.num_hidden_layers),
@@ -163,7 +177,7 @@ class LlamaDecoder(LlamaStack):
     """Is a :class:`LlamaStack` with the language model's head.
 
     Args:
-        model: The language model.
+        model: The language model: a ``LlamaForCausalLM``, or one of the same parts, as ``Qwen2ForCausalLM`` is.
     """
 
     def __init__(self, model: LlamaForCausalLM) -> None:

@@ -8,6 +8,7 @@ hidden states, or keys and values → ActionHead → actions
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -170,7 +171,7 @@ class PromptInputs:
 
 
 class Processor(Protocol):
-    """Turns a frame into what the model takes, and checks it.
+    """Turns a frame into what the model takes, and checks it. One that inherits this takes no state by default.
 
     Attributes:
         grids: Camera → (rows, cols) of its visual tokens, in token order.
@@ -178,10 +179,13 @@ class Processor(Protocol):
     """
 
     @property
+    @abstractmethod
     def grids(self) -> Mapping[str, tuple[int, int]]: ...  # noqa: D102
     @property
-    def state_dim(self) -> int | None: ...  # noqa: D102
+    def state_dim(self) -> int | None:  # noqa: D102
+        return None
 
+    @abstractmethod
     def images(self, frame: Frame) -> dict[str, UInt8Image]:
         """Crop and resize the cameras' images to the model's size (geometry only), uint8, H×W×3.
 
@@ -190,6 +194,7 @@ class Processor(Protocol):
         """
         ...
 
+    @abstractmethod
     def prompt(self, frame: Frame) -> PromptInputs:
         """Tokenise the instruction and normalise the state.
 
@@ -198,17 +203,22 @@ class Processor(Protocol):
         """
         ...
 
+    @abstractmethod
     def embed(self, prompt: PromptInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed the tokens before and behind the visual ones: (n_prefix, width) and (n_suffix, width)."""
         ...
 
 
 class VisionEncoder(Protocol):
-    """Turns the cameras' images into visual tokens."""
+    """Turns the cameras' images into visual tokens.
+
+    One that inherits this needs :meth:`encode_tokens` alone: then the stem is the images, features are projected
+    already, and no attention is cached.
+    """
 
     def kv_cache(self) -> VisionKVCache | None:
         """Make an empty cache for a session's frames; ``None`` if the encoder has no attention to cache."""
-        ...
+        return None
 
     def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: Any = None) -> Any:
         """Compute what does not depend on which tokens matter.
@@ -221,12 +231,13 @@ class VisionEncoder(Protocol):
         Returns:
             For :meth:`encode_tokens`.
         """
-        ...
+        return images
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> Sequence[Any]:
         """Compute the stems of several frames at once, as :meth:`encode_stem` does one by one without a cache."""
-        ...
+        return [self.encode_stem(frame, shown) for frame, shown in zip(frames, images, strict=True)]
 
+    @abstractmethod
     def encode_tokens(self, stem: Any, token_mask: BoolArray | None = None, kv_cache: Any = None) -> torch.Tensor:
         """Compute the features of some visual tokens.
 
@@ -243,4 +254,4 @@ class VisionEncoder(Protocol):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Project features row by row: (n, features) → (n, width)."""
-        ...
+        return features

@@ -1,4 +1,4 @@
-"""Checkpoint folders: finding them, and reading their weights into a model that was built on ``meta``.
+"""Checkpoint folders: reading their weights into a model that was built on ``meta``.
 
 Weights are safetensors, or torch's own container where that is a family's official layout; see
 :mod:`lac_vla.checkpoint_files`.
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -26,7 +26,6 @@ from lac_vla.files import write_whole
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", WEIGHTS, "model-*.safetensors")
 WEIGHT_FILE = re.compile(r"[^/]*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)")
 TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)(?![a-z])|state\.pt$")
@@ -36,25 +35,6 @@ WRAPPERS = {
     "base_model.model.": "they were saved from peft; save model.merge_and_unload()",
 }
 """Prefixes of names that training code leaves behind → what mends it."""
-
-
-def find_folder(path_or_hub_id: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
-    """Find a checkpoint's folder: a local one, or ``owner/name`` on the Hugging Face hub, downloaded once.
-
-    ``files`` are the patterns of what to download.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
-    given = os.path.expanduser(path_or_hub_id)
-    if os.path.isdir(given):
-        return Path(given)
-    if not HUB_ID.fullmatch(given) or os.path.exists(given):
-        raise CheckpointError(f"'{path_or_hub_id}' {_no_model(given)}")
-    try:
-        return Path(snapshot_download(given, allow_patterns=list(files)))
-    except Exception as error:  # of the hub, the network, the cache, or what else a client has under it
-        raise CheckpointError(f"'{path_or_hub_id}' is no local folder, and the hub says: {error}") from error
 
 
 def model_name(path_or_hub_id: str | Path, folder: Path) -> str:
@@ -104,26 +84,6 @@ def refuse_unread(path_or_hub_id: str | Path, folder: Path, read: Iterable[str],
             "are pickled and must be saved as safetensors; if not, move them to another folder (from the hub: "
             "after 'hf download')"
         )
-
-
-def _no_model(given: str) -> str:
-    """Say what a text is that names neither a folder nor a repository, and what to give in its place."""
-    if os.path.isfile(given):
-        whole = next((folder for folder in Path(given).resolve().parents[:2] if (folder / "config.json").is_file()), "")
-        return f"is a file: give the folder of the whole model, which holds its config.json{whole and f': {whole}'}"
-    if found := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", given):
-        return f"is an address: give the repository's name, '{found[1]}'"
-    if re.match(r"\w+://", given):
-        return "is an address: download the model, and give its folder"
-    if "@" in given and HUB_ID.fullmatch(given.partition("@")[0]):
-        name, _, revision = given.partition("@")
-        return (
-            f"names a revision, which is not taken here: run 'hf download {name} --revision {revision} --local-dir "
-            "FOLDER' and give that folder"
-        )
-    if "\\" in given or re.match(r"[A-Za-z]:", given):
-        return f"is a path of Windows, and no folder {'here' if os.name == 'nt' else 'of this machine'}"
-    return "is neither a folder nor a hub id (owner/name)"
 
 
 def load_weights(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lac_vla.errors import InputError
+from lac_vla import plugins
+from lac_vla.errors import InputError, did_you_mean
 from lac_vla.policies.base import CachePolicy, cache_lowest
 from lac_vla.policies.dense import Dense
 from lac_vla.policies.fastv import FastV
@@ -28,22 +29,33 @@ POLICIES: dict[str, Callable[..., CachePolicy]] = {
 """Name → factory; the keyword arguments are the policy's fields, and ``path`` of a trained one."""
 
 
+def find_policy(name: str) -> Callable[..., CachePolicy]:
+    """Find a policy's factory: one of :data:`POLICIES`, a plug-in (:mod:`lac_vla.plugins`), or ``module:Class``.
+
+    Raises:
+        InputError: If there is none of that name.
+    """
+    factory: Callable[..., CachePolicy] | None = POLICIES.get(name) or plugins.find_plugin(plugins.POLICIES, name)
+    if factory is None:
+        known = sorted({*POLICIES, *plugins.announced(plugins.POLICIES)})
+        raise InputError(f"unknown policy {name!r}{did_you_mean(name, known)}; choose one of {known}, or module:Class")
+    return factory
+
+
 def make_policy(name: str, **options: Any) -> CachePolicy:
     """Build a policy by its name.
 
     Args:
-        name: A key of :data:`POLICIES`.
+        name: See :func:`find_policy`.
         **options: The policy's hyper-parameters.
 
     Raises:
-        InputError: If the name or an option is unknown.
+        InputError: If the name or an option is unknown, or it makes no policy.
     """
-    if name not in POLICIES:
-        raise InputError(f"unknown policy {name!r}; choose one of {sorted(POLICIES)}")
-    try:
-        return POLICIES[name](**options)
-    except TypeError as error:
-        raise InputError(f"policy {name!r} cannot be made with {options}: {error}") from error
+    policy = plugins.make(f"policy {name!r}", find_policy(name), options)
+    if not isinstance(policy, CachePolicy):
+        raise InputError(f"policy {name!r} made a {type(policy).__name__}; it must be a CachePolicy")
+    return policy
 
 
 def build_policy(spec: PolicySpec) -> CachePolicy:
@@ -52,7 +64,7 @@ def build_policy(spec: PolicySpec) -> CachePolicy:
     Raises:
         InputError: As :func:`make_policy` does.
     """
-    return make_policy(spec.name, **spec.values)
+    return make_policy(spec.name, **spec.options)
 
 
 __all__ = [
@@ -69,6 +81,7 @@ __all__ = [
     "VLACache",
     "build_policy",
     "cache_lowest",
+    "find_policy",
     "make_policy",
     "paths_by_name",
 ]

@@ -71,7 +71,7 @@ def build_report(
         tables=tables,
         curve=curve,
         clocks=clocks,
-        runs=[_run(run, number) for number, run in enumerate(runs)],
+        runs=[_run(run) for run in runs],
         groups=groups,
         columns=[column for _, columns in groups for column in columns],
         ages=", ".join(css(colour) for colour in heat_colours()),
@@ -80,13 +80,12 @@ def build_report(
     )
 
 
-def _run(run: Run, number: int) -> dict[str, Any]:
+def _run(run: Run) -> dict[str, Any]:
     rows = run.summary.methods
     colours = _colours([row.method for row in rows])
     dense = run.summary.row(DENSE)
     trials = run.recorded()
     return {
-        "id": f"run{number}",
         "name": run.folder.name,
         "suites": ", ".join(sorted({e.suite for e in run.episodes})),
         "metadata": metadata_groups(run.metadata),

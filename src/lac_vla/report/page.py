@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,24 @@ def write_page(template: str, out: Path, **context: Any) -> Path:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    page = environment.get_template(template).render(**context)
+    page = _with_contents(environment.get_template(template).render(**context))
     try:
         write_whole(out, page.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"cannot write {out} ({error}): choose another place") from error
     return out
+
+
+def _with_contents(page: str) -> str:
+    """Number the sections, and list them where the page has its contents."""
+    links: list[str] = []
+
+    def number(heading: re.Match[str]) -> str:
+        links.append(f'<a href="#s{len(links)}"{heading["run"] or ""}>{heading["title"]}</a>')
+        return f'<h2 id="s{len(links) - 1}"{heading["run"] or ""}>{heading["title"]}</h2>'
+
+    page = re.sub(r'<h2(?P<run> class="run")?>(?P<title>.*?)</h2>', number, page)
+    return page.replace('<nav aria-label="Contents">', '<nav aria-label="Contents">' + "".join(links), 1)
 
 
 def metadata_groups(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:

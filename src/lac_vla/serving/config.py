@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import tyro
 
+from lac_vla.checks import check_device
 from lac_vla.errors import InputError
 from lac_vla.factory import ModelOptions, load_methods
 from lac_vla.serving.sessions import SessionOptions
@@ -26,7 +27,7 @@ class ServeConfig:
     """A policy server.
 
     Attributes:
-        model: Checkpoint folder or hub id.
+        model: Name of a bundled model, checkpoint folder, hub id, or plug-in.
         policy: E.g. ``lac`` (the policy that comes with the model), ``lac:path=FOLDER``, ``dense``.
         host: Address to listen on. Any but this machine's own needs an API key.
         port: Port to listen on.
@@ -88,6 +89,7 @@ class ServeConfig:
             raise InputError("max_batch must be at least 1, which answers one at a time, batch_window_ms at least 0")
         if not 0 <= self.kv_memory < math.inf:
             raise InputError(f"kv_memory is {self.kv_memory:g}; give megabytes, or 0 for no limit")
+        check_device(self.model_options.device)
         if self.record_fps < 0:
             raise InputError(f"record_fps is {self.record_fps}; give whole frames per second, or 0")
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lac_vla.checks import check_device
 from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.errors import InputError
 
@@ -86,7 +87,7 @@ class TrainConfig:
     """Settings of ``lac train``, which trains a LAC policy beside a frozen VLA in two stages.
 
     Attributes:
-        model: Checkpoint folder, name of a bundled model, or hub id.
+        model: Name of a bundled model, checkpoint folder, hub id, or plug-in.
         dataset: LeRobot v3 dataset, a folder or a hub id: demonstrations, or (with ``--loss distill``) plain
             observation logs.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``policy/`` (for ``--policies lac:path=``).
@@ -169,6 +170,7 @@ class TrainConfig:
             raise InputError(f"held_out is {self.held_out}; give a share of the episodes between 0 and 1")
         if min(*self.tau_ratio, *self.tau_score) <= 0:
             raise InputError("temperatures must be above 0")
+        check_device(self.device)
 
     @property
     def steps(self) -> int:

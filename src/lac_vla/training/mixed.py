@@ -126,6 +126,7 @@ class MixedOutput:
             lengths=lengths,
             run=partial(self._append, prompts, lengths),
             rerun=partial(self.again, batch),
+            n_layers=len(prompts.keys),
         )
 
     def _append(self, prompts: LayerKV, lengths: torch.Tensor, rows: AppendRows) -> torch.Tensor:

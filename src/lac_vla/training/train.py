@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from lac_vla.bundled import find_model
 from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
 from lac_vla.files import locked, read_object, write_object, write_whole, writing
 from lac_vla.flow import policy_flow
@@ -253,15 +252,17 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         if state is not None:  # without one, settings bind nothing
             check_settings(config.out, describe(config), CHANGEABLE)
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if config.device == "cuda" else config.device
-        vla = load_vla(find_model(config.model), device=device, dtype="auto", unnorm_key=config.unnorm_key)
+        vla = load_vla(config.model, device=device, dtype="auto", unnorm_key=config.unnorm_key)
         vla.module.requires_grad_(False)
+        if config.loss == "demo" and not vla.head.has_loss:
+            raise InputError(f"{vla.name}'s head has no loss on recorded actions: train with --loss distill")
         tower = MixedTower(vla) if config.vision_kv_reuse else None
-        if rank == 0:
-            write_object(config.out / CONFIG, describe(config))
         store = _store(config, vla, () if tower is None else tower.cameras, rank)
         run = Training(config, vla, store, tower, (size, rank))
         if state is not None:
             run.resume(state)
+        if rank == 0:  # nothing can be refused any more
+            write_object(config.out / CONFIG, describe(config))
         _loop(run, rank, max_seconds)
     if size > 1:
         dist.destroy_process_group()

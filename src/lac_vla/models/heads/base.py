@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lac_vla.errors import InputError, NonFiniteError
+from lac_vla.models.heads.distill import relative_error
 from lac_vla.models.protocols import DecoderStack, KeysValues
 from lac_vla.types import FloatArray, Frame, RunningChunk, TokenLayout
 
@@ -101,6 +102,7 @@ class LossContext:
         values: Layer → values, as ``keys``.
         lengths: Of the prompts, int64, (B,): slots from there on are padding.
         run: Runs rows behind the prompts, as :class:`HeadContext`'s decoding does by yielding them.
+        n_layers: Number of layers whose keys and values there are; 0 for a head that reads hidden states.
         rerun: Runs the prompts again with other suffixes, over the same mixture: number in the batch, embedded suffix
             (n_suffix, width) → the new one; gives the head's rows, (B, n_rows, width). What a frame leaves to the next
             are the slots of the first run.
@@ -113,6 +115,7 @@ class LossContext:
     lengths: torch.Tensor
     run: Callable[[AppendRows], torch.Tensor]
     rerun: Callable[[EditSuffix], torch.Tensor] | None = None
+    n_layers: int = 0
 
 
 def finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -189,20 +192,25 @@ class ActionHead(ABC):
         """
         return suffix
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether it has a loss of its own on recorded actions; without, it is distilled alone."""
+        return type(self).loss is not ActionHead.loss
+
     def targets(self, actions: FloatArray) -> npt.NDArray[Any]:
-        """Say what the head is to answer.
+        """Say what the head is to answer; nothing for a head without a loss of its own.
 
         Args:
             actions: An episode's recorded actions in the data set's units, (T, A); or what the model itself answered
                 in every frame, (T, …).
 
         Returns:
-            A row for every frame, (T, n).
+            A row for every frame, (T, n), n ≥ 1.
 
         Raises:
-            InputError: If the actions do not fit the model, or the head cannot be trained beside.
+            InputError: If the actions do not fit the model.
         """
-        raise InputError(f"{type(self).__name__} has no loss: give it targets() and loss() to train beside it")
+        return np.zeros((len(actions), 1), dtype=np.float32)
 
     def with_states(self, targets: npt.NDArray[Any], states: FloatArray) -> npt.NDArray[Any]:
         """Add to the targets what the loss needs of the states, where the prompt does not tell them.
@@ -232,6 +240,9 @@ class ActionHead(ABC):
     ) -> torch.Tensor:
         """Compute the model's own loss on the targets; or, given a teacher, the divergence from it.
 
+        A head that brings none is distilled: its loss is the relative squared error of what it reads, hidden states
+        or keys and values, from the dense pass.
+
         Args:
             context: What may be read.
             targets: See :meth:`targets`, (B, n).
@@ -240,8 +251,24 @@ class ActionHead(ABC):
 
         Returns:
             (B,).
+
+        Raises:
+            InputError: If there is no teacher, and no loss of its own.
         """
-        raise InputError(f"{type(self).__name__} has no loss: give it targets() and loss() to train beside it")
+        if teacher is None:
+            raise InputError(
+                f"{type(self).__name__} has no loss on recorded actions: train with --loss distill, or give it "
+                "targets() and loss()"
+            )
+        if self.reads == "hidden":
+            every = torch.ones(context.hidden.shape[:2], dtype=torch.bool, device=context.hidden.device)
+            return relative_error([context.hidden], [teacher.hidden], every)
+        states, dense = (
+            [read(layer) for layer in range(context.n_layers) for read in (each.keys, each.values)]
+            for each in (context, teacher)
+        )
+        real = torch.arange(states[0].shape[-2], device=states[0].device) < context.lengths[:, None]
+        return relative_error(states, dense, real)
 
     def fingerprint(self) -> bytes:
         """Name what stored targets depend on, besides what the decoder's last layer tells."""

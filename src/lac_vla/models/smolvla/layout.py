@@ -14,11 +14,11 @@ from typing import Any
 
 from lac_vla.checkpoint_files import read_json
 from lac_vla.errors import CheckpointError
+from lac_vla.hub import find_folder
 from lac_vla.models.heads.flow_matching import FlowConfig
 from lac_vla.models.lerobot_layout import ACTION, IMAGES, KINDS, STATE, Features, Normalization
 from lac_vla.models.siglip import SiglipConfig
 from lac_vla.models.smolvla.config import SmolVLAConfig, TextConfig
-from lac_vla.models.weights import find_folder
 
 VLM_CONFIG = "vlm_config.json"
 VLM = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"

@@ -2,6 +2,6 @@
 
 from lac_vla.policies.lac.config import LACConfig
 from lac_vla.policies.lac.networks import Predictor, Selector
-from lac_vla.policies.lac.policy import SUBFOLDER, LACPolicy
+from lac_vla.policies.lac.policy import POLICY_FILES, SUBFOLDER, LACPolicy
 
-__all__ = ["SUBFOLDER", "LACConfig", "LACPolicy", "Predictor", "Selector"]
+__all__ = ["POLICY_FILES", "SUBFOLDER", "LACConfig", "LACPolicy", "Predictor", "Selector"]

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import nn
 
 from lac_vla.checkpoint_files import check_finite_weights, check_tensors, read_json, read_safetensors
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.files import write_object, write_whole
+from lac_vla.hub import HUB_ID, find_folder
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
+from lac_vla.policies.lac.card import model_card
 from lac_vla.policies.lac.config import LACConfig
 from lac_vla.policies.lac.inputs import WORDS, from_policy_input, words
 from lac_vla.policies.lac.joint import Joint, canvas_tokens
@@ -26,6 +30,8 @@ from lac_vla.types import Decision, PolicyInput
 CONFIG, WEIGHTS, CARD = "config.json", "policy.safetensors", "README.md"
 SUBFOLDER = "policy"
 """The subfolder in which a training run, or a model, keeps its policy."""
+POLICY_FILES = tuple(f"{folder}{name}" for folder in ("", f"{SUBFOLDER}/") for name in (CONFIG, WEIGHTS))
+"""All that is downloaded of a repository."""
 MODEL_TYPE = "lac-policy"
 
 
@@ -48,6 +54,7 @@ class LACPolicy(CachePolicy):
         config: Its shape.
         selector: Cached Token Selector, eq. 4.
         predictor: Cache Ratio Predictor, eq. 5.
+        about: How the policy came about, plain data; kept in its configuration.
 
     Raises:
         InputError: If ``ratio`` or ``recovery`` lies outside [0, 1].
@@ -71,6 +78,7 @@ class LACPolicy(CachePolicy):
         self.predictor = Predictor(config) if predictor is None else predictor
         self.ratio = config.ratio if ratio is None else ratio
         self.recovery = config.recovery if recovery is None else recovery
+        self.about: Mapping[str, Any] = {}
         self._joint: Joint | None = None
 
     @property
@@ -156,16 +164,49 @@ class LACPolicy(CachePolicy):
 
         Args:
             folder: Made if need be; files of these names in it are replaced.
-            card: The model card, Markdown.
-            about: How the policy came about, plain data; kept in the configuration under ``about``.
+            card: The model card, Markdown; by default one is written from what is known.
+            about: How the policy came about, plain data, in place of :attr:`about`.
         """
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": MODEL_TYPE, **self.config.to_json(), "about": dict(about or {})}
+        about = self.about if about is None else about
+        config = {"model_type": MODEL_TYPE, **self.config.to_json(), "about": dict(about)}
         state = {key: value.detach().cpu().contiguous() for key, value in self.networks.state_dict().items()}
         write_whole(folder / WEIGHTS, lambda partial: save_file(state, partial, metadata={"format": "pt"}))
         write_object(folder / CONFIG, config)
-        write_whole(folder / CARD, card or _CARD)
+        write_whole(folder / CARD, card or model_card(self.config, about))
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, card: str = "", token: str | None = None, message: str = ""
+    ) -> str:
+        """Upload configuration, weights and model card to the Hugging Face hub; :meth:`from_pretrained` reads them.
+
+        Args:
+            repo_id: ``owner/name``; made if need be.
+            private: Whether a new repository is private.
+            card: See :meth:`save_pretrained`.
+            token: Of the hub; by default that of ``hf auth login``.
+            message: Of the commit.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            InputError: If this is no repository's name, or the hub refuses.
+        """
+        if not HUB_ID.fullmatch(repo_id):
+            raise InputError(f"{repo_id!r} names no repository; give owner/name")
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card or model_card(self.config, self.about, repo_id))
+            try:
+                api = HfApi(token=token)
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                commit = api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=message or "Upload a LAC policy"
+                )
+            except Exception as error:  # of the hub, the network, or what else a client has under it
+                raise InputError(f"cannot push to {repo_id} ({error}): log in with 'hf auth login'") from error
+        return str(commit.commit_url)
 
     @classmethod
     def from_pretrained(
@@ -174,14 +215,18 @@ class LACPolicy(CachePolicy):
         """Read what :meth:`save_pretrained` wrote. Nothing is unpickled.
 
         Args:
-            path: The folder, or one that holds it as ``policy``, as a training run's does.
+            path: The folder, or one that holds it as ``policy``, as a training run's does; or ``owner/name`` of such a
+                one on the Hugging Face hub, downloaded once.
             ratio: See :class:`LACPolicy`.
             recovery: See :class:`LACPolicy`.
 
         Raises:
             CheckpointError: If a file is missing or damaged, or is something else.
         """
-        folder = Path(path).expanduser()
+        try:
+            folder = find_folder(path, POLICY_FILES)
+        except CheckpointError as error:
+            raise CheckpointError(f"there is no policy at {path}: {error}") from error
         if (folder / SUBFOLDER / CONFIG).is_file():
             folder = folder / SUBFOLDER
         if not (folder / CONFIG).is_file():
@@ -189,7 +234,7 @@ class LACPolicy(CachePolicy):
         data, weights = read_json(folder / CONFIG), folder / WEIGHTS
         if data.pop("model_type", None) != MODEL_TYPE:
             raise CheckpointError(f"{folder} does not hold a LAC policy: give the folder that `lac train` wrote")
-        data.pop("about", None)
+        about = data.pop("about", None)
         with torch.device("meta"):
             policy = cls(LACConfig.from_json(data), ratio=ratio, recovery=recovery)
         try:
@@ -199,12 +244,5 @@ class LACPolicy(CachePolicy):
             raise CheckpointError(f"{weights} is missing, damaged or of another shape: {error}") from error
         check_finite_weights(weights, policy.networks)
         policy.networks.eval()
+        policy.about = about if isinstance(about, dict) else {}
         return policy
-
-
-_CARD = """# A LAC caching policy
-
-Chooses which visual tokens of a frozen Vision-Language-Action model are recomputed
-(*Learning to Accelerate Vision-Language-Action Models through Adaptive Visual Token Caching*, arXiv 2602.00686).
-Made with `lac train`; `config.json` says for which token layout. Load it with `LACPolicy.from_pretrained(folder)`.
-"""

@@ -1,0 +1,5 @@
+"""Runs the command line: ``python -m lac_vla`` is ``lac``."""
+
+from lac_vla.cli import main
+
+main()

@@ -1,0 +1,96 @@
+"""``lac report``, and the reports that other verbs end with. Without postponed annotations: tyro reads them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from lac_vla.cli.output import console, show
+from lac_vla.errors import InputError
+
+if TYPE_CHECKING:
+    from lac_vla.evaluation.reproduce import Reproduction
+
+
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
+    """Show a run's table, and write its report: one self-contained HTML page.
+
+    Args:
+        runs: Folder of a run of `lac train`; or of one or several runs of `lac eval` or `lac demo`, whose methods
+            then stand in one table, unless they have episodes in common or other stresses. Runs of several clocks
+            (`lac eval --clock`) are compared with each other, and with one of a world that waits.
+        out: The page; by default `report.html` in the first run's folder.
+    """
+    if not runs:
+        raise InputError("give the folder of a run")
+    page = out or runs[0] / "report.html"
+    if all((run / "episodes.jsonl").exists() for run in runs):
+        report_evaluation(runs, page)
+    elif len(runs) == 1 and (runs[0] / "metrics.jsonl").exists():
+        report_training(runs[0], page)
+    else:
+        raise InputError(
+            f"{', '.join(map(str, runs))}: neither episodes.jsonl (of 'lac eval' or 'lac demo') in each nor "
+            "metrics.jsonl (of 'lac train') in one: give folders of runs"
+        )
+    console.print(f"report: {page}")
+
+
+def report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
+    """Show the tables of runs of `lac eval`, and write their page."""
+    from lac_vla.report import build_report
+    from lac_vla.report.clocks import clock_charts
+    from lac_vla.results.clocks import clock_rows, clock_table
+    from lac_vla.results.records import read_episodes
+    from lac_vla.results.summary import summarize
+    from lac_vla.results.table import method_tables
+
+    by_run = {str(run): read_episodes(run / "episodes.jsonl") for run in runs}
+    episodes = [episode for found in by_run.values() for episode in found]
+    if len({episode.clock for episode in episodes}) > 1:
+        rows = clock_rows(episodes)
+        clocks, over = clock_table(rows), clock_charts(rows)
+        show(clocks.to_terminal())
+        return build_report(runs, out, tables=[clocks], clocks=over)
+    apart = len({(episode.method, episode.trial) for episode in episodes}) == len(episodes)
+    if apart and len({episode.stress for episode in episodes}) == 1:
+        by_run = {"": episodes}  # else the runs differ in more than their methods
+    for name, found in by_run.items():
+        if name:
+            console.print(name, style="bold")
+        for table in method_tables(summarize(found)):
+            show(table.to_terminal())
+    return build_report(runs, out)
+
+
+def report_reproduction(done: "Reproduction") -> None:
+    """Show the tables of `lac reproduce`, and write their page."""
+    from lac_vla.evaluation.paper_tables import paper_tables
+    from lac_vla.policies import paths_by_name
+    from lac_vla.report import build_report, tradeoff
+    from lac_vla.report.clocks import clock_charts
+    from lac_vla.results.clocks import clock_rows
+    from lac_vla.results.summary import summarize
+
+    tables = paper_tables(done)
+    for table in tables:
+        show(table.to_terminal())
+    specs = {row.method: paths_by_name(row.spec) for row in (*done.rows, *done.curve)}
+    curve_episodes = [e for e in done.curve_episodes if e.method in specs]
+    curve = tradeoff(summarize(curve_episodes), curve_episodes, specs) if done.curve else None
+    config = done.config
+    runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]
+    title = "The paper's LIBERO tables on one model"
+    clocks = clock_charts(clock_rows(done.all_clocks)) if done.clock_rows else None
+    page = build_report(runs, config.out / "report.html", title=title, tables=tables, curve=curve, clocks=clocks)
+    console.print(f"report: {page}")
+
+
+def report_training(run: Path, out: Path) -> Path:
+    """Show the table of a run of `lac train`, and write its page."""
+    from lac_vla.report import build_training_report
+    from lac_vla.report.training import training_table
+    from lac_vla.report.training_run import TrainingRun
+
+    show(training_table(TrainingRun.read(run)).to_terminal())
+    return build_training_report(run, out)

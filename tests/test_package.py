@@ -1,0 +1,32 @@
+"""The package: its version is one, and its page on an index refers to nothing that is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import lac_vla
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cited = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert first is not None
+    assert cited is not None
+    assert first[1] == cited[1] == lac_vla.__version__
+
+
+def test_the_index_page_has_no_links_into_the_repository() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https:)", page)
+    for change in settings["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        page = re.sub(change["pattern"], change["replacement"], page)
+    assert links
+    assert re.findall(r"\]\((?!https:).*", page) == []
+    assert re.search(r"\]\(https:", page)
