@@ -16,7 +16,7 @@ from lac_vla.errors import InputError
 from lac_vla.factory import make_policies, resolve_policy
 from lac_vla.flow import make_flow
 
-Section: TypeAlias = Literal["engine", "frame", "memory", "batch", "roofline"]
+Section: TypeAlias = Literal["engine", "frame", "memory", "batch", "trace", "roofline"]
 SHAPES = ("llama-8x512", "llama-32x4096")
 """Decoders of the section ``engine``: presets (layers × width). The second is OpenVLA's Llama 2 7B."""
 
@@ -28,8 +28,8 @@ class BenchConfig:
     Attributes:
         out: Folder that ``bench.json`` is written to.
         sections: ``engine``, a decoder's prefill; ``frame``, whole observations; ``memory``, a long session;
-            ``batch``, several sessions on one engine; ``roofline``, what the GPU of that option could do at best, from
-            the model's shapes alone.
+            ``batch``, several sessions on one engine; ``trace``, one frame of dense and of the last policy under
+            torch's profiler; ``roofline``, what the GPU of that option could do at best, from the model's shapes alone.
         model: Checkpoint folder or hub id; by default a model with random weights, which costs the same.
         random_weights: Which: ``mini``, ``mini-vit``, ``tiny``, ``openvla-7b``, ``mini-cogact``, ``cogact-tiny`` or
             ``cogact-7b``.
@@ -95,7 +95,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         """Check every setting that can be checked before anything is loaded."""
         if not self.sections:
-            raise InputError("there is no section to measure: give engine, frame, memory, batch or roofline")
+            raise InputError("there is no section to measure: give engine, frame, memory, batch, trace or roofline")
         if self.shape not in SHAPES:
             raise InputError(f"unknown shape {self.shape!r}; choose one of {sorted(SHAPES)}")
         for name in ("rounds", "frames", "memory_frames"):
