@@ -155,7 +155,7 @@ class Session:
                 committed, which is given up.
         """
         self._check(frame)
-        clock = Stopwatch(self.model.device)
+        clock = self.engine.stopwatch()
         processor, options, memory = self.model.processor, self.engine.options, self.memory
         with clock.stage("preprocess"):
             images = processor.images(frame)
@@ -294,7 +294,7 @@ class Session:
             region=self._region,
             vision_kv=self._vision_kv,
             begin=partial(memory.begin, memory.version),
-            clock=Stopwatch(self.model.device),
+            clock=self.engine.stopwatch(),
             decided=(decision, np.zeros_like(tokens)),
             rng=rng,
         )

@@ -60,7 +60,7 @@ class TraceResult:
 
 def measure_trace(model: VLA, scene: Scene, config: BenchConfig) -> TraceResult:
     """Run the section; the traces are written into ``config.out``."""
-    rows = []
+    rows: list[TraceRow] = []
     for options in dict.fromkeys(config.options):
         for spec in (DENSE, config.methods[-1]):
             name = row_name(paths_by_name(spec), options)

@@ -48,6 +48,8 @@ class EpisodeWorker:
         vlas = load_methods(config.model, config.policies, options, cameras=benchmark.cameras)
         self._ensemble = _make_ensemble(config, next(iter(vlas.values())).model)
         self.sessions = {name: vla.session(config.seed) for name, vla in vlas.items()}
+        for vla in vlas.values():
+            vla.engine.stage_events = True
 
     def run(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
         """Run one episode of an evaluation that may differ from the worker's own in ``out`` and ``stress``.
