@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TESTS ?= -m "not slow and not gpu"
 DEMO ?=
 
-.PHONY: help demo test docs users check format test-compat bench-gpu setup gl browser sim-simpler clean
+.PHONY: help demo test docs users check format test-compat gpu gpu-wheels setup gl browser sim-simpler clean
 .DEFAULT_GOAL := help
 help:                ## show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -51,8 +51,11 @@ format: setup        ## rewrite the code in the project's format
 test-compat:         ## the engine with the oldest and the newest transformers, each in its own environment
 	PYTHON=$(PYTHON) sh scripts/test_compat.sh
 
-bench-gpu: setup     ## both 7B shapes on a GPU of 80 GB, random weights: tables, bench.json, bench.svg
-	LAC=$(BIN)/lac sh scripts/bench_gpu.sh
+gpu: setup           ## all that is worth measuring on a GPU of 80 GB, in 9 minutes, random weights: docs/gpu.md
+	PYTHON=$(abspath $(BIN)/python) bash scripts/gpu_session.sh
+
+gpu-wheels: setup    ## what that needs on a machine without an environment and without a package index, into .wheels
+	PYTHON=$(BIN)/python sh scripts/carry_wheels.sh
 
 sim-simpler: setup   ## ManiSkill3 and a Vulkan driver for SIMPLER's WidowX tasks; says what else SIMPLER needs
 	@sh scripts/install_vulkan.sh .vulkan

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import replace
@@ -324,17 +325,22 @@ def test_time_may_end_a_section(tmp_path: Path) -> None:
 
 
 def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
-    command = tmp_path / "lac"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "from lac_vla.cli import main; main()" "$@"\n')
-    command.chmod(0o755)
-    script = Path(__file__).parents[1] / "scripts" / "bench_gpu.sh"
-    arguments = ["--device", "cpu", "--random-weights", "tiny", "--random-weights", "cogact-tiny", "--out", tmp_path]
-    subprocess.run(["sh", script, *arguments], check=True, env={**os.environ, "LAC": str(command)}, timeout=600)
-    for name in ("tiny", "cogact-tiny"):
-        assert {file.name for file in (tmp_path / name).iterdir()} == {"bench.json", "bench.svg", "bench.txt"}
-        rows = json.loads((tmp_path / name / "bench.json").read_text(encoding="utf-8"))["frame"]["rows"]
-        assert "random:ratio=.9 +default+async_policy+bucket=16+cuda_graphs" in {row["name"] for row in rows}
-        assert "roofline" in (tmp_path / name / "bench.txt").read_text(encoding="utf-8")
+    """A step that fails does not stop the others, and is named."""
+    script = Path(__file__).parents[1] / "scripts" / "gpu_session.sh"
+    models = [word for model in ("no-such-model", "tiny") for word in ("--random-weights", model)]
+    env = {**os.environ, "PYTHON": sys.executable, "GPU_TESTS": "--version"}
+    subprocess.run(["bash", script, "--device", "cpu", *models, "--out", tmp_path], check=True, env=env, timeout=600)
+    assert {file.name for file in tmp_path.iterdir()} == {"results.tar.gz", "steps.txt", "summary.md"}
+    ends = {line.split()[0]: line.split()[-1] for line in (tmp_path / "steps.txt").read_text().splitlines()[1:]}
+    failed = {"frame-no-such-model", "batch-no-such-model"}
+    assert {name for name, end in ends.items() if end == "failed"} == failed
+    assert ends.keys() - failed == {"tests", "frame-tiny", "batch-tiny", "summary"}
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    for row in ("dense stock", "random:ratio=.8 +default+bucket=16+cuda_graphs", "one frame under the profiler"):
+        assert row in summary
+    with tarfile.open(tmp_path / "results.tar.gz") as packed:
+        names = {Path(name).name for name in packed.getnames() if "/frame-tiny/" in name}
+    assert {"bench.json", "bench.svg", "log.txt", "trace-0.json.gz"} <= names
 
 
 def test_every_round_runs_every_variant() -> None:

@@ -167,6 +167,17 @@ def test_errors_are_printed_as_they_are(
     assert run(capsys, "report") == (2, f"error: there is no {text}\n")
 
 
+def test_verbs_that_need_no_extra_run_without_one(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('pyarrow', 'av', 'jinja2', 'msgpack', 'websockets', 'simplejpeg'): sys.modules[name] = None\n"
+        "from lac_vla.cli import main\n"
+        f"main('bench --random-weights tiny --sections roofline --roofline h100 --out {tmp_path}'.split())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert (tmp_path / "bench.json").is_file()
+
+
 @pytest.mark.parametrize("extra", ["ray", "serve", "data"])
 def test_a_missing_extra_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, extra: str

@@ -29,6 +29,10 @@ class CheckpointError(LacError, ValueError):
     """A checkpoint or policy folder that is missing, truncated, or of another model."""
 
 
+class DatasetError(LacError, ValueError):
+    """A dataset that is missing, incomplete, damaged or of another version, or data that fits none."""
+
+
 class NonFiniteError(LacError, ArithmeticError):
     """The model computed NaN or infinity, and gives no action: stop the robot. The next frame is computed in full."""
 

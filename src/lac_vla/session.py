@@ -182,7 +182,7 @@ class Session:
             InputError: As :meth:`plan` does.
         """
         self._check(frame)
-        clock = Stopwatch(self.model.device)
+        clock = self.engine.stopwatch()
         processor, options = self.model.processor, self.engine.options
         with clock.stage("preprocess"):
             images = processor.images(frame)
@@ -336,7 +336,7 @@ class Session:
             region=self._region,
             vision_kv=self._vision_kv,
             begin=partial(memory.begin, memory.version),
-            clock=Stopwatch(self.model.device),
+            clock=self.engine.stopwatch(),
             decided=(decision, np.zeros_like(tokens)),
             rng=rng,
         )

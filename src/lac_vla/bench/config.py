@@ -17,7 +17,7 @@ from lac_vla.errors import InputError
 from lac_vla.factory import make_policies, resolve_policy
 from lac_vla.flow import make_flow
 
-Section: TypeAlias = Literal["engine", "frame", "memory", "batch", "roofline"]
+Section: TypeAlias = Literal["engine", "frame", "memory", "batch", "trace", "roofline"]
 SHAPES = ("llama-8x512", "llama-32x4096")
 """Decoders of the section ``engine``: presets (layers × width). The second is OpenVLA's Llama 2 7B."""
 RULES = ("motion:ratio=0.5", "motion:ratio=0.7")
@@ -32,8 +32,8 @@ class BenchConfig:
     Attributes:
         out: Folder that ``bench.json`` is written to.
         sections: ``engine``, a decoder's prefill; ``frame``, whole observations; ``memory``, a long session;
-            ``batch``, several sessions on one engine; ``roofline``, what the GPU of that option could do at best, from
-            the model's shapes alone.
+            ``batch``, several sessions on one engine; ``trace``, one frame of dense and of the last policy under
+            torch's profiler; ``roofline``, what the GPU of that option could do at best, from the model's shapes alone.
         quick: About a minute: the section ``frame`` alone, on few frames, whatever else is said of sections and frames.
         model: Name of a bundled model, checkpoint folder, hub id, or plug-in; by default ``mini``.
         random_weights: In place of a model, one with random weights, which costs the same: ``openvla-7b``, ``tiny``, …;
@@ -112,7 +112,7 @@ class BenchConfig:
             object.__setattr__(self, name, value)
         check_device(self.device)
         if not self.sections:
-            raise InputError("there is no section to measure: give engine, frame, memory, batch or roofline")
+            raise InputError("there is no section to measure: give engine, frame, memory, batch, trace or roofline")
         if self.shape not in SHAPES:
             raise InputError(f"unknown shape {self.shape!r}; choose one of {sorted(SHAPES)}")
         for name in ("rounds", "frames", "memory_frames"):

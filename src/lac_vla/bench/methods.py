@@ -61,7 +61,9 @@ def make_methods(model: VLA, config: BenchConfig) -> Iterator[Method]:
 def cached_vla(model: VLA, spec: str, options: str, config: BenchConfig) -> CachedVLA:
     """Put a policy beside the model, with a set of options."""
     policy, engine_options = resolve_policy(spec, config.model), EngineOptions.parse(options)
-    return CachedVLA(model, policy, flow=config.flow, max_age=config.max_age, options=engine_options)
+    vla = CachedVLA(model, policy, flow=config.flow, max_age=config.max_age, options=engine_options)
+    vla.engine.stage_events = True
+    return vla
 
 
 def row_name(method: str, options: str) -> str:

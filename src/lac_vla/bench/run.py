@@ -25,6 +25,7 @@ from lac_vla.bench.memory import MemoryResult, measure_memory
 from lac_vla.bench.model import open_model, open_shapes
 from lac_vla.bench.roofline import Roofline, RooflineResult, floors
 from lac_vla.bench.scene import make_scene, synthetic
+from lac_vla.bench.trace import TraceResult, measure_trace
 from lac_vla.errors import InputError
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
@@ -62,6 +63,7 @@ class BenchResult:
         frame: The section, if it ran.
         memory: The section, if it ran.
         batch: The section, if it ran.
+        trace: The section, if it ran.
         roofline: The section, if it was asked for.
     """
 
@@ -72,6 +74,7 @@ class BenchResult:
     frame: FrameResult | None = None
     memory: MemoryResult | None = None
     batch: BatchResult | None = None
+    trace: TraceResult | None = None
     roofline: RooflineResult | None = None
 
     @property
@@ -124,7 +127,7 @@ def _sections(config: BenchConfig) -> dict[str, Callable[[], Any]]:
         sections["roofline"] = partial(_floors, config, open_shapes(config))
     if "engine" in config.sections:
         sections["engine"] = partial(measure_engine, config)
-    if {"frame", "memory", "batch"} & set(config.sections):
+    if {"frame", "memory", "batch", "trace"} & set(config.sections):
         model = open_model(config)
         scene = make_scene(model, config.replay, config.warmup + config.frames, config.seed, config.keys)
         if "frame" in config.sections:
@@ -133,6 +136,8 @@ def _sections(config: BenchConfig) -> dict[str, Callable[[], Any]]:
             sections["memory"] = partial(measure_memory, model, scene, config)
         if "batch" in config.sections:
             sections["batch"] = partial(measure_batch, model, scene, config)
+        if "trace" in config.sections:
+            sections["trace"] = partial(measure_trace, model, scene, config)
     return sections
 
 

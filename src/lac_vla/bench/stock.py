@@ -73,7 +73,7 @@ class StockSession:
     def act(self, frame: Frame) -> FloatArray:
         """Answer an observation with an action in the robot's own units, float32."""
         model = self._model
-        clock = Stopwatch(model.device)
+        clock = Stopwatch(model.device, events=True)
         with clock.stage("preprocess"):
             images, prompt = model.processor.images(frame), model.processor.prompt(frame)
         with clock.stage("tower"):

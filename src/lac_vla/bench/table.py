@@ -16,6 +16,7 @@ from lac_vla.bench.memory import MemoryResult
 from lac_vla.bench.roofline import RooflineResult
 from lac_vla.bench.run import BenchResult
 from lac_vla.bench.stock import STOCK
+from lac_vla.bench.trace import TraceResult
 from lac_vla.results.format import NONE, count, latency, memory, milliseconds, percent
 from lac_vla.timing import STAGES, WINDOWS
 
@@ -35,6 +36,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
         tables.append(memory_table(result.memory))
     if result.batch is not None:
         tables.append(batch_table(result.batch))
+    if result.trace is not None:
+        tables.append(trace_table(result.trace))
     if result.frame is not None and result.frame.roofline is not None:
         tables.append(floor_table(result.frame))
     return [*tables, target_table(result)] if result.targets else tables
@@ -183,6 +186,23 @@ def batch_table(result: BatchResult) -> Table:
         cells = [str(row.sessions), f"{row.frames_per_second:.1f}", latency(row.latency_ms)]
         ratios = [percent(row.ratio_effective), ratio(row.faster_than_one), ratio(row.faster_than_dense)]
         table.add_row(row.name, *cells, *ratios)
+    return table
+
+
+def trace_table(result: TraceResult) -> Table:
+    """Make the table of traced frames: how busy the device was, and with what."""
+    what = "kernels" if result.device == "cuda" else "operations"
+    table = _table(
+        f"trace: {result.model}, one frame under the profiler, which makes it longer",
+        f"busy: time of all {what}; for the rest of the span the device waited\n"
+        "heaviest: ms × calls; traces open in Perfetto",
+        "span ms", "busy ms", what, "heaviest", "trace",
+    )  # fmt: skip
+    for row in result.rows:
+        heaviest = "\n".join(f"{name[:48]} {milliseconds(ms)} × {calls}" for name, ms, calls in row.heaviest[:3])
+        table.add_row(
+            row.name, milliseconds(row.span_ms), milliseconds(row.busy_ms), str(row.launches), heaviest, row.file
+        )
     return table
 
 

@@ -8,7 +8,7 @@ from string import Formatter
 from typing import Any
 
 from lac_vla.dataset_keys import IMAGE_PREFIX as IMAGE_PREFIX
-from lac_vla.errors import LacError
+from lac_vla.errors import DatasetError as DatasetError
 from lac_vla.files import read_object
 
 VERSION = "v3.0"
@@ -49,10 +49,6 @@ CONVERT = (
     "Convert it with LeRobot's own tool, --repo-id=<name>: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 "
     "(LeRobot 0.4), python -m lerobot.scripts.convert_dataset_v21_to_v30 (later ones)"
 )
-
-
-class DatasetError(LacError, ValueError):
-    """A dataset that is missing, incomplete, damaged or of another version, or data that fits none."""
 
 
 def incomplete_path(root: Path) -> Path:

@@ -24,6 +24,7 @@ from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPr
 from lac_vla.models.protocols import DecoderStack, Rotary
 from lac_vla.models.vla import VLA
 from lac_vla.timing import Stopwatch
+from lac_vla.transfer import upload
 from lac_vla.types import BoolArray, Decision, SkippedTokens
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class Engine:
         options: As given.
         store: Keys and values of all sessions.
         graphs: Replays CUDA graphs; ``None`` without the option ``cuda_graphs``.
+        stage_events: Whether stages are timed on the GPU, see :class:`lac_vla.timing.Stopwatch`; it stays as it is set.
 
     Raises:
         InputError: If an option does not fit the model.
@@ -78,6 +80,7 @@ class Engine:
         decoder = model.decoder
         self.store = SlotCache(model.n_layers, decoder.kv_heads, decoder.head_dim, decoder.dtype, decoder.device)
         self.graphs = CUDAGraphRunner() if self.options.cuda_graphs else None
+        self.stage_events = False
         self._run_layers: RunLayers = run_layers if self.graphs is None else self.graphs
         self._rotary: dict[int, tuple[DecoderStack, Rotary]] = {}
         self._lock = RLock()
@@ -100,7 +103,7 @@ class Engine:
         self._check(plans)
         for plan in plans:
             plan.used = True
-        clock = Stopwatch(self.model.device)  # of all: every robot waits for the whole batch
+        clock = self.stopwatch()  # of all: every robot waits for the whole batch
         runs = [_Run(plan, FrameResult(plan), clock) for plan in plans]
         with self._lock:
             before = 0 if self.graphs is None else self.graphs.eager_runs
@@ -123,6 +126,10 @@ class Engine:
         if self.graphs is not None and needed > plan.region.size:
             needed += 2 * CAPACITY_MULTIPLE - needed % CAPACITY_MULTIPLE
         return needed
+
+    def stopwatch(self) -> Stopwatch:
+        """Make a clock for a frame."""
+        return Stopwatch(self.model.device, events=self.stage_events)
 
     def _check(self, plans: Sequence[FramePlan]) -> None:
         for plan in plans:
@@ -204,7 +211,7 @@ class Engine:
             features = vision.encode_tokens(stem, computed if partly else None, plan.vision_kv)
         with run.clock.stage("projector"):
             if not partly and not computed.all():
-                features = features[torch.from_numpy(computed).to(features.device)]
+                features = features[upload(np.flatnonzero(computed), features.device)]
             return vision.project(features), computed if partly else np.ones_like(computed)
 
     def _prefill(self, runs: Sequence[_Run], clock: Stopwatch) -> None:

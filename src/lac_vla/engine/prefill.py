@@ -19,6 +19,7 @@ from lac_vla.engine.kv_cache import Region, SlotCache
 from lac_vla.engine.layers import LayersOutput, RunLayers, Segment, attention_probabilities, query_counts, run_layers
 from lac_vla.models.heads.base import AppendRows
 from lac_vla.models.protocols import Decoder, DecoderStack, Rotary
+from lac_vla.transfer import upload
 from lac_vla.types import AttentionProbe, BoolArray, Decision, SkippedTokens, TokenLayout
 
 Refine: TypeAlias = Callable[[int, torch.Tensor, Decision], Decision]
@@ -105,7 +106,7 @@ class Cursor(ABC):
         """Find the last layer, plus one, up to which the rows stay the same and nothing looks at them."""
 
     def kept(self, layer: int) -> torch.Tensor | None:
-        """Tell which of the present rows go on in a layer, bool, (rows,); ``None`` for all."""
+        """List which of the present rows go on in a layer, int64, (kept,); ``None`` for all."""
         return None
 
     def after(self, stop: int, query: torch.Tensor, keys: torch.Tensor) -> None:  # noqa: B027 - most rows are not probed
@@ -183,7 +184,7 @@ class PrefillCursor(Cursor):
         if np.array_equal(mask, self._mask):
             return None
         kept, self._mask, self._segment = mask[self._mask], mask, None
-        return torch.from_numpy(kept).to(self._decoder.device)
+        return upload(np.flatnonzero(kept), self._decoder.device)
 
     def next_stop(self, layer: int) -> int:
         """See :meth:`Cursor.next_stop`."""
@@ -225,7 +226,7 @@ class PrefillCursor(Cursor):
         layout, start = sequence.layout, sequence.region.start
         every = torch.arange(mask.size, device=decoder.device)
         complete = bool(mask.all())
-        self._positions = every if complete else torch.from_numpy(np.flatnonzero(mask)).to(decoder.device)
+        self._positions = every if complete else upload(np.flatnonzero(mask), decoder.device)
         slots = None
         if sequence.decision.skipped is SkippedTokens.PRUNE and not complete:
             slots = self._positions  # what is pruned is gone; everything else is computed

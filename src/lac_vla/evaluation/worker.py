@@ -148,7 +148,10 @@ def load_vlas(config: EvalConfig) -> dict[str, CachedVLA]:
     """Load the model, and put every method's policy beside it."""
     benchmark, options = config.benchmark, config.model_options
     options = replace(options, unnorm_key=options.unnorm_key or benchmark.unnorm_key)
-    return load_methods(config.model, config.policies, options, cameras=benchmark.cameras)
+    vlas = load_methods(config.model, config.policies, options, cameras=benchmark.cameras)
+    for vla in vlas.values():
+        vla.engine.stage_events = True
+    return vlas
 
 
 def _make_ensemble(config: EvalConfig, model: VLA | None) -> AdaptiveEnsemble | None:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from lac_vla.checks import shortened
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.protocols import DecoderShape, QueryRows, Rotary
+from lac_vla.transfer import upload_ids
 from lac_vla.types import TokenLayout
 
 
@@ -170,7 +171,7 @@ class LlamaStack:
 
     def embed(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Embed token ids: (...) → (..., width)."""
-        return cast(torch.Tensor, self._blocks.embed_tokens(torch.as_tensor(ids, device=self.device)))
+        return cast(torch.Tensor, self._blocks.embed_tokens(upload_ids(ids, self.device)))
 
 
 class LlamaDecoder(LlamaStack):

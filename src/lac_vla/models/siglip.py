@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
 from lac_vla.errors import CheckpointError
 from lac_vla.models.transformer import LAYER_NORM_EPS, FeedForward, FrameKVCache, KVCache, attend_all
+from lac_vla.transfer import upload
 from lac_vla.types import BoolArray, Frame, UInt8Image
 
 Picture: TypeAlias = Callable[[UInt8Image], torch.Tensor]
@@ -212,7 +214,7 @@ class SiglipVision:
         The images are resized in floating point from the frame's own; ``images``, which are rounded, are not read.
         """
         pixels = torch.stack([self._picture(frame.images[name]) for name in self._names])
-        stem = self._tower.embed(pixels.to(self._like.device, self._like.dtype))
+        stem = self._tower.embed(upload(pixels, self._like.device).to(self._like.dtype))
         return stem if kv_cache is not None else self._tower.encode(stem)
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
@@ -225,14 +227,18 @@ class SiglipVision:
         self, stem: torch.Tensor, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
     ) -> torch.Tensor:
         """Compute the features of the tokens in ``token_mask`` (all by default), (n, features)."""
-        table = self._patches.to(stem.device)
-        mask = None if token_mask is None or token_mask.all() else torch.from_numpy(token_mask).to(stem.device)
+        if self._patches.device != stem.device:  # once
+            with torch.inference_mode(mode=False):  # it may meet a gradient later
+                self._patches = self._patches.to(stem.device)
+        table, mask = self._patches, None if token_mask is None or token_mask.all() else token_mask
         if kv_cache is None:
             features = stem[:, table].flatten(2).flatten(0, 1)
-            return features if mask is None else features[mask]
+            return features if mask is None else features[upload(np.flatnonzero(mask), stem.device)]
         cameras = []
         for camera, own in enumerate(stem):
-            chosen = None if mask is None else table[mask.view(len(stem), -1)[camera]]
+            chosen = None
+            if mask is not None:
+                chosen = table[upload(np.flatnonzero(mask.reshape(len(stem), -1)[camera]), stem.device)]
             rows = None if chosen is None else chosen.flatten()
             features = self._tower.encode(own[None], kv_cache.of(0, camera), rows)[0]
             cameras.append(features[table] if chosen is None else features)

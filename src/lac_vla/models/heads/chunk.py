@@ -19,7 +19,7 @@ from torch import nn
 
 from lac_vla.errors import CheckpointError
 from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext, LossContext
-from lac_vla.models.heads.decoding import best
+from lac_vla.models.heads.decoding import best, read
 from lac_vla.models.heads.tokens import ActionTokenizer, token_loss
 from lac_vla.models.heads.units import Range, check_units, chunks_of
 from lac_vla.types import FloatArray
@@ -194,7 +194,7 @@ class ChunkTokenHead(ChunkHead):
             The actions in the units of the data set, float32, (horizon, action_dim); and, as lists, the token ids
             (``tokens``) and the chunk in [-1, 1] (``normalized``).
         """
-        tokens = np.array(best(self.logits(self.rows(context.hidden))))
+        tokens = np.array(read(*best(self.logits(self.rows(context.hidden)))))
         normalized = self.tokenizer.decode(tokens).reshape(self.shape)
         metadata = {"tokens": tokens.tolist(), "normalized": normalized.tolist()}
         return self.unnormalize_actions(normalized), metadata

@@ -19,6 +19,7 @@ from lac_vla.models.heads.base import Decoding, HeadContext, LossContext, RerunP
 from lac_vla.models.heads.chunk import STOP_TOKENS, ChunkHead, ChunkMLP
 from lac_vla.models.heads.sampler import Schedule, ddim_step
 from lac_vla.models.heads.units import Range
+from lac_vla.transfer import upload
 
 CLIP = 1.0
 
@@ -75,8 +76,9 @@ class ChunkDiffusionHead(ChunkHead):
             x = ddim_step(x, noise, float(left[times[index]]), float(left[times[index - 1]]) if index else 1.0, CLIP)
             if index:
                 hidden = yield RerunPrompt(partial(self.put, chunk=x, step=times[index - 1]))
-        finite(torch.stack(predicted).float().cpu().numpy())  # before it was clipped
-        normalized = x.float().cpu().numpy()
+        read = torch.stack([x, *predicted]).float().cpu().numpy()
+        finite(read)  # what was predicted, before it was clipped
+        normalized = read[0]
         return self.unnormalize_actions(normalized), {"normalized": normalized.tolist()}
 
     def loss(
@@ -113,13 +115,13 @@ class ChunkDiffusionHead(ChunkHead):
     def put(self, suffix: torch.Tensor, chunk: torch.Tensor, step: int) -> torch.Tensor:
         """Put a noisy chunk, (horizon, A), and its step into an embedded suffix, (n_suffix, width)."""
         edited = suffix.clone()
-        edited[self._time_row] = time_embedding(step, suffix.shape[1]).to(suffix)
+        edited[self._time_row] = upload(time_embedding(step, suffix.shape[1]), suffix.device).to(suffix.dtype)
         edited[-self.n_rows - STOP_TOKENS : -STOP_TOKENS] = self.embed_noisy(chunk.reshape(-1, 1).to(suffix))
         return edited
 
     def _draw(self, rng: np.random.Generator) -> torch.Tensor:
         weight = self.model.fc2.weight
-        return torch.from_numpy(rng.standard_normal(self.shape, dtype=np.float32)).to(weight.device, weight.dtype)
+        return upload(rng.standard_normal(self.shape, dtype=np.float32), weight.device).to(weight.dtype)
 
 
 def leading(total: int, steps: int) -> range:

@@ -15,6 +15,7 @@ from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext, LossCon
 from lac_vla.models.heads.dit import DiT, DiTConfig
 from lac_vla.models.heads.sampler import Draw, Sampling, Schedule, ddim, ddpm
 from lac_vla.models.heads.units import SLACK, Range, check_units, chunks_of
+from lac_vla.transfer import upload
 from lac_vla.types import FloatArray
 
 SCHEDULE = Schedule()
@@ -46,7 +47,13 @@ class DiffusionModel(nn.Module):
             z = torch.cat([z, self.net.z_embedder.uncondition.expand(size, 1, -1)])
         feature = self.net.z_embedder(z)
         visited = sampling.visited
-        steps = dict(zip(visited, self.net.t_embedder(torch.tensor(visited, device=z.device)), strict=True))
+        steps = dict(
+            zip(
+                visited,
+                self.net.t_embedder(torch.arange(visited.start, visited.stop, visited.step, device=z.device)),
+                strict=True,
+            )
+        )
 
         def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
             predicted = self.net.denoise(torch.cat([x, x]) if guided else x, feature + steps[t])
@@ -108,7 +115,7 @@ class DiffusionHead(ActionHead):
 
         def draw() -> torch.Tensor:
             noise = rng.standard_normal((1, *self._shape), dtype=np.float32)
-            return torch.from_numpy(noise).to(like.device, like.dtype)
+            return upload(noise, like.device).to(like.dtype)
 
         drawn = self.model.sample(context.hidden[-1:][None].to(like.dtype), self.sampling, draw)
         normalized = np.clip(finite(drawn[0].float().cpu().numpy()), -1.0, 1.0)

@@ -20,6 +20,7 @@ from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.heads.base import ActionHead, AppendRows, Decoding, HeadContext, LossContext
 from lac_vla.models.heads.units import check_units
 from lac_vla.models.lerobot_layout import Units
+from lac_vla.transfer import upload
 from lac_vla.types import FloatArray, Frame
 
 DRAWS = 2
@@ -154,7 +155,7 @@ class FlowMatchingHead(ActionHead):
         """
         shape = self.config.horizon, self.config.width
         noise = context.rng.standard_normal(shape, dtype=np.float32)
-        chunk, shared = torch.from_numpy(noise).to(self.like.device), self.begin(context)
+        chunk, shared = upload(noise, self.like.device), self.begin(context)
         for step in range(self.config.steps):
             velocity = yield from self.velocity(shared, chunk, step)
             chunk = chunk + (-1.0 / self.config.steps) * velocity

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from lac_vla.models.prismatic.encoder import PrismaticVision
+from lac_vla.models.prismatic.encoder import PrismaticVision, some
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.vision import ViTBackbone
 from lac_vla.models.transformer import FrameKVCache
@@ -38,7 +38,7 @@ class FiLMVision(PrismaticVision):
 
     def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Any:
         """Run what does not depend on which tokens matter, and keep the instruction's embedding with it."""
-        pixels = {own: self._normalize(torch.tensor(images[name])[None]) for name, own in self._names.items()}
+        pixels = {own: self._normalize(torch.from_numpy(images[name])[None]) for name, own in self._names.items()}
         language = self._language(frame.instruction)
         return self._backbone.encode_stem(pixels, whole=kv_cache is None, language=language), language
 
@@ -51,7 +51,7 @@ class FiLMVision(PrismaticVision):
     ) -> torch.Tensor:
         """Compute the features of the tokens in ``token_mask`` (all by default), (n, features)."""
         rows, language = stem
-        return self._backbone.encode_tokens(rows, self._token_mask(token_mask), kv_cache, language=language)
+        return self._backbone.encode_tokens(rows, some(token_mask), kv_cache, language=language)
 
     @property
     def _backbone(self) -> ViTBackbone:

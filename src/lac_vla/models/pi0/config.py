@@ -7,7 +7,7 @@ ships them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lac_vla.errors import CheckpointError
 from lac_vla.models.heads.flow_matching import FlowConfig
@@ -158,4 +158,5 @@ def _tiny(adaptive: bool) -> PiConfig:
 
 
 PI0_PRESETS: dict[str, PiConfig] = {"pi0": PI0, "pi0-tiny": _tiny(False)}
-PI05_PRESETS: dict[str, PiConfig] = {"pi05": PI05, "pi05-tiny": _tiny(True)}
+PI05_THREE_VIEWS = replace(PI05, cameras={**PI05.cameras, "right_wrist_0_rgb": "right_wrist_0_rgb"})
+PI05_PRESETS: dict[str, PiConfig] = {"pi05": PI05, "pi05-3": PI05_THREE_VIEWS, "pi05-tiny": _tiny(True)}

@@ -18,6 +18,7 @@ from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMS
 from lac_vla.errors import CheckpointError
 from lac_vla.models.llama import make_rotary, rotate
 from lac_vla.models.protocols import DecoderShape, QueryRows, Rotary
+from lac_vla.transfer import upload_ids
 from lac_vla.types import TokenLayout
 
 THETA, EPS = 10000.0, 1e-6
@@ -274,7 +275,7 @@ class GemmaDecoder(GemmaBlocks):
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Embed token ids, times the root of the width: (n,) → (n, width)."""
-        rows = self._stack.embed_tokens(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
+        rows = self._stack.embed_tokens(upload_ids(ids, self.device))
         return cast(torch.Tensor, rows * self.shape.width**0.5)
 
 

@@ -17,6 +17,7 @@ from lac_vla.models.heads.flow_matching import FlowMatchingHead, Velocity, time_
 from lac_vla.models.lerobot_layout import Units
 from lac_vla.models.pi0.gemma import AdaptiveNorm, GemmaBlocks, ModulatedNorm, StateFirst
 from lac_vla.models.pi0.model import PiModel
+from lac_vla.transfer import upload
 from lac_vla.types import FloatArray, Frame
 
 
@@ -64,7 +65,7 @@ class PiHead(FlowMatchingHead):
         if self._adaptive:
             return None
         state = self.padded_state(context.frame.proprio)
-        return cast(torch.Tensor, self._model.state_proj(state.to(self.like.device)))[None]
+        return cast(torch.Tensor, self._model.state_proj(upload(state, self.like.device)))[None]
 
     def padded_state(self, state: FloatArray | None) -> torch.Tensor:
         """Normalise a state in the robot's units, and fill it up with zeros: (..., state_dim) → (..., state_width)."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lac_vla.models.prismatic.towers import ConvTowerConfig, Keep
 from lac_vla.models.transformer import ImageKVCache
+from lac_vla.transfer import upload
+from lac_vla.types import BoolArray
 
 
 @lru_cache(maxsize=8)
@@ -66,7 +69,7 @@ class ConvTower(nn.Module):
         return self.surroundings(pixels)
 
     def encode_tokens(
-        self, surroundings: torch.Tensor, token_mask: torch.Tensor | None = None, cache: ImageKVCache | None = None
+        self, surroundings: torch.Tensor, token_mask: BoolArray | None = None, cache: ImageKVCache | None = None
     ) -> torch.Tensor:
         """Run the last convolution for some tokens of one image alone; no cache is needed.
 
@@ -78,10 +81,10 @@ class ConvTower(nn.Module):
             return every.flatten(1).T
         channels, height, width = surroundings.shape[1:]
         cells = F.pad(surroundings[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1)).reshape(-1, channels)
-        rows, cols = token_mask.view(height, width).nonzero(as_tuple=True)
-        three = torch.arange(3, device=token_mask.device)
-        around = ((rows[:, None, None] + three[:, None]) * (width + 2) + cols[:, None, None] + three).flatten()
-        patches = cells.index_select(0, around).view(len(rows), 9 * channels)
+        rows, cols = np.nonzero(token_mask.reshape(height, width))
+        three = np.arange(3)
+        around = ((rows[:, None, None] + three[:, None]) * (width + 2) + cols[:, None, None] + three).ravel()
+        patches = cells.index_select(0, upload(around, cells.device)).view(len(rows), 9 * channels)
         # Where the weights are kept channels last, as the loader keeps them, this flattening copies nothing.
         return F.linear(patches, self.head.weight.permute(0, 2, 3, 1).flatten(1), self.head.bias)
 

@@ -12,6 +12,7 @@ from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.models.prismatic.vision import Stem
 from lac_vla.models.transformer import FrameKVCache
+from lac_vla.transfer import upload
 from lac_vla.types import BoolArray, Frame, UInt8Image
 
 
@@ -45,7 +46,7 @@ class PrismaticVision:
 
     def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Stem:
         """Run what does not depend on which tokens matter; see :class:`lac_vla.models.protocols.VisionEncoder`."""
-        pixels = {own: self._normalize(torch.tensor(images[name])[None]) for name, own in self._names.items()}
+        pixels = {own: self._normalize(torch.from_numpy(images[name])[None]) for name, own in self._names.items()}
         return self._model.vision_backbone.encode_stem(pixels, whole=kv_cache is None)
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[Stem]:
@@ -60,7 +61,7 @@ class PrismaticVision:
         self, stem: Stem, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
     ) -> torch.Tensor:
         """Compute the features of the tokens in ``token_mask`` (all by default), (n, features)."""
-        return self._model.vision_backbone.encode_tokens(stem, self._token_mask(token_mask), kv_cache)
+        return self._model.vision_backbone.encode_tokens(stem, some(token_mask), kv_cache)
 
     def encode_camera(self, camera: str, images: torch.Tensor, kv_cache: Any) -> torch.Tensor:
         """Run a camera's transformers differentiably: uint8, (B, H, W, 3) → projected tokens, (B, tokens, width).
@@ -75,10 +76,11 @@ class PrismaticVision:
         rows: torch.Tensor = self._model.projector(features)
         return rows
 
-    def _token_mask(self, token_mask: BoolArray | None) -> torch.Tensor | None:
-        device = self._model.language_model.lm_head.weight.device
-        return None if token_mask is None or token_mask.all() else torch.from_numpy(token_mask).to(device)
-
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         weight = self._model.language_model.lm_head.weight
-        return self._model.vision_backbone.normalize(images.to(weight.device)).to(weight.dtype)
+        return self._model.vision_backbone.normalize(upload(images, weight.device)).to(weight.dtype)
+
+
+def some(token_mask: BoolArray | None) -> BoolArray | None:
+    """Return the mask unless it holds every token."""
+    return None if token_mask is None or token_mask.all() else token_mask

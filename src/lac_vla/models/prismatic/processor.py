@@ -16,6 +16,7 @@ from lac_vla.models.prismatic.config import CameraConfig, PrismaticConfig
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.protocols import PromptInputs
 from lac_vla.models.tokenizer import Encode
+from lac_vla.transfer import upload
 from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
 
 PROMPTS_REMEMBERED = 64
@@ -122,7 +123,7 @@ class PrismaticProcessor:
         embedded = self._embed(prompt.ids)
         prefix, suffix = embedded[:1], embedded[1:]
         if prompt.state is not None and self._model.proprio_projector is not None:
-            state = torch.from_numpy(prompt.state).to(embedded.device, embedded.dtype)
+            state = upload(prompt.state, embedded.device).to(embedded.dtype)
             suffix = torch.cat([self._model.proprio_projector(state)[None], suffix])
         return prefix, suffix
 

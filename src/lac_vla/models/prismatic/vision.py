@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,6 +14,8 @@ from lac_vla.models.prismatic.conv import ConvTower
 from lac_vla.models.prismatic.towers import Keep, ViTConfig
 from lac_vla.models.prismatic.vit import ViT, ViTTower
 from lac_vla.models.transformer import FrameKVCache
+from lac_vla.transfer import constant
+from lac_vla.types import BoolArray
 
 Stem: TypeAlias = Sequence[torch.Tensor]
 """Per camera or transformer, what a backbone's ``encode_stem`` returns and its ``encode_tokens`` goes on from."""
@@ -52,7 +55,7 @@ class VisionBackbone(nn.Module):
     def encode_tokens(
         self,
         stem: Stem,
-        token_mask: torch.Tensor | None = None,
+        token_mask: BoolArray | None = None,
         cache: FrameKVCache | None = None,
         **conditions: torch.Tensor,
     ) -> torch.Tensor:
@@ -71,7 +74,7 @@ class VisionBackbone(nn.Module):
             (n, F): without a cache, the same numbers as in :meth:`forward`.
         """
         sizes = [rows * cols for rows, cols in self.grids.values()]
-        masks = [None] * len(sizes) if token_mask is None else torch.split(token_mask, sizes)
+        masks = [None] * len(sizes) if token_mask is None else np.split(token_mask, np.cumsum(sizes)[:-1])
         cameras = []
         for camera, mask in enumerate(masks):
             towers = [
@@ -100,8 +103,8 @@ class ViTBackbone(VisionBackbone):
         self.grids = {camera.name: (side, side) for camera in config.cameras}
         self.featurizer = ViT(config.vit_towers[0], size)
         self.fused_featurizer = ViT(config.vit_towers[1], size) if len(config.vit_towers) == 2 else None
-        self._mean = [value for tower in config.vit_towers for value in tower.mean]
-        self._std = [value for tower in config.vit_towers for value in tower.std]
+        self._mean = tuple(value for tower in config.vit_towers for value in tower.mean)
+        self._std = tuple(value for tower in config.vit_towers for value in tower.std)
 
     @property
     def vits(self) -> list[ViT]:
@@ -111,8 +114,7 @@ class ViTBackbone(VisionBackbone):
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """See :meth:`VisionBackbone.normalize`: three channels for each transformer."""
         pixels = images.permute(0, 3, 1, 2).float() / 255.0
-        mean = torch.tensor(self._mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self._std, device=images.device).view(-1, 1, 1)
+        mean, std = (constant(part, pixels.device, pixels.dtype).view(-1, 1, 1) for part in (self._mean, self._std))
         return (pixels.repeat(1, len(self._mean) // 3, 1, 1) - mean) / std
 
     def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool, **conditions: torch.Tensor) -> Stem:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
 from lac_vla.models.prismatic.towers import Keep, ViTConfig
 from lac_vla.models.transformer import LAYER_NORM_EPS, Attention, FeedForward, ImageKVCache, KVCache
+from lac_vla.transfer import constant, upload
+from lac_vla.types import BoolArray
 
 
 class PatchEmbed(nn.Module):
@@ -99,7 +102,7 @@ class ViT(nn.Module):
         self,
         x: torch.Tensor,
         cache: KVCache | None = None,
-        token_mask: torch.Tensor | None = None,
+        token_mask: BoolArray | None = None,
         language: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the blocks.
@@ -117,7 +120,7 @@ class ViT(nn.Module):
         extra = x.shape[1] - self.pos_embed.shape[1]
         rows = None
         if token_mask is not None:
-            rows = torch.cat([token_mask.new_ones(extra), token_mask]).nonzero()[:, 0]
+            rows = upload(np.flatnonzero(np.concatenate([np.ones(extra, dtype=np.bool_), token_mask])), x.device)
             x = x[:, rows]
         for index, block in enumerate(self.blocks):
             x = block(x, cache, index, rows, language)
@@ -127,7 +130,7 @@ class ViT(nn.Module):
     def encode_tokens(
         self,
         stem: torch.Tensor,
-        token_mask: torch.Tensor | None = None,
+        token_mask: BoolArray | None = None,
         cache: ImageKVCache | None = None,
         language: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -141,7 +144,7 @@ class ViT(nn.Module):
         """
         if cache is not None:
             return self.encode(stem, cache, token_mask, language)[0]
-        return stem[0] if token_mask is None else stem[0, token_mask]
+        return stem[0] if token_mask is None else stem[0, upload(np.flatnonzero(token_mask), stem.device)]
 
 
 class ViTTower(ViT):
@@ -154,8 +157,8 @@ class ViTTower(ViT):
 
     def __init__(self, config: ViTConfig, image_size: int) -> None:
         super().__init__(config, image_size)
-        self._centre = [2 * value - 1 for value in config.mean]
-        self._spread = [2 * value for value in config.std]
+        self._centre = tuple(2 * value - 1 for value in config.mean)
+        self._spread = tuple(2 * value for value in config.std)
 
     def forward(
         self, pixels: torch.Tensor, keep: Keep | None = None, shift: torch.Tensor | None = None
@@ -180,5 +183,7 @@ class ViTTower(ViT):
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Give RGB in [-1, 1] the mean and deviation that this transformer wants."""
-        centre, spread = (pixels.new_tensor(part).view(3, 1, 1) for part in (self._centre, self._spread))
+        centre, spread = (
+            constant(part, pixels.device, pixels.dtype).view(3, 1, 1) for part in (self._centre, self._spread)
+        )
         return (pixels - centre) / spread

@@ -35,8 +35,10 @@ class SmolVLAHead(FlowMatchingHead):
 
     def begin(self, context: HeadContext) -> tuple[dict[int, KeysValues], torch.Tensor]:
         """Project the prefix for the layers of cross-attention, and the times of all steps."""
-        times = self._times.to(self.like.device, self.like.dtype)
-        return self._expert.project(context.keys, context.values), self._project_times(times)
+        if self._times.device != self.like.device:
+            self._times = self._times.to(self.like.device)
+        times = self._project_times(self._times.to(self.like.dtype))
+        return self._expert.project(context.keys, context.values), times
 
     def velocity(self, shared: tuple[dict[int, KeysValues], torch.Tensor], noised: torch.Tensor, step: int) -> Velocity:
         """Run the expert; see :meth:`FlowMatchingHead.velocity`."""

@@ -15,6 +15,7 @@ from lac_vla.models.siglip import as_uint8
 from lac_vla.models.smolvla.config import SmolVLAConfig
 from lac_vla.models.smolvla.model import SmolVLAModel
 from lac_vla.models.tokenizer import Encode
+from lac_vla.transfer import upload, upload_ids
 from lac_vla.types import FloatArray, Frame, TokenLayout, UInt8Image
 
 PROMPTS_REMEMBERED = 64
@@ -76,10 +77,10 @@ class SmolVLAProcessor:
         """Embed what is before the visual tokens, nothing, (0, width), and behind them, (n_suffix, width)."""
         table, project = self._model.text.embed_tokens, self._model.linear("state_proj")
         weight: torch.Tensor = table.weight
-        text = table(torch.tensor(prompt.ids, dtype=torch.long, device=weight.device)) * weight.shape[1] ** 0.5
+        text = table(upload_ids(prompt.ids, weight.device)) * weight.shape[1] ** 0.5
         if prompt.state is None:  # pragma: no cover - normalize_state has checked it
             raise InputError(f"{self._name} needs a state")
-        state = torch.from_numpy(prompt.state).to(weight.device, weight.dtype)
+        state = upload(prompt.state, weight.device).to(weight.dtype)
         state = project(F.pad(state, (0, project.in_features - len(state))))
         return text[:0], torch.cat([text, state[None]])
 

@@ -38,8 +38,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from lac_vla.datasets.layout import DatasetError
-from lac_vla.errors import InputError, LacError
+from lac_vla.errors import DatasetError, InputError, LacError
 from lac_vla.files import cut_unfinished, locked, parse_json, read_lines, reading, write_whole, writing
 from lac_vla.sims.libero.benchmark import Libero
 from lac_vla.sims.libero.demonstration import Demonstration, demonstrate
