@@ -20,9 +20,9 @@ class PretrainConfig:
         dataset: LeRobot v3 dataset with the demonstrations, a folder or a hub id.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
         model: Which bundled model: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
-            first camera) or ``mini-cogact`` (the same trunk, CogACT's head).
+            first camera), ``mini-cogact`` (the same trunk, CogACT's head) or ``mini-flow`` (a small SmolVLA).
         start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-vit`` and ``mini-cogact``
-            start from the bundled ``mini`` by default, ``mini`` from random weights.
+            start from the bundled ``mini`` by default, ``mini-flow`` from ``mini-vit``, ``mini`` from random weights.
         start_lr: Learning rate of these weights, as a share of ``lr``.
         frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained, or
             the new tower, which then imitates the old one.
@@ -40,17 +40,19 @@ class PretrainConfig:
         proprio_noise: Standard deviation of the noise on the normalised proprioception.
         proprio_dropout: Share of the frames whose proprioception is blanked.
         chunk: Actions that the training-only chunk head predicts.
-        draws: Noisings of every chunk of actions that a diffusion head learns from in a step.
+        draws: Noisings of every chunk of actions that a diffusion or flow-matching head learns from in a step.
         condition_dropout: Share of them that a diffusion head sees without a condition.
         held_out: Share of the episodes kept for validation.
         every: Samples between two validations (and saved states).
+        bfloat16: Multiply in bfloat16. A CPU that has no instructions for it (AMX, AVX512-BF16) is ten times faster
+            without.
         seed: Of everything.
         keys: Names of what is read of the data set.
     """
 
     dataset: Path
     out: Path
-    model: Literal["mini", "mini-vit", "mini-cogact"] = "mini"
+    model: Literal["mini", "mini-vit", "mini-cogact", "mini-flow"] = "mini"
     start: Path | None = None
     start_lr: float = 0.4
     frozen_samples: int = 0
@@ -72,6 +74,7 @@ class PretrainConfig:
     condition_dropout: float = 0.1
     held_out: float = 0.03
     every: int = 20_000
+    bfloat16: bool = True
     seed: int = 0
     keys: Annotated[DatasetKeys, tyro.conf.arg(name="")] = field(default_factory=DatasetKeys)
 
