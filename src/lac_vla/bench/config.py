@@ -31,8 +31,9 @@ class BenchConfig:
             ``batch``, several sessions on one engine; ``roofline``, what the GPU of that option could do at best, from
             the model's shapes alone.
         model: Checkpoint folder or hub id; by default a model with random weights, which costs the same.
-        random_weights: Which: ``mini``, ``mini-vit``, ``tiny``, ``openvla-7b``, ``mini-cogact``, ``cogact-tiny`` or
-            ``cogact-7b``.
+        random_weights: Which: ``mini``, ``mini-vit``, ``mini-cogact``, ``mini-flow``, ``openvla-7b``, ``cogact-7b``,
+            ``openvla-7b-oft``, ``smolvla-base``, ``pi0``, ``pi05``, ``pi05-shallow`` (3 of its 18 layers) or a tiny one
+            (``tiny``, ``smolvla-tiny``, …).
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.

@@ -43,7 +43,7 @@ class FrameRow:
     """One method over the counted frames.
 
     Attributes:
-        name: ``dense stock``, ``dense`` or the policy; with the options behind it, if any are on.
+        name: ``dense stock`` (not of every model), ``dense`` or the policy; with the options behind it, if any are on.
         ratio_nominal: Mean of the ratio aimed at; ``None`` if the method aims at none.
         ratio_effective: Mean share of (token, layer) pairs that were not computed.
         windows_ms: Window → latency, see :data:`lac_vla.timing.WINDOWS`.
@@ -51,7 +51,7 @@ class FrameRow:
         options: The options that are on; empty for none and for the stock model.
         faster_than_dense: Window → latency of ``dense``, no option on, over this one.
         faster_than_equal: Window → latency of dense with the same options over this one: the worth of caching itself.
-        faster_than_stock: Window → latency of ``stock`` over this one.
+        faster_than_stock: Window → latency of ``stock`` over this one; empty without it.
         bookkeeping: Flow, policy and bookkeeping over the model call of ``dense``.
         deciding: Flow and policy over the model call of dense with the same options.
         macs: Stage → mean multiply-accumulates per frame.
@@ -60,7 +60,7 @@ class FrameRow:
         accepted: Mean share of the drafted tokens that were accepted; ``None`` without drafts.
         swept: What was prescribed, and is no property of the method: ``ratio``, ``acceptance``.
         same_actions: Share of the action's tokens, or of its values within :data:`SAME`, that are the stock model's;
-            ``None`` where they are prescribed.
+            ``None`` where they are prescribed, or there is no such model.
         floor_ms: Stage (``prefill``, ``decode``) → mean of what a GPU needs at least for this row's own active rows
             and passes, see :mod:`lac_vla.bench.roofline`; empty if none was named.
         times_floor: Stage → its median over the floor; empty where the device is not that GPU.
@@ -105,7 +105,7 @@ class FrameResult:
         frames: Counted frames.
         warmup: Frames before them that are not counted.
         peak_memory_mb: Of the accelerator, or of this process with all methods in it.
-        rows: Stock, dense, then the policies.
+        rows: Stock, where there is one, dense, then the policies.
         targets: Bookkeeping of every policy.
     """
 
@@ -217,7 +217,7 @@ def measure_frames(model: VLA, scene: Scene, config: BenchConfig) -> FrameResult
         source=scene.source,
         random_weights=config.model is None,
         roofline=config.roofline,
-        frames=len(logs[STOCK].stages),
+        frames=len(logs[DENSE].stages),
         warmup=config.warmup,
         peak_memory_mb=max(peaks, default=peak_memory_mb(model.device)),
         rows=rows,
@@ -262,7 +262,7 @@ def _turn(
 
 
 def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
-    log, dense, stock, equal = logs[method.name], logs[DENSE], logs[STOCK], logs[row_name(DENSE, method.options)]
+    log, dense, stock, equal = logs[method.name], logs[DENSE], logs.get(STOCK), logs[row_name(DENSE, method.options)]
     nominal = [ratio for ratio in log.nominal if ratio is not None]
     macs = {stage: float(np.mean([macs[stage] for macs in log.macs])) for stage in log.macs[0]}
     floors = {
@@ -279,7 +279,7 @@ def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
         stages_ms={stage: measured(log.stage(stage)) for stage in STAGES},
         faster_than_dense={w: Ratio.of(dense.window(w), log.window(w)) for w in WINDOWS},
         faster_than_equal={w: Ratio.of(equal.window(w), log.window(w)) for w in WINDOWS},
-        faster_than_stock={w: Ratio.of(stock.window(w), log.window(w)) for w in WINDOWS},
+        faster_than_stock={w: Ratio.of(stock.window(w), log.window(w)) for w in WINDOWS if stock is not None},
         bookkeeping=Ratio.of(log.bookkeeping, dense.window("model_call")),
         deciding=Ratio.of(
             [flow + policy for flow, policy in zip(log.stage("flow"), log.stage("policy"), strict=True)],
@@ -290,7 +290,7 @@ def _row(method: Method, logs: dict[str, Log], *, comparable: bool) -> FrameRow:
         passes=float(np.mean(log.decode_passes)),
         accepted=float(np.mean(log.accepted)) if log.accepted else None,
         swept=method.swept,
-        same_actions=None if "acceptance" in method.swept else _same(log, stock),
+        same_actions=None if stock is None or "acceptance" in method.swept else _same(log, stock),
         floor_ms=floors,
         times_floor={s: float(np.median(log.stage(s))) / f for s, f in floors.items()} if comparable else {},
         cache_mb=method.session.nbytes / 1e6 if isinstance(method.session, Session) else None,

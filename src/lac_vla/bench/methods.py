@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import DENSE
-from lac_vla.bench.stock import STOCK, StockSession
+from lac_vla.bench.stock import STOCK, StockSession, has_stock
 from lac_vla.bench.sweep import scripted
 from lac_vla.engine.options import EngineOptions
 from lac_vla.factory import CachedVLA, resolve_policy
@@ -35,8 +35,12 @@ class Method:
 
 
 def make_methods(model: VLA, config: BenchConfig) -> Iterator[Method]:
-    """Make the stock model; and every policy with every set of options, and every prescribed acceptance of drafts."""
-    yield Method(STOCK, StockSession(model, config.seed))
+    """Make the stock model, where there is one, and every policy with every set of options.
+
+    Where drafts have a prescribed acceptance, also every one of these.
+    """
+    if has_stock(model):
+        yield Method(STOCK, StockSession(model, config.seed))
     for options in dict.fromkeys(("none", *config.options)):
         for spec in (DENSE, *config.methods):
             name = row_name(paths_by_name(spec), options)

@@ -31,6 +31,11 @@ def stock_prefill(model: VLA, embeddings: torch.Tensor) -> Any:
     return language_model(model).model(inputs_embeds=embeddings[None], attention_mask=mask, use_cache=True)
 
 
+def has_stock(model: VLA) -> bool:
+    """Tell if ``transformers`` alone runs the model up to its head: not where an expert reads keys and values."""
+    return model.head.reads == "hidden" and hasattr(model.module, "language_model")
+
+
 def language_model(model: VLA) -> Any:
     """Get the ``LlamaForCausalLM`` of a model."""
     return model.module.language_model

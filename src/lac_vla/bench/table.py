@@ -15,6 +15,7 @@ from lac_vla.bench.measure import Ratio, Target
 from lac_vla.bench.memory import MemoryResult
 from lac_vla.bench.roofline import RooflineResult
 from lac_vla.bench.run import BenchResult
+from lac_vla.bench.stock import STOCK
 from lac_vla.results.format import NONE, count, latency, memory, milliseconds, percent
 from lac_vla.timing import STAGES, WINDOWS
 
@@ -95,7 +96,7 @@ def frame_table(result: FrameResult) -> Table:
     table = _table(
         f"frame: {result.model}, {result.dtype}, {result.visual_tokens} visual tokens",
         f"{result.frames} frames, {result.source}\n"
-        "dense stock: the same model through transformers' LlamaForCausalLM, SDPA, DynamicCache, greedy\n"
+        f"{_stock(result)}\n"
         "p50 / p95 in ms; faster: observation to action, ratio of medians, and quartiles of the ratios frame by frame"
         + (SWEPT if result.random_weights else ""),
         "ratio nom. / eff.",
@@ -110,11 +111,18 @@ def frame_table(result: FrameResult) -> Table:
             row.name,
             f"{percent(row.ratio_nominal, 0)} / {percent(row.ratio_effective)}" + _swept(row, "ratio"),
             *(latency(row.windows_ms[name]) for name in WINDOWS),
-            ratio(row.faster_than_stock[window]),
+            ratio(row.faster_than_stock[window]) if row.faster_than_stock else NONE,
             ratio(row.faster_than_dense[window]),
             ratio(row.faster_than_equal[window]),
         )
     return table
+
+
+def _stock(result: FrameResult) -> str:
+    """Say what the stock model is, or why there is none."""
+    if any(row.name == STOCK for row in result.rows):
+        return "dense stock: the same model through transformers' LlamaForCausalLM, SDPA, DynamicCache, greedy"
+    return "no dense stock: transformers alone does not run an action expert that reads keys and values"
 
 
 def cost_table(result: FrameResult) -> Table:

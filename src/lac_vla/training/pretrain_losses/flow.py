@@ -64,7 +64,7 @@ class FlowLoss(PretrainLoss):
         """Take all of another SmolVLA; or tower and language model of an OpenVLA with a tower of its own per camera."""
         if isinstance(start, SmolVLAModel):
             return dict(start.state_dict())
-        weights, self._project = from_mini_vit(start, next(iter(self.vla.grids)))
+        weights, self._project = from_mini_vit(start, next(iter(self.vla.grids)), self.config.text.vocab_size)
         fitted = "model.vlm_with_expert.vlm.model.connector.modality_projection.proj.weight"
         return {**weights, fitted: self.model.connector.weight.detach()}
 
@@ -144,7 +144,7 @@ class FlowLoss(PretrainLoss):
         own = lengths[:, None] + torch.arange(n_rows)
         real = torch.cat([slots < lengths[:, None], torch.ones_like(own, dtype=torch.bool)], dim=1)
         visible = visible_slots(stack, self.layout, lengths, own, torch.cat([slots, own], dim=1), real)
-        before, among = visible.split([slots.shape[1], n_rows], dim=2)
+        before, among = visible[..., : slots.shape[1]], visible[..., slots.shape[1] :]
         apart = torch.eye(draws, dtype=torch.bool)[:, None, :, None]
         among = (among[:, None, :, None] & apart).flatten(3).flatten(1, 2)
         mask = torch.cat([before.repeat(1, draws, 1), among], dim=2)[:, None]

@@ -16,8 +16,12 @@ RIDGE = 1e-3
 VLM = "model.vlm_with_expert.vlm.model."
 
 
-def from_mini_vit(start: Any, camera: str) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+def from_mini_vit(
+    start: Any, camera: str, vocab_size: int
+) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
     """Name the weights of an OpenVLA with a vision transformer for ``camera`` as a SmolVLA's.
+
+    Of its vocabulary the first ``vocab_size`` tokens are taken: its last ones are actions.
 
     Returns:
         The weights; and the old model's embeddings of normalised pixels, (B, 3, H, W) → (B, patches, width), in the new
@@ -41,7 +45,8 @@ def from_mini_vit(start: Any, camera: str) -> tuple[dict[str, torch.Tensor], Cal
     scale = {"embed_tokens.weight": GAIN / text.config.hidden_size**0.5}
     for name, value in text.state_dict().items():
         out = name.endswith(("o_proj.weight", "down_proj.weight"))
-        weights[f"{VLM}text_model.{name}"] = value * (GAIN if out else scale.get(name, 1.0))
+        kept = value[:vocab_size] if name in scale else value
+        weights[f"{VLM}text_model.{name}"] = kept * (GAIN if out else scale.get(name, 1.0))
 
     def project(pixels: torch.Tensor) -> torch.Tensor:
         projected: torch.Tensor = start.projector(tower(pixels)) * GAIN
@@ -78,4 +83,5 @@ def fit_linear(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Solve ridge regression without offset: (n, p) and (n, q) → (p, q)."""
     gram = features.T @ features
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-    return torch.linalg.solve(gram, features.T @ targets)
+    solved: torch.Tensor = torch.linalg.solve(gram, features.T @ targets)
+    return solved
