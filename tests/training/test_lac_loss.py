@@ -11,7 +11,7 @@ from lac_vla import InputError
 from lac_vla.engine.kv_cache import Region, SlotCache
 from lac_vla.engine.prefill import AppendCursor, PrefillCursor, SequenceState, run_packed
 from lac_vla.models.heads.base import AppendRows
-from lac_vla.training import lac
+from lac_vla.training import lac, precision
 from lac_vla.training.lac import LACLoss, Temperatures
 from lac_vla.types import Decision, PolicyInput, TokenLayout
 
@@ -21,7 +21,7 @@ WARM = Temperatures(ratio=1.0, score=0.1)
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact comparisons need float32 products."""
-    monkeypatch.setattr(lac, "AUTOCAST", False)
+    monkeypatch.setattr(precision, "AUTOCAST", False)
 
 
 def gradients(losses: LACLoss) -> dict[str, float]:

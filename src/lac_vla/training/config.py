@@ -44,8 +44,6 @@ class PretrainConfig:
         condition_dropout: Share of them that a diffusion head sees without a condition.
         held_out: Share of the episodes kept for validation.
         every: Samples between two validations (and saved states).
-        bfloat16: Multiply in bfloat16. A CPU that has no instructions for it (AMX, AVX512-BF16) is ten times faster
-            without.
         seed: Of everything.
         keys: Names of what is read of the data set.
     """
@@ -74,7 +72,6 @@ class PretrainConfig:
     condition_dropout: float = 0.1
     held_out: float = 0.03
     every: int = 20_000
-    bfloat16: bool = True
     seed: int = 0
     keys: Annotated[DatasetKeys, tyro.conf.arg(name="")] = field(default_factory=DatasetKeys)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from lac_vla.models import VLA
 from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.policies.lac.inputs import compose, words
 from lac_vla.training.mixed import LayerKV, MixedOutput, alignment_teacher, mixed_forward
+from lac_vla.training.precision import autocast
 from lac_vla.training.relaxation import (
     bridge,
     candidate_masks,
@@ -208,7 +208,7 @@ class LACLoss:
         embeddings = torch.cat([prefix, visual, tail], dim=1)  # differentiable: a tower that reuses depends on the mask
         layout, rows = store.layout, {"n_rows": head.n_rows, "n_before": head.n_before}
         whole = layout.visual.stop + lengths
-        with _autocast(self.device):
+        with autocast(self.device):
             return mixed_forward(
                 self.vla, embeddings, layout, whole, **rows, mask=mask, old=old, probe_layers=probe_layers
             )
@@ -264,12 +264,3 @@ def annealed(ends: tuple[float, float], progress: float) -> float:
 def cosine(progress: float) -> float:
     """Compute the learning rate's factor, which falls from 1 to 0.1."""
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
-
-
-def _autocast(device: torch.device) -> Any:
-    """Let a float32 model on a CPU multiply in bfloat16; a model on a GPU has its own dtype already."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if device.type == "cpu" and AUTOCAST else nullcontext()
-
-
-AUTOCAST: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""True if this CPU computes bfloat16 products in hardware."""

@@ -29,6 +29,7 @@ from lac_vla.provenance import provenance
 from lac_vla.training.batches import Demonstrations, Generators, statistics
 from lac_vla.training.config import PretrainConfig, describe
 from lac_vla.training.frames import FrameBank
+from lac_vla.training.precision import autocast
 from lac_vla.training.pretrain_losses.base import Batch, Keep, PretrainLoss, Targets
 from lac_vla.training.pretrain_losses.tower import TowerLoss
 from lac_vla.training.pretrain_losses.trunk import TrunkLoss
@@ -85,7 +86,7 @@ class Pretraining:
         read, targets = [], []
         for frames in tqdm(np.array_split(chosen, math.ceil(len(chosen) / 64)), desc="reading frames", unit="batch"):
             batch = self.data.batch(frames, random)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
+            with autocast(self.loss.vla.device):
                 appended = loss.append(batch, 0.0, random.generator)
                 read.append(loss.read(batch, None, appended).float())
             targets.append(batch.targets)
@@ -123,7 +124,7 @@ class Pretraining:
         config = self.config
         self.set_rates()
         self.loss.train()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
+        with autocast(self.loss.vla.device):
             if self.frozen and isinstance(self.loss, TowerLoss):
                 losses = self.loss.imitate(self.draw()[0])
             elif self.frozen and isinstance(self.loss, TrunkLoss):
