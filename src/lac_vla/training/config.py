@@ -98,7 +98,8 @@ class TrainConfig:
         stage2_steps: Steps of stage II, joint training on windows.
         stage1_batch: Frames a step in stage I.
         batch: Windows a step in stage II.
-        window: T, consecutive frames; the first is dense, the others inherit the policy's own mixed cache.
+        window: T, frames; the first is dense, the others inherit the policy's own mixed cache.
+        stride: Frames from each of them to the next: give the ``--actions-per-call`` of the evaluation.
         lr: Peak learning rate of AdamW, in both stages; it falls to a tenth along a cosine.
         tau_ratio: Gumbel-Softmax temperature τ at the start and the end of stage II (eq. 9).
         tau_score: Threshold sigmoid temperature τ_s at the start and the end of stage II (eq. 11).
@@ -135,6 +136,7 @@ class TrainConfig:
     stage1_batch: int = 32
     batch: int = 8
     window: int = 6
+    stride: int = 1
     lr: float = 1e-3
     tau_ratio: tuple[float, float] = (1.0, 0.5)
     tau_score: tuple[float, float] = (0.1, 0.05)
@@ -161,8 +163,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.window < 2:
             raise InputError(f"window is {self.window}; caching is learned from at least 2 consecutive frames")
-        if min(self.stage1_batch, self.batch, self.every) < 1 or min(self.stage1_steps, self.stage2_steps) < 0:
-            raise InputError("batches and --every must be at least 1, steps at least 0")
+        if (
+            min(self.stage1_batch, self.batch, self.every, self.stride) < 1
+            or min(self.stage1_steps, self.stage2_steps) < 0
+        ):
+            raise InputError("batches, --every and --stride must be at least 1, steps at least 0")
         if self.lam < 0 or not 0 <= self.target_ratio < 1 or not 0 <= self.fixed_ratio <= 1:
             raise InputError("lam must be at least 0, target_ratio and fixed_ratio shares of the tokens")
         if not 0 < self.held_out < 1:
