@@ -107,7 +107,7 @@ class LACLoss:
         task_weight: float = 1.0,
         learn: bool = True,
     ) -> dict[str, float]:
-        """Compute stage II's loss, eqs. 7-8, on windows of frames a stride apart; with ``learn``, gradients are added up.
+        """Compute stage II's loss, eqs. 7-8, on windows of frames a stride apart; with ``learn``, add up gradients.
 
         The cache is detached between frames, so every frame is differentiated by itself, and memory does not grow with
         the window. So is what a tower that reuses remembers; the dense passes have whole towers.
