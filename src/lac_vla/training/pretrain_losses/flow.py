@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,9 +18,6 @@ from lac_vla.models import VLA
 from lac_vla.models.heads.base import AppendRows, LossContext
 from lac_vla.models.heads.flow_matching import FlowMatchingHead, add_noise
 from lac_vla.models.siglip import as_uint8, token_patches
-from lac_vla.models.smolvla.config import SmolVLAConfig
-from lac_vla.models.smolvla.model import SmolVLAModel
-from lac_vla.models.smolvla.processor import SmolVLAProcessor
 from lac_vla.models.tokenizer import SPECIALS
 from lac_vla.training.config import PretrainConfig
 from lac_vla.training.mixed import AppendedKV, LayerKV, MixedKV, visible_slots
@@ -39,30 +36,31 @@ class FlowLoss(PretrainLoss):
 
     def __init__(self, vla: VLA, run: PretrainConfig) -> None:
         super().__init__(vla, run.chunk)
-        if not isinstance(vla.config, SmolVLAConfig) or not isinstance(vla.head, FlowMatchingHead):
-            raise InputError(f"{vla.name} is no SmolVLA")
-        self.config, self.head, self.draws = vla.config, vla.head, run.draws
+        if not isinstance(vla.head, FlowMatchingHead) or not hasattr(vla.module, "connector"):
+            raise InputError(f"{vla.name} has no connector of patches, or does not draw its actions by flow matching")
+        self.config: Any = vla.config
+        self.head, self.draws = vla.head, run.draws
         self.layout = TokenLayout.of(vla.grids, n_prefix=0, n_suffix=0)
         self._project: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @staticmethod
     def pictures(vla: VLA) -> tuple[Mapping[str, int], Callable[[UInt8Image, int], UInt8Image]]:
         """See :meth:`PretrainLoss.pictures`; what the tower sees is rounded."""
-        processor = cast(SmolVLAProcessor, vla.processor)
-        sizes = dict.fromkeys(processor.grids, cast(SmolVLAConfig, vla.config).vision.pixels)
+        processor, config = cast(Any, vla.processor), cast(Any, vla.config)
+        sizes = dict.fromkeys(vla.grids, config.vision.pixels)
         return sizes, lambda image, size: as_uint8(processor.picture(image))
 
     def text_ids(self, instruction: str) -> Sequence[int]:
         """See :meth:`PretrainLoss.text_ids`."""
-        return cast(SmolVLAProcessor, self.vla.processor).prompt_ids(instruction)
+        return cast(Sequence[int], cast(Any, self.vla.processor).prompt_ids(instruction))
 
     def normalize_actions(self, chunks: FloatArray) -> FloatArray:
         """See :meth:`PretrainLoss.normalize_actions`."""
         return self.head.units.normalize(chunks)
 
     def _known(self, start: nn.Module) -> dict[str, torch.Tensor]:
-        """Take all of another SmolVLA; or tower and language model of an OpenVLA with a tower of its own per camera."""
-        if isinstance(start, SmolVLAModel):
+        """Take all of a model of its own kind; or tower and language model of one with a tower per camera."""
+        if hasattr(start, "connector"):
             return dict(start.state_dict())
         weights, self._project = from_mini_vit(start, next(iter(self.vla.grids)), self.config.text.vocab_size)
         fitted = "model.vlm_with_expert.vlm.model.connector.modality_projection.proj.weight"
