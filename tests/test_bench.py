@@ -318,6 +318,23 @@ def test_a_model_without_tokens_is_measured_like_any_other(tmp_path: Path) -> No
     assert all(row.passes == 0 and row.accepted is None for row in rows.values())
 
 
+@pytest.mark.parametrize("name", ["smolvla-tiny", "pi0-tiny", "pi05-tiny"])
+def test_a_model_whose_expert_reads_keys_and_values_has_no_stock_row(name: str, tmp_path: Path) -> None:
+    ran = run_bench(config(tmp_path, random_weights=name, sections=("frame", "memory"), options=("default",)))
+    assert ran.frame is not None
+    rows = {row.name: row for row in ran.frame.rows}
+    assert "dense stock" not in rows
+    assert all(row.faster_than_stock == {} and row.same_actions is None for row in rows.values())
+    dense, policy = rows["dense"], next(row for row in rows.values() if not row.name.startswith("dense"))
+    assert 0 < policy.macs["prefill"] < dense.macs["prefill"]
+    assert policy.macs["decode"] == dense.macs["decode"] > 0  # the expert is not cached
+    assert all(row.windows_ms["observation_to_action"].p50 > 0 for row in rows.values())
+    console = Console(width=400, record=True)
+    for table in bench_tables(ran):
+        console.print(table)
+    assert "no dense stock" in console.export_text()
+
+
 def test_time_may_end_a_section(tmp_path: Path) -> None:
     ran = run_bench(config(tmp_path, sections=("frame",), frames=60, minutes=1e-6, options=()))
     assert ran.frame is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from lac_vla import InputError, Motion, PolicyInput, Random, TokenLayout
-from lac_vla.policies import Dense, PolicySpec, build_policy, cache_lowest, paths_by_name
+from lac_vla.policies import Dense, Periodic, PolicySpec, build_policy, cache_lowest, paths_by_name
 
 LAYOUT = TokenLayout.of({"a": (2, 2)}, 1, 1)
 GREY = np.full((8, 8, 3), 100, np.uint8)
@@ -68,6 +70,21 @@ def test_random_draws_from_the_inputs_generator() -> None:
     assert picks[0] == picks[1]
     assert len({tuple(pick) for pick in picks}) > 1
     assert all(sorted(pick) == [0, 0, 3, 3] for pick in picks)
+
+
+def test_periodic_sees_everything_or_nothing() -> None:
+    """Age 0: the frame before was computed. After a dense frame that nobody planned, the period begins anew."""
+    for every, computed in ((1, [True] * 4), (2, [False, True, True, True]), (3, [False, False, True, True])):
+        for age, dense in enumerate(computed):
+            inputs = replace(policy_input(GREY, GREY), age=np.full(4, age))
+            decision = Periodic(every).decide(inputs)
+            assert decision.exit_layer.tolist() == [3 * dense] * 4
+            assert decision.nominal_ratio == 1 - dense
+    mixed = replace(policy_input(GREY, GREY), age=np.array([0, 1, 0, 0]))
+    assert Periodic(2).decide(mixed).active.all()
+    for every in (0, 1.5, "2"):
+        with pytest.raises(InputError, match="at least 1"):
+            Periodic(every)  # type: ignore[arg-type]
 
 
 def test_parse() -> None:

@@ -112,8 +112,9 @@ VARIANTS: dict[str, Callable[[], CachePolicy]] = {
 """Policies that need other settings here than their own, and some that are made to reach the engine's corners."""
 ALL_POLICIES: dict[str, Callable[[], CachePolicy]] = {**POLICIES, **VARIANTS}
 """The matrix: whatever is registered is in it."""
-HESITANT = {"vla-cache-paper"}
-"""Those that reuse nothing in some frames: two random layers differ too little for a schedule of their entropies."""
+HESITANT = {"vla-cache-paper", "periodic"}
+"""Those that reuse nothing in some frames: two random layers differ too little for a schedule of their entropies; or
+that is the rule."""
 
 
 def _prunes(make: Callable[[], CachePolicy]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from lac_vla import InputError
 from lac_vla.engine.kv_cache import Region, SlotCache
 from lac_vla.engine.prefill import AppendCursor, PrefillCursor, SequenceState, run_packed
 from lac_vla.models.heads.base import AppendRows
-from lac_vla.training import lac
+from lac_vla.training import lac, precision
 from lac_vla.training.lac import LACLoss, Temperatures
 from lac_vla.types import Decision, PolicyInput, TokenLayout
 
@@ -21,7 +23,7 @@ WARM = Temperatures(ratio=1.0, score=0.1)
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact comparisons need float32 products."""
-    monkeypatch.setattr(lac, "AUTOCAST", False)
+    monkeypatch.setattr(precision, "AUTOCAST", False)
 
 
 def gradients(losses: LACLoss) -> dict[str, float]:
@@ -251,3 +253,23 @@ def test_a_policy_for_another_layout_is_refused() -> None:
     other = losses_of(vla, store).policy
     with pytest.raises(InputError, match="token grids"):
         other.check_layout({"agentview": (16, 16)})
+
+
+@pytest.mark.parametrize("loss", ["distill", "demo"])
+def test_a_stride_is_an_episode_recorded_at_that_rate(loss: str) -> None:
+    """Windows three frames apart are windows of the episode of which every third frame is kept, in both stages."""
+    vla = tiny()
+    whole = replace(store_of(vla, episodes=1, length=12), stride=3)
+    names = ("visual", "suffix", "suffix_length", "targets")
+    kept = {name: getattr(whole, name)[1::3] for name in names}
+    images, flow = ({name: part[1::3] for name, part in parts.items()} for parts in (whole.images, whole.flow))
+    thin = replace(whole, **kept, images=images, flow=flow, stop=np.array([4]), stride=1)
+    assert whole.windows(np.array([0]), 4).tolist() == [0, 1, 2]
+    assert thin.windows(np.array([0]), 4).tolist() == [0]
+    sums = []
+    for store, first, after in ((whole, 1, 7), (thin, 0, 2)):
+        losses = losses_of(vla, store, loss)
+        window = losses.window(np.array([first]), 4, WARM, None, lam=0.1)
+        assert sum(gradients(losses).values()) > 0
+        sums.append({**window, **gradients(losses), "alignment": float(losses.alignment(np.array([after])).detach())})
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)

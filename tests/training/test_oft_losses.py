@@ -20,7 +20,7 @@ from lac_vla.models.oft.config import TINY_OFT, with_film
 from lac_vla.models.prismatic.config import CameraConfig
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.towers import ViTConfig
-from lac_vla.training import lac
+from lac_vla.training import precision
 from lac_vla.training.tower import MixedTower
 
 SMALL = replace(
@@ -32,7 +32,7 @@ ACTIONS = np.random.default_rng(0).uniform(-0.9, 0.9, (9, 7)).astype(np.float32)
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact comparisons need float32 products."""
-    monkeypatch.setattr(lac, "AUTOCAST", False)
+    monkeypatch.setattr(precision, "AUTOCAST", False)
 
 
 @pytest.fixture(params=["l1", "discrete", "diffusion"])

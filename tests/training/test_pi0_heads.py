@@ -17,7 +17,7 @@ from tests.training.worlds import losses_of, store_of, tiny
 from lac_vla import VLA, CachedVLA, InputError, LACPolicy, Random, load_vla, random_vla, save_vla
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
-from lac_vla.training import lac
+from lac_vla.training import precision
 from lac_vla.training.store import FrameStore
 from lac_vla.training.train import train
 from lac_vla.types import Frame
@@ -30,7 +30,7 @@ LENGTH = 4
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact comparisons need float32 products."""
-    monkeypatch.setattr(lac, "AUTOCAST", False)
+    monkeypatch.setattr(precision, "AUTOCAST", False)
 
 
 @pytest.fixture(params=["pi0", "pi05"])

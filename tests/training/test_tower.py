@@ -20,7 +20,7 @@ from lac_vla.cli import main
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.policies.lac.inputs import resize
-from lac_vla.training import lac
+from lac_vla.training import precision
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.lac import LACLoss, Temperatures
 from lac_vla.training.store import FrameStore
@@ -36,7 +36,7 @@ SIGLIP = ViTConfig(24, 3, 2, 40)
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact comparisons need float32 products."""
-    monkeypatch.setattr(lac, "AUTOCAST", False)
+    monkeypatch.setattr(precision, "AUTOCAST", False)
 
 
 def tiny_vit() -> VLA:

@@ -340,6 +340,26 @@ def test_the_store_holds_what_the_model_computes(config: TrainConfig) -> None:
     assert store.images["agentview"].shape[1:] == (6 * config.patch_pixels, 6 * config.patch_pixels, 3)
 
 
+def test_flow_is_over_the_stride(config: TrainConfig) -> None:
+    """The pictures of the data set move by one pixel a frame; a run at the stride ends as any other does."""
+    policy = LACPolicy.from_pretrained(train(replace(config, stride=3, window=2, store=config.out / "strided")))
+    about = json.loads((config.out / "policy" / "config.json").read_text())["about"]
+    assert about["training"]["stride"] == 3
+    assert policy.config.flow == "dis"
+    near = FrameStore.build(
+        load_vla(config.model), config.dataset, config.out / "near", flow="dis", patch_pixels=config.patch_pixels
+    )
+    far = FrameStore.open(config.out / "strided")
+    assert (near.stride, far.stride) == (1, 3)
+    assert not np.asarray(far.flow["agentview"][:3]).any()
+    moved = [float(np.median(store.flow["agentview"][3:9, ..., 0].astype(np.float32))) for store in (near, far)]
+    assert moved[1] > 2 * moved[0] > 0
+    with pytest.raises(InputError, match=r"other .*stride"):
+        train(replace(config, out=config.out / "other", store=config.out / "strided"))
+    with pytest.raises(InputError, match="--stride must be at least 1"):
+        replace(config, stride=0)
+
+
 TWO = """
 import torch
 from pathlib import Path

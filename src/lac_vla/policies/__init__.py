@@ -12,6 +12,7 @@ from lac_vla.policies.dense import Dense
 from lac_vla.policies.fastv import FastV
 from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.policies.motion import Motion
+from lac_vla.policies.periodic import Periodic
 from lac_vla.policies.random import Random
 from lac_vla.policies.sparse_vlm import SparseVLM
 from lac_vla.policies.spec import PolicySpec, paths_by_name
@@ -21,6 +22,7 @@ POLICIES: dict[str, Callable[..., CachePolicy]] = {
     "dense": Dense,
     "random": Random,
     "motion": Motion,
+    "periodic": Periodic,
     "vla-cache": VLACache,
     "fastv": FastV,
     "sparsevlm": SparseVLM,
@@ -75,6 +77,7 @@ __all__ = [
     "LACConfig",
     "LACPolicy",
     "Motion",
+    "Periodic",
     "PolicySpec",
     "Random",
     "SparseVLM",

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lac_vla.models import VLA
 from lac_vla.training.config import PretrainConfig
 from lac_vla.training.frames import GRIPPER, FrameBank, quantiles, shift_images
-from lac_vla.training.pretrain_losses.base import Batch, Targets
+from lac_vla.training.pretrain_losses.base import Batch, PretrainLoss, Targets
 from lac_vla.types import IntArray
 
 STATISTICS_KEY = "libero"
@@ -45,16 +44,14 @@ class Demonstrations:
         held_out: Those of the episodes kept for validation.
     """
 
-    def __init__(self, bank: FrameBank, vla: VLA, config: PretrainConfig) -> None:
+    def __init__(self, bank: FrameBank, loss: PretrainLoss, config: PretrainConfig) -> None:
         self.bank, self._config = bank, config
         self.train, self.held_out = bank.split(config.held_out, config.seed)
-        head, processor = cast(Any, vla.head), cast(Any, vla.processor)
-        chunks = bank.chunks(max(config.chunk, vla.horizon))
-        self._chunks = head.normalize_actions(chunks).clip(-1, 1).astype(np.float32)
-        self._proprio = processor.normalize_state(bank.state)
+        self._chunks = loss.normalize_actions(bank.chunks(max(config.chunk, loss.vla.horizon)))
+        self._proprio = cast(Any, loss.vla.processor).normalize_state(bank.state)
         hindsight, self._ahead = bank.hindsight()
         self._hindsight = (hindsight - hindsight.mean(axis=(0, 1))) / hindsight.std(axis=(0, 1))
-        prompts = [processor.prompt_ids(text)[1:] for text in bank.instructions]
+        prompts = [loss.text_ids(text) for text in bank.instructions]
         self._text_length = np.asarray([len(ids) for ids in prompts])
         self._text = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
         self._text_of = bank.task[bank.episode]

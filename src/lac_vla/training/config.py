@@ -21,9 +21,9 @@ class PretrainConfig:
         dataset: LeRobot v3 dataset with the demonstrations, a folder or a hub id.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
         model: Which bundled model: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
-            first camera) or ``mini-cogact`` (the same trunk, CogACT's head).
+            first camera), ``mini-cogact`` (the same trunk, CogACT's head) or ``mini-flow`` (a small SmolVLA).
         start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-vit`` and ``mini-cogact``
-            start from the bundled ``mini`` by default, ``mini`` from random weights.
+            start from the bundled ``mini`` by default, ``mini-flow`` from ``mini-vit``, ``mini`` from random weights.
         start_lr: Learning rate of these weights, as a share of ``lr``.
         frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained, or
             the new tower, which then imitates the old one.
@@ -41,7 +41,7 @@ class PretrainConfig:
         proprio_noise: Standard deviation of the noise on the normalised proprioception.
         proprio_dropout: Share of the frames whose proprioception is blanked.
         chunk: Actions that the training-only chunk head predicts.
-        draws: Noisings of every chunk of actions that a diffusion head learns from in a step.
+        draws: Noisings of every chunk of actions that a diffusion or flow-matching head learns from in a step.
         condition_dropout: Share of them that a diffusion head sees without a condition.
         held_out: Share of the episodes kept for validation.
         every: Samples between two validations (and saved states).
@@ -51,7 +51,7 @@ class PretrainConfig:
 
     dataset: Path
     out: Path
-    model: Literal["mini", "mini-vit", "mini-cogact"] = "mini"
+    model: Literal["mini", "mini-vit", "mini-cogact", "mini-flow"] = "mini"
     start: Path | None = None
     start_lr: float = 0.4
     frozen_samples: int = 0
@@ -99,7 +99,8 @@ class TrainConfig:
         stage2_steps: Steps of stage II, joint training on windows.
         stage1_batch: Frames a step in stage I.
         batch: Windows a step in stage II.
-        window: T, consecutive frames; the first is dense, the others inherit the policy's own mixed cache.
+        window: T, frames; the first is dense, the others inherit the policy's own mixed cache.
+        stride: Frames from each of them to the next: give the ``--actions-per-call`` of the evaluation.
         lr: Peak learning rate of AdamW, in both stages; it falls to a tenth along a cosine.
         tau_ratio: Gumbel-Softmax temperature τ at the start and the end of stage II (eq. 9).
         tau_score: Threshold sigmoid temperature τ_s at the start and the end of stage II (eq. 11).
@@ -136,6 +137,7 @@ class TrainConfig:
     stage1_batch: int = 32
     batch: int = 8
     window: int = 6
+    stride: int = 1
     lr: float = 1e-3
     tau_ratio: tuple[float, float] = (1.0, 0.5)
     tau_score: tuple[float, float] = (0.1, 0.05)
@@ -162,8 +164,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.window < 2:
             raise InputError(f"window is {self.window}; caching is learned from at least 2 consecutive frames")
-        if min(self.stage1_batch, self.batch, self.every) < 1 or min(self.stage1_steps, self.stage2_steps) < 0:
-            raise InputError("batches and --every must be at least 1, steps at least 0")
+        if (
+            min(self.stage1_batch, self.batch, self.every, self.stride) < 1
+            or min(self.stage1_steps, self.stage2_steps) < 0
+        ):
+            raise InputError("batches, --every and --stride must be at least 1, steps at least 0")
         if self.lam < 0 or not 0 <= self.target_ratio < 1 or not 0 <= self.fixed_ratio <= 1:
             raise InputError("lam must be at least 0, target_ratio and fixed_ratio shares of the tokens")
         if not 0 < self.held_out < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class FrameBank:
     def load(
         cls,
         root: Path,
-        sizes: dict[str, int],
+        sizes: Mapping[str, int],
         resize: Callable[[UInt8Image, int], UInt8Image],
         keys: DatasetKeys | None = None,
     ) -> FrameBank:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from lac_vla.models import VLA
 from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.policies.lac.inputs import compose, words
 from lac_vla.training.mixed import LayerKV, MixedOutput, alignment_teacher, mixed_forward
+from lac_vla.training.precision import autocast
 from lac_vla.training.relaxation import (
     bridge,
     candidate_masks,
@@ -83,7 +83,7 @@ class LACLoss:
         self._words = words(list(store.instructions)).to(self.device) if self.config.language else None
 
     def alignment(self, frames: IntArray) -> torch.Tensor:
-        """Compute stage I's L_align = MSE(S, S_VLA), eq. 6, a scalar. ``frames``: not the first of their episodes."""
+        """Compute stage I's L_align = MSE(S, S_VLA), eq. 6, a scalar. ``frames``: none before which no call was."""
         with torch.no_grad():
             upper_half = tuple(range(self.vla.n_layers // 2, self.vla.n_layers))
             dense = self.decode(frames, probe_layers=upper_half)
@@ -91,7 +91,7 @@ class LACLoss:
                 raise RuntimeError("the dense pass left no attention")
             teacher = alignment_teacher(dense.attention)
         grids = self.store.grids.items()
-        previous = [self._pixels(name, frames - 1) for name in self.store.grids]
+        previous = [self._pixels(name, frames - self.store.stride) for name in self.store.grids]
         age = [torch.zeros(len(frames), *grid, device=self.device) for _, grid in grids]
         scores = self.policy.selector(self.inputs(frames, previous, age), self._text(frames))
         return F.mse_loss(scores, teacher)
@@ -107,7 +107,7 @@ class LACLoss:
         task_weight: float = 1.0,
         learn: bool = True,
     ) -> dict[str, float]:
-        """Compute stage II's loss, eqs. 7-8, on windows of consecutive frames; with ``learn``, accumulate gradients.
+        """Compute stage II's loss, eqs. 7-8, on windows of frames a stride apart; with ``learn``, add up gradients.
 
         The cache is detached between frames, so every frame is differentiated by itself, and memory does not grow with
         the window. So is what a tower that reuses remembers; the dense passes have whole towers.
@@ -127,7 +127,7 @@ class LACLoss:
             fixed ratio).
         """
         size, head_generator = len(first), generator or torch.Generator().manual_seed(0)
-        every = first[None, :] + np.arange(length)[:, None]  # (T, B)
+        every = first[None, :] + self.store.stride * np.arange(length)[:, None]  # (T, B)
         with torch.no_grad():  # dense: all frames to distil from them, the first alone otherwise
             dense = self.decode(every.reshape(-1) if self.loss == "distill" else first)
             vision = None if self.tower is None else self._encode(self.tower, first)
@@ -208,7 +208,7 @@ class LACLoss:
         embeddings = torch.cat([prefix, visual, tail], dim=1)  # differentiable: a tower that reuses depends on the mask
         layout, rows = store.layout, {"n_rows": head.n_rows, "n_before": head.n_before}
         whole = layout.visual.stop + lengths
-        with _autocast(self.device):
+        with autocast(self.device):
             return mixed_forward(
                 self.vla, embeddings, layout, whole, **rows, mask=mask, old=old, probe_layers=probe_layers
             )
@@ -264,12 +264,3 @@ def annealed(ends: tuple[float, float], progress: float) -> float:
 def cosine(progress: float) -> float:
     """Compute the learning rate's factor, which falls from 1 to 0.1."""
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
-
-
-def _autocast(device: torch.device) -> Any:
-    """Let a float32 model on a CPU multiply in bfloat16; a model on a GPU has its own dtype already."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if device.type == "cpu" and AUTOCAST else nullcontext()
-
-
-AUTOCAST: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""True if this CPU computes bfloat16 products in hardware."""

@@ -138,7 +138,7 @@ class MixedOutput:
         own = lengths[:, None] + torch.arange(n_rows, device=lengths.device)
         slots = torch.arange(length, device=own.device).expand(len(own), -1)
         real = torch.cat([slots < lengths[:, None], torch.ones_like(own, dtype=torch.bool)], dim=1)
-        visible = _visible(stack, self.layout, lengths, own, torch.cat([slots, own], dim=1), real)
+        visible = visible_slots(stack, self.layout, lengths, own, torch.cat([slots, own], dim=1), real)
         cos, sin = (part.view(*own.shape, -1)[:, None] for part in stack.rotary(own.flatten()))
         mask = visible[:, None]
         segment = Segment(n_rows, length, length + n_rows, mask=mask, cross=rows.cross, cross_mask=mask[..., :length])
@@ -179,7 +179,7 @@ def mixed_forward(
     real = slots < lengths[:, None] + max(0, n_rows - 1 - n_before)
     visible = None
     if not (decoder.causal or (real.all() and decoder.visible(layout, positions[:1], positions) is None)):
-        visible = _visible(decoder, layout, lengths, slots, slots, real)[:, None]
+        visible = visible_slots(decoder, layout, lengths, slots, slots, real)[:, None]
     last = len(decoder.layers) - 1
     n_queries = 0 if reads_kv and last not in probe_layers else None
     segment = Segment(length, 0, length, mask=visible, causal=decoder.causal, n_queries=n_queries)
@@ -190,7 +190,7 @@ def mixed_forward(
         hidden, first = out.hidden, stop
         if stop - 1 in probe_layers:
             query = out.query.gather(2, rows[:, None, :, None].expand(-1, out.query.shape[1], -1, out.query.shape[-1]))
-            seen = _visible(decoder, layout, lengths, rows, slots, real)
+            seen = visible_slots(decoder, layout, lengths, rows, slots, real)
             with torch.autocast(query.device.type, enabled=False):
                 maps.append(attention_probabilities(query, out.keys[0], seen)[..., layout.visual].mean(dim=1))
     read = rows[:, :0] if reads_kv else rows
@@ -217,7 +217,7 @@ def mixed_forward(
     return MixedOutput(decoder, layout, hidden, store, lengths, attention, again)
 
 
-def _visible(
+def visible_slots(
     stack: DecoderStack,
     layout: TokenLayout,
     lengths: torch.Tensor,

@@ -24,17 +24,20 @@ from tqdm import tqdm
 from lac_vla.errors import CheckpointError, InputError, LacError
 from lac_vla.files import locked, read_object, write_object, writing
 from lac_vla.models import Encode, random_vla, save_vla, untrained_vla
-from lac_vla.models.images import make_pipeline
 from lac_vla.models.tokenizer import FileTokenizer, load_tokenizer, train_tokenizer
 from lac_vla.provenance import provenance
 from lac_vla.training.batches import Demonstrations, Generators, statistics
 from lac_vla.training.config import PretrainConfig, describe
 from lac_vla.training.frames import FrameBank
+from lac_vla.training.precision import autocast
 from lac_vla.training.pretrain_losses.base import Batch, Keep, PretrainLoss, Targets
 from lac_vla.training.pretrain_losses.tower import TowerLoss
+from lac_vla.training.pretrain_losses.trunk import TrunkLoss
 from lac_vla.training.recipes import RECIPES
 from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, load_state, open_log, save_state
 
+SETTLING_FRAMES = 256
+"""Frames that new weights beside loaded ones are adjusted to before training, where a loss does so."""
 CARD = "lac.json"
 """The file beside the weights that says how the model was made, for the reports of evaluations."""
 
@@ -47,20 +50,23 @@ class Pretraining:
         torch.manual_seed(config.seed)
         self.random = Generators(config.seed)
         recipe = RECIPES[config.model]
-        shape: Any = random_vla(config.model, device="meta").module
+        shape = random_vla(config.model, device="meta")
         self.start = start = config.start or recipe.start
         if start is None and config.frozen_samples:
             raise InputError("nothing is loaded that could be held fixed: give --start, or no --frozen-samples")
-        sizes = {camera.name: camera.image_size for camera in shape.config.cameras}
-        bank = FrameBank.load(config.dataset, sizes, make_pipeline(shape.config.image_resize_strategy), config.keys)
+        bank = FrameBank.load(config.dataset, *recipe.loss.pictures(shape), config.keys)
         if start is None:
-            words = shape.config.vocab_size - shape.config.n_action_bins
+            trunk: Any = shape.module
+            words = trunk.config.vocab_size - trunk.config.n_action_bins
             encode: Encode = FileTokenizer(train_tokenizer(bank.instructions, words))
         else:
             encode = load_tokenizer(start)
         self.loss = recipe.loss(untrained_vla(config.model, statistics(bank), encode), config)
         self.loaded: list[nn.Parameter] = [] if start is None else self.loss.take_weights(start)
-        self.data = Demonstrations(bank, self.loss.vla, config)
+        self.data = Demonstrations(bank, self.loss, config)
+        if start is not None:
+            some = Generators(config.seed).rng.permutation(self.data.train)[:SETTLING_FRAMES]
+            self.loss.settle(self.data.batch(some, None))
         self.average = AveragedModel(self.loss, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
         old = {id(weight) for weight in self.loaded}
         new = [weight for weight in self.loss.parameters() if id(weight) not in old]
@@ -70,7 +76,7 @@ class Pretraining:
         self._read: tuple[torch.Tensor, Targets] | None = None
 
     @torch.no_grad()
-    def read_ahead(self) -> tuple[torch.Tensor, Targets]:
+    def read_ahead(self, loss: TrunkLoss) -> tuple[torch.Tensor, Targets]:
         """Run a trunk that is held fixed over some augmented frames, for the head to read; also return their targets.
 
         It draws from generators of its own: an interrupted run reads the same.
@@ -80,9 +86,9 @@ class Pretraining:
         read, targets = [], []
         for frames in tqdm(np.array_split(chosen, math.ceil(len(chosen) / 64)), desc="reading frames", unit="batch"):
             batch = self.data.batch(frames, random)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                appended = self.loss.append(batch, 0.0, random.generator)
-                read.append(self.loss.read(batch, None, appended).float())
+            with autocast(self.loss.vla.device):
+                appended = loss.append(batch, 0.0, random.generator)
+                read.append(loss.read(batch, None, appended).float())
             targets.append(batch.targets)
         return torch.cat(read), Targets.join(targets)
 
@@ -118,13 +124,13 @@ class Pretraining:
         config = self.config
         self.set_rates()
         self.loss.train()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            if not self.frozen:
-                losses = self.loss(*self.draw(), self.seen / config.samples, self.random.generator)
-            elif isinstance(self.loss, TowerLoss):
+        with autocast(self.loss.vla.device):
+            if self.frozen and isinstance(self.loss, TowerLoss):
                 losses = self.loss.imitate(self.draw()[0])
+            elif self.frozen and isinstance(self.loss, TrunkLoss):
+                losses = self.show_read(self.loss)
             else:
-                losses = self.show_read()
+                losses = self.loss(*self.draw(), self.seen / config.samples, self.random.generator)
         total = torch.stack([losses[term] for term in self.loss.terms if term in losses]).sum()
         if not torch.isfinite(total):
             raise InputError(
@@ -146,13 +152,13 @@ class Pretraining:
         keep = (int(rng.integers(2)), int(rng.integers(2)), 2) if self.coarse else None
         return self.data.batch(frames, self.random), keep
 
-    def show_read(self) -> dict[str, torch.Tensor]:
+    def show_read(self, loss: TrunkLoss) -> dict[str, torch.Tensor]:
         """Compute the losses of a random batch of frames that the trunk has read ahead."""
         if self._read is None:
-            self._read = self.read_ahead()
+            self._read = self.read_ahead(loss)
         read, targets = self._read
         rows = torch.from_numpy(self.random.rng.integers(len(read), size=self.config.batch))
-        return self.loss.losses(read[rows], targets[rows], self.seen / self.config.samples, self.random.generator)
+        return loss.losses(read[rows], targets[rows], self.seen / self.config.samples, self.random.generator)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

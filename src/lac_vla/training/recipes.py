@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lac_vla.bundled import MINI
-from lac_vla.models import VLA
-from lac_vla.training.config import PretrainConfig
-from lac_vla.training.pretrain_losses.base import PretrainLoss
+from lac_vla.bundled import MINI, MINI_VIT
 from lac_vla.training.pretrain_losses.diffusion import DiffusionLoss
+from lac_vla.training.pretrain_losses.flow import FlowLoss
 from lac_vla.training.pretrain_losses.tokens import TokenLoss
 from lac_vla.training.pretrain_losses.tower import TowerLoss
 
@@ -24,7 +21,7 @@ class Recipe:
         start: Checkpoint whose weights it starts from unless told otherwise; ``None`` for random weights.
     """
 
-    loss: Callable[[VLA, PretrainConfig], PretrainLoss]
+    loss: type[TokenLoss] | type[DiffusionLoss] | type[FlowLoss]
     start: Path | None = None
 
 
@@ -32,5 +29,6 @@ RECIPES: dict[str, Recipe] = {
     "mini": Recipe(TokenLoss),
     "mini-vit": Recipe(TowerLoss, start=MINI),
     "mini-cogact": Recipe(DiffusionLoss, start=MINI),
+    "mini-flow": Recipe(FlowLoss, start=MINI_VIT),
 }
 """Name of a bundled model, which is also that of its preset → recipe."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -48,12 +49,13 @@ class FrameStore:
         suffix_length: (F,).
         targets: What the action head is to answer, (F, n); see :meth:`lac_vla.models.heads.base.ActionHead.targets`.
         images: Camera → uint8, (F, H, W, 3), at the resolution of the policy's networks.
-        flow: Camera → flow from the preceding frame in token sides, float16, (F, H, W, 2); empty without flow.
+        flow: Camera → flow from the frame ``stride`` before in token sides, float16, (F, H, W, 2); empty without flow.
         instructions: Of every episode.
         start: First frame of every episode, (E,).
         stop: One past its last frame, (E,).
         has_actions: Whether the targets are recorded actions, not the model's own answers.
         tower_pixels: Camera → what its tower sees, uint8, (F, H, W, 3), for those of which it was asked.
+        stride: Frames from one call of the model to the next: as many as actions are executed per call.
     """
 
     grids: Mapping[str, tuple[int, int]]
@@ -69,6 +71,7 @@ class FrameStore:
     stop: IntArray
     has_actions: bool
     tower_pixels: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    stride: int = 1
 
     def __len__(self) -> int:
         return len(self.visual)
@@ -79,8 +82,8 @@ class FrameStore:
         return TokenLayout.of(self.grids, len(self.prefix), 0)
 
     def windows(self, episodes: IntArray, length: int) -> IntArray:
-        """List all windows of ``length`` consecutive frames within some episodes, see :func:`windows`."""
-        return windows(self.start, self.stop, episodes, length)
+        """List all windows of ``length`` frames, ``stride`` apart, within some episodes, see :func:`windows`."""
+        return windows(self.start, self.stop, episodes, length, self.stride)
 
     @classmethod
     def build(
@@ -94,6 +97,7 @@ class FrameStore:
         episodes: int = 0,
         labels: bool = False,
         tower_cameras: Sequence[str] = (),
+        stride: int = 1,
         keys: DatasetKeys | None = None,
         check: Callable[[IntArray, IntArray], object] | None = None,
     ) -> FrameStore:
@@ -108,6 +112,7 @@ class FrameStore:
             episodes: How many episodes to use, evenly spread over the dataset; 0 for all.
             labels: Whether recorded actions are needed; else the model's own answers stand in where there are none.
             tower_cameras: Cameras of which the tower's pixels are needed, too.
+            stride: Frames from one call of the model to the next.
             keys: Names of what is read of the dataset.
             check: Given the episodes' first frames and those behind their last ones, refuses what cannot be trained on;
                 nothing has been stored then.
@@ -139,10 +144,12 @@ class FrameStore:
             "patch_pixels": patch_pixels,
             "tower_cameras": list(tower_cameras),
         }
+        if stride != 1:
+            metadata["stride"] = stride
         if keys != DatasetKeys():
             metadata["keys"] = {**asdict(keys), "camera": list(keys.camera)}
         meta = folder / META
-        builder = _Builder(vla, source, chosen, make_flow(flow), patch_pixels, tower_cameras)
+        builder = _Builder(vla, source, chosen, make_flow(flow), patch_pixels, tower_cameras, stride)
         if meta.is_file():
             found = read_object(meta, DAMAGED).get("about", {})
             unread = {"flow": flow == "none", "tower_cameras": not tower_cameras}  # whether it is there or not
@@ -207,22 +214,24 @@ class FrameStore:
                 for index, name in enumerate(grids)
                 if name in meta["about"].get("tower_cameras", [])
             },
+            stride=int(meta["about"].get("stride", 1)),
         )
 
 
-def windows(start: IntArray, stop: IntArray, episodes: IntArray, length: int) -> IntArray:
-    """List all windows of ``length`` consecutive frames within some episodes by their first frames.
+def windows(start: IntArray, stop: IntArray, episodes: IntArray, length: int, stride: int = 1) -> IntArray:
+    """List all windows of ``length`` frames, ``stride`` apart, within some episodes by their first frames.
 
     Raises:
         InputError: If no episode is long enough.
     """
-    firsts = [np.arange(start[e], stop[e] - length + 1) for e in episodes]
+    span = (length - 1) * stride + 1
+    firsts = [np.arange(start[e], stop[e] - span + 1) for e in episodes]
     first: IntArray = np.concatenate([*firsts, np.zeros(0, dtype=np.int64)])
     if not first.size:
         longest = int((stop - start)[episodes].max(initial=0))
         raise InputError(
-            f"no episode has {length} consecutive frames, the longest has {longest}: caching is learned between "
-            "frames that follow one another; give another dataset or a smaller --window"
+            f"no episode has {span} consecutive frames, the longest has {longest}: caching is learned between "
+            "frames that follow one another; give another dataset or a smaller --window or --stride"
         )
     return first
 
@@ -248,6 +257,7 @@ class _Builder:
     flow: Flow | None
     patch_pixels: int
     tower_cameras: Sequence[str]
+    stride: int
 
     def __post_init__(self) -> None:
         self.dense = CachedVLA(self.vla).session()
@@ -364,7 +374,7 @@ class _Builder:
     ) -> None:
         frames = self._frames(episode, len(episode))
         arrays["targets"][start : start + len(frames)] = self._targets(episode, frames)
-        previous: Mapping[str, Any] | None = None
+        recent: deque[Mapping[str, Any]] = deque(maxlen=self.stride)
         for at, frame in enumerate(frames, start):
             pixels = self.vla.processor.images(frame)
             visual = self._visual(frame)
@@ -380,10 +390,10 @@ class _Builder:
                 arrays[f"image_{number}"][at] = resize(image, *shape)
                 if camera.name in self.tower_cameras:
                     arrays[f"tower_pixels_{number}"][at] = image
-                if self.flow is not None and previous is not None:
-                    flow = self.flow(previous[camera.name], image)
+                if self.flow is not None and len(recent) == self.stride:
+                    flow = self.flow(recent[0][camera.name], image)
                     arrays[f"flow_{number}"][at] = flow_in_patches(flow, *shape)
-            previous = pixels
+            recent.append(pixels)
             bar.update()
 
     def _longest_suffix(self, frame: Frame, episode: Episode) -> int:

@@ -106,7 +106,7 @@ class Training:
         self.networks.train()
         self.optimiser.zero_grad(set_to_none=True)
         if self.stage == 1:
-            frames = rng.choice(self.first, config.stage1_batch) + 1
+            frames = rng.choice(self.first, config.stage1_batch) + config.stride
             loss = self.losses.alignment(frames)
             loss.backward()  # type: ignore[no-untyped-call]
             metrics = {"loss": float(loss.detach())}
@@ -142,17 +142,20 @@ class Training:
             if self.stage == 2 or not self.config.stage2_steps:
                 row = self.losses.window(first, self.config.window, self.temperatures, None, lam=self.lam, learn=False)
                 row.pop("loss")
-            row["alignment"] = float(self.losses.alignment(first + 1))
+            row["alignment"] = float(self.losses.alignment(first + self.config.stride))
             rows.append(row)
         return {f"held_out_{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
     @torch.no_grad()
     def pictures(self, length: int = 6) -> dict[str, Any]:
-        """Collect images, scores and masks of every camera over consecutive held-out frames, and the chosen ratios."""
+        """Collect images, scores and masks of every camera over held-out frames a stride apart, and chosen ratios."""
         first = int(self.held_first[len(self.held_first) // 2])
-        count = min(length, int(self.store.stop[self.losses.episode[first]]) - first - 1)
-        frames: IntArray = first + 1 + np.arange(count)
-        shown = {name: torch.from_numpy(np.asarray(self.store.images[name][frames - 1])) for name in self.store.grids}
+        stride, stop = self.config.stride, int(self.store.stop[self.losses.episode[first]])
+        count = min(length, (stop - 1 - first) // stride)
+        frames: IntArray = first + stride * (1 + np.arange(count))
+        shown = {
+            name: torch.from_numpy(np.asarray(self.store.images[name][frames - stride])) for name in self.store.grids
+        }
         reference = [image.to(self.vla.device) for image in shown.values()]
         age = [torch.zeros(count, *grid, device=self.vla.device) for grid in self.store.grids.values()]
         self.networks.eval()
@@ -279,7 +282,9 @@ def divide(config: TrainConfig, start: IntArray, stop: IntArray) -> tuple[IntArr
     held = max(1, round(config.held_out * len(chosen)))
     if held >= len(chosen):
         raise InputError(f"{len(chosen)} episode(s) cannot be divided into training and validation: use at least 2")
-    first, held_first = (windows(start, stop, np.sort(part), config.window) for part in (chosen[held:], chosen[:held]))
+    first, held_first = (
+        windows(start, stop, np.sort(part), config.window, config.stride) for part in (chosen[held:], chosen[:held])
+    )
     return first, held_first
 
 
@@ -357,6 +362,7 @@ def _store(config: TrainConfig, vla: VLA, tower_cameras: Sequence[str], rank: in
             episodes=config.episodes,
             labels=config.loss == "demo",
             tower_cameras=tower_cameras,
+            stride=config.stride,
             keys=config.keys,
             check=lambda start, stop: divide(config, start, stop),
         )

@@ -84,6 +84,19 @@ def time_embedding(times: torch.Tensor, width: int, min_period: float, max_perio
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
+def add_noise(clean: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw what a velocity is learned from, for chunks of normalised actions, (B, horizon, width).
+
+    Returns:
+        Times, (B,); the chunks with as much noise in them, and the velocities there, as ``clean``.
+    """
+    uniform = torch.rand(len(clean), generator=generator).to(clean)
+    times = uniform ** (1 / TIME_POWER) * TIME_SCALE + TIME_OFFSET
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    share = times[:, None, None]
+    return times, share * noise + (1 - share) * clean, noise - clean
+
+
 class FlowMatchingHead(ActionHead):
     """Answers with a chunk of actions, drawn by Euler steps from noise at time 1 to actions at time 0.
 
@@ -215,11 +228,7 @@ class FlowMatchingHead(ActionHead):
         clean = F.pad(clean.view(-1, config.horizon, dim), (0, config.width - dim))
         total = torch.zeros_like(clean[:, 0, 0])
         for _ in range(DRAWS):
-            uniform = torch.rand(len(clean), generator=generator).to(clean)
-            times = uniform ** (1 / TIME_POWER) * TIME_SCALE + TIME_OFFSET
-            noise = torch.randn(clean.shape, generator=generator).to(clean)
-            share = times[:, None, None]
-            noised, wanted = share * noise + (1 - share) * clean, noise - clean
+            times, noised, wanted = add_noise(clean, generator)
             if teacher is not None:
                 with torch.no_grad():
                     wanted = self.train_velocity(teacher, states, noised, times)

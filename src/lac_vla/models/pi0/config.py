@@ -138,6 +138,8 @@ PI05 = PiConfig(
     adaptive=True,
     max_tokens=200,
 )
+PI05_SHALLOW = replace(PI05, prefix=replace(GEMMA_2B, depth=3), expert=replace(GEMMA_300M, depth=3))
+"""π0.5 with 3 of its 18 layers, tower and widths as they are: to be timed where the whole does not fit."""
 
 
 def _tiny(adaptive: bool) -> PiConfig:
@@ -159,4 +161,9 @@ def _tiny(adaptive: bool) -> PiConfig:
 
 PI0_PRESETS: dict[str, PiConfig] = {"pi0": PI0, "pi0-tiny": _tiny(False)}
 PI05_THREE_VIEWS = replace(PI05, cameras={**PI05.cameras, "right_wrist_0_rgb": "right_wrist_0_rgb"})
-PI05_PRESETS: dict[str, PiConfig] = {"pi05": PI05, "pi05-3": PI05_THREE_VIEWS, "pi05-tiny": _tiny(True)}
+PI05_PRESETS: dict[str, PiConfig] = {
+    "pi05": PI05,
+    "pi05-3": PI05_THREE_VIEWS,
+    "pi05-shallow": PI05_SHALLOW,
+    "pi05-tiny": _tiny(True),
+}

@@ -168,4 +168,22 @@ TINY_SMOLVLA = SmolVLAConfig(
 )
 """For tests."""
 
-PRESETS: Mapping[str, SmolVLAConfig] = {"smolvla-base": SMOLVLA_BASE, "smolvla-tiny": TINY_SMOLVLA}
+MINI_FLOW = SmolVLAConfig(
+    text=TextConfig(width=192, ffn=512, layers=4, heads=6, kv_heads=6, head_dim=32, vocab_size=384, eps=1e-6),
+    vision=SiglipConfig(width=128, depth=4, heads=4, mlp_width=256, patch=8, table=14),
+    cameras=("agentview", "wrist"),
+    state_dim=8,
+    action_dim=7,
+    normalization=_unscaled(8, 7),
+    flow=FlowConfig(horizon=10, width=7, steps=5),
+    expert_width=144,
+    shuffle=2,
+    state_width=8,
+)
+"""The bundled one: its tower and its language model are as large as those of ``mini-vit``, which has action tokens."""
+
+PRESETS: Mapping[str, SmolVLAConfig] = {
+    "smolvla-base": SMOLVLA_BASE,
+    "mini-flow": MINI_FLOW,
+    "smolvla-tiny": TINY_SMOLVLA,
+}

@@ -8,19 +8,17 @@ actions as a chunk, by L1; and *hindsight*: where the hand is now, where it will
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lac_vla.engine.layers import NoCache, Segment, run_layers
 from lac_vla.errors import CheckpointError
 from lac_vla.models import VLA, load_vla
-from lac_vla.types import TokenLayout
+from lac_vla.types import FloatArray, TokenLayout, UInt8Image
 
 Keep: TypeAlias = tuple[int, int, int]
 """Row offset, column offset and stride of a regular subset of a token grid."""
@@ -119,58 +117,6 @@ class PretrainLoss(nn.Module, ABC):
         """Choose the weights of the start that are copied."""
         return dict(start.state_dict())
 
-    @abstractmethod
-    def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
-        """Make the ids of the tokens behind the prompts, (B, n)."""
-
-    @abstractmethod
-    def losses(
-        self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
-        """Compute the losses of what :meth:`read` returned, as :meth:`forward` gives them."""
-
-    def forward(
-        self, batch: Batch, keep: Keep | None, progress: float | None, generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
-        """Compute the losses of a batch.
-
-        Args:
-            batch: The frames.
-            keep: Row offset, column offset and stride of the visual tokens kept of the first camera (coarse phase), at
-                their own positions; ``None`` for all.
-            progress: Share of the run that is over; ``None`` to validate, without training's noise.
-            generator: Draws the noise.
-
-        Returns:
-            Scalars: the ``terms``, and whatever else is worth watching.
-        """
-        read = self.read(batch, keep, self.append(batch, progress, generator))
-        return self.losses(read, batch.targets, progress, generator)
-
-    def read(self, batch: Batch, keep: Keep | None, appended: torch.Tensor) -> torch.Tensor:
-        """Run the trunk over prompts and the tokens behind them, whose ids are (B, n); ``keep`` as in :meth:`forward`.
-
-        Returns:
-            Normalised last hidden states of the last prompt token and of all appended ones, (B, 1 + n, width).
-        """
-        model, (size, more) = self.model, appended.shape
-        embed = self.model.language_model.get_input_embeddings()
-        kept = {} if keep is None else {self.layout.cameras[0].name: keep}
-        visual = model.projector(model.vision_backbone(batch.images, kept, batch.shifts))
-        # [BOS | visual | proprio | text | appended | padding]: under a causal mask, padding behind everything that
-        # counts changes nothing.
-        ids = F.pad(batch.text, (0, more))
-        ids = ids.scatter(1, batch.text_length[:, None] + torch.arange(more), appended)
-        parts = [embed(torch.full((size, 1), model.config.bos_id)), visual]
-        if model.proprio_projector is not None:
-            parts.append(model.proprio_projector(batch.proprio)[:, None])
-        parts.append(embed(ids))
-        inputs = torch.cat(parts, dim=1)
-        behind = inputs.shape[1] - 1 - visual.shape[1]
-        hidden = self._decode(inputs, self._positions(keep, behind), ids.shape[1])
-        rows = (batch.text_length - 1)[:, None] + torch.arange(1 + more)
-        return hidden[torch.arange(size)[:, None], rows]
-
     def helpers(self, prompt_end: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
         """Compute ``chunk`` and ``hindsight`` (normalised L1) of the last prompt token's hidden states, (B, width)."""
         size = len(prompt_end)
@@ -181,22 +127,38 @@ class PretrainLoss(nn.Module, ABC):
             "hindsight": (hindsight * targets.ahead).sum() / targets.ahead.sum().clamp(min=1),
         }
 
-    def _positions(self, keep: Keep | None, behind: int) -> torch.Tensor:
-        """List the sequence positions of the tokens shown, of which ``behind`` follow the visual ones."""
-        shown = []
-        for index, camera in enumerate(self.layout.cameras):
-            grid = torch.arange(camera.size).view(camera.rows, camera.cols) + camera.start
-            if keep is not None and index == 0:
-                grid = grid[keep[0] :: keep[2], keep[1] :: keep[2]]
-            shown.append(grid.flatten() + 1)
-        return torch.cat([torch.zeros(1, dtype=torch.long), *shown, torch.arange(behind) + 1 + self.layout.n_visual])
+    @abstractmethod
+    def forward(
+        self, batch: Batch, keep: Keep | None, progress: float | None, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Compute the losses of a batch.
 
-    def _decode(self, inputs: torch.Tensor, positions: torch.Tensor, wanted: int) -> torch.Tensor:
-        """Run the causal decoder over whole sequences, (B, length, width) → its last rows, (B, wanted, width).
+        Args:
+            batch: The frames.
+            keep: Which visual tokens are shown in the coarse phase; ``None`` for all.
+            progress: Share of the run that is over; ``None`` to validate, without training's noise.
+            generator: Draws the noise.
 
-        Of the other rows the last layer computes keys and values alone.
+        Returns:
+            Scalars: the ``terms``, and whatever else is worth watching.
         """
-        decoder, length = self.vla.decoder, inputs.shape[1]
-        final = torch.ones(wanted, length, dtype=torch.bool).tril(length - wanted)
-        segment = Segment(length, 0, length, n_queries=wanted, final_mask=final)
-        return decoder.norm(run_layers(decoder.layers, inputs, decoder.rotary(positions), [segment], NoCache()).hidden)
+
+    @staticmethod
+    @abstractmethod
+    def pictures(vla: VLA) -> tuple[Mapping[str, int], Callable[[UInt8Image, int], UInt8Image]]:
+        """Say how images are kept: camera → side in pixels, and what brings an image to it."""
+
+    @abstractmethod
+    def text_ids(self, instruction: str) -> Sequence[int]:
+        """Make the ids of the text behind the visual tokens."""
+
+    @abstractmethod
+    def normalize_actions(self, chunks: FloatArray) -> FloatArray:
+        """Scale chunks of recorded actions to what the head answers, (F, H, A), float32."""
+
+    def settle(self, batch: Batch) -> None:
+        """Adjust weights that no checkpoint gave to some frames, before training; by default none.
+
+        Args:
+            batch: Frames, not augmented.
+        """

@@ -15,10 +15,11 @@ from lac_vla.models.heads.diffusion import GRIPPER_THRESHOLD, SCHEDULE, Diffusio
 from lac_vla.models.heads.dit import initialise
 from lac_vla.training.config import PretrainConfig
 from lac_vla.training.frames import GRIPPER
-from lac_vla.training.pretrain_losses.base import Batch, PretrainLoss, Targets
+from lac_vla.training.pretrain_losses.base import Batch, Targets
+from lac_vla.training.pretrain_losses.trunk import TrunkLoss
 
 
-class DiffusionLoss(PretrainLoss):
+class DiffusionLoss(TrunkLoss):
     """Has the losses ``noise`` (mean square), ``chunk``, ``hindsight``.
 
     When it validates, also ``sampled``: the mean distance of the first action of a drawn chunk from the recorded one,
@@ -42,7 +43,7 @@ class DiffusionLoss(PretrainLoss):
     def losses(
         self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """See :meth:`PretrainLoss.losses`."""
+        """See :meth:`TrunkLoss.losses`."""
         prompt_end = read[:, 0].float()
         # In float32, as it will be at inference, and on a CPU faster so.
         with torch.autocast(prompt_end.device.type, enabled=False):

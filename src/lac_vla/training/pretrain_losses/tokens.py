@@ -8,10 +8,11 @@ from lac_vla.errors import InputError
 from lac_vla.models import VLA
 from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.training.config import PretrainConfig
-from lac_vla.training.pretrain_losses.base import ACTION_DIMS, Batch, PretrainLoss, Targets
+from lac_vla.training.pretrain_losses.base import ACTION_DIMS, Batch, Targets
+from lac_vla.training.pretrain_losses.trunk import TrunkLoss
 
 
-class TokenLoss(PretrainLoss):
+class TokenLoss(TrunkLoss):
     """Has the losses ``tokens`` (nats), ``chunk``, ``hindsight``; and ``action_error``, without a gradient.
 
     The action error is the mean distance of the most likely bin from the true one, in bins.
@@ -39,7 +40,7 @@ class TokenLoss(PretrainLoss):
     def losses(
         self, read: torch.Tensor, targets: Targets, progress: float | None, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """See :meth:`PretrainLoss.losses`; the width of the soft targets falls with ``progress``.
+        """See :meth:`TrunkLoss.losses`; the width of the soft targets falls with ``progress``.
 
         ``read`` holds the row before every action token, (B, A, width).
         """

@@ -58,7 +58,7 @@ class TowerLoss(TokenLoss):
     def forward(
         self, batch: Batch, keep: Keep | None, progress: float | None, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """See :meth:`PretrainLoss.forward`; when it validates, with ``imitation``."""
+        """See :meth:`TrunkLoss.forward`; when it validates, with ``imitation``."""
         losses = super().forward(batch, keep, progress, generator)
         return losses if progress is not None else losses | self.imitate(batch)
 
