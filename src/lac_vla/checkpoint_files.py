@@ -6,7 +6,6 @@ a file becomes a :class:`CheckpointError` that names it.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -20,59 +19,28 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lac_vla.errors import CheckpointError
+from lac_vla.files import fault, read_object
 
 SAFE_TORCH = "2.6"
-LARGEST_JSON = 64 * 2**20
-"""Bytes. The largest that checkpoints have, an index or statistics, are some hundred kilobytes."""
+AGAIN = "is the checkpoint's folder complete? If it is, the file is damaged: fetch it again"
 NONE = re.compile(r"(?!)")
 """Matches nothing."""
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The types of weights that are plain values, by their names in safetensors; any other lacks a scale."""
 
 
-def damaged(file: Path, error: object = "") -> CheckpointError:
+def damaged(file: Path, error: object) -> CheckpointError:
     """Make the error of a file that cannot be read; it says what the file is, where that can be told."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(256)
-    except OSError as missing:
-        reason = missing.strerror or str(missing)
-        return CheckpointError(f"{file} is missing or cannot be read ({reason}): is the folder complete?")
-    if start.startswith(b"version https://git-lfs"):
-        return CheckpointError(
-            f"{file} is a Git LFS pointer, not the file itself: run 'git lfs install' and 'git lfs pull' in the "
-            "repository, or fetch it with 'hf download'"
-        )
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return CheckpointError(
-            f"{file} is an HTML page, not the file itself: the server answered with an error or a login; "
-            "fetch it with 'hf download', logged in if need be"
-        )
-    reason = " ".join(str(error).split())[:300] if start else "it is empty"
-    if file.suffix == ".json":
-        return CheckpointError(f"{file} is damaged: {reason}")
-    return CheckpointError(f"{file} is truncated or damaged ({reason}): fetch it again")
+    return CheckpointError(fault(file, error, AGAIN))
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read an object from a JSON file.
 
     Raises:
-        CheckpointError: If it is missing, holds something else, or is larger than :data:`LARGEST_JSON`.
+        CheckpointError: If it is missing, too large, or holds something else.
     """
-    try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{file} is damaged: it is larger than {LARGEST_JSON >> 20} MB")
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: is the checkpoint's folder complete?") from error
-    except (ValueError, RecursionError) as error:
-        raise damaged(file, error) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is damaged: it does not hold a JSON object")
-    return data
+    return read_object(file, AGAIN, CheckpointError)
 
 
 def safetensors_shapes(

@@ -17,9 +17,11 @@ from lac_vla.errors import InputError, LacError
 T = TypeVar("T")
 
 MAX_BYTES = 2**28
-"""The longest JSON file that is read."""
-POINTER = b"version https://git-lfs.github.com/spec"
-PAGE = (b"<!doctype html", b"<html")
+"""The longest log that is read."""
+MAX_OBJECT = 2**26
+"""The longest JSON file: what a text of so many bytes becomes takes some ten times as many."""
+POINTER = b"version https://git-lfs"
+PAGE = (b"<!doctype", b"<html", b"<?xml")
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -86,27 +88,29 @@ def reading(path: Path, advice: str, kind: type[LacError] = InputError) -> Itera
     except LacError:
         raise
     except Exception as error:
-        raise kind(_fault(path, error, advice)) from error
+        raise kind(fault(path, error, advice)) from error
 
 
-def _fault(path: Path, error: Exception, advice: str) -> str:
-    """Say what is wrong with a file that could not be read."""
-    begin = b""
+def fault(path: Path, error: object, advice: str) -> str:
+    """Say what is wrong with a file that could not be read; what it is, where that can be told."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     try:
-        if path.is_file():
-            with path.open("rb") as file:
-                begin = file.read(len(POINTER)).lower()
-    except OSError:
-        pass
-    if begin == POINTER:
-        return f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in the folder that was cloned"
-    if begin.lstrip().startswith(PAGE):
-        return f"{path} is a web page that was saved in the file's place: download the file itself"
-    reason = str(error).split("\n")[0][:200] or type(error).__name__
-    if not path.exists():
-        reason = "it is missing"
-    elif path.is_dir():
-        reason = "it is a folder"
+        with path.open("rb") as file:
+            begin = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except OSError as missing:
+        reason = "it is a folder" if path.is_dir() else (missing.strerror or str(missing)).lower()
+    else:
+        if begin.startswith(POINTER):
+            return (
+                f"{path} is a Git LFS pointer, not the file itself: run 'git lfs install' and 'git lfs pull' in the "
+                "folder that was cloned, or fetch it with 'hf download'"
+            )
+        if begin.startswith(PAGE):
+            return (
+                f"{path} is an HTML page, not the file itself: the server answered with an error or a login; fetch it "
+                "with 'hf download', logged in if need be"
+            )
+        reason = reason if begin else "it is empty"
     return f"{path} cannot be read ({reason}): {advice}"
 
 
@@ -114,10 +118,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: If it is none, nested too deeply, or too long.
+        ValueError: If it is none, or nested too deeply.
     """
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"it is longer than {MAX_BYTES >> 20} MB")
     try:
         return json.loads(text)
     except RecursionError:
@@ -131,7 +133,7 @@ def read_object(path: Path, advice: str, kind: type[LacError] = InputError) -> d
         LacError: Of that kind, if it cannot be read, or holds something else.
     """
     with reading(path, advice, kind):
-        found = parse_json(_text(path))
+        found = parse_json(_text(path, MAX_OBJECT))
         if not isinstance(found, dict):
             raise ValueError(f"it holds no JSON object but a {type(found).__name__}")
         return found
@@ -163,9 +165,9 @@ def cut_unfinished(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def _text(path: Path) -> str:
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"it is longer than {MAX_BYTES >> 20} MB")
+def _text(path: Path, limit: int = MAX_BYTES) -> str:
+    if path.stat().st_size > limit:
+        raise ValueError(f"it is longer than {limit >> 20} MB")
     return path.read_text(encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from lac_vla.factory import ModelOptions
 from lac_vla.files import locked
 from lac_vla.results.records import EpisodeRecord
 from lac_vla.sims.libero.benchmark import Libero
-from tests.crash.kills import files, killed_at
+from tests.crash.kills import counted, files, run_killed
 from tests.evaluation.worlds import FakeEnv, outcomes, save_tiny
 
 POINTS = 20
@@ -44,7 +44,7 @@ def unbroken(model: str, tmp_path_factory: pytest.TempPathFactory) -> EvalConfig
     """States 6 and 7: the first is solved, the second is not."""
     out = tmp_path_factory.mktemp("unbroken") / "run"
     config = EvalConfig(model, out, ("dense", "random:ratio=0.5"), tasks=(0,), init_states=(6, 8), videos=1)
-    with killed_at(None) as count:
+    with counted() as count:
         evaluate(config)
     assert count.done == POINTS
     return config
@@ -79,8 +79,7 @@ def test_killed_while_it_evaluates(unbroken: EvalConfig, tmp_path: Path, torn: b
     with pytest.MonkeyPatch.context() as patch:
         if torn:
             patch.setattr(runner, "_log", log_in_two)
-        with killed_at(at):
-            evaluate(config)
+        assert run_killed(at, lambda: evaluate(config))
     before = log.read_bytes() if log.exists() else b""
     evaluate(config)
     assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1]), "no finished episode is lost"
@@ -101,16 +100,14 @@ def log_in_two(record: EpisodeRecord, path: Path) -> None:
 
 def test_what_is_equal_is_not_written_again(unbroken: EvalConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in unbroken.out.rglob("*") if path.is_file()}
-    with killed_at(0) as count:
-        evaluate(unbroken)
-    assert not count.done
+    assert not run_killed(0, lambda: evaluate(unbroken))
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_a_start_that_failed_binds_nobody(unbroken: EvalConfig, tmp_path: Path) -> None:
     config = replace(unbroken, out=tmp_path / "run", videos=0)
-    with killed_at(0):  # the settings would have been first
-        evaluate(replace(config, tasks=(3,), model_options=ModelOptions(seed=1)))
+    other = replace(config, tasks=(3,), model_options=ModelOptions(seed=1))
+    assert run_killed(0, lambda: evaluate(other))  # the settings would have been first
     (config.out / "config.json").write_text(json.dumps(config.settings() | {"seed": 1}, default=str))
     (config.out / "episodes.jsonl").write_text('{"method": "dense", "half": ')
     evaluate(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -19,7 +18,7 @@ from lac_vla.datasets.video import VideoWriter
 from lac_vla.serving.metrics import Metrics
 from lac_vla.serving.raw import COLUMNS, RawEpisode, RawWriter
 from lac_vla.serving.record import Recorder
-from tests.crash.kills import Killed, files, killed_at
+from tests.crash.kills import counted, files, run_killed
 
 TASKS = ("pick up the bowl", "open the drawer", "pick up the bowl", "close the drawer")
 POINTS = 78
@@ -65,7 +64,7 @@ def leave(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = leave(tmp_path_factory.mktemp("unbroken") / "log")
-    with killed_at(None, VIDEO) as count:
+    with counted(VIDEO) as count:
         restart(folder)
     assert count.done == POINTS
     return folder
@@ -103,8 +102,7 @@ def test_the_unbroken_one(unbroken: Path) -> None:
 )
 def test_killed_while_it_packs(unbroken: Path, tmp_path: Path, at: int) -> None:
     folder = leave(tmp_path / "log")
-    with killed_at(at, VIDEO):
-        restart(folder)
+    assert run_killed(at, lambda: restart(folder), VIDEO)
     check(folder)
     restart(folder)
     assert files(folder) == files(unbroken)
@@ -114,45 +112,50 @@ def test_killed_while_it_packs(unbroken: Path, tmp_path: Path, at: int) -> None:
 def test_killed_twice(unbroken: Path, tmp_path: Path) -> None:
     folder = leave(tmp_path / "log")
     for at in (17, 11, 8):
-        with killed_at(at, VIDEO):
-            restart(folder)
+        assert run_killed(at, lambda: restart(folder), VIDEO)
         check(folder)
     restart(folder)
     assert files(folder) == files(unbroken)
 
 
+WHILE = (VIDEO, (RawWriter, "open"), (RawWriter, "write"), (RawWriter, "finish"))
+
+
 @pytest.mark.parametrize("at", range(14))
 def test_killed_while_it_records(tmp_path: Path, at: int) -> None:
     """Two sessions of three frames each, one behind the other."""
-    folder, finished = tmp_path / "log", []
+    folder, finished = tmp_path / "log", tmp_path / "finished"
+    finished.touch()
     finish = RawWriter.finish
 
     def note(writer: RawWriter, ended: str) -> None:
         finish(writer, ended)
-        finished.append(writer.metadata["session"])
+        with finished.open("a") as file:
+            file.write(f"{writer.metadata['session']}\n")
+
+    def record() -> None:
+        recorder = start(folder)
+        for number in range(2):
+            recorder.begin(f"session{number}")
+            for step in range(3):
+                answer = SimpleNamespace(
+                    reset=None,
+                    frame=frame(number, step),
+                    step=SimpleNamespace(ratio=0.5),
+                    message={"actions": action(number, step)[None]},
+                )
+                recorder.add(f"session{number}", answer, float(step), 1.0)  # type: ignore[arg-type]
+            recorder.end(f"session{number}", "reset")
+        recorder.close()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RawWriter, "finish", note)
-        with killed_at(at, VIDEO, (RawWriter, "open"), (RawWriter, "write"), (RawWriter, "finish")):
-            recorder = start(folder)
-            for number in range(2):
-                recorder.begin(f"session{number}")
-                for step in range(3):
-                    answer = SimpleNamespace(
-                        reset=None,
-                        frame=frame(number, step),
-                        step=SimpleNamespace(ratio=0.5),
-                        message={"actions": action(number, step)[None]},
-                    )
-                    recorder.add(f"session{number}", answer, float(step), 1.0)  # type: ignore[arg-type]
-                recorder.end(f"session{number}", "reset")
-            with contextlib.suppress(Killed):
-                recorder.close()
+        assert run_killed(at, record, *WHILE)
     restart(folder)
     episodes = check(folder)
     lengths = {episode.metadata["session"]: len(episode) for episode in episodes}
     assert len(lengths) == len(episodes), "none is there twice"
-    assert all(lengths[session] == 3 for session in finished)
+    assert all(lengths[session] == 3 for session in finished.read_text().split())
     assert not folder.with_name("log.recording").exists()
 
 

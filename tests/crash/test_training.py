@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,63 +23,39 @@ from lac_vla.training.config import PretrainConfig, TrainConfig
 from lac_vla.training.pretrain import pretrain
 from lac_vla.training.store import FrameStore
 from lac_vla.training.train import train
+from tests.crash.kills import run_killed
 from tests.training import test_pretrain
 from tests.training.test_pretrain import tiny as tiny_recipe  # noqa: F401
 from tests.training.test_train import dataset, model, short_run  # noqa: F401
 from tests.training.worlds import tiny
 
 
-class Killed(BaseException):
-    """Nothing may handle it."""
+SHORT = 9
+"""Of so many kills, `make test` tries one."""
+EVERY = [pytest.param(first, marks=[] if first == 4 else pytest.mark.slow) for first in range(SHORT)]
 
 
-@contextmanager
-def killed_after(count: int) -> Iterator[list[str]]:
-    """Kill whoever changes a file for the next time after ``count`` changes; yields the changes that were made.
-
-    What is appended is cut in its middle first, as a kill may leave it.
-    """
-    made: list[str] = []
-    patch = pytest.MonkeyPatch()
-
-    def counted(name: str, change: Callable[..., Any], half: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **options: Any) -> Any:
-            if len(made) == count:
-                if half is not None:
-                    half(*arguments)
-                raise Killed
-            made.append(f"{name} {arguments[-1] if name == 'replace' else arguments[0]}")
-            return change(*arguments, **options)
-
-        return wrapper
-
-    def half_a_row(log: IO[str], row: Any) -> None:
-        log.write(json.dumps(row)[:20])
+def append_in_two(log: IO[str], row: Any) -> None:
+    """Half a row is on the disk at the moment of a change."""
+    line = json.dumps(row) + "\n"
+    for part in (line[:20], line[20:]):
+        log.write(part)
         log.flush()
-
-    for name in ("replace", "unlink", "truncate"):
-        patch.setattr(os, name, counted(name, getattr(os, name)))
-    for module in (train_module, pretrain_module):
-        patch.setattr(module, "append", counted("append", run_files.append, half_a_row))
-    try:
-        yield made
-    finally:
-        patch.undo()
+        os.fsync(log.fileno())
 
 
-def every_kill(run: Callable[[Path], object], folder: Path) -> Iterator[Path]:
-    """Folders of runs, each killed at another change of a file and begun again, until one is not killed."""
-    for count in range(100):
-        out = folder / str(count) / "run"
-        try:
-            with killed_after(count):
-                run(out)
-        except Killed:
+def every_kill(run: Callable[[Path], object], folder: Path, first: int) -> Iterator[Path]:
+    """Folders of runs, each killed at another change, ``SHORT`` changes apart, and begun again; until none is left."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train_module, pretrain_module):
+            patch.setattr(module, "append", append_in_two)
+        for at in range(first, 500, SHORT):
+            out = folder / str(at) / "run"
+            if not run_killed(at, lambda out=out: run(out)):  # type: ignore[misc]
+                assert at > 20
+                return
             run(out)
             yield out
-        else:
-            assert count > 5
-            return
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -94,10 +70,11 @@ def config(model: Path, dataset: Path, tmp_path: Path) -> TrainConfig:  # noqa: 
     return replace(short, store=tmp_path / "store")
 
 
-def test_a_run_killed_anywhere_ends_as_the_unbroken_one(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", EVERY)
+def test_a_run_killed_anywhere_ends_as_the_unbroken_one(config: TrainConfig, tmp_path: Path, first: int) -> None:
     train(config)
     state = torch.load(config.out / "state.pt", weights_only=True)
-    for out in every_kill(lambda out: train(replace(config, out=out)), tmp_path / "broken"):
+    for out in every_kill(lambda out: train(replace(config, out=out)), tmp_path / "broken", first):
         found = torch.load(out / "state.pt", weights_only=True)
         assert found["step"] == 3
         for name, weight in state["networks"].items():
@@ -131,22 +108,26 @@ def test_a_store_killed_anywhere_is_whole_in_the_end(model: Path, dataset: Path,
         return FrameStore.build(vla, dataset, out, flow="none", patch_pixels=4)
 
     whole = build(tmp_path / "whole")
-    for count in range(3):
-        out = tmp_path / str(count) / "store"
-        with killed_after(count), suppress(Killed):
-            build(out)
+    for at in count():
+        out = tmp_path / str(at) / "store"
+        if not run_killed(at, lambda out=out: build(out)):  # type: ignore[misc]
+            assert at > 3
+            break
         store = build(out)
         np.testing.assert_array_equal(store.visual, whole.visual)
         np.testing.assert_array_equal(store.targets, whole.targets)
 
 
-def test_pretraining_killed_anywhere_ends_as_the_unbroken_one(dataset_of_pretraining: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", EVERY)
+def test_pretraining_killed_anywhere_ends_as_the_unbroken_one(
+    dataset_of_pretraining: Path, tmp_path: Path, first: int
+) -> None:
     config = PretrainConfig(
         dataset_of_pretraining, tmp_path / "whole/run", coarse_samples=16, fine_samples=8, batch=8, every=16,
         held_out=0.25, warmup=2,
     )  # fmt: skip
     whole = load_vla(pretrain(config)).module.state_dict()
-    for out in every_kill(lambda out: pretrain(replace(config, out=out)), tmp_path / "broken"):
+    for out in every_kill(lambda out: pretrain(replace(config, out=out)), tmp_path / "broken", first):
         for name, weight in load_vla(out / "model").module.state_dict().items():
             assert torch.equal(weight, whole[name]), (out, name)
         assert json.loads((out / "model/lac.json").read_text())["samples_shown"] == 24

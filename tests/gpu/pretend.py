@@ -152,7 +152,7 @@ class _Methods(TorchFunctionMode):
 
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGPU]:
-    """Run the block on the pretended device. Inference mode, which tensors like these cannot be in, is no_grad there."""
+    """Run the block on the pretended device. Its inference mode is no_grad, as its tensors need."""
     mode, grad, cuda = torch.inference_mode, torch.no_grad(), torch.cuda._lazy_init
     before = mode.__enter__, mode.__exit__
     torch.cuda._lazy_init = lambda: None  # there is none to start

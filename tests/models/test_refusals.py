@@ -143,6 +143,13 @@ def test_an_adapter_must_be_merged_first(folder: Path, name: str, alone: bool) -
         load_vla(folder)
 
 
+def test_an_adapter_in_a_subfolder_is_told(folder: Path) -> None:
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "adapter_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"checkpoint-500/adapter_config\.json.*not read.*merge"):
+        load_vla(folder)
+
+
 @pytest.mark.parametrize(("prefix", "advice"), [("module.", "DistributedDataParallel"), ("base_model.model.", "peft")])
 def test_names_with_a_wrappers_prefix(folder: Path, prefix: str, advice: str) -> None:
     state = {prefix + key: value for key, value in load_file(folder / "model.safetensors").items()}
@@ -170,7 +177,8 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_what_the_hub_lists_counts_although_it_is_not_downloaded(hub: Callable[..., None]) -> None:
     assert load_vla("someone/model").name == "model"
     hub([*FILES, "lora_adapter/adapter_model.safetensors", "optimizer.pt"])  # a subfolder is not the model's
-    load_vla("someone/model")
+    with pytest.warns(UserWarning, match=r"subfolder \(lora_adapter/adapter_model\.safetensors\), which is not read"):
+        load_vla("someone/model")
     hub([*FILES, "action_head--150000_checkpoint.pt"])
     with pytest.raises(CheckpointError, match=r"action_head--150000_checkpoint\.pt"):
         load_vla("someone/model")
@@ -300,7 +308,7 @@ def test_json_that_is_too_deep_or_too_long(folder: Path, name: str, text: str) -
 
 
 def test_json_is_read_up_to_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lac_vla.checkpoint_files.LARGEST_JSON", 100)
+    monkeypatch.setattr("lac_vla.files.MAX_OBJECT", 100)
     with pytest.raises(CheckpointError, match="larger than"):
         load_vla(folder)
 

@@ -16,7 +16,7 @@ from lac_vla.datasets import layout
 from lac_vla.datasets.layout import DatasetError
 from lac_vla.datasets.lerobot import LeRobotDataset
 from lac_vla.datasets.schema import Arrays, Images, data_table, tasks_table
-from lac_vla.datasets.statistics import FeatureStats, from_lists, merge, to_lists
+from lac_vla.datasets.statistics import FeatureStats, merge, to_lists
 from lac_vla.datasets.video import VideoWriter
 from lac_vla.datasets.writer import EpisodeWriter, Place, VideoPlaces
 from lac_vla.files import sync, write_object, write_whole
@@ -27,7 +27,7 @@ class DatasetAppender(EpisodeWriter):
 
     Every episode has files of its own, and belongs to the dataset once ``info.json``, replaced last, counts it. What
     a killed process leaves behind is referred to by nothing, and the next episode takes its place; tasks and statistics
-    that count it already are put right at the start. A new dataset gets its name with its first episode. Videos are
+    that count it already are put right with that episode. A new dataset gets its name with its first episode. Videos are
     encoded in one thread, which leaves the others to a model.
 
     Args:
@@ -76,22 +76,6 @@ class DatasetAppender(EpisodeWriter):
             if key.endswith("chunk_index")
         ]
         self._next = layout.next_file(*max(taken)) if taken else (0, 0)
-        self._put_right(dataset)
-
-    def _put_right(self, dataset: LeRobotDataset) -> None:
-        """Take out of tasks and statistics what a killed process had entered for an episode that does not count."""
-        known = int(self._info.get("total_tasks", len(self._tasks)))
-        if len(self._tasks) > known:
-            self._tasks = {task: index for task, index in self._tasks.items() if index < known}
-            self._replace(layout.TASKS, tasks_table(self._tasks))
-        if any(int(entry["count"].max()) > dataset.total_frames for entry in self._stats.values() if "count" in entry):
-            self._stats = {}
-            for path in sorted(self.root.glob("meta/episodes/chunk-*/file-*.parquet")):
-                for row in pq.read_table(path).to_pylist():
-                    if row["episode_index"] < len(self):
-                        stats = _row_stats(row)
-                        self._stats = _merged(self._stats, stats) if self._stats else stats
-            self._replace(layout.STATS, to_lists(self._stats))
 
     def _write_frames(self, vectors: Arrays, pictures: Images, fps: int) -> tuple[Place, Place, VideoPlaces]:
         videos = {}
@@ -130,13 +114,3 @@ class DatasetAppender(EpisodeWriter):
 
 def _merged(one: Mapping[str, FeatureStats], other: Mapping[str, FeatureStats]) -> dict[str, FeatureStats]:
     return {key: merge(one[key], entry) for key, entry in other.items() if key in one}
-
-
-def _row_stats(row: Mapping[str, Any]) -> dict[str, FeatureStats]:
-    """Read the statistics of one episode from its row of the episode table."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in row.items():
-        if name.startswith("stats/"):
-            _, key, what = name.split("/")
-            found.setdefault(key, {})[what] = value
-    return from_lists(found)

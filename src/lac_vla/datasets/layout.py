@@ -96,7 +96,7 @@ def read_info(root: Path) -> dict[str, Any]:
     fps, features = info["fps"], info["features"]
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1e6:
         raise DatasetError(f"{path}: fps is {fps!r}; frames per second are needed, a number above 0")
-    for name in ("total_episodes", "total_frames"):
+    for name in ("total_episodes", "total_frames", *(["total_tasks"] if "total_tasks" in info else [])):
         if isinstance(info[name], bool) or not isinstance(info[name], int) or info[name] < 0:
             raise DatasetError(f"{path}: {name} is {info[name]!r}; a whole number is needed")
     if not isinstance(features, dict) or not all(

@@ -100,5 +100,12 @@ def to_lists(stats: Mapping[str, FeatureStats]) -> dict[str, dict[str, Any]]:
 
 
 def from_lists(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, FeatureStats]:
-    """Convert nested lists back, see :func:`to_lists`."""
-    return {key: {name: np.asarray(value) for name, value in entry.items()} for key, entry in stats.items()}
+    """Convert nested lists back, see :func:`to_lists`.
+
+    Raises:
+        ValueError: If there is something else than numbers.
+    """
+    found = {key: {name: np.asarray(value) for name, value in entry.items()} for key, entry in stats.items()}
+    if wrong := [key for key, entry in found.items() if any(value.dtype.kind not in "biuf" for value in entry.values())]:
+        raise ValueError(f"the statistics of {wrong[0]!r:.80} are no numbers")
+    return found

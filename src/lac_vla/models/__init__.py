@@ -12,8 +12,8 @@ import torch
 
 from lac_vla.bundled import BUNDLED, find_model
 from lac_vla.checkpoint_files import read_json
-from lac_vla.checks import check_device, find_dtype
-from lac_vla.errors import CheckpointError, InputError, did_you_mean
+from lac_vla.checks import check_device, find_dtype, shortened
+from lac_vla.errors import CheckpointError, InputError, LacError, did_you_mean
 from lac_vla.hub import find_folder
 from lac_vla.models.cogact.checkpoint import HUB_FILES as COGACT_FILES
 from lac_vla.models.cogact.checkpoint import load_cogact, new_cogact, random_cogact, save_cogact
@@ -42,6 +42,10 @@ from lac_vla.models.weights import HUB_FILES, model_name, refuse_adapter, refuse
 from lac_vla.plugins import MODELS, announced
 
 __all__ = ["FAMILIES", "VLA", "Encode", "Family", "is_plugin", "load_vla", "random_vla", "save_vla", "untrained_vla"]
+
+
+WRONG_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What Python makes of a value of another kind than was expected."""
 
 
 @dataclass(frozen=True)
@@ -187,18 +191,26 @@ def load_vla(
     if family.hub_files != HUB_FILES:
         folder = find_folder(path_or_hub_id, family.hub_files)
     refuse_unread(path_or_hub_id, folder, family.hub_files, name)
-    return family.load(
-        folder,
-        data,
-        name=model_name(path_or_hub_id, folder),
-        dtype=dtype,
-        device=device,
-        unnorm_key=unnorm_key,
-        cameras=cameras,
-        image_pipeline=image_pipeline,
-        encode=encode,
-        **options,
-    )
+    try:
+        return family.load(
+            folder,
+            data,
+            name=model_name(path_or_hub_id, folder),
+            dtype=dtype,
+            device=device,
+            unnorm_key=unnorm_key,
+            cameras=cameras,
+            image_pipeline=image_pipeline,
+            encode=encode,
+            **options,
+        )
+    except LacError:
+        raise
+    except WRONG_VALUES as error:
+        raise CheckpointError(
+            f"{folder}: {CONFIG} and the files beside it do not describe a model of the family '{name}' "
+            f"({shortened(error)}): fetch them again, or give the family's own layout"
+        ) from error
 
 
 def _name_of(folder: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from lac_vla.checkpoint_files import read_json
+from lac_vla.checkpoint_files import damaged, read_json
 from lac_vla.errors import CheckpointError
-from lac_vla.files import write_object
+from lac_vla.files import write_object, write_whole
 from lac_vla.hub import find_folder
 from lac_vla.models.tokenizer import TOKENIZER, Encode, FileTokenizer, load_tokenizer
 from lac_vla.models.weights import HUB_FILES as WEIGHT_FILES
@@ -196,6 +196,12 @@ def read_processors(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]
     if any(there) and not all(there):
         raise CheckpointError(f"{files[there.index(False)]} is missing: is the checkpoint's folder complete?")
     before, after = (read_json(file) if file.is_file() else None for file in files)
+    for file, content in zip(files, (before, after), strict=True):
+        steps = [] if content is None else content.get("steps")
+        if not isinstance(steps, list) or not all(
+            isinstance(step, dict) and isinstance(step.get("config") or {}, dict) for step in steps
+        ):
+            raise CheckpointError(f"{file} is damaged: steps must be a list of JSON objects, each with its config")
     return before, after
 
 
@@ -247,7 +253,7 @@ def write_processors(folder: Path, normalization: Normalization, data: Mapping[s
         steps = [*steps, {"registry_name": f"{name}_processor", "config": config, "state_file": state_file}]
         content = {"name": file.removesuffix(".json"), "steps": steps}
         write_object(folder / file, content)
-        save_file(tensors, folder / state_file)
+        write_whole(folder / state_file, lambda partial: save_file(tensors, partial))
 
 
 def tokenizer_length(preprocessor: Mapping[str, Any] | None, default: int) -> int:
@@ -321,9 +327,9 @@ def _state_file(processor: Mapping[str, Any] | None, name: str) -> str | None:
     for step in (processor or {}).get("steps", ()):
         if step.get("registry_name") == name:
             file = step.get("state_file")
-            if file is not None and Path(file).name != file:
+            if file is not None and (not isinstance(file, str) or not file or Path(file).name != file):
                 raise CheckpointError(f"state_file {file!r} of {name} must be the name of a file beside it")
-            return None if file is None else str(file)
+            return file
     return None
 
 
@@ -333,8 +339,8 @@ def _read(file: Path, prefix: str) -> dict[str, npt.NDArray[np.float32]]:
         with safe_open(file, framework="pt") as content:
             keys = [key for key in content.keys() if key.removeprefix("model.").startswith(prefix)]  # noqa: SIM118
             tensors = {key.removeprefix("model.").removeprefix(prefix): content.get_tensor(key) for key in keys}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is missing, truncated or damaged ({error}): fetch it again") from error
+    except Exception as error:  # the reader's own, the system's, or of a text that is none
+        raise damaged(file, error) from error
     return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 

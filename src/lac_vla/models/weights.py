@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -28,6 +29,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_FILES = ("*.json", WEIGHTS, "model-*.safetensors")
 WEIGHT_FILE = re.compile(r"[^/]*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)")
+ADAPTER = re.compile(r"[^/]+/adapter_(config\.json|model\..*)")
+"""Files of a LoRA adapter in a subfolder."""
 TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)(?![a-z])|state\.pt$")
 """Files of a training run beside its model, which are none of the model's weights."""
 WRAPPERS = {
@@ -61,7 +64,9 @@ def refuse_adapter(path_or_hub_id: str | Path, folder: Path) -> None:
 
 
 def refuse_unread(path_or_hub_id: str | Path, folder: Path, read: Iterable[str], family: str) -> None:
-    """Refuse weights beside the model's own, local or on the hub, that nobody would read.
+    """Refuse weights beside the model's own, local or on the hub, that nobody would read; warn of adapters below them.
+
+    An adapter in a subfolder may be merged already, as the official OpenVLA-OFT training leaves it, or not.
 
     Args:
         path_or_hub_id: What the user gave.
@@ -72,10 +77,16 @@ def refuse_unread(path_or_hub_id: str | Path, folder: Path, read: Iterable[str],
     Raises:
         CheckpointError: If there are any.
     """
-    names = {file.name for file in folder.iterdir()}
+    names = {file.relative_to(folder).as_posix() for file in (*folder.iterdir(), *folder.glob("*/adapter_*"))}
     if not os.path.isdir(os.path.expanduser(path_or_hub_id)):
         with suppress(Exception):  # without the hub, what was downloaded before is all there is
             names |= {file.rfilename for file in HfApi().model_info(str(path_or_hub_id), timeout=10).siblings or ()}
+    if adapters := [name for name in names if ADAPTER.fullmatch(name)]:
+        warnings.warn(
+            f"'{path_or_hub_id}' holds a LoRA adapter in a subfolder ({some(adapters)}), which is not read: the model "
+            "acts without it unless it was merged into the folder's own weights (model.merge_and_unload())",
+            stacklevel=3,
+        )
     weights = [name for name in names if WEIGHT_FILE.fullmatch(name) and not TRAINER_STATE.match(name)]
     if unread := [name for name in weights if not any(fnmatch(name, pattern) for pattern in read)]:
         raise CheckpointError(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lac_vla.checks import check_whole, shortened
 from lac_vla.errors import InputError
-from lac_vla.files import read_lines, read_object
+from lac_vla.files import read_lines, read_object, reading
 from lac_vla.types import BoolArray, FloatArray, UInt8Image
 
 METRICS, CONFIG, POLICY, SALIENCY = "metrics.jsonl", "config.json", "policy/config.json", "saliency.npz"
@@ -41,17 +40,20 @@ class Saliency:
     @classmethod
     def read(cls, path: Path) -> Saliency:
         """Read ``saliency.npz``; an :class:`InputError` says that it is damaged."""
-        try:
+        with reading(path, "resume the run, it writes it again"):
             with np.load(path, allow_pickle=False) as found:
                 cameras = [name.removeprefix("image_") for name in found.files if name.startswith("image_")]
                 kinds = ("image", "score", "mask")
                 images, scores, active = ({c: found[f"{kind}_{c}"] for c in cameras} for kind in kinds)
-        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is damaged ({error}): resume the run, it writes it again") from error
-        for camera, score in scores.items():
-            if score.ndim != 3 or active[camera].shape != score.shape or len(images[camera]) != len(score):
-                raise InputError(f"{path}: the arrays of camera {camera} do not fit each other")
-        return cls(images, scores, active)
+            for camera, score in scores.items():
+                image, mask = images[camera], active[camera]
+                if score.ndim != 3 or mask.shape != score.shape or image.shape != (len(score), *image.shape[1:3], 3):
+                    raise ValueError(f"the arrays of camera {camera} do not fit each other")
+                if (image.dtype, mask.dtype, score.dtype.kind) != (np.uint8, bool, "f") or not image.size:
+                    raise ValueError(f"the arrays of camera {camera} are of other types")
+                if not np.isfinite(score).all():
+                    raise ValueError(f"the scores of camera {camera} are not finite")
+            return cls(images, scores, active)
 
     @property
     def frames(self) -> int:
@@ -87,6 +89,10 @@ class TrainingRun:
         config = read_object(folder / CONFIG, ADVICE)
         if "stage2_steps" not in config:
             raise InputError(f"{folder / CONFIG} holds no settings of 'lac train': give the folder of such a run")
+        for name in ("stage1_steps", "stage2_steps"):
+            check_whole(f"{folder / CONFIG}: {name}", config.get(name, 0), 0, 2**53)
+        if not isinstance(config.get("target_ratio"), float | int | None):
+            raise InputError(f"{folder / CONFIG}: target_ratio is {shortened(config['target_ratio'])}, no number")
         metadata = read_object(folder / POLICY, ADVICE).get("about", {}) if (folder / POLICY).exists() else {}
         pictures = folder / SALIENCY
         return cls(

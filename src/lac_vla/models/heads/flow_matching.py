@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from lac_vla.checks import check_fields
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.heads.base import ActionHead, AppendRows, Decoding, HeadContext, LossContext
 from lac_vla.models.heads.units import check_units
@@ -25,6 +26,8 @@ from lac_vla.types import FloatArray, Frame
 
 DRAWS = 2
 """Noisings of every chunk in the loss; an expert is small beside its prefix."""
+LARGEST = 2**16
+"""Actions, values and steps that a head may have at most."""
 DEVIATIONS = 4.0
 """Action values beyond as many standard deviations count as outside the statistics' range."""
 TIME_POWER, TIME_SCALE, TIME_OFFSET = 1.5, 0.999, 0.001
@@ -46,7 +49,7 @@ class FlowConfig:
         max_period: Longest.
 
     Raises:
-        CheckpointError: If a number is not positive.
+        CheckpointError: If a number is not positive, or so large that no frame would end.
     """
 
     horizon: int
@@ -57,7 +60,9 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if min(self.horizon, self.width, self.steps) < 1 or not 0 < self.min_period < self.max_period:
+        check_fields(self, CheckpointError)
+        sizes = (self.horizon, self.width, self.steps)
+        if min(sizes) < 1 or max(sizes) > LARGEST or not 0 < self.min_period < self.max_period:
             raise CheckpointError(f"a flow-matching head cannot have {self}")
 
     @property

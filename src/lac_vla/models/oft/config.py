@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lac_vla.checks import check_fields
 from lac_vla.errors import CheckpointError
 from lac_vla.models.prismatic.config import CameraConfig, PrismaticConfig
 from lac_vla.models.prismatic.presets import NO_STATS, OPENVLA_7B, TINY
@@ -16,6 +17,8 @@ from lac_vla.models.prismatic.presets import NO_STATS, OPENVLA_7B, TINY
 HEADS = ("l1", "discrete", "diffusion")
 BOUNDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
 """Names of the statistics that [-1, 1] stands for, by the way of normalising."""
+MOST_STEPS = 10_000
+"""Of a diffusion head's training."""
 STOP_TOKEN = 2
 """Llama 2's end of a sequence; it stands behind the placeholders."""
 
@@ -78,16 +81,25 @@ class OFTConfig:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
+        check_fields(self, CheckpointError)
         if self.head not in HEADS:
             raise CheckpointError(f"head {self.head!r}: OpenVLA-OFT has {list(HEADS)}")
         if self.bounds not in BOUNDS:
             raise CheckpointError(f"bounds {self.bounds!r}: choose one of {list(BOUNDS)}")
-        if self.chunk < 1 or self.action_dim < 1:
-            raise CheckpointError(f"a chunk of {self.chunk} actions of {self.action_dim} values: give at least 1")
+        if not 1 <= self.n_placeholders <= self.vlm.llm_max_length or self.chunk < 1:
+            raise CheckpointError(
+                f"a chunk of {self.chunk} actions of {self.action_dim} values: give at least 1, and together no more "
+                f"than the {self.vlm.llm_max_length} tokens of a prompt"
+            )
+        if not 0 <= self.stop_id < self.vlm.vocab_size:
+            raise CheckpointError(f"stop_id is {self.stop_id}; the vocabulary has {self.vlm.vocab_size} tokens")
         if {tower.language for tower in self.vlm.vit_towers} not in (set(), {None}, {self.vlm.width}):
             raise CheckpointError("FiLM conditions all vision transformers, on embeddings of the decoder's width")
-        if not 1 <= self.sampling_steps <= self.diffusion_steps:
-            raise CheckpointError(f"sampling_steps is {self.sampling_steps}; give 1 to {self.diffusion_steps}")
+        if not 1 <= self.sampling_steps <= self.diffusion_steps <= MOST_STEPS:
+            raise CheckpointError(
+                f"{self.sampling_steps} of {self.diffusion_steps} steps are taken; give 1 to all of them, and at most "
+                f"{MOST_STEPS}"
+            )
 
     @property
     def film(self) -> bool:
