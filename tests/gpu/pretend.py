@@ -47,7 +47,7 @@ class OnDevice(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"{func} of a tensor on the pretended device, outside of it")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 def _here(part: Any) -> Any:
@@ -152,16 +152,16 @@ class _Methods(TorchFunctionMode):
 
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGPU]:
-    """Run the block on the pretended device. Inference mode, which tensors like these cannot be in, is no_grad there."""
+    """Run the block on the pretended device, in no_grad: tensors like these cannot be in inference mode."""
     mode, grad, cuda = torch.inference_mode, torch.no_grad(), torch.cuda._lazy_init
     before = mode.__enter__, mode.__exit__
     torch.cuda._lazy_init = lambda: None  # there is none to start
-    mode.__enter__, mode.__exit__ = (lambda _: None), (lambda *_: None)  # type: ignore[method-assign]
+    mode.__enter__, mode.__exit__ = (lambda _: None), (lambda *_: None)
     try:
         with grad, PretendedGPU() as gpu, _Methods(gpu):
             yield gpu
     finally:
-        mode.__enter__, mode.__exit__ = before  # type: ignore[method-assign]
+        mode.__enter__, mode.__exit__ = before
         torch.cuda._lazy_init = cuda
 
 

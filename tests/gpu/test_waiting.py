@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 
 from lac_vla import CachedVLA, Random, random_vla
 from lac_vla.engine.options import EngineOptions
-from lac_vla.models import FAMILIES
 from lac_vla.session import Session
 from tests.engine.scenes import frame
+from tests.gpu.devices import TINY
 from tests.gpu.pretend import DEVICE, pretended_gpu, to_pretended_gpu
 
 OPTIONS = ("none", "default", "default+vision_kv_reuse", "default+bucket=8+cuda_graphs")
-TINY = {family.tiny: family for family in FAMILIES.values()}
 WARM = 3
 """Frames before those that are watched: constants are copied in the first."""
 
@@ -40,6 +36,8 @@ def test_the_action_is_all_that_is_read(name: str, options: str) -> None:
     with pretended_gpu() as gpu:
         vla = CachedVLA(to_pretended_gpu(here), Random(0.5), options=EngineOptions.parse(options))
         session = vla.session(seed=2)
+        if session.engine.graphs is not None:
+            session.engine.graphs.make_graph = None
         for seed in range(WARM + 2):
             gpu.reads.clear()
             gpu.waits.clear()
@@ -66,13 +64,3 @@ def test_what_waits_is_seen() -> None:
             gpu.waits.clear()
             wait()
             assert gpu.waits
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raise wherever torch would wait for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +41,8 @@ class ServeConfig:
         max_sessions: Robots at a time.
         max_rate: Requests per second and robot.
         max_message_mb: Size of a request.
+        warmup: Instructions that robots will give: every shape of their frames is run, and with the option cuda_graphs
+            captured, before the server listens, and none in mid-episode.
         record: Folder of a LeRobot dataset of what the sessions see and do, for ``lac train``; one that is there is
             continued.
         record_fps: Frames per second that it is to have; 0: those of the folder, or the rate of the first episode.
@@ -68,6 +70,7 @@ class ServeConfig:
     max_sessions: int = 32
     max_rate: float = 200.0
     max_message_mb: float = 8.0
+    warmup: tuple[str, ...] = ()
     record: Path | None = None
     record_fps: int = 0
     view: bool = False
@@ -96,6 +99,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
     from lac_vla import __version__
     from lac_vla.client.observation import ObservationKeys
     from lac_vla.engine.budget import smallest_budget
+    from lac_vla.engine.warmup import warm_up
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
     from lac_vla.serving.controller import DeadlineController, LatencyTable, sample_frames
     from lac_vla.serving.server import Limits, PolicyServer
@@ -104,6 +108,9 @@ def make_server(config: ServeConfig) -> PolicyServer:
     check_exposure(config.host, key)
     [(method, vla)] = load_methods(config.model, (config.policy,), config.model_options).items()
     keys = ObservationKeys.parse(vla.model.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
+    if config.warmup:
+        frames = [replace(sample_frames(vla.model)[0], instruction=instruction) for instruction in config.warmup]
+        warm_up(vla.engine, frames, config.max_sessions)
     table = None
     if config.deadline_ms or config.session_options.slack:
         table = LatencyTable.measure(vla, max_batch=config.max_batch if config.deadline_ms else 1)

@@ -1,0 +1,235 @@
+"""The engine on a GPU: as on a CPU, in either precision, packed, in threads, in training, and when memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lac_vla import VLA, CachedVLA, Dense, Random, Session, random_vla
+from lac_vla.engine.engine import Engine
+from lac_vla.engine.options import EngineOptions
+from lac_vla.errors import DeviceMemoryError
+from lac_vla.policies import CachePolicy
+from lac_vla.training import lac
+from lac_vla.transfer import upload
+from tests.engine.scenes import ALL_POLICIES, REUSING, frame
+from tests.gpu.devices import DEVICES, GPU, TINY
+from tests.training.test_lac_loss import WARM
+from tests.training.worlds import losses_of, store_of, tiny
+
+CLOSE = {"rtol": 1e-3, "atol": 2e-4}
+COARSE = 0.1
+"""Most that an action in bfloat16 may differ from float32's on the mean, of values in about [-1, 1]."""
+OPTIONS = ("none", "default", "default+async_policy+bucket=8+cuda_graphs")
+
+
+def make(model: VLA, policy: CachePolicy, options: str = "default", seed: int = 5) -> Session:
+    return CachedVLA(model, policy, options=EngineOptions.parse(options)).session(seed)
+
+
+def normalized(session: Session) -> np.ndarray:
+    assert session.last_info is not None
+    return np.asarray(session.last_info.metadata["normalized"])
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", TINY)
+def test_float32_is_the_cpus(name: str, options: str, device: str) -> None:
+    here, there = (make(random_vla(name, seed=3, device=d), Random(0.5), options) for d in ("cpu", device))
+    there.model.module.load_state_dict(here.model.module.state_dict())
+    for seed in range(6):
+        np.testing.assert_allclose(there.act(frame(seed)), here.act(frame(seed)), **CLOSE)
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("policy", ALL_POLICIES)
+def test_every_policy_is_the_cpus(policy: str, device: str) -> None:
+    here, there = (make(random_vla("tiny", seed=3, device=d), ALL_POLICIES[policy]()) for d in ("cpu", device))
+    there.model.module.load_state_dict(here.model.module.state_dict())
+    for seed in range(4):
+        np.testing.assert_allclose(there.act(frame(seed)), here.act(frame(seed)), **CLOSE)
+        assert here.last_info is not None
+        assert there.last_info is not None
+        assert (here.last_info.decision.exit_layer == there.last_info.decision.exit_layer).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", TINY)
+def test_bfloat16_is_nearly_float32(name: str, options: str, device: str) -> None:
+    """Of heads whose answers are continuous; a token may tip over."""
+    fine = make(random_vla(name, seed=3, device=device), Random(0.5), options)
+    coarse = make(random_vla(name, seed=3, device=device, dtype="bfloat16"), Random(0.5), options)
+    coarse.model.module.load_state_dict(fine.model.module.state_dict())
+    for seed in range(4):
+        actions = fine.act(frame(seed)), coarse.act(frame(seed))
+        assert np.isfinite(actions[1]).all()
+        if name not in ("tiny", "mini"):
+            assert np.abs(normalized(fine) - normalized(coarse)).mean() < COARSE
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", TINY)
+def test_a_packed_batch_equals_its_sessions_alone(name: str, device: str) -> None:
+    model = random_vla(name, seed=3, device=device)
+    packed = Engine(model, EngineOptions.parse("default"))
+    together = [Session(packed, Random(0.5), "none", 16, 1.0, seed) for seed in range(3)]
+    alone = [make(model, Random(0.5), seed=seed) for seed in range(3)]
+    for step in range(3):
+        frames = [frame(10 * robot + step) for robot in range(3)]
+        plans = [session.plan(observation) for session, observation in zip(together, frames, strict=True)]
+        for session, plan, result in zip(together, plans, packed.run(plans), strict=True):
+            session.commit(plan, result)
+            assert result.action is not None
+        for robot, session in enumerate(alone):
+            expected = session.act(frames[robot])
+            np.testing.assert_allclose(normalized(together[robot]), normalized(session), **CLOSE)
+            assert expected.shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", ["default", "default+bucket=8+cuda_graphs"])
+def test_two_sessions_in_threads(options: str, device: str) -> None:
+    model = random_vla("tiny", seed=3, device=device)
+    vla = CachedVLA(model, Random(0.5), options=EngineOptions.parse(options))
+    expected = [
+        [session.act(frame(seed)) for seed in range(8)]
+        for session in (make(model, Random(0.5), seed=s) for s in (1, 2))
+    ]
+
+    def play(seed: int) -> list[Any]:
+        session = vla.session(seed)
+        return [session.act(frame(step)) for step in range(8)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for found, wanted in zip(threads.map(play, (1, 2)), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_uploads_arrive_whole(device: str) -> None:
+    """Pinned memory is lent again as soon as a copy is done, and no sooner."""
+    rng = np.random.default_rng(0)
+    sent = [rng.integers(0, 255, 100_000, dtype=np.uint8) for _ in range(64)]
+    arrived = [upload(values.copy(), torch.device(device)) for values in sent]
+    for values, tensor in zip(sent, arrived, strict=True):
+        np.testing.assert_array_equal(tensor.cpu().numpy(), values)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise wherever torch would wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("options", ["none", "default+bucket=8+cuda_graphs"])
+@pytest.mark.parametrize("name", TINY)
+def test_nothing_waits_before_the_head_reads(
+    name: str, options: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the prefill's end; ``test_waiting`` counts what the heads read."""
+    session = make(random_vla(name, seed=3, device=device), Random(0.5), options)
+    for seed in range(4):
+        session.act(frame(seed))
+    engine, decode = session.engine, Engine._decode
+
+    def decode_freely(*arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        decode(*arguments)
+
+    monkeypatch.setattr(Engine, "_decode", decode_freely)
+    for seed in range(4, 8):
+        plan = session.plan(frame(seed))
+        with no_waiting():
+            results = engine.run([plan])
+        session.commit(plan, results[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_training_step(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both networks get the gradients that they get on a CPU, through mixed keys and values."""
+    monkeypatch.setattr(lac, "AUTOCAST", False)  # exact comparisons need float32 products
+
+    def gradients(where: str) -> torch.Tensor:
+        model = tiny()
+        model.module.to(where)
+        losses = losses_of(model, store_of(model))
+        losses.policy.networks.to(where)
+        losses.window(np.array([0, 8]), 4, WARM, torch.Generator().manual_seed(0), lam=0.5)
+        found = [weight.grad for weight in losses.policy.networks.parameters() if weight.grad is not None]
+        return torch.cat([grad.flatten().cpu() for grad in found])
+
+    here = gradients("cpu")
+    assert here.abs().max() > 0
+    torch.testing.assert_close(gradients(device), here, rtol=1e-2, atol=1e-5)
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("part", ["store", "prefill"])
+def test_a_full_memory_is_told_and_the_session_lives(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on every device: what torch raises is all that differs."""
+    model = random_vla("tiny", seed=3)
+    session, other = make(model, Random(0.5)), make(model, Dense())
+    if part == "prefill":
+        session.act(frame(0))
+    keys = session.engine.store.keys
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        if part == "store":
+            zeros, calls = torch.Tensor.new_zeros, []
+
+            def second(*arguments: Any, **options: Any) -> Any:
+                calls.append(1)
+                return full() if len(calls) == 2 else zeros(*arguments, **options)
+
+            patch.setattr(torch.Tensor, "new_zeros", second)
+        else:
+            patch.setattr(type(model.decoder.layers[1]), "finish", full)
+        with pytest.raises(DeviceMemoryError, match=r"memory is full.*fewer sessions.*2\.00 GiB"):
+            session.act(frame(1))
+    assert session.engine.store.keys is keys
+    assert session.engine.store.values.shape == keys.shape
+    np.testing.assert_allclose(session.act(frame(2)), other.act(frame(2)), **CLOSE)
+    assert session.last_info is not None
+    assert session.last_info.dense_reason == "first frame"
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_a_full_gpu_is_told_and_the_session_lives(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = make(random_vla("tiny", seed=3, device=device), Random(0.5))
+    session.act(frame(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(session.model.head, "max_new_tokens", 10**9)  # slots that no GPU has
+        with pytest.raises(DeviceMemoryError, match="memory is full"):
+            session.act(frame(1))
+    assert np.isfinite(session.act(frame(2))).all()
+    assert session.last_info is not None
+    assert session.last_info.dense_reason == "first frame"
+
+
+@pytest.mark.parametrize("name", REUSING)
+@pytest.mark.parametrize("device", [GPU])
+def test_captured_graphs_equal_the_plain_loop_of_every_policy(name: str, device: str) -> None:
+    tiny = random_vla("tiny", seed=3, device=device)
+    plain, static = (make(tiny, ALL_POLICIES[name](), f"draft+bucket=8{text}") for text in ("", "+cuda_graphs"))
+    for seed in (*range(8), *range(8)):
+        np.testing.assert_allclose(static.act(frame(seed)), plain.act(frame(seed)), **CLOSE)
+    assert static.engine.graphs is not None
+    assert static.engine.graphs.captured > 0
