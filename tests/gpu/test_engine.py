@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from lac_vla.training import lac
 from lac_vla.transfer import upload
 from tests.engine.scenes import ALL_POLICIES, REUSING, frame
 from tests.gpu.devices import DEVICES, GPU, TINY
+from tests.gpu.test_waiting import reads
 from tests.training.test_lac_loss import WARM
 from tests.training.worlds import losses_of, store_of, tiny
 
@@ -99,10 +102,8 @@ def test_a_packed_batch_equals_its_sessions_alone(name: str, device: str) -> Non
 def test_two_sessions_in_threads(options: str, device: str) -> None:
     model = random_vla("tiny", seed=3, device=device)
     vla = CachedVLA(model, Random(0.5), options=EngineOptions.parse(options))
-    expected = [
-        [session.act(frame(seed)) for seed in range(8)]
-        for session in (make(model, Random(0.5), seed=s) for s in (1, 2))
-    ]
+    alone = [make(model, Random(0.5), options, seed) for seed in (1, 2)]
+    expected = [[session.act(frame(step)) for step in range(8)] for session in alone]
 
     def play(seed: int) -> list[Any]:
         session = vla.session(seed)
@@ -155,6 +156,40 @@ def test_nothing_waits_before_the_head_reads(
         with no_waiting():
             results = engine.run([plan])
         session.commit(plan, results[0])
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", TINY)
+def test_the_gpu_is_waited_for_when_the_action_is_read(name: str, options: str, device: str) -> None:
+    session = make(random_vla(name, seed=3, device=device), Random(0.5), options)
+    for seed in range(4):
+        session.act(frame(seed))
+    for seed in range(4, 8):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                session.act(frame(seed))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+        assert len(waits) == reads(session), waits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_stages_of_a_frame_are_all_of_its_time(device: str) -> None:
+    session = make(random_vla("mini", seed=3, device=device), Random(0.5))
+    session.engine.stage_events = True
+    shares = []
+    for seed in range(8):
+        began = time.perf_counter()
+        session.act(frame(seed))
+        took = 1e3 * (time.perf_counter() - began)
+        assert session.last_info is not None
+        assert min(session.last_info.stages[stage] for stage in ("tower", "prefill", "decode")) > 0
+        shares.append(sum(session.last_info.stages.values()) / took)
+    assert 0.5 < np.median(shares) < 1.1
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -13,6 +13,7 @@ from lac_vla.engine.cuda_graphs import CUDAGraphRunner
 from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.warmup import warm_up
+from lac_vla.factory import ModelOptions
 from lac_vla.policies import CachePolicy, cache_lowest
 from lac_vla.session import Session
 from lac_vla.types import PolicyInput
@@ -110,3 +111,18 @@ def test_random_is_served_by_cached_vla() -> None:
         robot.act(frame(seed))
         assert robot.last_info is not None
         assert robot.last_info.eager_runs == 0
+
+
+def test_a_server_is_warm_before_it_listens() -> None:
+    pytest.importorskip("websockets")
+    from lac_vla.serving.config import ServeConfig, make_server
+
+    options = ModelOptions(options="default+cuda_graphs")
+    server = make_server(ServeConfig("mini", "dense", warmup=("stop",), max_sessions=2, model_options=options))
+    engine = server.vla.engine
+    shapes, keys = len(graphs(engine)), engine.store.keys
+    robots = [server.vla.session(seed) for seed in range(2)]
+    for step in range(2):
+        for robot in robots:
+            robot.act(frame(step, "stop"))
+    assert (len(graphs(engine)), engine.store.keys is keys, graphs(engine).eager_runs) == (shapes, True, 0)

@@ -18,7 +18,7 @@ WARM = 3
 """Frames before those that are watched: constants are copied in the first."""
 
 
-def allowed(session: Session) -> int:
+def reads(session: Session) -> int:
     """Count the reads of a frame: the action, in every pass that may have been the last."""
     info = session.last_info
     assert info is not None
@@ -44,7 +44,7 @@ def test_the_action_is_all_that_is_read(name: str, options: str) -> None:
             np.testing.assert_allclose(session.act(frame(seed)), expected[seed], atol=1e-3)
             if seed >= WARM:
                 assert gpu.waits == []
-                assert len(gpu.reads) == allowed(session), gpu.reads
+                assert len(gpu.reads) == reads(session), gpu.reads
     assert session.engine.store.keys.device.type == "cuda"
 
 

@@ -117,7 +117,7 @@ class GraphEntry:
 
     @property
     def captured(self) -> bool:
-        """Whether there is a graph."""
+        """True once there is a graph."""
         return self._graph is not None
 
     def fill(self, hidden: torch.Tensor, rotary: Rotary, segment: Segment) -> None:
