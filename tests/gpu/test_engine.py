@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,11 @@ from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.errors import DeviceMemoryError
 from lac_vla.policies import CachePolicy
-from lac_vla.training import lac
+from lac_vla.training.mixed import mixed_forward
 from lac_vla.transfer import upload
 from tests.engine.scenes import ALL_POLICIES, REUSING, frame
 from tests.gpu.devices import DEVICES, GPU, TINY
 from tests.gpu.test_waiting import reads
-from tests.training.test_lac_loss import WARM
-from tests.training.worlds import losses_of, store_of, tiny
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 COARSE = 0.1
@@ -192,23 +191,41 @@ def test_the_stages_of_a_frame_are_all_of_its_time(device: str) -> None:
     assert 0.5 < np.median(shares) < 1.1
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_training_step(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both networks get the gradients that they get on a CPU, through mixed keys and values."""
-    monkeypatch.setattr(lac, "AUTOCAST", False)  # exact comparisons need float32 products
+def mask_gradient(name: str, device: str) -> torch.Tensor:
+    """Gradient of the head's loss with respect to the mask, (1, N)."""
+    model, generator = random_vla(name, seed=3), torch.Generator().manual_seed(0)
+    model.module.requires_grad_(False).to(device)
+    head, layout, rng = model.head, model.processor.prompt(frame(0)).layout, np.random.default_rng(0)
+    embeddings = torch.randn(2, layout.length + head.n_forced, model.decoder.shape.width, generator=generator)
+    mask = torch.rand(1, layout.n_visual, generator=generator).to(device).requires_grad_()
+    targets = head.targets(rng.uniform(-1, 1, (1, 7)).astype(np.float32))
+    targets = head.with_states(targets, np.zeros((1, model.processor.state_dim or 0), np.float32))
+    lengths = torch.tensor([layout.length], device=device)
+    forward = partial(mixed_forward, model, layout=layout, lengths=lengths, n_rows=head.n_rows, n_before=head.n_before)
+    before, now = embeddings.to(device)[:, None]
+    with torch.no_grad():
+        old = forward(before).store.slots
+    context = forward(now, mask=mask, old=old).context()
+    head.loss(context, torch.from_numpy(targets).to(device), torch.Generator().manual_seed(0)).sum().backward()
+    assert mask.grad is not None
+    return mask.grad.cpu()
 
-    def gradients(where: str) -> torch.Tensor:
-        model = tiny()
-        model.module.to(where)
-        losses = losses_of(model, store_of(model))
-        losses.policy.networks.to(where)
-        losses.window(np.array([0, 8]), 4, WARM, torch.Generator().manual_seed(0), lam=0.5)
-        found = [weight.grad for weight in losses.policy.networks.parameters() if weight.grad is not None]
-        return torch.cat([grad.flatten().cpu() for grad in found])
 
-    here = gradients("cpu")
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("name", TINY)
+def test_a_training_step_is_the_cpus(name: str, device: str) -> None:
+    """The loss's gradient reaches the mask through mixed keys and values."""
+    here = mask_gradient(name, "cpu")
     assert here.abs().max() > 0
-    torch.testing.assert_close(gradients(device), here, rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(mask_gradient(name, device), here, rtol=1e-2, atol=1e-4 * float(here.abs().max()))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_step_that_a_gpu_is_held_to(name: str) -> None:
+    """A mask that changes along its gradient changes the loss: what the GPU's is compared with is no zero."""
+    gradient = mask_gradient(name, "cpu")
+    assert torch.isfinite(gradient).all()
+    assert (gradient != 0).float().mean() > 0.5
 
 
 # Memory.
