@@ -12,12 +12,16 @@ WINDOWS = ("decoder_prefill", "model_call", "observation_to_action")
 
 def main(results: Path, page: Path) -> None:
     """Read every ``bench.json`` below ``results``, and write the page."""
+    steps = results / "steps.txt"
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*/bench.json"))]
     parts = [_conditions(runs[0])] if runs else ["nothing was measured"]
     for run in runs:
         parts += [_frame(run["frame"])] if run.get("frame") else []
         parts += [_batch(run["batch"])] if run.get("batch") else []
         parts += [_trace(run["trace"])] if run.get("trace") else []
+    kernels = results / "kernels" / "log.txt"
+    parts += [kernels.read_text(encoding="utf-8")] if kernels.is_file() else []
+    parts += ["```\n" + steps.read_text(encoding="utf-8") + "```"] if steps.is_file() else []
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -37,8 +41,7 @@ def _frame(part: dict[str, Any]) -> str:
         action = "observation_to_action"
         rows.append([
             row["name"], f"{row['ratio_effective']:.0%}", *(f"{row['windows_ms'][w]['p50']:.2f}" for w in WINDOWS),
-            f"{row['faster_than_stock'][action]['value']:.2f}×", f"{row['faster_than_dense'][action]['value']:.2f}×",
-            f"{row['faster_than_equal'][action]['value']:.2f}×", floors or "–",
+            *(_times(row[f"faster_than_{other}"].get(action)) for other in ("stock", "dense", "equal")), floors or "–",
         ])  # fmt: skip
     title = f"### {part['model']}, {part['dtype']}, batch 1, {part['frames']} frames"
     heads = ["row", "reused", *(window.replace("_", " ") for window in WINDOWS)]
@@ -63,6 +66,10 @@ def _trace(part: dict[str, Any]) -> str:
     ]  # fmt: skip
     heads = ["row", "span", "busy", "kernels", "heaviest"]
     return f"### {part['model']}, one frame under the profiler\n\n" + _table(heads, rows)
+
+
+def _times(ratio: dict[str, float] | None) -> str:
+    return "–" if ratio is None else f"{ratio['value']:.2f}×"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

@@ -37,6 +37,10 @@ class NonFiniteError(LacError, ArithmeticError):
     """The model computed NaN or infinity, and gives no action: stop the robot. The next frame is computed in full."""
 
 
+class DeviceMemoryError(LacError, MemoryError):
+    """The GPU's memory is full, and there is no action. Sessions go on: their next frame is computed in full."""
+
+
 class MissingExtraError(LacError, ImportError):
     """An optional dependency is needed for what was asked.
 

@@ -176,20 +176,21 @@ def test_buckets_make_few_shapes_and_the_cache_stays_where_it_is(backbone: VLA) 
             ratio = inputs.rng.uniform(0.3, 0.9)
             return Decision.reuse(cache_lowest(inputs.rng.random(inputs.layout.n_visual), ratio), inputs.n_layers)
 
-    shapes = {}
+    counts = set()
     for options in ("draft+cuda_graphs", "draft+cuda_graphs+bucket=16"):
         session = CachedVLA(backbone, Restless(), options=EngineOptions.parse(options)).session()
         addresses = set()
         for seed in range(24):
             act(session, seed % 5)
             addresses.add((session.engine.store.keys.data_ptr(), session.engine.store.values.data_ptr()))
+            assert session.last_info is not None
+            counts.add(int(session.last_info.active.sum()))
         assert len(addresses) == 1
         assert session.engine.graphs is not None
         assert session.engine.graphs.eager_runs == 0
-        shapes[options] = len(session.engine.graphs)
-    assert (
-        shapes["draft+cuda_graphs+bucket=16"] <= 4 + 2 + 6 < shapes["draft+cuda_graphs"]
-    )  # counts; dense frames; passes
+        # rows are rounded up to multiples of 16 in any case: up to five of them with a draft, a dense frame without
+        # one, and passes of one to six rows
+        assert len(session.engine.graphs) <= 5 + 1 + 6 < len(counts)
 
 
 def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: VLA) -> None:
@@ -203,7 +204,7 @@ def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: V
         keys, entries = session.engine.store.keys, session.engine.graphs._entries.values()
         assert keys.shape[2] % CAPACITY_MULTIPLE == 0
         homes.append(keys.data_ptr())
-        assert {entry.segment.length for entry in entries} == {keys.shape[2]}
+        assert {entry.segment.size for entry in entries} == {keys.shape[2]}
     assert homes[0] == homes[1] == homes[2] != homes[3] == homes[4]
 
 
@@ -224,21 +225,6 @@ def test_no_more_shapes_are_kept_than_the_limit(backbone: VLA, monkeypatch: pyte
         act(session, seed)
         assert session.engine.graphs is not None
         assert len(session.engine.graphs) == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("name", REUSING)
-def test_captured_graphs_equal_the_plain_loop(name: str) -> None:
-    tiny = random_vla("tiny", seed=3, device="cuda")
-    plain, static = (
-        CachedVLA(tiny, ALL_POLICIES[name](), options=EngineOptions.parse(text)).session(seed=5)
-        for text in ("draft+bucket=8", "draft+bucket=8+cuda_graphs")
-    )
-    for seed in (*range(8), *range(8)):
-        torch.testing.assert_close(capture_hidden(static, frame(seed)), capture_hidden(plain, frame(seed)), **CLOSE)
-    assert static.engine.graphs is not None
-    assert any(entry._graph is not None for entry in static.engine.graphs._entries.values())
 
 
 def test_a_limit_keeps_whole_buckets() -> None:

@@ -6,7 +6,7 @@ So the library takes the ways that it takes for a GPU, and what would wait for o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -47,7 +47,7 @@ class OnDevice(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"{func} of a tensor on the pretended device, outside of it")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 def _here(part: Any) -> Any:
@@ -108,11 +108,11 @@ class PretendedGPU(TorchDispatchMode):
         elif target.type == DEVICE.type and not (unwaited and any(source is pinned for pinned in self._pinned)):
             self.waits.append(f"{what} from memory that is not pinned, {tuple(source.shape)}")
 
-    def indexed(self, parts: list[Any]) -> None:
+    def indexed(self, parts: list[Any], written: Sequence[Any]) -> None:
         """See what a tensor is indexed by, and what is written into it."""
-        for part in parts:
-            if isinstance(part, torch.Tensor) and part.dtype == torch.bool and part.ndim:
-                self.waits.append("a mask as an index: the shape depends on numbers")
+        if any(isinstance(part, torch.Tensor) and part.dtype == torch.bool and part.ndim for part in parts):
+            self.waits.append("a mask as an index: the shape depends on numbers")
+        for part in (*parts, *written):
             if isinstance(part, torch.Tensor) and part.ndim and not isinstance(part, OnDevice):
                 self.waits.append(f"an index or numbers of the host's, {tuple(part.shape)}")
 
@@ -136,6 +136,9 @@ class _Methods(TorchFunctionMode):
         if func in READS and isinstance(args[0], OnDevice):
             self._gpu.reads.append(func.__name__)
             return func(args[0].data_here)
+        if func is torch.Tensor.nonzero and isinstance(args[0], OnDevice):
+            self._gpu.waits.append("nonzero: its shape depends on numbers")
+            return OnDevice(func(args[0].data_here))
         if func is torch.Tensor.__invert__:
             return torch.bitwise_not(*args)
         if func is torch.Tensor.contiguous and isinstance(args[0], OnDevice):
@@ -145,23 +148,23 @@ class _Methods(TorchFunctionMode):
             return OnDevice(func(*args, **{**kwargs, "device": "cpu"}))
         if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) or not isinstance(args[0], OnDevice):
             return func(*args, **(kwargs or {}))
-        self._gpu.indexed(tree_flatten(args[1:])[0])
+        self._gpu.indexed(tree_flatten(args[1])[0], args[2:])
         found = func(*tree_map(_here, args))
         return None if found is None else OnDevice(found)
 
 
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGPU]:
-    """Run the block on the pretended device. Its inference mode is no_grad, as its tensors need."""
+    """Run the block on the pretended device, in no_grad: tensors like these cannot be in inference mode."""
     mode, grad, cuda = torch.inference_mode, torch.no_grad(), torch.cuda._lazy_init
     before = mode.__enter__, mode.__exit__
     torch.cuda._lazy_init = lambda: None  # there is none to start
-    mode.__enter__, mode.__exit__ = (lambda _: None), (lambda *_: None)  # type: ignore[method-assign]
+    mode.__enter__, mode.__exit__ = (lambda _: None), (lambda *_: None)
     try:
         with grad, PretendedGPU() as gpu, _Methods(gpu):
             yield gpu
     finally:
-        mode.__enter__, mode.__exit__ = before  # type: ignore[method-assign]
+        mode.__enter__, mode.__exit__ = before
         torch.cuda._lazy_init = cuda
 
 

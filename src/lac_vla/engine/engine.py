@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from lac_vla.engine.cuda_graphs import CAPACITY_MULTIPLE, CUDAGraphRunner
+from lac_vla.engine.cuda_graphs import CUDAGraphRunner
 from lac_vla.engine.kv_cache import SlotCache
 from lac_vla.engine.layers import RunLayers, run_layers
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.prefill import AppendCursor, Cursor, PrefillCursor, SequenceState, run_packed
-from lac_vla.errors import InputError, NonFiniteError
+from lac_vla.errors import DeviceMemoryError, InputError, NonFiniteError
 from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt, finite
 from lac_vla.models.protocols import DecoderStack, Rotary
 from lac_vla.models.vla import VLA
@@ -79,7 +79,7 @@ class Engine:
             )
         decoder = model.decoder
         self.store = SlotCache(model.n_layers, decoder.kv_heads, decoder.head_dim, decoder.dtype, decoder.device)
-        self.graphs = CUDAGraphRunner() if self.options.cuda_graphs else None
+        self.graphs = CUDAGraphRunner(decoder.device) if self.options.cuda_graphs else None
         self.stage_events = False
         self._run_layers: RunLayers = run_layers if self.graphs is None else self.graphs
         self._rotary: dict[int, tuple[DecoderStack, Rotary]] = {}
@@ -123,13 +123,30 @@ class Engine:
     def slots(self, plan: FramePlan) -> int:
         """Count the slots of the store that a plan needs, those that its session has among them."""
         needed = plan.prompt.layout.length + self.model.head.max_new_tokens
-        if self.graphs is not None and needed > plan.region.size:
-            needed += 2 * CAPACITY_MULTIPLE - needed % CAPACITY_MULTIPLE
+        if self.graphs is not None and needed >= plan.region.size:
+            needed = self.graphs.size_for(needed)
         return needed
 
     def stopwatch(self) -> Stopwatch:
         """Make a clock for a frame."""
         return Stopwatch(self.model.device, events=self.stage_events)
+
+    @torch.inference_mode()
+    def append(self, sequence: SequenceState, rows: AppendRows) -> torch.Tensor:
+        """Run rows behind a sequence that a run has left open.
+
+        Args:
+            sequence: Of a result.
+            rows: The rows.
+
+        Returns:
+            Their normalised last hidden states, (n, width).
+        """
+        stack: DecoderStack = rows.stack or self.model.decoder
+        with self._lock:
+            cursor = AppendCursor(stack, sequence, rows, self._rotary_of(stack, sequence.region.size))
+            [hidden] = run_packed(stack, [cursor], [rows.embeddings], self.store, self._run_layers)
+            return stack.norm(hidden)
 
     def _check(self, plans: Sequence[FramePlan]) -> None:
         for plan in plans:
@@ -150,7 +167,7 @@ class Engine:
         try:
             return work(run)
         except Exception as error:  # whatever it is, it goes to the session that asked
-            run.result.error = error
+            run.result.error = _told(error)
             return None
 
     def _encode_stems(self, runs: Sequence[_Run]) -> list[Any]:
@@ -221,7 +238,10 @@ class Engine:
             return
         try:
             with clock.stage("prefill"):
-                cursors = [PrefillCursor(decoder, run.sequence, self._rotary_of(decoder, run)) for run in alive]
+                cursors = [
+                    PrefillCursor(decoder, run.sequence, self._rotary_of(decoder, run.plan.region.size))
+                    for run in alive
+                ]
                 hidden = run_packed(decoder, cursors, [run.embeddings for run in alive], self.store, self._run_layers)
                 for run, rows in zip(alive, hidden, strict=True):
                     sequence, run.result.error = run.sequence, run.sequence.error
@@ -284,7 +304,7 @@ class Engine:
 
     def _prepare(self, run: _Run, stack: DecoderStack) -> tuple[Cursor, torch.Tensor]:
         """Plan the rows that a head yielded, and embed them."""
-        sequence, rows, rotary = run.sequence, run.rows, self._rotary_of(stack, run)
+        sequence, rows, rotary = run.sequence, run.rows, self._rotary_of(stack, run.plan.region.size)
         if isinstance(rows, AppendRows):
             return AppendCursor(stack, sequence, rows, rotary), rows.embeddings
         if rows is None:  # pragma: no cover - those that are done have left
@@ -306,14 +326,25 @@ class Engine:
 
     def _fail(self, runs: Sequence[_Run], error: Exception) -> None:
         for run in runs:
-            run.result.error, run.rows = error, None
+            run.result.error, run.rows = _told(error), None
 
-    def _rotary_of(self, stack: DecoderStack, run: _Run) -> Rotary:
+    def _rotary_of(self, stack: DecoderStack, size: int) -> Rotary:
         """Get the position embedding of a stack from slot 0 on, for all slots of a session's region."""
-        size = run.plan.region.size
         if id(stack) not in self._rotary or len(self._rotary[id(stack)][1][0]) < size:
             self._rotary[id(stack)] = stack, stack.rotary(torch.arange(size, device=self.model.device))
         return self._rotary[id(stack)][1]
+
+
+def _told(error: Exception) -> Exception:
+    """Say of a full memory what can be done about it; leave every other error as it is."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return error
+    told = DeviceMemoryError(
+        "the GPU's memory is full, so there is no action. The next frame is computed in full; if it fails as well, run "
+        f"fewer sessions at a time, a smaller batch or another dtype, or end what else is on the GPU ({error})"
+    )
+    told.__cause__ = error
+    return told
 
 
 def _kind(run: _Run) -> tuple[bool, int]:

@@ -53,6 +53,11 @@ class SlotCache:
         self._fixed = False
 
     @property
+    def n_slots(self) -> int:
+        """Slots of all regions."""
+        return self.keys.shape[2]
+
+    @property
     def bytes_per_slot(self) -> int:
         """Memory of one slot over all layers, bytes."""
         layers, heads, _, width = self.keys.shape
@@ -150,9 +155,7 @@ class SlotCache:
             self.release(self.abandoned.popleft())
 
     def _grow(self, size: int) -> None:
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            pool = old.new_zeros(*old.shape[:2], size, old.shape[3])
-            pool[:, :, : old.shape[2]] = old
-            setattr(self, name, pool)
+        keys, values = (pool.new_zeros(*pool.shape[:2], size, pool.shape[3]) for pool in (self.keys, self.values))
+        keys[:, :, : self.n_slots], values[:, :, : self.n_slots] = self.keys, self.values
+        self.keys, self.values = keys, values  # both or none: the memory may not be enough
         self._by_layer = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +46,8 @@ class ServeConfig:
             room taken by robots at work is told so when it connects.
         max_rate: Requests per second and robot.
         max_message_mb: Size of a request.
+        warmup: Instructions that robots will give: every shape of their frames is run, and with the option cuda_graphs
+            captured, before the server listens, and none in mid-episode.
         record: Folder of a LeRobot dataset of what the sessions see and do, for ``lac train``; one that is there is
             continued.
         record_fps: Frames per second that it is to have; 0: those of the folder, or the rate of the first episode.
@@ -74,6 +76,7 @@ class ServeConfig:
     kv_memory: float = 0.0
     max_rate: float = 200.0
     max_message_mb: float = 8.0
+    warmup: tuple[str, ...] = ()
     record: Path | None = None
     record_fps: int = 0
     view: bool = False
@@ -105,6 +108,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
     from lac_vla import __version__
     from lac_vla.client.observation import ObservationKeys
     from lac_vla.engine.budget import smallest_budget
+    from lac_vla.engine.warmup import warm_up
     from lac_vla.realtime.deadline import DeadlineController, LatencyTable, sample_frames
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
     from lac_vla.serving.kv_memory import KVMemory
@@ -115,6 +119,10 @@ def make_server(config: ServeConfig) -> PolicyServer:
     [(method, vla)] = load_methods(config.model, (config.policy,), config.model_options).items()
     keys = ObservationKeys.parse(vla.model.grids, config.camera, state=config.state_key, prompt=config.prompt_key)
     memory = KVMemory.take(vla, config.kv_memory) if config.kv_memory else None
+    if config.warmup:
+        frames = [replace(sample_frames(vla.model)[0], instruction=instruction) for instruction in config.warmup]
+        robots = config.max_sessions if memory is None else min(config.max_sessions, memory.robots)
+        warm_up(vla.engine, frames, robots)
     table = None
     if config.deadline_ms or config.session_options.slack:
         table = LatencyTable.measure(vla, max_batch=config.max_batch if config.deadline_ms else 1)

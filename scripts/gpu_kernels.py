@@ -1,0 +1,136 @@
+"""Time what the decoder could run through instead, on one GPU: ``gpu_kernels.py --device cuda``.
+
+Attention with and without a mask, by the kernels that torch may choose and by FlexAttention; the row-wise part of a
+layer as it is and by ``torch.compile``; a matrix in bfloat16 and in float8, with its error. Random numbers, the sizes
+of Llama 2 7B. What is faster here is no option of the engine yet: it has to be, first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+ROWS = (16, 64, 128, 282)
+"""Active rows of a prompt of 282."""
+SLOTS = 320
+HEADS, HEAD_DIM, FFN = 32, 128, 11008
+FP8_MAX = 448.0
+
+
+def main(device: str) -> None:
+    """Print one line per variant; what fails says so."""
+    small = device == "cpu"
+    heads, head_dim, ffn = (2, 16, 64) if small else (HEADS, HEAD_DIM, FFN)
+    dtype = torch.float32 if small else torch.bfloat16
+    print(f"| what | {' | '.join(f'{rows} rows, µs' for rows in ROWS)} |\n{'|---' * (len(ROWS) + 1)}|")
+    for name, make in VARIANTS.items():
+        cells = []
+        for rows in ROWS:
+            try:
+                work, note = make(rows, heads, head_dim, ffn, device, dtype)
+                cells.append(f"{_time(work, device, 5 if small else 50):.1f}{note}")
+            except Exception as error:
+                cells.append(f"{type(error).__name__}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def _time(work: Callable[[], Any], device: str, rounds: int) -> float:
+    """Take the median of some calls, microseconds."""
+    times = []
+    for index in range(rounds + 3):
+        _wait(device)
+        start = perf_counter()
+        work()
+        _wait(device)
+        if index >= 3:
+            times.append(1e6 * (perf_counter() - start))
+    return median(times)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _attention(kind: str) -> Callable[..., tuple[Callable[[], Any], str]]:
+    def make(rows: int, heads: int, dim: int, ffn: int, device: str, dtype: torch.dtype) -> tuple[Any, str]:
+        query = torch.randn(1, heads, rows, dim, device=device, dtype=dtype)
+        keys, values = torch.randn(2, 1, heads, SLOTS, dim, device=device, dtype=dtype)
+        last = torch.arange(SLOTS - rows, SLOTS, device=device)
+        mask = torch.arange(SLOTS, device=device) <= last[:, None]
+        if kind == "flex":
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+            blocks = create_block_mask(lambda b, h, q, k: k <= last[q], None, None, rows, SLOTS, device=device)
+            flex = torch.compile(flex_attention)
+            return lambda: flex(query, keys, values, block_mask=blocks), ""
+        added = torch.zeros(rows, SLOTS, device=device, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        chosen = {"none": None, "bool": mask, "additive": added}[kind]
+        return lambda: F.scaled_dot_product_attention(query, keys, values, attn_mask=chosen), ""
+
+    return make
+
+
+def _rowwise(compiled: bool) -> Callable[..., tuple[Callable[[], Any], str]]:
+    def make(rows: int, heads: int, dim: int, ffn: int, device: str, dtype: torch.dtype) -> tuple[Any, str]:
+        width = heads * dim
+        hidden = torch.randn(rows, width, device=device, dtype=dtype)
+        gain = torch.ones(width, device=device, dtype=dtype)
+        gate, up, down = (
+            torch.randn(size, device=device, dtype=dtype) for size in ((ffn, width),) * 2 + ((width, ffn),)
+        )
+
+        def mlp() -> torch.Tensor:
+            normed = F.rms_norm(hidden, (width,), gain)
+            return hidden + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+
+        return (torch.compile(mlp) if compiled else mlp), ""
+
+    return make
+
+
+def _matrix(fp8: bool) -> Callable[..., tuple[Callable[[], Any], str]]:
+    def make(rows: int, heads: int, dim: int, ffn: int, device: str, dtype: torch.dtype) -> tuple[Any, str]:
+        x = torch.randn(-(-rows // 16) * 16, heads * dim, device=device, dtype=dtype)
+        weight = torch.randn(ffn, heads * dim, device=device, dtype=dtype) / (heads * dim) ** 0.5
+        if not fp8:
+            return lambda: x @ weight.T, ""
+        scale_x, scale_w = (part.float().abs().amax() / FP8_MAX for part in (x, weight))
+        kind = torch.float8_e4m3fn
+        small_w = (weight / scale_w).to(kind)
+
+        def product() -> torch.Tensor:
+            return torch._scaled_mm(
+                (x / scale_x).to(kind), small_w.T, scale_a=scale_x, scale_b=scale_w, out_dtype=dtype
+            )
+
+        exact = x.float() @ weight.float().T
+        error = float((product().float() - exact).norm() / exact.norm())
+        return product, f" (error {error:.1%})"
+
+    return make
+
+
+VARIANTS = {
+    "attention, no mask": _attention("none"),
+    "attention, additive mask": _attention("additive"),
+    "attention, boolean mask": _attention("bool"),
+    "FlexAttention, block mask": _attention("flex"),
+    "feed-forward": _rowwise(compiled=False),
+    "feed-forward, torch.compile": _rowwise(compiled=True),
+    "matrix, bfloat16": _matrix(fp8=False),
+    "matrix, float8 weights and rows": _matrix(fp8=True),
+}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "--device":
+        raise SystemExit(__doc__)
+    with torch.inference_mode():
+        main(sys.argv[2])
