@@ -29,7 +29,6 @@ from tests.training.test_pretrain import tiny as tiny_recipe  # noqa: F401
 from tests.training.test_train import dataset, model, short_run  # noqa: F401
 from tests.training.worlds import tiny
 
-
 SHORT = 9
 """Of so many kills, `make test` tries one."""
 EVERY = [pytest.param(first, marks=[] if first == 4 else pytest.mark.slow) for first in range(SHORT)]

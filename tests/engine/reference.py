@@ -45,20 +45,19 @@ class ReferenceDecoder:
         self.gain, self.activate, self.sees = gain, activate, sees
         self.n_layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
         self.old: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._angles: dict[tuple[int, int], torch.Tensor] = {}
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return (self.gain + self.w[name]) * x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         length, half = x.shape[1], x.shape[2] // 2
-        out = torch.empty_like(x)
-        for position in range(length):
-            for i in range(half):
-                angle = position * self.theta ** (-i / half)
-                a, b = x[:, position, i], x[:, position, i + half]
-                out[:, position, i] = a * math.cos(angle) - b * math.sin(angle)
-                out[:, position, i + half] = b * math.cos(angle) + a * math.sin(angle)
-        return out
+        if (length, half) not in self._angles:
+            angles = [[position * self.theta ** (-i / half) for i in range(half)] for position in range(length)]
+            self._angles[length, half] = torch.tensor(angles, dtype=torch.float64)
+        cos, sin = self._angles[length, half].cos(), self._angles[length, half].sin()
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
     def run(self, embeddings: torch.Tensor, start: int, decision: Decision) -> torch.Tensor:
         """Last hidden states (after the final norm) of all rows of ``[prefix | visual | rest]``, (length, width).
@@ -102,3 +101,55 @@ class ReferenceDecoder:
             x = x + (self.activate(gate) * up) @ self.w[p + "mlp.down_proj.weight"].T
         self.old = remembered
         return self.norm(x, "model.norm.weight")
+
+
+class ReferenceTower:
+    """A vision transformer that keeps the keys and values of patches that are not computed: of one camera's pictures.
+
+    Written from the definition, too: every row is computed in every block, and what was not to be computed is thrown
+    away; its key and value are the remembered ones.
+
+    Args:
+        weights: State dict of a transformer (timm's names).
+        heads: Attention heads.
+        depth: Blocks that are run.
+        extra: Class and register tokens, which stand first and are always computed.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor], heads: int, depth: int, extra: int) -> None:
+        self.w = {name: value.double() for name, value in weights.items()}
+        self.heads, self.depth, self.extra = heads, depth, extra
+        self.old: list[torch.Tensor] = []
+
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
+
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        return scaled * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+
+    def run(self, embedded: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+        """Features of all patches, (patches, width); those of patches that are not ``computed`` mean nothing.
+
+        Args:
+            embedded: Input of the first block, (extra + patches, width).
+            computed: Which patches are, bool, (patches,).
+        """
+        x = embedded.double()
+        kept = torch.cat([torch.zeros(self.extra, dtype=torch.bool), ~computed])
+        remembered = []
+        for index in range(self.depth):
+            p = f"blocks.{index}."
+            qkv = self.linear(self.norm(x, p + "norm1"), p + "attn.qkv").unflatten(-1, (3, self.heads, -1))
+            q, new = qkv[:, 0].transpose(0, 1), qkv[:, 1:].permute(1, 2, 0, 3).clone()
+            if kept.any():
+                new[:, :, kept] = self.old[index][:, :, kept]
+            remembered.append(new)
+            scores = q @ new[0].transpose(1, 2) / math.sqrt(q.shape[-1])
+            attended = (scores.softmax(-1) @ new[1]).transpose(0, 1).flatten(1)
+            x = x + self.w.get(p + "ls1.scale_factor", 1.0) * self.linear(attended, p + "attn.proj")
+            y = F.gelu(self.linear(self.norm(x, p + "norm2"), p + "mlp.fc1"))
+            x = x + self.w.get(p + "ls2.scale_factor", 1.0) * self.linear(y, p + "mlp.fc2")
+        self.old = remembered
+        return x[self.extra :]

@@ -21,6 +21,7 @@ from lac_vla.report import build_training_report
 from lac_vla.report.training import training_table
 from lac_vla.report.training_run import TrainingRun
 from lac_vla.results.records import read_episodes
+from lac_vla.results.summary import summarize
 from lac_vla.serving.raw import COLUMNS, RawEpisode, RawWriter
 from lac_vla.sims.libero.collect import load_episode
 from lac_vla.training.run_files import load_state, save_state
@@ -41,11 +42,13 @@ class Kind:
         make: Fills a folder.
         read: Reads it to its end.
         files: Patterns of the files that are damaged.
+        many: How many are tried in the slow test: of every format, JSON to MP4, at least 10,000 over all kinds.
     """
 
     make: Callable[[Path], object]
     read: Callable[[Path], object]
     files: tuple[str, ...]
+    many: int = 10_000
 
 
 def make_dataset(folder: Path) -> None:
@@ -116,6 +119,9 @@ def make_training(folder: Path) -> None:
 
 def read_training(folder: Path) -> None:
     training_table(TrainingRun.read(folder)).to_terminal()
+
+
+def report_training(folder: Path) -> None:
     build_training_report(folder, folder / "report.html")
 
 
@@ -125,9 +131,8 @@ def make_evaluation(folder: Path) -> None:
     (folder / "summary.json").write_text(json.dumps({"created": "2025", "versions": {"torch": "2"}, "notes": ["one"]}))
 
 
-def read_evaluation(folder: Path) -> None:
-    read_episodes(folder / "episodes.jsonl")
-    show(folder)
+def read_log(folder: Path) -> None:
+    summarize(read_episodes(folder / "episodes.jsonl"))
 
 
 def make_raw(folder: Path) -> None:
@@ -171,19 +176,21 @@ def make_staged(folder: Path) -> None:
 
 
 KINDS: dict[str, Kind] = {
-    "dataset's descriptions": Kind(make_dataset, read_dataset, ("data/meta/*.json",)),
-    "dataset's tables": Kind(make_dataset, read_dataset, ("data/**/*.parquet",)),
-    "dataset's pictures": Kind(make_pictures, read_dataset, ("data/data/**/*.parquet",)),
+    "dataset's descriptions": Kind(make_dataset, read_dataset, ("data/meta/*.json",), 2_000),
+    "dataset's tables": Kind(make_dataset, read_dataset, ("data/**/*.parquet",), 6_000),
+    "dataset's pictures": Kind(make_pictures, read_dataset, ("data/data/**/*.parquet",), 4_000),
     "dataset's videos": Kind(make_dataset, read_dataset, ("data/**/*.mp4",)),
     "staged episode": Kind(make_staged, lambda folder: [load_episode(file) for file in folder.iterdir()], ("*.npz",)),
     "recorded episode": Kind(make_raw, read_raw, ("*.frames",)),
-    "evaluation": Kind(make_evaluation, read_evaluation, ("*.json", "*.jsonl")),
-    "training": Kind(make_training, read_training, ("*.json", "*.jsonl", "*.npz", "policy/*.json")),
+    "evaluation's log": Kind(make_evaluation, read_log, ("*.jsonl",)),
+    "evaluation's report": Kind(make_evaluation, show, ("*.json", "*.jsonl"), 200),
+    "training": Kind(make_training, read_training, ("*.json", "*.jsonl", "*.npz", "policy/*.json"), 4_000),
+    "training's report": Kind(make_training, report_training, ("*.json", "*.jsonl", "*.npz", "policy/*.json"), 200),
     "training's state": Kind(make_state, load_state, ("*.pt",)),
     "stored frames": Kind(make_store, read_store, ("store/*",)),
-    "policy": Kind(make_policy, LACPolicy.from_pretrained, ("policy/*.json", "policy/*.safetensors")),
+    "policy": Kind(make_policy, LACPolicy.from_pretrained, ("policy/*.json", "policy/*.safetensors"), 4_000),
     **{
-        f"{family}'s {what}": Kind(make_model(family), read_model, (pattern,))
+        f"{family}'s {what}": Kind(make_model(family), read_model, (pattern,), 1_500)
         for family in FAMILIES
         for what, pattern in (("descriptions", "*.json"), ("weights", "*.safetensors"))
     },

@@ -15,7 +15,7 @@ from lac_vla import LacError
 from tests.fuzz.kinds import KINDS, Kind
 from tests.fuzz.mutations import mutate
 
-FEW, MANY = 15, 10_000
+FEW = 15
 SECONDS = 20.0
 """The longest that one file may take, on a busy machine."""
 GROWTH = 768 * 2**10
@@ -37,6 +37,7 @@ def try_damaged(kind: Kind, folder: Path, count: int, seed: int) -> int:
     assert files
     whole = {file: file.read_bytes() for file in files}
     before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    longest = 0
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         file = files[number % len(files)]
@@ -46,12 +47,13 @@ def try_damaged(kind: Kind, folder: Path, count: int, seed: int) -> int:
             kind.read(folder)
         except LacError as error:
             refused += 1
-            assert 0 < len(str(error)) < 4000
+            longest = max(longest, len(str(error)))
         except Exception as error:
             raise AssertionError(f"number {number} of seed {seed}, {file.name}: {type(error).__name__}") from error
         assert time.perf_counter() - began < SECONDS, (number, seed, file)
         file.write_bytes(whole[file])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH
+    assert longest < 4000
     return refused
 
 
@@ -61,4 +63,4 @@ def test_some_damaged_files(case: tuple[Kind, Path]) -> None:
 
 @pytest.mark.slow
 def test_many_damaged_files(case: tuple[Kind, Path]) -> None:
-    assert try_damaged(*case, MANY, seed=2)
+    assert try_damaged(*case, case[0].many, seed=2)

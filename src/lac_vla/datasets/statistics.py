@@ -106,6 +106,8 @@ def from_lists(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, FeatureStats
         ValueError: If there is something else than numbers.
     """
     found = {key: {name: np.asarray(value) for name, value in entry.items()} for key, entry in stats.items()}
-    if wrong := [key for key, entry in found.items() if any(value.dtype.kind not in "biuf" for value in entry.values())]:
+    if wrong := [
+        key for key, entry in found.items() if any(value.dtype.kind not in "biuf" for value in entry.values())
+    ]:
         raise ValueError(f"the statistics of {wrong[0]!r:.80} are no numbers")
     return found
