@@ -34,7 +34,7 @@ lac demo --tasks 0 --episodes 1 --out demo
 ls -l demo/report.html
 
 say "user 2: a robot, its own data, its own names"
-python make_dataset.py kitchen
+"${LAC_LEROBOT_PYTHON:-python}" make_dataset.py kitchen  # with LeRobot, where an environment that has it is named
 lac train --model mini --dataset kitchen --camera agentview=front_cam wrist=gripper_cam --stage1-steps 2 --stage2-steps 2 \
     --out my-lac
 lac serve --model mini --policy lac:path=my-lac/policy,ratio=0.5 --camera agentview=front wrist=gripper --state-key joints \

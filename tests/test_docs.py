@@ -107,6 +107,14 @@ def test_every_target_of_make_exists(document: Path) -> None:
     assert set(asked) <= targets
 
 
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, ROOT / "docs" / "llms.txt"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_links_into_the_repository_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", document.read_text(encoding="utf-8"))
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
 

@@ -30,3 +30,10 @@ def test_the_index_page_has_no_links_into_the_repository() -> None:
     assert links
     assert re.findall(r"\]\((?!https:).*", page) == []
     assert re.search(r"\]\(https:", page)
+
+
+def test_what_is_kept_is_small() -> None:
+    large = [path for path in (ROOT / "docs").rglob("*") if path.is_file() and path.stat().st_size > 1_000_000]
+    assert large == [], "generated pages and raw data do not belong into the repository: scripts/keep_results.py"
+    pages = [path.name for path in (ROOT / "docs").rglob("*.html")]
+    assert pages == ["showcase.html"]

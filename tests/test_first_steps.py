@@ -63,7 +63,7 @@ def test_a_notebook_runs_and_is_kept_without_outputs(path: Path, capsys: pytest.
     assert "forced:" in capsys.readouterr().out
 
 
-def test_every_example_is_run_here_and_listed() -> None:
+def test_every_example_is_listed() -> None:
     listed = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     files = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
     assert files == set(re.findall(r"`([a-z_]+\.(?:py|ipynb))`", listed))
