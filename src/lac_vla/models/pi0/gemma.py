@@ -242,9 +242,9 @@ class GemmaBlocks:
         """Run the final normalisation."""
         return self._norm(hidden)
 
-    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Let every position see every other: (rows,) and (slots,) → bool, (rows, slots)."""
-        return torch.ones(len(queries), len(keys), dtype=torch.bool, device=keys.device)
+    def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+        """Let every position see every other, without a mask."""
+        return None
 
 
 class GemmaDecoder(GemmaBlocks):
