@@ -16,6 +16,7 @@ from tests.training.worlds import losses_of, store_of, tiny
 
 from lac_vla import VLA, CachedVLA, EngineOptions, LACPolicy, Random, load_vla, random_vla, save_vla
 from lac_vla.datasets.writer import DatasetWriter
+from lac_vla.engine import layers
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.training import precision
 from lac_vla.training.store import FrameStore
@@ -90,6 +91,18 @@ def test_the_loss_moves_both_networks(vla: VLA, loss: str) -> None:
     assert min(gradients(losses).values()) > 1e-6
 
 
+def test_a_prefix_in_bfloat16_has_about_the_same_loss(vla: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that multiplies so, before an expert in float32; in both stages."""
+    found = []
+    for fast in (False, True):
+        monkeypatch.setattr(precision, "AUTOCAST", fast)
+        losses = losses_of(vla, store_of(vla, instructions=TEXTS))
+        window = losses.window(np.array([0, 8]), 3, WARM, torch.Generator().manual_seed(0), lam=0.1)
+        found.append([window["task"], float(losses.alignment(np.array([1, 9])).detach())])
+    assert found[0] != found[1]
+    np.testing.assert_allclose(found[1], found[0], rtol=0.03)
+
+
 @pytest.mark.parametrize("loss", ["distill", "demo"])
 def test_the_gradient_of_the_mask_is_that_of_finite_differences(vla: VLA, loss: str) -> None:
     """∂L/∂M of both prompts of a batch, through self- and cross-attention of the expert."""
@@ -140,3 +153,26 @@ def test_a_trained_policy_drives_the_model(tmp_path: Path, loss: str, vision: bo
     assert session.last_info is not None
     assert session.last_info.decision.nominal_ratio in config.ratios
     assert all(np.isfinite(list(row.values())).all() for row in rows(config.out))
+
+
+@torch.no_grad()
+def test_stage_one_learns_from_the_experts_attention(vla: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all its layers, self- and cross-attention, to the visual tokens; computed from what the kernels were given."""
+    losses = losses_of(vla, store_of(vla, 2, LENGTH, instructions=TEXTS))
+    frames, kernel = np.array([1, LENGTH + 1]), layers.attend
+    n, seen = losses.store.layout.n_visual, list[torch.Tensor]()
+    horizon = vla.head.horizon
+
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *rest: Any, **more: Any) -> Any:
+        if query.shape[-2] == horizon:  # the expert's rows
+            grouped = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            scores = (query @ grouped.transpose(-1, -2)) / query.shape[-1] ** 0.5
+            scores = scores if mask is None else scores + mask
+            seen.append(scores.exp().div(scores.exp().sum(-1, keepdim=True))[..., :n].mean(dim=(1, 2)))
+        return kernel(query, key, value, mask, *rest, **more)
+
+    monkeypatch.setattr(layers, "attend", spy)
+    found = losses.attention(frames)
+    assert len(seen) == 2 * len(vla.decoder.layers)
+    torch.testing.assert_close(found, torch.stack(seen).mean(dim=0))
+    assert found.std(dim=1).min() > 0

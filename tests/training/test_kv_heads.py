@@ -17,7 +17,7 @@ from lac_vla import VLA, CachedVLA, InputError, Random
 from lac_vla.models.heads.base import ActionHead, AppendRows, Decoding, HeadContext, LossContext
 from lac_vla.models.llama import LlamaDecoder, build_llama
 from lac_vla.models.weights import randomise
-from lac_vla.training import lac
+from lac_vla.training import precision
 from lac_vla.training.store import FrameStore
 from lac_vla.types import FloatArray, TokenLayout
 
@@ -29,7 +29,7 @@ LENGTH = 4
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact comparisons need float32 products."""
-    monkeypatch.setattr(lac, "AUTOCAST", False)
+    monkeypatch.setattr(precision, "AUTOCAST", False)
 
 
 class KVHead(ActionHead):

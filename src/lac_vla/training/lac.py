@@ -85,16 +85,31 @@ class LACLoss:
     def alignment(self, frames: IntArray) -> torch.Tensor:
         """Compute stage I's L_align = MSE(S, S_VLA), eq. 6, a scalar. ``frames``: none before which no call was."""
         with torch.no_grad():
-            upper_half = tuple(range(self.vla.n_layers // 2, self.vla.n_layers))
-            dense = self.decode(frames, probe_layers=upper_half)
-            if dense.attention is None:  # pragma: no cover - it was asked for
-                raise RuntimeError("the dense pass left no attention")
-            teacher = alignment_teacher(dense.attention)
+            teacher = alignment_teacher(self.attention(frames))
         grids = self.store.grids.items()
         previous = [self._pixels(name, frames - self.store.stride) for name in self.store.grids]
         age = [torch.zeros(len(frames), *grid, device=self.device) for _, grid in grids]
         scores = self.policy.selector(self.inputs(frames, previous, age), self._text(frames))
         return F.mse_loss(scores, teacher)
+
+    def attention(self, frames: IntArray) -> torch.Tensor:
+        """Compute the attention of dense passes to the visual tokens, (B, N), float32.
+
+        That is the attention of the rows that the head reads, in the upper half of the layers; of an expert behind the
+        prefix, that of its own rows in all of its layers, at two random times.
+        """
+        if self.vla.head.reads == "kv":
+            maps: list[torch.Tensor] = []
+            context = self.decode(frames).context(maps=maps)
+            targets = self._load(self.store.targets, frames)
+            self.vla.head.loss(context, targets, torch.Generator().manual_seed(0))
+            if maps:
+                return torch.stack(maps).mean(dim=0)
+        upper_half = tuple(range(self.vla.n_layers // 2, self.vla.n_layers))
+        dense = self.decode(frames, probe_layers=upper_half)
+        if dense.attention is None:  # pragma: no cover - it was asked for
+            raise RuntimeError("the dense pass left no attention")
+        return dense.attention
 
     def window(
         self,

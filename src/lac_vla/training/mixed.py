@@ -115,8 +115,14 @@ class MixedOutput:
     attention: torch.Tensor | None
     again: Callable[[slice, EditSuffix], torch.Tensor]
 
-    def context(self, batch: slice = slice(None)) -> LossContext:
-        """Make what a head's loss reads of a part of the batch."""
+    def context(self, batch: slice = slice(None), maps: list[torch.Tensor] | None = None) -> LossContext:
+        """Make what a head's loss reads of a part of the batch.
+
+        Args:
+            batch: The part.
+            maps: Takes the attention of all rows that the loss appends to the visual tokens, layer by layer, mean over
+                heads and rows, (B, N), float32.
+        """
         prompts, lengths = self.store.sequence.of(batch), self.lengths[batch]
         return LossContext(
             layout=self.layout,
@@ -124,12 +130,14 @@ class MixedOutput:
             keys=prompts.keys.__getitem__,
             values=prompts.values.__getitem__,
             lengths=lengths,
-            run=partial(self._append, prompts, lengths),
+            run=partial(self._append, prompts, lengths, maps),
             rerun=partial(self.again, batch),
             n_layers=len(prompts.keys),
         )
 
-    def _append(self, prompts: LayerKV, lengths: torch.Tensor, rows: AppendRows) -> torch.Tensor:
+    def _append(
+        self, prompts: LayerKV, lengths: torch.Tensor, maps: list[torch.Tensor] | None, rows: AppendRows
+    ) -> torch.Tensor:
         """Run rows behind the prompts, (B, n, width) → (B, n, width)."""
         if rows.at not in (None, 0) or not prompts.keys:
             raise InputError("a loss appends rows once, behind the prompt, and its head reads keys and values")
@@ -142,8 +150,16 @@ class MixedOutput:
         cos, sin = (part.view(*own.shape, -1)[:, None] for part in stack.rotary(own.flatten()))
         mask = visible[:, None]
         segment = Segment(n_rows, length, length + n_rows, mask=mask, cross=rows.cross, cross_mask=mask[..., :length])
-        out = run_layers(stack.layers, rows.embeddings, (cos, sin), [segment], AppendedKV(prompts))
-        return stack.norm(out.hidden)
+        store, hidden, count = AppendedKV(prompts), rows.embeddings, len(stack.layers)
+        if maps is None:
+            return stack.norm(run_layers(stack.layers, hidden, (cos, sin), [segment], store).hidden)
+        for layer in range(count):
+            out = run_layers(stack.layers, hidden, (cos, sin), [segment], store, layer, layer + 1)
+            [keys], hidden = out.keys, out.hidden
+            with torch.autocast(keys.device.type, enabled=False):
+                seen = attention_probabilities(out.query, keys, visible[..., : keys.shape[2]])
+            maps.append(seen[..., self.layout.visual].mean(dim=1))
+        return stack.norm(hidden)
 
 
 def mixed_forward(

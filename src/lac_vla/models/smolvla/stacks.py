@@ -61,8 +61,11 @@ class CrossLayer(LlamaLayer):
         return rotate(queries, (cos[rows], sin[rows])), queries[..., :0, :], queries[..., :0, :]
 
     def project(self, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
-        """Project the prefix's rotated keys and its values, each (..., kv_heads, slots, head_dim) → the same."""
-        keys, values = (part.transpose(-3, -2).flatten(-2) for part in (keys, values))
+        """Project the prefix's rotated keys and its values, each (..., kv_heads, slots, head_dim) → the same.
+
+        In training the prefix may have been multiplied in another dtype.
+        """
+        keys, values = (part.transpose(-3, -2).flatten(-2).to(self._keys.weight.dtype) for part in (keys, values))
         return self._heads(self._keys(keys)), self._heads(self._values(values))
 
 
