@@ -51,6 +51,8 @@ class ServeConfig:
         record: Folder of a LeRobot dataset of what the sessions see and do, for ``lac train``; one that is there is
             continued.
         record_fps: Frames per second that it is to have; 0: those of the folder, or the rate of the first episode.
+        drain_s: Seconds for which the robots that are there are served on after SIGTERM, while no more are taken and
+            ``/readyz`` says ``draining``; a second signal, or Ctrl-C, stops at once.
         view: A live page for the operator at ``/view``; ``lac view`` opens it.
         session_options: Options of every robot's session.
         model_options: Options with which the model is loaded and run.
@@ -79,6 +81,7 @@ class ServeConfig:
     warmup: tuple[str, ...] = ()
     record: Path | None = None
     record_fps: int = 0
+    drain_s: float = 2.0
     view: bool = False
     session_options: Annotated[SessionOptions, tyro.conf.arg(name="")] = field(default_factory=SessionOptions)
     model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -93,6 +96,8 @@ class ServeConfig:
         if not 0 <= self.kv_memory < math.inf:
             raise InputError(f"kv_memory is {self.kv_memory:g}; give megabytes, or 0 for no limit")
         check_device(self.model_options.device)
+        if not 0 <= self.drain_s < math.inf:
+            raise InputError(f"drain_s is {self.drain_s:g}; give seconds, or 0 to stop at once")
         if self.record_fps < 0:
             raise InputError(f"record_fps is {self.record_fps}; give whole frames per second, or 0")
 
@@ -171,13 +176,22 @@ def serve(config: ServeConfig) -> None:
     from lac_vla.serving.metrics import log_to_stderr
 
     log_to_stderr()
-    asyncio.run(_until_stopped(make_server(config)))
+    asyncio.run(until_stopped(make_server(config), config.drain_s))
 
 
-async def _until_stopped(server: PolicyServer) -> None:
-    stop = asyncio.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows
-            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+async def until_stopped(server: PolicyServer, drain_s: float) -> None:
+    """Serve until SIGINT; after SIGTERM, for so many more seconds."""
+    drain, stop, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
+
+    def terminate() -> None:
+        (stop if drain.is_set() else drain).set()
+
+    with contextlib.suppress(NotImplementedError):  # Windows
+        loop.add_signal_handler(signal.SIGINT, stop.set)
+        loop.add_signal_handler(signal.SIGTERM, terminate)
     async with server:
-        await stop.wait()
+        stopped, drained = (asyncio.ensure_future(event.wait()) for event in (stop, drain))
+        await asyncio.wait([stopped, drained], return_when=asyncio.FIRST_COMPLETED)
+        if not stop.is_set():
+            await asyncio.wait([stopped, asyncio.ensure_future(server.drain(drain_s))],
+                               return_when=asyncio.FIRST_COMPLETED)  # fmt: skip

@@ -136,7 +136,7 @@ class PolicyServer:
         self._executor = ModelExecutor(batcher, self.limits.sessions, self.batch_window_ms / 1e3)
         self._robots: dict[ServerConnection, RobotSession] = {}
         self._busy: set[ServerConnection] = set()
-        self._stopping = False
+        self._draining = self._stopping = False
         self._doors: list[Door] = []
         self._servers: list[Server] = []
         self._view: View | None = None
@@ -175,6 +175,13 @@ class PolicyServer:
         log("listening", url=self.url, **self.metadata)
         return self
 
+    async def drain(self, seconds: float) -> None:
+        """Take no more robots, and go on with those that are there until they have left, or time is up."""
+        self._draining, end = True, time.monotonic() + seconds
+        log("draining", sessions=len(self._robots), seconds=seconds)
+        while self._robots and time.monotonic() < end:
+            await asyncio.sleep(min(0.1, seconds))
+
     async def __aexit__(self, *_: object) -> None:
         """Take nothing more, answer what was taken, and stop."""
         self._stopping = True
@@ -197,6 +204,9 @@ class PolicyServer:
             return self._refuse(ws, HTTPStatus.BAD_REQUEST, "repeated header", f"send one header {repeated[0]}")
         if path == "/healthz":
             return ws.respond(HTTPStatus.OK, "OK\n")
+        if path == "/readyz":  # whether another robot is welcome, for whoever shares them out
+            full = self._full()
+            return ws.respond(HTTPStatus.SERVICE_UNAVAILABLE if full else HTTPStatus.OK, f"{full or 'ready'}\n")
         if path == "/view" or path.startswith("/view/"):
             return await self._show(ws, request)
         if not allowed(request.headers.get("Authorization"), self.key):
@@ -211,17 +221,19 @@ class PolicyServer:
             self.metrics.evicted.set(0 if self.memory is None else self.memory.evictions)
             return ws.respond(HTTPStatus.OK, self.metrics.text().decode())
         if full := self._full():
-            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "full", full)
+            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, full.partition(":")[0], full)
         return None
 
     def _full(self) -> str:
         """Tell why another robot cannot be served; empty if it can."""
+        if self._draining or self._stopping:
+            return "draining: the server stops soon"
         if len(self._robots) >= self.limits.sessions:
-            return "all sessions are taken: try later"
+            return "full: all sessions are taken, try later"
         now, gap_s = time.perf_counter(), self.session_options.gap_s
         working = sum(ws in self._busy or now - robot.answered <= gap_s for ws, robot in self._robots.items())
         if self.memory is not None and working >= self.memory.robots:
-            return f"the memory of keys and values is taken by {working} robots at work: try later, or serve with more"
+            return f"full: the memory of keys and values is taken by {working} robots at work; try later"
         return ""
 
     async def _show(self, ws: ServerConnection, request: Request) -> Response:
@@ -249,8 +261,8 @@ class PolicyServer:
 
     async def _serve(self, ws: ServerConnection) -> None:
         """Serve one connection, from metadata to the end."""
-        if (full := self._full()) or self._stopping:  # several were admitted at the same moment
-            await ws.close(1013, full or "stopping")
+        if full := self._full():  # several were admitted at the same moment
+            await ws.close(1013, full)
             return
         for door in self._doors:
             door.admit(ws.transport.get_extra_info("socket").fileno())
