@@ -92,7 +92,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
     Raises:
         InputError: If no benchmark has the suite.
     """
-    from lac_vla.bench import BenchConfig, bench_tables, run_bench
+    from lac_vla.bench import BenchConfig, bench_tables, device_table, make_table, run_bench
     from lac_vla.evaluation.config import EvalConfig
     from lac_vla.evaluation.reproduce import ReproduceConfig
     from lac_vla.serving.config import ServeConfig
@@ -200,6 +200,9 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
 
     def bench(config: Annotated[BenchConfig, FLAT]) -> None:
         """Measure the milliseconds of a frame: three windows, every stage, interleaved with the stock model."""
+        if config.latency_table is not None:
+            console.print(device_table(make_table(config)))
+            return
         for table in bench_tables(run_bench(config)):
             console.print(table)
 

