@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from lac_vla.bench import BenchConfig, bench_tables, run_bench
+from lac_vla.bench import BenchConfig, bench_tables, device_table, make_table, run_bench
 from lac_vla.cli.marks import FLAT
 from lac_vla.cli.output import show
 
@@ -13,5 +13,8 @@ def bench(config: Annotated[BenchConfig, FLAT]) -> None:
     Args:
         config: What to measure.
     """
+    if config.latency_table is not None:
+        show(device_table(make_table(config)))
+        return
     for table in bench_tables(run_bench(config)):
         show(table)

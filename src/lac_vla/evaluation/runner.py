@@ -143,6 +143,8 @@ def _run(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, No
 def _run_here(worker: EpisodeWorker, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
     with closing(worker):
         for job in jobs:
+            worker.check(job.config)
+        for job in jobs:
             yield from job.play(worker)
 
 
