@@ -29,7 +29,8 @@ class EvalConfig:
         tasks: Task ids; empty for all.
         init_states: First and one-past-last initial state of every task; by default those that the benchmark holds out.
         stress: What disturbs every episode, the same for all methods: ``shake``, ``lighting``, ``drift``,
-            ``occlusion``, ``instruction``, ``drops`` or ``long``, see :mod:`lac_vla.evaluation.stress`.
+            ``occlusion``, ``instruction``, ``drops``, ``long``, or ``moving:speed=0.02``, where the object to take
+            slides at so many metres a second; see :mod:`lac_vla.evaluation.disturbances`.
         ensemble: For a model that answers in chunks of actions: over how many of the last chunks every action is
             averaged, by CogACT's adaptive ensemble; 1 for the newest chunk's first action. By default what the
             benchmark demands, or else what the model's ``config.json`` says.
@@ -78,8 +79,10 @@ class EvalConfig:
             make_policies(self.policies, self.model)
         elif len(self.policies) != 1 or self.workers != 1 or self.ray is not None:
             raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
-        if self.stress is not None:
-            make_stress(self.stress)
+        if self.stress is not None and make_stress(self.stress).speed and not self.benchmark.targets_slide:
+            raise InputError(
+                f"{self.benchmark.suite} has no targets that can slide: choose a suite of LIBERO for moving"
+            )
 
     @property
     def task_ids(self) -> tuple[int, ...]:
