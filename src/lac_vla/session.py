@@ -22,6 +22,7 @@ from lac_vla.errors import InputError
 from lac_vla.flow import estimate, flow_macs, make_flow
 from lac_vla.models.vla import VLA
 from lac_vla.policies import CachePolicy
+from lac_vla.real_time import RealTimeChunk
 from lac_vla.timing import Stopwatch
 from lac_vla.types import (
     BoolArray,
@@ -80,6 +81,7 @@ class Session:
         self._vision_kv = self.model.vision.kv_cache() if engine.options.vision_kv_reuse else None
         self._policy_executor = ThreadPoolExecutor(1, "decision") if engine.options.async_policy else None
         self._frame: Frame | None = None
+        self._rtc: RealTimeChunk | None = None
         self._shapes: Mapping[str, tuple[int, int]] | None = None
         self._open: FramePlan | None = None
         self._rng, self._head_rng = _generators(seed)
@@ -111,22 +113,24 @@ class Session:
         self.memory.begin()
         self._shapes = self._open = None
         self._rng, self._head_rng = _generators(self.seed)
-        self._frame = self.last_info = self.force_dense = None
+        self._frame = self._rtc = self.last_info = self.force_dense = None
 
-    def act(self, frame: Frame) -> FloatArray:
+    def act(self, frame: Frame, rtc: RealTimeChunk | None = None) -> FloatArray:
         """Answer an observation with an action.
 
         Args:
             frame: The observation.
+            rtc: For a model that answers in chunks, while one is running: what is left of it. The answer goes on with
+                it, by real-time chunking where the head draws chunks from noise, by blending elsewhere.
 
         Returns:
             The action in the robot's own units, float32; its shape is the head's.
 
         Raises:
-            InputError: If the frame does not fit the model or this episode. Nothing has changed then. Whatever else
-                goes wrong on the way: the next frame is computed in full.
+            InputError: If the frame does not fit the model or this episode, or the running chunk not the model. Nothing
+                has changed then. Whatever else goes wrong on the way: the next frame is computed in full.
         """
-        plan = self.plan(frame)
+        plan = self.plan(frame, rtc)
         with self._dense_after_errors():
             self.commit(plan, *self.engine.run([plan]))
         return self._action
@@ -141,11 +145,12 @@ class Session:
             self.memory.begin()
             raise
 
-    def plan(self, frame: Frame) -> FramePlan:
+    def plan(self, frame: Frame, rtc: RealTimeChunk | None = None) -> FramePlan:
         """Plan a frame on the host: checks, optical flow, the policy's decision within maximum age and budget.
 
         Args:
             frame: The observation.
+            rtc: See :meth:`act`.
 
         Returns:
             For :meth:`Engine.run`, once; the session then wants its result by :meth:`commit`.
@@ -155,6 +160,8 @@ class Session:
                 committed, which is given up.
         """
         self._check(frame)
+        if rtc is not None:
+            self.model.head.check_rtc(rtc)
         clock = Stopwatch(self.model.device)
         processor, options, memory = self.model.processor, self.engine.options, self.memory
         with clock.stage("preprocess"):
@@ -188,6 +195,7 @@ class Session:
             probe=self.policy.probe(self.model.n_layers),
             refine=partial(self._refine, prompt.layout) if dense_reason is None else None,
             drafted=drafted,
+            rtc=rtc,
             rng=self._head_rng,
         )
         return self._open
@@ -221,7 +229,7 @@ class Session:
         dense, memory = plan.dense_reason, self.memory
         with plan.clock.stage("bookkeeping"):
             memory.commit(sequence.layout, plan.images, plan.frame.instruction, decision, sequence.attention)
-            self._shapes, self._frame = plan.frame.shapes, plan.frame
+            self._shapes, self._frame, self._rtc = plan.frame.shapes, plan.frame, plan.rtc
             self._head_rng_state, self._action = result.rng_state, action
         self.last_info = StepInfo(
             layout=sequence.layout,
@@ -296,6 +304,7 @@ class Session:
             begin=partial(memory.begin, memory.version),
             clock=Stopwatch(self.model.device),
             decided=(decision, np.zeros_like(tokens)),
+            rtc=self._rtc,
             rng=rng,
         )
         with self._dense_after_errors():
