@@ -1,13 +1,17 @@
 """What a session must know of the running chunk to answer in real time: the contract of real-time chunking.
 
+A session takes it with the observation, ``session.act(frame, RealTimeChunk(left_over, inference_delay=2))``, and so do
+the server, under the fields' names, and :class:`lac_vla.client.remote.RemoteSession`.
+
 Source: Real-Time Execution of Action Chunking Flow Policies (Black et al., 2025, arXiv 2506.07339). The names are
 LeRobot's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +28,7 @@ MAX_GUIDANCE_WEIGHT = 5.0
 class RealTimeChunk:
     """The running chunk, as far as it is not executed, and how long the next one will take.
 
-    Row 0 of the left-over is the action that runs at the very moment of the observation, and of the next chunk, too. The
+    Row 0 of the left-over is the action that runs at the moment of the observation; so is row 0 of the next chunk. The
     answer's first ``inference_delay`` actions are the left-over's: they run before the answer is there. Those behind
     them are drawn towards the left-over, ever less.
 
@@ -59,16 +63,34 @@ class RealTimeChunk:
             raise InputError(f"inference_delay is {delay!r}; give a whole number of control steps, from 0 on")
         if delay > len(left):
             raise InputError(
-                f"the answer takes {delay} control steps (inference_delay), but only {len(left)} actions of the running "
-                "chunk are left: ask earlier, or execute fewer actions of a chunk"
+                f"the answer takes {delay} control steps (inference_delay), but only {len(left)} actions of the "
+                "running chunk are left: ask earlier, or execute fewer actions of a chunk"
             )
         if end is not None and (not _whole(end) or end < max(delay, 1)):
             raise InputError(f"execution_horizon is {end!r}; give a whole number from 1 and from inference_delay on")
-        if isinstance(self.max_guidance_weight, str) or not 0 < self.max_guidance_weight < np.inf:
-            raise InputError(f"max_guidance_weight is {self.max_guidance_weight!r}; give a number above 0, e.g. 5")
-        if self.prefix_attention_schedule not in get_args(PrefixAttentionSchedule):
+        most: object = self.max_guidance_weight
+        if not isinstance(most, int | float | np.number) or not 0 < most < np.inf:
+            raise InputError(f"max_guidance_weight is {most!r}; give a number above 0, e.g. 5")
+        if str(self.prefix_attention_schedule) not in get_args(PrefixAttentionSchedule):
             known = ", ".join(get_args(PrefixAttentionSchedule))
             raise InputError(f"prefix_attention_schedule is {self.prefix_attention_schedule!r}; choose one of {known}")
+
+    @classmethod
+    def of_request(cls, request: Mapping[str, Any]) -> RealTimeChunk | None:
+        """Read what a client sends along with an observation, under the fields' names; all but the first are optional.
+
+        Returns:
+            ``None`` where there is no left-over, or it is nil.
+
+        Raises:
+            InputError: As the class does.
+        """
+        given = {field.name: request[field.name] for field in fields(cls) if request.get(field.name) is not None}
+        return cls(**given) if "prev_chunk_left_over" in given else None
+
+    def to_request(self) -> dict[str, Any]:
+        """Write what :meth:`of_request` reads."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def check(self, horizon: int, action_dim: int) -> None:
         """Check that the left-over may be one of a model's chunks, (horizon, action_dim).
@@ -90,7 +112,7 @@ class RealTimeChunk:
             )
 
     def weights(self, horizon: int) -> npt.NDArray[np.float32]:
-        """Compute the weight of every action of the next chunk, eq. 5, (horizon,): 1 for the frozen ones, then falling."""
+        """Compute the weight of every action of the next chunk, eq. 5, (horizon,): 1 where frozen, then falling."""
         end = len(self.prev_chunk_left_over)
         end = end if self.execution_horizon is None else min(end, self.execution_horizon)
         delay, index = self.inference_delay, np.arange(horizon)
@@ -121,12 +143,10 @@ class RealTimeChunk:
         """
         if not len(self.prev_chunk_left_over):
             return chunk
-        weights = self.weights(len(chunk))[:, None]
-        if guided:
-            weights = np.where(weights == 1.0, weights, 0.0) * (np.arange(len(chunk))[:, None] < self.inference_delay)
-        left = self.padded(len(chunk))
-        joined: FloatArray = np.where(weights == 1.0, left, weights * left + (1 - weights) * chunk).astype(chunk.dtype)
-        return joined
+        weights, left = self.weights(len(chunk))[:, None], self.padded(len(chunk))
+        joined = chunk if guided else (weights * left + (1 - weights) * chunk).astype(chunk.dtype)
+        frozen = np.arange(len(chunk))[:, None] < self.inference_delay
+        return np.where(frozen, left, joined).astype(chunk.dtype)
 
 
 def _whole(value: object) -> bool:

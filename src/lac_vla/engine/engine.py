@@ -7,7 +7,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -253,7 +253,7 @@ class Engine:
         prepared = [(run, self._try(run, partial(self._prepare, stack=stack))) for run in runs]
         ready = [(run, *rows) for run, rows in prepared if rows is not None]
         cursors, embedded = [cursor for _, cursor, _ in ready], [rows for *_, rows in ready]
-        if _kind(runs[0])[-1]:
+        if _kind(runs[0]).gradient:
             with recording():
                 hidden = run_packed(stack, cursors, embedded, GradientKV(self.store))
                 normed = [stack.norm(own) for own in hidden]
@@ -303,8 +303,23 @@ class Engine:
         return self._rotary[id(stack)][1]
 
 
-def _kind(run: _Run) -> tuple[bool, int, bool]:
-    """Tell what rows can be packed with a run's: those of the same stack, prompts with prompts, gradient with such."""
+class _Kind(NamedTuple):
+    """What has to be alike in rows that are packed.
+
+    Attributes:
+        prompt: Whether they are whole prompts.
+        stack: Identity of the stack that they run through.
+        gradient: Identity of a run with a gradient, which is run alone; 0 without one.
+    """
+
+    prompt: bool
+    stack: int
+    gradient: int
+
+
+def _kind(run: _Run) -> _Kind:
+    """Tell what rows can be packed with a run's."""
     appended = run.rows if isinstance(run.rows, AppendRows) else None
-    stack, gradient = (None, False) if appended is None else (appended.stack, appended.embeddings.requires_grad)
-    return isinstance(run.rows, RerunPrompt), id(stack), gradient
+    if appended is None:
+        return _Kind(isinstance(run.rows, RerunPrompt), id(None), 0)
+    return _Kind(False, id(appended.stack), id(run) if appended.embeddings.requires_grad else 0)

@@ -16,6 +16,7 @@ from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
+from lac_vla.real_time import RealTimeChunk
 from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.types import FloatArray, Frame
 
@@ -24,6 +25,7 @@ SLACK_SHARE = 0.5
 LEARNING = 0.2
 """Weight of the newest idle time in the expected one."""
 MAX_SEED = 2**63 - 1
+MAX_HZ = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class PlannedFrame:
         reset: The reason if a new episode began.
         arrived: When the request came, by ``time.perf_counter()``.
         tokens: Visual tokens that it computes, at most; one that is computed in half of the layers counts half.
+        control_hz: The robot's control rate, where it wants to know how many steps its answer took.
     """
 
     plan: FramePlan
@@ -78,6 +81,7 @@ class PlannedFrame:
     reset: str | None
     arrived: float
     tokens: float
+    control_hz: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,17 +151,19 @@ class RobotSession:
         Raises:
             InputError: If the request cannot be used.
         """
-        frame = self.keys.frame(request)
+        frame, hz = self.keys.frame(request), request.get("control_hz")
+        if hz is not None and not (isinstance(hz, int | float | np.number) and 0 < hz <= MAX_HZ):
+            raise InputError(f"control_hz must be a number above 0, at most {MAX_HZ}: the robot's control rate")
         reset = self._begin(request, frame, arrived)
         self._session.token_budget = token_budget
-        plan = self._session.plan(frame)
+        plan = self._session.plan(frame, RealTimeChunk.of_request(request))
         tokens = float(plan.prompt.layout.n_visual)
         if plan.dense_reason is None and not isinstance(plan.decided, Future):
             decision, _ = plan.decided
             tokens = float(decision.exit_layer.sum() / decision.n_layers)
         elif plan.dense_reason is None and token_budget is not None:  # still being decided, within the budget
             tokens = min(tokens, token_budget)
-        return PlannedFrame(plan, frame, reset, arrived, tokens)
+        return PlannedFrame(plan, frame, reset, arrived, tokens, None if hz is None else float(hz))
 
     def commit(self, planned: PlannedFrame, result: FrameResult, begun: float, robots: int) -> Answer:
         """Answer a planned request.
@@ -176,12 +182,15 @@ class RobotSession:
         if action is None:  # pragma: no cover - what was committed has one
             raise RuntimeError("the engine left no action")
         waited, took = 1e3 * (begun - planned.arrived), 1e3 * (time.perf_counter() - begun)
+        executed = self.options.actions_per_call if planned.plan.rtc is None else 0  # the rest is the next left-over
         message = {
-            "actions": np.atleast_2d(action)[: self.options.actions_per_call or None],
+            "actions": np.atleast_2d(action)[: executed or None],
             "policy_timing": {"infer_ms": step.timings["model_call"]},
             "server_timing": {"infer_ms": took},
             "lac": {**self._report(step, planned.reset, waited, took), "batch": robots},
         }
+        if planned.control_hz is not None:
+            message["inference_delay"] = math.ceil((waited + took) * planned.control_hz / 1e3)
         self._action, self._refreshed, self._disagreement = action, 0, None
         self._frames += 1
         self._cooling = max(0, self._cooling - 1)

@@ -40,9 +40,7 @@ class DiffusionModel(nn.Module):
         super().__init__()
         self.net = DiT(config)
 
-    def sample(
-        self, z: torch.Tensor, sampling: Sampling, draw: Draw, guide: Guidance | None = None
-    ) -> torch.Tensor:
+    def sample(self, z: torch.Tensor, sampling: Sampling, draw: Draw, guide: Guidance | None = None) -> torch.Tensor:
         """Draw a chunk, (B, horizon, action_dim), normalised and not clipped, for every feature, (B, 1, condition).
 
         With classifier-free guidance: Ho & Salimans, 2022, arXiv 2207.12598. ``draw`` makes noise of the actions'
@@ -122,7 +120,7 @@ class DiffusionHead(ActionHead):
 
         with nullcontext() if rtc is None else constant():
             if rtc is not None and len(rtc.prev_chunk_left_over):
-                left = self.normalize_actions(rtc.padded(self.horizon))
+                left = self.normalize_actions(rtc.padded(self.horizon)).astype(np.float32)
                 guide = Guidance.of(rtc, left, like.new_empty(1, *self._shape))
             feature = context.hidden[-1:][None].to(like.dtype, copy=rtc is not None)
             drawn = self.model.sample(feature, self.sampling, draw, guide)

@@ -25,6 +25,7 @@ from lac_vla.checks import check_fields
 from lac_vla.errors import InputError
 from lac_vla.models.heads.guidance import Guidance, recording
 
+
 class Denoise(Protocol):
     """Noisy actions ``x`` and their step ``t`` → the noise in them, of the same shape."""
 
@@ -161,9 +162,7 @@ def guided_ddim_step(
     return ddim_step(x, noise.detach(), now, then) + stride * next_scale * scale * added
 
 
-def ddim(
-    denoise: Denoise, draw: Draw, schedule: Schedule, steps: int, guide: Guidance | None = None
-) -> torch.Tensor:
+def ddim(denoise: Denoise, draw: Draw, schedule: Schedule, steps: int, guide: Guidance | None = None) -> torch.Tensor:
     """Sample by DDIM without new noise on the way (η = 0), towards a running chunk if there is one."""
     times = strided(schedule.steps, steps)
     x = draw()
