@@ -12,7 +12,7 @@ from lac_vla import CachedVLA, Dense, Frame, Motion, load_vla
 from lac_vla.bundled import MINI, MINI_COGACT, MINI_VIT
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
-from lac_vla.evaluation.rollout import rollout
+from lac_vla.evaluation.rollout import EpisodeLog, rollout
 from lac_vla.sims.libero.env import LiberoEnv
 from lac_vla.sims.libero.suites import FIRST_HELD_OUT
 
@@ -55,5 +55,6 @@ def test_it_solves_a_task_dense_and_with_reuse(folder: Path, ensemble: AdaptiveE
     with closing(LiberoEnv("libero_spatial", 0)) as env:
         for policy in (Dense(), Motion(0.5)):
             session = CachedVLA(vla, policy).session()
-            records = (rollout(env, session, "any", FIRST_HELD_OUT + k, ensemble=ensemble) for k in range(2))
+            logs = (EpisodeLog(env, session, "any", FIRST_HELD_OUT + k, ensemble=ensemble) for k in range(2))
+            records = map(rollout, logs)
             assert any(record.success for record in records)

@@ -22,7 +22,7 @@ from lac_vla.errors import InputError
 from lac_vla.flow import estimate, flow_macs, make_flow
 from lac_vla.models.vla import VLA
 from lac_vla.policies import CachePolicy
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.timing import Stopwatch
 from lac_vla.types import (
     BoolArray,

@@ -101,7 +101,7 @@ def test_rows_are_chosen_by_method_policy_or_spec(config: ReproduceConfig) -> No
 
 def test_a_small_run_becomes_a_larger_one(config: ReproduceConfig) -> None:
     small = reproduce(replace(config, trials=1))
-    assert {e.trial for e in small.episodes} == {("libero_spatial", task, 4, 0, "") for task in (0, 3)}
+    assert {e.trial for e in small.episodes} == {("libero_spatial", task, 4, 0, "", "") for task in (0, 3)}
     before = outcomes(config.folder("libero_spatial"))
     done = reproduce(config)
     assert len(done.episodes) == 3 * 2 * 2

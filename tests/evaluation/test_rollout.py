@@ -9,7 +9,7 @@ from tests.engine.scenes import frame
 from lac_vla import CachedVLA, Frame, InputError, Random, random_vla
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
-from lac_vla.evaluation.rollout import rollout
+from lac_vla.evaluation.rollout import EpisodeLog, rollout
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.types import FloatArray
 
@@ -37,14 +37,14 @@ def test_chunks_are_executed_one_action_per_frame(horizon: int | None) -> None:
     expected = [single(chunk) for chunk in chunks]
     ensemble = None if horizon is None else AdaptiveEnsemble(horizon)
     for _ in range(2):  # a second episode knows nothing of the first
-        rollout(film, vla.session(), "random", 0, seed=4, ensemble=ensemble)
+        rollout(EpisodeLog(film, vla.session(), "random", 0, seed=4, ensemble=ensemble))
         np.testing.assert_allclose(film.actions, expected, rtol=1e-6)
 
 
 def test_an_ensemble_needs_a_model_that_answers_with_chunks() -> None:
     vla = CachedVLA(random_vla("tiny"))
     with pytest.raises(InputError, match="needs that many actions"):
-        rollout(Film(), vla.session(), "dense", 0, ensemble=AdaptiveEnsemble(2))
+        rollout(EpisodeLog(Film(), vla.session(), "dense", 0, ensemble=AdaptiveEnsemble(2)))
 
 
 def test_a_new_instruction_starts_the_ensemble_anew() -> None:
@@ -56,8 +56,8 @@ def test_a_new_instruction_starts_the_ensemble_anew() -> None:
 
     vla = CachedVLA(random_vla(TINY_COGACT, seed=1))
     averaged, single = Changing(), Changing()
-    rollout(averaged, vla.session(), "dense", 0, ensemble=AdaptiveEnsemble(3))
-    rollout(single, vla.session(), "dense", 0)
+    rollout(EpisodeLog(averaged, vla.session(), "dense", 0, ensemble=AdaptiveEnsemble(3)))
+    rollout(EpisodeLog(single, vla.session(), "dense", 0))
     same = [np.allclose(a, b) for a, b in zip(averaged.actions, single.actions, strict=True)]
     assert same == [True, False, True, False, False]
 
@@ -99,7 +99,7 @@ def test_several_actions_of_a_chunk_are_executed_before_the_model_is_asked_again
     actions_per_call: int, executed: list[float]
 ) -> None:
     film, session, watching = Film(), Chunks(), Calls()
-    record = rollout(film, session, "random", 0, actions_per_call=actions_per_call, observers=[watching])
+    record = rollout(EpisodeLog(film, session, "random", 0, actions_per_call=actions_per_call, observers=[watching]))
     np.testing.assert_allclose([action[0] for action in film.actions], executed, rtol=1e-6)
     calls = len({int(action) for action in executed})
     assert (record.steps, record.actions_per_call, session.calls) == (5, actions_per_call, calls)
@@ -115,18 +115,18 @@ def test_a_task_may_be_solved_within_a_chunk() -> None:
             seen, _ = super().step(action)
             return seen, len(self.actions) == 4
 
-    record = rollout(Solved(), Chunks(), "random", 0, actions_per_call=3)
+    record = rollout(EpisodeLog(Solved(), Chunks(), "random", 0, actions_per_call=3))
     assert (record.success, record.steps) == (True, 4)
 
 
 def test_more_actions_than_a_chunk_has_are_refused_before_the_world_moves() -> None:
     film = Film()
     with pytest.raises(InputError, match="a chunk has 3"):
-        rollout(film, Chunks(), "random", 0, actions_per_call=4)
+        rollout(EpisodeLog(film, Chunks(), "random", 0, actions_per_call=4))
     assert film.actions == []
     for wrong, ensemble in ((0, None), (2, AdaptiveEnsemble(2))):
         with pytest.raises(InputError, match=f"actions_per_call is {wrong}"):
-            rollout(Film(), Chunks(), "random", 0, actions_per_call=wrong, ensemble=ensemble)
+            rollout(EpisodeLog(Film(), Chunks(), "random", 0, actions_per_call=wrong, ensemble=ensemble))
 
 
 def test_a_maximum_age_is_counted_in_what_the_robot_did() -> None:
@@ -140,5 +140,5 @@ def test_a_maximum_age_is_counted_in_what_the_robot_did() -> None:
     session = CachedVLA(random_vla(TINY_COGACT, seed=1), Random(0.9), max_age=3).session()
     for actions_per_call, expected in ((2, [0, 1, 1]), (1, [0, 1, 2, 3, 3])):
         ages.clear()
-        rollout(Film(), session, "random", 0, actions_per_call=actions_per_call, observers=[Ages()])
+        rollout(EpisodeLog(Film(), session, "random", 0, actions_per_call=actions_per_call, observers=[Ages()]))
         assert ages == expected

@@ -89,8 +89,8 @@ def test_stress_is_recorded_and_changes_what_the_robot_sees(config: EvalConfig) 
     assert all(e.horizon == FakeEnv.horizon + 150 for e in read_episodes(held.out / "episodes.jsonl"))
     assert {e.stress for e in read_episodes(held.out / "episodes.jsonl")} == {"long"}
     told = replace(config, out=config.out.with_name("told"), stress="instruction")
-    same = [(*trial, *rest) for _, (*trial, _), *rest in outcomes(evaluate(told))]
-    assert same == [(*trial, *rest) for _, (*trial, _), *rest in calm], "it comes after these short episodes"
+    same = [(*trial, *rest) for _, (*trial, _, _), *rest in outcomes(evaluate(told))]
+    assert same == [(*trial, *rest) for _, (*trial, _, _), *rest in calm], "it comes after these short episodes"
 
 
 def test_a_folder_whose_episodes_are_of_another_stress_is_refused(config: EvalConfig) -> None:

@@ -97,7 +97,7 @@ def run(run_dir: Path, tmp_path: Path) -> Run:
 def test_the_page_shows_what_dense_solved_and_a_method_lost(run: Run, tmp_path: Path) -> None:
     ((dense, method),) = lost(run)
     assert (dense.method, method.method, dense.trial) == ("dense", "motion-0.5", method.trial)
-    assert dense.trial == ("libero_spatial", 0, 1, 7, ""), "both lose the fourth: caching is not to blame for it"
+    assert dense.trial == ("libero_spatial", 0, 1, 7, "", ""), "both lose the fourth: caching is not to blame for it"
     html = build_report([run.folder], tmp_path / "report.html")
     page = Page(html.read_text(encoding="utf-8"))
     text = " ".join(page.text.split())

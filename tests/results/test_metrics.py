@@ -14,7 +14,7 @@ from tests.report.pages import Page
 from lac_vla import CachedVLA, Frame, Random, random_vla
 from lac_vla.client.remote import RemoteReport
 from lac_vla.cost import CostModel
-from lac_vla.evaluation.rollout import rollout
+from lac_vla.evaluation.rollout import EpisodeLog, rollout
 from lac_vla.report import build_report
 from lac_vla.results.metrics import METRICS, Metric
 from lac_vla.results.records import EpisodeRecord, read_episodes
@@ -64,7 +64,7 @@ def test_one_new_object_appears_the_whole_way(tmp_path: Path, monkeypatch: pytes
     )
     monkeypatch.setitem(METRICS, metric.name, metric)
     session = CachedVLA(random_vla("tiny"), Random(0.5)).session()
-    record = rollout(Walk(), session, "random-0.5", 0)
+    record = rollout(EpisodeLog(Walk(), session, "random-0.5", 0))
     most = int(session.last_info.layout.n_visual) if session.last_info else 0
     values = record.metrics["kept_tokens"]
     assert len(values) == 3

@@ -17,8 +17,8 @@ from lac_vla.engine.engine import Engine
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.models import FAMILIES, VLA
 from lac_vla.policies import CachePolicy
+from lac_vla.realtime.deadline import DeadlineController, LatencyTable
 from lac_vla.serving.batches import Batcher, Outcome, Request
-from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.executor import ModelExecutor
 from lac_vla.serving.sessions import Answer, RobotSession, SessionOptions
 from lac_vla.types import AttentionProbe, TokenLayout

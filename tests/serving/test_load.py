@@ -24,7 +24,7 @@ from lac_vla.client.connection import AsyncClient, Client
 from lac_vla.client.wire import pack
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.models.cogact.config import TINY_COGACT
-from lac_vla.serving.controller import DeadlineController, LatencyTable
+from lac_vla.realtime.deadline import DeadlineController, LatencyTable
 from lac_vla.serving.server import Limits
 from lac_vla.serving.sessions import SessionOptions
 from tests.serving.conftest import KEYS, Running, observation

@@ -11,9 +11,9 @@ from lac_vla import VLA, CachedVLA, Decision, Dense, InputError, Motion, PolicyI
 from lac_vla.client.observation import ObservationKeys
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.realtime.deadline import DeadlineController, LatencyTable
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.serving import sessions
-from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.sessions import RobotSession, SessionOptions
 from tests.serving.conftest import KEYS, ask, observation
 

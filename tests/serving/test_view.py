@@ -22,9 +22,9 @@ from lac_vla import VLA, CachedVLA, InputError, Motion
 from lac_vla.client.connection import Client, ServerError
 from lac_vla.drawing.overlay import overlay
 from lac_vla.engine.step_info import StepInfo
+from lac_vla.realtime.deadline import DeadlineController, LatencyTable
 from lac_vla.serving.auth import browser_allowed, names_this_machine
 from lac_vla.serving.browse import open_page, page_address
-from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.server import Limits
 from lac_vla.serving.snapshot import EVENTS, HEIGHT, KEPT
 from tests.report.pages import Page, needs_browser

@@ -12,6 +12,8 @@ H200      989.4            4.8         NVIDIA H200 data sheet (SXM), without spa
 H100      989.4            3.35        NVIDIA H100 data sheet (SXM5, HBM3), without sparsity
 A100      312              2.039       NVIDIA A100 80 GB data sheet (SXM), without sparsity
 RTX 4090  165.2            1.008       NVIDIA Ada architecture white paper, FP16 with FP32 accumulation
+AGX Orin  42.6             0.2048      NVIDIA Jetson AGX Orin technical brief (64 GB): 170 sparse INT8 TOPS of its GPU
+Thor      257              0.273       NVIDIA Jetson T5000 data sheet: 2070 sparse FP4 TFLOP/s, an eighth of it
 ========  ===============  ==========  ==================================================================
 """
 
@@ -52,6 +54,8 @@ GPUS: Mapping[str, GPU] = {
     "h100": GPU(989.4e12, 3.35e12, "H100"),
     "a100": GPU(312e12, 2.039e12, "A100"),
     "rtx4090": GPU(165.2e12, 1.008e12, "RTX 4090"),
+    "agx-orin": GPU(42.6e12, 0.2048e12, "Orin"),
+    "thor": GPU(257e12, 0.273e12, "Thor"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lac_vla.errors import InputError
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.types import Frame
 
 LIBERO_IMAGES = ("observation/image", "observation/wrist_image")

@@ -13,7 +13,7 @@ import numpy as np
 from lac_vla.client import KEY_VARIABLE
 from lac_vla.client.observation import ObservationKeys
 from lac_vla.errors import InputError
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.timing import windows
 from lac_vla.types import FloatArray, Frame
 

@@ -12,7 +12,7 @@ import numpy as np
 from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.prefill import Refine, SequenceState
 from lac_vla.models.protocols import PromptInputs
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.timing import Stopwatch
 from lac_vla.types import AttentionProbe, BoolArray, Decision, FloatArray, Frame, UInt8Image
 

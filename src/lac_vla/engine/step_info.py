@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lac_vla.models.protocols import DecoderShape
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.timing import windows
 from lac_vla.types import (
     AttentionProbe,

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import tyro
 
 from lac_vla.errors import InputError
+from lac_vla.evaluation.clock import WorldClock
+from lac_vla.evaluation.clock import settings as clock_settings
+from lac_vla.evaluation.realtime import Mode
 from lac_vla.evaluation.stress import make_stress
 from lac_vla.factory import ModelOptions, make_policies
 from lac_vla.policies import paths_by_name
@@ -31,6 +34,14 @@ class EvalConfig:
         stress: What disturbs every episode, the same for all methods: ``shake``, ``lighting``, ``drift``,
             ``occlusion``, ``instruction``, ``drops``, ``long``, or ``moving:speed=0.02``, where the object to take
             slides at so many metres a second; see :mod:`lac_vla.evaluation.disturbances`.
+        clock: The world does not wait for the policy, but ticks at the benchmark's control rate: what an answer takes
+            is read off the latency table of a device (``cpu``, ``rtx4090``, ``agx-orin``, ``thor``, ``h100``) or of a
+            file, by what every frame really computed; or it is a number of milliseconds; or ``wall``, this machine's
+            own time. Horizon and success are in world time. By default the world waits.
+        mode: What the robot does while the policy thinks: ``hold``, nothing; ``chunk``, it goes on with its chunk;
+            ``async``, as chunk, and the policy looks again as soon as it has answered; ``rtc``, as async, and the
+            policy is told what will be executed meanwhile. See :mod:`lac_vla.evaluation.realtime`.
+        deadline_ms: The controller of ``lac serve --deadline-ms`` caps the tokens per frame, in the clock's time.
         ensemble: For a model that answers in chunks of actions: over how many of the last chunks every action is
             averaged, by CogACT's adaptive ensemble; 1 for the newest chunk's first action. By default what the
             benchmark demands, or else what the model's ``config.json`` says.
@@ -57,6 +68,9 @@ class EvalConfig:
     tasks: tuple[int, ...] = ()
     init_states: tuple[int, int] | None = None
     stress: str | None = None
+    clock: str | None = None
+    mode: Mode = "hold"
+    deadline_ms: float | None = None
     ensemble: int | None = None
     actions_per_call: int | None = None
     videos: int = 1
@@ -83,6 +97,21 @@ class EvalConfig:
             raise InputError(
                 f"{self.benchmark.suite} has no targets that can slide: choose a suite of LIBERO for moving"
             )
+        if (world := self.world) is None:
+            if self.mode != "hold" or self.deadline_ms is not None:
+                raise InputError("mode and deadline_ms are for a world that does not wait: give --clock, too")
+        elif self.server is not None:
+            world.check(None, self.actions_per_call or 1, ensemble=False)
+
+    @property
+    def world(self) -> WorldClock | None:
+        """The clock of a world that does not wait; ``None`` for one that does."""
+        return None if self.clock is None else WorldClock(self.clock, self.mode, self.deadline_ms)
+
+    @property
+    def clock_label(self) -> str:
+        """Name the world's clock as records do; empty for a world that waits."""
+        return "" if (world := self.world) is None else world.label
 
     @property
     def task_ids(self) -> tuple[int, ...]:
@@ -106,6 +135,7 @@ class EvalConfig:
             del plain[name]
         if Path(self.model).is_absolute():
             plain["model"] = Path(self.model).name
+        plain |= clock_settings(self.world)
         plain["policies"] = [paths_by_name(spec) for spec in self.policies]
         plain["flow"] = plain["flow"] and paths_by_name(plain["flow"])
         return plain

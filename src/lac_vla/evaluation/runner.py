@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lac_vla.errors import CheckpointError, InputError, LacError
+from lac_vla.evaluation.clock import settings as clock_settings
 from lac_vla.evaluation.cluster import run_on_ray
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.processes import run_on_processes
@@ -26,6 +27,8 @@ from lac_vla.results.records import EpisodeRecord, finished
 EPISODES, CONFIG, SUMMARY, LOCK = "episodes.jsonl", "config.json", "summary.json", ".lock"
 CHANGEABLE = ("workers", "threads", "videos", "server")
 """Settings that may differ when a run is resumed: they change no result."""
+APART = ("stress", "clock", "mode", "deadline_ms")
+"""Settings in which evaluations that run together may differ: a model and a simulator serve all of them."""
 
 
 def evaluate(config: EvalConfig) -> Path:
@@ -52,16 +55,18 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
     """Run what is still missing of several evaluations, task by task: a simulator takes long to make, and serves all.
 
     Raises:
-        InputError: As :func:`evaluate` does, or unless they differ in ``out`` and ``stress``, and in nothing else.
+        InputError: As :func:`evaluate` does, or unless they differ in ``out`` and in stress or clock, and in nothing
+            else.
         SimulatorError: As :func:`evaluate` does.
     """
     first = configs[0]
     for field in fields(EvalConfig):
-        values = {getattr(config, field.name) for config in configs}
-        if len(values) != (len(configs) if field.name in ("out", "stress") else 1):
+        if field.name not in ("out", *APART) and len({getattr(config, field.name) for config in configs}) > 1:
             raise InputError(
-                f"evaluations that run together have an out and a stress each, and all else alike: {field.name}"
+                f"evaluations that run together differ in out, {', '.join(APART)}, all else alike: {field.name}"
             )
+    if min(len({config.out for config in configs}), len({_world(config) for config in configs})) < len(configs):
+        raise InputError("evaluations that run together have an out and a stress or clock each, and all else alike")
     simulator = first.benchmark.metadata(first.task_ids)
     methods = tuple(method_name(spec) for spec in first.policies)
     begin, stop = first.states
@@ -69,7 +74,7 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
         for config in configs:
             opened.enter_context(_held(config.out))
         settings = [_settings(config) for config in configs]
-        done = [finished(config.out / EPISODES, config.stress or "") for config in configs]
+        done = [finished(config.out / EPISODES, *_world(config)) for config in configs]
         jobs = [
             Job(config, task, init_state, missing)
             for task in first.task_ids
@@ -78,13 +83,13 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
             if (missing := tuple(m for m in methods if (m, task, init_state) not in there))
         ]
         records = opened.enter_context(closing(_run(first, jobs))) if jobs else ()
-        logs = {config.stress or "": config.out / EPISODES for config in configs}
+        logs = {_world(config): config.out / EPISODES for config in configs}
         bar = opened.enter_context(tqdm(total=sum(len(job.methods) for job in jobs), unit="episode", desc="rollouts"))
         solved: dict[str, list[bool]] = {method: [] for method in methods}
         for number, record in enumerate(records):
             if not number:  # a start that failed has bound nobody
                 _describe(configs, settings, simulator)
-            _log(record, logs[record.stress])
+            _log(record, logs[record.stress, record.clock])
             solved[record.method].append(record.success)
             bar.update()
             bar.set_postfix({method: f"{sum(s)}/{len(s)}" for method, s in solved.items() if s})
@@ -92,6 +97,11 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
             _describe(configs, settings, simulator)
         for config in configs:
             config.benchmark.publish(config.out)
+
+
+def _world(config: EvalConfig) -> tuple[str, str]:
+    """Name stress and clock as records do."""
+    return config.stress or "", config.clock_label
 
 
 @contextmanager
@@ -190,6 +200,8 @@ def _summary(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping
     notes = [*config.benchmark.notes]
     if config.stress is not None:
         notes.append(describe_stress(config.stress))
+    if (world := config.world) is not None:
+        notes.append(world.note)
     if settings["workers"] > 1:
         notes.append(f"{settings['workers']} processes shared the machine: latencies are not worth comparing.")
     if config.actions_per_call is not None:
@@ -205,6 +217,7 @@ def _summary(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping
         "simulator": {**simulator, "stress": config.stress},
         "methods": {method_name(spec): {"policy": spec, "seed": config.seed} for spec in settings["policies"]},
         "actions_per_call": config.actions_per_call,
+        **clock_settings(world),
         "notes": notes,
     }
 

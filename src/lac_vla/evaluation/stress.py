@@ -67,7 +67,7 @@ class Stressed(Env):
     def __init__(self, env: Env, stress: kinds.Stress, seed: int, instructions: Sequence[str] = ()) -> None:
         self.env, self.stress, self.seed = env, stress, seed
         self.suite, self.task, self.no_op = env.suite, env.task, env.no_op
-        self.instruction = env.instruction
+        self.instruction, self.control_hz = env.instruction, env.control_hz
         self.horizon = env.horizon + stress.hold  # those for which the robot is held among them
         self._others = [text for text in instructions if text != env.instruction]
         self._step = 0

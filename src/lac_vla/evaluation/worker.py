@@ -14,12 +14,14 @@ from lac_vla.cost import CostModel
 from lac_vla.drawing.observers import EpisodeVideo, FailurePicture
 from lac_vla.engine.step_info import PolicySession
 from lac_vla.errors import InputError
+from lac_vla.evaluation.clock import sample_of
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
-from lac_vla.evaluation.rollout import rollout
+from lac_vla.evaluation.rollout import EpisodeLog, rollout
 from lac_vla.evaluation.stress import Stressed, make_stress
 from lac_vla.factory import load_methods, method_name
 from lac_vla.models.vla import VLA
+from lac_vla.policies import PolicySpec
 from lac_vla.results.records import EpisodeRecord
 from lac_vla.session import Session
 from lac_vla.sims.base import Env, SimulatorError
@@ -43,14 +45,29 @@ class EpisodeWorker:
             method = method_name(config.policies[0])
             self.sessions = {method: RemoteSession.connect(config.server, Path(config.model).name, method)}
             self._ensemble = _make_ensemble(config, None)
+            self._policies = {method: ("dense", False)}
             return
         options = replace(options, unnorm_key=options.unnorm_key or benchmark.unnorm_key)
         vlas = load_methods(config.model, config.policies, options, cameras=benchmark.cameras)
         self._ensemble = _make_ensemble(config, next(iter(vlas.values())).model)
         self.sessions = {name: vla.session(config.seed) for name, vla in vlas.items()}
+        kinds = {method_name(spec): PolicySpec.parse(spec).name for spec in config.policies}
+        self._policies = {name: (kinds[name], vla.flow_used != "none") for name, vla in vlas.items()}
+        self.check(config)
+
+    def check(self, config: EvalConfig) -> None:
+        """Refuse a clock that the model cannot be played by.
+
+        Raises:
+            InputError: If it is one.
+        """
+        session = next(iter(self.sessions.values()))
+        if (world := config.world) is not None:
+            model = session.model if isinstance(session, Session) else None
+            world.check(model, config.actions_per_call or 1, ensemble=self._ensemble is not None)
 
     def run(self, config: EvalConfig, method: str, task: int, init_state: int) -> EpisodeRecord:
-        """Run one episode of an evaluation that may differ from the worker's own in ``out`` and ``stress``.
+        """Run one episode of an evaluation that may differ from the worker's own in ``out``, ``stress`` and clock.
 
         Raises:
             SimulatorError: If the simulator died, and again as often as the benchmark allows to begin anew.
@@ -80,12 +97,12 @@ class EpisodeWorker:
         served = session.actions_per_call if isinstance(session, RemoteSession) else 1
         per_call = config.actions_per_call or served
         picture = config.out / "failures" / f"{name}.jpg"
-        drawn: dict[str, EpisodeVideo | FailurePicture] = {
-            "failure": FailurePicture(picture, env.horizon, config.model_options.max_age, per_call)
-        }
-        if init_state - config.states[0] < config.videos and isinstance(session, Session):
-            drawn["video"] = EpisodeVideo(config.out / "videos" / f"{name}.mp4", method, 20, per_call)
-        record = rollout(
+        drawn: dict[str, EpisodeVideo | FailurePicture] = {}
+        if config.clock is None:
+            drawn["failure"] = FailurePicture(picture, env.horizon, config.model_options.max_age, per_call)
+            if init_state - config.states[0] < config.videos and isinstance(session, Session):
+                drawn["video"] = EpisodeVideo(config.out / "videos" / f"{name}.mp4", method, 20, per_call)
+        log = EpisodeLog(
             env,
             session,
             method,
@@ -97,6 +114,12 @@ class EpisodeWorker:
             actions_per_call=per_call,
             stress=config.stress or "",
         )
+        if (world := config.world) is None:
+            record = rollout(log)
+        else:
+            policy, flow = self._policies[method]
+            sample = None if world.deadline_ms is None else sample_of(session, env.reset(init_state, config.seed))
+            record = world.episode(log, policy, flow=flow, sample=sample)
         paths = {field: observer.close(success=record.success) for field, observer in drawn.items()}
         files: dict[str, Any] = {field: str(path.relative_to(config.out)) for field, path in paths.items() if path}
         return replace(record, outcome=simulator.outcome(), **files)
@@ -127,7 +150,7 @@ class Job(NamedTuple):
     """Episodes that run one after the other.
 
     Attributes:
-        config: Their evaluation; those that share their processes differ in ``out`` and ``stress`` alone.
+        config: Their evaluation; those that share their processes differ in ``out``, ``stress`` and clock alone.
         task: Task id.
         init_state: Initial state.
         methods: Methods that are still to run on it.

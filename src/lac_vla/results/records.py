@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 from lac_vla.errors import InputError
 from lac_vla.files import cut_unfinished, read_lines
 from lac_vla.results.metrics import METRICS
+from lac_vla.results.realtime import RealTime
 
-Trial: TypeAlias = tuple[str, int, int, int, str]
-"""Suite, task, initial state, seed and stress: episodes of two methods with the same trial are a pair."""
+Trial: TypeAlias = tuple[str, int, int, int, str, str]
+"""Suite, task, initial state, seed, stress and clock: episodes of two methods with the same trial are a pair."""
 
 WHOLE = "observation_to_action"
 """The latency window of a whole call of the model."""
@@ -47,6 +48,7 @@ class EpisodeRecord:
         video: Path within the run's folder, or ``None``.
         outcome: Whatever else the benchmark records of an episode; JSON-serialisable.
         failure: Path of the picture of an episode that was not solved, within the run's folder, or ``None``.
+        realtime: What it tells of a world that did not wait; ``None`` of one that stood still while the policy thought.
     """
 
     method: str
@@ -66,11 +68,22 @@ class EpisodeRecord:
     video: str | None = None
     failure: str | None = None
     outcome: Mapping[str, Any] = field(default_factory=dict)
+    realtime: RealTime | None = None
 
     @property
     def trial(self) -> Trial:
         """Identify what this episode shares with the same episode of another method."""
-        return (self.suite, self.task, self.init_state, self.seed, self.stress)
+        return (self.suite, self.task, self.init_state, self.seed, self.stress, self.clock)
+
+    @property
+    def clock(self) -> str:
+        """Name the world's clock, its mode and deadline, see :class:`RealTime`; empty for a world that waited."""
+        return "" if self.realtime is None else self.realtime.label
+
+    @property
+    def world_s(self) -> float | None:
+        """Compute how long the episode lasted in the world, in seconds; ``None`` for a world that waited."""
+        return None if self.realtime is None else self.steps / self.realtime.control_hz
 
     @property
     def total_ms(self) -> float | None:
@@ -82,6 +95,11 @@ class EpisodeRecord:
         """
         spent = self.latency_ms.get(WHOLE)
         return sum(spent) if spent else None
+
+    @property
+    def duration_ms(self) -> float | None:
+        """Give what net speed-up compares: the world's time if it did not wait, else :attr:`total_ms`."""
+        return self.total_ms if self.world_s is None else 1e3 * self.world_s
 
     def to_json(self) -> dict[str, Any]:
         """Give the line of ``episodes.jsonl``: metrics stand beside the other keys."""
@@ -111,6 +129,8 @@ class EpisodeRecord:
                 if missing
                 else f"an episode record cannot hold that {wrong}"
             )
+        if known.get("realtime") is not None:
+            known["realtime"] = RealTime.from_json(known["realtime"])
         return cls(**known)
 
 
@@ -143,6 +163,7 @@ _KINDS: Mapping[str, Callable[[object], bool]] = {
     "success": lambda value: isinstance(value, bool),
     "peak_memory_mb": lambda value: value is None or _is_amount(value),
     "outcome": lambda value: isinstance(value, dict),
+    "realtime": lambda value: value is None or isinstance(value, dict),
 }
 """Field → whether a line may hold a value there."""
 
@@ -168,11 +189,11 @@ def latencies(episodes: Iterable[EpisodeRecord], method: str, window: str) -> li
     return [ms for e in episodes if e.method == method for ms in e.latency_ms.get(window, ())]
 
 
-def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:
+def finished(path: Path, stress: str = "", clock: str = "") -> set[tuple[str, int, int]]:
     """List the (method, task, initial state) of a run's log; half a last line, left by a killed run, is cut off.
 
     Raises:
-        InputError: If the log is damaged, see :func:`read_episodes`, or holds an episode of another stress.
+        InputError: If the log is damaged, see :func:`read_episodes`, or holds an episode of another stress or clock.
     """
     if not path.exists():
         return set()
@@ -180,4 +201,8 @@ def finished(path: Path, stress: str = "") -> set[tuple[str, int, int]]:
     records = read_episodes(path)
     if any(record.stress != stress for record in records):  # older logs have "" for every stress
         raise InputError(f"{path} holds episodes that are not marked {stress!r}, of an older version: another --out")
+    if any(record.clock != clock for record in records):
+        raise InputError(
+            f"{path} holds episodes of another clock than {clock or 'that of a waiting world'!r}: another --out"
+        )
     return {(record.method, record.task, record.init_state) for record in records}

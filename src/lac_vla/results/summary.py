@@ -10,6 +10,7 @@ import numpy as np
 
 from lac_vla.errors import InputError
 from lac_vla.results.metrics import METRICS
+from lac_vla.results.pace import Pace
 from lac_vla.results.records import EpisodeRecord, Trial
 from lac_vla.results.stats import Interval, Percentiles, bootstrap, bootstrap_ratio, mcnemar, percentiles, wilson
 
@@ -47,7 +48,7 @@ class Speedup:
 
     Attributes:
         pairs: Number of these trials, at least 1.
-        ratio: Dense's time of all these episodes over the method's, see :attr:`EpisodeRecord.total_ms`: above 1 the
+        ratio: Dense's time of all these episodes over the method's, see :attr:`EpisodeRecord.duration_ms`: above 1 the
             method is faster, longer episodes included.
         interval: 95 % bootstrap interval over the pairs, stratified by task; ``None`` if no pair differs from another
             of its task.
@@ -74,6 +75,7 @@ class MethodRow:
         metrics: Name of a metric → its aggregate over all calls; without those that have none.
         latency: Window or stage → percentiles over all calls, milliseconds.
         peak_memory_mb: The largest of all episodes; ``None`` if it was not recorded.
+        pace: What the world's clock showed; ``None`` of a world that waited.
     """
 
     method: str
@@ -87,6 +89,7 @@ class MethodRow:
     metrics: Mapping[str, float]
     latency: Mapping[str, Percentiles]
     peak_memory_mb: float | None
+    pace: Pace | None = None
 
     @property
     def rate(self) -> float:
@@ -123,7 +126,7 @@ class Summary:
 def summarize(episodes: Iterable[EpisodeRecord]) -> Summary:
     """Aggregate episodes.
 
-    Methods are paired with ``dense`` on (suite, task, initial state, seed, stress). Metrics and latencies are
+    Methods are paired with ``dense`` on (suite, task, initial state, seed, stress, clock). Metrics and latencies are
     aggregated over calls of the model: long episodes weigh more.
 
     Raises:
@@ -154,13 +157,14 @@ def _method_row(name: str, episodes: Sequence[EpisodeRecord], dense: Mapping[Tri
         trials=len(episodes),
         successes=successes,
         interval=wilson(successes, len(episodes)),
-        paired=_compare(pairs),
+        paired=compare(pairs),
         speedup=_speedup(pairs),
         steps=sum(episode.steps for episode in episodes),
         actions_per_call=tuple(sorted({episode.actions_per_call for episode in episodes})),
         metrics={key: value for key, value in metrics.items() if value is not None},
         latency={window: value for window, value in latency.items() if value is not None},
         peak_memory_mb=max(memory, default=None),
+        pace=Pace.of(episodes),
     )
 
 
@@ -180,7 +184,8 @@ def _by_task(pairs: Sequence[Pair], value: Callable[[EpisodeRecord], T]) -> list
     return list(tasks.values())
 
 
-def _compare(pairs: Sequence[Pair]) -> Paired | None:
+def compare(pairs: Sequence[Pair]) -> Paired | None:
+    """Compare the successes of pairs, each of dense, or of a method in another world, and of a method."""
     if not pairs:
         return None
     only_dense = sum(dense.success and not method.success for dense, method in pairs)
@@ -197,10 +202,10 @@ def _compare(pairs: Sequence[Pair]) -> Paired | None:
 
 
 def _speedup(pairs: Sequence[Pair]) -> Speedup | None:
-    solved = [pair for pair in pairs if all(episode.success and episode.total_ms for episode in pair)]
+    solved = [pair for pair in pairs if all(episode.success and episode.duration_ms for episode in pair)]
     if not solved:
         return None
-    tasks = _by_task(solved, lambda episode: episode.total_ms or 0.0)
+    tasks = _by_task(solved, lambda episode: episode.duration_ms or 0.0)
     dense, method = np.sum([times for task in tasks for times in task], axis=0)
     return Speedup(len(solved), float(dense / method), bootstrap_ratio(tasks))
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from lac_vla.engine.engine import Engine
 from lac_vla.errors import InputError
-from lac_vla.serving.controller import DeadlineController
+from lac_vla.realtime.deadline import DeadlineController
 from lac_vla.serving.sessions import Answer, PlannedFrame, RobotSession
 
 Outcome: TypeAlias = Answer | Exception

@@ -96,8 +96,8 @@ def make_server(config: ServeConfig) -> PolicyServer:
     from lac_vla import __version__
     from lac_vla.client.observation import ObservationKeys
     from lac_vla.engine.budget import smallest_budget
+    from lac_vla.realtime.deadline import DeadlineController, LatencyTable, sample_frames
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
-    from lac_vla.serving.controller import DeadlineController, LatencyTable, sample_frames
     from lac_vla.serving.server import Limits, PolicyServer
 
     key, tls = read_key(config.api_key_file), tls_context(config.tls_cert, config.tls_key)

@@ -18,9 +18,9 @@ from lac_vla.client import wire
 from lac_vla.client.observation import ObservationKeys
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.factory import CachedVLA
+from lac_vla.realtime.deadline import DeadlineController, LatencyTable
 from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names_this_machine
 from lac_vla.serving.batches import Batcher
-from lac_vla.serving.controller import DeadlineController, LatencyTable
 from lac_vla.serving.door import Door, open_doors
 from lac_vla.serving.executor import ModelExecutor
 from lac_vla.serving.metrics import Metrics, log

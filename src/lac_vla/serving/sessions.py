@@ -16,8 +16,8 @@ from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
-from lac_vla.real_time import RealTimeChunk
-from lac_vla.serving.controller import DeadlineController, LatencyTable
+from lac_vla.realtime.deadline import DeadlineController, LatencyTable
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.types import FloatArray, Frame
 
 SLACK_SHARE = 0.5

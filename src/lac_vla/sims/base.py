@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ class Env(ABC):
         instruction: The task in words, as the episode began with them.
         horizon: Control steps after which an episode that is not solved has failed.
         no_op: An action that leaves the robot where it is, as ``step`` takes it.
+        control_hz: Control steps per second of the simulated world.
     """
 
     suite: str
@@ -36,6 +37,7 @@ class Env(ABC):
     instruction: str
     horizon: int
     no_op: tuple[float, ...]
+    control_hz: float = 20
 
     @abstractmethod
     def reset(self, init_state: int, seed: int = 0) -> Frame:
@@ -73,6 +75,19 @@ class Env(ABC):
             InputError: If the simulator cannot, or the task has no such object.
         """
         raise InputError(f"{self.suite} has no targets that can slide: choose a suite of LIBERO, or another stress")
+
+    def tick(self, action: npt.ArrayLike) -> tuple[Callable[[], Frame], bool]:
+        """Execute an action as :meth:`step` does, where perhaps nobody looks at what follows.
+
+        Returns:
+            What observes; it may be called before the next action alone. And whether the task is solved.
+
+        Raises:
+            InputError: As :meth:`step` does.
+            SimulatorError: As :meth:`step` does.
+        """
+        frame, success = self.step(action)
+        return lambda: frame, success
 
     def outcome(self) -> Mapping[str, Any]:
         """Report what the benchmark records of the last episode beside its success; JSON-serialisable."""

@@ -17,7 +17,7 @@ import torch
 
 from lac_vla.errors import InputError, NonFiniteError
 from lac_vla.models.protocols import DecoderStack, KeysValues
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.types import FloatArray, Frame, TokenLayout
 
 NON_FINITE = (

@@ -19,7 +19,7 @@ from lac_vla.models.heads.dit import DiT, DiTConfig
 from lac_vla.models.heads.guidance import Guidance, constant
 from lac_vla.models.heads.sampler import Draw, Sampling, Schedule, ddim, ddpm
 from lac_vla.models.heads.units import SLACK, Range, check_units, chunks_of
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.types import FloatArray
 
 SCHEDULE = Schedule()

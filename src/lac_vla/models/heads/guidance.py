@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.types import FloatArray
 
 

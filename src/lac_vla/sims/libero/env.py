@@ -22,6 +22,7 @@ import gc
 import importlib
 import importlib.metadata
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -106,7 +107,7 @@ class LiberoEnv(Env):
             raise InputError(f"resolution must be in 16..2048, not {resolution}")
         self.suite, self.task = suite, task
         self.resolution, self.rendering, self.convention = resolution, rendering, convention
-        self.horizon = HORIZONS[suite]
+        self.horizon, self.control_hz = HORIZONS[suite], CONTROL_HZ
         self.no_op = NO_OP if convention == "upright" else (*NO_OP[:-1], 1.0)
 
         libero = load_libero()
@@ -193,6 +194,10 @@ class LiberoEnv(Env):
         """
         success = self.advance(action)
         return self.observe(), success
+
+    def tick(self, action: npt.ArrayLike) -> tuple[Callable[[], Frame], bool]:
+        """Execute one action, and render only if somebody looks; see :meth:`Env.tick`."""
+        return self.observe, self.advance(action)
 
     def advance(self, action: npt.ArrayLike) -> bool:
         """Execute one action without rendering: physics only. Arguments and errors as :meth:`step`.

@@ -39,6 +39,7 @@ class SimplerEnv(Env):
             raise InputError(f"{setup} has tasks 0..{len(tasks(setup)) - 1}, not {task}")
         self.suite, self.task, self.backend, self.convert = f"simpler-{setup}", task, backend, convert
         self.instruction, self.horizon = tasks(setup)[task].name, tasks(setup)[task].horizon
+        self.control_hz = tasks(setup)[task].robot.control_hz
         self._all = [episode for episode in episodes(setup) if episode.task == task]
         self._episode: EpisodeSpec | None = None
         self._steps, self._success_any, self._grasped = 0, False, False

@@ -17,7 +17,7 @@ from tests.engine.scenes import frame
 from lac_vla import VLA, CachedVLA, Session, make_policy, random_vla
 from lac_vla.errors import InputError, NonFiniteError
 from lac_vla.models.heads.sampler import Sampling, Schedule, strided
-from lac_vla.real_time import RealTimeChunk
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.training.mixed import mixed_forward
 from lac_vla.types import FloatArray, Frame
 
