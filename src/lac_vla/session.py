@@ -23,6 +23,7 @@ from lac_vla.errors import InputError
 from lac_vla.flow import estimate, flow_macs, make_flow
 from lac_vla.models.vla import VLA
 from lac_vla.policies import CachePolicy
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.timing import Stopwatch
 from lac_vla.types import (
     BoolArray,
@@ -30,7 +31,6 @@ from lac_vla.types import (
     FloatArray,
     Frame,
     PolicyInput,
-    RunningChunk,
     SkippedTokens,
     TokenLayout,
     UInt8Image,
@@ -62,8 +62,6 @@ class Session:
             stays over a reset.
         steps_per_frame: Control steps from one frame to the next: more than one where several actions of a chunk are
             executed before the model is asked again. It stays over a reset.
-        running: What the robot executes while the next frame is answered, for real-time chunking; it counts for that
-            frame alone. Only a model whose head is ``guided`` heeds it.
         force_dense: If set, every frame is dense and this text is reported as the reason; ``None`` for what the policy
             decides.
     """
@@ -77,7 +75,6 @@ class Session:
         self.last_info: StepInfo | None = None
         self.token_budget: int | None = None
         self.steps_per_frame = 1
-        self.running: RunningChunk | None = None
         self.force_dense: str | None = None
         self._flow = make_flow(flow)
         self._region = Region()
@@ -85,6 +82,7 @@ class Session:
         self._vision_kv = self.model.vision.kv_cache() if engine.options.vision_kv_reuse else None
         self._policy_executor = ThreadPoolExecutor(1, "decision") if engine.options.async_policy else None
         self._frame: Frame | None = None
+        self._rtc: RealTimeChunk | None = None
         self._shapes: Mapping[str, tuple[int, int]] | None = None
         self._open: FramePlan | None = None
         self._rng, self._head_rng = _generators(seed)
@@ -121,7 +119,7 @@ class Session:
         self.memory.begin()
         self._shapes = self._open = None
         self._rng, self._head_rng = _generators(self.seed)
-        self._frame = self.last_info = self.force_dense = self.running = None
+        self._frame = self._rtc = self.last_info = self.force_dense = None
 
     def release(self) -> None:
         """Give the memory of keys and values back: the next frame is computed in full. Chance goes on as it was."""
@@ -132,20 +130,22 @@ class Session:
         self._region.start = self._region.size = 0
         self._vision_kv = None if self._vision_kv is None else self.model.vision.kv_cache()
 
-    def act(self, frame: Frame) -> FloatArray:
+    def act(self, frame: Frame, rtc: RealTimeChunk | None = None) -> FloatArray:
         """Answer an observation with an action.
 
         Args:
             frame: The observation.
+            rtc: For a model that answers in chunks, while one is running: what is left of it. The answer goes on with
+                it, by real-time chunking where the head draws chunks from noise, by blending elsewhere.
 
         Returns:
             The action in the robot's own units, float32; its shape is the head's.
 
         Raises:
-            InputError: If the frame does not fit the model or this episode. Nothing has changed then. Whatever else
-                goes wrong on the way: the next frame is computed in full.
+            InputError: If the frame does not fit the model or this episode, or the running chunk not the model. Nothing
+                has changed then. Whatever else goes wrong on the way: the next frame is computed in full.
         """
-        plan = self.plan(frame)
+        plan = self.plan(frame, rtc)
         with self._dense_after_errors():
             self.commit(plan, *self.engine.run([plan]))
         return self._action
@@ -160,11 +160,12 @@ class Session:
             self.memory.begin()
             raise
 
-    def plan(self, frame: Frame) -> FramePlan:
+    def plan(self, frame: Frame, rtc: RealTimeChunk | None = None) -> FramePlan:
         """Plan a frame on the host: checks, optical flow, the policy's decision within maximum age and budget.
 
         Args:
             frame: The observation.
+            rtc: See :meth:`act`.
 
         Returns:
             For :meth:`Engine.run`, once; the session then wants its result by :meth:`commit`.
@@ -173,15 +174,17 @@ class Session:
             InputError: If the frame does not fit the model or this episode; or if a plan was made and its result not
                 committed, which is given up.
         """
-        return self.decide(self.prepare(frame))
+        return self.decide(self.prepare(frame, rtc))
 
-    def prepare(self, frame: Frame) -> PreparedFrame:
-        """Do the first half of :meth:`plan`: all but the decision.
+    def prepare(self, frame: Frame, rtc: RealTimeChunk | None = None) -> PreparedFrame:
+        """Do the first half of :meth:`plan`, whose arguments it takes: all but the decision.
 
         Raises:
             InputError: As :meth:`plan` does.
         """
         self._check(frame)
+        if rtc is not None:
+            self.model.head.check_rtc(rtc)
         clock = self.engine.stopwatch()
         processor, options = self.model.processor, self.engine.options
         with clock.stage("preprocess"):
@@ -191,7 +194,7 @@ class Session:
             dense_reason = self._dense_reason(frame, prompt.layout, images)
             drafts = options.draft and self.model.decoder.causal  # else the prompt itself would see the guess
             drafted = self.last_info.metadata if drafts and self.last_info is not None else None
-        prepared = PreparedFrame(self.policy, frame, images, prompt, clock, dense_reason, drafted)
+        prepared = PreparedFrame(self.policy, frame, images, prompt, clock, dense_reason, drafted, rtc)
         if dense_reason is None and self._policy_executor is None:
             with self._dense_after_errors():
                 prepared.inputs = self._inputs(prepared, clock)
@@ -228,10 +231,9 @@ class Session:
             probe=self.policy.probe(n_layers),
             refine=partial(self._refine, prompt.layout) if dense_reason is None else None,
             drafted=prepared.drafted,
+            rtc=prepared.rtc,
             rng=self._head_rng,
-            running=self.running,
         )
-        self.running = None
         return self._open
 
     def commit(self, plan: FramePlan, result: FrameResult) -> StepInfo:
@@ -263,7 +265,7 @@ class Session:
         dense, memory = plan.dense_reason, self.memory
         with plan.clock.stage("bookkeeping"):
             memory.commit(sequence.layout, plan.images, plan.frame.instruction, decision, sequence.attention)
-            self._shapes, self._frame = plan.frame.shapes, plan.frame
+            self._shapes, self._frame, self._rtc = plan.frame.shapes, plan.frame, plan.rtc
             self._head_rng_state, self._action = result.rng_state, action
         self.last_info = StepInfo(
             layout=sequence.layout,
@@ -338,6 +340,7 @@ class Session:
             begin=partial(memory.begin, memory.version),
             clock=self.engine.stopwatch(),
             decided=(decision, np.zeros_like(tokens)),
+            rtc=self._rtc,
             rng=rng,
         )
         with self._dense_after_errors():

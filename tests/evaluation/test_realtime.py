@@ -29,6 +29,7 @@ from lac_vla.models.heads.base import HeadContext
 from lac_vla.realtime.device import DeviceTable, Shape
 from lac_vla.results.realtime import RealTime, delay
 from lac_vla.results.records import EpisodeRecord
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.sims.base import Env
 from lac_vla.timing import STAGES
 from lac_vla.types import FloatArray
@@ -68,7 +69,7 @@ class Teller:
     def reset(self, seed: int | None = None) -> None:
         self.calls: list[int] = []
 
-    def act(self, frame: Frame) -> FloatArray:
+    def act(self, frame: Frame, rtc: RealTimeChunk | None = None) -> FloatArray:
         tick = int(frame.timestamp or 0)
         self.calls.append(tick)
         self.last_info = RemoteReport(0.0, None, None, dict.fromkeys(STAGES, 1.0), 1.0)
@@ -206,15 +207,14 @@ def test_a_guided_head_is_told_what_the_robot_executes_meanwhile(monkeypatch: py
     decode = type(vla.head).decode
 
     def listen(self: Any, context: HeadContext) -> Any:
-        told.append(context.running)
+        told.append(context.rtc)
         return decode(self, context)
 
-    monkeypatch.setattr(type(vla.head), "guided", True)
     monkeypatch.setattr(type(vla.head), "decode", listen)
     world = World(10)
     play(world, CachedVLA(vla).session(), "rtc", Constant(100.0))
-    assert (told[0], told[1].frozen) == (None, 2), "the first has nothing to continue"
-    np.testing.assert_array_equal(told[1].actions[:2], np.array(world.actions[2:4], dtype=np.float32))
+    assert (told[0], told[1].inference_delay) == (None, 2), "the first has nothing to continue"
+    np.testing.assert_array_equal(told[1].prev_chunk_left_over[:2], np.array(world.actions[2:4], dtype=np.float32))
     told.clear()
     play(world, CachedVLA(vla).session(), "rtc", Constant(0.0))
     assert told == [None] * 10
@@ -270,9 +270,9 @@ def test_a_deadline_caps_the_tokens_in_virtual_time() -> None:
 
 def test_the_wall_clock_ticks_in_real_time() -> None:
     class Slow(Teller):
-        def act(self, frame: Frame) -> FloatArray:
+        def act(self, frame: Frame, rtc: RealTimeChunk | None = None) -> FloatArray:
             time.sleep(0.12)
-            return super().act(frame)
+            return super().act(frame, rtc)
 
     log = EpisodeLog(World(12), Slow(4), "any", 0)
     record = RealTimeEpisode(log, Wall(HZ), "async").play("wall")
@@ -304,7 +304,7 @@ def test_a_clock_that_cannot_be_is_refused(arguments: dict[str, Any], message: s
     [
         ("cpu", "hold", "tiny", False, "no latency table fits the model .*4 layers of 192"),
         ("rtx4090-cogact-7b", "hold", "tiny", False, "for the family cogact, and tiny is of openvla"),
-        ("50", "rtc", "tiny", False, "TokenHead cannot be guided"),
+        ("50", "rtc", "tiny", False, "TokenHead answers with single actions"),
         ("50", "async", TINY_COGACT, True, "an ensemble makes one action per call"),
     ],
 )

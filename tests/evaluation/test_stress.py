@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 from tests.engine.scenes import frame
 
 from lac_vla.errors import InputError
+from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.disturbances import Drift, Long
 from lac_vla.evaluation.stress import STRESSES, Stressed, describe_stress, make_stress
 from lac_vla.sims.base import Env
+from lac_vla.sims.simpler.benchmark import Simpler
 from lac_vla.types import Frame
 
 OTHERS = ("pick up the bowl", "open the drawer", "push the plate")
@@ -31,6 +34,10 @@ class Still(Env):
     def __init__(self, moving: bool = False) -> None:
         self.moving = moving
         self.actions: list[Any] = []
+        self.slides: list[tuple[float, float]] = []
+
+    def slide_target(self, speed: float, rng: np.random.Generator) -> None:
+        self.slides.append((speed, rng.random()))
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
         self.actions = []
@@ -63,7 +70,7 @@ def same(one: list[Frame], other: list[Frame]) -> bool:
 def test_every_method_sees_the_same_and_every_trial_its_own(name: str) -> None:
     frames = episode(name, moving=True)
     assert same(frames, episode(name, moving=True))
-    if name != "long":
+    if name not in ("long", "moving"):
         assert not same(frames, episode(name, moving=True, init_state=1))
         assert not same(frames, episode(name, moving=True, seed=1))
     true = Still(moving=True).reset(0)
@@ -73,7 +80,7 @@ def test_every_method_sees_the_same_and_every_trial_its_own(name: str) -> None:
     assert [float(seen.proprio[0]) for seen in frames if seen.proprio is not None] == list(range(len(frames)))
 
 
-@pytest.mark.parametrize("name", sorted(set(STRESSES) - {"long", "instruction"}))
+@pytest.mark.parametrize("name", sorted(set(STRESSES) - {"long", "instruction", "moving"}))
 def test_images_change_and_the_instruction_does_not(name: str) -> None:
     frames, true = episode(name, moving=True), [Still(moving=True).reset(0)]
     env = Still(moving=True)
@@ -135,6 +142,40 @@ def test_a_robot_that_is_held_gets_its_whole_horizon_afterwards() -> None:
     for _ in range(6):
         env.step(np.ones(7))
     assert [list(action) for action in inner.actions] == 4 * [list(NO_OP)] + 2 * [[1.0] * 7]
+
+
+def test_a_target_slides_at_the_speed_that_was_asked_for_and_the_same_way_for_every_method() -> None:
+    inner = Still()
+    for init_state in (0, 0, 1):
+        Stressed(inner, make_stress("moving:speed=0.05"), 0).reset(init_state)
+    Stressed(inner, make_stress("moving"), 1).reset(0)
+    assert [speed for speed, _ in inner.slides] == [0.05, 0.05, 0.05, 0.02]
+    first, again, other, seeded = (draw for _, draw in inner.slides)
+    assert first == again
+    assert len({first, other, seeded}) == 3
+    for name in set(STRESSES) - {"moving"}:
+        Stressed(inner, make_stress(name), 0, OTHERS).reset(0)
+    assert len(inner.slides) == 4, "no other stress moves the world"
+
+
+@pytest.mark.parametrize("text", ["moving:speed=0", "moving:speed=-1", "moving:speed=nan", "moving:speed=fast"])
+def test_a_speed_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"metres a second in \(0, 0.2\]"):
+        make_stress(text)
+
+
+def test_a_setting_that_a_stress_does_not_have_is_refused() -> None:
+    with pytest.raises(InputError, match="no setting 'sped'; it has: speed"):
+        make_stress("moving:sped=0.1")
+    with pytest.raises(InputError, match="no setting 'shift'; it has: nothing"):
+        make_stress("shake:shift=1")
+
+
+def test_targets_slide_where_the_simulator_can_move_them(tmp_path: Path) -> None:
+    config = EvalConfig("model", tmp_path, ("dense",), stress="moving")
+    assert config.stress == "moving"
+    with pytest.raises(InputError, match="simpler-vm has no targets that can slide"):
+        replace(config, benchmark=Simpler("simpler-vm"))
 
 
 def test_names() -> None:

@@ -12,6 +12,7 @@ from lac_vla.client.observation import ObservationKeys
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.serving import sessions
 from lac_vla.serving.sessions import RobotSession, SessionOptions
 from tests.serving.conftest import KEYS, ask, observation
@@ -216,6 +217,52 @@ def test_the_watchdog_trusts_a_cache_that_agrees(backbone: VLA, clock: Clock) ->
         answer = ask(one, observation(i), clock.now)
         assert one.spare()() < 1e-4
     assert answer.message["lac"]["dense_reason"] is None
+
+
+CHUNKS = random_vla(TINY_COGACT, seed=3)
+
+
+def test_a_running_chunk_goes_on_and_the_answer_is_whole(clock: Clock) -> None:
+    """Its left-over comes with the request under LeRobot's names; what a stock client sends is answered as ever."""
+    one = RobotSession(CachedVLA(CHUNKS, Dense()), KEYS, SessionOptions(actions_per_call=2))
+    library = CachedVLA(CHUNKS, Dense()).session()
+    plain = ask(one, observation(0), clock.now).message
+    assert plain["actions"].shape == (2, 7)
+    assert "inference_delay" not in plain
+    left = library.act(KEYS.frame(observation(0)))[2:]
+    rtc = {"prev_chunk_left_over": left, "inference_delay": 1, "execution_horizon": 8}
+    answer = ask(one, observation(1) | rtc, clock.now).message
+    expected = library.act(KEYS.frame(observation(1)), RealTimeChunk(left, 1, 8))
+    np.testing.assert_array_equal(answer["actions"], expected)
+    np.testing.assert_array_equal(answer["actions"][0], left[0])
+    for nothing in ({}, {"prev_chunk_left_over": None, "inference_delay": 1}):
+        assert ask(one, observation(2) | nothing, clock.now).message["actions"].shape == (2, 7)
+
+
+def test_a_client_is_told_how_many_control_steps_its_answer_took(clock: Clock) -> None:
+    one = robot(CHUNKS, Dense())
+    clock.now += 0.12
+    assert ask(one, observation(0) | {"control_hz": 20}, clock.now - 0.12).message["inference_delay"] == 3
+    assert ask(one, observation(1) | {"control_hz": np.float64(5)}, clock.now - 0.12).message["inference_delay"] == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "complaint"),
+    [
+        ({"control_hz": 0}, "control_hz"),
+        ({"control_hz": "fast"}, "control_hz"),
+        ({"control_hz": float("nan")}, "control_hz"),
+        ({"prev_chunk_left_over": "all"}, "prev_chunk_left_over"),
+        ({"prev_chunk_left_over": np.zeros((2, 7), np.float32), "inference_delay": 3}, "only 2 actions"),
+        ({"prev_chunk_left_over": np.zeros((2, 6), np.float32)}, "the model's chunks are"),
+        ({"prev_chunk_left_over": np.zeros((2, 7), np.float32), "prefix_attention_schedule": 3}, "choose one of"),
+        ({"prev_chunk_left_over": np.zeros((2, 7), np.float32), "inference_delay": [1]}, "whole number"),
+        ({"prev_chunk_left_over": np.zeros((2, 7), np.float32), "max_guidance_weight": [1]}, "max_guidance_weight"),
+    ],
+)
+def test_a_running_chunk_that_makes_no_sense_is_refused(clock: Clock, sent: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        ask(robot(CHUNKS, Dense()), observation(0) | sent, clock.now)
 
 
 def test_keys_are_found_flat_and_nested() -> None:

@@ -30,8 +30,8 @@ from lac_vla.sims.libero.collect import (
     load_episode,
 )
 from lac_vla.sims.libero.demonstration import Demonstration, demonstrate
-from lac_vla.sims.libero.env import LiberoEnv, openvla_gripper
-from lac_vla.sims.libero.expert import Phase
+from lac_vla.sims.libero.env import CONTROL_HZ, LiberoEnv, openvla_gripper
+from lac_vla.sims.libero.expert import Phase, ScriptedExpert
 from lac_vla.sims.libero.modules import RenderingLibraryError, choose_gl_backend, load_libero
 from lac_vla.sims.libero.renderer import Renderer
 from lac_vla.sims.libero.suites import HORIZONS, NO_OP, SETTLE_STEPS
@@ -313,6 +313,68 @@ def test_the_cheap_reset_equals_a_reload_to_the_bit(env: LiberoEnv, monkeypatch:
     monkeypatch.setattr(env, "_seed", None)
     env.restart(4)  # a reload
     _same(cheap, _probe(env))
+
+
+def _slid(env: LiberoEnv, steps: int = 30, *, speed: float = 0.02, seed: int = 1) -> np.ndarray:
+    """Where the target of initial state 0 is, (1 + steps, 3) m, while the robot stays where it is."""
+    env.restart(0)
+    env.slide_target(speed, np.random.default_rng(seed))
+    expert = ScriptedExpert(env)
+    places = [expert.scene.position(expert.object)]
+    for _ in range(steps):
+        env.advance(NO_OP)
+        places.append(expert.scene.position(expert.object))
+    return np.stack(places)
+
+
+@sim
+def test_a_target_slides_straight_at_its_speed_by_control_steps_alone(env: LiberoEnv) -> None:
+    places = _slid(env)
+    assert np.array_equal(places, _slid(env)), "a seed gives the same way to the bit"
+    steps = np.diff(places, axis=0)
+    np.testing.assert_allclose(np.linalg.norm(steps[2:], axis=1), 0.02 / CONTROL_HZ, rtol=0.02)
+    np.testing.assert_allclose(steps[2:, 2], 0, atol=1e-4)
+    heading = np.deg2rad(env.outcome()["slide"]["heading_deg"])
+    np.testing.assert_allclose(steps[2:, :2] * CONTROL_HZ / 0.02, [(np.cos(heading), np.sin(heading))] * 28, atol=0.02)
+    assert env.outcome()["slide"]["travelled_m"] == pytest.approx(0.03, rel=1e-3)
+    assert not np.allclose(places[-1], _slid(env, seed=2)[-1], atol=1e-3), "another seed, another way"
+    before = _state(env)
+    env.observe()
+    np.testing.assert_array_equal(before, _state(env))
+    env.restart(0)
+    assert env.outcome() == {}
+    assert not env.target_velocity.any()
+
+
+@sim
+def test_a_target_turns_back_and_hits_nothing(env: LiberoEnv) -> None:
+    env.restart(0)
+    others = {name: env.data.xpos[body].copy() for name, body in env.domain.obj_body_id.items()}
+    places = _slid(env, 110, speed=0.1)
+    way = env.outcome()["slide"]["length_m"]
+    away = np.linalg.norm(places - places[0], axis=1)
+    assert away.max() == pytest.approx(way, abs=0.006)
+    assert way < 0.3
+    assert away.max() - away[-1] > 0.04, "it has turned back"
+    for name, place in others.items():
+        if name != ScriptedExpert(env).object:
+            np.testing.assert_allclose(env.data.xpos[env.domain.obj_body_id[name]], place, atol=0.002)
+
+
+@sim
+def test_the_expert_takes_a_target_that_slides_and_then_it_stops(env: LiberoEnv) -> None:
+    env.restart(0)
+    env.slide_target(0.02, np.random.default_rng(1))
+    expert, solved = ScriptedExpert(env), False
+    for steps, action in enumerate(expert.actions()):
+        solved = env.advance(action)
+        if solved or steps == env.horizon:
+            break
+    assert solved
+    slide = env.outcome()["slide"]
+    assert slide["held"]
+    assert 0.01 < slide["travelled_m"] < 0.05, "about two seconds at 2 cm/s, and not on"
+    assert not env.target_velocity.any()
 
 
 @sim

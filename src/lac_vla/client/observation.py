@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from lac_vla.errors import InputError
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.types import Frame
 
 LIBERO_IMAGES = ("observation/image", "observation/wrist_image")
@@ -17,6 +18,8 @@ MAX_SIDE = 2048
 """Pixels along an image's side."""
 SESSION_KEYS = ("episode_id", "reset", "seed")
 """Keys of a request that say when an episode begins."""
+RTC_KEYS = ("control_hz", *(field.name for field in fields(RealTimeChunk)))
+"""Keys of a request that goes on with a running chunk; all of them may be left out."""
 MAX_PROMPT = 1000
 """Characters of an instruction."""
 
@@ -62,7 +65,7 @@ class ObservationKeys:
     @property
     def wanted(self) -> frozenset[str]:
         """List the keys of a request that are read; all others may hold anything."""
-        return frozenset({*self.cameras.values(), self.state, self.prompt, *SESSION_KEYS})
+        return frozenset({*self.cameras.values(), self.state, self.prompt, *SESSION_KEYS, *RTC_KEYS})
 
     def frame(self, request: Mapping[str, Any]) -> Frame:
         """Make the frame of a request.

@@ -13,6 +13,7 @@ import numpy as np
 from lac_vla.client import KEY_VARIABLE
 from lac_vla.client.observation import ObservationKeys
 from lac_vla.errors import InputError
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.timing import windows
 from lac_vla.types import FloatArray, Frame
 
@@ -99,9 +100,11 @@ class RemoteSession:
         self._seed, self.last_info = seed, None
         self.client.reset()
 
-    def act(self, frame: Frame) -> FloatArray:
-        """Send a frame, and return the actions of the answer, float32, (n, A)."""
+    def act(self, frame: Frame, rtc: RealTimeChunk | None = None) -> FloatArray:
+        """Send a frame, and what is left of a running chunk; return the actions of the answer, float32, (n, A)."""
         request = self._keys.request(frame)
+        if rtc is not None:
+            request |= rtc.to_request()
         if self._seed is not None:
             request["seed"] = self._seed
         start = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any
 
 from lac_vla.models.protocols import PromptInputs
 from lac_vla.policies import CachePolicy
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.timing import Stopwatch
 from lac_vla.types import Decision, Frame, PolicyInput, UInt8Image
 
@@ -26,6 +27,7 @@ class PreparedFrame:
         clock: Stages timed so far.
         dense_reason: Why nothing is reused; ``None`` if the policy is asked.
         drafted: See :class:`lac_vla.engine.plan.FramePlan`.
+        rtc: The running chunk that the answer is to go on with.
         inputs: What the policy decides by; ``None`` if it is not asked, or makes its decision beside the vision stem.
         decision: What it decided, once it has.
     """
@@ -37,6 +39,7 @@ class PreparedFrame:
     clock: Stopwatch
     dense_reason: str | None
     drafted: Mapping[str, Any] | None
+    rtc: RealTimeChunk | None = None
     inputs: PolicyInput | None = None
     decision: Decision | None = None
 

@@ -8,19 +8,20 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from lac_vla.engine.cuda_graphs import CUDAGraphRunner
-from lac_vla.engine.kv_cache import SlotCache
+from lac_vla.engine.kv_cache import GradientKV, SlotCache
 from lac_vla.engine.layers import RunLayers, run_layers
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.prefill import AppendCursor, Cursor, PrefillCursor, SequenceState, run_packed
 from lac_vla.errors import DeviceMemoryError, InputError, NonFiniteError
 from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt, finite
+from lac_vla.models.heads.guidance import recording
 from lac_vla.models.protocols import DecoderStack, Rotary
 from lac_vla.models.vla import VLA
 from lac_vla.timing import Stopwatch
@@ -282,7 +283,7 @@ class Engine:
             values=lambda layer: slots(self.store.values[layer]),
             rng=plan.rng,
             drafted=plan.drafted if sequence.draft else None,
-            running=plan.running if self.model.head.guided else None,
+            rtc=plan.rtc,
         )
         run.decoding = self.model.head.decode(context)
         self._advance(run, None)
@@ -295,17 +296,26 @@ class Engine:
             stack = rows.stack or stack
         prepared = [(run, self._try(run, partial(self._prepare, stack=stack))) for run in runs]
         ready = [(run, *rows) for run, rows in prepared if rows is not None]
-        cursors = [cursor for _, cursor, _ in ready]
-        hidden = run_packed(stack, cursors, [embedded for *_, embedded in ready], self.store, self._run_layers)
-        for (run, *_), own in zip(ready, hidden, strict=True):
-            read = own[len(own) - len(run.suffix) :] if isinstance(run.rows, RerunPrompt) else own
+        cursors, embedded = [cursor for _, cursor, _ in ready], [rows for *_, rows in ready]
+        if _kind(runs[0]).gradient:
+            with recording():
+                hidden = run_packed(stack, cursors, embedded, GradientKV(self.store))
+                normed = [stack.norm(own) for own in hidden]
+        else:
+            hidden = run_packed(stack, cursors, embedded, self.store, self._run_layers)
+            suffixes = [len(run.suffix) if isinstance(run.rows, RerunPrompt) else 0 for run, *_ in ready]
+            normed = [stack.norm(own[-count:] if count else own) for own, count in zip(hidden, suffixes, strict=True)]
+        for (run, *_), own in zip(ready, normed, strict=True):
             run.rows = None
-            self._try(run, partial(self._advance, hidden=stack.norm(read)))
+            self._try(run, partial(self._advance, hidden=own))
 
     def _prepare(self, run: _Run, stack: DecoderStack) -> tuple[Cursor, torch.Tensor]:
         """Plan the rows that a head yielded, and embed them."""
         sequence, rows, rotary = run.sequence, run.rows, self._rotary_of(stack, run.plan.region.size)
         if isinstance(rows, AppendRows):
+            if rows.embeddings.requires_grad:  # a gradient passes through nothing that was made without
+                with torch.inference_mode(False):
+                    return AppendCursor(stack, sequence, rows, (rotary[0].clone(), rotary[1].clone())), rows.embeddings
             return AppendCursor(stack, sequence, rows, rotary), rows.embeddings
         if rows is None:  # pragma: no cover - those that are done have left
             raise RuntimeError("the head yielded nothing")
@@ -322,7 +332,8 @@ class Engine:
         except StopIteration as answer:
             run.rows = None
             action, run.result.metadata = answer.value
-            run.result.action = finite(action)
+            action, rtc = finite(action), run.plan.rtc
+            run.result.action = action if rtc is None else rtc.join(action, guided=self.model.head.guided)
 
     def _fail(self, runs: Sequence[_Run], error: Exception) -> None:
         for run in runs:
@@ -347,7 +358,23 @@ def _told(error: Exception) -> Exception:
     return told
 
 
-def _kind(run: _Run) -> tuple[bool, int]:
-    """Tell what rows can be packed with a run's: those of the same stack, and prompts with prompts."""
-    stack = run.rows.stack if isinstance(run.rows, AppendRows) else None
-    return isinstance(run.rows, RerunPrompt), id(stack)
+class _Kind(NamedTuple):
+    """What has to be alike in rows that are packed.
+
+    Attributes:
+        prompt: Whether they are whole prompts.
+        stack: Identity of the stack that they run through.
+        gradient: Identity of a run with a gradient, which is run alone; 0 without one.
+    """
+
+    prompt: bool
+    stack: int
+    gradient: int
+
+
+def _kind(run: _Run) -> _Kind:
+    """Tell what rows can be packed with a run's."""
+    appended = run.rows if isinstance(run.rows, AppendRows) else None
+    if appended is None:
+        return _Kind(isinstance(run.rows, RerunPrompt), id(None), 0)
+    return _Kind(False, id(appended.stack), id(run) if appended.embeddings.requires_grad else 0)

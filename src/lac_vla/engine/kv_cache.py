@@ -159,3 +159,24 @@ class SlotCache:
         keys[:, :, : self.n_slots], values[:, :, : self.n_slots] = self.keys, self.values
         self.keys, self.values = keys, values  # both or none: the memory may not be enough
         self._by_layer = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class GradientKV:
+    """Implements :class:`lac_vla.engine.layers.KVStore` for appended rows with a gradient: what is before is constant.
+
+    Attributes:
+        store: Where the rows are written, without their gradient.
+    """
+
+    store: SlotCache
+
+    def update(
+        self, layer: int, segment: Segment, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the rows into their slots, and return the sequence's; see :meth:`KVStore.update`."""
+        with torch.inference_mode():
+            stored = self.store.update(layer, segment, keys.detach(), values.detach())
+        parts = zip(stored, (keys, values), strict=True)
+        seen = [torch.cat([slots[:, : -segment.n_rows].clone(), rows], dim=1) for slots, rows in parts]
+        return seen[0], seen[1]

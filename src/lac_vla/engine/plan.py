@@ -12,8 +12,9 @@ import numpy as np
 from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.prefill import Refine, SequenceState
 from lac_vla.models.protocols import PromptInputs
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.timing import Stopwatch
-from lac_vla.types import AttentionProbe, BoolArray, Decision, FloatArray, Frame, RunningChunk, UInt8Image
+from lac_vla.types import AttentionProbe, BoolArray, Decision, FloatArray, Frame, UInt8Image
 
 
 @dataclass(eq=False)
@@ -36,8 +37,8 @@ class FramePlan:
         probe: Attention to compute aside.
         refine: See :class:`lac_vla.engine.prefill.SequenceState`.
         drafted: What the preceding action's draft is made of; ``None`` for no draft.
+        rtc: The running chunk, to go on with in real time; ``None`` for a new beginning.
         rng: Chance of the action head; ``None`` to stop behind the prefill.
-        running: What the robot executes meanwhile, for a head that is guided.
         elapsed: Frames by which slots that are not computed grow older.
         used: Whether an engine has taken it.
     """
@@ -55,8 +56,8 @@ class FramePlan:
     probe: AttentionProbe | None = None
     refine: Refine | None = None
     drafted: Mapping[str, Any] | None = None
+    rtc: RealTimeChunk | None = None
     rng: np.random.Generator | None = None
-    running: RunningChunk | None = None
     elapsed: int = 1
     used: bool = False
 

@@ -15,8 +15,16 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from lac_vla.engine.kv_cache import Region, SlotCache
-from lac_vla.engine.layers import LayersOutput, RunLayers, Segment, attention_probabilities, query_counts, run_layers
+from lac_vla.engine.kv_cache import Region
+from lac_vla.engine.layers import (
+    KVStore,
+    LayersOutput,
+    RunLayers,
+    Segment,
+    attention_probabilities,
+    query_counts,
+    run_layers,
+)
 from lac_vla.models.heads.base import AppendRows
 from lac_vla.models.protocols import Decoder, DecoderStack, Rotary
 from lac_vla.transfer import upload
@@ -117,7 +125,7 @@ def run_packed(
     stack: DecoderStack,
     cursors: Sequence[Cursor],
     embeddings: Sequence[torch.Tensor],
-    store: SlotCache,
+    store: KVStore,
     run: RunLayers = run_layers,
 ) -> list[torch.Tensor]:
     """Run the rows of several sequences through all layers of a stack.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lac_vla.models.protocols import DecoderShape
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.timing import windows
 from lac_vla.types import (
     AttentionProbe,
@@ -137,8 +138,8 @@ class PolicySession(Protocol):
         """Begin a new episode."""
         ...
 
-    def act(self, frame: Frame) -> FloatArray:
-        """Answer an observation with an action, (A,), or a chunk of actions, (horizon, A)."""
+    def act(self, frame: Frame, rtc: RealTimeChunk | None = None) -> FloatArray:
+        """Answer an observation with an action, (A,), or a chunk of actions, (horizon, A); or go on with a chunk."""
         ...
 
 

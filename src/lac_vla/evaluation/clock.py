@@ -130,10 +130,10 @@ class WorldClock:
             return
         if self.tables:
             fitting(self.tables, model)
-        if self.mode == "rtc" and not model.head.guided:
+        if self.mode == "rtc" and model.horizon < 2:
             raise InputError(
-                f"mode 'rtc' freezes actions and guides the rest, and {model.name}'s {type(model.head).__name__} "
-                "cannot be guided: give --mode async"
+                f"mode 'rtc' goes on with a running chunk, and {model.name}'s {type(model.head).__name__} answers with "
+                "single actions: give --mode async"
             )
 
     def episode(self, log: EpisodeLog, policy: str, *, flow: bool, sample: StepInfo | None = None) -> EpisodeRecord:

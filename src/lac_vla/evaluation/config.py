@@ -35,7 +35,8 @@ class EvalConfig:
         tasks: Task ids; empty for all.
         init_states: First and one-past-last initial state of every task; by default those that the benchmark holds out.
         stress: What disturbs every episode, the same for all methods: ``shake``, ``lighting``, ``drift``,
-            ``occlusion``, ``instruction``, ``drops`` or ``long``, see :mod:`lac_vla.evaluation.stress`.
+            ``occlusion``, ``instruction``, ``drops``, ``long``, or ``moving:speed=0.02``, where the object to take
+            slides at so many metres a second; see :mod:`lac_vla.evaluation.disturbances`.
         clock: The world does not wait for the policy, but ticks at the benchmark's control rate: what an answer takes
             is read off the latency table of a device (``cpu``, ``rtx4090``, ``agx-orin``, ``thor``, ``h100``) or of a
             file, by what every frame really computed; or it is a number of milliseconds; or ``wall``, this machine's
@@ -116,8 +117,10 @@ class EvalConfig:
         DatasetKeys(self.camera)
         if self.server is None and self.ray is None:  # which run on other machines
             check_device(self.model_options.device)
-        if self.stress is not None:
-            make_stress(self.stress)
+        if self.stress is not None and make_stress(self.stress).speed and not self.benchmark.targets_slide:
+            raise InputError(
+                f"{self.benchmark.suite} has no targets that can slide: choose a suite of LIBERO for moving"
+            )
         if (world := self.world) is None:
             if self.mode != "hold" or self.deadline_ms is not None:
                 raise InputError("mode and deadline_ms are for a world that does not wait: give --clock, too")

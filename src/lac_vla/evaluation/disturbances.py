@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import cv2
 import numpy as np
@@ -38,8 +38,12 @@ class EpisodeDraw:
 class Stress(ABC):
     """A kind of disturbance; its strength in its fields."""
 
+    settable: ClassVar[tuple[str, ...]] = ()
+    """Fields that a command line may set."""
     hold: int = 0
     """Steps for which the robot is held still before its actions count; the horizon is that much longer."""
+    speed: float = 0.0
+    """Metres a second of simulated time at which the object to take slides until it is grasped."""
 
     @abstractmethod
     def begin(self, draw: EpisodeDraw) -> Disturbance:
@@ -224,6 +228,32 @@ class Long(Stress):
     """
 
     hold: int = 150
+
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
+        """See :meth:`Stress.begin`."""
+        return lambda frame, step: frame
+
+
+@dataclass(frozen=True)
+class Moving(Stress):
+    """The object to take does not wait: what it stands on slides to and fro at a constant speed until it is grasped.
+
+    The direction is drawn for every episode, and the way ends where something stands or the arm's reach does. Nothing
+    but the number of control steps moves it: where the world goes on while a policy thinks, so does the object.
+
+    Attributes:
+        speed: Metres a second, in (0, 0.2].
+
+    Raises:
+        InputError: If the speed is out of range.
+    """
+
+    settable: ClassVar[tuple[str, ...]] = ("speed",)
+    speed: float = 0.02
+
+    def __post_init__(self) -> None:
+        if isinstance(self.speed, bool | str) or not 0.0 < self.speed <= 0.2:
+            raise InputError(f"speed is {self.speed!r}: give metres a second in (0, 0.2], e.g. moving:speed=0.02")
 
     def begin(self, draw: EpisodeDraw) -> Disturbance:
         """See :meth:`Stress.begin`."""

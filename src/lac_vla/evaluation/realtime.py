@@ -32,8 +32,8 @@ from lac_vla.evaluation.answers import Answer, Answers, OnDevice
 from lac_vla.evaluation.rollout import EpisodeLog, ask, check_length
 from lac_vla.results.realtime import RealTime
 from lac_vla.results.records import EpisodeRecord
-from lac_vla.session import Session
-from lac_vla.types import FloatArray, Frame, RunningChunk
+from lac_vla.running_chunk import RealTimeChunk
+from lac_vla.types import FloatArray, Frame
 
 Mode: TypeAlias = Literal["hold", "chunk", "async", "rtc"]
 
@@ -139,13 +139,12 @@ class RealTimeEpisode:
         if ensemble is not None and frame.instruction != self._instruction:
             ensemble.reset()  # the last chunks belong to another instruction
         self._instruction = frame.instruction
-        if self.mode == "rtc" and isinstance(session, Session):
-            session.running = self._left()
+        rtc = self._left() if self.mode == "rtc" else None
         self._observed.append(tick)
         self._executed_then = self._executed
-        self.answers.think(tick, lambda: ask(session, frame))
+        self.answers.think(tick, lambda: ask(session, frame, rtc))
 
-    def _left(self) -> RunningChunk | None:
+    def _left(self) -> RealTimeChunk | None:
         """Tell what the running chunk still holds, and how much of it will be executed if this call takes as the last.
 
         ``None`` where nothing will be: there is no chunk, or answers take no time.
@@ -154,7 +153,7 @@ class RealTimeEpisode:
         if running is None or running.over or last is None or (ticks := last - self._observed[-1]) < 1:
             return None
         actions = running.chunk[running.index :]
-        return RunningChunk(actions, min(ticks, len(actions)))
+        return RealTimeChunk(actions, min(ticks, len(actions)))
 
     def _take(self, tick: int) -> None:
         """Let an answer take over, if there is one."""

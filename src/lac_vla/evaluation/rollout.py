@@ -15,6 +15,7 @@ from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.results.metrics import METRICS
 from lac_vla.results.realtime import RealTime
 from lac_vla.results.records import EpisodeRecord
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.session import Session
 from lac_vla.sims.base import Env
 from lac_vla.types import FloatArray, Frame
@@ -103,9 +104,10 @@ class EpisodeLog:
         )
 
 
-def ask(session: PolicySession, frame: Frame) -> tuple[FloatArray, StepReport]:
-    """Ask a session; return its answer, (n, A), and its report."""
-    chunk, info = np.atleast_2d(session.act(frame)), session.last_info
+def ask(session: PolicySession, frame: Frame, rtc: RealTimeChunk | None = None) -> tuple[FloatArray, StepReport]:
+    """Ask a session, perhaps to go on with a running chunk; return its answer, (n, A), and its report."""
+    answer = session.act(frame) if rtc is None else session.act(frame, rtc)
+    chunk, info = np.atleast_2d(answer), session.last_info
     if info is None:  # pragma: no cover - act always leaves a step info
         raise RuntimeError("the session did not report its step")
     return chunk, info

@@ -11,27 +11,51 @@ import numpy.typing as npt
 
 from lac_vla.errors import InputError
 from lac_vla.evaluation import disturbances as kinds
+from lac_vla.policies import PolicySpec
 from lac_vla.sims.base import Env
 from lac_vla.types import Frame
 
-_KINDS = (kinds.Shake, kinds.Lighting, kinds.Drift, kinds.Occlusion, kinds.Instruction, kinds.Drops, kinds.Long)
+_KINDS = (
+    kinds.Shake,
+    kinds.Lighting,
+    kinds.Drift,
+    kinds.Occlusion,
+    kinds.Instruction,
+    kinds.Drops,
+    kinds.Long,
+    kinds.Moving,
+)
 STRESSES: dict[str, type[kinds.Stress]] = {kind.__name__.lower(): kind for kind in _KINDS}
 """Name → stress at its usual strength."""
 
 
-def make_stress(name: str) -> kinds.Stress:
-    """Make a stress by its name; an unknown one is an :class:`InputError`."""
-    if name not in STRESSES:
-        raise InputError(f"unknown stress {name!r}; choose one of {', '.join(STRESSES)}")
-    return STRESSES[name]()
+def make_stress(text: str) -> kinds.Stress:
+    """Make a stress of its name, and of settings behind it where one is not as usual: ``moving:speed=0.05``.
+
+    Raises:
+        InputError: If there is no such stress or setting.
+    """
+    spec = PolicySpec.parse(text)
+    if spec.name not in STRESSES:
+        raise InputError(f"unknown stress {spec.name!r}; choose one of {', '.join(STRESSES)}")
+    kind = STRESSES[spec.name]
+    if unknown := set(spec.options) - set(kind.settable):
+        settable = ", ".join(kind.settable) or "nothing"
+        raise InputError(f"the stress {spec.name!r} has no setting {sorted(unknown)[0]!r}; it has: {settable}")
+    return kind(**spec.values)
 
 
-def describe_stress(name: str) -> str:
+def describe_stress(text: str) -> str:
     """Describe a stress in a sentence, with its strength."""
-    stress = make_stress(name)
+    stress = make_stress(text)
     sentence = (stress.__doc__ or "").split("\n", 1)[0]
     settings = ", ".join(f"{key} {value}" for key, value in asdict(stress).items())  # type: ignore[call-overload]
-    return f"Stress '{name}' ({settings}): {sentence}"
+    return f"Stress '{PolicySpec.parse(text).name}' ({settings}): {sentence}"
+
+
+def episode_generator(seed: int, suite: str, task: int, init_state: int) -> np.random.Generator:
+    """Make the generator of all that is drawn in one episode under stress."""
+    return np.random.default_rng([seed, zlib.crc32(suite.encode()), task, init_state])
 
 
 class Stressed(Env):
@@ -53,7 +77,9 @@ class Stressed(Env):
         """Start an episode; see :class:`Env`."""
         frame = self.env.reset(init_state, seed)
         self.instruction = self.env.instruction
-        rng = np.random.default_rng([self.seed, zlib.crc32(self.suite.encode()), self.task, init_state])
+        rng = episode_generator(self.seed, self.suite, self.task, init_state)
+        if self.stress.speed:
+            self.env.slide_target(self.stress.speed, rng)
         self._disturb = self.stress.begin(kinds.EpisodeDraw(rng, self.horizon + 1, self._others))
         self._step = 0
         return self._disturb(frame, 0)

@@ -18,6 +18,7 @@ from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.types import FloatArray, Frame
 
 SLACK_SHARE = 0.5
@@ -25,6 +26,7 @@ SLACK_SHARE = 0.5
 LEARNING = 0.2
 """Weight of the newest idle time in the expected one; so with costs."""
 MAX_SEED = 2**63 - 1
+MAX_HZ = 10_000
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ class PreparedRequest:
         prepared: The session's part.
         reset: The reason if a new episode began.
         arrived: When the request came, by ``time.perf_counter()``.
+        control_hz: See :class:`PlannedFrame`.
     """
 
     prepared: PreparedFrame
     reset: str | None
     arrived: float
+    control_hz: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,7 @@ class PlannedFrame:
         reset: The reason if a new episode began.
         arrived: When the request came, by ``time.perf_counter()``.
         tokens: Visual tokens that it computes, at most; one that is computed in half of the layers counts half.
+        control_hz: The robot's control rate, where it wants to know how many steps its answer took.
     """
 
     plan: FramePlan
@@ -94,6 +99,7 @@ class PlannedFrame:
     reset: str | None
     arrived: float
     tokens: float
+    control_hz: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +176,13 @@ class RobotSession:
         Raises:
             InputError: If the request cannot be used.
         """
-        frame = self.keys.frame(request)
+        frame, hz = self.keys.frame(request), request.get("control_hz")
+        if hz is not None and not (isinstance(hz, int | float | np.number) and 0 < hz <= MAX_HZ):
+            raise InputError(f"control_hz must be a number above 0, at most {MAX_HZ}: the robot's control rate")
+        rtc = RealTimeChunk.of_request(request)
         reset = self._begin(request, frame, arrived)
-        return PreparedRequest(self._session.prepare(frame), reset, arrived)
+        control_hz = None if hz is None else float(hz)
+        return PreparedRequest(self._session.prepare(frame, rtc), reset, arrived, control_hz)
 
     def plan(self, prepared: PreparedRequest, token_budget: int | None = None) -> PlannedFrame:
         """Plan a request that was prepared, within a number of tokens."""
@@ -184,7 +194,7 @@ class RobotSession:
             tokens = float(decision.exit_layer.sum() / decision.n_layers)
         elif plan.dense_reason is None and token_budget is not None:  # still being decided, within the budget
             tokens = min(tokens, token_budget)
-        return PlannedFrame(plan, frame, prepared.reset, prepared.arrived, tokens)
+        return PlannedFrame(plan, frame, prepared.reset, prepared.arrived, tokens, prepared.control_hz)
 
     def commit(
         self, planned: PlannedFrame, result: FrameResult, begun: float, robots: int = 1, share: float = 1.0
@@ -206,12 +216,15 @@ class RobotSession:
         if action is None:  # pragma: no cover - what was committed has one
             raise RuntimeError("the engine left no action")
         waited, took = 1e3 * (begun - planned.arrived), 1e3 * (time.perf_counter() - begun)
+        executed = self.options.actions_per_call if planned.plan.rtc is None else 0  # the rest is the next left-over
         message = {
-            "actions": np.atleast_2d(action)[: self.options.actions_per_call or None],
+            "actions": np.atleast_2d(action)[: executed or None],
             "policy_timing": {"infer_ms": step.timings["model_call"]},
             "server_timing": {"infer_ms": took},
             "lac": {**self._report(step, planned.reset, waited, took), "batch": robots},
         }
+        if planned.control_hz is not None:
+            message["inference_delay"] = math.ceil((waited + took) * planned.control_hz / 1e3)
         self._action, self._refreshed, self._disagreement = action, 0, None
         self._frames += 1
         self._cooling = max(0, self._cooling - 1)

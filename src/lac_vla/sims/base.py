@@ -64,6 +64,18 @@ class Env(ABC):
             SimulatorError: If the simulator fails.
         """
 
+    def slide_target(self, speed: float, rng: np.random.Generator) -> None:
+        """Let the object to take slide from now on, as ``step`` is called, until it is grasped or the next ``reset``.
+
+        Args:
+            speed: Metres a second of simulated time.
+            rng: What is left open, e.g. the direction, is drawn from it.
+
+        Raises:
+            InputError: If the simulator cannot, or the task has no such object.
+        """
+        raise InputError(f"{self.suite} has no targets that can slide: choose a suite of LIBERO, or another stress")
+
     def tick(self, action: npt.ArrayLike) -> tuple[Callable[[], Frame], bool]:
         """Execute an action as :meth:`step` does, where perhaps nobody looks at what follows.
 
@@ -116,6 +128,7 @@ class Benchmark(ABC):
     Attributes:
         suite: One of ``suites``.
         suites: The names of all suites, unique among benchmarks.
+        targets_slide: Whether its environments have :meth:`Env.slide_target`.
 
     Raises:
         InputError: If the suite is unknown.
@@ -123,6 +136,7 @@ class Benchmark(ABC):
 
     suite: str = ""
     suites: ClassVar[tuple[str, ...]]
+    targets_slide: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.suite not in self.suites:

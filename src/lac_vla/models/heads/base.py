@@ -18,7 +18,8 @@ import torch
 from lac_vla.errors import InputError, NonFiniteError
 from lac_vla.models.heads.distill import relative_error
 from lac_vla.models.protocols import DecoderStack, KeysValues
-from lac_vla.types import FloatArray, Frame, RunningChunk, TokenLayout
+from lac_vla.running_chunk import RealTimeChunk
+from lac_vla.types import FloatArray, Frame, TokenLayout
 
 NON_FINITE = (
     "the model computed NaN or infinity, so there is no action: stop the robot. The next frame is computed in full; if "
@@ -31,7 +32,8 @@ class AppendRows:
     """Rows to run behind the prompt.
 
     Attributes:
-        embeddings: (n, width); in training (B, n, width).
+        embeddings: (n, width); in training (B, n, width). If they require a gradient, the rows' hidden states have it;
+            what stands before the rows is constant.
         at: How many of the rows appended before stay; the new ones take the place of the others. ``None``: all.
         stack: Blocks to run them through, over the same keys and values; ``None`` for the decoder's own.
         cross: Layer → keys and values, each (kv_heads, prompt's length, head_dim), in training (B, …), that the rows
@@ -76,9 +78,9 @@ class HeadContext:
         keys: Layer → keys of the prompt, (kv_heads, length, head_dim).
         values: Layer → values, as ``keys``.
         rng: The session's generator for actions that are sampled: the only source of randomness.
-        running: What the robot executes meanwhile; ``None`` for nothing, or for a head that is not ``guided``.
         drafted: What the draft was made of, see :meth:`ActionHead.draft`; ``None`` if there is none. It never changes
             the action.
+        rtc: The running chunk, to go on with in real time; ``None`` for a new beginning.
     """
 
     frame: Frame
@@ -88,7 +90,7 @@ class HeadContext:
     values: Callable[[int], torch.Tensor]
     rng: np.random.Generator
     drafted: Mapping[str, Any] | None = None
-    running: RunningChunk | None = None
+    rtc: RealTimeChunk | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +140,10 @@ class ActionHead(ABC):
         reads: ``"hidden"``: the suffix's last hidden states; ``"kv"``: the keys and values of every layer alone, so
             that the last layer computes no queries.
         max_new_tokens: Rows that it appends at most.
+        guided: Whether it draws chunks from noise that a running chunk can guide (``HeadContext.rtc``); the answers of
+            others are blended with it.
         horizon: Actions per answer.
-        guided: Whether it continues the chunk in :attr:`HeadContext.running`.
+        action_dim: Values of an action of a chunk.
         n_rows: Hidden states that its loss reads, in a row: the last prompt token's and every forced one's; or, with
             ``n_before``, those of the prompt itself.
         n_before: Rows from the first of them to the last prompt token.
@@ -149,6 +153,7 @@ class ActionHead(ABC):
     guided: ClassVar[bool] = False
     max_new_tokens: int = 0
     horizon: int = 1
+    action_dim: int = 0
     n_rows: int = 1
     n_before: int = 0
 
@@ -168,6 +173,14 @@ class ActionHead(ABC):
             The action in the robot's own units, float32, (action_dim,) or (horizon, action_dim); and what is worth
             recording about it (token ids, …).
         """
+
+    def check_rtc(self, rtc: RealTimeChunk) -> None:
+        """Check that the model can go on with a running chunk.
+
+        Raises:
+            InputError: If it is none of this model's, or the head cannot be guided as it is set.
+        """
+        rtc.check(self.horizon, self.action_dim)
 
     def draft(self, metadata: Mapping[str, Any]) -> torch.Tensor | None:
         """Guess the rows that :meth:`decode` will append, to ride along in a causal prefill.

@@ -94,7 +94,7 @@ class ChunkHead(ActionHead):
     def __init__(self, horizon: int, action_dim: int, action_range: Range) -> None:
         if action_range.dim != action_dim:
             raise CheckpointError(f"statistics of {action_range.dim} action values, an action head of {action_dim}")
-        self.horizon, self.action_range = horizon, action_range
+        self.horizon, self.action_dim, self.action_range = horizon, action_dim, action_range
         self.shape = (horizon, action_dim)
         self.n_rows = horizon * action_dim
         self.n_before = self.n_rows + STOP_TOKENS

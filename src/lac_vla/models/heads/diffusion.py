@@ -5,6 +5,9 @@ Source: CogACT (Li et al., 2024, arXiv 2411.19650) and its released code.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import ClassVar
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,8 +16,10 @@ from torch import nn
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext, LossContext, finite
 from lac_vla.models.heads.dit import DiT, DiTConfig
+from lac_vla.models.heads.guidance import Guidance, constant
 from lac_vla.models.heads.sampler import Draw, Sampling, Schedule, ddim, ddpm
 from lac_vla.models.heads.units import SLACK, Range, check_units, chunks_of
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.transfer import upload
 from lac_vla.types import FloatArray
 
@@ -36,11 +41,11 @@ class DiffusionModel(nn.Module):
         super().__init__()
         self.net = DiT(config)
 
-    def sample(self, z: torch.Tensor, sampling: Sampling, draw: Draw) -> torch.Tensor:
+    def sample(self, z: torch.Tensor, sampling: Sampling, draw: Draw, guide: Guidance | None = None) -> torch.Tensor:
         """Draw a chunk, (B, horizon, action_dim), normalised and not clipped, for every feature, (B, 1, condition).
 
         With classifier-free guidance: Ho & Salimans, 2022, arXiv 2207.12598. ``draw`` makes noise of the actions'
-        shape. What does not change from step to step is embedded once.
+        shape. What does not change from step to step is embedded once. ``guide`` draws DDIM towards a running chunk.
         """
         size, guided = len(z), sampling.guidance > 1
         if guided:  # both predictions in one batch
@@ -62,7 +67,7 @@ class DiffusionModel(nn.Module):
 
         if sampling.method == "ddpm":
             return ddpm(denoise, draw, SCHEDULE)
-        return ddim(denoise, draw, SCHEDULE, sampling.steps)
+        return ddim(denoise, draw, SCHEDULE, sampling.steps, guide)
 
 
 class DiffusionHead(ActionHead):
@@ -98,7 +103,10 @@ class DiffusionHead(ActionHead):
             )
         self.model, self.action_range, self.sampling = model, action_range, sampling
         self.horizon = config.horizon
+        self.action_dim = config.action_dim
         self._shape, self._gripper = (config.horizon, config.action_dim), gripper
+
+    guided: ClassVar[bool] = True
 
     @property
     def _like(self) -> torch.Tensor:
@@ -111,17 +119,28 @@ class DiffusionHead(ActionHead):
             The actions in the units of the data set, float32, (horizon, action_dim), the gripper closed or open; and,
             as lists, the chunk in [-1, 1] (``normalized``).
         """
-        rng, like = context.rng, self._like
+        rng, like, rtc, guide = context.rng, self._like, context.rtc, None
 
         def draw() -> torch.Tensor:
             noise = rng.standard_normal((1, *self._shape), dtype=np.float32)
             return upload(noise, like.device).to(like.dtype)
 
-        drawn = self.model.sample(context.hidden[-1:][None].to(like.dtype), self.sampling, draw)
+        with nullcontext() if rtc is None else constant():
+            if rtc is not None and len(rtc.prev_chunk_left_over):
+                left = self.normalize_actions(rtc.padded(self.horizon)).astype(np.float32)
+                guide = Guidance.of(rtc, left, like.new_empty(1, *self._shape))
+            feature = context.hidden[-1:][None].to(like.dtype, copy=rtc is not None)
+            drawn = self.model.sample(feature, self.sampling, draw, guide)
         normalized = np.clip(finite(drawn[0].float().cpu().numpy()), -1.0, 1.0)
         normalized[:, -1] = normalized[:, -1] >= GRIPPER_THRESHOLD
         return self.unnormalize_actions(normalized).astype(np.float32), {"normalized": normalized.tolist()}
         yield  # a generator, although it appends nothing
+
+    def check_rtc(self, rtc: RealTimeChunk) -> None:
+        """Check a running chunk; see :meth:`ActionHead.check_rtc`."""
+        super().check_rtc(rtc)
+        if self.sampling.method != "ddim":
+            raise InputError("a running chunk guides DDIM, not DDPM: choose the sampler 'ddim' for real-time chunking")
 
     def unnormalize_actions(self, normalized: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Scale what the head draws, [-1, 1], the gripper 0 closed .. 1 open, to units of the data set, (..., A)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from lac_vla.checks import check_fields
 from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models.heads.base import ActionHead, AppendRows, Decoding, HeadContext, LossContext
+from lac_vla.models.heads.guidance import Guidance, constant, recording
 from lac_vla.models.heads.units import check_units
 from lac_vla.models.lerobot_layout import Units
 from lac_vla.transfer import upload
@@ -122,12 +124,14 @@ class FlowMatchingHead(ActionHead):
     """
 
     reads: ClassVar[Literal["hidden", "kv"]] = "kv"
+    guided: ClassVar[bool] = True
 
     def __init__(self, config: FlowConfig, units: Units) -> None:
         if units.dim > config.width:
             raise CheckpointError(f"actions of {units.dim} values, a head of {config.width}")
         self.config, self.units = config, units
         self.horizon = self.max_new_tokens = config.horizon
+        self.action_dim = units.dim
 
     @property
     @abstractmethod
@@ -173,12 +177,41 @@ class FlowMatchingHead(ActionHead):
         """
         shape = self.config.horizon, self.config.width
         noise = context.rng.standard_normal(shape, dtype=np.float32)
-        chunk, shared = upload(noise, self.like.device), self.begin(context)
+        chunk = upload(noise, self.like.device)
+        guide, rtc = None, context.rtc
+        with nullcontext() if rtc is None else constant():
+            if rtc is not None and len(rtc.prev_chunk_left_over):
+                left = self.normalized_actions(rtc.padded(self.horizon), context.frame)
+                guide = Guidance.of(rtc, left, chunk)
+            shared = self.begin(context)
         for step in range(self.config.steps):
-            velocity = yield from self.velocity(shared, chunk, step)
+            if guide is None:
+                velocity = yield from self.velocity(shared, chunk, step)
+            else:
+                velocity = yield from self._guided_velocity(shared, chunk, step, guide)
             chunk = chunk + (-1.0 / self.config.steps) * velocity
         normalized = chunk[:, : self.units.dim].cpu().numpy()
         return self.robot_actions(normalized, context.frame), {"normalized": normalized.tolist()}
+
+    def _guided_velocity(self, shared: Any, chunk: torch.Tensor, step: int, guide: Guidance) -> Velocity:
+        """Compute the velocity that a running chunk guides; its sign is that of noise − actions."""
+        time = self.config.times[step]
+        with recording():
+            noised = chunk.clone().requires_grad_()
+            run = self.velocity(shared, noised, step)
+            rows = next(run)
+        while True:
+            hidden = yield rows
+            with recording():
+                try:
+                    rows = run.send(hidden)
+                except StopIteration as done:
+                    velocity: torch.Tensor = done.value
+                    return velocity.detach() - guide.correction(noised - time * velocity, noised, 1.0 - time)
+
+    def normalized_actions(self, actions: FloatArray, frame: Frame) -> FloatArray:
+        """Map a chunk in the robot's own units to the model's, (horizon, action_dim): the way back."""
+        return self.units.normalize(actions)
 
     def robot_actions(self, normalized: FloatArray, frame: Frame) -> FloatArray:
         """Map a chunk to the robot's own units, (horizon, action_dim)."""

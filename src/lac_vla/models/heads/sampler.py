@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, TypeAlias
+from functools import cached_property, partial
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,15 @@ import torch
 
 from lac_vla.checks import check_fields
 from lac_vla.errors import InputError
+from lac_vla.models.heads.guidance import Guidance, recording
 
-Denoise: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]
-"""Noisy actions and their step → the noise in them, of the same shape."""
+
+class Denoise(Protocol):
+    """Noisy actions ``x`` and their step ``t`` → the noise in them, of the same shape."""
+
+    def __call__(self, x: torch.Tensor, t: int) -> torch.Tensor: ...  # noqa: D102
+
+
 Draw: TypeAlias = Callable[[], torch.Tensor]
 """New standard normal noise of the actions' shape."""
 
@@ -131,14 +137,42 @@ def ddim_step(x: torch.Tensor, noise: torch.Tensor, now: float, then: float, cli
     return math.sqrt(then) * clean + math.sqrt(1.0 - then) * noise
 
 
-def ddim(denoise: Denoise, draw: Draw, schedule: Schedule, steps: int) -> torch.Tensor:
-    """Sample by DDIM without new noise on the way (η = 0)."""
+def guided_ddim_step(
+    x: torch.Tensor, denoise: Callable[[torch.Tensor], torch.Tensor], now: float, then: float, guide: Guidance
+) -> torch.Tensor:
+    """Go one step of DDIM towards a running chunk: an Euler step of the flow that the process is, in other scales.
+
+    With signal a and noise s, x / (a + s) is the flow's state at the time τ = a / (a + s), and DDIM its Euler step; so
+    the guidance of flows holds, and is scaled back.
+
+    Args:
+        x: Noisy actions.
+        denoise: Noisy actions → the noise in them.
+        now: Share of the signal's variance in ``x``.
+        then: That in the result.
+        guide: What they should agree with.
+    """
+    signal, rest, next_signal, next_rest = (math.sqrt(share) for share in (now, 1.0 - now, then, 1.0 - then))
+    scale, next_scale = signal + rest, next_signal + next_rest
+    with recording():
+        noised = x.clone().requires_grad_()
+        noise = denoise(noised)
+        added = guide.correction((noised - rest * noise) / signal, noised, signal / scale)
+    stride = next_signal / next_scale - signal / scale
+    return ddim_step(x, noise.detach(), now, then) + stride * next_scale * scale * added
+
+
+def ddim(denoise: Denoise, draw: Draw, schedule: Schedule, steps: int, guide: Guidance | None = None) -> torch.Tensor:
+    """Sample by DDIM without new noise on the way (η = 0), towards a running chunk if there is one."""
     times = strided(schedule.steps, steps)
     x = draw()
     for index in reversed(range(steps)):
         now = float(schedule.alpha_bar[times[index]])
         then = float(schedule.alpha_bar[times[index - 1]]) if index else 1.0
-        x = ddim_step(x, denoise(x, times[index]), now, then)
+        if guide is None:
+            x = ddim_step(x, denoise(x, times[index]), now, then)
+        else:
+            x = guided_ddim_step(x, partial(denoise, t=times[index]), now, then, guide)
     return x
 
 

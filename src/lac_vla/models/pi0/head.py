@@ -97,6 +97,10 @@ class PiHead(FlowMatchingHead):
         hidden = context.run(AppendRows(rows.to(stack.weight.dtype), stack=stack))
         return cast(torch.Tensor, self._model.action_out_proj(hidden[:, -self.horizon :].to(self.like.dtype)))
 
+    def normalized_actions(self, actions: FloatArray, frame: Frame) -> FloatArray:
+        """Map a chunk to the model's units; what is relative to the state is first taken from it."""
+        return self.units.normalize(actions - self._origin(frame.proprio) if self._relative.any() else actions)
+
     def robot_actions(self, normalized: FloatArray, frame: Frame) -> FloatArray:
         """Map a chunk to the robot's own units; what is relative to the state is added to it."""
         actions = self.units.unnormalize(normalized)
@@ -131,8 +135,8 @@ class PiHead(FlowMatchingHead):
         weights = [parameter for module in self._model.around for parameter in module.parameters()]
         version = [(id(w), 0 if w.is_inference() else w._version, w.device) for w in weights]
         if self._steps[0] != version:
-            times = torch.tensor(self.config.times, device=self.like.device)
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
+                times = torch.tensor(self.config.times, device=self.like.device)
                 self._steps = version, self._steps_at(times)
         return self._steps[1]
 

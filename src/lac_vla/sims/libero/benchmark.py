@@ -29,6 +29,7 @@ class Libero(Benchmark):
     rendering: Rendering = "fast"
     convention: Convention = "upright"
     suites: ClassVar[tuple[str, ...]] = tuple(HORIZONS)
+    targets_slide: ClassVar[bool] = True
 
     @property
     def trials(self) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeAlias, get_args
+from typing import Any, Final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +32,11 @@ import numpy.typing as npt
 from lac_vla.errors import InputError, LacError
 from lac_vla.sims.base import Env, check_action
 from lac_vla.sims.libero.modules import DISTRIBUTION, load_libero, numpy_seed, quiet
+from lac_vla.sims.libero.moving import Slide
 from lac_vla.sims.libero.renderer import Convention, Renderer, Rendering
+from lac_vla.sims.libero.scene import FloatArray
 from lac_vla.sims.libero.suites import HORIZONS, N_TASKS, NO_OP, SETTLE_STEPS
 from lac_vla.types import Frame
-
-FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 CONTROL_HZ: Final = 20
 CAMERAS: Final[dict[str, str]] = {"agentview": "agentview", "robot0_eye_in_hand": "wrist"}
@@ -125,6 +125,9 @@ class LiberoEnv(Env):
             )
         self.instruction = str(definition.language)
         self._env: Any = wrapper.env
+        self._slide: Slide | None = None
+        self._pre_action = self._env._pre_action
+        self._env._pre_action = self._before_physics
         self._renderer = Renderer(self._env, resolution, rendering, convention)
         self._seed: int | None = None
         self._pristine: dict[str, FloatArray] = {}
@@ -165,6 +168,7 @@ class LiberoEnv(Env):
             raise InputError(f"init_state must be in 0..{len(self._init_states) - 1}, not {init_state}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed must be in 0..2**32-1, not {seed}")
+        self._slide = None
         if seed != self._seed:
             self._reload(seed)
         else:
@@ -211,6 +215,16 @@ class LiberoEnv(Env):
         self._steps += 1
         return bool(success)
 
+    def slide_target(self, speed: float, rng: np.random.Generator) -> None:
+        """See :meth:`Env.slide_target`: what the target stands on slides, see :mod:`lac_vla.sims.libero.moving`."""
+        if self._observation is None:
+            raise InputError("reset the environment before its target slides")
+        self._slide = Slide(self, speed, rng)
+
+    def outcome(self) -> dict[str, Any]:
+        """See :meth:`Env.outcome`: how far the target slid, if it did, and whether it was taken."""
+        return {} if self._slide is None else {"slide": self._slide.report()}
+
     def observe(self) -> Frame:
         """Render the present observation: images by camera, instruction, proprioception (8,), time (s)."""
         proprio = self.proprio()
@@ -232,7 +246,7 @@ class LiberoEnv(Env):
             self._renderer.free()
             with quiet():
                 self._env.close()
-            self._env = self._observation = None
+            self._env = self._pre_action = self._observation = self._slide = None
             gc.collect()
 
     # ---- privileged: for scripted experts and tests, never for a policy
@@ -252,7 +266,18 @@ class LiberoEnv(Env):
         """MuJoCo's state (``mujoco.MjData``)."""
         return self._open().sim.data._data
 
+    @property
+    def target_velocity(self) -> FloatArray:
+        """Velocity of the target's support, (3,) m/s; zeros if it does not slide."""
+        return np.zeros(3) if self._slide is None else self._slide.velocity
+
     # ---- machinery
+
+    def _before_physics(self, action: Any, policy_step: bool = False) -> None:
+        """Stand in for robosuite's hook before every step of the physics."""
+        if self._slide is not None:
+            self._slide.advance()
+        self._pre_action(action, policy_step)
 
     def _open(self) -> Any:
         if self._env is None:

@@ -15,8 +15,8 @@ from typing import TypeAlias
 import numpy as np
 
 from lac_vla.errors import InputError
-from lac_vla.sims.libero.env import FloatArray, LiberoEnv
-from lac_vla.sims.libero.scene import WRIST_HEIGHT, LiberoScene
+from lac_vla.sims.libero.env import CONTROL_HZ, LiberoEnv
+from lac_vla.sims.libero.scene import WRIST_HEIGHT, FloatArray, LiberoScene
 
 METRES_PER_UNIT = 0.05
 RADIANS_PER_UNIT = 0.5
@@ -25,6 +25,8 @@ HOME_ROTATION = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 """Gripper pointing down; its fingers open along the world's y axis."""
 EASY_REACH = 0.645
 """Distance (m) from shoulder to wrist beyond which the elbow nears its limit and the arm gets stuck."""
+LAG = 0.15
+"""Seconds by which the hand is behind a point that moves."""
 RETREAT = 0.08
 """Height (m) above the point of release at which the gripper counts as retreated."""
 
@@ -83,6 +85,7 @@ class ScriptedExpert:
             raise InputError(f"the scripted expert cannot solve {env.suite} task {env.task}: goal {goals}")
         _, self.object, self.place = goals[0]
         self.scene = LiberoScene(env)
+        self._env = env
         self.phase = Phase.REACH
         self._rotation = HOME_ROTATION
         self._own = set(self.scene.geoms(self.object))
@@ -139,14 +142,15 @@ class ScriptedExpert:
             error = goal - scene.eef
             if np.hypot(*error[:2]) < 0.008 and abs(error[2]) < 0.008 and self._turn_error() < 0.12:
                 return
-            yield self._funnel(goal, hover, OPEN)
+            yield self._funnel(goal + self._lead(), hover, OPEN)
 
     def _grasp(self, offset: FloatArray) -> Iterator[FloatArray]:
         """Close until the fingers have stopped."""
         goal = self.scene.position(self.object) + offset
         last = self.scene.opening
         for k in range(14):
-            yield self._servo(goal, CLOSE)
+            yield self._servo(goal + self._lead(), CLOSE)
+            goal += self._env.target_velocity / CONTROL_HZ
             now = self.scene.opening
             if k >= 4 and abs(now - last) < 4e-4:
                 return
@@ -191,6 +195,10 @@ class ScriptedExpert:
             action[3:6] = twist / max(1.0, float(np.abs(twist).max()))
         action[6] = grip
         return action
+
+    def _lead(self) -> FloatArray:
+        """Compute how far (m) ahead of a sliding target to aim, (3,): that far behind the hand would follow."""
+        return np.asarray(self._env.target_velocity * LAG)
 
     def _turn_error(self) -> float:
         """Angle (rad) between the gripper's orientation and the wanted one."""

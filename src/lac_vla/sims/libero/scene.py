@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any, Protocol, TypeAlias
 
-from lac_vla.sims.libero.env import FloatArray, LiberoEnv
+import numpy as np
+import numpy.typing as npt
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 COLLISION_GROUP = 0
 MESH, SPHERE, CAPSULE, CYLINDER = 7, 2, 3, 5
@@ -12,10 +15,26 @@ WRIST_HEIGHT = 0.21
 """Height (m) of the wrist above the fingertips."""
 
 
+class Simulation(Protocol):
+    """MuJoCo's model and state, and the benchmark's environment over them."""
+
+    @property
+    def model(self) -> Any:
+        """MuJoCo's model."""
+
+    @property
+    def data(self) -> Any:
+        """MuJoCo's state."""
+
+    @property
+    def domain(self) -> Any:
+        """The benchmark's environment."""
+
+
 class LiberoScene:
     """Geometry of the simulated world, read from MuJoCo."""
 
-    def __init__(self, env: LiberoEnv) -> None:
+    def __init__(self, env: Simulation) -> None:
         import mujoco
 
         self._mj = mujoco
