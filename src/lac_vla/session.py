@@ -439,16 +439,18 @@ class Session:
         return refined
 
 
-def plan_together(frames: Sequence[tuple[Session, Frame]]) -> list[FramePlan | Exception]:
-    """Plan a frame of each of several sessions, see :meth:`Session.plan`; their policies decide at once if they can.
+def plan_together(
+    frames: Sequence[tuple[Session, Frame]], rtc: Sequence[RealTimeChunk | None] | None = None
+) -> list[FramePlan | Exception]:
+    """Plan a frame of each of several sessions, see :meth:`Session.plan`; policies decide at once if they can.
 
     Returns:
         The plans; and what went wrong where there is none.
     """
     prepared: list[PreparedFrame | Exception] = []
-    for session, frame in frames:
+    for (session, frame), running in zip(frames, rtc or [None] * len(frames), strict=True):
         try:
-            prepared.append(session.prepare(frame))
+            prepared.append(session.prepare(frame, running))
         except Exception as error:  # of this session alone
             prepared.append(error)
     decide_together([each for each in prepared if isinstance(each, PreparedFrame)])

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lac_vla.errors import InputError
 from lac_vla.evaluation import disturbances as kinds
+from lac_vla.plugins import make
 from lac_vla.policies import PolicySpec
 from lac_vla.sims.base import Env
 from lac_vla.types import Frame
@@ -42,7 +43,8 @@ def make_stress(text: str) -> kinds.Stress:
     if unknown := set(spec.options) - set(kind.settable):
         settable = ", ".join(kind.settable) or "nothing"
         raise InputError(f"the stress {spec.name!r} has no setting {sorted(unknown)[0]!r}; it has: {settable}")
-    return kind(**spec.values)
+    stress: kinds.Stress = make(f"stress {spec.name!r}", kind, spec.options)
+    return stress
 
 
 def describe_stress(text: str) -> str:

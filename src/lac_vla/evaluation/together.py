@@ -18,11 +18,12 @@ from lac_vla.evaluation.process_env import ProcessEnv
 from lac_vla.evaluation.worker import EpisodeWorker, Job, load_vlas
 from lac_vla.factory import CachedVLA
 from lac_vla.results.records import EpisodeRecord
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.session import Session, plan_together
 from lac_vla.sims.base import Env
 from lac_vla.types import FloatArray, Frame
 
-Post: TypeAlias = "tuple[TogetherSession, Frame] | EpisodeRecord | Exception | None"
+Post: TypeAlias = "tuple[TogetherSession, Frame, RealTimeChunk | None] | EpisodeRecord | Exception | None"
 """What a place waits with: a frame to be answered, an episode to be taken note of, what went wrong; ``None``: a job."""
 
 
@@ -88,9 +89,9 @@ class TogetherSession(Session):
         super().__init__(engine, vla.policy, vla.flow_used, vla.max_age, vla.scene_cut, seed)
         self._meeting, self._place = meeting, place
 
-    def act(self, frame: Frame) -> FloatArray:
+    def act(self, frame: Frame, rtc: RealTimeChunk | None = None) -> FloatArray:
         """Answer an observation once all others wait for their answers, too; see :meth:`Session.act`."""
-        answer: FloatArray = self._meeting.ask(self._place, (self, frame))
+        answer: FloatArray = self._meeting.ask(self._place, (self, frame, rtc))
         return answer
 
 
@@ -178,11 +179,14 @@ def run_together(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRe
             thread.join()
 
 
-def _answer(frames: Mapping[int, tuple[TogetherSession, Frame]]) -> dict[int, Any]:
+def _answer(frames: Mapping[int, tuple[TogetherSession, Frame, RealTimeChunk | None]]) -> dict[int, Any]:
     """Answer a frame of every place in one run; what goes wrong with one is its own affair."""
     replies: dict[int, Any] = {}
     planned = []
-    for (place, (session, _)), plan in zip(frames.items(), plan_together(list(frames.values())), strict=True):
+    plans = plan_together(
+        [(session, frame) for session, frame, _ in frames.values()], [rtc for *_, rtc in frames.values()]
+    )
+    for (place, (session, *_)), plan in zip(frames.items(), plans, strict=True):
         if isinstance(plan, Exception):
             replies[place] = plan
         else:
