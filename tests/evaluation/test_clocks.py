@@ -117,6 +117,17 @@ def test_clock_and_mode_bind_a_run_that_goes_on(config: EvalConfig, table: Path)
         evaluate(config)
 
 
+def test_a_deadline_is_kept_in_virtual_time_and_one_that_cannot_be_is_refused(config: EvalConfig, table: Path) -> None:
+    config = replace(config, clock=str(table), policies=("dense",), deadline_ms=50.0, init_states=(6, 8))
+    for episode in read_episodes(evaluate(config) / "episodes.jsonl"):
+        assert episode.clock == "toy, hold, 50 ms deadline"
+        assert episode.realtime is not None
+        first, *others = episode.realtime.answer_ms
+        assert (first, others != [], all(ms <= 50 for ms in others)) == (80.0, True, True)
+    with pytest.raises(InputError, match="cannot be kept"):
+        evaluate(replace(config, deadline_ms=21.0, out=config.out.with_name("strict")))
+
+
 def test_a_clock_that_does_not_fit_leaves_nothing_behind(config: EvalConfig) -> None:
     for name, mode, message in (("cpu", "hold", "no latency table fits"), ("60", "rtc", "cannot be guided")):
         with pytest.raises(InputError, match=message):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lac_vla.client.remote import RemoteSession
 from lac_vla.cost import CostModel
 from lac_vla.drawing.observers import EpisodeVideo, FailurePicture
-from lac_vla.engine.step_info import PolicySession
+from lac_vla.engine.step_info import PolicySession, StepInfo
 from lac_vla.errors import InputError
 from lac_vla.evaluation.clock import sample_of
 from lac_vla.evaluation.config import EvalConfig
@@ -40,6 +40,7 @@ class EpisodeWorker:
     def __init__(self, config: EvalConfig) -> None:
         self._env: Env | None = None
         self._cost: CostModel | None = None
+        self._samples: dict[str, StepInfo | None] = {}
         benchmark, options = config.benchmark, config.model_options
         if config.server is not None:
             method = method_name(config.policies[0])
@@ -119,8 +120,9 @@ class EpisodeWorker:
             record = rollout(log)
         else:
             policy, flow = self._policies[method]
-            sample = None if world.deadline_ms is None else sample_of(session, env.reset(init_state, config.seed))
-            record = world.episode(log, policy, flow=flow, sample=sample)
+            if world.deadline_ms is not None and method not in self._samples:
+                self._samples[method] = sample_of(session, env.reset(init_state, config.seed))
+            record = world.episode(log, policy, flow=flow, sample=self._samples.get(method))
         paths = {field: observer.close(success=record.success) for field, observer in drawn.items()}
         files: dict[str, Any] = {field: str(path.relative_to(config.out)) for field, path in paths.items() if path}
         return replace(record, outcome=simulator.outcome(), **files)
