@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.evaluation.worlds import FakeEnv, fake_worker, outcomes
 
 from lac_vla import InputError
 from lac_vla.cli import main
-from lac_vla.evaluation import runner
+from lac_vla.evaluation import clock, runner
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.paper_tables import paper_tables
 from lac_vla.evaluation.reproduce import ReproduceConfig, reproduce
@@ -21,6 +23,7 @@ from lac_vla.factory import ModelOptions
 from lac_vla.realtime.device import DeviceTable, Shape
 from lac_vla.results.clocks import WAITING, clock_rows
 from lac_vla.results.records import EpisodeRecord, read_episodes
+from lac_vla.results.summary import summarize
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_clocks_are_compared_with_the_world_that_waits(
     late = evaluate(replace(config, clock=str(table), out=tmp_path / "late"))
     episodes = [e for run in (calm, late) for e in read_episodes(run / "episodes.jsonl")]
     rows = {(found.clock, found.row.method): found for found in clock_rows(episodes)}
-    assert list(rows) == [(clock, method) for clock in ("", "toy, hold") for method in ("dense", "random-0.5")]
+    assert list(rows) == [(name, method) for name in ("", "toy, hold") for method in ("dense", "random-0.5")]
     dense, reusing = (rows["toy, hold", method].row.pace for method in ("dense", "random-0.5"))
     assert dense is not None
     assert reusing is not None
@@ -114,10 +117,21 @@ def test_clock_and_mode_bind_a_run_that_goes_on(config: EvalConfig, table: Path)
         evaluate(config)
 
 
+def test_a_deadline_is_kept_in_virtual_time_and_one_that_cannot_be_is_refused(config: EvalConfig, table: Path) -> None:
+    config = replace(config, clock=str(table), policies=("dense",), deadline_ms=50.0, init_states=(6, 8))
+    for episode in read_episodes(evaluate(config) / "episodes.jsonl"):
+        assert episode.clock == "toy, hold, 50 ms deadline"
+        assert episode.realtime is not None
+        first, *others = episode.realtime.answer_ms
+        assert (first, others != [], all(ms <= 50 for ms in others)) == (80.0, True, True)
+    with pytest.raises(InputError, match="cannot be kept"):
+        evaluate(replace(config, deadline_ms=21.0, out=config.out.with_name("strict")))
+
+
 def test_a_clock_that_does_not_fit_leaves_nothing_behind(config: EvalConfig) -> None:
-    for clock, mode, message in (("cpu", "hold", "no latency table fits"), ("60", "rtc", "cannot be guided")):
+    for name, mode, message in (("cpu", "hold", "no latency table fits"), ("60", "rtc", "cannot be guided")):
         with pytest.raises(InputError, match=message):
-            evaluate(replace(config, clock=clock, mode=mode))  # type: ignore[arg-type]
+            evaluate(replace(config, clock=name, mode=mode))  # type: ignore[arg-type]
         assert not config.out.exists()
     with pytest.raises(InputError, match="give --clock, too"):
         replace(config, clock=None, mode="async")
@@ -138,6 +152,27 @@ def test_a_record_comes_back_from_its_line(config: EvalConfig) -> None:
             EpisodeRecord.from_json(line | {"realtime": line["realtime"] | wrong})
 
 
+def test_the_wall_clock_stands_beside_its_prediction(
+    config: EvalConfig, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = [DeviceTable.read(table)]
+    monkeypatch.setattr(clock, "find_tables", lambda name: tables)
+    run = evaluate(replace(config, clock="wall", tasks=(0,), init_states=(6, 7), policies=("dense",)))
+    [episode] = read_episodes(run / "episodes.jsonl")
+    real = episode.realtime
+    assert real is not None
+    assert (real.clock, real.table, set(real.predicted_ms)) == ("wall", "", {80.0})
+    pace = summarize([episode]).methods[0].pace
+    assert pace is not None
+    cycles = [after - before for before, after in pairwise(real.observed)]
+    predicted = [
+        cycle - acted + seen + 2
+        for cycle, seen, acted in zip(cycles, real.observed, real.acted, strict=False)
+        if acted is not None
+    ]
+    assert pace.predicted_hz == pytest.approx(20 / np.mean(predicted)) if predicted else pace.predicted_hz is None
+
+
 def test_reproduce_plays_all_clocks_and_makes_their_table(model: str, tmp_path: Path) -> None:
     config = ReproduceConfig(
         tmp_path / "out", model, tasks=(0,), first=4, trials=2, policies=("random:ratio=0.5",), videos=0,
@@ -147,8 +182,8 @@ def test_reproduce_plays_all_clocks_and_makes_their_table(model: str, tmp_path: 
     assert len(done.clocked) == 2 * 4
     found = next(t for t in paper_tables(done) if t.title == "A world that does not wait")
     assert [(row[0], row[1]) for row in found.rows] == [
-        (clock, method)
-        for clock in (WAITING, "60 ms, hold", "60 ms, async", "120 ms, hold", "120 ms, async")
+        (name, method)
+        for name in (WAITING, "60 ms, hold", "60 ms, async", "120 ms, hold", "120 ms, async")
         for method in ("dense", "random-0.5")
     ]
     assert any("virtual time" in note for note in found.notes)

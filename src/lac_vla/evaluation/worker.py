@@ -13,7 +13,7 @@ from lac_vla.client.remote import RemoteSession
 from lac_vla.cost import CostModel
 from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.drawing.observers import EpisodeVideo, FailurePicture
-from lac_vla.engine.step_info import PolicySession
+from lac_vla.engine.step_info import PolicySession, StepInfo
 from lac_vla.errors import InputError
 from lac_vla.evaluation.cameras import RenamedCameras
 from lac_vla.evaluation.clock import sample_of
@@ -47,6 +47,7 @@ class EpisodeWorker:
         self._env: Env | None = None
         self._cameras: dict[str, str] = {}
         self._cost: CostModel | None = None
+        self._samples: dict[str, StepInfo | None] = {}
         if config.server is not None:
             method = method_name(config.policies[0])
             self.sessions = {method: RemoteSession.connect(config.server, Path(config.model).name, method)}
@@ -126,8 +127,9 @@ class EpisodeWorker:
             record = rollout(log)
         else:
             policy, flow = self._policies[method]
-            sample = None if world.deadline_ms is None else sample_of(session, env.reset(init_state, config.seed))
-            record = world.episode(log, policy, flow=flow, sample=sample)
+            if world.deadline_ms is not None and method not in self._samples:
+                self._samples[method] = sample_of(session, env.reset(init_state, config.seed))
+            record = world.episode(log, policy, flow=flow, sample=self._samples.get(method))
         paths = {field: observer.close(success=record.success) for field, observer in drawn.items()}
         files: dict[str, Any] = {field: str(path.relative_to(config.out)) for field, path in paths.items() if path}
         return replace(record, outcome=simulator.outcome(), **files)
