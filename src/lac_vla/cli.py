@@ -92,7 +92,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
     Raises:
         InputError: If no benchmark has the suite.
     """
-    from lac_vla.bench import BenchConfig, bench_tables, run_bench
+    from lac_vla.bench import BenchConfig, bench_tables, device_table, make_table, run_bench
     from lac_vla.evaluation.config import EvalConfig
     from lac_vla.evaluation.reproduce import ReproduceConfig
     from lac_vla.serving.config import ServeConfig
@@ -180,7 +180,8 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
 
         Args:
             runs: Folder of a run of `lac train`; or of one or several runs of `lac eval` or `lac demo`, whose methods
-                then stand in one table, unless they have episodes in common or other stresses.
+                then stand in one table, unless they have episodes in common or other stresses. Runs of several clocks
+                (`lac eval --clock`) are compared with each other, and with one of a world that waits.
             out: The page; by default `report.html` in the first run's folder.
         """
         if not runs:
@@ -199,6 +200,9 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
 
     def bench(config: Annotated[BenchConfig, FLAT]) -> None:
         """Measure the milliseconds of a frame: three windows, every stage, interleaved with the stock model."""
+        if config.latency_table is not None:
+            console.print(device_table(make_table(config)))
+            return
         for table in bench_tables(run_bench(config)):
             console.print(table)
 
@@ -269,12 +273,19 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
 
 def _report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
     from lac_vla.report import build_report
+    from lac_vla.report.clocks import clock_charts
+    from lac_vla.results.clocks import clock_rows, clock_table
     from lac_vla.results.records import read_episodes
     from lac_vla.results.summary import summarize
     from lac_vla.results.table import method_tables
 
     by_run = {str(run): read_episodes(run / "episodes.jsonl") for run in runs}
     episodes = [episode for found in by_run.values() for episode in found]
+    if len({episode.clock for episode in episodes}) > 1:
+        rows = clock_rows(episodes)
+        clocks, over = clock_table(rows), clock_charts(rows)
+        console.print(clocks.to_terminal())
+        return build_report(runs, out, tables=[clocks], clocks=over)
     apart = len({(episode.method, episode.trial) for episode in episodes}) == len(episodes)
     if apart and len({episode.stress for episode in episodes}) == 1:
         by_run = {"": episodes}  # else the runs differ in more than their methods
@@ -290,6 +301,8 @@ def _report_reproduction(done: "Reproduction") -> None:
     from lac_vla.evaluation.paper_tables import paper_tables
     from lac_vla.policies import paths_by_name
     from lac_vla.report import build_report, tradeoff
+    from lac_vla.report.clocks import clock_charts
+    from lac_vla.results.clocks import clock_rows
     from lac_vla.results.summary import summarize
 
     tables = paper_tables(done)
@@ -301,7 +314,8 @@ def _report_reproduction(done: "Reproduction") -> None:
     config = done.config
     runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]
     title = "The paper's LIBERO tables on one model"
-    page = build_report(runs, config.out / "report.html", title=title, tables=tables, curve=curve)
+    clocks = clock_charts(clock_rows(done.all_clocks)) if done.clock_rows else None
+    page = build_report(runs, config.out / "report.html", title=title, tables=tables, curve=curve, clocks=clocks)
     console.print(f"report: {page}")
 
 

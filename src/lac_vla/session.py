@@ -31,6 +31,7 @@ from lac_vla.types import (
     FloatArray,
     Frame,
     PolicyInput,
+    RunningChunk,
     SkippedTokens,
     TokenLayout,
     UInt8Image,
@@ -62,6 +63,8 @@ class Session:
             stays over a reset.
         steps_per_frame: Control steps from one frame to the next: more than one where several actions of a chunk are
             executed before the model is asked again. It stays over a reset.
+        running: What the robot executes while the next frame is answered, for real-time chunking; it counts for that
+            frame alone. Only a model whose head is ``guided`` heeds it.
         force_dense: If set, every frame is dense and this text is reported as the reason; ``None`` for what the policy
             decides.
     """
@@ -75,6 +78,7 @@ class Session:
         self.last_info: StepInfo | None = None
         self.token_budget: int | None = None
         self.steps_per_frame = 1
+        self.running: RunningChunk | None = None
         self.force_dense: str | None = None
         self._flow = make_flow(flow)
         self._region = Region()
@@ -118,7 +122,7 @@ class Session:
         self.memory.begin()
         self._shapes = self._open = None
         self._rng, self._head_rng = _generators(self.seed)
-        self._frame = self.last_info = self.force_dense = None
+        self._frame = self.last_info = self.force_dense = self.running = None
 
     def release(self) -> None:
         """Give the memory of keys and values back: the next frame is computed in full. Chance goes on as it was."""
@@ -226,7 +230,9 @@ class Session:
             refine=partial(self._refine, prompt.layout) if dense_reason is None else None,
             drafted=prepared.drafted,
             rng=self._head_rng,
+            running=self.running,
         )
+        self.running = None
         return self._open
 
     def commit(self, plan: FramePlan, result: FrameResult) -> StepInfo:

@@ -258,6 +258,22 @@ class Decision:
         return Decision(exit_layer, self.n_layers, self.skipped, self.recovered, self.nominal_ratio)
 
 
+@dataclass(frozen=True, eq=False)
+class RunningChunk:
+    """The rest of the chunk that drives the robot while the policy thinks, for real-time chunking.
+
+    Source: Black et al., 2025, arXiv 2506.07339.
+
+    Attributes:
+        actions: From the observation's tick on, in the robot's own units, float32, (n, A), n ≥ 1.
+        frozen: How many of them will be executed before the answer acts, in 1..n: the answer's first actions are to be
+            these, and the rest is to go on smoothly from them.
+    """
+
+    actions: FloatArray
+    frozen: int
+
+
 @dataclass(frozen=True)
 class AttentionProbe:
     """Attention that a rule-based policy asks the engine to compute aside.

@@ -59,6 +59,22 @@ def test_an_episode_through_the_server_is_the_same_episode(config: EvalConfig, s
         assert (episode.peak_memory_mb, episode.video) == (None, None)
 
 
+def test_a_world_that_does_not_wait_is_played_through_the_server(
+    config: EvalConfig, server: Running, tmp_path: Path
+) -> None:
+    """With milliseconds the same episode as here; on the wall clock an answer takes its way there and back."""
+    config = replace(config, tasks=(0,), clock="60")
+    here = outcomes(evaluate(config))
+    remote = replace(config, model="model", server=server.url, out=tmp_path / "remote")
+    assert [trial[:-1] for trial in outcomes(evaluate(remote))] == [trial[:-1] for trial in here]
+    wall = evaluate(replace(remote, clock="wall", mode="async", init_states=(6, 7), out=tmp_path / "wall"))
+    [episode] = read_episodes(wall / "episodes.jsonl")
+    assert episode.realtime is not None
+    assert all(a >= b for a, b in zip(episode.realtime.answer_ms, episode.latency_ms["round_trip"], strict=True))
+    with pytest.raises(InputError, match="does not tell what it computed"):
+        replace(remote, clock="cpu")
+
+
 def test_a_chunk_through_the_server_is_executed_as_it_says(config: EvalConfig, tmp_path: Path) -> None:
     """The server says how many actions of its answers are meant; the same episode as with that number here."""
     chunked = replace(

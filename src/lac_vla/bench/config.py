@@ -57,7 +57,10 @@ class BenchConfig:
         memory_policy: Method of the section ``memory``.
         memory_frames: Observations of the section ``memory``.
         batch: Numbers of sessions that the section ``batch`` runs together, beside 1.
-        roofline: GPU whose floors are put beside the times: ``h200``, ``h100``, ``a100`` or ``rtx4090``.
+        roofline: GPU whose floors are put beside the times: ``h200``, ``h100``, ``a100``, ``rtx4090``, ``agx-orin`` or
+            ``thor``.
+        latency_table: File, ``*.json``, of this machine's latency table for ``lac eval --clock``; nothing else is
+            measured then. With the section ``roofline`` alone, that GPU's table, derived from the model's shapes.
         seed: Of weights, scene, orders and sessions.
         keys: Names of what is read of the dataset that is replayed.
 
@@ -89,6 +92,7 @@ class BenchConfig:
     memory_frames: int = 2000
     batch: tuple[int, ...] = (1, 2, 4, 8, 16)
     roofline: str | None = None
+    latency_table: Path | None = None
     seed: int = 0
     keys: Annotated[DatasetKeys, tyro.conf.arg(name="")] = field(default_factory=DatasetKeys)
 

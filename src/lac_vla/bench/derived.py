@@ -26,7 +26,7 @@ HOST_MS = 1.2
 FLOW_MS = 0.6
 """DIS on a CPU, two cameras: `docs/bench-cpu.json`."""
 POLICY_MS = {"lac": 1.7, "motion": 0.8, "vla-cache": 1.2}
-"""The policies' own work on a CPU: `docs/bench-cpu.json`, `docs/bench-mini-cogact.json`; others are not worth a number."""
+"""The policies' own work on a CPU: `docs/bench-cpu.json`, `docs/bench-mini-cogact.json`; others: 0."""
 DRAWS = {"cogact": 10}
 """Family → runs of the action head's own network per answer: CogACT's ten DDIM steps."""
 
@@ -84,7 +84,8 @@ def derive(model: VLA, device: str) -> DeviceTable:
             f"Roofline of the vendor's peaks ({gpu.flops / 1e12:g} TFLOP/s, {gpu.bandwidth / 1e12:g} TB/s) at "
             f"{EFFICIENCY:g} of them, what the best published kernels reach (pi0.5 on an RTX 4090, 8.4 ms for one more "
             "view, 7.4 at the peak); host, flow and policy as in docs/bench-cpu.json; no jitter. Written by "
-            f"`lac bench --sections roofline --roofline {device} --random-weights {model.name} --latency-table OUT.json`."
+            f"`lac bench --sections roofline --roofline {device} --random-weights {model.name} "
+            "--latency-table OUT.json`."
         ),
         baseline=(
             "its fastest path: kernels at that share of the roofline, CUDA graphs, drafted action tokens where the "

@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import cv2
-import torch
 
 from lac_vla.bench.batch import BatchResult, measure_batch
 from lac_vla.bench.chart import stage_chart
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import EngineResult, measure_engine
 from lac_vla.bench.frame import FrameResult, measure_frames
-from lac_vla.bench.measure import Target
+from lac_vla.bench.measure import Target, cpu_threads
 from lac_vla.bench.memory import MemoryResult, measure_memory
 from lac_vla.bench.model import open_model, open_shapes
 from lac_vla.bench.roofline import Roofline, RooflineResult, floors
@@ -104,7 +100,7 @@ def run_bench(config: BenchConfig) -> BenchResult:
         DatasetError: If the dataset cannot be read.
     """
     _check_folder(config.out)
-    with _threads(config.threads):
+    with cpu_threads(config.threads):
         result = BenchResult(config, provenance(), (os.getloadavg()[0],) * 2)
         for section, measure in _sections(config).items():
             part: Any = {section: measure()}
@@ -166,20 +162,6 @@ def _check_folder(folder: Path) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> InputError:
     return InputError(f"cannot write to {folder} ({error}); give another --out")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Run the block with so many CPU threads; 0 changes nothing."""
-    before = torch.get_num_threads(), cv2.getNumThreads()
-    if count:
-        torch.set_num_threads(count)
-        cv2.setNumThreads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        cv2.setNumThreads(before[1])
 
 
 def plain(value: Any) -> Any:

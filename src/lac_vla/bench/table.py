@@ -15,6 +15,7 @@ from lac_vla.bench.measure import Ratio, Target
 from lac_vla.bench.memory import MemoryResult
 from lac_vla.bench.roofline import RooflineResult
 from lac_vla.bench.run import BenchResult
+from lac_vla.realtime.device import DeviceTable
 from lac_vla.results.format import NONE, count, latency, memory, milliseconds, percent
 from lac_vla.timing import STAGES, WINDOWS
 
@@ -216,6 +217,20 @@ def measured(target: Target) -> str:
 
 def _swept(row: FrameRow, what: str) -> str:
     return " swept" if what in row.swept else ""
+
+
+def device_table(found: DeviceTable) -> Table:
+    """Make the table of a device's latencies, per unit of what a frame computes."""
+    jitter = f"{min(found.jitter):.2f} to {max(found.jitter):.2f} times" if len(found.jitter) > 1 else "none"
+    table = _table(
+        f"latency table {found.name}: {found.shape.model} on {found.hardware}, {found.precision}, {found.kind}",
+        f"{found.source}\njitter: {jitter}",
+        "ms per unit",
+        first="stage",
+    )
+    for stage, costs in found.stages.items():
+        table.add_row(stage, ", ".join(f"{name} {milliseconds(ms)}" for name, ms in costs.items()))
+    return table
 
 
 def _table(title: str, caption: str, *headings: str, first: str = "method") -> Table:

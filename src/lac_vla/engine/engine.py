@@ -255,6 +255,7 @@ class Engine:
             values=lambda layer: slots(self.store.values[layer]),
             rng=plan.rng,
             drafted=plan.drafted if sequence.draft else None,
+            running=plan.running if self.model.head.guided else None,
         )
         run.decoding = self.model.head.decode(context)
         self._advance(run, None)

@@ -13,7 +13,7 @@ from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.prefill import Refine, SequenceState
 from lac_vla.models.protocols import PromptInputs
 from lac_vla.timing import Stopwatch
-from lac_vla.types import AttentionProbe, BoolArray, Decision, FloatArray, Frame, UInt8Image
+from lac_vla.types import AttentionProbe, BoolArray, Decision, FloatArray, Frame, RunningChunk, UInt8Image
 
 
 @dataclass(eq=False)
@@ -37,6 +37,7 @@ class FramePlan:
         refine: See :class:`lac_vla.engine.prefill.SequenceState`.
         drafted: What the preceding action's draft is made of; ``None`` for no draft.
         rng: Chance of the action head; ``None`` to stop behind the prefill.
+        running: What the robot executes meanwhile, for a head that is guided.
         elapsed: Frames by which slots that are not computed grow older.
         used: Whether an engine has taken it.
     """
@@ -55,6 +56,7 @@ class FramePlan:
     refine: Refine | None = None
     drafted: Mapping[str, Any] | None = None
     rng: np.random.Generator | None = None
+    running: RunningChunk | None = None
     elapsed: int = 1
     used: bool = False
 

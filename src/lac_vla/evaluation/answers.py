@@ -1,4 +1,4 @@
-"""When an answer is there: in virtual time, by what a frame computed, or on the wall clock, by when it came."""
+"""An answer is there at a time: in virtual time, by what a frame computed, or on the wall clock, by when it came."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lac_vla.engine.step_info import StepInfo, StepReport
 from lac_vla.errors import InputError
 from lac_vla.realtime.deadline import DeadlineController
 from lac_vla.realtime.device import DeviceTable, quantities
+from lac_vla.results.realtime import delay
 from lac_vla.session import Session
 from lac_vla.sims.base import Env
 from lac_vla.types import FloatArray
@@ -79,7 +80,7 @@ class OnDevice:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of an observation.
+    """The outcome of an observation.
 
     Attributes:
         chunk: Actions, (n, A).
@@ -207,11 +208,6 @@ class Wall(Answers):
         """See :meth:`Answers.end`."""
         self._thread.shutdown()
         return None if self._future is None else self._future.result()
-
-
-def delay(milliseconds: float, control_hz: float) -> int:
-    """Count the ticks from an observation to the first one at or after its answer: d = ceil(latency / dt)."""
-    return max(0, math.ceil(milliseconds * control_hz / 1e3 - 1e-9))
 
 
 def episode_chance(env: Env, init_state: int, seed: int) -> np.random.Generator:

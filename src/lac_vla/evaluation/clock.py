@@ -15,13 +15,13 @@ import numpy as np
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.engine.step_info import PolicySession, StepInfo
 from lac_vla.errors import InputError
-from lac_vla.evaluation.answers import Answers, Constant, Latency, OnDevice, Virtual, Wall, delay, episode_chance
+from lac_vla.evaluation.answers import Answers, Constant, Latency, OnDevice, Virtual, Wall, episode_chance
 from lac_vla.evaluation.realtime import Mode, RealTimeEpisode
 from lac_vla.evaluation.rollout import EpisodeLog
 from lac_vla.models.vla import VLA
 from lac_vla.realtime.deadline import SHARES, DeadlineController, LatencyTable
 from lac_vla.realtime.device import DeviceTable, Stages, find_tables, fitting, quantities
-from lac_vla.results.realtime import clock_label
+from lac_vla.results.realtime import clock_label, delay
 from lac_vla.results.records import EpisodeRecord
 from lac_vla.session import Session
 from lac_vla.types import Frame
@@ -115,7 +115,7 @@ class WorldClock:
         """Refuse a model, or a server's (``None``), that cannot be played by this clock.
 
         Raises:
-            InputError: If the table is another model's, the mode does not fit, or the delay is longer than a chunk.
+            InputError: If the table is another model's, or the mode does not fit.
         """
         if ensemble and self.mode != "hold":
             raise InputError(
@@ -130,18 +130,11 @@ class WorldClock:
             return
         if self.tables:
             fitting(self.tables, model)
-        if self.mode == "rtc" and not getattr(model.head, "guided", False):
+        if self.mode == "rtc" and not model.head.guided:
             raise InputError(
                 f"mode 'rtc' freezes actions and guides the rest, and {model.name}'s {type(model.head).__name__} "
                 "cannot be guided: give --mode async"
             )
-        if self.mode != "hold" and model.horizon > 1 and self.clock != WALL:
-            least = self._least_ms(model)
-            if (ticks := delay(least, 20)) >= model.horizon:
-                raise InputError(
-                    f"an answer takes at least {least:.0f} ms, {ticks} control steps, and a chunk has {model.horizon} "
-                    "actions: every one would be too late; give --mode hold or a faster device"
-                )
 
     def episode(self, log: EpisodeLog, policy: str, *, flow: bool, sample: StepInfo | None = None) -> EpisodeRecord:
         """Play the episode of a log by this clock.
@@ -153,10 +146,12 @@ class WorldClock:
             sample: Report of a dense frame; needed for a deadline.
 
         Raises:
-            InputError: If the deadline cannot be kept with the fewest tokens.
+            InputError: If an answer takes longer than a chunk, or the deadline cannot be kept with the fewest tokens.
         """
         session, env = log.session, log.env
         model = session.model if isinstance(session, Session) else None
+        if model is not None:
+            self._check_delay(model, env.control_hz)
         device = OnDevice(fitting(self.tables, model), policy, flow) if self.tables and model is not None else None
         predict = None
         answers: Answers
@@ -180,12 +175,17 @@ class WorldClock:
             raise InputError("a deadline needs the report of a dense frame")
         return deadline_controller(session, device, sample, self.deadline_ms)
 
-    def _least_ms(self, model: VLA) -> float:
-        """Bound the latency of a dense frame from below: decoding and the head's own steps are left out."""
-        if self.constant is not None:
-            return self.constant.milliseconds
-        once = {stage: {"fixed": 1.0, "per_share": 1.0} for stage in ("host", "vision", "projector", "prefill", "head")}
-        return fitting(self.tables, model).milliseconds(once)
+    def _check_delay(self, model: VLA, control_hz: float) -> None:
+        """Refuse chunks of which every action would be in the past when they are there, by a bound from below."""
+        if self.mode == "hold" or model.horizon == 1 or self.clock == WALL:
+            return
+        once = {stage: {"fixed": 1.0, "per_share": 0.0} for stage in ("host", "vision", "projector", "prefill", "head")}
+        least = self.constant.milliseconds if self.constant else fitting(self.tables, model).milliseconds(once)
+        if (ticks := delay(least, control_hz)) >= model.horizon:
+            raise InputError(
+                f"an answer takes at least {least:.0f} ms, {ticks} control steps, and a chunk has {model.horizon} "
+                "actions: every one would be too late; give --mode hold or a faster device"
+            )
 
 
 def deadline_controller(session: Session, device: OnDevice, sample: StepInfo, deadline_ms: float) -> DeadlineController:

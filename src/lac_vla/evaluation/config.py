@@ -46,7 +46,7 @@ class EvalConfig:
             benchmark demands, or else what the model's ``config.json`` says.
         actions_per_call: For a model that answers in chunks of actions: how many of a chunk's actions are executed
             before the model is asked again; by default 1. More than 1 rules out an ensemble.
-        videos: Per method and task, how many episodes get an overlay video.
+        videos: Per method and task, how many episodes get an overlay video; none where the world does not wait.
         server: ``ws://…`` of a policy server: it runs the one method of ``policies`` on its ``model``, which are named
             as the server names them. No MACs, no videos then.
         workers: Processes. Latencies are only worth reporting from one.

@@ -7,6 +7,7 @@ by the numbers, chance or not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from lac_vla.evaluation.reproduce import DENSE as DENSE_ROW
 from lac_vla.evaluation.reproduce import LAC, ReproduceConfig, Reproduction, Row
@@ -14,6 +15,7 @@ from lac_vla.evaluation.runner import describe_model
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.results import format as write
 from lac_vla.results import table
+from lac_vla.results.clocks import clock_rows, clock_table
 from lac_vla.results.format import NONE
 from lac_vla.results.records import WHOLE
 from lac_vla.results.summary import DENSE, MethodRow, Summary, summarize
@@ -70,7 +72,9 @@ def paper_tables(done: Reproduction) -> list[TextTable]:
         tables.append(TextTable.of(title, rows, (*table.SUCCESS, table.SPEEDUP), notes))
     if done.curve:
         tables.append(_curve(done))
-    return [*tables, *([_stress(done)] if done.stress_rows else [])]
+    if done.stress_rows:
+        tables.append(_stress(done))
+    return [*tables, *([_clocks(done)] if done.clock_rows else [])]
 
 
 def _setting(done: Reproduction, everything: Summary) -> TextTable:
@@ -159,6 +163,12 @@ def _stress(done: Reproduction) -> TextTable:
     ]
     headings = ("method", *columns, table.SPEEDUP.heading)
     return TextTable("Under stress, on the same initial states", headings, tuple(cells), tuple(notes))
+
+
+def _clocks(done: Reproduction) -> TextTable:
+    """All clocks in all modes, beside the world that waits."""
+    found = clock_table(clock_rows(done.all_clocks))
+    return replace(found, notes=(*found.notes, *(world.note for world in done.config.worlds)))
 
 
 def _trials(row: MethodRow | None) -> int:

@@ -22,7 +22,6 @@ executed since the observation, but the last one never. With no latency every mo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -33,7 +32,8 @@ from lac_vla.evaluation.answers import Answer, Answers, OnDevice
 from lac_vla.evaluation.rollout import EpisodeLog, ask, check_length
 from lac_vla.results.realtime import RealTime
 from lac_vla.results.records import EpisodeRecord
-from lac_vla.types import FloatArray, Frame
+from lac_vla.session import Session
+from lac_vla.types import FloatArray, Frame, RunningChunk
 
 Mode: TypeAlias = Literal["hold", "chunk", "async", "rtc"]
 
@@ -85,8 +85,11 @@ class RealTimeEpisode:
             deadline_ms: What the policy is held to, for the record.
         """
         frame, env = self.log.begin(), self.log.env
-        observe: Callable[[], Frame] = lambda: frame
         tick, success = 0, False
+
+        def see() -> Frame:
+            return frame
+
         self._instruction = frame.instruction
         try:
             while tick < env.horizon and not success:
@@ -94,11 +97,11 @@ class RealTimeEpisode:
                 self._take(tick)
                 if self._looks(tick):
                     begin = time.perf_counter()
-                    self._seen = observe()
+                    self._seen = see()
                     self.answers.rendered(time.perf_counter() - begin)
                     self._think(tick, self._seen)
                     self._take(tick)
-                observe, success = env.tick(self._action(tick))
+                see, success = env.tick(self._action(tick))
                 tick += 1
         finally:
             late = self.answers.end()
@@ -136,9 +139,22 @@ class RealTimeEpisode:
         if ensemble is not None and frame.instruction != self._instruction:
             ensemble.reset()  # the last chunks belong to another instruction
         self._instruction = frame.instruction
+        if self.mode == "rtc" and isinstance(session, Session):
+            session.running = self._left()
         self._observed.append(tick)
         self._executed_then = self._executed
         self.answers.think(tick, lambda: ask(session, frame))
+
+    def _left(self) -> RunningChunk | None:
+        """Tell what the running chunk still holds, and how much of it will be executed if this call takes as the last.
+
+        ``None`` where nothing will be: there is no chunk, or answers take no time.
+        """
+        running, last = self._running, self._acted[-1] if self._acted else None
+        if running is None or running.over or last is None or (ticks := last - self._observed[-1]) < 1:
+            return None
+        actions = running.chunk[running.index :]
+        return RunningChunk(actions, min(ticks, len(actions)))
 
     def _take(self, tick: int) -> None:
         """Let an answer take over, if there is one."""

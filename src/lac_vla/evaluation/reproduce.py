@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import tyro
 
 from lac_vla.bundled import MINI
 from lac_vla.errors import CheckpointError, InputError
+from lac_vla.evaluation.clock import WorldClock
 from lac_vla.evaluation.config import EvalConfig
+from lac_vla.evaluation.realtime import Mode
 from lac_vla.evaluation.runner import CONFIG as RUN_CONFIG
 from lac_vla.evaluation.runner import EPISODES, evaluate_together
 from lac_vla.factory import ModelOptions, method_name
@@ -99,8 +102,15 @@ class ReproduceConfig:
         curve_policies: Only these points beside the tables' rows, chosen as by ``policies``. Empty for all.
         stresses: Also run every method under each of these disturbances, see ``lac eval --help``.
         stress_policies: Only these methods there, chosen as by ``policies``; dense always runs. Empty for all.
+        clocks: Also run every method in a world that does not wait, by each of these clocks, see ``lac eval --help``.
+        modes: What the robot does there while the policy thinks, each with every clock.
+        clock_policies: Only these methods there, chosen as by ``policies``; dense always runs. Empty for all.
+        deadline_ms: Deadline there; 0 for none.
+        actions_per_call: Actions of an answer that are executed before the model is asked again; 0 for 1.
+        ensemble: Chunks that are averaged, see ``lac eval --help``.
         curve_trials: Initial states per task of the curve's points, the first ones; 0 for as many as ``trials``.
         stress_trials: The same under every stress.
+        clock_trials: The same by every clock.
         more_seeds: Dense and LAC run once more with each of these, for a closer comparison of the two.
         rendering: ``fast`` (altered pixels, those of the bundled VLA) or ``official``.
         convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints.
@@ -126,8 +136,15 @@ class ReproduceConfig:
     curve_policies: tuple[str, ...] = ()
     stresses: tuple[str, ...] = ()
     stress_policies: tuple[str, ...] = ()
+    clocks: tuple[str, ...] = ()
+    modes: tuple[Mode, ...] = ("hold", "async")
+    clock_policies: tuple[str, ...] = ()
+    deadline_ms: float = 0
+    actions_per_call: int = 0
+    ensemble: int | None = None
     curve_trials: int = 0
     stress_trials: int = 0
+    clock_trials: int = 0
     more_seeds: tuple[int, ...] = ()
     rendering: Rendering = "fast"
     convention: Convention = "upright"
@@ -139,13 +156,18 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if self.trials < 1 or not self.suites or len(set(self.suites)) < len(self.suites):
             raise InputError("give at least one trial, and every suite once")
-        for name in ("curve_trials", "stress_trials"):
+        for name in ("curve_trials", "stress_trials", "clock_trials"):
             if not 0 <= getattr(self, name) <= self.trials:
                 raise InputError(f"{name} is {getattr(self, name)}: give 0 to {self.trials}, the trials of the tables")
         if (self.curve_policies and not self.curve) or (self.stress_policies and not self.stresses):
             raise InputError("curve_policies need curve, and stress_policies need stresses: nothing would be run")
-        if len(set(self.stresses)) < len(self.stresses):
-            raise InputError(f"stresses are {self.stresses}: give every one once")
+        if self.clock_policies and not self.clocks:
+            raise InputError("clock_policies need clocks: nothing would be run")
+        for name in ("stresses", "clocks", "modes"):
+            if len(set(given := getattr(self, name))) < len(given):
+                raise InputError(f"{name} are {given}: give every one once")
+        if self.clocks and not self.modes:
+            raise InputError("clocks need modes: nothing would be run")
         seed = self.model_options.seed
         if len({seed, *self.more_seeds}) < 1 + len(self.more_seeds):
             raise InputError(f"more_seeds is {self.more_seeds}: give every seed once, and not {seed}")
@@ -160,6 +182,16 @@ class ReproduceConfig:
         """Initial states per task under every stress."""
         return self.stress_trials or self.trials
 
+    @property
+    def by_clock(self) -> int:
+        """Initial states per task by every clock."""
+        return self.clock_trials or self.trials
+
+    @property
+    def worlds(self) -> tuple[WorldClock, ...]:
+        """Every clock in every mode."""
+        return tuple(WorldClock(clock, mode, self.deadline_ms or None) for clock in self.clocks for mode in self.modes)
+
     def run(
         self,
         suite: str,
@@ -169,25 +201,40 @@ class ReproduceConfig:
         curve: bool = False,
         stress: str | None = None,
         seed: int | None = None,
+        world: WorldClock | None = None,
     ) -> EvalConfig:
         """Make the evaluation of rows on one suite and ``trials`` initial states; by default with the first seed."""
         return EvalConfig(
             self.model,
-            self.folder(suite, curve=curve, stress=stress, seed=seed),
+            self.folder(suite, curve=curve, stress=stress, seed=seed, world=world),
             tuple(row.spec for row in rows),
             Libero(suite, self.rendering, self.convention),
             tasks=self.tasks,
             init_states=(self.first, self.first + trials),
             stress=stress,
-            videos=0 if curve or stress or seed is not None else self.videos,
+            clock=world.clock if world else None,
+            mode=world.mode if world else "hold",
+            deadline_ms=world.deadline_ms if world else None,
+            actions_per_call=self.actions_per_call or None,
+            ensemble=self.ensemble,
+            videos=0 if curve or stress or world or seed is not None else self.videos,
             workers=self.workers,
             ray=self.ray,
             model_options=self.model_options if seed is None else replace(self.model_options, seed=seed),
         )
 
-    def folder(self, suite: str, *, curve: bool = False, stress: str | None = None, seed: int | None = None) -> Path:
-        """Name the folder of a suite's episodes; those of the curve, under stress and of further seeds apart."""
+    def folder(
+        self,
+        suite: str,
+        *,
+        curve: bool = False,
+        stress: str | None = None,
+        seed: int | None = None,
+        world: WorldClock | None = None,
+    ) -> Path:
+        """Name the folder of a suite's episodes; the curve, stresses, clocks and other seeds apart."""
         parts = [suite, *(["curve"] if curve else []), *([stress] if stress else [])]
+        parts += re.findall(r"[\w.]+", world.label) if world else []
         return self.out / "-".join([*parts, *([] if seed is None else [f"seed{seed}"])])
 
 
@@ -204,6 +251,8 @@ class Reproduction:
         seeds: Those of dense and LAC with all seeds; empty if there is only one.
         stress_rows: Rows that are run under stress.
         stressed: Their episodes under all stresses.
+        clock_rows: Rows that are run in a world that does not wait.
+        clocked: Their episodes by all clocks.
         workers: The most processes that ever shared the machine in one of the runs.
     """
 
@@ -215,6 +264,8 @@ class Reproduction:
     seeds: list[EpisodeRecord] = field(default_factory=list)
     stress_rows: tuple[Row, ...] = ()
     stressed: list[EpisodeRecord] = field(default_factory=list)
+    clock_rows: tuple[Row, ...] = ()
+    clocked: list[EpisodeRecord] = field(default_factory=list)
     workers: int = 1
 
     @property
@@ -224,22 +275,34 @@ class Reproduction:
 
     @property
     def extra_rows(self) -> tuple[Row, ...]:
-        """Rows that no table has: the curve's, and those that are run under stress; they run undisturbed, too."""
+        """Rows that no table has: the curve's, and those under stress and by clocks; they run undisturbed, too."""
         there = {row.method for row in self.rows}
-        return tuple(row for row in _once((*self.curve, *self.stress_rows)) if row.method not in there)
+        further = _once((*self.curve, *self.stress_rows, *self.clock_rows))
+        return tuple(row for row in further if row.method not in there)
 
     def trials(self, row: Row) -> int:
         """Initial states per task that a row is run on, undisturbed."""
-        curve, stressed, tables = ({r.method for r in rows} for rows in (self.curve, self.stress_rows, self.rows))
-        if row.method in tables:
-            return self.config.trials
-        on_curve = self.config.on_curve if row.method in curve else 0
-        return max(on_curve, self.config.under_stress if row.method in stressed else 0)
+        config = self.config
+        if row.method in {r.method for r in self.rows}:
+            return config.trials
+        further = (
+            (self.curve, config.on_curve),
+            (self.stress_rows, config.under_stress),
+            (self.clock_rows, config.by_clock),
+        )
+        return max(number for rows, number in further if row.method in {r.method for r in rows})
 
     @property
     def curve_episodes(self) -> list[EpisodeRecord]:
         """The undisturbed episodes that the points of the curve share: those of its initial states."""
         return _first(self.config, self.config.on_curve, self.episodes)
+
+    @property
+    def all_clocks(self) -> list[EpisodeRecord]:
+        """The episodes of the rows by all clocks, and those of the same initial states in a world that waits."""
+        methods = {row.method for row in self.clock_rows}
+        calm = _first(self.config, self.config.by_clock, self.episodes)
+        return [e for e in (*calm, *self.clocked) if e.method in methods]
 
     @property
     def undisturbed(self) -> list[EpisodeRecord]:
@@ -279,11 +342,16 @@ def plan(config: ReproduceConfig) -> Reproduction:
     stress_rows: tuple[Row, ...] = ()
     if config.stresses:
         stress_rows = _with_dense(config.stress_policies) if config.stress_policies else table_1
-    planned = Reproduction(config, table_1, ablations, curve, [], stress_rows=stress_rows)
+    clock_rows: tuple[Row, ...] = ()
+    if config.clocks:
+        clock_rows = _with_dense(config.clock_policies) if config.clock_policies else table_1
+    planned = Reproduction(config, table_1, ablations, curve, [], stress_rows=stress_rows, clock_rows=clock_rows)
     for suite in config.suites:  # refuse what cannot be made before the first episode
         config.run(suite, (*planned.rows, *planned.extra_rows), config.trials)
         for stress in config.stresses:
             config.run(suite, stress_rows, config.under_stress, stress=stress)
+        for world in config.worlds:
+            config.run(suite, clock_rows, config.by_clock, world=world)
     return planned
 
 
@@ -293,6 +361,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     episodes: list[EpisodeRecord] = []
     seeds: list[EpisodeRecord] = []
     stressed: list[EpisodeRecord] = []
+    clocked: list[EpisodeRecord] = []
     workers = [1]
 
     def played(*runs: EvalConfig) -> list[EpisodeRecord]:
@@ -315,9 +384,13 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
             rows, number = planned.stress_rows, config.under_stress
             runs = [config.run(suite, rows, number, stress=name) for name in config.stresses]
             stressed += _first(config, number, played(*runs))
+        if config.clocks:
+            rows, number = planned.clock_rows, config.by_clock
+            runs = [config.run(suite, rows, number, world=world) for world in config.worlds]
+            clocked += _first(config, number, played(*runs))
     if seeds:
         seeds += [e for e in episodes if e.method in (DENSE.method, LAC.method)]
-    return replace(planned, episodes=episodes, seeds=seeds, stressed=stressed, workers=max(workers))
+    return replace(planned, episodes=episodes, seeds=seeds, stressed=stressed, clocked=clocked, workers=max(workers))
 
 
 def ablation_row(folder: Path) -> Row:

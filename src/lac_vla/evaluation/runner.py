@@ -63,9 +63,11 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
     first = configs[0]
     for field in fields(EvalConfig):
         if field.name not in ("out", *APART) and len({getattr(config, field.name) for config in configs}) > 1:
-            raise InputError(f"evaluations that run together differ in out and {', '.join(APART)} alone: {field.name}")
+            raise InputError(
+                f"evaluations that run together differ in out, {', '.join(APART)}, all else alike: {field.name}"
+            )
     if min(len({config.out for config in configs}), len({_world(config) for config in configs})) < len(configs):
-        raise InputError(f"evaluations that run together have an out each, and other {', '.join(APART)}")
+        raise InputError("evaluations that run together have an out and a stress or clock each, and all else alike")
     simulator = first.benchmark.metadata(first.task_ids)
     methods = tuple(method_name(spec) for spec in first.policies)
     begin, stop = first.states
@@ -140,6 +142,8 @@ def _run(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, No
 
 def _run_here(worker: EpisodeWorker, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
     with closing(worker):
+        for job in jobs:
+            worker.check(job.config)
         for job in jobs:
             yield from job.play(worker)
 

@@ -55,7 +55,6 @@ class EpisodeWorker:
         self.sessions = {name: self._session(vla, config.seed) for name, vla in vlas.items()}
         kinds = {method_name(spec): PolicySpec.parse(spec).name for spec in config.policies}
         self._policies = {name: (kinds[name], vla.flow_used != "none") for name, vla in vlas.items()}
-        self.check(config)
 
     def check(self, config: EvalConfig) -> None:
         """Refuse a clock that the model cannot be played by.
@@ -72,8 +71,10 @@ class EpisodeWorker:
         """Run one episode of an evaluation that may differ from the worker's own in ``out``, ``stress`` and clock.
 
         Raises:
+            InputError: If the clock cannot play the model.
             SimulatorError: If the simulator died, and again as often as the benchmark allows to begin anew.
         """
+        self.check(config)
         for _ in range(config.benchmark.retries):
             try:
                 return self._play(config, method, task, init_state)

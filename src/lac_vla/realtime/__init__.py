@@ -1,1 +1,1 @@
-"""What a frame takes on a device, and how its work is held within a deadline."""
+"""The time that a frame takes on a device, and how its work is held within a deadline."""

@@ -1,4 +1,4 @@
-"""A device as a latency table: milliseconds as a function of what a frame really computed.
+"""A device is a latency table: milliseconds as a function of what a frame really computed.
 
 A table is linear in the quantities of :func:`quantities`, stage by stage; the decoder's prefill has a floor beside, the
 time in which its weights are read once. So a small model can play with the latencies of a large one of its family, at
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class DeviceTable:
-    """What a frame of one model takes on one device.
+    """The time that a frame of one model takes on one device.
 
     Attributes:
         name: Of the table, unique.
@@ -114,21 +114,19 @@ class DeviceTable:
     jitter: tuple[float, ...] = field(default=(1.0,))
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_fields(self.shape)
         where = f"the latency table {self.name!r}"
-        if self.kind not in get_args(Kind):
-            raise InputError(f"{where} is {self.kind!r}: give one of {', '.join(get_args(Kind))}")
-        if not self.shape.families or not set(self.shape.families) <= set(FAMILIES):
-            raise InputError(f"{where} has families {self.shape.families}: give some of {', '.join(FAMILIES)}")
-        if min(self.shape.layers, self.shape.width, self.shape.visual_tokens) < 1:
-            raise InputError(f"{where} is of a model without layers, width or visual tokens")
         for stage, costs in self.stages.items():
             if stage not in QUANTITIES or not set(costs) <= QUANTITIES[stage]:
                 known = {stage: sorted(names) for stage, names in QUANTITIES.items()}
                 raise InputError(f"{where} has {stage}: {sorted(costs)}; the stages and their numbers are {known}")
             if not all(math.isfinite(ms) and ms >= 0 for ms in costs.values()):
                 raise InputError(f"{where} has {stage}: {dict(costs)}: a time is a finite number, at least 0")
+        check_fields(self)
+        check_fields(self.shape)
+        if not self.shape.families or not set(self.shape.families) <= set(FAMILIES):
+            raise InputError(f"{where} has families {self.shape.families}: give some of {', '.join(FAMILIES)}")
+        if min(self.shape.layers, self.shape.width, self.shape.visual_tokens) < 1:
+            raise InputError(f"{where} is of a model without layers, width or visual tokens")
         if not any(self.stages.get("prefill", {}).values()):
             raise InputError(f"{where} has no time for the prefill: give its fixed, per_share or floor")
         if not self.jitter or not all(math.isfinite(factor) and factor > 0 for factor in self.jitter):

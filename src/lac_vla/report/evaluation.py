@@ -44,6 +44,7 @@ def build_report(
     title: str | None = None,
     tables: Sequence[TextTable] = (),
     curve: Mapping[str, Any] | None = None,
+    clocks: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the report of one or several runs, and give the page's path.
 
@@ -53,6 +54,7 @@ def build_report(
         title: Heading of the page.
         tables: Tables over all runs, shown first.
         curve: The trade-off over all runs, see :func:`lac_vla.report.tradeoff.tradeoff`, shown behind them.
+        clocks: Success over latency in a world that does not wait, see :func:`lac_vla.report.clocks.clock_charts`.
 
     Raises:
         InputError: If a folder is no run, or the page cannot be written.
@@ -61,13 +63,14 @@ def build_report(
     if not run_dirs:
         raise InputError("no run is given: name at least one folder of 'lac eval'")
     runs = [Run.read(folder) for folder in run_dirs]
-    groups = _column_groups()
+    groups = _column_groups(any(table.paced(run.summary) for run in runs))
     return write_page(
         "evaluation.html.j2",
         Path(out_html),
         title=title or "Visual token caching: evaluation report",
         tables=tables,
         curve=curve,
+        clocks=clocks,
         runs=[_run(run, number) for number, run in enumerate(runs)],
         groups=groups,
         columns=[column for _, columns in groups for column in columns],
@@ -113,9 +116,10 @@ def _run(run: Run, number: int) -> dict[str, Any]:
     }
 
 
-def _column_groups() -> list[tuple[str, tuple[Column, ...]]]:
+def _column_groups(pace: bool) -> list[tuple[str, tuple[Column, ...]]]:
     return [
         ("Success", (*table.SUCCESS, table.SPEEDUP)),
+        *([("A world that does not wait", table.PACE)] if pace else []),
         ("Per call of the model", table.metric_columns()),
         ("Latency p50 / p95, ms", table.TIME),
         ("Peak", (table.MEMORY,)),
@@ -125,7 +129,7 @@ def _column_groups() -> list[tuple[str, tuple[Column, ...]]]:
 def _method(run: Run, row: MethodRow, dense: MethodRow | None, colour: str) -> dict[str, Any]:
     reference = dense if dense is not row else None
     policy = run.specs.get(row.method, "")
-    cells = {column.heading: column.cell(row, dense) for _, columns in _column_groups() for column in columns}
+    cells = {column.heading: column.cell(row, dense) for _, columns in _column_groups(pace=True) for column in columns}
     return {
         "row": row,
         "colour": colour,

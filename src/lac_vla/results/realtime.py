@@ -1,7 +1,8 @@
-"""What the record of an episode tells of a world that did not wait for the policy."""
+"""The record of an episode tells of a world that did not wait for the policy."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,11 @@ class RealTime:
 def clock_label(clock: str, mode: str, deadline_ms: float | None = None) -> str:
     """Name a clock with its mode and deadline, e.g. ``rtx4090, hold`` or ``100 ms, async, 80 ms deadline``."""
     return ", ".join([clock, mode, *([] if deadline_ms is None else [f"{deadline_ms:g} ms deadline"])])
+
+
+def delay(milliseconds: float, control_hz: float) -> int:
+    """Count the ticks from an observation to the first one at or after its answer: d = ceil(latency / dt)."""
+    return max(0, math.ceil(milliseconds * control_hz / 1e3 - 1e-9))
 
 
 def _amount(value: object) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lac_vla.errors import InputError
 from lac_vla.results.metrics import METRICS
+from lac_vla.results.pace import Pace
 from lac_vla.results.records import EpisodeRecord, Trial
 from lac_vla.results.stats import Interval, Percentiles, bootstrap, bootstrap_ratio, mcnemar, percentiles, wilson
 
@@ -74,6 +75,7 @@ class MethodRow:
         metrics: Name of a metric → its aggregate over all calls; without those that have none.
         latency: Window or stage → percentiles over all calls, milliseconds.
         peak_memory_mb: The largest of all episodes; ``None`` if it was not recorded.
+        pace: What the world's clock showed; ``None`` of a world that waited.
     """
 
     method: str
@@ -87,6 +89,7 @@ class MethodRow:
     metrics: Mapping[str, float]
     latency: Mapping[str, Percentiles]
     peak_memory_mb: float | None
+    pace: Pace | None = None
 
     @property
     def rate(self) -> float:
@@ -154,13 +157,14 @@ def _method_row(name: str, episodes: Sequence[EpisodeRecord], dense: Mapping[Tri
         trials=len(episodes),
         successes=successes,
         interval=wilson(successes, len(episodes)),
-        paired=_compare(pairs),
+        paired=compare(pairs),
         speedup=_speedup(pairs),
         steps=sum(episode.steps for episode in episodes),
         actions_per_call=tuple(sorted({episode.actions_per_call for episode in episodes})),
         metrics={key: value for key, value in metrics.items() if value is not None},
         latency={window: value for window, value in latency.items() if value is not None},
         peak_memory_mb=max(memory, default=None),
+        pace=Pace.of(episodes),
     )
 
 
@@ -180,7 +184,8 @@ def _by_task(pairs: Sequence[Pair], value: Callable[[EpisodeRecord], T]) -> list
     return list(tasks.values())
 
 
-def _compare(pairs: Sequence[Pair]) -> Paired | None:
+def compare(pairs: Sequence[Pair]) -> Paired | None:
+    """Compare the successes of pairs, each of dense, or of a method in another world, and of a method."""
     if not pairs:
         return None
     only_dense = sum(dense.success and not method.success for dense, method in pairs)

@@ -11,6 +11,7 @@ from rich.table import Table
 from lac_vla.results import format as write
 from lac_vla.results.format import NONE
 from lac_vla.results.metrics import METRICS, Metric
+from lac_vla.results.pace import Pace
 from lac_vla.results.records import WHOLE
 from lac_vla.results.summary import DENSE, MethodRow, Summary
 
@@ -83,7 +84,36 @@ SUCCESS = (
 SPEEDUP = Column(
     "net speed-up",
     lambda row, _: net_speedup(row),
-    "time of the trials that both solved, dense over the method: observation to action, summed over an episode's calls",
+    "time of the trials that both solved, dense over the method: observation to action, summed over an episode's calls"
+    "; of a world that did not wait, the world's own time",
+)
+
+
+def _of_pace(heading: str, cell: Callable[[Pace], str], text: str) -> Column:
+    return Column(heading, lambda row, _: NONE if row.pace is None else cell(row.pace), text)
+
+
+PACE = (
+    _of_pace("effective Hz", lambda pace: f"{pace.effective_hz:.1f}", "answers that acted, per second of the world"),
+    _of_pace(
+        "predicted Hz",
+        lambda pace: NONE if pace.predicted_hz is None else f"{pace.predicted_hz:.1f}",
+        "on the wall clock: the same by this machine's latency table",
+    ),
+    _of_pace(
+        "stale",
+        lambda pace: write.percent(pace.stale, 0),
+        "share of the world's steps driven by an answer to an observation older than one step",
+    ),
+    _of_pace(
+        "held", lambda pace: write.percent(pace.held, 0), "share of the world's steps without an answer to act on"
+    ),
+    _of_pace("answer p50 / p95, ms", lambda pace: write.latency(pace.answer_ms), "observation to answer, world's time"),
+    _of_pace(
+        "task time, s",
+        lambda pace: NONE if pace.task_s is None else f"{pace.task_s:.2f}",
+        "world's time of the solved episodes, mean",
+    ),
 )
 TIME = tuple(_window(name, meaning) for name, meaning in WINDOWS.items())
 MEMORY = Column("peak memory", lambda row, _: write.memory(row.peak_memory_mb), "of the process so far, all methods")
@@ -110,6 +140,17 @@ def run_notes(summary: Summary) -> list[str]:
         "Latencies of a run with several processes are not worth comparing",
         f"actions per call of the model: {same}",
     ]
+
+
+def paced(summary: Summary) -> bool:
+    """Tell whether the world did not wait in a run."""
+    return any(row.pace is not None for row in summary.methods)
+
+
+def pace_notes(summary: Summary) -> list[str]:
+    """Name the clocks of a run, and explain its columns."""
+    clocks = sorted({clock for row in summary.methods if row.pace is not None for clock in row.pace.clocks})
+    return [f"clock: {'; '.join(clocks)}", *(f"{column.heading}: {column.help}" for column in PACE)]
 
 
 @dataclass(frozen=True)
@@ -160,8 +201,10 @@ class TextTable:
 def method_tables(summary: Summary) -> list[TextTable]:
     """Make the tables of a run: what was solved, what every call did, and how long it took."""
     rows, dense = [(row.method, row) for row in summary.methods], summary.row(DENSE)
+    pace = [TextTable.of("A world that does not wait", rows, PACE, pace_notes(summary))] if paced(summary) else []
     return [
         TextTable.of("Success", rows, (*SUCCESS, SPEEDUP), [SUCCESS_NOTE, *run_notes(summary)], dense=dense),
+        *pace,
         TextTable.of("Per call of the model", rows, metric_columns(), metric_notes(), dense=dense),
         TextTable.of("Time", rows, (*TIME, MEMORY), [TIME_NOTE], dense=dense),
     ]

@@ -17,7 +17,7 @@ import torch
 
 from lac_vla.errors import InputError, NonFiniteError
 from lac_vla.models.protocols import DecoderStack, KeysValues
-from lac_vla.types import FloatArray, Frame, TokenLayout
+from lac_vla.types import FloatArray, Frame, RunningChunk, TokenLayout
 
 NON_FINITE = (
     "the model computed NaN or infinity, so there is no action: stop the robot. The next frame is computed in full; if "
@@ -75,6 +75,7 @@ class HeadContext:
         keys: Layer → keys of the prompt, (kv_heads, length, head_dim).
         values: Layer → values, as ``keys``.
         rng: The session's generator for actions that are sampled: the only source of randomness.
+        running: What the robot executes meanwhile; ``None`` for nothing, or for a head that is not ``guided``.
         drafted: What the draft was made of, see :meth:`ActionHead.draft`; ``None`` if there is none. It never changes
             the action.
     """
@@ -86,6 +87,7 @@ class HeadContext:
     values: Callable[[int], torch.Tensor]
     rng: np.random.Generator
     drafted: Mapping[str, Any] | None = None
+    running: RunningChunk | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +136,14 @@ class ActionHead(ABC):
             that the last layer computes no queries.
         max_new_tokens: Rows that it appends at most.
         horizon: Actions per answer.
+        guided: Whether it continues the chunk in :attr:`HeadContext.running`.
         n_rows: Hidden states that its loss reads, in a row: the last prompt token's and every forced one's; or, with
             ``n_before``, those of the prompt itself.
         n_before: Rows from the first of them to the last prompt token.
     """
 
     reads: ClassVar[Literal["hidden", "kv"]] = "hidden"
+    guided: ClassVar[bool] = False
     max_new_tokens: int = 0
     horizon: int = 1
     n_rows: int = 1
