@@ -313,7 +313,7 @@ class RobotSession:
 
 @dataclass(frozen=True, eq=False)
 class IdleJob:
-    """What a robot's session does while nobody asks.
+    """Work of a robot's session is done while nobody asks.
 
     Attributes:
         robot: The robot.
