@@ -234,9 +234,9 @@ def test_robots_go_on_when_one_server_is_killed_and_one_is_drained() -> None:
         for (before, *_), (after, seconds, _) in itertools.pairwise(robot.answers):
             (took if after > before else others).append(seconds)
     print(
-        f"\n{ROBOTS} robots, {len(took) + len(others) + ROBOTS} answers, none mixed; {len(moved)} lost a server and went "
-        f"on in {np.median(took):.2f} s (median), {max(took):.2f} s (slowest); other answers took {np.median(others):.2f} "
-        f"and {max(others):.2f} s"
+        f"\n{ROBOTS} robots, {len(took) + len(others) + ROBOTS} answers, none mixed; {len(moved)} lost a server and "
+        f"went on in {np.median(took):.2f} s (median), {max(took):.2f} s (slowest); other answers took "
+        f"{np.median(others):.2f} and {max(others):.2f} s"
     )
     assert len(moved) >= ROBOTS // 2
     assert max(took) < 2 + max(others)  # where other work keeps the machine busy, every answer takes its time
