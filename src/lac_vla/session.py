@@ -19,6 +19,7 @@ from lac_vla.engine.frame_memory import FrameMemory, OutdatedPlanError
 from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.step_info import StepInfo
+from lac_vla.engine.work import Work, work_alone
 from lac_vla.errors import InputError
 from lac_vla.flow import estimate, flow_macs, make_flow
 from lac_vla.models.vla import VLA
@@ -300,6 +301,10 @@ class Session:
         Returns:
             How many.
         """
+        return work_alone(self.engine, self.refreshing(count))
+
+    def refreshing(self, count: int) -> Work[int]:
+        """Do :meth:`refresh` as work that can go together with that of other sessions."""
         memory = self.memory
         if self.last_info is None or not memory.warm or self.last_info.decision.skipped is not SkippedTokens.REUSE:
             return 0
@@ -307,7 +312,7 @@ class Session:
         tokens = np.zeros(memory.age.size, dtype=np.bool_)
         tokens[stalest] = memory.age[stalest] > 0
         if tokens.any():
-            self._recompute(tokens)
+            yield from self._recompute(tokens)
         return int(tokens.sum())
 
     def shadow(self) -> FloatArray | None:
@@ -318,13 +323,17 @@ class Session:
         Returns:
             The action, as :meth:`act` gives it; ``None`` if there is no last frame.
         """
+        return work_alone(self.engine, self.shadowing())
+
+    def shadowing(self) -> Work[FloatArray | None]:
+        """Do :meth:`shadow` as work that can go together with that of other sessions."""
         if self.last_info is None or self._frame is None or not self.memory.warm:
             return None
         rng = np.random.default_rng()
         rng.bit_generator.state = self._head_rng_state
-        return self._recompute(np.ones(self.memory.age.size, dtype=np.bool_), rng)
+        return (yield from self._recompute(np.ones(self.memory.age.size, dtype=np.bool_), rng))
 
-    def _recompute(self, tokens: BoolArray, rng: np.random.Generator | None = None) -> FloatArray | None:
+    def _recompute(self, tokens: BoolArray, rng: np.random.Generator | None = None) -> Work[FloatArray | None]:
         """Compute ``tokens`` (bool, (N,)) of the last frame once more; the other slots stay what they are."""
         memory, frame = self.memory, self._frame
         if frame is None or memory.layout is None:
@@ -344,7 +353,7 @@ class Session:
             rng=rng,
         )
         with self._dense_after_errors():
-            [result] = self.engine.run([plan])
+            result = yield plan
             if result.error is not None:
                 raise result.error
         memory.commit(memory.layout, pixels, frame.instruction, decision, attention, elapsed=0)

@@ -181,4 +181,4 @@ def test_what_is_due_suffices_and_is_needed(ages: list[int], max_age: int, extra
 
 def test_nothing_is_recomputed_before_a_frame() -> None:
     with pytest.raises(InputError, match=r"session\.act"):
-        CachedVLA(random_vla("tiny")).session()._recompute(np.ones(52, dtype=np.bool_))
+        next(CachedVLA(random_vla("tiny")).session()._recompute(np.ones(52, dtype=np.bool_)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -228,14 +229,17 @@ def test_robots_go_on_when_one_server_is_killed_and_one_is_drained() -> None:
     for robot in robots:
         robot.check(vla)
     moved = [robot for robot in robots if robot.answers[-1][0]]
-    took = [seconds for robot in robots for (before, *_), (after, seconds, _) in
-            zip(robot.answers, robot.answers[1:], strict=False) if after > before]  # fmt: skip
-    usual = float(np.median([seconds for robot in robots for _, seconds, _ in robot.answers]))
-    total = sum(len(robot.answers) for robot in robots)
-    print(f"\n{ROBOTS} robots, {total} answers, none mixed; {len(moved)} lost a server, went on in {max(took):.2f} s"
-          f" (an answer takes {usual:.2f} s here)")  # fmt: skip
+    took, others = list[float](), list[float]()
+    for robot in robots:
+        for (before, *_), (after, seconds, _) in itertools.pairwise(robot.answers):
+            (took if after > before else others).append(seconds)
+    print(
+        f"\n{ROBOTS} robots, {len(took) + len(others) + ROBOTS} answers, none mixed; {len(moved)} lost a server and "
+        f"went on in {np.median(took):.2f} s (median), {max(took):.2f} s (slowest); other answers took "
+        f"{np.median(others):.2f} and {max(others):.2f} s"
+    )
     assert len(moved) >= ROBOTS // 2
-    assert max(took) < 2 + usual  # on a machine that is busy otherwise, every answer takes its time
+    assert max(took) < 2 + max(others)  # where other work keeps the machine busy, every answer takes its time
 
 
 def any_answer(http: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,14 @@ import pytest
 
 from lac_vla import VLA, CachedVLA, Decision, Dense, InputError, Motion, PolicyInput, random_vla
 from lac_vla.client.observation import ObservationKeys
+from lac_vla.engine.engine import Engine
+from lac_vla.engine.work import work_alone
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import CachePolicy
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
 from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.serving import sessions
+from lac_vla.serving.batches import Batcher
 from lac_vla.serving.sessions import RobotSession, SessionOptions
 from tests.serving.conftest import KEYS, ask, observation
 
@@ -159,7 +163,7 @@ def drive(one: RobotSession, clock: Clock, frames: int = 12) -> list[float]:
             ages.append(float(one._session.memory.age.mean()))
         ask(one, observation(i), clock.now)
         if (job := one.spare()) is not None:
-            job()
+            assert not Batcher(one.vla.engine).rest([job], math.inf)
         clock.now += 0.1
     return ages
 
@@ -181,10 +185,45 @@ def test_slack_refresh_keeps_within_the_idle_time(backbone: VLA, clock: Clock) -
     for i, idle in enumerate((0.1, 0.1, 0.1)):
         clock.now += idle
         ask(one, observation(i + 1), clock.now)
-    assert one.refresh() == 24  # the tokens of 50 ms
-    assert one.refresh(quiet_s=0.05) == 11  # 25 ms: another robot will ask before
+    assert work_alone(one.vla.engine, one.refresh()) == 24  # the tokens of 50 ms
+    assert work_alone(one.vla.engine, one.refresh(quiet_s=0.05)) == 11  # 25 ms: another robot will ask before
     one.idle = 0.015
-    assert one.refresh() == 0  # not even the fewest fit
+    assert work_alone(one.vla.engine, one.refresh()) == 0  # not even the fewest fit
+
+
+def test_idle_work_of_several_robots_goes_together(
+    backbone: VLA, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each refreshes its share of the time, exactly as it would alone; one that has nothing to do is left out."""
+    table, sizes = LatencyTable((4, 52), (4.0, 52.0), (1, 8), (1.0, 0.5)), list[int]()
+    vla = CachedVLA(backbone, Stubborn(), max_age=99)
+    options = SessionOptions(slack=True, gap_s=1e9)
+    robots = [RobotSession(vla, KEYS, options, table=table) for _ in range(4)]
+    doubles = [CachedVLA(backbone, Stubborn(), max_age=99).session() for _ in range(4)]
+    for step in range(5):
+        for number, one in enumerate(robots):
+            ask(one, observation(10 * number + step), clock.now)
+            doubles[number].act(KEYS.frame(observation(10 * number + step)))
+        clock.now += 0.1
+    jobs = [job for one in robots if (job := one.spare()) is not None]
+    batcher = Batcher(vla.engine)
+    assert len(batcher.choose_idle(jobs, math.inf)) == 4
+    assert len(batcher.choose_idle(jobs, 0.016)) == 2  # 8 ms are for refresh: more than two would get too few tokens
+    assert len(batcher.choose_idle(jobs, 1e-6)) == 1
+    robots[3]._session.release()
+    run = Engine.run
+    monkeypatch.setattr(Engine, "run", lambda own, plans: sizes.append(len(plans)) or run(own, plans))  # type: ignore[func-returns-value]
+    assert not batcher.rest(jobs, math.inf)
+    assert sizes == [3]
+    counts = [one._refreshed for one in robots]
+    assert counts == [15, 15, 15, 0]  # 50 ms among four, which take 0.79 of their times one by one
+    for one, double, count in zip(robots[:3], doubles, counts, strict=False):
+        double.refresh(count)
+        assert (one._session.memory.age == double.memory.age).all()
+        after = observation(5)
+        np.testing.assert_allclose(
+            ask(one, after, clock.now).message["actions"], np.atleast_2d(double.act(KEYS.frame(after))), atol=1e-5
+        )
 
 
 def test_slack_needs_a_table(backbone: VLA) -> None:
@@ -203,7 +242,7 @@ def test_the_watchdog_distrusts_a_cache_that_disagrees(clock: Clock) -> None:
         job = one.spare()
         assert (job is not None) == ((i + 1) % 3 == 0)
         if job is not None:
-            job()
+            assert not Batcher(one.vla.engine).rest([job], math.inf)
     assert shadows[3] > 0  # what disagreed is told with the next answer
     assert reasons[:3] == ["first frame", None, None]
     assert all(f"shadow pass disagreed by {shadows[3]:.3g}" == f for f in reasons[3:5])
@@ -215,7 +254,9 @@ def test_the_watchdog_trusts_a_cache_that_agrees(backbone: VLA, clock: Clock) ->
     one = robot(backbone, Dense(), options=SessionOptions(shadow_every=1, shadow_threshold=1e-4))
     for i in range(4):
         answer = ask(one, observation(i), clock.now)
-        assert one.spare()() < 1e-4
+        job = one.spare()
+        assert job is not None
+        assert work_alone(one.vla.engine, job.begin(1, math.inf)) < 1e-4
     assert answer.message["lac"]["dense_reason"] is None
 
 

@@ -95,8 +95,8 @@ class ProcessEnv(Env):
             code = self._process.exitcode
             self.close()
             raise SimulatorError(
-                f"the process of a simulator was lost (exit code {code}); the system may have killed it for want of "
-                "memory: fewer --envs need less"
+                f"the process of a simulator was lost (exit code {code}): what it printed says why; the system may "
+                "also have killed it for want of memory, of which fewer --envs need less"
             ) from lost
         if error is not None:
             raise error

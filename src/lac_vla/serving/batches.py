@@ -16,10 +16,11 @@ from typing import TypeAlias
 
 from lac_vla.engine.deciding import decide_together
 from lac_vla.engine.engine import Engine
+from lac_vla.engine.work import work_together
 from lac_vla.errors import InputError
 from lac_vla.realtime.deadline import DeadlineController
 from lac_vla.serving.kv_memory import KVMemory
-from lac_vla.serving.sessions import Answer, PlannedFrame, PreparedRequest, Request, RobotSession
+from lac_vla.serving.sessions import Answer, IdleJob, PlannedFrame, PreparedRequest, Request, RobotSession
 
 __all__ = ["Batcher", "Outcome", "Request"]
 
@@ -141,6 +142,19 @@ class Batcher:
             costs = [controller.table(decision.exit_layer.sum() / decision.n_layers) for _, decision in computed]
             controller.observe(controller.batch_ms(costs), 1e3 * (time.perf_counter() - begun))
         return outcomes
+
+    def choose_idle(self, jobs: Collection[IdleJob], quiet_s: float) -> list[IdleJob]:
+        """Choose what is done while nobody asks: of one kind, as many as are done before a robot is expected to."""
+        first = next(iter(jobs), None)
+        alike = [] if first is None else [job for job in jobs if job.shadow == first.shadow][: self.max_batch]
+        while len(alike) > 1 and not all(job.together(len(alike), quiet_s) for job in alike):
+            alike.pop()
+        return alike
+
+    def rest(self, jobs: Sequence[IdleJob], quiet_s: float) -> list[Exception]:
+        """Do idle work in one run; return what went wrong with any of it."""
+        done = work_together(self.engine, [job.begin(len(jobs), quiet_s) for job in jobs])
+        return [each for each in done if isinstance(each, Exception)]
 
     def _share(
         self,

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Condition
-from typing import Any, TypeAlias
+from typing import Any
 
 from lac_vla.errors import InputError, LacError
 from lac_vla.serving.batches import Batcher, Outcome, Request
-from lac_vla.serving.sessions import Answer, RobotSession
-
-IdleJob: TypeAlias = Callable[[float], object]
-"""Called with the seconds until another robot is expected to ask."""
-
+from lac_vla.serving.sessions import Answer, IdleJob, RobotSession
 
 GIVING_WAY_S = 0.002
 """Seconds after which it is asked again whether a robot that gives way has to."""
@@ -30,7 +26,7 @@ class ModelExecutor:
     """Answers requests off the event loop: whenever the model is free, as many of those that wait as go together.
 
     Every connection hands in one request at a time, so a robot waits for at most one request of every other, however
-    fast that one asks; ``capacity`` of them may wait or run. Idle work is a single short job at a time.
+    fast that one asks; ``capacity`` of them may wait or run. Idle work is done in short runs.
 
     Args:
         batcher: Chooses and answers.
@@ -88,12 +84,12 @@ class ModelExecutor:
             self._wake()
         return await asyncio.shield(future)
 
-    def offer(self, robot: RobotSession, job: IdleJob) -> None:
+    def offer(self, job: IdleJob) -> None:
         """Leave a job for when no request waits; it replaces the robot's last one."""
         self._loop = asyncio.get_running_loop()
         with self._changed:
-            self._idle.pop(robot, None)
-            self._idle[robot] = job
+            self._idle.pop(job.robot, None)
+            self._idle[job.robot] = job
             self._wake()
 
     async def close(self) -> None:
@@ -124,9 +120,12 @@ class ModelExecutor:
                     self._working = False
                     return
                 others, robots = list(self._queue), set(self.robots)
-                job = None if batch else self._idle.pop(next(iter(self._idle)))
-            if job is not None:
-                self._rest(job, _quiet_s(robots, time.perf_counter()))
+                quiet_s = _quiet_s(robots, time.perf_counter())
+                jobs = [] if batch else self.batcher.choose_idle(self._idle.values(), quiet_s)
+                for job in jobs:
+                    del self._idle[job.robot]
+            if jobs:
+                self._rest(jobs, quiet_s)
                 continue
             try:
                 outcomes = self.batcher.answer(list(batch), others, robots)
@@ -156,11 +155,13 @@ class ModelExecutor:
         chosen = self.batcher.choose(list(self._queue), () if self._closed else self.robots)
         return {request: self._queue.pop(request) for request in chosen}
 
-    def _rest(self, job: IdleJob, quiet_s: float) -> None:
+    def _rest(self, jobs: Sequence[IdleJob], quiet_s: float) -> None:
         try:
-            job(quiet_s)
-        except Exception as error:
-            context = {"message": "idle work failed", "exception": error}
+            errors = self.batcher.rest(jobs, quiet_s)
+        except Exception as error:  # a fault of the batcher itself
+            errors = [error]
+        for fault in errors:
+            context = {"message": "idle work failed", "exception": fault}
             self._loop.call_soon_threadsafe(self._loop.call_exception_handler, context)
 
     def _deliver(self, outcomes: list[tuple[asyncio.Future[Answer], Outcome]]) -> None:

@@ -325,7 +325,7 @@ class PolicyServer:
                 observer.add(name, answer, arrived, total)
             self._busy.discard(ws)
             if (job := robot.spare()) is not None:
-                self._executor.offer(robot, job)
+                self._executor.offer(job)
         await ws.close(1001, "stopping")
 
     async def _send(self, ws: ServerConnection, message: dict[str, Any]) -> None:

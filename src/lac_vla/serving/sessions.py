@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from lac_vla.client.observation import ObservationKeys
 from lac_vla.engine.deciding import PreparedFrame
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.step_info import StepInfo
+from lac_vla.engine.work import Work
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
@@ -234,36 +235,35 @@ class RobotSession:
         self.cost_s += LEARNING * (took / 1e3 * share - self.cost_s)
         return Answer(message, step, planned.reset, planned.frame)
 
-    def spare(self) -> Callable[[float], object] | None:
+    def spare(self) -> IdleJob | None:
         """Choose what this session does before its robot asks again, if anything."""
         every = self.options.shadow_every
         if every and self._frames % every == 0:
-            return self.shadow
-        return self.refresh if self.options.slack and self.idle is not None else None
+            return IdleJob(self, shadow=True)
+        return IdleJob(self, shadow=False) if self.options.slack and self.idle is not None else None
 
-    def refresh(self, quiet_s: float = math.inf) -> int:
+    def refresh(self, quiet_s: float = math.inf, share: float = 1.0) -> Work[int]:
         """Compute as many of the stalest slots as the expected idle time allows, and return their number.
 
         Args:
             quiet_s: Seconds until another robot is expected to ask.
+            share: Share of the time that is this robot's, in (0, 1].
         """
         if self.table is None or self.idle is None:
             return 0
         correction = 1.0 if self.controller is None else self.controller.correction
-        count = self._session.refresh(self.table.tokens_in(1e3 * SLACK_SHARE * min(self.idle, quiet_s) / correction))
+        milliseconds = 1e3 * SLACK_SHARE * share * min(self.idle, quiet_s) / correction
+        count = yield from self._session.refreshing(self.table.tokens_in(milliseconds))
         self._refreshed += count
         return count
 
-    def shadow(self, quiet_s: float = math.inf) -> float | None:
+    def shadow(self) -> Work[float | None]:
         """Compare the last action with that of the model without a cache; if they disagree, the next frames are dense.
-
-        Args:
-            quiet_s: Seconds until another robot is expected to ask; it takes what it takes.
 
         Returns:
             Mean absolute difference; ``None`` if there is nothing to compare.
         """
-        dense = self._session.shadow()
+        dense = yield from self._session.shadowing()
         if dense is None or self._action is None:
             return None
         self._disagreement = float(np.abs(dense - self._action).mean())
@@ -322,6 +322,32 @@ class RobotSession:
             "waited_ms": waited,
             "stages": dict(step.stages),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class IdleJob:
+    """Work of a robot's session is done while nobody asks.
+
+    Attributes:
+        robot: The robot.
+        shadow: Whether it is a shadow pass; if not, slack refresh.
+    """
+
+    robot: RobotSession
+    shadow: bool
+
+    def together(self, count: int, quiet_s: float) -> bool:
+        """Tell whether so many of its kind at once are done before another robot is expected to ask."""
+        table, robot = self.robot.table, self.robot
+        if count == 1 or table is None:
+            return count == 1
+        least, free = (table.milliseconds[-1], 1.0) if self.shadow else (table.milliseconds[0], SLACK_SHARE)
+        return count * table.factor(count) * least <= 1e3 * free * min(quiet_s, robot.idle or math.inf)
+
+    def begin(self, count: int, quiet_s: float) -> Work[object]:
+        """Begin it, as one of so many."""
+        factor = 1.0 if self.robot.table is None else self.robot.table.factor(count)
+        return self.robot.shadow() if self.shadow else self.robot.refresh(quiet_s, 1 / (count * factor))
 
 
 @dataclass(eq=False)
