@@ -164,7 +164,10 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
         {"policies": ("x",)},
         {"policies": ("dense", "dense")},
         {"policies": ("a@dense", "a@random")},
-        {"policies": ("lac",)},
+        {"policies": ("lac:recover=0",)},
+        {"camera": ("agentview",)},
+        {"camera": ("agentview=front",), "server": "ws://127.0.0.1:8000"},
+        {"model_options": ModelOptions(device="gpu")},
         {"ensemble": 0},
         {"actions_per_call": 0},
         {"stress": "earthquake"},
@@ -173,4 +176,4 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
 )
 def test_bad_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        EvalConfig("model", Path("out"), **wrong)
+        EvalConfig("mini", Path("out"), **{"policies": ("dense",), **wrong})

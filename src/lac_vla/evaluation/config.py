@@ -79,10 +79,6 @@ class EvalConfig:
         for name in ("ensemble", "actions_per_call"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} is {number}; at least the newest chunk's first action must count")
-        if self.server is None:
-            make_policies(self.policies, self.model)
-        elif len(self.policies) != 1 or self.workers != 1 or self.ray is not None:
-            raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
         if self.camera and self.server is not None:
             raise InputError("a server has its own --camera: leave it out here")
         DatasetKeys(self.camera)
@@ -90,6 +86,10 @@ class EvalConfig:
             check_device(self.model_options.device)
         if self.stress is not None:
             make_stress(self.stress)
+        if self.server is None:
+            make_policies(self.policies, self.model)
+        elif len(self.policies) != 1 or self.workers != 1 or self.ray is not None:
+            raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
 
     @property
     def task_ids(self) -> tuple[int, ...]:
