@@ -161,7 +161,8 @@ def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[
         key for key in settings if key not in CHANGEABLE and not fits.get(key, before.get(key) == settings[key])
     ]
     if different:
-        raise InputError(f"{out} holds a run with other {different}; give another --out")
+        there = ", ".join(f"{key} {before.get(key)}" for key in different)
+        raise InputError(f"{out} holds a run with other {different}; give another --out (its own: {there})")
     return {
         **settings,
         "policies": list((specs | more).values()),
