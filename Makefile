@@ -48,7 +48,7 @@ check: setup         ## the linters alone
 format: setup        ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix src tests scripts examples && $(BIN)/ruff format src tests scripts examples
 
-test-compat:         ## the engine with the oldest and the newest transformers, each in its own environment
+test-compat:         ## with the oldest and the newest torch, transformers, numpy, …, each in its own environment
 	PYTHON=$(PYTHON) sh scripts/test_compat.sh
 
 bench-gpu: setup     ## both 7B shapes on a GPU of 80 GB, random weights: tables, bench.json, bench.svg

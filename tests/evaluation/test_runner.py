@@ -12,8 +12,9 @@ import pytest
 from tests.evaluation.worlds import FakeEnv, outcomes
 
 from lac_vla import InputError
+from lac_vla.bundled import MINI
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.runner import evaluate, evaluate_together
+from lac_vla.evaluation.runner import describe_model, evaluate, evaluate_together
 from lac_vla.factory import ModelOptions
 from lac_vla.policies import POLICIES, Random
 from lac_vla.results.records import read_episodes
@@ -153,6 +154,10 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="another --out"):
         evaluate(replace(config, out=tmp_path / "file" / "run"))
+
+
+def test_a_bundled_model_by_name_is_described_as_its_folder_is() -> None:
+    assert describe_model("mini") == describe_model(str(MINI)) != {"name": "mini"}
 
 
 @pytest.mark.parametrize(
