@@ -48,8 +48,8 @@ check: setup         ## the linters alone
 format: setup        ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix src tests scripts examples && $(BIN)/ruff format src tests scripts examples
 
-test-compat:         ## with the oldest and the newest torch, transformers, numpy, …, each in its own environment
-	PYTHON=$(PYTHON) sh scripts/test_compat.sh
+test-compat:         ## (VERSIONS=oldest) with the oldest and the newest torch, transformers, numpy, …, each in its own environment
+	PYTHON=$(PYTHON) sh scripts/test_compat.sh $(VERSIONS)
 
 bench-gpu: setup     ## both 7B shapes on a GPU of 80 GB, random weights: tables, bench.json, bench.svg
 	LAC=$(BIN)/lac sh scripts/bench_gpu.sh
