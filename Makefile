@@ -48,8 +48,8 @@ check: setup         ## the linters alone
 format: setup        ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix src tests scripts examples && $(BIN)/ruff format src tests scripts examples
 
-test-compat:         ## the engine with the oldest and the newest transformers, each in its own environment
-	PYTHON=$(PYTHON) sh scripts/test_compat.sh
+test-compat:         ## (VERSIONS=oldest) with the oldest and the newest torch, transformers, numpy, …, each in its own environment
+	PYTHON=$(PYTHON) sh scripts/test_compat.sh $(VERSIONS)
 
 gpu: setup           ## all that is worth measuring on a GPU of 80 GB, in 9 minutes, random weights: docs/gpu.md
 	PYTHON=$(abspath $(BIN)/python) bash scripts/gpu_session.sh

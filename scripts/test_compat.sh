@@ -1,15 +1,29 @@
 #!/bin/sh
-# The engine and the model family with both ends of the supported transformers versions.
+# Engine, models, training, benchmark and command line with the oldest and the newest of what they stand on. pyproject.toml's
+# lower bounds are the versions of `oldest`; there is no newer torch for CPUs alone than that of `newest`.
+#   sh scripts/test_compat.sh [oldest|lerobot|newest]... [-- pytest's arguments]
 set -e
 python=$(sh "$(dirname "$0")/find_python.sh")
-for version in 4.57.6 5.23.0; do
-    env=.venv-compat-$version
-    echo "== transformers $version"
+sets=""
+while [ $# -gt 0 ] && [ "$1" != -- ]; do sets="$sets $1"; shift; done
+[ $# -eq 0 ] || shift
+for name in ${sets:-oldest lerobot newest}; do
+    case $name in
+        oldest) torch=2.6.0 others="transformers==4.57.1 numpy==1.26.4 tyro==0.9.2 safetensors==0.4.3
+                opencv-python-headless==4.8.1.78 pyarrow==15.0.2 av==12.0.0" ;;
+        lerobot) torch=2.11.0 others="transformers<6" ;; # the newest torch that LeRobot 0.6.1 allows
+        newest) torch=2.13.0 others="transformers<6" ;;
+        *) echo "usage: $0 [oldest|lerobot|newest]... [-- pytest's arguments]" >&2; exit 2 ;;
+    esac
+    env=.venv-compat-$name
+    echo "== $name: torch $torch, $others"
     if [ ! -e "$env/ready" ]; then
         "$python" -m venv "$env"
-        "$env/bin/pip" install --quiet "torch==2.13.0"
-        "$env/bin/pip" install --quiet -e ".[data]" pytest "transformers==$version"
+        "$env/bin/pip" install --quiet "torch==$torch"
+        # shellcheck disable=SC2086
+        "$env/bin/pip" install --quiet -e ".[data,serve]" pytest hypothesis "torch==$torch" $others
         touch "$env/ready"
     fi
-    "$env/bin/python" -m pytest -q -p no:cacheprovider tests/engine tests/models "$@"
+    "$env/bin/python" -m pytest -q -p no:cacheprovider -m "not slow and not sim and not gpu" \
+        tests/engine tests/models tests/training tests/test_bench.py tests/test_cli.py tests/test_examples.py "$@"
 done

@@ -25,7 +25,7 @@ FLOORS = [
     {"sims"},
     {"evaluation", "serving", "lerobot"},
     {"bench", "report"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 FORBIDDEN = {

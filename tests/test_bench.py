@@ -499,7 +499,6 @@ def test_memory_of_the_process_is_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"policies": ()}, "no policy"),
         ({"policies": ("clairvoyant",)}, "clairvoyant"),
         ({"memory_policy": "motion:ratio=2"}, "0..1"),
         ({"active": ()}, "active"),
@@ -517,7 +516,8 @@ def test_memory_of_the_process_is_read() -> None:
         ({"roofline": "h999"}, "h200"),
         ({"sections": ("roofline",)}, "--roofline"),
         ({"acceptance": (1.5,)}, "acceptance"),
-        ({"acceptance": (0.5,), "model": "some/checkpoint"}, "random weights"),
+        ({"acceptance": (0.5,), "model": "some/checkpoint", "random_weights": None}, "random weights"),
+        ({"model": "mini"}, "not both"),
         ({"minutes": -1}, "minutes"),
         ({"policies": ("random:ratio=.5,2",)}, "0..1"),
         ({"options": ("bucket=0",)}, "bucket"),
@@ -536,7 +536,7 @@ def test_settings_without_sense_are_refused(changes: dict[str, Any], message: st
     [
         ({"random_weights": "gigantic"}, InputError, "gigantic"),
         ({"random_weights": "cogact-tiny", "acceptance": (0.5,)}, InputError, "no tokens"),
-        ({"model": "no/such/folder"}, CheckpointError, "no/such/folder"),
+        ({"model": "no/such/folder", "random_weights": None}, CheckpointError, "no/such/folder"),
         ({"device": "tpu"}, InputError, "tpu"),
         ({"device": "meta"}, InputError, "meta"),
         ({"replay": Path("no/such/dataset")}, LacError, "no/such/dataset"),
@@ -547,7 +547,17 @@ def test_faults_show_before_anything_is_measured(
 ) -> None:
     with pytest.raises(error, match=message):
         run_bench(config(tmp_path / "out", **changes))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_default_is_the_bundled_model_with_its_policy() -> None:
+    plain, random = BenchConfig(), BenchConfig(random_weights="openvla-7b")
+    assert (plain.model, plain.random_weights, plain.policies) == ("mini", None, ("lac",))
+    assert (random.model, random.policies) == (None, ("motion:ratio=0.5", "motion:ratio=0.7"))
+    quick = BenchConfig(quick=True, frames=1000)
+    assert quick.sections == ("frame",)
+    assert 0 < quick.minutes <= 0.5
+    assert quick.frames < 100
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

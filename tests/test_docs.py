@@ -52,7 +52,7 @@ def _commands(pieces: Sequence[str]) -> list[str]:
 
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], None]:
-    """Run the real command line up to the verb, which does nothing. Files that a command names need not be there."""
+    """Run the real command line up to the verb, which does nothing. Its files and device need not be there."""
     find = cli.function_of
 
     def without_effect(verb: str, words: Sequence[str]) -> Any:
@@ -60,6 +60,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], None]:
         return functools.wraps(function)(lambda *_, **__: None), rest
 
     monkeypatch.setattr(cli, "function_of", without_effect)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.syspath_prepend(ROOT / "examples")
 

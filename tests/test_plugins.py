@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lac_vla import CheckpointError, InputError, load_vla, make_policy, plugins, save_vla
+from lac_vla.cli import main
 from lac_vla.factory import make_policies, resolve_policy
 from lac_vla.policies import POLICIES
 from lac_vla.sims import benchmark_of
@@ -170,3 +171,36 @@ def test_a_benchmark_by_its_class_and_by_its_suite(package: Path) -> None:
     assert benchmark_of("desk").suites == ("desk",)
     with pytest.raises(InputError, match=r"unknown suite 'dsk' \(did you mean 'desk'\?\)"):
         benchmark_of("dsk")
+
+
+@pytest.mark.usefixtures("outside")
+@pytest.mark.parametrize("words", [["--suite", "outside:Desk"], ["--suite=outside:Desk"]])
+def test_the_command_line_takes_a_benchmarks_class(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["check", *words])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == "desk: 3 episodes; missing: 0\n"
+
+
+def test_the_lists_show_plug_ins_and_one_that_is_broken(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = package / "outside-1.dist-info" / "entry_points.txt"
+    points.write_text(ANNOUNCED.replace("blink = outside:Blink", "blink = outside:Blink\nbroken = outside:Nothing"))
+    main(["policies"])
+    text = capsys.readouterr().out
+    assert "\nblink " in text
+    assert "every=2" in text
+    assert "broken: cannot be loaded" in text
+    main(["models"])
+    assert "preset=tiny" in capsys.readouterr().out
+
+
+def test_the_short_name_of_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def verb(state_key: str = "") -> None:
+        given.append(state_key)
+
+    monkeypatch.setattr("lac_vla.cli.function_of", lambda name, words: (verb, words))
+    for words in (["--state", "a"], ["--state=b"], ["--state-key", "c"]):
+        main(["train", *words])
+    assert given == ["a", "b", "c"]

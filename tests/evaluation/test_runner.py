@@ -12,8 +12,9 @@ import pytest
 from tests.evaluation.worlds import FakeEnv, outcomes
 
 from lac_vla import InputError
+from lac_vla.bundled import MINI
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.runner import evaluate, evaluate_together
+from lac_vla.evaluation.runner import describe_model, evaluate, evaluate_together
 from lac_vla.factory import ModelOptions
 from lac_vla.policies import POLICIES, Random
 from lac_vla.results.records import read_episodes
@@ -155,6 +156,10 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
         evaluate(replace(config, out=tmp_path / "file" / "run"))
 
 
+def test_a_bundled_model_by_name_is_described_as_its_folder_is() -> None:
+    assert describe_model("mini") == describe_model(str(MINI)) != {"name": "mini"}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -164,7 +169,10 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
         {"policies": ("x",)},
         {"policies": ("dense", "dense")},
         {"policies": ("a@dense", "a@random")},
-        {"policies": ("lac",)},
+        {"policies": ("lac:recover=0",)},
+        {"camera": ("agentview",)},
+        {"camera": ("agentview=front",), "server": "ws://127.0.0.1:8000"},
+        {"model_options": ModelOptions(device="gpu")},
         {"ensemble": 0},
         {"actions_per_call": 0},
         {"stress": "earthquake"},
@@ -173,4 +181,4 @@ def test_unwritable_folder(config: EvalConfig, tmp_path: Path) -> None:
 )
 def test_bad_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        EvalConfig("model", Path("out"), **wrong)
+        EvalConfig("mini", Path("out"), **{"policies": ("dense",), **wrong})

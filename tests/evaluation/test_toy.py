@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ import pytest
 from tests.engine.scenes import frame
 from tests.evaluation.worlds import save_tiny
 
-from lac_vla import Frame, InputError
+from lac_vla import Frame, InputError, load_vla
 from lac_vla.cli import main
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.runner import evaluate
@@ -103,6 +103,40 @@ def test_the_command_line_knows_a_registered_toy(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["colour"] == "green"
     assert [e.steps for e in read_episodes(tmp_path / "run" / "episodes.jsonl")] == [3, 3]
     assert (tmp_path / "run" / "report.html").exists()
+
+
+@dataclass(frozen=True)
+class Renamed(Toy):
+    """A toy whose cameras have names of their own."""
+
+    def make_env(self, task: int) -> ToyEnv:
+        class Other(ToyEnv):
+            def reset(self, init_state: int, seed: int = 0) -> Frame:
+                return other(super().reset(init_state, seed))
+
+            def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
+                seen, success = super().step(action)
+                return other(seen), success
+
+        def other(seen: Frame) -> Frame:
+            return replace(seen, images={f"the_{camera}": image for camera, image in seen.images.items()})
+
+        return Other()
+
+
+def test_cameras_of_other_names_are_told_apart(model: str, tmp_path: Path) -> None:
+    config = EvalConfig(model, tmp_path / "run", ("dense",), Toy(), videos=0)
+    names = list(load_vla(model).grids)
+    mapped = replace(
+        config, out=tmp_path / "mapped", benchmark=Renamed(), camera=tuple(f"{name}=the_{name}" for name in names)
+    )
+    runs = [read_episodes(evaluate(each) / "episodes.jsonl") for each in (config, mapped)]
+    assert [[(e.init_state, e.success, e.steps) for e in run] for run in runs] == [[(0, True, 3), (1, True, 3)]] * 2
+    assert json.loads((tmp_path / "mapped" / "config.json").read_text())["camera"] == list(mapped.camera)
+    for camera, message in (("nose=x", "the model's cameras are"), (f"{names[0]}=eye", r"it has \['the_")):
+        with pytest.raises(InputError, match=message):
+            evaluate(replace(mapped, out=tmp_path / "not", camera=(camera,)))
+        assert not (tmp_path / "not").exists()
 
 
 def test_an_episode_whose_simulator_died_is_begun_again(model: str, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from lac_vla import InputError
 from lac_vla.models.llama import LlamaDecoder, build_llama, reset_rotary, rms_norm
 
 CONFIG = {
@@ -57,6 +59,22 @@ def test_layers_equal_hugging_face(config: dict[str, Any]) -> None:
         17,
         cut.head_dim,
     )
+
+
+@torch.no_grad()
+def test_qwen2_is_one_of_the_same_parts_and_qwen3_is_not() -> None:
+    torch.manual_seed(0)
+    sizes = {**CONFIG, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
+    for weight in model.parameters():  # its biases begin as zeros
+        weight.normal_(0, 0.2)
+    embeddings = torch.randn(2, 17, 32)
+    expected = model.model(inputs_embeds=embeddings).last_hidden_state
+    torch.testing.assert_close(run(LlamaDecoder(model), embeddings), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match=r"Qwen3Attention has .*k_norm"):
+        LlamaDecoder(Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8)))
+    with pytest.raises(InputError, match="sliding windows"):
+        LlamaDecoder(Qwen2ForCausalLM(Qwen2Config(**sizes, use_sliding_window=True)))
 
 
 @torch.no_grad()

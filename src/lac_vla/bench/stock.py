@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NoReturn
 
 import numpy as np
@@ -111,13 +112,15 @@ class StockSession:
     def _decode(self, head: TokenHead, prompt: torch.Tensor, clock: Stopwatch) -> tuple[FloatArray, dict[str, Any]]:
         """Decode greedy action tokens."""
         stock = language_model(self._model)
+        # transformers calls it so from 5.24 on; the older name goes in 5.40
+        name = "cache" if "cache" in inspect.signature(stock.forward).parameters else "past_key_values"
         with clock.stage("prefill"):
             out = stock(inputs_embeds=prompt[None], use_cache=True, logits_to_keep=1)
         with clock.stage("decode"):
             chosen = [out.logits[:, -1].argmax(dim=-1)]
             while len(chosen) < head.max_new_tokens:
-                ids, cache = chosen[-1][None], out.past_key_values
-                out = stock(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = {name: out[name]}
+                out = stock(input_ids=chosen[-1][None], **cache, use_cache=True, logits_to_keep=1)
                 chosen.append(out.logits[:, -1].argmax(dim=-1))
             tokens = torch.cat(chosen).tolist()
             action = head.action_range.unnormalize(head.tokenizer.decode(tokens)).astype(np.float32)

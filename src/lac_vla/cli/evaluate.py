@@ -86,6 +86,7 @@ def demo(
     episodes: int = 2,
     policies: tuple[str, ...] = ("dense", "lac"),
     workers: int = 1,
+    threads: int = 0,
 ) -> None:
     """The bundled VLA on real LIBERO tasks, dense and with learned reuse; a table, and an HTML report with videos.
 
@@ -95,11 +96,14 @@ def demo(
         episodes: Initial states per task, from those that no demonstration used.
         policies: Methods to compare.
         workers: Processes.
+        threads: CPU threads of torch per process; 0 leaves it to torch.
     """
     from lac_vla.evaluation.runner import evaluate as run
+    from lac_vla.factory import ModelOptions
     from lac_vla.sims.libero.suites import FIRST_HELD_OUT
 
+    options = ModelOptions(threads=threads)
     states = (FIRST_HELD_OUT, FIRST_HELD_OUT + episodes)
-    config = EvalConfig("mini", out, policies, tasks=tasks, init_states=states, workers=workers)
+    config = EvalConfig("mini", out, policies, tasks=tasks, init_states=states, workers=workers, model_options=options)
     run(config)
     report((out,))

@@ -41,7 +41,7 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """Whether it must be given."""
+        """True if it must be given."""
         return self.default is MISSING
 
     @property

@@ -1,4 +1,4 @@
-"""Where the command line prints, and how tables fit there."""
+"""Prints the command line's results; tables are made to fit."""
 
 from __future__ import annotations
 

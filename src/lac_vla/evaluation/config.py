@@ -108,10 +108,6 @@ class EvalConfig:
         for name in ("ensemble", "actions_per_call"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} is {number}; at least the newest chunk's first action must count")
-        if self.server is None:
-            make_policies(self.policies, self.model)
-        elif len(self.policies) != 1 or self.workers != 1 or self.ray is not None:
-            raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
         if self.camera and self.server is not None:
             raise InputError("a server has its own --camera: leave it out here")
         DatasetKeys(self.camera)
@@ -121,6 +117,10 @@ class EvalConfig:
             raise InputError(
                 f"{self.benchmark.suite} has no targets that can slide: choose a suite of LIBERO for moving"
             )
+        if self.server is None:
+            make_policies(self.policies, self.model)
+        elif len(self.policies) != 1 or self.workers != 1 or self.ray is not None:
+            raise InputError("a server runs one method, for one process: give one of --policies, and --workers 1")
         if (world := self.world) is None:
             if self.mode != "hold" or self.deadline_ms is not None:
                 raise InputError("mode and deadline_ms are for a world that does not wait: give --clock, too")

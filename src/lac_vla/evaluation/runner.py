@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lac_vla.bundled import find_model
 from lac_vla.errors import CheckpointError, InputError, LacError
 from lac_vla.evaluation.clock import settings as clock_settings
 from lac_vla.evaluation.cluster import run_on_ray
@@ -176,7 +177,8 @@ def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[
         key for key in settings if key not in CHANGEABLE and not fits.get(key, before.get(key) == settings[key])
     ]
     if different:
-        raise InputError(f"{out} holds a run with other {different}; give another --out")
+        there = ", ".join(f"{key} {before.get(key)}" for key in different)
+        raise InputError(f"{out} holds a run with other {different}; give another --out (its own: {there})")
     return {
         **settings,
         "policies": list((specs | more).values()),
@@ -231,6 +233,6 @@ def _summary(config: EvalConfig, settings: Mapping[str, Any], simulator: Mapping
 
 def describe_model(model: str) -> dict[str, Any]:
     """Read what the checkpoint says of itself in ``lac.json``, if it does."""
-    path = Path(model) / "lac.json"
+    path = Path(find_model(model)).expanduser() / "lac.json"
     found = read_object(path, "fetch the checkpoint again", CheckpointError) if path.is_file() else {}
     return {"name": Path(model).name, **found}

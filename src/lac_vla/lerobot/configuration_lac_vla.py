@@ -23,7 +23,7 @@ class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
     """Settings of the policy, beside LeRobot's own.
 
     Attributes:
-        model: Checkpoint folder or hub id.
+        model: Name of a bundled model, checkpoint folder, hub id, or plug-in.
         policy: Caching policy: ``lac`` (the one that comes with the model), ``lac:path=FOLDER``, ``dense``, …
         cameras: The model's camera → key of its image; ``observation.images.<camera>`` for those left out.
         n_action_steps: Actions of a chunk that are executed before the model is asked again.

@@ -169,8 +169,12 @@ class TrainConfig:
             or min(self.stage1_steps, self.stage2_steps) < 0
         ):
             raise InputError("batches, --every and --stride must be at least 1, steps at least 0")
-        if self.lam < 0 or not 0 <= self.target_ratio < 1 or not 0 <= self.fixed_ratio <= 1:
-            raise InputError("lam must be at least 0, target_ratio and fixed_ratio shares of the tokens")
+        if self.lam < 0:
+            raise InputError(f"lam is {self.lam}; give at least 0")
+        if not 0 <= self.target_ratio < 1:
+            raise InputError(f"target_ratio is {self.target_ratio}; give a share of the tokens, e.g. 0.85; 0 for none")
+        if not 0 <= self.fixed_ratio <= 1:
+            raise InputError(f"fixed_ratio is {self.fixed_ratio}; give a share of the tokens, e.g. 0.8; 0 for none")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out is {self.held_out}; give a share of the episodes between 0 and 1")
         if min(*self.tau_ratio, *self.tau_score) <= 0:

@@ -207,7 +207,7 @@ class ActionHead(ABC):
 
     @property
     def has_loss(self) -> bool:
-        """Whether it has a loss of its own on recorded actions; without, it is distilled alone."""
+        """True for a head with a loss of its own on recorded actions; any other is distilled alone."""
         return type(self).loss is not ActionHead.loss
 
     def targets(self, actions: FloatArray) -> npt.NDArray[Any]:
