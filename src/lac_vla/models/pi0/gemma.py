@@ -244,7 +244,7 @@ class GemmaBlocks:
         return self._norm(hidden)
 
     def visible(self, layout: TokenLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
-        """Let every position see every other: there is never a mask."""
+        """Let every position see every other, without a mask."""
         return None
 
 
