@@ -108,6 +108,5 @@ else
     frame 60 0.35 cogact-7b
 fi
 step kernels 60 "$python" scripts/gpu_kernels.py --device "$device"
-step summary 30 "$python" scripts/gpu_summary.py "$work/results" --out "$work/results/summary.md"
-cp "$work/results/summary.md" "$work/results/steps.txt" "$out" 2>/dev/null
-cat "$work/results/summary.md"
+cp "$work/results/steps.txt" "$out"
+"$python" scripts/gpu_summary.py "$work/results" --out "$out/summary.md" && cat "$out/summary.md"
