@@ -29,7 +29,7 @@ OPTIONS = {
     "collect": ("--suite", "--init-states", "--out", "--dataset"),
     "train": ("--dataset", "--out", "--loss", "--minutes", "--camera", "--state-key", "--action-key"),
     "pretrain": ("--dataset", "--out", "--minutes"),
-    "serve": ("--model", "--policy", "--host", "--port"),
+    "serve": ("--model", "--policy", "--host", "--port", "--warmup"),
     "view": (),
 }
 """Verb → options that README and documents use."""
