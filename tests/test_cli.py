@@ -38,7 +38,7 @@ OPTIONS = {
     "collect": ("--suite", "--init-states", "--out", "--dataset"),
     "train": ("--dataset", "--out", "--loss", "--minutes", "--camera", "--state-key", "--action-key"),
     "pretrain": ("--dataset", "--out", "--minutes"),
-    "serve": ("--model", "--policy", "--host", "--port"),
+    "serve": ("--model", "--policy", "--host", "--port", "--warmup"),
     "view": (),
     "policies": (),
     "models": (),

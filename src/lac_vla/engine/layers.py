@@ -213,6 +213,11 @@ def attend(
     if precise and query.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return attend(query.float(), key.float(), value.float(), mask, causal).to(query.dtype)
+    groups = query.shape[-3] // key.shape[-3]
+    if query.is_cuda and query.ndim == 3 and mask is not None and groups > 1:
+        # torch has no fast kernel for grouped heads with a mask: heads of a group are rows over the same keys
+        rows = query.reshape(key.shape[0], groups * query.shape[1], query.shape[2])
+        return attend(rows, key, value, mask.repeat(groups, 1), causal=False).reshape(query.shape)
     single = query.ndim == 3
     attended: torch.Tensor = F.scaled_dot_product_attention(
         query[None] if single else query,
