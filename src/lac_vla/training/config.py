@@ -27,7 +27,8 @@ class PretrainConfig:
         start_lr: Learning rate of these weights, as a share of ``lr``.
         frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained, or
             the new tower, which then imitates the old one.
-        frozen_frames: How many frames that is, each shown several times: the trunk reads them once.
+        frozen_frames: How many frames that is, each shown several times: the trunk reads them once. Not of
+            ``mini-flow``, whose prefix is run anew.
         coarse_samples: Frames shown in the coarse phase.
         fine_samples: Frames shown in the fine phase.
         batch: Frames a step.

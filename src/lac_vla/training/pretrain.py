@@ -2,6 +2,7 @@
 
 Two phases, coarse to fine. In the coarse phase the decoder sees a regular quarter of the first camera's visual tokens
 (at their own positions, at a random phase), which makes a step several times cheaper; in the fine phase it sees all.
+Of ``mini-flow`` it is every second token of both cameras, and the tower computes their patches alone.
 What is loaded from another model can be held fixed at first, until the new head has learned to read it.
 A run is resumable: it saves its whole state at every evaluation, and the model as ``load_vla`` reads it.
 """
