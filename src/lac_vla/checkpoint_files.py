@@ -22,7 +22,7 @@ from lac_vla.errors import CheckpointError
 from lac_vla.files import fault, read_object
 
 SAFE_TORCH = "2.6"
-AGAIN = "is the checkpoint's folder complete? If it is, the file is damaged: fetch it again"
+AGAIN = "is the checkpoint's folder complete? If it is, the file is truncated or damaged: fetch it again"
 NONE = re.compile(r"(?!)")
 """Matches nothing."""
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import torch
 
+from lac_vla.checks import LONGEST_AGE, check_whole
 from lac_vla.engine.budget import cap_to_budget, pad_to_bucket
 from lac_vla.engine.deciding import PreparedFrame, decide_together
 from lac_vla.engine.engine import Engine
@@ -96,7 +97,13 @@ class Session:
 
     @property
     def max_frames(self) -> int:
-        """Age in frames from which on no slot is reused: the same time however often the model is asked."""
+        """Age in frames from which on no slot is reused: the same time however often the model is asked.
+
+        Raises:
+            InputError: If ``max_age`` or ``steps_per_frame`` was set to something else than a whole number.
+        """
+        check_whole("max_age", self.max_age, 1, LONGEST_AGE)
+        check_whole("steps_per_frame", self.steps_per_frame, 1, LONGEST_AGE)
         return max(1, self.max_age // self.steps_per_frame)
 
     @property

@@ -44,7 +44,7 @@ class Kill:
 
 @contextlib.contextmanager
 def counted(*more: tuple[Any, str], at: int | None = None) -> Iterator[Kill]:
-    """Count ``os``'s changes, and ``more`` functions: (owner, name); the process dies before the one numbered ``at``."""
+    """Count ``os``'s changes, and ``more`` functions: (owner, name); the process dies before number ``at``."""
     kill = Kill(at)
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (*((os, name) for name in CHANGES), *more):

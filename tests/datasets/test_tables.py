@@ -211,7 +211,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         f"pointer {path}": (write(path, POINTER), "Git LFS pointer.*git lfs pull")
         for path in (TABLE, DATA, TASKS, "meta/info.json", VIDEO.format("wrist"))
     },
-    "page": (write(DATA, "<!DOCTYPE html><html>404"), "web page"),
+    "page": (write(DATA, "<!DOCTYPE html><html>404"), "HTML page"),
     "folder": (folder, "it is a folder"),
 }
 

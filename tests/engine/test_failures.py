@@ -284,3 +284,13 @@ def test_a_policy_refines_nothing_that_was_computed_before(model: VLA, rule: Cal
 def test_the_maximum_age_is_a_whole_number(max_age: Any) -> None:
     with pytest.raises(InputError, match=r"max_age is .*; give a whole number"):
         CachedVLA(random_vla("tiny"), Motion(), max_age=max_age)
+
+
+@pytest.mark.parametrize("name", ["max_age", "steps_per_frame"])
+@pytest.mark.parametrize("value", [0, NAN, 0.5, "3", None])
+def test_what_is_set_later_is_a_whole_number_too(name: str, value: Any) -> None:
+    session = CachedVLA(random_vla("tiny"), Motion()).session()
+    session.act(frame(0))
+    setattr(session, name, value)
+    with pytest.raises(InputError, match=rf"{name} is .*; give a whole number"):
+        session.act(frame(1))

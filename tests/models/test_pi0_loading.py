@@ -158,7 +158,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no processor": (lambda f: (f / "policy_postprocessor.json").unlink(), r"policy_postprocessor\.json is missing"),
     "no statistics": (
         lambda f: next(f.glob("policy_preprocessor*.safetensors")).unlink(),
-        "missing, truncated or damaged",
+        "cannot be read .no such file",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors missing"),
     "half the weights": (

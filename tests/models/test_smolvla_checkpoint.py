@@ -212,7 +212,7 @@ def another_tokenizer(folder: Path) -> None:
         (drop_mean, "no statistics 'mean' of 'observation.state'"),
         (spoil_mean, "NaN or infinity"),
         (shorten_mean, "4 values, the feature 5"),
-        (lambda folder: (folder / STATISTICS).unlink(), "missing, truncated or damaged"),
+        (lambda folder: (folder / STATISTICS).unlink(), "cannot be read .no such file"),
         (lambda folder: (folder / POSTPROCESSOR).unlink(), "policy_postprocessor.json is missing"),
         (shard, "model-00002-of-00002.safetensors missing"),
         (truncate, "truncated or damaged"),

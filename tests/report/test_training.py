@@ -228,10 +228,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     run = save(tmp_path / "run", WHOLE)
     whole = (run / "saliency.npz").read_bytes()
     (run / "saliency.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"saliency\.npz is damaged"):
+    with pytest.raises(InputError, match=r"saliency\.npz cannot be read"):
         TrainingRun.read(run)
     np.savez(run / "saliency.npz", image_front=np.zeros((2, 8, 8, 3), np.uint8), score_front=np.zeros((3, 2, 2)))
-    with pytest.raises(InputError, match=r"saliency\.npz is damaged"):
+    with pytest.raises(InputError, match=r"saliency\.npz cannot be read"):
         TrainingRun.read(run)
     other = save(tmp_path / "other", WHOLE, config={"coarse_samples": 3}, finished=False)
     with pytest.raises(InputError, match="no settings of 'lac train'"):

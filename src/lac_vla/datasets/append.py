@@ -27,7 +27,7 @@ class DatasetAppender(EpisodeWriter):
 
     Every episode has files of its own, and belongs to the dataset once ``info.json``, replaced last, counts it. What
     a killed process leaves behind is referred to by nothing, and the next episode takes its place; tasks and statistics
-    that count it already are put right with that episode. A new dataset gets its name with its first episode. Videos are
+    that count it already are put right with that one. A new dataset gets its name with its first episode. Videos are
     encoded in one thread, which leaves the others to a model.
 
     Args:

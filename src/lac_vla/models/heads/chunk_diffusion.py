@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lac_vla.errors import InputError
-from lac_vla.models.heads.base import Decoding, HeadContext, LossContext, RerunPrompt, finite
+from lac_vla.models.heads.base import Decoding, HeadContext, LossContext, RerunPrompt
 from lac_vla.models.heads.chunk import STOP_TOKENS, ChunkHead, ChunkMLP
 from lac_vla.models.heads.sampler import Schedule, ddim_step
 from lac_vla.models.heads.units import Range
@@ -69,16 +69,14 @@ class ChunkDiffusionHead(ChunkHead):
             [-1, 1] (``normalized``).
         """
         times, left = leading(self.schedule.steps, self.steps), self.schedule.alpha_bar
-        x, hidden, predicted = self._draw(context.rng), context.hidden, []
+        x, hidden = self._draw(context.rng), context.hidden
         for index in reversed(range(len(times))):
             noise = self.model(self.rows(hidden))
-            predicted.append(noise)
             x = ddim_step(x, noise, float(left[times[index]]), float(left[times[index - 1]]) if index else 1.0, CLIP)
             if index:
                 hidden = yield RerunPrompt(partial(self.put, chunk=x, step=times[index - 1]))
-        read = torch.stack([x, *predicted]).float().cpu().numpy()
-        finite(read)  # what was predicted, before it was clipped
-        normalized = read[0]
+        # Noise that is infinite is not lost when the clean chunk is clipped: the last step adds 0 · noise, NaN then.
+        normalized = x.float().cpu().numpy()
         return self.unnormalize_actions(normalized), {"normalized": normalized.tolist()}
 
     def loss(
