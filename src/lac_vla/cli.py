@@ -94,6 +94,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
     """
     from lac_vla.bench import BenchConfig, bench_tables, run_bench
     from lac_vla.evaluation.config import EvalConfig
+    from lac_vla.evaluation.film import FilmConfig
     from lac_vla.evaluation.reproduce import ReproduceConfig
     from lac_vla.serving.config import ServeConfig
     from lac_vla.sims import benchmark_of
@@ -198,6 +199,20 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
             )
         console.print(f"report: {page}")
 
+    def film(run: tyro.conf.Positional[Path], config: Annotated[FilmConfig, FLAT]) -> None:
+        """The film of a run of `lac eval --clock`: methods side by side in the same world time, as mp4 and as GIF.
+
+        Args:
+            run: Folder of the run.
+            config: What to show.
+        """
+        from lac_vla.evaluation.film import make_film
+
+        for episode in make_film(run, config):
+            result = "solved" if episode.success else "not solved"
+            console.print(f"{episode.method}: {result}, {episode.steps} control steps, {episode.clock}")
+        console.print(f"film: {config.out}" + ("" if config.gif is None else f", {config.gif}"))
+
     def bench(config: Annotated[BenchConfig, FLAT]) -> None:
         """Measure the milliseconds of a frame: three windows, every stage, interleaved with the stock model."""
         for table in bench_tables(run_bench(config)):
@@ -264,7 +279,7 @@ def _verbs(suite: str | None) -> dict[str, Callable[..., Any]]:
 
         console.print(open_page(url), soft_wrap=True)
 
-    verbs: list[Callable[..., Any]] = [reproduce, check, bench, report, collect, train, pretrain, serve, view]
+    verbs: list[Callable[..., Any]] = [reproduce, check, bench, report, film, collect, train, pretrain, serve, view]
     return {"demo": demo, "eval": evaluate, **{verb.__name__: verb for verb in verbs}}
 
 
