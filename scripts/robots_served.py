@@ -21,8 +21,8 @@ from lac_vla.client.observation import ObservationKeys
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.errors import LacError
 from lac_vla.factory import CachedVLA, ModelOptions, load_methods
-from lac_vla.serving.batches import Batcher, Request
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
+from lac_vla.serving.batches import Batcher, Request
 from lac_vla.serving.sessions import Answer, RobotSession, SessionOptions
 
 LENGTH = 40
