@@ -11,19 +11,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lac_vla import InputError
+from lac_vla import CachedVLA, Dense, InputError, random_vla
 from lac_vla.cli import main
+from lac_vla.client.connection import Client
 from lac_vla.client.remote import RemoteSession
 from lac_vla.errors import LacError
 from lac_vla.evaluation.runner import EvalConfig, evaluate
 from lac_vla.factory import ModelOptions
+from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.results.records import read_episodes
+from lac_vla.running_chunk import RealTimeChunk
 from lac_vla.serving.config import ServeConfig, make_server
+from lac_vla.serving.server import PolicyServer
 from lac_vla.serving.sessions import SessionOptions
 from lac_vla.sims.libero.benchmark import Libero
 from tests.evaluation.test_runner import outcomes
 from tests.evaluation.worlds import FakeEnv, save_tiny
-from tests.serving.conftest import Running
+from tests.serving.conftest import KEYS, Running, observation
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,22 @@ def test_a_chunk_through_the_server_is_executed_as_it_says(config: EvalConfig, t
         assert remote.actions_per_call == local.actions_per_call == 3
         assert (remote.steps, remote.success) == (local.steps, local.success)
         assert len(remote.latency_ms["round_trip"]) == -(-remote.steps // 3)
+
+
+def test_a_running_chunk_goes_on_through_the_server() -> None:
+    """With the metadata of ``lac serve``, which says where it looks for images."""
+    vla = CachedVLA(random_vla(TINY_COGACT, seed=1), Dense())
+    metadata = {"cameras": KEYS.cameras, "state": KEYS.state, "prompt": KEYS.prompt, "actions_per_call": 4}
+    options, library = SessionOptions(actions_per_call=4), vla.session()
+    running = Running(PolicyServer(vla, KEYS, options, metadata=metadata))
+    try:
+        with Client(running.url) as client:
+            remote, frames = RemoteSession(client), [KEYS.frame(observation(seed)) for seed in range(2)]
+            assert remote.act(frames[0]).shape == (4, 7)
+            rtc = RealTimeChunk(library.act(frames[0])[4:], 2, prefix_attention_schedule="linear")
+            np.testing.assert_array_equal(remote.act(frames[1], rtc), library.act(frames[1], rtc))
+    finally:
+        running.stop()
 
 
 def test_an_evaluation_is_of_what_is_served(config: EvalConfig, server: Running) -> None:

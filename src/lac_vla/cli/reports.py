@@ -1,12 +1,14 @@
 """``lac report``, and the reports that other verbs end with. Without postponed annotations: tyro reads them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from lac_vla.cli.marks import FLAT
 from lac_vla.cli.output import console, show
 from lac_vla.errors import InputError
+from lac_vla.evaluation.film import FilmConfig
 
 if TYPE_CHECKING:
     from lac_vla.evaluation.reproduce import Reproduction
@@ -34,6 +36,21 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None
             "metrics.jsonl (of 'lac train') in one: give folders of runs"
         )
     console.print(f"report: {page}")
+
+
+def film(run: tyro.conf.Positional[Path], config: Annotated[FilmConfig, FLAT]) -> None:
+    """The film of a run of `lac eval --clock`: methods side by side in the same world time, as mp4 and as GIF.
+
+    Args:
+        run: Folder of the run.
+        config: What to show.
+    """
+    from lac_vla.evaluation.film import make_film
+
+    for episode in make_film(run, config):
+        result = "solved" if episode.success else "not solved"
+        console.print(f"{episode.method}: {result}, {episode.steps} control steps, {episode.clock}")
+    console.print(f"film: {config.out}" + ("" if config.gif is None else f", {config.gif}"))
 
 
 def report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:

@@ -44,7 +44,7 @@ VERBS = {
         "closed-loop episodes on a benchmark, every policy on the same initial states",
         "lac eval --model mini --policies dense lac --tasks 0 --out outputs/eval",
         "evaluate:make_evaluate",
-        ("policies", "suite", "tasks", "init_states", "workers", "camera", "device"),
+        ("policies", "suite", "tasks", "init_states", "clock", "mode", "workers", "camera", "device"),
     ),
     "bench": Verb(
         "measure",
@@ -66,6 +66,12 @@ VERBS = {
         "lac report outputs/eval",
         "reports:report",
         ("out",),
+    ),
+    "film": Verb(
+        "measure",
+        "the film of a run of `lac eval --clock`: methods side by side in the same world time",
+        "lac film outputs/eval-clock --out film.mp4 --gif film.gif",
+        "reports:film",
     ),
     "check": Verb(
         "measure",

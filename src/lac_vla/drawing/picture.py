@@ -16,7 +16,9 @@ from lac_vla.types import UInt8Image
 INK, PAPER = (238, 238, 238), (24, 26, 30)
 _STRIP = 30
 _GAP = 6
+_LINE = 16
 _font = functools.cache(functools.partial(ImageFont.load_default, size=16))
+_small = functools.cache(functools.partial(ImageFont.load_default, size=12))
 
 
 def stacked(pictures: Sequence[UInt8Image], gap: int = _GAP) -> UInt8Image:
@@ -48,6 +50,22 @@ def caption(picture: UInt8Image, left: str, right: str = "") -> UInt8Image:
     draw.text((8, _STRIP // 2), left, font=font, fill=INK, anchor="lm")
     draw.text((end, _STRIP // 2), right, font=font, fill=INK, anchor="lm")
     return np.concatenate([np.asarray(strip, dtype=np.uint8), picture])
+
+
+def footnote(picture: UInt8Image, words: str) -> UInt8Image:
+    """Put a text, broken into lines, on a dark strip below a picture."""
+    width, font = picture.shape[1], _small()
+    lines = [""]
+    for word in words.split():
+        if font.getlength(f"{lines[-1]} {word}") > width - 16:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    strip = Image.new("RGB", (width, 8 + _LINE * len(lines)), PAPER)
+    draw = ImageDraw.Draw(strip)
+    for number, line in enumerate(lines):
+        draw.text((8, 4 + _LINE * number), line, font=font, fill=INK)
+    return np.concatenate([picture, np.asarray(strip, dtype=np.uint8)])
 
 
 def filmstrip(frames: Sequence[UInt8Image], n: int) -> UInt8Image:

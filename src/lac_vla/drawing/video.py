@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ def sample_frames(path: str | Path, n: int) -> list[UInt8Image]:
             return [np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8) for frame in frames]
     except (av.FFmpegError, IndexError, OSError) as error:
         raise InputError(f"{path} cannot be decoded ({error}): delete it, the report does without") from error
+
+
+def frames_of(path: str | Path) -> Iterator[UInt8Image]:
+    """Decode all frames of a video, one after the other, uint8, H×W×3.
+
+    Raises:
+        InputError: If the file is missing or damaged.
+    """
+    av = _av()
+    try:
+        with av.open(str(path), format="mp4") as container:
+            for frame in container.decode(video=0):
+                yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise InputError(f"{path} cannot be decoded ({error}): delete it and play the episode again") from error
 
 
 def _av() -> Any:

@@ -16,7 +16,7 @@ from lac_vla.engine.budget import smallest_budget
 from lac_vla.engine.step_info import PolicySession, StepInfo
 from lac_vla.errors import InputError
 from lac_vla.evaluation.answers import Answers, Constant, Latency, OnDevice, Virtual, Wall, episode_chance
-from lac_vla.evaluation.realtime import Mode, RealTimeEpisode
+from lac_vla.evaluation.realtime import Mode, RealTimeEpisode, TickObserver
 from lac_vla.evaluation.rollout import EpisodeLog
 from lac_vla.models.vla import VLA
 from lac_vla.realtime.deadline import SHARES, DeadlineController, LatencyTable
@@ -111,6 +111,15 @@ class WorldClock:
             )
         return what.strip()
 
+    def credit(self, table: str) -> str:
+        """Say in a line whose latencies an episode played, for its film; ``table`` is the one that its record names."""
+        if self.clock == WALL:
+            return "this machine's own clock"
+        if self.constant is not None:
+            return f"virtual time: every answer takes {self.name}"
+        found = next(each for each in self.tables if each.name == table)
+        return f"virtual time: latencies of {found.shape.model} on {found.hardware} ({found.kind}, {found.precision})"
+
     def check(self, model: VLA | None, actions_per_call: int, *, ensemble: bool) -> None:
         """Refuse a model, or a server's (``None``), that cannot be played by this clock.
 
@@ -136,7 +145,15 @@ class WorldClock:
                 "single actions: give --mode async"
             )
 
-    def episode(self, log: EpisodeLog, policy: str, *, flow: bool, sample: StepInfo | None = None) -> EpisodeRecord:
+    def episode(
+        self,
+        log: EpisodeLog,
+        policy: str,
+        *,
+        flow: bool,
+        sample: StepInfo | None = None,
+        watch: TickObserver | None = None,
+    ) -> EpisodeRecord:
         """Play the episode of a log by this clock.
 
         Args:
@@ -144,6 +161,7 @@ class WorldClock:
             policy: Key of :data:`lac_vla.policies.POLICIES`.
             flow: Whether the session estimates optical flow.
             sample: Report of a dense frame; needed for a deadline.
+            watch: Is shown every tick.
 
         Raises:
             InputError: If an answer takes longer than a chunk, or the deadline cannot be kept with the fewest tokens.
@@ -168,7 +186,7 @@ class WorldClock:
                 session.steps_per_frame = log.actions_per_call
                 answers.session, answers.controller = session, self._controller(session, device, sample)
         table = "" if device is None else device.table.name
-        return RealTimeEpisode(log, answers, self.mode, predict).play(self.name, table, self.deadline_ms)
+        return RealTimeEpisode(log, answers, self.mode, predict, watch).play(self.name, table, self.deadline_ms)
 
     def _controller(self, session: Session, device: OnDevice, sample: StepInfo | None) -> DeadlineController:
         if sample is None or self.deadline_ms is None:  # pragma: no cover - the worker makes one

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,14 @@ class _Running:
         return self.index >= len(self.chunk)
 
 
+class TickObserver(Protocol):
+    """Watches the world tick by tick, e.g. to make a film of it."""
+
+    def tick(self, frame: Frame, *, thinking: bool) -> None:
+        """See the world at a tick, and whether the robot waits for an answer then."""
+        ...
+
+
 class RealTimeEpisode:
     """Plays the episode of a log in a world that does not wait.
 
@@ -60,10 +68,18 @@ class RealTimeEpisode:
         answers: When an answer is there; of this episode alone.
         mode: What the robot does meanwhile; with an ensemble ``hold``.
         predict: This machine's table, where the answers are those of the wall clock.
+        watch: Is shown every tick; it renders them all, so not on the wall clock.
     """
 
-    def __init__(self, log: EpisodeLog, answers: Answers, mode: Mode, predict: OnDevice | None = None) -> None:
-        self.log, self.answers, self.mode, self.predict = log, answers, mode, predict
+    def __init__(
+        self,
+        log: EpisodeLog,
+        answers: Answers,
+        mode: Mode,
+        predict: OnDevice | None = None,
+        watch: TickObserver | None = None,
+    ) -> None:
+        self.log, self.answers, self.mode, self.predict, self.watch = log, answers, mode, predict, watch
         self._running: _Running | None = None
         self._seen: Frame | None = None  # what the policy thinks about
         self._observed: list[int] = []
@@ -101,7 +117,10 @@ class RealTimeEpisode:
                     self.answers.rendered(time.perf_counter() - begin)
                     self._think(tick, self._seen)
                     self._take(tick)
-                see, success = env.tick(self._action(tick))
+                held, action = self._held, self._action(tick)
+                if self.watch is not None:
+                    self.watch.tick(see(), thinking=self._held > held)
+                see, success = env.tick(action)
                 tick += 1
         finally:
             late = self.answers.end()

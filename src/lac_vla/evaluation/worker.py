@@ -12,11 +12,12 @@ from tqdm import tqdm
 from lac_vla.client.remote import RemoteSession
 from lac_vla.cost import CostModel
 from lac_vla.dataset_keys import DatasetKeys
+from lac_vla.drawing.film import WorldVideo
 from lac_vla.drawing.observers import EpisodeVideo, FailurePicture
 from lac_vla.engine.step_info import PolicySession, StepInfo
 from lac_vla.errors import InputError
 from lac_vla.evaluation.cameras import RenamedCameras
-from lac_vla.evaluation.clock import sample_of
+from lac_vla.evaluation.clock import WALL, sample_of
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.rollout import EpisodeLog, rollout
@@ -107,10 +108,14 @@ class EpisodeWorker:
         per_call = config.actions_per_call or served
         picture = config.out / "failures" / f"{name}.jpg"
         drawn: dict[str, EpisodeVideo | FailurePicture] = {}
+        video, watch = config.out / "videos" / f"{name}.mp4", None
+        filmed = init_state - config.states[0] < config.videos and isinstance(session, Session)
         if config.clock is None:
             drawn["failure"] = FailurePicture(picture, env.horizon, config.model_options.max_age, per_call)
-            if init_state - config.states[0] < config.videos and isinstance(session, Session):
-                drawn["video"] = EpisodeVideo(config.out / "videos" / f"{name}.mp4", method, 20, per_call)
+            if filmed:
+                drawn["video"] = EpisodeVideo(video, method, 20, per_call)
+        elif filmed and config.clock != WALL:
+            watch = WorldVideo(video, method, env.control_hz)
         log = EpisodeLog(
             env,
             session,
@@ -129,8 +134,9 @@ class EpisodeWorker:
             policy, flow = self._policies[method]
             if world.deadline_ms is not None and method not in self._samples:
                 self._samples[method] = sample_of(session, env.reset(init_state, config.seed))
-            record = world.episode(log, policy, flow=flow, sample=self._samples.get(method))
-        paths = {field: observer.close(success=record.success) for field, observer in drawn.items()}
+            record = world.episode(log, policy, flow=flow, sample=self._samples.get(method), watch=watch)
+        closed = {**drawn, **({} if watch is None else {"video": watch})}
+        paths = {field: observer.close(success=record.success) for field, observer in closed.items()}
         files: dict[str, Any] = {field: str(path.relative_to(config.out)) for field, path in paths.items() if path}
         return replace(record, outcome=simulator.outcome(), **files)
 

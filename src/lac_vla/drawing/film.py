@@ -1,0 +1,138 @@
+"""A film on one wall clock: methods side by side in the same world time, each as far as it has come by then."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from lac_vla.drawing.picture import caption, footnote, side_by_side
+from lac_vla.drawing.video import VideoFile, frames_of
+from lac_vla.errors import InputError
+from lac_vla.files import write_whole
+from lac_vla.types import Frame, UInt8Image
+
+SIDE = 320
+"""Height of a method's picture, pixels."""
+BAR = 8
+"""Height of the bar that tells the state, pixels."""
+ACTING, THINKING, SOLVED, FAILED = (86, 180, 233), (230, 159, 0), (0, 158, 115), (213, 60, 60)
+"""Colours of the states."""
+AFTER_S = 1
+"""Seconds for which the end is shown."""
+GIF_TRIES = ((10, 1.0, 64), (10, 0.8, 64), (5, 0.8, 64), (5, 0.65, 32), (4, 0.5, 32), (2, 0.5, 16))
+"""Frames per second, scale and colours of a moving picture, until one is small enough."""
+
+
+class WorldVideo:
+    """The video of one episode in world time: a picture for every tick, whether the policy had answered or not.
+
+    Args:
+        path: Path of the ``.mp4`` file.
+        method: Name of the method, for the caption.
+        hz: Ticks per second; the video runs in the world's time.
+    """
+
+    def __init__(self, path: str | Path, method: str, hz: float) -> None:
+        self.path, self._method, self._hz = Path(path), method, hz
+        self._file = VideoFile(path, round(hz))
+        self._last: UInt8Image | None = None
+        self._ticks = 0
+
+    def tick(self, frame: Frame, *, thinking: bool) -> None:
+        """Add a tick: what the first camera sees, and whether the robot waits for an answer."""
+        image = next(iter(frame.images.values()))
+        self._last = np.asarray(
+            cv2.resize(image, (round(SIDE * image.shape[1] / image.shape[0]), SIDE), interpolation=cv2.INTER_CUBIC)
+        )
+        self._add("thinking" if thinking else "acting", THINKING if thinking else ACTING)
+        self._ticks += 1
+
+    def close(self, *, success: bool) -> Path | None:
+        """Hold the last picture for a second and finish the file; ``None`` without ticks."""
+        if self._last is None:
+            return None
+        words = f"{'solved' if success else 'not solved'}: {self._ticks / self._hz:.2f} s"
+        for _ in range(round(AFTER_S * self._hz)):
+            self._add(words, SOLVED if success else FAILED)
+        self._file.close()
+        return self.path
+
+    def _add(self, state: str, colour: tuple[int, int, int]) -> None:
+        if self._last is None:  # pragma: no cover - a tick came before
+            return
+        bar = np.full((BAR, self._last.shape[1], 3), colour, dtype=np.uint8)
+        self._file.add(caption(np.concatenate([bar, self._last]), self._method, state))
+
+
+def join(
+    videos: Sequence[Path], out: Path, hz: float, words: str, gif: Path | None = None, limit: int = 3_000_000
+) -> None:
+    """Join world videos into one, under one clock; who is done shows the end until all are.
+
+    Args:
+        videos: Of :class:`WorldVideo`.
+        out: Path of the ``.mp4`` file.
+        hz: Their ticks per second.
+        words: What a viewer must know, e.g. whose latencies are played; below the pictures.
+        gif: Path of a moving picture of the same; ``None`` for none.
+        limit: Bytes that it may have.
+
+    Raises:
+        InputError: If a video is missing or damaged, a file cannot be written, or the moving picture is too large even
+            when it is coarse.
+    """
+    if not videos:
+        raise InputError("a film needs at least one video")
+    film, kept = VideoFile(out, round(hz)), list[UInt8Image]()
+    for picture in _pictures(videos, hz, words):
+        film.add(picture)
+        if gif is not None:
+            kept.append(picture)
+    film.close()
+    if gif is not None:
+        write_whole(gif, _moving(kept, hz, limit))
+
+
+def _pictures(videos: Sequence[Path], hz: float, words: str) -> Iterator[UInt8Image]:
+    """Put the videos side by side, tick by tick."""
+    sources = [frames_of(video) for video in videos]
+    shown: dict[int, UInt8Image] = {}
+    tick = 0
+    while True:
+        new = {number: found for number, source in enumerate(sources) if (found := next(source, None)) is not None}
+        if not new:
+            return
+        shown |= new
+        both = side_by_side([shown[number] for number in sorted(shown)])
+        yield footnote(caption(both, "one world, one clock", f"{tick / hz:5.2f} s"), words)
+        tick += 1
+
+
+def _moving(pictures: Sequence[UInt8Image], hz: float, limit: int) -> bytes:
+    """Encode a GIF, the finest that is small enough; it repeats, and holds its end."""
+    for fps, scale, colours in GIF_TRIES:
+        step = max(1, round(hz / fps))
+        chosen = [*pictures[::step], pictures[-1]]
+        size = round(pictures[0].shape[1] * scale), round(pictures[0].shape[0] * scale)
+        small = [Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS) for picture in chosen]
+        palette = _sample(small).quantize(colours, dither=Image.Dither.NONE)
+        drawn = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in small]
+        lasts = [round(1000 * step / hz)] * (len(drawn) - 1) + [2000]
+        data = io.BytesIO()
+        drawn[0].save(data, "GIF", save_all=True, append_images=drawn[1:], duration=lasts, loop=0, optimize=True)
+        if data.tell() <= limit:
+            return data.getvalue()
+    raise InputError(
+        f"a moving picture of {len(pictures)} pictures takes more than {limit} bytes: film a shorter episode"
+    )
+
+
+def _sample(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Put a few pictures below each other, to choose colours from all of them."""
+    some = [np.asarray(picture) for picture in pictures[:: max(1, len(pictures) // 6)]]
+    return Image.fromarray(np.concatenate(some))
