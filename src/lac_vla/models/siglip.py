@@ -220,7 +220,7 @@ class SiglipVision:
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
         """Embed the patches of all cameras of several frames, and run the blocks: each (cameras, patches, width)."""
         pixels = torch.stack([self._picture(frame.images[name]) for frame in frames for name in self._names])
-        stems = self._tower.encode(self._tower.embed(pixels.to(self._like.device, self._like.dtype)))
+        stems = self._tower.encode(self._tower.embed(upload(pixels, self._like.device).to(self._like.dtype)))
         return list(torch.split(stems, len(self._names)))
 
     def encode_tokens(
