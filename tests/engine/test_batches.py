@@ -183,7 +183,7 @@ def test_what_fails_for_one_session_fails_for_it_alone(model: VLA, part: str, mo
 def _break(part: str, plan: Any, model: VLA, patch: pytest.MonkeyPatch) -> None:
     """Make a part of the model fail for one plan."""
     vision, head = type(model.vision), type(model.head)
-    stem, tokens, decode = vision.encode_stem, vision.encode_tokens, head.decode
+    stem, several, tokens, decode = vision.encode_stem, vision.encode_stems, vision.encode_tokens, head.decode
     stems: list[Any] = []
 
     def encode_stem(self: Any, frame: Frame, *rest: Any) -> Any:
@@ -192,6 +192,13 @@ def _break(part: str, plan: Any, model: VLA, patch: pytest.MonkeyPatch) -> None:
             stems.append(made)
             if part == "stem":
                 raise RuntimeError("broken")
+        return made
+
+    def encode_stems(self: Any, frames: Sequence[Frame], images: Any) -> Any:
+        made = several(self, frames, images)
+        stems.extend(own for frame, own in zip(frames, made, strict=True) if frame is plan.frame)
+        if part == "stem":
+            raise RuntimeError("broken")
         return made
 
     def encode_tokens(self: Any, made: Any, *rest: Any) -> Any:
@@ -205,6 +212,7 @@ def _break(part: str, plan: Any, model: VLA, patch: pytest.MonkeyPatch) -> None:
         return decode(self, context)
 
     patch.setattr(vision, "encode_stem", encode_stem)
+    patch.setattr(vision, "encode_stems", encode_stems)
     patch.setattr(vision, "encode_tokens", encode_tokens)
     patch.setattr(head, "decode", decode_broken)
 

@@ -56,7 +56,8 @@ class EvalConfig:
         camera: The simulator's images for a camera of the model, ``NAME=KEY``; by default those of its own name.
         workers: Processes. Latencies are only worth reporting from one.
         envs: Simulators, each in a process of its own (about 1 GB), whose frames one model answers in one batch, in
-            step with each other; the episodes are those of one at a time, their latencies those of a batch.
+            step with each other; the episodes are those of one at a time, their latencies those of a batch. Simulators
+            that fill a CPU's cores gain nothing by it: it is for a GPU, or for cores that are free.
         ray: Run the workers on the Ray cluster at this address (``auto``, ``ray://HOST:PORT``; ``local`` for this
             machine), whose nodes share the folders that are named here. The results do not depend on it, nor on the
             number of workers, if ``threads`` is set.
