@@ -266,7 +266,7 @@ def test_runs_on_the_hub_are_downloaded_with_their_weights(
         asked.append(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr("lac_vla.models.weights.snapshot_download", download)
+    monkeypatch.setattr("lac_vla.hub.snapshot_download", download)
     assert load("CogACT/CogACT-Tiny").name == "CogACT-Tiny"  # type: ignore[arg-type]
     assert "checkpoints/*.pt" not in asked[0]  # not of a family that has none
     assert "checkpoints/*.pt" in asked[-1]

@@ -107,7 +107,7 @@ def test_parts_on_the_hub_are_downloaded_and_adapters_are_not(original: Path, mo
         asked.append(patterns)
         return str(original)
 
-    monkeypatch.setattr("lac_vla.models.weights.snapshot_download", download)
+    monkeypatch.setattr("lac_vla.hub.snapshot_download", download)
     assert load_oft("moojink/openvla-7b-oft", IDS).family == "oft"  # type: ignore[arg-type]
     assert {"action_head--*", "proprio_projector--*", "vision_backbone--*"} <= {*asked[0]["allow_patterns"]}
     adapter = "lora_adapter/adapter_model.safetensors"

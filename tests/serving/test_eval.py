@@ -113,6 +113,8 @@ def test_clients_are_told_how_many_actions_to_execute(model: Path) -> None:
 def test_nested_options_are_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[ServeConfig] = []
     monkeypatch.setattr("lac_vla.serving.config.serve", configs.append)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     words = "serve --model m --device cuda --dtype float16 --max-age 8 --options exact --seed 3 --threads 1 --flow none"
     main([*words.split(), "--actions-per-call", "4", "--slack"])
     session = SessionOptions(slack=True, actions_per_call=4)

@@ -7,7 +7,6 @@ import tyro
 from lac_vla.cli.marks import FLAT
 from lac_vla.cli.output import console
 from lac_vla.serving.config import ServeConfig
-from lac_vla.serving.config import serve as run
 
 
 def serve(config: Annotated[ServeConfig, FLAT]) -> None:
@@ -16,6 +15,8 @@ def serve(config: Annotated[ServeConfig, FLAT]) -> None:
     Args:
         config: What to serve, and how.
     """
+    from lac_vla.serving.config import serve as run
+
     run(config)
 
 
