@@ -146,7 +146,7 @@ def test_an_adapter_must_be_merged_first(folder: Path, name: str, alone: bool) -
 def test_an_adapter_in_a_subfolder_is_told(folder: Path) -> None:
     (folder / "checkpoint-500").mkdir()
     (folder / "checkpoint-500" / "adapter_config.json").write_text("{}")
-    with pytest.warns(UserWarning, match=r"checkpoint-500/adapter_config\.json.*not read.*merge"):
+    with pytest.warns(UserWarning, match=r"checkpoint-500/adapter_config\.json.*not read.*merged"):
         load_vla(folder)
 
 
@@ -177,7 +177,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_what_the_hub_lists_counts_although_it_is_not_downloaded(hub: Callable[..., None]) -> None:
     assert load_vla("someone/model").name == "model"
     hub([*FILES, "lora_adapter/adapter_model.safetensors", "optimizer.pt"])  # a subfolder is not the model's
-    with pytest.warns(UserWarning, match=r"subfolder \(lora_adapter/adapter_model\.safetensors\), which is not read"):
+    with pytest.warns(UserWarning, match=r"subfolder \(lora_adapter/adapter_model\.safetensors\), whose weights"):
         load_vla("someone/model")
     hub([*FILES, "action_head--150000_checkpoint.pt"])
     with pytest.raises(CheckpointError, match=r"action_head--150000_checkpoint\.pt"):

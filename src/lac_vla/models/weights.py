@@ -83,8 +83,8 @@ def refuse_unread(path_or_hub_id: str | Path, folder: Path, read: Iterable[str],
             names |= {file.rfilename for file in HfApi().model_info(str(path_or_hub_id), timeout=10).siblings or ()}
     if adapters := [name for name in names if ADAPTER.fullmatch(name)]:
         warnings.warn(
-            f"'{path_or_hub_id}' holds a LoRA adapter in a subfolder ({some(adapters)}), which is not read: the model "
-            "acts without it unless it was merged into the folder's own weights (model.merge_and_unload())",
+            f"'{path_or_hub_id}' holds a LoRA adapter in a subfolder ({some(adapters)}), whose weights are not read: "
+            "the model acts without them unless they were merged into the folder's own (model.merge_and_unload())",
             stacklevel=3,
         )
     weights = [name for name in names if WEIGHT_FILE.fullmatch(name) and not TRAINER_STATE.match(name)]
