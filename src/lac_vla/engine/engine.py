@@ -304,7 +304,7 @@ class Engine:
 
 
 class _Kind(NamedTuple):
-    """What has to be alike in rows that are packed.
+    """Rows that are packed are alike in all of this.
 
     Attributes:
         prompt: Whether they are whole prompts.

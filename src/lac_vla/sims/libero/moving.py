@@ -25,7 +25,7 @@ LIFTED: Final = 0.01
 
 
 class Slide:
-    """The way of one episode's target: to and fro on a straight line, at one speed, from the present instant on.
+    """The way of one episode's target: back and forth on a straight line, at one speed, from the present instant on.
 
     An object on the table slides as on a conveyor belt; if it stands on something else (a box, a ramekin, a stove, a
     cabinet), that slides with all that it carries. It stops for good once both fingers touch the target, or once it is
