@@ -1,4 +1,4 @@
-"""What a session must know of the running chunk to answer in real time: the contract of real-time chunking.
+"""The running chunk, as a session must know it to answer in real time: the contract of real-time chunking.
 
 A session takes it with the observation, ``session.act(frame, RealTimeChunk(left_over, inference_delay=2))``, and so do
 the server, under the fields' names, and :class:`lac_vla.client.remote.RemoteSession`.

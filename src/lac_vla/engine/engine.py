@@ -359,7 +359,7 @@ def _told(error: Exception) -> Exception:
 
 
 class _Kind(NamedTuple):
-    """What has to be alike in rows that are packed.
+    """Rows that are packed are alike in all of this.
 
     Attributes:
         prompt: Whether they are whole prompts.

@@ -236,7 +236,7 @@ class Long(Stress):
 
 @dataclass(frozen=True)
 class Moving(Stress):
-    """The object to take does not wait: what it stands on slides back and forth at a constant speed until it is grasped.
+    """The object to take does not wait: what it stands on slides at a constant speed until it is grasped.
 
     The direction is drawn for every episode, and the way ends where something stands or the arm's reach does. Nothing
     but the number of control steps moves it: where the world goes on while a policy thinks, so does the object.

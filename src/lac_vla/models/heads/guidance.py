@@ -32,7 +32,7 @@ def constant() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """What the chunk that is drawn should agree with.
+    """The chunk that is drawn is to agree with a target, as far as its weights say.
 
     Attributes:
         target: Y, the left-over in the units in which the chunk is drawn, float32, (horizon, width).
