@@ -182,6 +182,12 @@ def test_the_command_line_takes_a_benchmarks_class(words: list[str], capsys: pyt
     assert capsys.readouterr().out == "desk: 3 episodes; missing: 0\n"
 
 
+@pytest.mark.usefixtures("package")
+def test_a_plug_in_without_a_docstring_is_listed_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models"])
+    assert "my-vla" in capsys.readouterr().out.splitlines()
+
+
 def test_the_lists_show_plug_ins_and_one_that_is_broken(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     points = package / "outside-1.dist-info" / "entry_points.txt"
     points.write_text(ANNOUNCED.replace("blink = outside:Blink", "blink = outside:Blink\nbroken = outside:Nothing"))

@@ -69,7 +69,7 @@ def _model(name: str, find: Callable[[str, str], Any]) -> Iterator[str]:
 
 def _entry(name: str, told: Any, factory: Any, given: tuple[str, ...] = ()) -> Iterator[str]:
     """Write a name, what it is, and its options with their defaults."""
-    yield from _wrapped(summary(told.__doc__), f"{name:<11}", " " * 11)
+    yield from _wrapped(summary(told.__doc__), f"{name:<10} ", " " * 11)
     texts = items(factory.__doc__) | items(told.__doc__)
     for option, parameter in plugins.options_of(factory, given).items():
         default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default}"
@@ -78,7 +78,8 @@ def _entry(name: str, told: Any, factory: Any, given: tuple[str, ...] = ()) -> I
 
 
 def _wrapped(text: str, first: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, 80, initial_indent=first, subsequent_indent=indent, break_long_words=False)
+    lines = textwrap.wrap(text, 80, initial_indent=first, subsequent_indent=indent, break_long_words=False)
+    return lines or [first.rstrip()]  # nothing is said of it, and it is there all the same
 
 
 def _about(folder: Path) -> str:
