@@ -27,6 +27,7 @@ REQUIRED = {
     "pretrain": ("--dataset D", "--out O"),
     "serve": ("--model M",),
     "collect": ("--out O",),
+    "film": ("outputs/eval", "--out film.mp4"),
 }
 """What a command in the middle of a sentence may leave out."""
 COMMAND = re.compile(r"(?:^|&& |; )\s*lac ([a-z]+\b.*?)(?=$| && |; |\s+#|\s*\|)")

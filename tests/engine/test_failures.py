@@ -148,6 +148,7 @@ def test_one_robots_broken_numbers_are_its_own(model: VLA, monkeypatch: pytest.M
         return stem * NAN if isinstance(stem, torch.Tensor) else [part * NAN for part in stem]
 
     monkeypatch.setattr(model.vision, "encode_stem", broken)
+    monkeypatch.setattr(model.vision, "encode_stems", lambda frames, images: list(map(broken, frames, images)))
     results = vla.engine.run(plans)
     monkeypatch.undo()
     assert [type(result.error) for result in results] == [type(None), NonFiniteError, type(None)]

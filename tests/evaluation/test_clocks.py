@@ -129,7 +129,7 @@ def test_a_deadline_is_kept_in_virtual_time_and_one_that_cannot_be_is_refused(co
 
 
 def test_a_clock_that_does_not_fit_leaves_nothing_behind(config: EvalConfig) -> None:
-    for name, mode, message in (("cpu", "hold", "no latency table fits"), ("60", "rtc", "cannot be guided")):
+    for name, mode, message in (("cpu", "hold", "no latency table fits"), ("60", "rtc", "single actions")):
         with pytest.raises(InputError, match=message):
             evaluate(replace(config, clock=name, mode=mode))  # type: ignore[arg-type]
         assert not config.out.exists()

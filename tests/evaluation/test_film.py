@@ -113,9 +113,9 @@ def test_there_must_be_something_to_film(config: EvalConfig, tmp_path: Path) -> 
     with pytest.raises(InputError, match="lac eval --clock DEVICE"):
         make_film(waiting, FilmConfig(tmp_path / "film.mp4"))
     assert not (tmp_path / "film.mp4").exists()
-    (run / "videos" / "dense_task00_init04.mp4").write_bytes(b"no video")
+    (run / "videos" / "dense_task00_init05.mp4").write_bytes(b"no video")
     with pytest.raises(InputError, match="play the episode again"):
-        make_film(run, FilmConfig(tmp_path / "film.mp4", init_state=4))
+        make_film(run, FilmConfig(tmp_path / "film.mp4", init_state=5))
 
 
 def test_a_moving_picture_that_cannot_be_small_enough_is_refused(config: EvalConfig, tmp_path: Path) -> None:

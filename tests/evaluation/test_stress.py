@@ -160,7 +160,7 @@ def test_a_target_slides_at_the_speed_that_was_asked_for_and_the_same_way_for_ev
 
 @pytest.mark.parametrize("text", ["moving:speed=0", "moving:speed=-1", "moving:speed=nan", "moving:speed=fast"])
 def test_a_speed_that_makes_no_sense_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match=r"metres a second in \(0, 0.2\]"):
+    with pytest.raises(InputError, match=r"metres a second in \(0, 0.2\]|it must be a number"):
         make_stress(text)
 
 

@@ -199,7 +199,7 @@ def test_weights_of_another_model(parts: Parts, write: Write, change: Callable[[
         ({"gripper": [1, 1]}, "closed and open must differ"),
         ({"ensemble": 17}, "give 1 to 16"),
         ({"stats": {"demo": {"action": {"q01": [0.0] * 6, "q99": [1.0] * 6}}}}, "statistics of 6 .* head of 7"),
-        ({"stats": []}, "does not hold a JSON object"),
+        ({"stats": []}, "holds no JSON object"),
     ],
 )
 def test_configurations_that_make_no_sense(parts: Parts, write: Write, config: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from tests.training.worlds import losses_of, store_of, tiny
 from lac_vla import VLA, InputError
 from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext
 from lac_vla.models.heads.distill import relative_error
-from lac_vla.training import lac
+from lac_vla.training import precision
 from lac_vla.training import train as module
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.lac import Temperatures
@@ -37,7 +37,7 @@ class KeysAndValues(ActionHead):
 
 @pytest.fixture(params=[Hidden, KeysAndValues])
 def vla(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> VLA:
-    monkeypatch.setattr(lac, "AUTOCAST", False)
+    monkeypatch.setattr(precision, "AUTOCAST", False)
     return replace(tiny(), head=request.param())
 
 

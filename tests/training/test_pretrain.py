@@ -154,7 +154,7 @@ def test_what_is_loaded_is_held_fixed_at_first(diffusion: PretrainConfig) -> Non
 def test_reading_ahead_is_what_a_step_would_read(diffusion: PretrainConfig) -> None:
     run = Pretraining(replace(diffusion, shift=0.0, proprio_noise=0.0, proprio_dropout=0.0, frozen_frames=1000))
     state = run.random.rng.bit_generator.state
-    read, targets = run.read_ahead()
+    read, targets = run.read_ahead(run.loss)
     assert run.random.rng.bit_generator.state == state
     assert len(read) == len(run.data.train) == len(targets.chunk)
     order = np.random.default_rng(run.config.seed + 1).permutation(run.data.train)
