@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lac_vla import CachedVLA, Dense, Frame, Motion, load_vla
-from lac_vla.bundled import MINI, MINI_COGACT, MINI_VIT
+from lac_vla.bundled import MINI, MINI_COGACT, MINI_FLOW, MINI_VIT
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.rollout import EpisodeLog, rollout
@@ -37,11 +37,27 @@ def test_it_is_worth_caching(folder: Path, shape: tuple[int, ...]) -> None:
     assert macs["prefill"] > 0.5 * sum(macs.values())
 
 
-@pytest.mark.parametrize("folder", [MINI, MINI_VIT, MINI_COGACT])
+def test_the_small_smolvla_costs_where_the_large_one_does() -> None:
+    """Its tower is the larger part: what its tokens save in the decoder alone is less than half of a frame."""
+    vla = load_vla(MINI_FLOW)
+    session = CachedVLA(vla).session()
+    action = session.act(black())
+    assert action.shape == (10, 7)
+    assert np.abs(action[:, :6]).max() <= 1.5
+    step = session.last_info
+    assert step is not None
+    assert step.layout.n_visual == 2 * 49
+    macs = CostModel.of(vla, black()).step(step)
+    assert macs["tower"] > 0.5 * sum(macs.values()) > macs["prefill"] > 0.2 * sum(macs.values())
+    assert sum(weight.numel() for weight in vla.module.parameters()) < 6e6
+
+
+@pytest.mark.parametrize("folder", [MINI, MINI_VIT, MINI_COGACT, MINI_FLOW])
 def test_it_is_small_and_documented(folder: Path) -> None:
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert sum(files.values()) < 20e6
-    assert {"README.md", "config.json", "model.safetensors", "dataset_statistics.json", "tokenizer.json"} <= set(files)
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert {"dataset_statistics.json", "policy_preprocessor.json"} & set(files)
 
 
 @pytest.mark.sim
