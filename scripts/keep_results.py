@@ -36,6 +36,8 @@ def episode_line(episode: EpisodeRecord) -> dict[str, Any]:
     line = {
         key: value for key, value in vars(episode).items() if key not in FRAME_BY_FRAME and value not in ("", {}, None)
     }
+    if episode.realtime is not None:
+        line["realtime"] = episode.to_json()["realtime"]
     for name, values in episode.metrics.items():
         known = [value for value in values if value is not None]
         if known and (summed := METRICS[name].aggregate(known)) is not None:

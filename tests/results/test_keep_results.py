@@ -25,3 +25,16 @@ def test_a_run_is_kept_without_its_frames(run_dir: Path, tmp_path: Path) -> None
     assert last["observation_to_action"] == [6.0, 6.9]
     assert "latency_ms" not in last
     assert max(len(line) for line in kept.read_text(encoding="utf-8").splitlines()) < 600
+
+
+def test_the_worlds_clock_is_kept(run_dir: Path, tmp_path: Path) -> None:
+    log, kept = run_dir / "episodes.jsonl", tmp_path / "kept.jsonl"
+    first = json.loads(log.read_text(encoding="utf-8").splitlines()[0])
+    calls = len(first["ratio_effective"])
+    ticks = list(range(0, 2 * calls, 2))
+    clock = {"clock": "80 ms", "mode": "hold", "control_hz": 20, "observed": ticks, "acted": ticks}
+    clock["answer_ms"] = [80.0] * calls
+    log.write_text(json.dumps(first | {"realtime": clock}) + "\n", encoding="utf-8")
+    runpy.run_path(str(SCRIPT))["main"](str(run_dir), str(kept))
+    [_, episode] = map(json.loads, kept.read_text(encoding="utf-8").splitlines())
+    assert {name: episode["realtime"][name] for name in clock} == clock
