@@ -15,7 +15,7 @@ from lac_vla.drawing.picture import footnote
 from lac_vla.drawing.video import frames_of
 from lac_vla.errors import InputError
 from lac_vla.evaluation.config import EvalConfig
-from lac_vla.evaluation.film import FilmConfig, make_film
+from lac_vla.evaluation.film import FilmConfig, _choose, make_film
 from lac_vla.evaluation.runner import evaluate
 from lac_vla.results.records import read_episodes
 
@@ -124,3 +124,11 @@ def test_a_moving_picture_that_cannot_be_small_enough_is_refused(config: EvalCon
     with pytest.raises(InputError, match="film a shorter episode"):
         film.join(videos, tmp_path / "film.mp4", HZ, "words", tmp_path / "film.gif", limit=5000)
     assert not (tmp_path / "film.gif").exists()
+
+
+def test_the_first_trial_on_which_methods_disagree_is_shown(config: EvalConfig) -> None:
+    episodes = [replace(each, success=True) for each in read_episodes(evaluate(config) / "episodes.jsonl")]
+    wanted = FilmConfig(Path("film.mp4"))
+    assert {each.init_state for each in _choose(episodes, wanted)} == {5}
+    apart = [replace(each, success=each.method == "dense") if each.init_state == 6 else each for each in episodes]
+    assert [(each.method, each.init_state) for each in _choose(apart, wanted)] == [("dense", 6), ("motion-0.5", 6)]

@@ -22,11 +22,11 @@ EFFICIENCY = 0.88
 """Share of its peaks that a GPU reaches. Source: π0.5 on an RTX 4090 in the best published bfloat16 kernels, where one
 more view of 256 tokens costs 8.4 ms, and its arithmetic at the GPU's peak takes 7.4 ms (realtime-vla, 2510.26742)."""
 HOST_MS = 1.2
-"""Image geometry, tokenisation and bookkeeping: `docs/bench-cpu.json`, dense."""
+"""Image geometry, tokenisation and bookkeeping: `docs/results/bench-mini.json`, dense."""
 FLOW_MS = 0.6
-"""DIS on a CPU, two cameras: `docs/bench-cpu.json`."""
+"""DIS on a CPU, two cameras: `docs/results/bench-mini.json`."""
 POLICY_MS = {"lac": 1.7, "motion": 0.8, "vla-cache": 1.2}
-"""The policies' own work on a CPU: `docs/bench-cpu.json`, `docs/bench-mini-cogact.json`; others: 0."""
+"""The policies' own work on a CPU: `docs/results/bench-mini.json`, `docs/results/bench-mini-cogact.json`; others: 0."""
 DRAWS = {"cogact": 10}
 """Family → runs of the action head's own network per answer: CogACT's ten DDIM steps."""
 
@@ -83,7 +83,7 @@ def derive(model: VLA, device: str) -> DeviceTable:
         source=(
             f"Roofline of the vendor's peaks ({gpu.flops / 1e12:g} TFLOP/s, {gpu.bandwidth / 1e12:g} TB/s) at "
             f"{EFFICIENCY:g} of them, what the best published kernels reach (pi0.5 on an RTX 4090, 8.4 ms for one more "
-            "view, 7.4 at the peak); host, flow and policy as in docs/bench-cpu.json; no jitter. Written by "
+            "view, 7.4 at the peak); host, flow and policy as in docs/results/bench-mini.json; no jitter. Written by "
             f"`lac bench --sections roofline --roofline {device} --random-weights {model.name} "
             "--latency-table OUT.json`."
         ),

@@ -89,7 +89,6 @@ class RealTimeEpisode:
         self._executed = 0  # actions of answers, over the whole episode
         self._executed_then = 0  # at the last observation
         self._held = self._stale = 0
-        self._instruction = ""
         self._gripper: float | None = None
 
     def play(self, clock: str, table: str = "", deadline_ms: float | None = None) -> EpisodeRecord:
@@ -106,7 +105,6 @@ class RealTimeEpisode:
         def see() -> Frame:
             return frame
 
-        self._instruction = frame.instruction
         try:
             while tick < env.horizon and not success:
                 self.answers.await_tick(tick)
@@ -154,10 +152,8 @@ class RealTimeEpisode:
 
     def _think(self, tick: int, frame: Frame) -> None:
         """Give the policy an observation to think about."""
-        session, ensemble = self.log.session, self.log.ensemble
-        if ensemble is not None and frame.instruction != self._instruction:
-            ensemble.reset()  # the last chunks belong to another instruction
-        self._instruction = frame.instruction
+        session = self.log.session
+        self.log.begin_anew(frame)
         rtc = self._left() if self.mode == "rtc" else None
         self._observed.append(tick)
         self._executed_then = self._executed

@@ -53,6 +53,7 @@ class EpisodeLog:
     stress: str = ""
     _metrics: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in METRICS}, init=False)
     _latency: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list), init=False)
+    _instruction: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         if self.actions_per_call < 1 or (self.actions_per_call > 1 and self.ensemble is not None):
@@ -70,7 +71,14 @@ class EpisodeLog:
             self.session.steps_per_frame = self.actions_per_call
         if self.ensemble is not None:
             self.ensemble.reset()
+        self._instruction = frame.instruction
         return frame
+
+    def begin_anew(self, frame: Frame) -> None:
+        """Let the ensemble begin anew where the instruction has changed: the last chunks belong to another one."""
+        if self.ensemble is not None and frame.instruction != self._instruction:
+            self.ensemble.reset()
+        self._instruction = frame.instruction
 
     def add(self, frame: Frame, info: StepReport) -> None:
         """Write down a call of the model."""
@@ -134,13 +142,11 @@ def rollout(log: EpisodeLog) -> EpisodeRecord:
         InputError: If an answer has fewer actions than are to be executed of it.
     """
     env, ensemble, frame = log.env, log.ensemble, log.begin()
-    steps, success, instruction = 0, False, frame.instruction
+    steps, success = 0, False
     while steps < env.horizon and not success:
         chunk, info = ask(log.session, frame)
         check_length(chunk, log.actions_per_call)
-        if ensemble is not None and frame.instruction != instruction:
-            ensemble.reset()  # the last chunks belong to another instruction
-        instruction = frame.instruction
+        log.begin_anew(frame)
         log.add(frame, info)
         for action in chunk[: log.actions_per_call] if ensemble is None else [ensemble(chunk)]:
             frame, success = env.step(action)
