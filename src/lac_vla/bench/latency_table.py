@@ -79,7 +79,7 @@ def measure_table(model: VLA, scene: Scene, config: BenchConfig, name: str) -> D
     plain = DeviceTable(
         name=name,
         device=config.device,
-        hardware=f"{machine}, {config.threads or 'all'} threads",
+        hardware=f"{machine}, {config.threads or 'all'} thread{'' if config.threads == 1 else 's'}",
         precision=str(model.dtype).removeprefix("torch."),
         kind="measured",
         source=f"`{about['command']}`, {about['created']}; {len(frames)} frames, {scene.source}.",
