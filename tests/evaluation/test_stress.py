@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -176,6 +177,35 @@ def test_targets_slide_where_the_simulator_can_move_them(tmp_path: Path) -> None
     assert config.stress == "moving"
     with pytest.raises(InputError, match="simpler-vm has no targets that can slide"):
         replace(config, benchmark=Simpler("simpler-vm"))
+
+
+class Lazy(Still):
+    """It counts the frames that somebody looked at."""
+
+    looked = 0
+
+    def tick(self, action: npt.ArrayLike) -> tuple[Callable[[], Frame], bool]:
+        self.actions.append(action)
+
+        def look() -> Frame:
+            self.looked += 1
+            return self._frame()
+
+        return look, False
+
+
+@pytest.mark.parametrize("name", STRESSES)
+def test_a_world_that_nobody_looks_at_shows_the_same_later(name: str) -> None:
+    world = Lazy(moving=True)
+    env = Stressed(world, make_stress(name), 0, OTHERS)
+    frames = [env.reset(0)]
+    for step in range(env.horizon):
+        look, _ = env.tick(np.zeros(7))
+        if step % 5 == 4:
+            frames.append(look())
+    assert same(frames, episode(name, moving=True)[::5])
+    everything = name not in ("long", "moving")  # those change no picture: none is rendered in vain
+    assert world.looked == (env.horizon if everything else env.horizon // 5)
 
 
 def test_names() -> None:

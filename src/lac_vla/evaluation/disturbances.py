@@ -217,8 +217,16 @@ class Drops(Stress):
         return disturb
 
 
+class Physical(Stress):
+    """A stress of the world itself: its frames are those that the simulator shows."""
+
+    def begin(self, draw: EpisodeDraw) -> Disturbance:
+        """See :meth:`Stress.begin`: nothing is drawn."""
+        return lambda frame, step: frame
+
+
 @dataclass(frozen=True)
-class Long(Stress):
+class Long(Physical):
     """The robot is held still while the policy looks on and the cache ages; then it has its whole horizon.
 
     Made for policies that reuse much, e.g. at a ratio of 0.9: what a cache gets wrong has time to add up.
@@ -229,13 +237,9 @@ class Long(Stress):
 
     hold: int = 150
 
-    def begin(self, draw: EpisodeDraw) -> Disturbance:
-        """See :meth:`Stress.begin`."""
-        return lambda frame, step: frame
-
 
 @dataclass(frozen=True)
-class Moving(Stress):
+class Moving(Physical):
     """The object to take does not wait: what it stands on slides at a constant speed until it is grasped.
 
     The direction is drawn for every episode, and the way ends where something stands or the arm's reach does. Nothing
@@ -254,10 +258,6 @@ class Moving(Stress):
     def __post_init__(self) -> None:
         if isinstance(self.speed, bool | str) or not 0.0 < self.speed <= 0.2:
             raise InputError(f"speed is {self.speed!r}: give metres a second in (0, 0.2], e.g. moving:speed=0.02")
-
-    def begin(self, draw: EpisodeDraw) -> Disturbance:
-        """See :meth:`Stress.begin`."""
-        return lambda frame, step: frame
 
 
 def _images(frame: Frame, change: Callable[[UInt8Image], UInt8Image]) -> Frame:

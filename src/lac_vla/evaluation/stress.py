@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -88,8 +88,16 @@ class Stressed(Env):
 
     def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
         """Execute an action, unless the robot is held; see :class:`Env`."""
+        look, success = self.tick(action)
+        return look(), success
+
+    def tick(self, action: npt.ArrayLike) -> tuple[Callable[[], Frame], bool]:
+        """Execute an action without rendering, where the stress does not need every frame; see :meth:`Env.tick`."""
         if self._disturb is None:
             raise InputError("reset the environment before the first step")
-        frame, success = self.env.step(self.no_op if self._step < self.stress.hold else action)
+        look, success = self.env.tick(self.no_op if self._step < self.stress.hold else action)
         self._step += 1
-        return self._disturb(frame, self._step), success
+        if isinstance(self.stress, kinds.Physical):
+            return look, success
+        frame = self._disturb(look(), self._step)
+        return lambda: frame, success
