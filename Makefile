@@ -4,6 +4,8 @@ PYTHON ?=
 VENV := .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 TESTS ?= -m "not slow and not gpu"
+# Tests side by side: one process a core, each with a run of neighbouring tests, so that few fixtures are made twice.
+JOBS ?= -n logical --maxprocesses 4 --dist worksteal
 DEMO ?=
 
 .PHONY: help demo test docs users check format test-compat gpu gpu-wheels setup gl browser sim-simpler clean
@@ -33,7 +35,7 @@ test: setup gl browser ## everything that runs in minutes on a CPU
 	$(BIN)/ruff format --check src tests scripts examples
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(JOBS) $(TESTS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: setup          ## the site, links checked, into site/

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lac_vla import CachedVLA, Dense, Frame, Motion, load_vla
+from lac_vla import CachedVLA, CachePolicy, Dense, Frame, Motion, load_vla
 from lac_vla.bundled import MINI, MINI_COGACT, MINI_FLOW, MINI_VIT
 from lac_vla.cost import CostModel
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
@@ -60,17 +61,29 @@ def test_it_is_small_and_documented(folder: Path) -> None:
     assert {"dataset_statistics.json", "policy_preprocessor.json"} & set(files)
 
 
+@pytest.fixture(scope="module")
+def env() -> Iterator[LiberoEnv]:
+    with closing(LiberoEnv("libero_spatial", 0)) as environment:
+        yield environment
+
+
+DENSE, REUSE = Dense(), Motion(0.5)
+
+
 @pytest.mark.sim
 @pytest.mark.parametrize(
-    ("folder", "ensemble"),
-    [(MINI, None), (MINI_VIT, None), pytest.param(MINI_COGACT, AdaptiveEnsemble(4), marks=pytest.mark.slow)],
+    ("folder", "policy", "ensemble"),
+    [
+        pytest.param(MINI, DENSE, None, id="mini-dense"),
+        pytest.param(MINI_VIT, REUSE, None, id="mini-vit-reuse"),
+        pytest.param(MINI, REUSE, None, id="mini-reuse", marks=pytest.mark.slow),
+        pytest.param(MINI_VIT, DENSE, None, id="mini-vit-dense", marks=pytest.mark.slow),
+        pytest.param(MINI_COGACT, DENSE, AdaptiveEnsemble(4), id="mini-cogact-dense", marks=pytest.mark.slow),
+        pytest.param(MINI_COGACT, REUSE, AdaptiveEnsemble(4), id="mini-cogact-reuse", marks=pytest.mark.slow),
+    ],
 )
-def test_it_solves_a_task_dense_and_with_reuse(folder: Path, ensemble: AdaptiveEnsemble | None) -> None:
-    """Initial states that no demonstration used; two tries each, as another processor rounds otherwise."""
-    vla = load_vla(folder)
-    with closing(LiberoEnv("libero_spatial", 0)) as env:
-        for policy in (Dense(), Motion(0.5)):
-            session = CachedVLA(vla, policy).session()
-            logs = (EpisodeLog(env, session, "any", FIRST_HELD_OUT + k, ensemble=ensemble) for k in range(2))
-            records = map(rollout, logs)
-            assert any(record.success for record in records)
+def test_it_solves_a_task(env: LiberoEnv, folder: Path, policy: CachePolicy, ensemble: AdaptiveEnsemble | None) -> None:
+    """Initial states that no demonstration used; two tries, as another processor rounds otherwise."""
+    session = CachedVLA(load_vla(folder), policy).session()
+    logs = (EpisodeLog(env, session, "any", FIRST_HELD_OUT + k, ensemble=ensemble) for k in range(2))
+    assert any(record.success for record in map(rollout, logs))

@@ -21,7 +21,7 @@ from tests.engine.scenes import ALL_POLICIES, frame
 from tests.engine.test_invariants import assert_slots, reference, slots_of
 from tests.engine.test_towers import DINO, SIGLIP, small
 
-FEW, MANY = 4_000, 100_000
+FEW, MANY = 1_800, 100_000
 """Frames of all models together."""
 PICTURES, THREADS, RESET, BROKEN = 12, 2, 0.03, 0.01
 """Pictures that robots see; threads; the chance of a new episode, and of a cache that is given up."""
