@@ -201,10 +201,10 @@ def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: V
     for instruction in ("stop", "stop", "pick up the bowl, now", "go " * 2 * CAPACITY_MULTIPLE, "stop"):
         observation = frame(len(homes), instruction)
         torch.testing.assert_close(capture_hidden(session, observation), capture_hidden(other, observation), **CLOSE)
-        keys, entries = session.engine.store.keys, session.engine.graphs._entries.values()
+        keys = session.engine.store.keys
         assert keys.shape[2] % CAPACITY_MULTIPLE == 0
         homes.append(keys.data_ptr())
-        assert {entry.segment.size for entry in entries} == {keys.shape[2]}
+        assert {shape.size for shape in session.engine.graphs._entries} == {keys.shape[2]}
     assert homes[0] == homes[1] == homes[2] != homes[3] == homes[4]
 
 
