@@ -109,5 +109,5 @@ class FunctionEntry:
     def run(self, function: Callable[..., Any], inputs: Sequence[torch.Tensor], make_graph: MakeGraph | None) -> Any:
         """Call the function: it gives a tensor, or lists and tuples of them, which are the caller's own."""
         for buffer, part in zip(self._buffers, inputs, strict=True):
-            buffer.copy_(part)
+            buffer[:] = part
         return tree_map(torch.clone, self._replayed.run(lambda: function(*self._buffers), make_graph))
