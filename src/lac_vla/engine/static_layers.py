@@ -90,7 +90,7 @@ class StaticLayers:
 
     @property
     def segments(self) -> list[Segment]:
-        """What the layers are run over: every sequence's buffers."""
+        """Every sequence has buffers, which the layers are run over."""
         return [place.segment for place in self._places]
 
     def fill(self, hidden: torch.Tensor, rotary: Rotary, segments: Sequence[Segment]) -> None:
