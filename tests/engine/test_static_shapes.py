@@ -190,7 +190,8 @@ def test_buckets_make_few_shapes_and_the_cache_stays_where_it_is(backbone: VLA) 
         assert session.engine.graphs.eager_runs == 0
         # rows are rounded up to multiples of 16 in any case: up to five of them with a draft, a dense frame without
         # one, and passes of one to six rows
-        assert len(session.engine.graphs) <= 5 + 1 + 6 < len(counts)
+        assert len(session.engine.graphs._entries) <= 5 + 1 + 6 < len(counts)
+        assert len(session.engine.graphs._functions) <= 1 + 4  # the stem, and the projector of up to 52 rows
 
 
 def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: VLA) -> None:
@@ -224,7 +225,7 @@ def test_no_more_shapes_are_kept_than_the_limit(backbone: VLA, monkeypatch: pyte
     for seed in range(3):
         act(session, seed)
         assert session.engine.graphs is not None
-        assert len(session.engine.graphs) == 2
+        assert len(session.engine.graphs._entries) == 2
 
 
 def test_a_limit_keeps_whole_buckets() -> None:
