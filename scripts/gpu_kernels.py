@@ -1,8 +1,9 @@
 """Time what the decoder could run through instead, on one GPU: ``gpu_kernels.py --device cuda``.
 
-Attention with and without a mask, by the kernels that torch may choose and by FlexAttention; the row-wise part of a
-layer as it is and by ``torch.compile``; a matrix in bfloat16 and in float8, with its error. Random numbers, the sizes
-of Llama 2 7B. What is faster here is no option of the engine yet: it has to be, first.
+Attention with and without a mask, by the kernels that torch may choose and by FlexAttention; of several robots without
+one, in turn and by one call of varlen attention; the row-wise part of a layer as it is and by ``torch.compile``; a
+matrix in bfloat16 and in float8, with their errors against float32. Random numbers, the sizes of Llama 2 7B. What is
+faster here is no option of the engine yet: it has to be, first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 ROWS = (16, 64, 128, 282)
 """Active rows of a prompt of 282."""
 SLOTS = 320
+ROBOTS = 8
 HEADS, HEAD_DIM, FFN = 32, 128, 11008
 FP8_MAX = 448.0
 
@@ -79,6 +81,26 @@ def _attention(kind: str) -> Callable[..., tuple[Callable[[], Any], str]]:
     return make
 
 
+def _several(packed: bool) -> Callable[..., tuple[Callable[[], Any], str]]:
+    def make(rows: int, heads: int, dim: int, ffn: int, device: str, dtype: torch.dtype) -> tuple[Any, str]:
+        query = torch.randn(ROBOTS * rows, heads, dim, device=device, dtype=dtype)
+        keys, values = torch.randn(2, ROBOTS * SLOTS, heads, dim, device=device, dtype=dtype)
+        if packed:
+            from torch.nn.attention.varlen import varlen_attn
+
+            asked, seen = (
+                torch.arange(0, (ROBOTS + 1) * size, size, device=device, dtype=torch.int32) for size in (rows, SLOTS)
+            )
+            return lambda: varlen_attn(query, keys, values, asked, seen, rows, SLOTS), ""
+        own = [
+            [part.view(ROBOTS, -1, heads, dim)[robot : robot + 1].transpose(1, 2) for part in (query, keys, values)]
+            for robot in range(ROBOTS)
+        ]
+        return lambda: [F.scaled_dot_product_attention(*parts) for parts in own], ""
+
+    return make
+
+
 def _rowwise(compiled: bool) -> Callable[..., tuple[Callable[[], Any], str]]:
     def make(rows: int, heads: int, dim: int, ffn: int, device: str, dtype: torch.dtype) -> tuple[Any, str]:
         width = heads * dim
@@ -99,22 +121,26 @@ def _rowwise(compiled: bool) -> Callable[..., tuple[Callable[[], Any], str]]:
 
 def _matrix(fp8: bool) -> Callable[..., tuple[Callable[[], Any], str]]:
     def make(rows: int, heads: int, dim: int, ffn: int, device: str, dtype: torch.dtype) -> tuple[Any, str]:
-        x = torch.randn(-(-rows // 16) * 16, heads * dim, device=device, dtype=dtype)
-        weight = torch.randn(ffn, heads * dim, device=device, dtype=dtype) / (heads * dim) ** 0.5
+        x = torch.randn(-(-rows // 16) * 16, heads * dim, device=device)
+        weight = torch.randn(ffn, heads * dim, device=device) / (heads * dim) ** 0.5
+        exact = x @ weight.T
+        x, weight = x.bfloat16(), weight.bfloat16()
+
+        def error(product: torch.Tensor) -> str:
+            return f" (error {float((product.float() - exact).norm() / exact.norm()):.2%})"
+
         if not fp8:
-            return lambda: x @ weight.T, ""
+            return lambda: x @ weight.T, error(x @ weight.T)
         scale_x, scale_w = (part.float().abs().amax() / FP8_MAX for part in (x, weight))
         kind = torch.float8_e4m3fn
         small_w = (weight / scale_w).to(kind)
 
         def product() -> torch.Tensor:
             return torch._scaled_mm(
-                (x / scale_x).to(kind), small_w.T, scale_a=scale_x, scale_b=scale_w, out_dtype=dtype
+                (x / scale_x).to(kind), small_w.T, scale_a=scale_x, scale_b=scale_w, out_dtype=torch.bfloat16
             )
 
-        exact = x.float() @ weight.float().T
-        error = float((product().float() - exact).norm() / exact.norm())
-        return product, f" (error {error:.1%})"
+        return product, error(product())
 
     return make
 
@@ -124,6 +150,8 @@ VARIANTS = {
     "attention, additive mask": _attention("additive"),
     "attention, boolean mask": _attention("bool"),
     "FlexAttention, block mask": _attention("flex"),
+    "attention, no mask, 8 robots in turn": _several(packed=False),
+    "attention, no mask, 8 robots, varlen": _several(packed=True),
     "feed-forward": _rowwise(compiled=False),
     "feed-forward, torch.compile": _rowwise(compiled=True),
     "matrix, bfloat16": _matrix(fp8=False),

@@ -86,7 +86,8 @@ frame() { # frame SECONDS MINUTES MODEL OPTION...
 
 batch() { # batch SECONDS MINUTES MODEL
     # shellcheck disable=SC2086
-    bench "batch-$3" "$1" "$3" --sections batch --policies random:ratio=.8 --options default $rounds --minutes "$2"
+    bench "batch-$3" "$1" "$3" --sections batch --policies random:ratio=.8 --options default $graphs $rounds \
+        --minutes "$2"
 }
 
 echo "$gpu, $device, $("$python" -c 'import sys, torch, transformers

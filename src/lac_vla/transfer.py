@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def upload_ids(ids: Any, device: torch.device) -> torch.Tensor:
     return upload(np.asarray(ids, dtype=np.int64), device)
 
 
-@lru_cache(64)
+@cache  # without a limit: a CUDA graph reads it where it is
 def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Get numbers that never change as a vector on a device; it is copied there once, and not to be written to."""
     with torch.inference_mode(mode=False):  # it may meet a gradient later

@@ -190,7 +190,8 @@ def test_buckets_make_few_shapes_and_the_cache_stays_where_it_is(backbone: VLA) 
         assert session.engine.graphs.eager_runs == 0
         # rows are rounded up to multiples of 16 in any case: up to five of them with a draft, a dense frame without
         # one, and passes of one to six rows
-        assert len(session.engine.graphs) <= 5 + 1 + 6 < len(counts)
+        assert len(session.engine.graphs._entries) <= 5 + 1 + 6 < len(counts)
+        assert len(session.engine.graphs._functions) <= 1 + 4  # the stem, and the projector of up to 52 rows
 
 
 def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: VLA) -> None:
@@ -201,10 +202,10 @@ def test_a_longer_prompt_finds_room_and_a_far_longer_one_begins_anew(backbone: V
     for instruction in ("stop", "stop", "pick up the bowl, now", "go " * 2 * CAPACITY_MULTIPLE, "stop"):
         observation = frame(len(homes), instruction)
         torch.testing.assert_close(capture_hidden(session, observation), capture_hidden(other, observation), **CLOSE)
-        keys, entries = session.engine.store.keys, session.engine.graphs._entries.values()
+        keys = session.engine.store.keys
         assert keys.shape[2] % CAPACITY_MULTIPLE == 0
         homes.append(keys.data_ptr())
-        assert {entry.segment.size for entry in entries} == {keys.shape[2]}
+        assert {shape.size for shape in session.engine.graphs._entries} == {keys.shape[2]}
     assert homes[0] == homes[1] == homes[2] != homes[3] == homes[4]
 
 
@@ -224,7 +225,7 @@ def test_no_more_shapes_are_kept_than_the_limit(backbone: VLA, monkeypatch: pyte
     for seed in range(3):
         act(session, seed)
         assert session.engine.graphs is not None
-        assert len(session.engine.graphs) == 2
+        assert len(session.engine.graphs._entries) == 2
 
 
 def test_a_limit_keeps_whole_buckets() -> None:

@@ -7,23 +7,23 @@ again, or that expects a new tensor, gives another answer here, as it would on a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lac_vla.engine.layers import LayersOutput
+T = TypeVar("T")
 
 
 class RecordedGraph:
-    """Implements :class:`lac_vla.engine.cuda_graphs.Graph`."""
+    """Implements :class:`lac_vla.engine.graphs.Graph`."""
 
     def __init__(self) -> None:
         self.replays = 0
         self._tape: list[tuple[Any, Any, Any, Any]] = []
 
-    def capture(self, work: Callable[[], LayersOutput]) -> LayersOutput:
+    def capture(self, work: Callable[[], T]) -> T:
         with _Recorder(self._tape):
             return work()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.warmup import warm_up
 from lac_vla.factory import ModelOptions
+from lac_vla.models.oft.config import OFTConfig, with_film
+from lac_vla.models.prismatic.presets import TINY as CONVOLUTIONS
+from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.policies import CachePolicy, cache_lowest
 from lac_vla.session import Session
 from lac_vla.types import PolicyInput
@@ -21,6 +26,30 @@ from tests.engine.scenes import frame
 from tests.gpu.devices import DEVICES, TINY
 from tests.gpu.recording import RecordedGraph
 
+SIZE = 56
+DINO = ViTConfig(16, 3, 2, 24, registers=2, class_token=True, layer_scale=True)
+SIGLIP = ViTConfig(24, 3, 2, 40)
+FIRST, SECOND = CONVOLUTIONS.cameras
+TWO_TOWERS = replace(
+    CONVOLUTIONS,
+    vision_backbone_id="dinosiglip",
+    vit_towers=(DINO, SIGLIP),
+    cameras=tuple(replace(camera, image_size=SIZE, tower=None) for camera in CONVOLUTIONS.cameras),
+)
+MODELS: Mapping[str, Any] = {
+    **{name: name for name in TINY},
+    "two-towers": OFTConfig(TWO_TOWERS, 7, 3),
+    "film": OFTConfig(with_film(TWO_TOWERS), 7, 3),
+    "own-towers": replace(
+        CONVOLUTIONS,
+        vision_backbone_id="towers",
+        cameras=(replace(FIRST, tower=ViTConfig(16, 3, 2, 40, patch=8, neck=24)), SECOND),
+    ),
+}
+CASES = [
+    *((name, "default") for name in (*TINY, "two-towers")),
+    *((name, "default+vision_kv_reuse") for name in ("pi05-tiny", "smolvla-tiny", "film", "own-towers")),
+]
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 INSTRUCTIONS = ("pick up the bowl", "stop", "put the mug on the plate, then stop")
 
@@ -51,10 +80,11 @@ def graphs(engine: Engine) -> CUDAGraphRunner:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", TINY)
-def test_replayed_graphs_equal_the_plain_loop(name: str, device: str) -> None:
-    model = random_vla(name, seed=3, device=device)
-    plain, replayed = (session(engine_of(model, text), 5) for text in ("default", "default+cuda_graphs"))
+@pytest.mark.parametrize(("name", "options"), [CASES[0], CASES[-1]])
+def test_replayed_graphs_equal_the_plain_loop(name: str, options: str, device: str) -> None:
+    """Captured when a shape comes for the second time."""
+    model = random_vla(MODELS[name], seed=3, device=device)
+    plain, replayed = (session(engine_of(model, text), 5) for text in (options, f"{options}+cuda_graphs"))
     for seed in range(10):
         observation = frame(seed, INSTRUCTIONS[seed % 2])
         np.testing.assert_allclose(replayed.act(observation), plain.act(observation), **CLOSE)
@@ -63,22 +93,43 @@ def test_replayed_graphs_equal_the_plain_loop(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", TINY)
-def test_after_the_warm_up_nothing_is_captured(name: str, device: str) -> None:
-    """Sessions come and go, each in its own region of the store; all replay the same graphs."""
-    model = random_vla(name, seed=3, device=device)
-    engine = engine_of(model, "default+cuda_graphs")
-    warm_up(engine, [frame(0, text) for text in INSTRUCTIONS], sessions=3)
-    before, keys = graphs(engine).captured, engine.store.keys
-    assert before == len(graphs(engine))
-    robots = [(session(engine, seed), session(engine_of(model, "default"), seed)) for seed in range(3)]
-    for step in range(5):
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_after_the_warm_up_nothing_is_captured(name: str, options: str, device: str) -> None:
+    """Sessions come and go, each in its own region of the store, alone or together; all replay the same graphs."""
+    model = random_vla(MODELS[name], seed=3, device=device)
+    engine = engine_of(model, f"{options}+cuda_graphs")
+    warm_up(engine, [frame(0, text) for text in INSTRUCTIONS], sessions=3, together=3)
+    before, eager, keys = graphs(engine).captured, graphs(engine).eager_runs, engine.store.keys
+    robots = [(session(engine, seed), session(engine_of(model, options), seed)) for seed in range(3)]
+    for step in range(4):
         for number, (robot, plain) in enumerate(robots):
             observation = frame(step, INSTRUCTIONS[(number + step // 2) % len(INSTRUCTIONS)])
             np.testing.assert_allclose(robot.act(observation), plain.act(observation), **CLOSE)
-    assert graphs(engine).captured == before
-    assert graphs(engine).eager_runs == 0
+    assert graphs(engine).eager_runs == eager
+    for step, count in enumerate((3, 2, 3)):  # their prompts alone are left to the ordinary loop
+        frames = [frame(10 * number + step, INSTRUCTIONS[number]) for number in range(count)]
+        plans = [robot.plan(seen) for (robot, _), seen in zip(robots, frames, strict=False)]
+        for (robot, plain), seen, plan, result in zip(robots, frames, plans, engine.run(plans), strict=False):
+            info = robot.commit(plan, result)
+            np.testing.assert_allclose(result.action, plain.act(seen), **CLOSE)
+            assert info.eager_runs == info.prompt_passes
+    assert graphs(engine).captured == len(graphs(engine)) == before
     assert engine.store.keys is keys
+
+
+def test_no_graph_serves_sequences_whose_regions_differ() -> None:
+    model = random_vla("tiny", seed=3)
+    engine = engine_of(model, "cuda_graphs")
+    robots = [(session(engine, seed), session(engine_of(model, "none"), seed)) for seed in range(2)]
+    robots[0][0].act(frame(0, "stop"))
+    robots[0][1].act(frame(0, "stop"))
+    frames = [frame(1, "stop"), frame(1, "go " * 128)]  # the second needs a larger region than the first one has
+    plans = [robot.plan(seen) for (robot, _), seen in zip(robots, frames, strict=True)]
+    for (robot, alone), seen, plan, result in zip(robots, frames, plans, engine.run(plans), strict=True):
+        robot.commit(plan, result)
+        np.testing.assert_allclose(result.action, alone.act(seen), **CLOSE)
+    assert robots[0][0].slots != robots[1][0].slots
+    assert result.eager_runs > 1
 
 
 def test_a_shape_that_was_not_warmed_up_is_run_and_not_captured() -> None:
@@ -120,9 +171,9 @@ def test_a_server_is_warm_before_it_listens() -> None:
     options = ModelOptions(options="default+cuda_graphs")
     server = make_server(ServeConfig("mini", "dense", warmup=("stop",), max_sessions=2, model_options=options))
     engine = server.vla.engine
-    shapes, keys = len(graphs(engine)), engine.store.keys
+    shapes, keys, eager = len(graphs(engine)), engine.store.keys, graphs(engine).eager_runs
     robots = [server.vla.session(seed) for seed in range(2)]
     for step in range(2):
         for robot in robots:
             robot.act(frame(step, "stop"))
-    assert (len(graphs(engine)), engine.store.keys is keys, graphs(engine).eager_runs) == (shapes, True, 0)
+    assert (len(graphs(engine)), engine.store.keys is keys, graphs(engine).eager_runs) == (shapes, True, eager)

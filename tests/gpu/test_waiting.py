@@ -13,7 +13,7 @@ from tests.engine.scenes import frame
 from tests.gpu.devices import TINY
 from tests.gpu.pretend import DEVICE, pretended_gpu, to_pretended_gpu
 
-OPTIONS = ("none", "default", "default+vision_kv_reuse", "default+bucket=8+cuda_graphs")
+OPTIONS = ("none", "default", "default+vision_kv_reuse", "default+vision_kv_reuse+bucket=8+cuda_graphs")
 WARM = 3
 """Frames before those that are watched: constants are copied in the first."""
 

@@ -19,10 +19,11 @@ from lac_vla.engine.layers import RunLayers, run_layers
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.prefill import AppendCursor, Cursor, PrefillCursor, SequenceState, run_packed
+from lac_vla.engine.vision_graphs import GraphedVision
 from lac_vla.errors import DeviceMemoryError, InputError, NonFiniteError
 from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt, finite
 from lac_vla.models.heads.guidance import recording
-from lac_vla.models.protocols import DecoderStack, Rotary
+from lac_vla.models.protocols import DecoderStack, Rotary, StaticVision
 from lac_vla.models.vla import VLA
 from lac_vla.timing import Stopwatch
 from lac_vla.transfer import upload
@@ -81,6 +82,10 @@ class Engine:
         decoder = model.decoder
         self.store = SlotCache(model.n_layers, decoder.kv_heads, decoder.head_dim, decoder.dtype, decoder.device)
         self.graphs = CUDAGraphRunner(decoder.device) if self.options.cuda_graphs else None
+        self._vision = model.vision
+        if self.graphs is not None and isinstance(model.vision, StaticVision):
+            tokens = [rows * cols for rows, cols in model.grids.values()]
+            self._vision = GraphedVision(model.vision, self.graphs, tokens)
         self.stage_events = False
         self._run_layers: RunLayers = run_layers if self.graphs is None else self.graphs
         self._rotary: dict[int, tuple[DecoderStack, Rotary]] = {}
@@ -133,21 +138,24 @@ class Engine:
         return Stopwatch(self.model.device, events=self.stage_events)
 
     @torch.inference_mode()
-    def append(self, sequence: SequenceState, rows: AppendRows) -> torch.Tensor:
-        """Run rows behind a sequence that a run has left open.
+    def append(self, sequences: Sequence[SequenceState], rows: Sequence[AppendRows]) -> list[torch.Tensor]:
+        """Run rows behind sequences that a run has left open.
 
         Args:
-            sequence: Of a result.
-            rows: The rows.
+            sequences: Of results.
+            rows: Of each; all through the same stack.
 
         Returns:
-            Their normalised last hidden states, (n, width).
+            Their normalised last hidden states, each (n, width).
         """
-        stack: DecoderStack = rows.stack or self.model.decoder
+        stack: DecoderStack = rows[0].stack or self.model.decoder
         with self._lock:
-            cursor = AppendCursor(stack, sequence, rows, self._rotary_of(stack, sequence.region.size))
-            [hidden] = run_packed(stack, [cursor], [rows.embeddings], self.store, self._run_layers)
-            return stack.norm(hidden)
+            cursors = [
+                AppendCursor(stack, sequence, own, self._rotary_of(stack, sequence.region.size))
+                for sequence, own in zip(sequences, rows, strict=True)
+            ]
+            embedded = [own.embeddings for own in rows]
+            return [stack.norm(own) for own in run_packed(stack, cursors, embedded, self.store, self._run_layers)]
 
     def _check(self, plans: Sequence[FramePlan]) -> None:
         for plan in plans:
@@ -176,7 +184,7 @@ class Engine:
         plans = [run.plan for run in runs]
         if len(runs) > 1 and all(plan.vision_kv is None for plan in plans):
             with suppress(Exception), runs[0].clock.stage("tower"):
-                stems = self.model.vision.encode_stems([plan.frame for plan in plans], [plan.images for plan in plans])
+                stems = self._vision.encode_stems([plan.frame for plan in plans], [plan.images for plan in plans])
                 for plan in plans:
                     if isinstance(plan.decided, Future):
                         wait([plan.decided])
@@ -187,7 +195,7 @@ class Engine:
         plan = run.plan
         try:
             with run.clock.stage("tower"):
-                return self.model.vision.encode_stem(plan.frame, plan.images, plan.vision_kv)
+                return self._vision.encode_stem(plan.frame, plan.images, plan.vision_kv)
         finally:  # whatever happens, nothing of this frame goes on beside the next
             if isinstance(plan.decided, Future):
                 with run.clock.stage("policy"):
@@ -221,7 +229,7 @@ class Engine:
 
     def _encode_tokens(self, run: _Run, stem: Any, decision: Decision) -> tuple[torch.Tensor, BoolArray]:
         """Compute the visual tokens of a decision, (n, width); and tell which the vision encoder computed."""
-        vision, plan, computed = self.model.vision, run.plan, decision.exit_layer > 0
+        vision, plan, computed = self._vision, run.plan, decision.exit_layer > 0
         with run.clock.stage("tower"):
             partly = self.options.sparse_vision_head
             if plan.vision_kv is not None:

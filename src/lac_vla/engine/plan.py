@@ -76,7 +76,7 @@ class FrameResult:
         metadata: What the head says of it.
         sequence: The prompt in the cache, and what was appended to it.
         encoded: Visual tokens whose features the vision encoder computed, bool, (N,).
-        eager_runs: Runs of layers that were not replayed although ``cuda_graphs`` is on.
+        eager_runs: Runs that were not replayed although ``cuda_graphs`` is on, those of the whole batch.
         rng_state: Of the head's generator before the action was decoded.
         error: What went wrong; the others are not to be used then.
     """

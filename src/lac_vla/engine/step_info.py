@@ -45,7 +45,8 @@ class StepInfo:
         stack_passes: The same of the head's own stacks: shape of the stack, first and one-past-last row.
         prompt_passes: Passes over the prompt: more than one if the head runs it again with another suffix.
         encoded: Visual tokens whose features the vision tower computed, bool, (N,).
-        eager_runs: Runs of layers that the option ``cuda_graphs`` left to the ordinary loop.
+        eager_runs: Runs of layers, or of parts of the vision encoder, that the option ``cuda_graphs`` left to the
+            ordinary loop although they might have been graphs.
     """
 
     layout: TokenLayout

@@ -255,3 +255,28 @@ class VisionEncoder(Protocol):
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Project features row by row: (n, features) → (n, width)."""
         return features
+
+
+class StaticVision(VisionEncoder):
+    """Takes part in CUDA graphs: its stem is a function of tensors of the same shapes in every frame.
+
+    So are :meth:`VisionEncoder.project` and, with a cache, what :meth:`VisionEncoder.encode_tokens` has run over it by
+    :meth:`lac_vla.models.transformer.ImageKVCache.run`.
+    """
+
+    @abstractmethod
+    def inputs(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> Sequence[torch.Tensor]:
+        """Bring to the device, without waiting, what the stem of some frames is made of."""
+
+    @abstractmethod
+    def stem(self, *inputs: torch.Tensor, whole: bool) -> Any:
+        """Compute the stem of one frame on the device, as tensors.
+
+        Args:
+            inputs: From :meth:`inputs`.
+            whole: Run the blocks of transformers, too: without a cache, they need all patches in any case.
+        """
+
+    def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: Any = None) -> Any:
+        """Compute what does not depend on which tokens matter; see :meth:`VisionEncoder.encode_stem`."""
+        return self.stem(*self.inputs([frame], [images]), whole=kv_cache is None)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lac_vla.errors import CheckpointError
+from lac_vla.models.protocols import StaticVision
 from lac_vla.models.transformer import LAYER_NORM_EPS, FeedForward, FrameKVCache, KVCache, attend_all
 from lac_vla.transfer import upload
 from lac_vla.types import BoolArray, Frame, UInt8Image
@@ -158,8 +159,8 @@ class SiglipTower(nn.Module):
         return out
 
 
-class SiglipVision:
-    """Implements :class:`lac_vla.models.protocols.VisionEncoder` by one SigLIP tower for all cameras.
+class SiglipVision(StaticVision):
+    """Sees through one SigLIP tower for all cameras.
 
     A token's features are those of a block of patches, one behind the other in raster order.
 
@@ -206,22 +207,22 @@ class SiglipVision:
         """Make an empty cache."""
         return FrameKVCache()
 
-    def encode_stem(
-        self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None
-    ) -> torch.Tensor:
-        """Embed the patches of all cameras, (cameras, patches, width); run the blocks unless a cache will be given.
+    def inputs(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
+        """Upload what the tower sees of all frames and cameras, (frames · cameras, 3, size, size), float32.
 
-        The images are resized in floating point from the frame's own; ``images``, which are rounded, are not read.
+        The images are resized in floating point from the frames' own; ``images``, which are rounded, are not read.
         """
-        pixels = torch.stack([self._picture(frame.images[name]) for name in self._names])
-        stem = self._tower.embed(upload(pixels, self._like.device).to(self._like.dtype))
-        return stem if kv_cache is not None else self._tower.encode(stem)
+        pixels = torch.stack([self._picture(frame.images[name]) for frame in frames for name in self._names])
+        return [upload(pixels, self._like.device)]
+
+    def stem(self, *inputs: torch.Tensor, whole: bool) -> torch.Tensor:
+        """Embed the patches of all cameras, (cameras, patches, width); and run the blocks if ``whole``."""
+        stem = self._tower.embed(inputs[0].to(self._like.dtype))
+        return self._tower.encode(stem) if whole else stem
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
         """Embed the patches of all cameras of several frames, and run the blocks: each (cameras, patches, width)."""
-        pixels = torch.stack([self._picture(frame.images[name]) for frame in frames for name in self._names])
-        stems = self._tower.encode(self._tower.embed(upload(pixels, self._like.device).to(self._like.dtype)))
-        return list(torch.split(stems, len(self._names)))
+        return list(torch.split(self.stem(*self.inputs(frames, images), whole=True), len(self._names)))
 
     def encode_tokens(
         self, stem: torch.Tensor, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
@@ -240,7 +241,7 @@ class SiglipVision:
             if mask is not None:
                 chosen = table[upload(np.flatnonzero(mask.reshape(len(stem), -1)[camera]), stem.device)]
             rows = None if chosen is None else chosen.flatten()
-            features = self._tower.encode(own[None], kv_cache.of(0, camera), rows)[0]
+            features = kv_cache.of(0, camera).run(self._tower.encode, own[None], rows)[0]
             cameras.append(features[table] if chosen is None else features)
         return torch.cat([part.reshape(-1, table.shape[1] * stem.shape[-1]) for part in cameras])
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 LAYER_NORM_EPS = 1e-6
+Encode: TypeAlias = Callable[..., torch.Tensor]
+""":meth:`lac_vla.models.siglip.SiglipTower.encode`, or another transformer's."""
 
 
 class KVCache(Protocol):
@@ -53,6 +56,22 @@ class ImageKVCache:
             for slots, new in zip(self.blocks[block], (keys, values), strict=True):
                 slots.index_copy_(2, rows, new)
         return self.blocks[block]
+
+    def run(
+        self, encode: Encode, x: torch.Tensor, rows: torch.Tensor | None, *conditions: torch.Tensor
+    ) -> torch.Tensor:
+        """Run a transformer's blocks over this cache.
+
+        Args:
+            encode: A method of it, which takes ``x``, this cache, ``rows`` and the conditions.
+            x: Embedded tokens, (1, tokens, width).
+            rows: Which of them to compute, int64; ``None`` for all.
+            conditions: What the blocks are conditioned on.
+
+        Returns:
+            Features, (1, n, features).
+        """
+        return encode(x, self, rows, *conditions)
 
 
 @dataclass

@@ -127,7 +127,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
     if config.warmup:
         frames = [replace(sample_frames(vla.model)[0], instruction=instruction) for instruction in config.warmup]
         robots = config.max_sessions if memory is None else min(config.max_sessions, memory.robots)
-        warm_up(vla.engine, frames, robots)
+        warm_up(vla.engine, frames, robots, config.max_batch)
     table = None
     if config.deadline_ms or config.session_options.slack:
         table = LatencyTable.measure(vla, max_batch=config.max_batch if config.deadline_ms else 1)

@@ -36,11 +36,14 @@ class FiLMVision(PrismaticVision):
         """Make the memory of one session's transformers."""
         return FrameKVCache()
 
-    def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Any:
+    def inputs(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
+        """Upload the pixels of every camera; behind them, the instruction's embedding, (width,)."""
+        return [*super().inputs(frames, images), self._language(frames[0].instruction)]
+
+    def stem(self, *inputs: torch.Tensor, whole: bool) -> Any:
         """Run what does not depend on which tokens matter, and keep the instruction's embedding with it."""
-        pixels = {own: self._normalize(torch.from_numpy(images[name])[None]) for name, own in self._names.items()}
-        language = self._language(frame.instruction)
-        return self._backbone.encode_stem(pixels, whole=kv_cache is None, language=language), language
+        *pixels, language = inputs
+        return self._backbone.encode_stem(self._pixels(pixels), whole=whole, language=language), language
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[Any]:
         """Run it one by one: every frame's towers are conditioned on its own instruction."""

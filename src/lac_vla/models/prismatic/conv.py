@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from lac_vla.transfer import upload
 from lac_vla.types import BoolArray
 
 
-@lru_cache(maxsize=8)
+@cache  # without a limit: a CUDA graph reads it where it is
 def _places(height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Make the column and row of every pixel in [-1, 1], (2, H, W)."""
     with torch.inference_mode(mode=False):  # they may meet a gradient later

@@ -11,13 +11,14 @@ import torch
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.towers import ViTConfig
 from lac_vla.models.prismatic.vision import Stem
+from lac_vla.models.protocols import StaticVision
 from lac_vla.models.transformer import FrameKVCache
 from lac_vla.transfer import upload
 from lac_vla.types import BoolArray, Frame, UInt8Image
 
 
-class PrismaticVision:
-    """Implements :class:`lac_vla.models.protocols.VisionEncoder` for OpenVLA and its relatives.
+class PrismaticVision(StaticVision):
+    """Sees for OpenVLA and its relatives.
 
     Args:
         model: The modules.
@@ -44,18 +45,17 @@ class PrismaticVision:
         """Make an empty cache; ``None`` if all towers are convolutions."""
         return FrameKVCache() if self.transformer_cameras else None
 
-    def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Stem:
-        """Run what does not depend on which tokens matter; see :class:`lac_vla.models.protocols.VisionEncoder`."""
-        pixels = {own: self._normalize(torch.from_numpy(images[name])[None]) for name, own in self._names.items()}
-        return self._model.vision_backbone.encode_stem(pixels, whole=kv_cache is None)
+    def inputs(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
+        """Upload the pixels of every camera, uint8, (frames, H, W, 3)."""
+        return [self._upload(torch.from_numpy(np.stack([seen[name] for seen in images]))) for name in self._names]
+
+    def stem(self, *inputs: torch.Tensor, whole: bool) -> Any:
+        """Run what does not depend on which tokens matter; see :meth:`StaticVision.stem`."""
+        return self._model.vision_backbone.encode_stem(self._pixels(inputs), whole=whole)
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[Stem]:
         """Run it for several frames at once; see :class:`lac_vla.models.protocols.VisionEncoder`."""
-        pixels = {
-            own: self._normalize(torch.from_numpy(np.stack([seen[name] for seen in images])))
-            for name, own in self._names.items()
-        }
-        return self._model.vision_backbone.encode_stems(pixels)
+        return self._model.vision_backbone.encode_stems(self._pixels(self.inputs(frames, images)))
 
     def encode_tokens(
         self, stem: Stem, token_mask: BoolArray | None = None, kv_cache: FrameKVCache | None = None
@@ -68,7 +68,7 @@ class PrismaticVision:
 
         ``kv_cache.of(tower, camera)`` gives the :class:`lac_vla.models.transformer.KVCache` of an image.
         """
-        number, pixels = list(self._names).index(camera), self._normalize(images)
+        number, pixels = list(self._names).index(camera), self._normalize(self._upload(images))
         return self.project(self._model.vision_backbone.encode_camera(number, pixels, kv_cache))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
@@ -76,9 +76,14 @@ class PrismaticVision:
         rows: torch.Tensor = self._model.projector(features)
         return rows
 
+    def _upload(self, images: torch.Tensor) -> torch.Tensor:
+        return upload(images, self._model.language_model.lm_head.weight.device)
+
+    def _pixels(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {own: self._normalize(seen) for own, seen in zip(self._names.values(), images, strict=True)}
+
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
-        weight = self._model.language_model.lm_head.weight
-        return self._model.vision_backbone.normalize(upload(images, weight.device)).to(weight.dtype)
+        return self._model.vision_backbone.normalize(images).to(self._model.language_model.lm_head.weight.dtype)
 
 
 def some(token_mask: BoolArray | None) -> BoolArray | None:

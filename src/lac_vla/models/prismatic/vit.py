@@ -102,30 +102,33 @@ class ViT(nn.Module):
         self,
         x: torch.Tensor,
         cache: KVCache | None = None,
-        token_mask: BoolArray | None = None,
+        rows: torch.Tensor | None = None,
         language: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the blocks.
 
         Args:
             x: From :meth:`embed`, (B, tokens, width); B = 1 with :class:`ImageKVCache`.
-            cache: Keys and values of the same image's predecessors: they take the place of the patches that are not in
-                ``token_mask``, and are brought up to date where they are. A new one is filled.
-            token_mask: Patches to compute, bool, (patches,); ``None`` for all. Class and register tokens always are.
+            cache: Keys and values of the same image's predecessors: they take the place of the tokens that are not in
+                ``rows``, and are brought up to date where they are. A new one is filled.
+            rows: Tokens to compute, int64, class and register tokens first and all of them; ``None`` for all.
             language: What blocks with FiLM are conditioned on, (language,).
 
         Returns:
-            Features of these patches, (B, patches, features).
+            Features of their patches, (B, patches, features).
         """
-        extra = x.shape[1] - self.pos_embed.shape[1]
-        rows = None
-        if token_mask is not None:
-            rows = upload(np.flatnonzero(np.concatenate([np.ones(extra, dtype=np.bool_), token_mask])), x.device)
+        extra = self._extra
+        if rows is not None:
             x = x[:, rows]
         for index, block in enumerate(self.blocks):
             x = block(x, cache, index, rows, language)
         features: torch.Tensor = self.neck(x[:, extra:])
         return features
+
+    @property
+    def _extra(self) -> int:
+        """Number of class and register tokens."""
+        return sum(token.shape[1] for token in (self.cls_token, self.reg_token) if token is not None)
 
     def encode_tokens(
         self,
@@ -138,12 +141,16 @@ class ViT(nn.Module):
 
         Args:
             stem: With a cache, from :meth:`embed`, (1, tokens, width); else all features, (1, patches, features).
-            token_mask: Which patches, bool, (patches,); ``None`` for all.
+            token_mask: Which patches, bool, (patches,); ``None`` for all. Class and register tokens always are.
             cache: Keys and values of the others; see :meth:`encode`.
             language: See :meth:`encode`; not needed of features.
         """
         if cache is not None:
-            return self.encode(stem, cache, token_mask, language)[0]
+            rows = None
+            if token_mask is not None:
+                computed = np.concatenate([np.ones(self._extra, dtype=np.bool_), token_mask])
+                rows = upload(np.flatnonzero(computed), stem.device)
+            return cache.run(self.encode, stem, rows, *(() if language is None else (language,)))[0]
         return stem[0] if token_mask is None else stem[0, upload(np.flatnonzero(token_mask), stem.device)]
 
 
