@@ -109,6 +109,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     [
         (("evla",), "there is no 'lac evla' (did you mean 'eval'?)"),
         (("train", "--modle", "mini"), "lac train has no --modle (did you mean '--model'?)"),
+        (("eval", "--modle", "mini"), "lac eval has no --modle (did you mean '--model'?)"),
         (("bench", "--camera=a=b", "--round=3"), "lac bench has no --round (did you mean '--rounds'?)"),
         (("policies", "mtion"), "unknown policy 'mtion' (did you mean 'motion'?)"),
     ],

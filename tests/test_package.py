@@ -32,6 +32,25 @@ def test_the_index_page_has_no_links_into_the_repository() -> None:
     assert re.search(r"\]\(https:", page)
 
 
+def test_the_lower_bounds_are_those_that_are_tested() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    script = (ROOT / "scripts" / "test_compat.sh").read_text(encoding="utf-8")
+    extras = re.search(r'-e "\.\[([\w,]+)\]"', script)
+    oldest = re.search(r"oldest\) torch=(\S+) others=\"([^\"]+)\"", script)
+    assert extras is not None
+    assert oldest is not None
+    pinned = dict(re.findall(r"([\w-]+)==(\S+)", oldest[2])) | {"torch": oldest[1]}
+    asked = [
+        *project["dependencies"],
+        *(line for e in extras[1].split(",") for line in project["optional-dependencies"][e]),
+    ]
+    bounds = {name: bound for line in asked for name, bound in re.findall(r"^([\w-]+)>=([\d.]+)", line)}
+    assert bounds.keys() == pinned.keys()
+    for name, bound in bounds.items():
+        assert f"{pinned[name]}.0.0".startswith(f"{bound}."), (name, bound, pinned[name])
+
+
 def test_what_is_kept_is_small() -> None:
     large = [path for path in (ROOT / "docs").rglob("*") if path.is_file() and path.stat().st_size > 1_000_000]
     assert large == [], "generated pages and raw data do not belong into the repository: scripts/keep_results.py"

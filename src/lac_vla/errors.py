@@ -55,5 +55,7 @@ class MissingExtraError(LacError, ImportError):
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Ask for the known name that a wrong one comes closest to, e.g. `` (did you mean 'motion'?)``; or say nothing."""
-    close = get_close_matches(given, list(known), n=1)
+    names = list(known)
+    turned = [name for name in names if sorted(name) == sorted(given)]  # letters in the wrong order
+    close = turned or get_close_matches(given, names, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -12,15 +12,14 @@ def main(url, key=None):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
     answers = []
+    observation = {
+        "observation/image": image,
+        "observation/wrist_image": image[::-1],
+        "observation/state": np.arange(8.0),
+        "prompt": "pick up the bowl",
+    }
     for _ in range(2):
-        answer = client.infer(
-            {
-                "observation/image": image,
-                "observation/wrist_image": image[::-1],
-                "observation/state": np.arange(8.0),
-                "prompt": "pick up the bowl",
-            }
-        )
+        answer = client.infer(observation)
         answers.append({key: value for key, value in answer.items() if key != "actions"})
         answers[-1] |= {"actions": answer["actions"].tolist(), "dtype": answer["actions"].dtype.str}
         client.reset()
@@ -28,7 +27,9 @@ def main(url, key=None):
         client.infer({"prompt": "nothing to see"})
     except RuntimeError as error:
         complaint = str(error)
-    print(json.dumps({"metadata": client.get_server_metadata(), "answers": answers, "complaint": complaint}))
+    told = {"metadata": client.get_server_metadata(), "answers": answers, "complaint": complaint}
+    after = client.infer(observation)["actions"].shape  # a wrong observation does not end the session
+    print(json.dumps({**told, "after": after}))
 
 
 main(*sys.argv[1:])

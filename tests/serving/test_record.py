@@ -262,6 +262,7 @@ def test_images_that_do_not_fit_are_not_recorded_but_answered(
 
 def test_a_robot_that_never_resets(start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "MAX_FRAMES", 4)
+    monkeypatch.setattr(record, "MIN_FIRST", 4)
     server = start(recorder=recorder(folder, fps=0))
     with Client(server.url) as client:
         actions = [client.infer(scene(0, at))["actions"][0] for at in range(7)]
@@ -274,8 +275,57 @@ def test_a_robot_that_never_resets(start: Start, folder: Path, monkeypatch: pyte
     assert dataset.fps == pytest.approx(rate, abs=0.51)
 
 
+def test_a_few_frames_to_try_it_decide_nothing(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rate and the size of a new dataset are those of a whole episode, not of somebody's first test."""
+    monkeypatch.setattr(record, "MIN_FIRST", 6)
+    server = start(recorder=recorder(folder, fps=0))
+    with Client(server.url) as client, caplog.at_level(logging.WARNING):
+        play(client, 0, 5, side=32)
+        actions = play(client, 1, 6)
+        after = play(client, 0, 3)
+    server.stop()
+    assert counted(server) == (2, 1)
+    assert "--record-fps" in next(row.metadata["reason"] for row in caplog.records)
+    dataset = LeRobotDataset(folder)
+    assert [len(episode) for episode in dataset] == [6, 3]
+    same(dataset.episode(0), 1, range(6), actions)
+    same(dataset.episode(1), 0, range(3), after)
+
+
+def test_the_answer_says_that_it_is_not_recorded(start: Start, folder: Path) -> None:
+    server = start(recorder=recorder(folder), view=True)
+    with Client(server.url) as client:
+        play(client, 0, 3)
+        play(client, 0, 2)
+        until(lambda: counted(server) == (1, 0))  # the dataset has a size now
+        play(client, 0, 1, side=32)
+        until(lambda: counted(server) == (2, 1))
+        told = [client.infer(scene(0, at, side=32))["lac"]["not_recorded"] for at in (1, 2)]
+        (snapshot,) = server.server._view._snapshots.values()
+        client.reset()
+        assert "not_recorded" not in client.infer(scene(0, 0))["lac"]
+    server.stop()
+    assert "32" in told[0]
+    assert told[0] == told[1]
+    assert [(event.kind, event.first, event.last) for event in snapshot.events][-1] == ("unrecorded", 7, 8)
+
+
 def test_a_killed_server_loses_no_finished_episode(model: Path, folder: Path) -> None:
-    serve = ["serve", "--model", str(model), "--policy", "dense", "--port", "0", "--record", str(folder)]
+    serve = [
+        "serve",
+        "--model",
+        str(model),
+        "--policy",
+        "dense",
+        "--port",
+        "0",
+        "--record",
+        str(folder),
+        "--record-fps",
+        "10",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-c", "from lac_vla.cli import main; main()", *serve],
         stderr=subprocess.PIPE,

@@ -23,7 +23,7 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from lac_vla import VLA, CachedVLA, Dense, InputError, Motion, random_vla
-from lac_vla.client.connection import AsyncClient, Client, ServerError
+from lac_vla.client.connection import AsyncClient, Client, RefusedError, ServerError
 from lac_vla.client.wire import pack, unpack
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import FastV
@@ -126,25 +126,51 @@ def test_sessions_do_not_mix(start: Start, backbone: VLA) -> None:
         ("text", "binary"),
     ],
 )
-def test_bad_requests_end_their_own_connection_alone(start: Start, wrong: str | bytes, complaint: str) -> None:
+def test_a_bad_request_is_refused_and_changes_nothing(
+    start: Start, backbone: VLA, wrong: str | bytes, complaint: str
+) -> None:
     server = start()
     with Client(server.url) as other, connect(server.url, compression=None) as ws:
         other.infer(observation(0))
         ws.recv()
-        ws.send(wrong)
-        answer = ws.recv(timeout=10)
-        assert isinstance(answer, str)
-        assert re.search(complaint, answer)
-        assert "Traceback" not in answer
-        with pytest.raises(ConnectionClosedError) as closed:
-            ws.recv(timeout=10)
-        assert closed.value.rcvd.code == 1011
+        answers = []
+        for number in range(3):
+            ws.send(pack(observation(number)))
+            answers.append(unpack(ws.recv(timeout=10)))
+            ws.send(wrong)
+            answer = ws.recv(timeout=10)
+            assert isinstance(answer, str)
+            assert re.search(complaint, answer)
+            assert "Traceback" not in answer
+        assert [answer["lac"]["ratio"] for answer in answers] == [0, 0.5, 0.5]
+        assert [answer["lac"]["reset"] for answer in answers] == [None] * 3
+        np.testing.assert_array_equal([answer["actions"][0] for answer in answers], expected(backbone, [0, 1, 2]))
         assert other.infer(observation(1))["lac"]["ratio"] == 0.5
 
 
-def test_our_client_says_what_the_server_says(start: Start) -> None:
-    with Client(start().url) as client, pytest.raises(ServerError, match=r"no .*observation/image"):
-        client.infer({"prompt": "go"})
+def test_an_episode_that_a_refused_request_began_is_the_next_ones(start: Start) -> None:
+    server = start()
+    with connect(server.url, compression=None) as ws:
+        ws.recv()
+        begins = observation() | {"reset": True}
+        for request in (
+            observation(),
+            begins | {"prev_chunk_left_over": np.zeros((1, 7), np.float32)},
+            observation(),
+            observation(),
+        ):
+            ws.send(pack(request))
+        answers = [ws.recv(timeout=10) for _ in range(4)]
+    assert isinstance(answers[1], str)
+    assert [unpack(answers[number])["lac"]["reset"] for number in (0, 2, 3)] == [None, "reset", None]
+
+
+def test_our_client_says_what_the_server_says_and_goes_on(start: Start) -> None:
+    with Client(start().url) as client:
+        client.infer(observation(0))
+        with pytest.raises(RefusedError, match=r"no .*observation/image"):
+            client.infer({"prompt": "go"})
+        assert client.infer(observation(1))["lac"]["ratio"] == 0.5
 
 
 def test_an_internal_error_tells_no_internals(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

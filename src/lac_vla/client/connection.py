@@ -35,6 +35,10 @@ class LostError(ServerError):
     """The connection was lost, or the server has no room: another one, or this one later, may serve."""
 
 
+class RefusedError(ServerError):
+    """The server cannot use what it was sent; `lac serve` takes the next observation of the same session."""
+
+
 class _Connection:
     """A session's side of the protocol, however its messages travel.
 
@@ -103,7 +107,8 @@ class Client(_Connection, AbstractContextManager["Client"]):
         """Send an observation, and return ``actions`` with the server's report of them.
 
         Raises:
-            ServerError: If the server cannot answer. The connection is closed then.
+            RefusedError: If the server cannot use the observation.
+            ServerError: If the server cannot answer for another reason. The connection is closed then.
         """
         request, end, lost = self._request(observation), time.monotonic() + self._reconnect_s, False
         while True:
@@ -116,6 +121,8 @@ class Client(_Connection, AbstractContextManager["Client"]):
                 with _faults("the server hung up"):
                     self._ws.send(request)
                     answer = _read(self._ws.recv(self._timeout))
+            except RefusedError:
+                raise
             except ServerError as error:
                 with suppress(Exception):
                     self._ws.close()
@@ -164,6 +171,8 @@ class AsyncClient(_Connection):
                 with _faults("the server hung up"):
                     await self._ws.send(request)
                     answer = _read(await asyncio.wait_for(self._ws.recv(), self._timeout))
+            except RefusedError:
+                raise
             except ServerError as error:
                 with suppress(Exception):
                     await self._ws.close()
@@ -207,7 +216,7 @@ def _passing(error: Exception) -> bool:
 
 def _read(message: str | bytes) -> dict[str, Any]:
     if isinstance(message, str):
-        raise ServerError(f"the server answered: {message:.500}")
+        raise RefusedError(f"the server answered: {message:.500}")
     try:
         return unpack(message, _LARGEST)
     except InputError as error:

@@ -86,11 +86,13 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
         ]
         records = opened.enter_context(closing(_run(first, jobs))) if jobs else ()
         logs = {_world(config): config.out / EPISODES for config in configs}
-        bar = opened.enter_context(tqdm(total=sum(len(job.methods) for job in jobs), unit="episode", desc="rollouts"))
+        total = sum(len(job.methods) for job in jobs)
+        bar = opened.enter_context(tqdm(total=total, unit="episode", desc="rollouts", leave=False))
         solved: dict[str, list[bool]] = {method: [] for method in methods}
         for number, record in enumerate(records):
-            if not number:  # a start that failed has bound nobody
+            if not number:  # a start that failed has bound nobody, and leaves no bar
                 _describe(configs, settings, simulator)
+                bar.leave = True
             _log(record, logs[record.stress, record.clock])
             solved[record.method].append(record.success)
             bar.update()

@@ -126,7 +126,7 @@ class RawWriter:
         started_at: Arrival of its first request, by ``time.perf_counter()``.
         frames: Frames handed in.
         written: Frames on disk. This and what follows belongs to the writing thread.
-        dropped: Whether it is thrown away.
+        dropped: Why it is thrown away; empty if it is not.
     """
 
     path: Path
@@ -134,7 +134,7 @@ class RawWriter:
     started_at: float = 0.0
     frames: int = 0
     written: int = 0
-    dropped: bool = False
+    dropped: str = ""
     _header: Header | None = None
     _file: BinaryIO | None = None
 

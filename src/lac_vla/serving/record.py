@@ -39,6 +39,8 @@ MAX_FRAMES = 3000
 """Frames of an episode: one that goes on continues in another, for its raw file takes some hundred MB by then."""
 MIN_FRAMES = 2
 """Frames of an episode: a single one, as clients send to warm a server up, has no next one to learn from."""
+MIN_FIRST = 20
+"""Frames of the episode from which a new dataset takes its rate and its images' size, if nobody has said the rate."""
 
 
 class Recorder:
@@ -132,6 +134,10 @@ class Recorder:
         if (buffer := self._buffers.pop(session, None)) is not None:
             self._writing.submit(self._finish, buffer, reason)
 
+    def lost(self, session: str) -> str:
+        """Say why the session's episode is not recorded; empty if it is, as far as is known."""
+        return self._buffers[session].dropped if session in self._buffers else ""
+
     def close(self) -> None:
         """Finish all episodes, which may take seconds."""
         self._writing.shutdown()
@@ -172,7 +178,7 @@ class Recorder:
     def _drop(self, buffer: RawWriter, reason: str, *, exc_info: bool = False) -> None:
         if buffer.dropped:
             return
-        buffer.dropped = True
+        buffer.dropped = reason
         buffer.discard()
         self._lost(reason, buffer.metadata["session"], buffer.written, exc_info=exc_info)
 
@@ -206,6 +212,11 @@ class Recorder:
             arrays = episode.arrays
             if len(episode.records) < MIN_FRAMES:
                 raise DatasetError("it has a single frame")
+            if self._measured and not self._dataset.features and len(episode.records) < MIN_FIRST:
+                raise DatasetError(
+                    f"it has {len(episode.records)} frames; a new dataset takes its frame rate and image size from an "
+                    f"episode of at least {MIN_FIRST}: say the rate with --record-fps to keep shorter ones"
+                )
             self._dataset.check(*(arrays[name] for name in ("images", "state", "action", "columns")))
             metadata = {**episode.header.metadata, "ended": episode.ended or "the server was killed"}
         except LacError as error:

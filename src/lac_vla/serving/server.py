@@ -285,7 +285,7 @@ class PolicyServer:
             reason = "timed out"
             await ws.close(1001, "timed out")
         except LacError as error:
-            reason = f"{error!s:.300}"  # it may quote what the client sent
+            reason = f"{error!s:.300}"
             self.metrics.requests.labels("refused").inc()
             await self._fail(ws, reason)
         except Exception:
@@ -304,20 +304,34 @@ class PolicyServer:
     async def _answer_all(
         self, ws: ServerConnection, robot: RobotSession, name: str, observers: Sequence[Recorder | View]
     ) -> None:
-        """Answer one request after the other until somebody hangs up."""
-        total, not_before = None, 0.0
+        """Answer one request after the other until somebody hangs up; one that cannot be used changes nothing."""
+        total, not_before, complaint = None, 0.0, ""
         while not self._stopping:
             await asyncio.sleep(max(0.0, not_before - time.perf_counter()))
             data = await asyncio.wait_for(ws.recv(), self.limits.idle_s)
             self._busy.add(ws)
             arrived = time.perf_counter()
             not_before = arrived + 1 / self.limits.rate_hz
-            if isinstance(data, str):
-                raise InputError("requests are binary messages of openpi's protocol, not text")
-            request = wire.unpack(data, self.limits.message, self.keys.wanted)
-            answer = await self._executor.answer(robot, request, arrived)
+            try:
+                if isinstance(data, str):
+                    raise InputError("requests are binary messages of openpi's protocol, not text")
+                request = wire.unpack(data, self.limits.message, self.keys.wanted)
+                answer = await self._executor.answer(robot, request, arrived)
+            except InputError as error:
+                said, complaint = complaint, f"{error!s:.300}"  # it may quote what the client sent
+                self.metrics.requests.labels("refused").inc()
+                if complaint != said:
+                    log("request refused", level=logging.WARNING, reason=complaint, session=name)
+                    if self._view is not None:
+                        self._view.refuse(name, complaint)
+                await asyncio.wait_for(ws.send(complaint), self.limits.send_s)  # at a text, openpi's client raises
+                self._busy.discard(ws)
+                continue
+            complaint = ""
             if total is not None:
                 answer.message["server_timing"]["prev_total_ms"] = total
+            if self.recorder is not None and answer.reset is None and (lost := self.recorder.lost(name)):
+                answer.message["lac"]["not_recorded"] = lost
             await self._send(ws, answer.message)
             total = 1e3 * (time.perf_counter() - arrived)
             self.metrics.count(answer, total / 1e3)

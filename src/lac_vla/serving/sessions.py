@@ -154,6 +154,7 @@ class RobotSession:
         self.answered = time.perf_counter()
         self.idle: float | None = None
         self.cost_s = 0.0
+        self._begun: str | None = None
         self._frames = self._cooling = self._refreshed = 0
         self._disagreement: float | None = None
 
@@ -175,15 +176,16 @@ class RobotSession:
         """Prepare a request that came at ``arrived``, by ``time.perf_counter()``.
 
         Raises:
-            InputError: If the request cannot be used.
+            InputError: If the request cannot be used; the robot may send another.
         """
         frame, hz = self.keys.frame(request), request.get("control_hz")
         if hz is not None and not (isinstance(hz, int | float | np.number) and 0 < hz <= MAX_HZ):
             raise InputError(f"control_hz must be a number above 0, at most {MAX_HZ}: the robot's control rate")
         rtc = RealTimeChunk.of_request(request)
-        reset = self._begin(request, frame, arrived)
-        control_hz = None if hz is None else float(hz)
-        return PreparedRequest(self._session.prepare(frame, rtc), reset, arrived, control_hz)
+        self._begun = self._begin(request, frame, arrived) or self._begun
+        prepared = self._session.prepare(frame, rtc)
+        reset, self._begun = self._begun, None  # an episode that a refused request began is the next one's
+        return PreparedRequest(prepared, reset, arrived, None if hz is None else float(hz))
 
     def plan(self, prepared: PreparedRequest, token_budget: int | None = None) -> PlannedFrame:
         """Plan a request that was prepared, within a number of tokens."""

@@ -24,10 +24,10 @@ HEIGHT = 280
 
 @dataclass(frozen=True)
 class Event:
-    """The reason why frames were computed in full, or why an episode began.
+    """The reason why frames were computed in full, why an episode began or is not recorded, or a request was refused.
 
     Attributes:
-        kind: ``"reset"`` or ``"fallback"``.
+        kind: ``"reset"``, ``"fallback"``, ``"unrecorded"`` or ``"refused"``.
         reason: The server's reason.
         first: Number of the frame, from 1 on.
         last: Number of the last frame in a row with this reason.
@@ -69,26 +69,31 @@ class SessionSnapshot:
 
     def after(self, answer: Answer, at: float) -> SessionSnapshot:
         """Make the snapshot after one more answer, given at the time ``at`` (seconds)."""
-        report, frame = answer.message["lac"], self.frames + 1
-        events = self.events
-        reason = answer.reset or answer.step.dense_reason
-        if reason is not None:
-            event = Event("reset" if answer.reset else "fallback", reason, frame, frame)
-            if events and events[-1] == replace(event, first=events[-1].first, last=frame - 1):
-                event, events = replace(event, first=events[-1].first), events[:-1]
-            events = (*events[1 - EVENTS :], event)
+        report, noted = answer.message["lac"], self
+        if (reason := answer.reset or answer.step.dense_reason) is not None:
+            noted = noted.noting("reset" if answer.reset else "fallback", reason)
+        if lost := report.get("not_recorded"):
+            noted = noted.noting("unrecorded", lost)
         took = report["waited_ms"] + answer.message["server_timing"]["infer_ms"]
         return replace(
             self,
             at=at,
             instruction=answer.frame.instruction,
-            frames=frame,
+            frames=self.frames + 1,
             step=replace(answer.step, metadata={}, probe=None),  # these may hold tensors
             token_budget=report["token_budget"],
             ratios=(*self.ratios[1 - KEPT :], answer.step.ratio),
             latencies=(*self.latencies[1 - KEPT :], took),
-            events=events,
+            events=noted.events,
         )
+
+    def noting(self, kind: str, reason: str) -> SessionSnapshot:
+        """Make the snapshot with one more event, of the frame that is next; or with the same one, going on."""
+        frame = self.frames + 1
+        same = [e for e in self.events if (e.kind, e.reason) == (kind, reason) and e.last >= frame - 1]
+        events = tuple(event for event in self.events if event not in same)
+        event = Event(kind, reason, same[0].first if same else frame, frame)
+        return replace(self, events=(*events[1 - EVENTS :], event))
 
     def summary(self, now: float, max_age: int, deadline_ms: float | None, *, draw: bool) -> dict[str, Any]:
         """Give the page's numbers, and pictures if ``draw``, for JSON; ``now`` is seconds by the clock of ``at``."""

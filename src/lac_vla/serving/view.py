@@ -52,6 +52,10 @@ class View:
         """Show a request that was answered."""
         self._snapshots[session] = self._snapshots[session].after(answer, time.monotonic())
 
+    def refuse(self, session: str, reason: str) -> None:
+        """Show that a request could not be used."""
+        self._snapshots[session] = self._snapshots[session].noting("refused", reason)
+
     def end(self, session: str, reason: str) -> None:
         """Move a session to the closed ones: its robot has gone, or was sent away."""
         gone = self._snapshots.pop(session)
