@@ -199,6 +199,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "attributes": (info(data_path="{chunk_index.__class__}"), "it may hold"),
     "out of the folder": (info(data_path="../{chunk_index}/{file_index}"), "leads out of the dataset"),
     "nested": (write("meta/info.json", "[" * 100_000), "nested too deeply"),
+    "statistics": (write("meta/stats.json", '{"action": {"mean": [NaN]}}'), "'action' hold NaN or infinity"),
     "digits": (write("meta/info.json", '{"fps": ' + "9" * 5000 + "}"), "cannot be read"),
     "shuffled": (
         lambda root: change(root / DATA, lambda t: t.take(np.random.default_rng(0).permutation(t.num_rows))),
@@ -239,7 +240,7 @@ def test_what_is_wrong_is_named(root: Path, name: str) -> None:
     how, message = BROKEN[name]
     how(root)
     with pytest.raises(DatasetError, match=message) as error:
-        LeRobotDataset(root).episode(1).images["wrist"]
+        _ = LeRobotDataset(root).episode(1).images["wrist"], LeRobotDataset(root).stats
     assert str(root) in str(error.value)
 
 
