@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from lac_vla import InputError, LACConfig, LACPolicy, hub
+from lac_vla import CheckpointError, InputError, LACConfig, LACPolicy, hub
 from lac_vla.policies.lac import policy as module
 from lac_vla.policies.lac.card import model_card
 
@@ -56,6 +58,30 @@ def test_a_pushed_policy_comes_back_from_the_hub(fake: FakeHub) -> None:
     assert 'CachedVLA.from_pretrained("openvla/openvla-7b", policy="lac:path=me/my-lac")' in card
     assert "dataset kitchen" in card
     assert "front 4 × 4" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("policy.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("config.json", b"\n<!DOCTYPE html><title>404</title>", "is an HTML page"),
+        ("policy.safetensors", b"Entry not found", "cannot be read"),
+        ("config.json", b'{"error": "Repository not found"}', "does not hold a LAC policy"),
+        ("policy.safetensors", {"selector.shift": torch.tensor(torch.nan)}, "NaN or infinity"),
+        ("policy.safetensors", {"selector.shift": torch.tensor(0, dtype=torch.int8)}, "quantised"),
+        ("policy.safetensors", {"selector.shift": torch.zeros(3)}, r"(?s)does not fit .*selector\.shift"),
+        ("policy.safetensors", {"selector.other": torch.zeros(3)}, r"(?s)does not fit .*selector\.other"),
+    ],
+)
+def test_a_damaged_policy_of_the_hub(fake: FakeHub, name: str, content: Any, message: str) -> None:
+    LACPolicy(LACConfig(grids={"front": (4, 4)})).push_to_hub("me/my-lac")
+    file = fake.root / "me" / "my-lac" / name
+    if isinstance(content, dict):
+        save_file(load_file(file) | content, file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        LACPolicy.from_pretrained("me/my-lac")
 
 
 @pytest.mark.parametrize("name", ["my-lac", "a/b/c", "https://hub/a/b"])

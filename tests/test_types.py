@@ -33,6 +33,7 @@ RGB = np.zeros((8, 8, 3), np.uint8)
         ({"images": [RGB]}, "a list; give a mapping"),
         ({"images": RGB}, "a ndarray; give a mapping"),
         ({"images": None}, "a NoneType; give a mapping"),
+        ({"images": {3: RGB}}, "the camera 3; give names"),
         ({"instruction": None}, "a NoneType; give a text"),
         ({"instruction": b"go"}, "a bytes; give a text"),
         ({"instruction": "go \ud800"}, "lone surrogate"),

@@ -98,9 +98,9 @@ def check_device(device: torch.device | str, *, meta: bool = False) -> torch.dev
             raise InputError("torch sees no CUDA device here: give cpu, or install a CUDA build of torch")
         if (found.index or 0) >= torch.cuda.device_count():
             raise InputError(f"there is no {found}: torch sees {torch.cuda.device_count()} CUDA device(s) here")
-    elif found.type != "cpu" and not (meta and found.type == "meta"):
+    elif (found.type != "cpu" or found.index) and not (meta and found.type == "meta"):
         raise InputError(f"models do not run on the device {str(device)!r}: give cpu or cuda")
-    return found
+    return torch.device("cpu") if found.type == "cpu" else found  # safetensors knows no cpu:0
 
 
 def find_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:

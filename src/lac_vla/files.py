@@ -96,7 +96,7 @@ def fault(path: Path, error: object, advice: str) -> str:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     try:
         with path.open("rb") as file:
-            begin = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+            begin = _begin(file.read(256))
     except OSError as missing:
         reason = "it is a folder" if path.is_dir() else (missing.strerror or str(missing)).lower()
     else:
@@ -148,7 +148,10 @@ def read_lines(path: Path, command: str, parse: Callable[[Any], T]) -> Iterator[
         InputError: If the file cannot be read, or a line is damaged.
     """
     with reading(path, f"give the folder of a run of '{command}'"):
-        whole, _, _ = _text(path).rpartition("\n")
+        text = _text(path)
+        if _begin(text[:256].encode()).startswith((POINTER, *PAGE)):
+            raise ValueError("it is no log")
+        whole, _, _ = text.rpartition("\n")
     for number, line in enumerate(whole.split("\n"), start=1):
         if line.strip():
             try:
@@ -163,6 +166,11 @@ def cut_unfinished(path: Path) -> None:
     content = path.read_bytes() if path.exists() else b""
     if (whole := content.rfind(b"\n") + 1) < len(content):
         os.truncate(path, whole)
+
+
+def _begin(content: bytes) -> bytes:
+    """How a file begins, as far as it tells a pointer or a page."""
+    return content.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
 
 
 def _text(path: Path, limit: int = MAX_BYTES) -> str:

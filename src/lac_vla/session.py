@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lac_vla.checks import LONGEST_AGE, check_whole
-from lac_vla.engine.budget import cap_to_budget, pad_to_bucket
+from lac_vla.engine.budget import cap_to_budget, frames_of_age, pad_to_bucket
 from lac_vla.engine.deciding import PreparedFrame, decide_together
 from lac_vla.engine.engine import Engine
 from lac_vla.engine.frame_memory import FrameMemory, OutdatedPlanError
@@ -104,7 +104,7 @@ class Session:
         """
         check_whole("max_age", self.max_age, 1, LONGEST_AGE)
         check_whole("steps_per_frame", self.steps_per_frame, 1, LONGEST_AGE)
-        return max(1, self.max_age // self.steps_per_frame)
+        return frames_of_age(self.max_age, self.steps_per_frame)
 
     @property
     def slots(self) -> int:
@@ -451,7 +451,7 @@ class Session:
                 "choose the exit layers, from the next one on, of tokens that are still computed"
             )
         if refined.skipped is SkippedTokens.REUSE:
-            refined = refined.with_active(self.memory.age >= self.max_age)
+            refined = refined.with_active(self.memory.age >= self.max_frames)
         return refined
 
 

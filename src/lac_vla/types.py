@@ -50,6 +50,8 @@ class Frame:
         if not self.images:
             raise InputError("Frame.images is empty: give at least one camera, e.g. {'agentview': rgb}")
         for camera, image in self.images.items():
+            if not is_text(camera):
+                raise InputError(f"Frame.images has the camera {shortened(camera)}; give names, as texts")
             if not isinstance(image, np.ndarray):
                 raise InputError(f"image '{camera}' is a {type(image).__name__}; give a numpy array, uint8, H×W×3")
             if image.dtype != np.uint8:

@@ -97,6 +97,18 @@ def test_a_time_without_a_picture_is_refused(root: Path) -> None:
         episode.images["front"]
 
 
+@pytest.mark.parametrize("shift", [1.0, 0.5, -0.05])
+def test_times_of_another_episode_are_refused(root: Path, shift: float) -> None:
+    """Timestamps that go on from episode to episode would show the next one's pictures."""
+    table = pq.read_table(root / DATA)
+    times = np.array(table["timestamp"]) + shift * np.array(table["episode_index"])
+    change(root / DATA, column("timestamp", times.astype(np.float32)))
+    dataset = LeRobotDataset(root)
+    assert numbers(dataset.episode(0).images["front"]) == [*range(FRAMES)]
+    with pytest.raises(DatasetError, match=r"episode 1 begins at .* timestamps count from the episode's own beginning"):
+        dataset.episode(1)
+
+
 def test_tasks_are_found_by_their_index(root: Path) -> None:
     pq.write_table(pa.table({"task_index": [5, 0, 2], "task": ["five", "zero", "two"]}), root / TASKS)
     change(root / DATA, lambda t: column("task_index", np.where(np.array(t["task_index"]) == 0, 2, 0))(t))
@@ -108,6 +120,12 @@ def test_the_column_of_the_instructions_is_found_by_its_name(root: Path, name: s
     table = pa.table({"category": ["easy", "hard"], "task_index": [0, 1], name: ["lift it", "push it"]})
     pandas = json.dumps({"index_columns": [name] if name == "instruction" else []})
     pq.write_table(table.replace_schema_metadata({"pandas": pandas}), root / TASKS)
+    assert [episode.instruction for episode in LeRobotDataset(root)] == ["lift it", "push it", "lift it"]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_instructions_may_be_stored_in_other_ways(root: Path, kind: Any) -> None:
+    pq.write_table(pa.table({"task_index": [0, 1], "task": pa.array(["lift it", "push it"]).cast(kind)}), root / TASKS)
     assert [episode.instruction for episode in LeRobotDataset(root)] == ["lift it", "push it", "lift it"]
 
 
@@ -181,6 +199,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "attributes": (info(data_path="{chunk_index.__class__}"), "it may hold"),
     "out of the folder": (info(data_path="../{chunk_index}/{file_index}"), "leads out of the dataset"),
     "nested": (write("meta/info.json", "[" * 100_000), "nested too deeply"),
+    "statistics": (write("meta/stats.json", '{"action": {"mean": [NaN]}}'), "'action' hold NaN or infinity"),
     "digits": (write("meta/info.json", '{"fps": ' + "9" * 5000 + "}"), "cannot be read"),
     "shuffled": (
         lambda root: change(root / DATA, lambda t: t.take(np.random.default_rng(0).permutation(t.num_rows))),
@@ -221,7 +240,7 @@ def test_what_is_wrong_is_named(root: Path, name: str) -> None:
     how, message = BROKEN[name]
     how(root)
     with pytest.raises(DatasetError, match=message) as error:
-        LeRobotDataset(root).episode(1).images["wrist"]
+        _ = LeRobotDataset(root).episode(1).images["wrist"], LeRobotDataset(root).stats
     assert str(root) in str(error.value)
 
 

@@ -257,8 +257,10 @@ def _leaving(layer: int, decision: Decision) -> Decision:
     return Decision(np.full_like(decision.exit_layer, layer + 1), decision.n_layers)
 
 
-def test_the_maximum_age_holds_for_what_a_policy_refines(model: VLA) -> None:
-    session = CachedVLA(model, Refiner(_leaving), max_age=3).session()
+@pytest.mark.parametrize(("max_age", "steps"), [(3, 1), (6, 2), (7, 2), (12, 4)])
+def test_the_maximum_age_holds_for_what_a_policy_refines(model: VLA, max_age: int, steps: int) -> None:
+    session = CachedVLA(model, Refiner(_leaving), max_age=max_age).session()
+    session.steps_per_frame = steps
     oldest = []
     for seed in range(9):
         session.act(frame(seed))

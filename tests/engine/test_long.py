@@ -21,8 +21,9 @@ from tests.engine.scenes import ALL_POLICIES, frame
 from tests.engine.test_invariants import assert_slots, reference, slots_of
 from tests.engine.test_towers import DINO, SIGLIP, small
 
-FEW, MANY = 1_800, 100_000
-"""Frames of all models together."""
+FEW, MANY, PARTS = 10_000, 100_000, 20
+"""Frames of all models together; parts of the many, each with weights and robots of its own: of a run that is broken
+off, the parts that passed count."""
 PICTURES, THREADS, RESET, BROKEN = 12, 2, 0.03, 0.01
 """Pictures that robots see; threads; the chance of a new episode, and of a cache that is given up."""
 TEXTS = ("pick up the bowl", "stop", "put the mug on the plate, then stop")
@@ -35,9 +36,9 @@ MODELS: dict[str, tuple[Any, str]] = {
 class Robot:
     """A session, the references that live through the same frames, and what it sees."""
 
-    def __init__(self, engine: Engine, policy: str, number: int) -> None:
+    def __init__(self, engine: Engine, policy: str, number: int, part: int) -> None:
         chosen, model = ALL_POLICIES[policy](), engine.model
-        self.name, self.engine, self.rng = policy, engine, np.random.default_rng([number, len(policy)])
+        self.name, self.engine, self.rng = policy, engine, np.random.default_rng([part, number, len(policy)])
         self.session = Session(engine, chosen, chosen.flow, 5, 0.25, number)
         self.decoder = reference(model)
         self.towers: list[list[ReferenceTower]] = []
@@ -149,14 +150,14 @@ def drive(robots: list[Robot], hidden: dict[int, Any], pictures: dict[int, torch
     return done
 
 
-def drive_all(name: str, frames: int) -> None:
+def drive_all(name: str, frames: int, part: int = 0) -> None:
     config, options = MODELS[name]
-    model = random_vla(config, seed=3)
+    model = random_vla(config, seed=3 + part)
     engine = Engine(model, EngineOptions.parse(options))
     with torch.inference_mode():
         scenes = {number: frame(number, TEXTS[0], tuple(model.grids)) for number in range(PICTURES)}
         pictures = {} if engine.options.vision_kv_reuse else {n: model.encode_image(f) for n, f in scenes.items()}
-    robots = [Robot(engine, policy, number) for number, policy in enumerate(ALL_POLICIES)]
+    robots = [Robot(engine, policy, number, part) for number, policy in enumerate(ALL_POLICIES)]
     with watched(model) as hidden, ThreadPoolExecutor(THREADS) as threads:
         each = [robots[number::THREADS] for number in range(THREADS)]
         runs = [threads.submit(drive, some, hidden, pictures, -(-frames // THREADS)) for some in each]
@@ -170,5 +171,6 @@ def test_many_frames(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_very_many_frames(name: str) -> None:
-    drive_all(name, MANY // len(MODELS))
+@pytest.mark.parametrize("part", range(1, PARTS + 1))
+def test_very_many_frames(name: str, part: int) -> None:
+    drive_all(name, -(-MANY // len(MODELS) // PARTS), part)

@@ -323,7 +323,7 @@ def test_an_index_names_files_of_its_folder(folder: Path, index: Any) -> None:
 # Where and as what.
 
 
-@pytest.mark.parametrize("device", ["gpu", "tpu", "mps", "meta", "cpu:x", "", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "tpu", "mps", "meta", "cpu:x", "cpu:3", "", "cuda:99"])
 def test_devices_that_are_none(device: str) -> None:
     with pytest.raises(InputError, match=r"give cpu|CUDA device"):
         load_vla(MINI, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -214,8 +215,14 @@ class LeRobotDataset:
         clips: dict[str, Clip] = {}
         for camera, key in self._images.items():
             if self._is_video(key):
-                shown = float(row[f"videos/{key}/from_timestamp"]) + times
-                clips[camera] = partial(_decode, self._path(row, key), shown, self.fps, number)
+                begin, end = (row.get(f"videos/{key}/{name}_timestamp") for name in ("from", "to"))
+                lasts = end - begin if isinstance(end, int | float) and end > begin else math.inf
+                if not -0.5 / self.fps < times[0] < lasts:
+                    raise DatasetError(
+                        f"{path}: episode {number} begins at {times[0]:.3f} s of a video of {lasts:.3f} s: timestamps "
+                        "count from the episode's own beginning; repair the table"
+                    )
+                clips[camera] = partial(_decode, self._path(row, key), float(begin) + times, self.fps, number)
             else:
                 clips[camera] = partial(read_pictures, path, key, rows.first, number)
         with reading(self.root / "meta" / "episodes", AGAIN, DatasetError):

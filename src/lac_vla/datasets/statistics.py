@@ -103,11 +103,13 @@ def from_lists(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, FeatureStats
     """Convert nested lists back, see :func:`to_lists`.
 
     Raises:
-        ValueError: If there is something else than numbers.
+        ValueError: If there is something else than finite numbers.
     """
     found = {key: {name: np.asarray(value) for name, value in entry.items()} for key, entry in stats.items()}
     if wrong := [
         key for key, entry in found.items() if any(value.dtype.kind not in "biuf" for value in entry.values())
     ]:
         raise ValueError(f"the statistics of {wrong[0]!r:.80} are no numbers")
+    if wrong := [key for key, entry in found.items() if not all(np.isfinite(value).all() for value in entry.values())]:
+        raise ValueError(f"the statistics of {wrong[0]!r:.80} hold NaN or infinity")
     return found

@@ -43,9 +43,11 @@ def read_tasks(root: Path) -> dict[int, str]:
 
 def _text_column(table: Any) -> str | None:
     """Find the column of the instructions: ``task``, else the index of the pandas frame, else the only text."""
-    texts = [
-        field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-    ]
+    kinds = {
+        field.name: field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        for field in table.schema
+    }
+    texts = [name for name, kind in kinds.items() if str(kind) in ("string", "large_string", "string_view")]
     note = (table.schema.metadata or {}).get(b"pandas", b"{}")
     index = [name for name in parse_json(note).get("index_columns", []) if isinstance(name, str)]
     for name in ("task", *index, "__index_level_0__", *(texts if len(texts) == 1 else [])):

@@ -9,6 +9,7 @@ import numpy as np
 from lac_vla.drawing.overlay import camera_overlays, heat, reuse_text, step_picture
 from lac_vla.drawing.picture import caption, jpeg, side_by_side, stacked
 from lac_vla.drawing.video import VideoFile
+from lac_vla.engine.budget import frames_of_age
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.files import write_whole
@@ -68,13 +69,13 @@ class FailurePicture:
     Args:
         path: Path of the ``.jpg`` file; its folder is created.
         horizon: World steps of an episode that fails.
-        max_age: The age that is brightest, frames.
+        max_age: The age that is brightest, control steps.
         actions_per_call: World steps per call of the model.
     """
 
     def __init__(self, path: str | Path, horizon: int, max_age: int, actions_per_call: int = 1) -> None:
         self.path = Path(path)
-        self._max_age, self._actions_per_call = max_age, actions_per_call
+        self._max_age, self._actions_per_call = frames_of_age(max_age, actions_per_call), actions_per_call
         calls = -(-horizon // actions_per_call)
         self._wanted = set(np.linspace(0, calls - 1, MOMENTS + 1).round().astype(int).tolist()[1:])
         self._count = 0

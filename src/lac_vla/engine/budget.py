@@ -10,6 +10,11 @@ from lac_vla.policies.base import pixel_change
 from lac_vla.types import BoolArray, Decision, IntArray, PolicyInput, SkippedTokens
 
 
+def frames_of_age(max_age: int, steps_per_frame: int) -> int:
+    """The age in frames from which on no slot is reused, of one in control steps: 1 at least."""
+    return max(1, max_age // steps_per_frame)
+
+
 def smallest_budget(n_visual: int, max_age: int) -> int:
     """The fewest tokens per frame with which no slot ever has to grow older than ``max_age``."""
     return -(-n_visual // (max_age + 1))

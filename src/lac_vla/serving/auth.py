@@ -7,14 +7,18 @@ import hmac
 import ipaddress
 import os
 import ssl
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lac_vla.checks import shortened
 from lac_vla.client import KEY_VARIABLE
 from lac_vla.errors import InputError
 
 MIN_KEY = 16
 """Characters of a key."""
+LISTS = ("via", "forwarded", "sec-websocket-extensions", "sec-websocket-protocol")
+"""Headers that may stand in a request more than once, beside ``X-Forwarded-…``."""
 
 
 def read_key(file: Path | None) -> str | None:
@@ -55,6 +59,19 @@ def browser_allowed(header: str | None, key: str | None) -> bool:
     except ValueError:
         return False
     return hmac.compare_digest(password, key.encode())
+
+
+def repeated_header(names: Iterable[str]) -> str | None:
+    """Find a header that a request has twice, of which nobody can tell which one is meant; ``None`` if none is.
+
+    Proxies may add a line of their own for every hop, and RFC 6455 lets two be spread over several.
+    """
+    seen: set[str] = set()
+    for name in map(str.lower, names):
+        if name in seen and name not in LISTS and not name.startswith("x-forwarded-"):
+            return shortened(name)[1:-1].title()
+        seen.add(name)
+    return None
 
 
 def names_this_machine(host: str | None) -> bool:

@@ -112,7 +112,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
     """
     from lac_vla import __version__
     from lac_vla.client.observation import ObservationKeys
-    from lac_vla.engine.budget import smallest_budget
+    from lac_vla.engine.budget import frames_of_age, smallest_budget
     from lac_vla.engine.warmup import warm_up
     from lac_vla.realtime.deadline import DeadlineController, LatencyTable, sample_frames
     from lac_vla.serving.auth import check_exposure, read_key, tls_context
@@ -134,7 +134,7 @@ def make_server(config: ServeConfig) -> PolicyServer:
     controller = None
     if config.deadline_ms and table is not None:
         n_visual = sum(rows * cols for rows, cols in vla.model.grids.values())
-        max_frames = max(1, vla.max_age // (config.session_options.actions_per_call or 1))
+        max_frames = frames_of_age(vla.max_age, config.session_options.actions_per_call or 1)
         controller = DeadlineController(config.deadline_ms, table, smallest_budget(n_visual, max_frames))
     metadata = {
         "server": f"lac-vla {__version__}",

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from lac_vla.client import wire
 from lac_vla.client.observation import ObservationKeys
+from lac_vla.engine.budget import frames_of_age
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.factory import CachedVLA
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
-from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names_this_machine
+from lac_vla.serving.auth import allowed, browser_allowed, check_exposure, names_this_machine, repeated_header
 from lac_vla.serving.batches import Batcher
 from lac_vla.serving.door import Door, open_doors
 from lac_vla.serving.executor import ModelExecutor
@@ -144,7 +145,8 @@ class PolicyServer:
             from lac_vla.serving.view import View
 
             deadline = None if self.controller is None else self.controller.deadline_ms
-            self._view = View(self.metadata, self.vla.max_age, deadline)
+            max_frames = frames_of_age(self.vla.max_age, self.session_options.actions_per_call or 1)
+            self._view = View(self.metadata, max_frames, deadline)
 
     @property
     def url(self) -> str:
@@ -200,8 +202,8 @@ class PolicyServer:
     async def _admit(self, ws: ServerConnection, request: Request) -> Response | None:
         """Answer plain requests, and refuse connections that may not be."""
         path = request.path.partition("?")[0]
-        if repeated := [name for name in ("Authorization", "Host") if len(request.headers.get_all(name)) > 1]:
-            return self._refuse(ws, HTTPStatus.BAD_REQUEST, "repeated header", f"send one header {repeated[0]}")
+        if repeated := repeated_header([name for name, _ in request.headers.raw_items()]):
+            return self._refuse(ws, HTTPStatus.BAD_REQUEST, "repeated header", f"send one header {repeated}")
         if path == "/healthz":
             return ws.respond(HTTPStatus.OK, "OK\n")
         if path == "/readyz":  # whether another robot is welcome, for whoever shares them out

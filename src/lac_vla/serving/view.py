@@ -34,11 +34,17 @@ CLOSED = 5
 
 
 class View:
-    """The page of one server, which shows some of its metadata. Only the drawing is not done in the event loop."""
+    """The page of one server, which shows some of its metadata. Only the drawing is not done in the event loop.
 
-    def __init__(self, metadata: Mapping[str, Any], max_age: int, deadline_ms: float | None) -> None:
+    Args:
+        metadata: The server's.
+        max_frames: The age from which on no slot is reused, frames.
+        deadline_ms: Of every request; ``None`` for none.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], max_frames: int, deadline_ms: float | None) -> None:
         self._metadata = {name: str(metadata[name]) for name in ("server", "model", "method") if name in metadata}
-        self._max_age, self._deadline_ms = max_age, deadline_ms
+        self._max_age, self._deadline_ms = max_frames, deadline_ms
         self._snapshots: dict[str, SessionSnapshot] = {}
         self._closed: deque[dict[str, Any]] = deque(maxlen=CLOSED)
         self._drawing = asyncio.Lock()

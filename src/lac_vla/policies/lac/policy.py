@@ -231,17 +231,22 @@ class LACPolicy(CachePolicy):
             folder = folder / SUBFOLDER
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"there is no policy at {folder}: it holds no {CONFIG}")
-        data, weights = read_json(folder / CONFIG), folder / WEIGHTS
+        file, weights = folder / CONFIG, folder / WEIGHTS
+        data = read_json(file)
         if data.pop("model_type", None) != MODEL_TYPE:
             raise CheckpointError(f"{folder} does not hold a LAC policy: give the folder that `lac train` wrote")
         about = data.pop("about", None)
-        with torch.device("meta"):
-            policy = cls(LACConfig.from_json(data), ratio=ratio, recovery=recovery)
         try:
-            state = check_tensors(weights, read_safetensors(weights))
+            config = LACConfig.from_json(data)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        with torch.device("meta"):
+            policy = cls(config, ratio=ratio, recovery=recovery)
+        state = check_tensors(weights, read_safetensors(weights))
+        try:
             policy.networks.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-        except (CheckpointError, RuntimeError) as error:
-            raise CheckpointError(f"{weights} is missing, damaged or of another shape: {error}") from error
+        except RuntimeError as error:
+            raise CheckpointError(f"{weights} does not fit {file}, of which run is it? {error}") from error
         check_finite_weights(weights, policy.networks)
         policy.networks.eval()
         policy.about = about if isinstance(about, dict) else {}
