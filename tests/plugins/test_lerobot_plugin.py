@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.evaluation.worlds import save_tiny
+from tests.models import pi0_checkpoint, smolvla_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "integrations" / "lerobot_policy_lac_vla"
@@ -58,3 +59,43 @@ def test_a_rollout_by_lerobot(lerobot_python: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found["actions"], np.float32(found["expected"]))
         np.testing.assert_array_equal(found["kept"], found["actions"][: len(found["kept"])])
         assert len(np.unique(found["actions"], axis=0)) > 2  # else the same actions say nothing
+
+
+@pytest.mark.slow
+def test_lerobots_own_policies_answer_alike(lerobot_python: str, tmp_path: Path) -> None:
+    """SmolVLA, π0 and π0.5: its chunks, its queue, its engine for real-time chunking; since LeRobot 0.6."""
+    folders = [smolvla_checkpoint.write(tmp_path / "smolvla")]
+    folders += [pi0_checkpoint.write(tmp_path / family, family) for family in ("pi0", "pi05")]
+    for name in ("pi0", "pi05", "smolvla"):
+        config = ROOT / "tests" / "goldens" / name / "tokenizer_config.json"
+        (tmp_path / name / config.name).write_bytes(config.read_bytes())
+    run = subprocess.run(
+        [lerobot_python, Path(__file__).with_name("lerobot_policies.py"), *folders],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(run.stdout.splitlines()[-1])
+    print(f"\n{json.dumps(told)}")
+    for folder in folders:
+        found = told[folder.name]
+        for name in ("dense", "bare"):
+            assert max(found[name]) < 1e-4, (folder.name, name)
+            assert found[f"{name}_fault"] is None
+        assert found["reuse_fault"] is None
+        assert found["reuse"][0] < 1e-4  # the first frame reuses nothing
+        assert max(found["reuse"][1:]) > 1e-4
+        assert found["reuse_ratio"] == pytest.approx(0.5, abs=0.02)
+        assert len(found["queue"]) == found["steps"] + 2
+        assert max(found["queue"]) < 1e-4
+        assert found["supports_rtc"] is True
+        rtc = found["rtc"]
+        assert not rtc["failed"]
+        assert rtc["finite"]
+        assert rtc["actions"] > 0
+        first, *then = rtc["asked"]
+        assert first["left"] is None
+        assert len(then) == 2
+        assert all(asked["left"] == 6 for asked in then)  # LeRobot's execution horizon
+        assert all(asked["frozen"] < 1e-5 for asked in then if asked["delay"])
+    assert "Cannot specify both --policy.path and --policy.type" in told["path_and_type"]

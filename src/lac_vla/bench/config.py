@@ -40,6 +40,8 @@ class BenchConfig:
             ``lac models`` lists them.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
+        lerobot: Time LeRobot's own policy over the same weights as ``dense stock``: of a SmolVLA, π0 or π0.5, in an
+            environment that has LeRobot.
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         threads: CPU threads of torch and of OpenCV; 0 leaves it to them.
         shape: Decoder of the section ``engine``: ``llama-8x512`` (that of the targets) or ``llama-32x4096``.
@@ -80,6 +82,7 @@ class BenchConfig:
     model: str | None = None
     random_weights: str | None = None
     unnorm_key: str | None = None
+    lerobot: bool = False
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = 0

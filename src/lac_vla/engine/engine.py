@@ -22,7 +22,7 @@ from lac_vla.engine.prefill import AppendCursor, Cursor, PrefillCursor, Sequence
 from lac_vla.errors import DeviceMemoryError, InputError, NonFiniteError
 from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt, finite
 from lac_vla.models.heads.guidance import recording
-from lac_vla.models.protocols import DecoderStack, Rotary
+from lac_vla.models.protocols import DecoderStack, Rotary, SplitsStems
 from lac_vla.models.vla import VLA
 from lac_vla.timing import Stopwatch
 from lac_vla.transfer import upload
@@ -82,6 +82,8 @@ class Engine:
         self.store = SlotCache(model.n_layers, decoder.kv_heads, decoder.head_dim, decoder.dtype, decoder.device)
         self.graphs = CUDAGraphRunner(decoder.device) if self.options.cuda_graphs else None
         self.stage_events = False
+        vision = model.vision
+        self._splits = vision if self.options.picture_reuse and isinstance(vision, SplitsStems) else None
         self._run_layers: RunLayers = run_layers if self.graphs is None else self.graphs
         self._rotary: dict[int, tuple[DecoderStack, Rotary]] = {}
         self._lock = RLock()
@@ -173,21 +175,35 @@ class Engine:
 
     def _encode_stems(self, runs: Sequence[_Run]) -> list[Any]:
         """Run the vision stem of all frames at once; if that fails, one by one: the fault is one session's affair."""
-        plans = [run.plan for run in runs]
-        if len(runs) > 1 and all(plan.vision_kv is None for plan in plans):
+        stems: dict[int, Any] = {}
+        plans = [run.plan for run in runs if run.plan.vision_kv is None and not run.plan.stems]
+        if len(plans) > 1:
             with suppress(Exception), runs[0].clock.stage("tower"):
-                stems = self.model.vision.encode_stems([plan.frame for plan in plans], [plan.images for plan in plans])
+                made = self.model.vision.encode_stems([plan.frame for plan in plans], [plan.images for plan in plans])
                 for plan in plans:
                     if isinstance(plan.decided, Future):
                         wait([plan.decided])
-                return list(stems)
-        return [self._try(run, self._encode_stem) for run in runs]
+                stems = {id(plan): stem for plan, stem in zip(plans, made, strict=True)}
+        every = [stems[id(run.plan)] if id(run.plan) in stems else self._try(run, self._encode_stem) for run in runs]
+        if self._splits is not None:
+            for run, stem in zip(runs, every, strict=True):
+                if run.plan.vision_kv is None and stem is not None:
+                    parts = dict(zip(self.model.grids, self._splits.split_stem(stem), strict=True))
+                    run.result.stems = {**parts, **run.plan.stems}
+        return every
 
     def _encode_stem(self, run: _Run) -> Any:
-        plan = run.plan
+        plan, vision, parts = run.plan, self.model.vision, dict(run.plan.stems)
         try:
             with run.clock.stage("tower"):
-                return self.model.vision.encode_stem(plan.frame, plan.images, plan.vision_kv)
+                if self._splits is None or not parts:
+                    return vision.encode_stem(plan.frame, plan.images, plan.vision_kv)
+                new = {name: image for name, image in plan.images.items() if name not in parts}
+                if new:
+                    stem = vision.encode_stem(plan.frame, new)
+                    seen = [name for name in self.model.grids if name in new]
+                    parts |= zip(seen, self._splits.split_stem(stem), strict=True)
+                return self._splits.join_stem([parts[name] for name in self.model.grids])
         finally:  # whatever happens, nothing of this frame goes on beside the next
             if isinstance(plan.decided, Future):
                 with run.clock.stage("policy"):
@@ -201,6 +217,9 @@ class Engine:
         with clock.stage("bookkeeping"):
             plan.begin()
             self.store.reserve(plan.region, self.slots(plan))
+            if decision.deltas is not None:
+                reused = layout.visual.start + np.flatnonzero(decision.exit_layer == 0)
+                self.store.add(plan.region, reused, decision.deltas)
         visual, run.result.encoded = self._encode_tokens(run, stem, decision)
         with clock.stage("projector"):
             draft = None if plan.drafted is None else model.head.draft(plan.drafted)

@@ -68,7 +68,8 @@ class Bridge:
             raise InputError(f"n_action_steps is {n_action_steps}; give 1 to {self.horizon}, the length of a chunk")
         self._vla, self._seed, self._n_action_steps = vla, seed, n_action_steps
         self._session = self._begin(vla)
-        self._unchecked, self.fault = self_check, None
+        self._unchecked = self_check
+        self.fault: str | None = None
         self._queue: deque[FloatArray] = deque()
 
     def _begin(self, vla: CachedVLA) -> Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lac_vla.errors import InputError, MissingExtraError
 
@@ -70,10 +70,11 @@ class LacVlaConfig(PreTrainedConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         """Take the checkpoint that LeRobot calls ``pretrained_path``: its processors are not for this policy."""
         super().__post_init__()
-        if self.pretrained_path and not self.model:
-            if self.pretrained_revision:
+        given: Any = self.pretrained_path  # type: ignore[has-type]
+        if given and not self.model:
+            if getattr(self, "pretrained_revision", None):
                 raise InputError("pretrained_revision is not read: download that revision, and give its folder")
-            self.model, self.pretrained_path = str(self.pretrained_path), None
+            self.model, self.pretrained_path = str(given), None
 
     def get_optimizer_preset(self) -> NoReturn:
         """Refuse, as nothing is trained here."""

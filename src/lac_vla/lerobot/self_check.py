@@ -24,8 +24,8 @@ def without_cache(vla: CachedVLA) -> CachedVLA:
 def fault(vla: CachedVLA, frame: Frame, seed: int) -> str | None:
     """Compare what the engine answers to an observation, shown twice, with what the model without it does.
 
-    The first time everything is computed; the second time the policy reuses what it wants, and as nothing has moved, the
-    answer must be the same. Both are asked in sessions of their own. A policy that prunes, or predicts how slots
+    The first time everything is computed; the second time the policy reuses what it wants, and as nothing has moved,
+    the answer must be the same. Both are asked in sessions of their own. A policy that prunes, or predicts how slots
     change, answers otherwise by design: of it, the first answer alone is compared.
 
     Args:
@@ -47,7 +47,8 @@ def fault(vla: CachedVLA, frame: Frame, seed: int) -> str | None:
             action = own.act(frame)
         except Exception as error:  # whatever it is: the robot has an answer without it
             return f"the engine failed on the first observation, {which} ({error})"
-        if own.last_info is not None and own.last_info.decision.skipped is SkippedTokens.PRUNE:
+        decision = None if own.last_info is None else own.last_info.decision
+        if decision is not None and (decision.skipped is SkippedTokens.PRUNE or decision.deltas is not None):
             return None
         apart = float(np.abs(action - expected).max() / max(1e-6, float(np.abs(expected).max())))
         if not apart <= share:

@@ -211,11 +211,19 @@ class SiglipVision:
     ) -> torch.Tensor:
         """Embed the patches of all cameras, (cameras, patches, width); run the blocks unless a cache will be given.
 
-        The images are resized in floating point from the frame's own; ``images``, which are rounded, are not read.
+        The images are resized in floating point from the frame's own; ``images``, which are rounded, only name them.
         """
-        pixels = torch.stack([self._picture(frame.images[name]) for name in self._names])
+        pixels = torch.stack([self._picture(frame.images[name]) for name in self._names if name in images])
         stem = self._tower.embed(upload(pixels, self._like.device).to(self._like.dtype))
         return stem if kv_cache is not None else self._tower.encode(stem)
+
+    def split_stem(self, stem: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Take a stem apart by cameras; see :class:`lac_vla.models.protocols.SplitsStems`."""
+        return torch.split(stem, 1)
+
+    def join_stem(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Put the cameras' parts together."""
+        return torch.cat(list(parts))
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
         """Embed the patches of all cameras of several frames, and run the blocks: each (cameras, patches, width)."""

@@ -38,9 +38,17 @@ class FiLMVision(PrismaticVision):
 
     def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Any:
         """Run what does not depend on which tokens matter, and keep the instruction's embedding with it."""
-        pixels = {own: self._normalize(torch.from_numpy(images[name])[None]) for name, own in self._names.items()}
         language = self._language(frame.instruction)
-        return self._backbone.encode_stem(pixels, whole=kv_cache is None, language=language), language
+        return self._backbone.encode_stem(self._pixels(images), whole=kv_cache is None, language=language), language
+
+    def split_stem(self, stem: Any) -> Sequence[Any]:
+        """Take a stem apart by cameras; the instruction's embedding stays with every part."""
+        rows, language = stem
+        return [(part, language) for part in super().split_stem(rows)]
+
+    def join_stem(self, parts: Sequence[Any]) -> Any:
+        """Put the cameras' parts together; all are of one instruction."""
+        return super().join_stem([rows for rows, _ in parts]), parts[0][1]
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[Any]:
         """Run it one by one: every frame's towers are conditioned on its own instruction."""

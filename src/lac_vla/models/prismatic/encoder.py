@@ -46,8 +46,15 @@ class PrismaticVision:
 
     def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: FrameKVCache | None = None) -> Stem:
         """Run what does not depend on which tokens matter; see :class:`lac_vla.models.protocols.VisionEncoder`."""
-        pixels = {own: self._normalize(torch.from_numpy(images[name])[None]) for name, own in self._names.items()}
-        return self._model.vision_backbone.encode_stem(pixels, whole=kv_cache is None)
+        return self._model.vision_backbone.encode_stem(self._pixels(images), whole=kv_cache is None)
+
+    def split_stem(self, stem: Any) -> Sequence[Any]:
+        """Take a stem apart by cameras; see :class:`lac_vla.models.protocols.SplitsStems`."""
+        return self._model.vision_backbone.split_stem(stem)
+
+    def join_stem(self, parts: Sequence[Any]) -> Any:
+        """Put the cameras' parts together."""
+        return self._model.vision_backbone.join_stem(parts)
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[Stem]:
         """Run it for several frames at once; see :class:`lac_vla.models.protocols.VisionEncoder`."""
@@ -75,6 +82,11 @@ class PrismaticVision:
         """Project features row by row: (..., features) → (..., width)."""
         rows: torch.Tensor = self._model.projector(features)
         return rows
+
+    def _pixels(self, images: Mapping[str, UInt8Image]) -> dict[str, torch.Tensor]:
+        """Normalise one frame's images, by the model's own names of the cameras."""
+        names = {name: own for name, own in self._names.items() if name in images}
+        return {own: self._normalize(torch.from_numpy(images[name])[None]) for name, own in names.items()}
 
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         weight = self._model.language_model.lm_head.weight
