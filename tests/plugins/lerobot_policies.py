@@ -62,7 +62,9 @@ def apart(ours, theirs):
 def compare(folder):
     """Chunks and executed actions of both, on the same observations and noise."""
     vla = load_vla(folder)
-    theirs = OpenedPolicy(Path(folder), vla, PreTrainedTokenizerFast.from_pretrained(folder))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder, "tokenizer.json")))
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(2 if vla.family == "smolvla" else 0)
+    theirs = OpenedPolicy(Path(folder), vla, tokenizer)
     told = {"steps": theirs.policy.config.n_action_steps}
 
     def open_ours(caching, **options):
@@ -128,8 +130,10 @@ def real_time(vla, policy, before, after):
     def spy(batch, **given):
         left = given["prev_chunk_left_over"]
         chunk = whole(batch, **given)
-        frozen = None if left is None else apart(chunk[0, : given["inference_delay"]], left[: given["inference_delay"]])
-        asked.append({"delay": given["inference_delay"], "left": None if left is None else len(left), "frozen": frozen})
+        delay, count = given["inference_delay"], 0 if left is None else len(left)
+        frozen = min(delay, count)  # a slow machine's delay may exceed what is left
+        same = apart(chunk[0, :frozen], left[:frozen]) if frozen else None
+        asked.append({"delay": delay, "left": count, "frozen": same})
         return chunk
 
     policy.predict_action_chunk = spy
