@@ -96,3 +96,24 @@ def test_lerobots_own_policies_answer_alike(lerobot_python: str, tmp_path: Path)
         assert all(asked["left"] == 6 for asked in then)  # LeRobot's execution horizon
         assert all(asked["frozen"] < 1e-5 for asked in then if asked["delay"])
     assert "Cannot specify both --policy.path and --policy.type" in told["path_and_type"]
+
+
+@pytest.mark.slow
+def test_lerobots_own_policy_is_a_baseline(lerobot_python: str, tmp_path: Path) -> None:
+    """It answers as the dense model does, and multiplies more: projections in every step, masked rows."""
+    for model, options in (("mini-flow", []), ("pi05-tiny", ["--empty-cameras", "1"])):
+        out = tmp_path / model
+        run = subprocess.run(
+            [lerobot_python, "-m", "lac_vla", "bench", "--lerobot", "--random-weights", model, *options,
+             "--sections", "frame", "--threads", "1", "--warmup", "1", "--frames", "2",
+             "--policies", "random:ratio=0.5", "--options", "vision_kv_reuse", "--out", out],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        result = json.loads((out / "bench.json").read_text(encoding="utf-8"))["frame"]
+        assert result["stock"].startswith("LeRobot ")
+        stock, dense = (next(row for row in result["rows"] if row["name"] == name) for name in ("dense stock", "dense"))
+        assert dense["same_actions"] == 1
+        assert stock["flops"] > dense["flops"]
+        assert all(stock["windows_ms"][window]["p50"] > 0 for window in stock["windows_ms"])

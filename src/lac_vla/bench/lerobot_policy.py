@@ -50,10 +50,7 @@ class OpenedPolicy:
     """
 
     def __init__(self, folder: Path, model: VLA, tokenizer: Any, *, own_processors: bool = True) -> None:
-        try:
-            factory = import_module("lerobot.policies.factory")
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("lerobot", "LeRobot's own policy as a baseline") from error
+        factory = _lerobot("policies.factory")
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with TemporaryDirectory() as scratch:
             settings = {key: value for key, value in kind.items() if key not in OURS}
@@ -82,6 +79,14 @@ class OpenedPolicy:
         }
         state = torch.from_numpy(np.asarray(frame.proprio, dtype=np.float32))
         return {**images, "observation.state": state, "task": frame.instruction}
+
+
+def _lerobot(name: str) -> Any:
+    """Import a module of LeRobot's."""
+    try:
+        return import_module(f"lerobot.{name}")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("lerobot", "LeRobot's own policy as a baseline") from error
 
 
 @contextmanager
@@ -177,6 +182,7 @@ class LeRobotSession:
     Args:
         model: One of :data:`FAMILIES`; its weights are written to a file and read by LeRobot.
         seed: Of the noise: the same as in a session of this seed.
+        empty_cameras: Masked cameras that LeRobot computes besides, as many checkpoints of π0 and π0.5 have.
 
     Attributes:
         last_info: Report of the last frame.
@@ -187,17 +193,21 @@ class LeRobotSession:
         InputError: If it has no such policy.
     """
 
-    def __init__(self, model: VLA, seed: int = 0) -> None:
+    def __init__(self, model: VLA, seed: int = 0, empty_cameras: int = 0) -> None:
         if model.family not in FAMILIES:
             raise InputError(f"{model.name} is no model of LeRobot's, {list(FAMILIES)}: leave out --lerobot")
+        version = _lerobot("__version__").__version__
         self.last_info: StepInfo | None = None
         self._model, self._seed, self._rng, self._given = model, seed, head_rng(seed), _Given()
         with TemporaryDirectory() as folder:
             save_vla(model, folder, dtype=model.dtype)
+            file = Path(folder) / "config.json"
+            settings = json.loads(file.read_text(encoding="utf-8")) | {"empty_cameras": empty_cameras}
+            file.write_text(json.dumps(settings), encoding="utf-8")
             self._opened = OpenedPolicy(Path(folder), model, self._given, own_processors=False)
         core = self._opened.policy.model
-        version, kernel = import_module("lerobot").__version__, "its own attention in plain matrix products"
-        self.described = f"LeRobot {version}'s own policy over the same weights, processors included, {kernel}"
+        self.described = f"LeRobot {version}'s own policy over the same weights, its processors included"
+        self.described += f"; {empty_cameras} empty camera(s) besides" if empty_cameras else ""
         self._stack = core.vlm_with_expert if model.family == "smolvla" else core.paligemma_with_expert
         self._took: dict[str, float] = {}
         self._calls: dict[str, list[Callable[[], Any]]] = {}

@@ -41,7 +41,7 @@ def make_methods(model: VLA, config: BenchConfig) -> Iterator[Method]:
     Where drafts have a prescribed acceptance, also every one of these.
     """
     if config.lerobot:
-        yield Method(STOCK, LeRobotSession(model, config.seed))
+        yield Method(STOCK, LeRobotSession(model, config.seed, config.empty_cameras))
     elif has_stock(model):
         yield Method(STOCK, StockSession(model, config.seed))
     for options in dict.fromkeys(("none", *config.options)):
