@@ -131,7 +131,8 @@ def real_time(vla, policy, before, after):
         left = given["prev_chunk_left_over"]
         chunk = whole(batch, **given)
         delay, count = given["inference_delay"], 0 if left is None else len(left)
-        frozen = min(delay, count)  # a slow machine's delay may exceed what is left
+        real = 0 if left is None else int(left.any(dim=1).sum())  # LeRobot fills up with zeros
+        frozen = min(delay, real, chunk.shape[1] - 1)  # a slow machine's delay may exceed what is left
         same = apart(chunk[0, :frozen], left[:frozen]) if frozen else None
         asked.append({"delay": delay, "left": count, "frozen": same})
         return chunk
@@ -139,7 +140,7 @@ def real_time(vla, policy, before, after):
     policy.predict_action_chunk = spy
     engine = RTCInferenceEngine(
         policy, before, after, SimpleNamespace(robot_type="toy", action_features={}), rtc, features, frame.instruction,
-        fps=20.0, device="cpu", rtc_queue_threshold=7,
+        fps=2.0, device="cpu", rtc_queue_threshold=7,
     )  # fmt: skip
     engine.start()
     engine.resume()
@@ -149,7 +150,7 @@ def real_time(vla, policy, before, after):
         action = engine.get_action(None)
         if action is not None:
             actions.append(action.tolist())
-        time.sleep(0.05)
+        time.sleep(0.2)
     engine.stop()
     return {
         "asked": asked[:3],
