@@ -128,20 +128,26 @@ class CostModel:
         images, prompt = processor.images(frame), processor.prompt(frame)
         kv_cache = vision.kv_cache() if vision_kv_reuse else None
 
-        def tower(token_mask: BoolArray | None) -> torch.Tensor:
-            return vision.encode_tokens(vision.encode_stem(frame, images, kv_cache), token_mask, kv_cache)
+        made: dict[str, Any] = {}
 
+        def stem() -> None:
+            made["stem"] = vision.encode_stem(frame, images, kv_cache)
+
+        def tower(token_mask: BoolArray | None) -> None:
+            made["features"] = vision.encode_tokens(made["stem"], token_mask, kv_cache)
+
+        whatever = count_macs(stem)
+        every = count_macs(partial(tower, None))
         with torch.inference_mode():
-            features, (_, hidden) = tower(None), processor.embed(prompt)
+            features, (_, hidden) = made["features"], processor.embed(prompt)
         n, cameras = len(features), prompt.layout.cameras
-        every = count_macs(lambda: tower(None))
         tokens = {}
         for camera in cameras:  # what is saved where of its tokens the first alone is computed
             computed = np.ones(n, dtype=np.bool_)
             computed[camera.tokens] = np.arange(camera.size) == 0
             saved = every - count_macs(partial(tower, computed))
             tokens[camera.name] = saved // max(1, camera.size - 1)
-        always = every - sum(camera.size * tokens[camera.name] for camera in cameras)
+        always = whatever + every - sum(camera.size * tokens[camera.name] for camera in cameras)
         stems = {}
         if isinstance(vision, SplitsStems) and kv_cache is None:
             for name, image in images.items():

@@ -12,7 +12,7 @@ import torch
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import DENSE
-from lac_vla.bench.lerobot_policy import LeRobotSession
+from lac_vla.bench.lerobot_session import LeRobotSession
 from lac_vla.bench.measure import Ratio, Target, measured, take_turns
 from lac_vla.bench.methods import Method, make_methods, row_name
 from lac_vla.bench.roofline import Roofline

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import DENSE
-from lac_vla.bench.lerobot_policy import LeRobotSession
+from lac_vla.bench.lerobot_session import LeRobotSession
 from lac_vla.bench.stock import STOCK, StockSession, has_stock
 from lac_vla.bench.sweep import scripted
 from lac_vla.engine.options import EngineOptions

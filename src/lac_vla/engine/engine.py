@@ -185,12 +185,15 @@ class Engine:
                         wait([plan.decided])
                 stems = {id(plan): stem for plan, stem in zip(plans, made, strict=True)}
         every = [stems[id(run.plan)] if id(run.plan) in stems else self._try(run, self._encode_stem) for run in runs]
-        if self._splits is not None:
-            for run, stem in zip(runs, every, strict=True):
-                if run.plan.vision_kv is None and stem is not None:
-                    parts = dict(zip(self.model.grids, self._splits.split_stem(stem), strict=True))
-                    run.result.stems = {**parts, **run.plan.stems}
+        for run, stem in zip(runs, every, strict=True):
+            self._try(run, partial(self._keep_stem, stem=stem))
         return every
+
+    def _keep_stem(self, run: _Run, stem: Any) -> None:
+        """Leave the cameras' parts of a stem to the next frame."""
+        if self._splits is not None and run.plan.vision_kv is None:
+            parts = dict(zip(self.model.grids, self._splits.split_stem(stem), strict=True))
+            run.result.stems = {**parts, **run.plan.stems}
 
     def _encode_stem(self, run: _Run) -> Any:
         plan, vision, parts = run.plan, self.model.vision, dict(run.plan.stems)
