@@ -19,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lac_vla import VLA, CachedVLA, CheckpointError, Dense, InputError, LacError, random_vla
+from lac_vla import VLA, CachedVLA, CheckpointError, Dense, InputError, LacError, MissingExtraError, random_vla
 from lac_vla.bench import BenchConfig, BenchResult, bench_tables, engine, model, run, run_bench
 from lac_vla.bench import config as bench_config
 from lac_vla.bench.batch import Robots
@@ -30,7 +30,7 @@ from lac_vla.bench.frame import _targets as frame_targets
 from lac_vla.bench.frame import measure_frames
 from lac_vla.bench.measure import Ratio, Target, take_turns
 from lac_vla.bench.memory import resident_mb
-from lac_vla.bench.methods import cached_vla
+from lac_vla.bench.methods import cached_vla, make_methods
 from lac_vla.bench.roofline import Roofline, floors
 from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.bench.stock import StockSession
@@ -484,6 +484,18 @@ def test_replayed_frames_come_with_their_episodes(dataset: Path, tiny: VLA, tmp_
     measured = measure_frames(tiny, scene, config(tmp_path, policies=("random:ratio=0.5",)))
     ratio = measured.rows[-1].ratio_effective
     assert ratio == pytest.approx(4 / 5 * 0.5)  # five counted frames, one of them the first of its episode
+
+
+def test_lerobots_policy_is_a_baseline_of_its_models_where_it_is_installed(
+    tiny: VLA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="beside --lerobot"):
+        config(tmp_path, empty_cameras=1)
+    with pytest.raises(InputError, match=r"no model of LeRobot's, .*leave out --lerobot"):
+        list(make_methods(tiny, config(tmp_path, lerobot=True)))
+    monkeypatch.setitem(sys.modules, "lerobot", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "lac-vla\[lerobot\]"'):
+        list(make_methods(random_vla("smolvla-tiny"), config(tmp_path, lerobot=True)))
 
 
 def test_memory_of_the_process_is_read() -> None:

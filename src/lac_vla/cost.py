@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.models.heads.base import AppendRows, HeadContext
-from lac_vla.models.protocols import DecoderShape
+from lac_vla.models.protocols import DecoderShape, SplitsStems
 from lac_vla.models.vla import VLA
 from lac_vla.types import AttentionProbe, BoolArray, Decision, Frame, SkippedTokens, TokenLayout
 
@@ -104,6 +104,7 @@ class CostModel:
     Attributes:
         decoder: Sizes of its decoder.
         tower: MACs of the vision tower per frame, whatever the decision.
+        stems: Camera → MACs of the tower that are saved where its picture is unchanged.
         tokens: Camera → MACs of its tower per visual token whose features are computed.
         projector: MACs of the projector per visual token.
         head: MACs from a hidden state to the action, or to one of its tokens; the decoder's layers left out.
@@ -111,6 +112,7 @@ class CostModel:
 
     decoder: DecoderShape
     tower: int
+    stems: Mapping[str, int]
     tokens: Mapping[str, int]
     projector: int
     head: int
@@ -126,20 +128,30 @@ class CostModel:
         images, prompt = processor.images(frame), processor.prompt(frame)
         kv_cache = vision.kv_cache() if vision_kv_reuse else None
 
-        def tower(token_mask: BoolArray | None) -> torch.Tensor:
-            return vision.encode_tokens(vision.encode_stem(frame, images, kv_cache), token_mask, kv_cache)
+        made: dict[str, Any] = {}
 
+        def stem() -> None:
+            made["stem"] = vision.encode_stem(frame, images, kv_cache)
+
+        def tower(token_mask: BoolArray | None) -> None:
+            made["features"] = vision.encode_tokens(made["stem"], token_mask, kv_cache)
+
+        whatever = count_macs(stem)
+        every = count_macs(partial(tower, None))
         with torch.inference_mode():
-            features, (_, hidden) = tower(None), processor.embed(prompt)
+            features, (_, hidden) = made["features"], processor.embed(prompt)
         n, cameras = len(features), prompt.layout.cameras
-        every = count_macs(lambda: tower(None))
         tokens = {}
         for camera in cameras:  # what is saved where of its tokens the first alone is computed
             computed = np.ones(n, dtype=np.bool_)
             computed[camera.tokens] = np.arange(camera.size) == 0
             saved = every - count_macs(partial(tower, computed))
             tokens[camera.name] = saved // max(1, camera.size - 1)
-        always = every - sum(camera.size * tokens[camera.name] for camera in cameras)
+        always = whatever + every - sum(camera.size * tokens[camera.name] for camera in cameras)
+        stems = {}
+        if isinstance(vision, SplitsStems) and kv_cache is None:
+            for name, image in images.items():
+                stems[name] = count_macs(partial(vision.encode_stem, frame, {name: image}))
         projector = count_macs(lambda: vision.project(features)) // n
         shape = (model.decoder.kv_heads, prompt.layout.length, model.decoder.head_dim)
 
@@ -158,7 +170,7 @@ class CostModel:
         with torch.inference_mode():
             decode()  # what a head computes once for all frames does not count
         decoded = count_macs(decode)
-        return cls(model.decoder.shape, always, tokens, projector, decoded // (1 + head.n_forced))
+        return cls(model.decoder.shape, always, stems, tokens, projector, decoded // (1 + head.n_forced))
 
     def step(self, step: StepInfo) -> dict[str, int]:
         """Count by stage what a session did with a frame.
@@ -174,7 +186,7 @@ class CostModel:
         return {
             "flow": step.flow_macs,
             "policy": step.policy_macs + probe_macs(self.decoder, layout, decision, step.probe),
-            "tower": self.tower + features,
+            "tower": self.tower + features - sum(self.stems.get(camera, 0) for camera in step.unchanged),
             "projector": self.projector * int(np.count_nonzero(decision.exit_layer)),
             "prefill": prefill_macs(self.decoder, layout, decision, step.draft, n_queries=step.n_queries),
             "decode": decode_macs(self.decoder, layout, decision, step.decode_passes)

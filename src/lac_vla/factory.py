@@ -104,6 +104,8 @@ class CachedVLA:
         if not 0 < self.scene_cut <= 1:
             raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
         self.policy.check_layout(self.model.grids)
+        decoder = self.model.decoder
+        self.policy.check_slots(self.model.n_layers, decoder.kv_heads, decoder.head_dim)
         if self.flow is None and self.policy.flow == "raft_small" and not downloaded().is_file():
             raise InputError(
                 "the policy was made for the flow raft_small, whose weights are not here: give flow raft_small:FILE, "

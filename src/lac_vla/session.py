@@ -6,7 +6,9 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import cv2
 import numpy as np
@@ -113,8 +115,8 @@ class Session:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the cached keys and values, in bytes."""
-        cached = self._region.size * self.engine.store.bytes_per_slot
+        """Memory of the cached keys and values, and of what the vision tower made of the last pictures, in bytes."""
+        cached = self._region.size * self.engine.store.bytes_per_slot + self.memory.nbytes
         return cached + (0 if self._vision_kv is None else self._vision_kv.nbytes)
 
     def reset(self, seed: int | None = None) -> None:
@@ -133,7 +135,7 @@ class Session:
         """Give the memory of keys and values back: the next frame is computed in full. Chance goes on as it was."""
         self._open = None
         self.memory.begin()
-        self.memory.attention = {}
+        self.memory.attention, self.memory.stems = {}, {}
         self.engine.store.release(self._region)
         self._region.start = self._region.size = 0
         self._vision_kv = None if self._vision_kv is None else self.model.vision.kv_cache()
@@ -241,6 +243,7 @@ class Session:
             drafted=prepared.drafted,
             rtc=prepared.rtc,
             rng=self._head_rng,
+            stems=self._unchanged(prepared.frame),
         )
         return self._open
 
@@ -271,8 +274,10 @@ class Session:
             raise InputError("this plan was not run to its end: give it to engine.run() first")
         decision, (_, forced) = sequence.decision, plan.decision()
         dense, memory = plan.dense_reason, self.memory
+        reused = int(np.count_nonzero(decision.exit_layer == 0))
         with plan.clock.stage("bookkeeping"):
             memory.commit(sequence.layout, plan.images, plan.frame.instruction, decision, sequence.attention)
+            memory.keep_stems(plan.frame, result.stems)
             self._shapes, self._frame, self._rtc = plan.frame.shapes, plan.frame, plan.rtc
             self._head_rng_state, self._action = result.rng_state, action
         self.last_info = StepInfo(
@@ -285,13 +290,14 @@ class Session:
             metadata=result.metadata,
             pixels=plan.images,
             flow_macs=0 if dense or self._flow is None else flow_macs(self._flow, plan.images),
-            policy_macs=0 if dense else self.policy.macs,
+            policy_macs=0 if dense else self.policy.macs + self.policy.slot_macs * reused,
             probe=plan.probe,
             draft=sequence.draft,
             n_queries=sequence.n_queries,
             decode_passes=tuple(sequence.decode_passes),
             stack_passes=tuple((stack.shape, start, stop) for stack, start, stop in sequence.stack_passes),
             prompt_passes=sequence.prompt_passes,
+            unchanged=tuple(plan.stems),
             encoded=result.encoded,
             eager_runs=result.eager_runs,
         )
@@ -358,6 +364,7 @@ class Session:
             decided=(decision, np.zeros_like(tokens)),
             rtc=self._rtc,
             rng=rng,
+            stems=self._unchanged(frame),
         )
         with self._dense_after_errors():
             result = yield plan
@@ -365,6 +372,10 @@ class Session:
                 raise result.error
         memory.commit(memory.layout, pixels, frame.instruction, decision, attention, elapsed=0)
         return result.action
+
+    def _unchanged(self, frame: Frame) -> dict[str, Any]:
+        """Find the vision stems that need not be computed again."""
+        return self.memory.unchanged(frame) if self._vision_kv is None else {}
 
     def _check(self, frame: Frame) -> None:
         if self._open is not None:
@@ -436,6 +447,9 @@ class Session:
                 wanted, decision = decision.active, cap_to_budget(budget, decision, inputs, self.max_frames)
                 forced = decision.active & (forced | ~wanted)
             decision = pad_to_bucket(decision, memory.age, bucket)
+            reused = decision.exit_layer == 0
+            if decision.skipped is SkippedTokens.REUSE and reused.any():
+                decision = replace(decision, deltas=self.policy.deltas(inputs, reused))
         return decision, forced
 
     def _refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:

@@ -208,6 +208,8 @@ class Decision:
         skipped: What tokens are to the layers from ``exit_layer`` on.
         recovered: bool, shape (N,): tokens recomputed although the rule would have cached them (for display).
         nominal_ratio: The cache ratio the policy aimed at, in [0, 1]; ``None`` if it aims at none.
+        deltas: Added to the keys and values of the tokens that no layer computes, before the frame is run,
+            (2, layers, heads, tokens, head_dim); ``None`` for nothing. A session asks the policy last of all for it.
     """
 
     exit_layer: IntArray
@@ -215,6 +217,7 @@ class Decision:
     skipped: SkippedTokens = SkippedTokens.REUSE
     recovered: BoolArray | None = None
     nominal_ratio: float | None = None
+    deltas: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.exit_layer.ndim != 1 or self.exit_layer.dtype != np.int64:

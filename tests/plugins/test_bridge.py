@@ -12,8 +12,11 @@ import torch
 from tests.serving.conftest import KEYS, observation
 
 from lac_vla import VLA, CachedVLA, InputError, MissingExtraError, Motion, random_vla
-from lac_vla.lerobot.bridge import Bridge, frame_of
+from lac_vla.lerobot.bridge import Bridge, frame_of, own_action_steps, running_chunk
+from lac_vla.lerobot.self_check import fault
 from lac_vla.models.cogact.config import TINY_COGACT
+from lac_vla.policies import FastV
+from lac_vla.running_chunk import RealTimeChunk
 
 CAMERAS = {"agentview": "observation.images.agentview", "wrist": "observation.images.image2"}
 
@@ -73,6 +76,72 @@ def test_a_chunk_is_executed_before_the_model_is_asked_again(monkeypatch: pytest
     for wrong in (0, 17):
         with pytest.raises(InputError, match=f"n_action_steps is {wrong}; give 1 to 16"):
             Bridge(vla, CAMERAS, n_action_steps=wrong)
+
+
+def test_a_checkpoint_of_lerobot_says_how_many_actions_are_executed() -> None:
+    assert own_action_steps("mini-flow") == 10
+    assert own_action_steps("mini") == own_action_steps("module:model") == 1
+
+
+def test_a_running_chunk_is_gone_on_with() -> None:
+    vla = CachedVLA(random_vla("smolvla-tiny"), Motion(0.5))
+    bridge, session = Bridge(vla, CAMERAS), vla.session()
+    assert bridge.supports_rtc
+    assert not Bridge(CachedVLA(random_vla("tiny"))).supports_rtc
+    chunk = torch.from_numpy(bridge.act(batch(0)))
+    session.act(KEYS.frame(observation(0)))
+    filled = torch.cat([chunk[2:], torch.zeros(2, 7)])  # as LeRobot fills up
+    rtc = running_chunk(filled[None], 9, bridge.horizon, None)  # as LeRobot overestimates
+    assert rtc is not None
+    assert rtc.inference_delay == len(chunk) - 2
+    expected = session.act(KEYS.frame(observation(1)), RealTimeChunk(chunk[2:].numpy(), len(chunk) - 2))
+    np.testing.assert_array_equal(bridge.act(batch(1), rtc), expected)
+    assert running_chunk(torch.zeros(2, 7), 1, bridge.horizon, None) is None
+    with pytest.raises(InputError, match="give the actions of one robot"):
+        running_chunk(torch.zeros(2, 3, 7), 1, bridge.horizon, None)
+
+
+@pytest.mark.parametrize("options", ["none", "default+vision_kv_reuse"])
+def test_the_first_observation_is_checked_and_changes_nothing(options: str) -> None:
+    from lac_vla.engine.options import EngineOptions
+
+    vla = CachedVLA(random_vla("smolvla-tiny"), Motion(0.5), options=EngineOptions.parse(options))
+    checked, plain = Bridge(vla, CAMERAS, self_check=True), Bridge(vla, CAMERAS)
+    for seed in range(3):
+        np.testing.assert_array_equal(checked.act(batch(seed)), plain.act(batch(seed)))
+    assert checked.fault is None
+    assert checked.last_info is not None
+    assert checked.last_info.ratio > 0
+    assert fault(CachedVLA(vla.model, FastV(0.5)), KEYS.frame(observation(0)), 0) is None
+
+
+@pytest.mark.parametrize("breaks", ["first", "reuse", "raises"])
+def test_an_engine_that_answers_otherwise_is_not_used(
+    breaks: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vla = CachedVLA(random_vla("smolvla-tiny"), Motion(0.5))
+    run = vla.engine.run
+
+    def wrong(plans: Any) -> Any:
+        results = run(plans)
+        for result in results:
+            if breaks == "raises":
+                raise RuntimeError("no such kernel")
+            if breaks == "first" or result.plan.dense_reason is None:
+                result.action = result.action + 0.1
+        return results
+
+    monkeypatch.setattr(vla.engine, "run", wrong)
+    bridge, dense = Bridge(vla, CAMERAS, seed=2, self_check=True), CachedVLA(vla.model).session(2)
+    for seed in range(3):
+        np.testing.assert_allclose(bridge.act(batch(seed)), dense.act(KEYS.frame(observation(seed))), atol=1e-5)
+    assert bridge.fault is not None
+    assert ("with reuse" if breaks == "reuse" else "computed in full") in bridge.fault
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    bridge.reset()
+    bridge.act(batch(1))
+    assert bridge.last_info is not None
+    assert bridge.last_info.ratio == 0
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,9 @@ class BenchConfig:
             ``lac models`` lists them.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         device: ``cpu`` or ``cuda``.
+        lerobot: Time LeRobot's own policy over the same weights as ``dense stock``: of a SmolVLA, π0 or π0.5, in an
+            environment that has LeRobot.
+        empty_cameras: Masked cameras that LeRobot's policy computes besides, as π0's and π0.5's checkpoints have.
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         threads: CPU threads of torch and of OpenCV; 0 leaves it to them.
         shape: Decoder of the section ``engine``: ``llama-8x512`` (that of the targets) or ``llama-32x4096``.
@@ -80,6 +83,8 @@ class BenchConfig:
     model: str | None = None
     random_weights: str | None = None
     unnorm_key: str | None = None
+    lerobot: bool = False
+    empty_cameras: int = 0
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = 0
@@ -140,6 +145,8 @@ class BenchConfig:
             raise InputError("acceptance is for random weights; a checkpoint's drafts have their own: leave it out")
         if self.minutes < 0:
             raise InputError(f"minutes is {self.minutes}; give a time, or 0 for no limit")
+        if self.empty_cameras < 0 or (self.empty_cameras and not self.lerobot):
+            raise InputError(f"empty_cameras is {self.empty_cameras}; give a number of cameras beside --lerobot")
         for options in self.options:
             EngineOptions.parse(options)
         make_policies(self.methods, self.model)

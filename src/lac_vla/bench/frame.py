@@ -12,6 +12,7 @@ import torch
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import DENSE
+from lac_vla.bench.lerobot_session import LeRobotSession
 from lac_vla.bench.measure import Ratio, Target, measured, take_turns
 from lac_vla.bench.methods import Method, make_methods, row_name
 from lac_vla.bench.roofline import Roofline
@@ -101,6 +102,7 @@ class FrameResult:
         visual_tokens: Of a prompt.
         source: Where the frames come from.
         random_weights: Whether no number here tells what a trained model would reuse or guess.
+        stock: What the stock model is; empty if there is none.
         roofline: GPU of the floors; ``None`` if none was named.
         frames: Counted frames.
         warmup: Frames before them that are not counted.
@@ -114,6 +116,7 @@ class FrameResult:
     visual_tokens: int
     source: str
     random_weights: bool
+    stock: str
     roofline: str | None
     frames: int
     warmup: int
@@ -150,7 +153,9 @@ class Log:
     peaks_mb: list[float] = field(default_factory=list)
     floors: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, step: StepInfo, peak_mb: float | None, cost: CostModel, roofline: Roofline | None) -> None:
+    def add(
+        self, step: StepInfo, peak_mb: float | None, cost: CostModel | LeRobotSession, roofline: Roofline | None
+    ) -> None:
         """Write down a frame."""
         if peak_mb is not None:
             self.peaks_mb.append(peak_mb)
@@ -206,7 +211,9 @@ def measure_frames(model: VLA, scene: Scene, config: BenchConfig) -> FrameResult
         for name in order:
             step, peak = _turn(sessions[name], scene, index, model.device)
             if index >= config.warmup:
-                logs[name].add(step, peak, costs[reuses[name]], roofline)
+                session = sessions[name]
+                cost = session if isinstance(session, LeRobotSession) else costs[reuses[name]]
+                logs[name].add(step, peak, cost, roofline)
     comparable = roofline is not None and roofline.measures(model.device, model.dtype)
     rows = tuple(_row(method, logs, comparable=comparable) for method in methods)
     peaks = [row.peak_memory_mb for row in rows if row.peak_memory_mb is not None]
@@ -216,6 +223,7 @@ def measure_frames(model: VLA, scene: Scene, config: BenchConfig) -> FrameResult
         visual_tokens=model.processor.prompt(scene.frames[0]).layout.n_visual,
         source=scene.source,
         random_weights=config.model is None,
+        stock=next((s.described for s in sessions.values() if not isinstance(s, Session)), ""),
         roofline=config.roofline,
         frames=len(logs[DENSE].stages),
         warmup=config.warmup,
@@ -248,7 +256,7 @@ def _targets(row: FrameRow, *, earned: bool) -> Iterator[Target]:
 
 
 def _turn(
-    session: Session | StockSession, scene: Scene, index: int, device: torch.device
+    session: Session | StockSession | LeRobotSession, scene: Scene, index: int, device: torch.device
 ) -> tuple[StepInfo, float | None]:
     """Run one frame on one session; and read the accelerator's peak memory meanwhile, MB."""
     if index in scene.starts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lac_vla.bench.config import BenchConfig
 from lac_vla.bench.engine import DENSE
+from lac_vla.bench.lerobot_session import LeRobotSession
 from lac_vla.bench.stock import STOCK, StockSession, has_stock
 from lac_vla.bench.sweep import scripted
 from lac_vla.engine.options import EngineOptions
@@ -29,7 +30,7 @@ class Method:
     """
 
     name: str
-    session: Session | StockSession
+    session: Session | StockSession | LeRobotSession
     options: str = ""
     swept: tuple[str, ...] = ()
 
@@ -39,7 +40,9 @@ def make_methods(model: VLA, config: BenchConfig) -> Iterator[Method]:
 
     Where drafts have a prescribed acceptance, also every one of these.
     """
-    if has_stock(model):
+    if config.lerobot:
+        yield Method(STOCK, LeRobotSession(model, config.seed, config.empty_cameras))
+    elif has_stock(model):
         yield Method(STOCK, StockSession(model, config.seed))
     for options in dict.fromkeys(("none", *config.options)):
         for spec in (DENSE, *config.methods):

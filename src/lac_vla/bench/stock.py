@@ -59,6 +59,8 @@ class StockSession:
         last_info: Report of the last frame.
     """
 
+    described = "the same model through transformers' LlamaForCausalLM, SDPA, DynamicCache, greedy"
+
     def __init__(self, model: VLA, seed: int = 0) -> None:
         self.last_info: StepInfo | None = None
         self._model = model

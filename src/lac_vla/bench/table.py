@@ -124,8 +124,8 @@ def frame_table(result: FrameResult) -> Table:
 
 def _stock(result: FrameResult) -> str:
     """Say what the stock model is, or why there is none."""
-    if any(row.name == STOCK for row in result.rows):
-        return "dense stock: the same model through transformers' LlamaForCausalLM, SDPA, DynamicCache, greedy"
+    if result.stock:
+        return f"{STOCK}: {result.stock}"
     return "no dense stock: transformers alone does not run this model, e.g. an expert that reads keys and values"
 
 

@@ -23,7 +23,7 @@ from lac_vla.engine.vision_graphs import GraphedVision
 from lac_vla.errors import DeviceMemoryError, InputError, NonFiniteError
 from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt, finite
 from lac_vla.models.heads.guidance import recording
-from lac_vla.models.protocols import DecoderStack, Rotary, StaticVision
+from lac_vla.models.protocols import DecoderStack, Rotary, SplitsStems, StaticVision
 from lac_vla.models.vla import VLA
 from lac_vla.timing import Stopwatch
 from lac_vla.transfer import upload
@@ -87,6 +87,8 @@ class Engine:
             tokens = [rows * cols for rows, cols in model.grids.values()]
             self._vision = GraphedVision(model.vision, self.graphs, tokens)
         self.stage_events = False
+        vision = model.vision
+        self._splits = vision if self.options.picture_reuse and isinstance(vision, SplitsStems) else None
         self._run_layers: RunLayers = run_layers if self.graphs is None else self.graphs
         self._rotary: dict[int, tuple[DecoderStack, Rotary]] = {}
         self._lock = RLock()
@@ -181,21 +183,38 @@ class Engine:
 
     def _encode_stems(self, runs: Sequence[_Run]) -> list[Any]:
         """Run the vision stem of all frames at once; if that fails, one by one: the fault is one session's affair."""
-        plans = [run.plan for run in runs]
-        if len(runs) > 1 and all(plan.vision_kv is None for plan in plans):
+        stems: dict[int, Any] = {}
+        plans = [run.plan for run in runs if run.plan.vision_kv is None and not run.plan.stems]
+        if len(plans) > 1:
             with suppress(Exception), runs[0].clock.stage("tower"):
-                stems = self._vision.encode_stems([plan.frame for plan in plans], [plan.images for plan in plans])
+                made = self._vision.encode_stems([plan.frame for plan in plans], [plan.images for plan in plans])
                 for plan in plans:
                     if isinstance(plan.decided, Future):
                         wait([plan.decided])
-                return list(stems)
-        return [self._try(run, self._encode_stem) for run in runs]
+                stems = {id(plan): stem for plan, stem in zip(plans, made, strict=True)}
+        every = [stems[id(run.plan)] if id(run.plan) in stems else self._try(run, self._encode_stem) for run in runs]
+        for run, stem in zip(runs, every, strict=True):
+            self._try(run, partial(self._keep_stem, stem=stem))
+        return every
+
+    def _keep_stem(self, run: _Run, stem: Any) -> None:
+        """Leave the cameras' parts of a stem to the next frame."""
+        if self._splits is not None and run.plan.vision_kv is None:
+            parts = dict(zip(self.model.grids, self._splits.split_stem(stem), strict=True))
+            run.result.stems = {**parts, **run.plan.stems}
 
     def _encode_stem(self, run: _Run) -> Any:
-        plan = run.plan
+        plan, parts = run.plan, dict(run.plan.stems)
         try:
             with run.clock.stage("tower"):
-                return self._vision.encode_stem(plan.frame, plan.images, plan.vision_kv)
+                if self._splits is None or not parts:
+                    return self._vision.encode_stem(plan.frame, plan.images, plan.vision_kv)
+                new = {name: image for name, image in plan.images.items() if name not in parts}
+                if new:  # some of the cameras: of too many shapes for graphs
+                    stem = self.model.vision.encode_stem(plan.frame, new)
+                    seen = [name for name in self.model.grids if name in new]
+                    parts |= zip(seen, self._splits.split_stem(stem), strict=True)
+                return self._splits.join_stem([parts[name] for name in self.model.grids])
         finally:  # whatever happens, nothing of this frame goes on beside the next
             if isinstance(plan.decided, Future):
                 with run.clock.stage("policy"):
@@ -209,6 +228,9 @@ class Engine:
         with clock.stage("bookkeeping"):
             plan.begin()
             self.store.reserve(plan.region, self.slots(plan))
+            if decision.deltas is not None:
+                reused = layout.visual.start + np.flatnonzero(decision.exit_layer == 0)
+                self.store.add(plan.region, reused, decision.deltas)
         visual, run.result.encoded = self._encode_tokens(run, stem, decision)
         with clock.stage("projector"):
             draft = None if plan.drafted is None else model.head.draft(plan.drafted)

@@ -5,13 +5,14 @@ Every visual slot knows its age and the pixels it was computed from, so that sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from lac_vla.errors import InputError
-from lac_vla.types import BoolArray, CameraGrid, Decision, IntArray, TokenLayout, UInt8Image
+from lac_vla.types import BoolArray, CameraGrid, Decision, Frame, IntArray, TokenLayout, UInt8Image
 
 
 class OutdatedPlanError(InputError):
@@ -31,6 +32,7 @@ class FrameMemory:
         reference: Camera → image of the pixels that each slot was computed from.
         instruction: Of the last frame.
         attention: Layer → probed attention of the last frame.
+        stems: Camera → the last picture, as the robot gave it, and the vision stem of it.
         warm: Whether the visual slots may be reused.
         version: Counts the changes of the cache: a plan is made for one of them.
     """
@@ -42,6 +44,7 @@ class FrameMemory:
         self.reference: dict[str, UInt8Image] = {}
         self.instruction = ""
         self.attention: dict[int, torch.Tensor] = {}
+        self.stems: dict[str, tuple[UInt8Image, Any]] = {}
         self.warm = False
         self.version = 0
 
@@ -60,6 +63,29 @@ class FrameMemory:
             )
         self.warm = False
         self.version += 1
+
+    def unchanged(self, frame: Frame) -> dict[str, Any]:
+        """Find the vision stems of pictures that are the last ones to the bit: camera → stem."""
+        if not self.warm or frame.instruction != self.instruction:
+            return {}
+        return {
+            name: stem
+            for name, (picture, stem) in self.stems.items()
+            if name in frame.images and np.array_equal(picture, frame.images[name])
+        }
+
+    def keep_stems(self, frame: Frame, stems: Mapping[str, Any]) -> None:
+        """Keep the vision stems of a frame that is closed."""
+        kept = {name for name, (_, old) in self.stems.items() if stems.get(name) is old}
+        self.stems = {
+            name: self.stems[name] if name in kept else (frame.images[name].copy(), owned(stem))
+            for name, stem in stems.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the vision stems, in bytes."""
+        return sum(tensor.nbytes for _, stem in self.stems.values() for tensor in tensors(stem))
 
     def commit(
         self,
@@ -93,6 +119,20 @@ class FrameMemory:
                 copy_patches(self.reference[camera.name], image, active[camera.tokens], camera)
         self.layout, self.pixels, self.instruction, self.warm = layout, dict(pixels), instruction, True
         self.attention = attention
+
+
+def tensors(stem: Any) -> Iterator[torch.Tensor]:
+    """List the tensors of a vision stem: it is one, or they are in lists and tuples."""
+    if isinstance(stem, torch.Tensor):
+        yield stem
+    else:
+        for part in stem:
+            yield from tensors(part)
+
+
+def owned(stem: Any) -> Any:
+    """Copy a vision stem of one camera, so that it does not hold the memory of a whole batch."""
+    return stem.clone() if isinstance(stem, torch.Tensor) else [owned(part) for part in stem]
 
 
 def copy_patches(target: UInt8Image, source: UInt8Image, tokens: BoolArray, camera: CameraGrid) -> None:

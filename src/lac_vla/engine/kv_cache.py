@@ -13,6 +13,8 @@ import torch
 
 from lac_vla.engine.layers import Segment
 from lac_vla.errors import InputError
+from lac_vla.transfer import upload
+from lac_vla.types import IntArray
 
 
 @dataclass(eq=False)
@@ -118,6 +120,12 @@ class SlotCache:
             pool[:, :, place.start + old.size : place.start + size] = 0
         region.start, region.size = place.start, size
         self.release(old)
+
+    def add(self, region: Region, slots: IntArray, deltas: torch.Tensor) -> None:
+        """Add to the keys and values of some of a region's slots: ``deltas``, (2, layers, heads, slots, head_dim)."""
+        at = upload(region.start + slots, self.keys.device)
+        for pool, added in zip((self.keys, self.values), deltas, strict=True):
+            pool.index_add_(2, at, upload(added.to(pool.dtype), pool.device))
 
     def clear(self, region: Region) -> None:
         """Fill a region with zeros: a slot of NaN would poison the attention even where a mask hides it."""

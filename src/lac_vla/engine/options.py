@@ -25,6 +25,8 @@ class EngineOptions:
         draft: Decode action tokens by draft and verification: the last action's tokens ride along in the prefill,
             and what does not stand is decoded by fixed-point iteration; see :mod:`lac_vla.models.decoding`.
         sparse_vision_head: Let the vision tower leave out work that only cached tokens need, where it has such work.
+        picture_reuse: Take what the vision tower made of a camera's last picture where this one is the same to the bit:
+            a slow camera, one that stands still. Not beside ``vision_kv_reuse``.
         vision_kv_reuse: Carry the decision one storey up: a vision transformer recomputes the active patches alone,
             over the keys and values that it kept of the others. Staleness spreads: this one changes the features;
             ``lac train --vision-kv-reuse`` makes a policy for it.
@@ -41,6 +43,7 @@ class EngineOptions:
 
     draft: bool = True
     sparse_vision_head: bool = True
+    picture_reuse: bool = True
     vision_kv_reuse: bool = False
     async_policy: bool = False
     bucket: int = 1
@@ -85,11 +88,11 @@ class EngineOptions:
         return "+".join(filter(None, words.values())) or "none"
 
 
-NONE = EngineOptions(draft=False, sparse_vision_head=False)
+NONE = EngineOptions(draft=False, sparse_vision_head=False, picture_reuse=False)
 PRESETS: Mapping[str, Mapping[str, bool]] = {
     "none": {},
-    "default": {"draft": True, "sparse_vision_head": True},
-    "exact": {"draft": True, "sparse_vision_head": True, "async_policy": True},
+    "default": {"draft": True, "sparse_vision_head": True, "picture_reuse": True},
+    "exact": {"draft": True, "sparse_vision_head": True, "picture_reuse": True, "async_policy": True},
 }
 """Words for several options."""
 RENAMED: Mapping[str, str] = {

@@ -28,6 +28,7 @@ class FramePlan:
         prompt: Instruction and state.
         region: The session's part of the store.
         vision_kv: What the vision encoder keeps of the session's frames; ``None`` for nothing.
+        stems: Camera → its part of the vision stem, made of the same picture before.
         begin: Called once before the engine touches the store: from then on the cache may not be built upon. It
             refuses a plan whose session has gone on since.
         clock: Stages timed so far; after a run also those of the whole batch.
@@ -58,6 +59,7 @@ class FramePlan:
     drafted: Mapping[str, Any] | None = None
     rtc: RealTimeChunk | None = None
     rng: np.random.Generator | None = None
+    stems: Mapping[str, Any] = field(default_factory=dict)
     elapsed: int = 1
     used: bool = False
 
@@ -75,6 +77,7 @@ class FrameResult:
         action: In the robot's own units, float32, (action_dim,) or (horizon, action_dim); ``None`` without decoding.
         metadata: What the head says of it.
         sequence: The prompt in the cache, and what was appended to it.
+        stems: Camera → its part of the vision stem; empty if none is to be kept.
         encoded: Visual tokens whose features the vision encoder computed, bool, (N,).
         eager_runs: Runs that were not replayed although ``cuda_graphs`` is on, those of the whole batch.
         rng_state: Of the head's generator before the action was decoded.
@@ -85,6 +88,7 @@ class FrameResult:
     action: FloatArray | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     sequence: SequenceState | None = None
+    stems: Mapping[str, Any] = field(default_factory=dict)
     encoded: BoolArray | None = None
     eager_runs: int = 0
     rng_state: Mapping[str, Any] = field(default_factory=dict)

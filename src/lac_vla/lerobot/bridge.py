@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from lac_vla.bundled import find_model
+from lac_vla.checkpoint_files import read_json
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
+from lac_vla.hub import find_folder
+from lac_vla.lerobot.self_check import fault, without_cache
+from lac_vla.models import is_plugin
+from lac_vla.running_chunk import RealTimeChunk
+from lac_vla.session import Session
 from lac_vla.types import FloatArray, Frame, UInt8Image
+
+LOG = logging.getLogger("lac_vla.lerobot")
 
 IMAGES = "observation.images."
 STATE = "observation.state"
@@ -29,24 +39,53 @@ class Bridge:
         cameras: The model's camera → key of its image in a batch; ``observation.images.<camera>`` for those left out.
         seed: Seed of the session.
         n_action_steps: Actions of a chunk that are executed before the model is asked again.
+        self_check: See :func:`lac_vla.lerobot.self_check.fault`: on the first observation, before it is answered.
+
+    Attributes:
+        cameras: Camera → key of its image.
+        horizon: Actions of a chunk.
+        fault: What the check found, so that all is computed without a cache now; ``None`` for nothing.
 
     Raises:
         InputError: If a camera is none of the model's, or its chunks have fewer actions.
     """
 
     def __init__(
-        self, vla: CachedVLA, cameras: Mapping[str, str] | None = None, seed: int = 0, n_action_steps: int = 1
+        self,
+        vla: CachedVLA,
+        cameras: Mapping[str, str] | None = None,
+        seed: int = 0,
+        n_action_steps: int = 1,
+        *,
+        self_check: bool = False,
     ) -> None:
         names = list(vla.model.grids)
         if unknown := sorted(set(cameras or {}) - set(names)):
             raise InputError(f"the model has no camera {unknown}; it has {names}")
         self.cameras = {name: (cameras or {}).get(name, IMAGES + name) for name in names}
-        horizon = vla.model.horizon
-        if not 1 <= n_action_steps <= horizon:
-            raise InputError(f"n_action_steps is {n_action_steps}; give 1 to {horizon}, the length of a chunk")
-        self._session, self._n_action_steps = vla.session(seed), n_action_steps
-        self._session.steps_per_frame = n_action_steps
+        self.horizon = vla.model.horizon
+        if not 1 <= n_action_steps <= self.horizon:
+            raise InputError(f"n_action_steps is {n_action_steps}; give 1 to {self.horizon}, the length of a chunk")
+        self._vla, self._seed, self._n_action_steps = vla, seed, n_action_steps
+        self._session = self._begin(vla)
+        self._unchecked = self_check
+        self.fault: str | None = None
         self._queue: deque[FloatArray] = deque()
+
+    def _begin(self, vla: CachedVLA) -> Session:
+        session = vla.session(self._seed)
+        session.steps_per_frame = self._n_action_steps
+        return session
+
+    @property
+    def supports_rtc(self) -> bool:
+        """Whether the model can go on with a running chunk."""
+        head = self._vla.model.head
+        try:
+            head.check_rtc(RealTimeChunk(np.zeros((0, head.action_dim), dtype=np.float32)))
+        except InputError:
+            return False
+        return True
 
     @property
     def last_info(self) -> StepInfo | None:
@@ -64,11 +103,12 @@ class Bridge:
             self._queue.extend(self.act(batch)[: self._n_action_steps])
         return self._queue.popleft()
 
-    def act(self, batch: Mapping[str, Any]) -> FloatArray:
+    def act(self, batch: Mapping[str, Any], rtc: RealTimeChunk | None = None) -> FloatArray:
         """Answer a batch of one with a whole chunk.
 
         Args:
             batch: The observation, see :func:`frame_of`.
+            rtc: See :meth:`lac_vla.session.Session.act`.
 
         Returns:
             The actions, float32, (horizon, A), in the robot's units.
@@ -76,7 +116,57 @@ class Bridge:
         Raises:
             InputError: If the batch cannot be used; the session is as it was.
         """
-        return np.atleast_2d(self._session.act(frame_of(batch, self.cameras)))
+        frame = frame_of(batch, self.cameras)
+        if self._unchecked:
+            self.fault = fault(self._vla, frame, self._seed)
+            self._unchecked = False
+            if self.fault is not None:
+                LOG.warning("%s; from now on every frame is computed in full, without options", self.fault)
+                self._session = self._begin(without_cache(self._vla))
+        return np.atleast_2d(self._session.act(frame, rtc))
+
+
+def own_action_steps(model: str) -> int:
+    """Read how many actions of a chunk LeRobot executes by a checkpoint of its own; 1 of any other model's.
+
+    Args:
+        model: Name of a bundled model, checkpoint folder, hub id, or plug-in.
+    """
+    if is_plugin(model):
+        return 1
+    steps = read_json(find_folder(find_model(model), ("config.json",)) / "config.json").get("n_action_steps", 1)
+    return steps if isinstance(steps, int) else 1
+
+
+def running_chunk(left_over: Any, inference_delay: int | None, horizon: int, settings: Any) -> RealTimeChunk | None:
+    """Make of LeRobot's arguments what a session takes.
+
+    Args:
+        left_over: What is left of the running chunk, (n, A) or (1, n, A). LeRobot fills it up with rows of zeros,
+            which are no actions.
+        inference_delay: Control steps until the answer acts. LeRobot's is an estimate: it may exceed what is left.
+        horizon: Actions of a chunk.
+        settings: LeRobot's ``RTCConfig``; ``None`` for the library's own.
+
+    Returns:
+        ``None`` if nothing is left.
+
+    Raises:
+        InputError: If they cannot be read.
+    """
+    rows = torch.as_tensor(left_over).detach().float().cpu().numpy()
+    rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
+    if rows.ndim != 2:
+        raise InputError(f"prev_chunk_left_over has shape {rows.shape}; give the actions of one robot, (n, A)")
+    rows = rows[: 1 + int(np.flatnonzero(rows.any(axis=1)).max(initial=-1))]
+    if not len(rows):
+        return None
+    delay = min(int(inference_delay or 0), len(rows), horizon - 1)
+    if settings is None:
+        return RealTimeChunk(rows, delay)
+    schedule = str(getattr(settings.prefix_attention_schedule, "value", settings.prefix_attention_schedule)).lower()
+    end = max(int(settings.execution_horizon), delay, 1)
+    return RealTimeChunk(rows, delay, end, float(settings.max_guidance_weight), schedule)  # type: ignore[arg-type]
 
 
 def frame_of(batch: Mapping[str, Any], cameras: Mapping[str, str]) -> Frame:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -213,7 +213,8 @@ class VisionEncoder(Protocol):
     """Turns the cameras' images into visual tokens.
 
     One that inherits this needs :meth:`encode_tokens` alone: then the stem is the images, features are projected
-    already, and no attention is cached.
+    already, and no attention is cached. One whose stem is made camera by camera also has ``split_stem`` and
+    ``join_stem`` (:class:`SplitsStems`): the stem of a picture that has not changed is not made again.
     """
 
     def kv_cache(self) -> VisionKVCache | None:
@@ -225,7 +226,7 @@ class VisionEncoder(Protocol):
 
         Args:
             frame: The observation, for encoders that resize by themselves.
-            images: See :meth:`Processor.images`.
+            images: See :meth:`Processor.images`; where stems can be split, perhaps of some cameras alone.
             kv_cache: What :meth:`encode_tokens` will be given.
 
         Returns:
@@ -280,3 +281,19 @@ class StaticVision(VisionEncoder):
     def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: Any = None) -> Any:
         """Compute what does not depend on which tokens matter; see :meth:`VisionEncoder.encode_stem`."""
         return self.stem(*self.inputs([frame], [images]), whole=kv_cache is None)
+
+
+@runtime_checkable
+class SplitsStems(Protocol):
+    """A vision encoder whose stem is made camera by camera: a camera's part depends on its picture and the instruction.
+
+    A part is a tensor, or tensors in lists and tuples.
+    """
+
+    def split_stem(self, stem: Any) -> Sequence[Any]:
+        """Take a stem of :meth:`VisionEncoder.encode_stem` apart: a part for each of its cameras, in order."""
+        ...
+
+    def join_stem(self, parts: Sequence[Any]) -> Any:
+        """Put the parts of all cameras together, for :meth:`VisionEncoder.encode_tokens`."""
+        ...

@@ -210,15 +210,30 @@ class SiglipVision(StaticVision):
     def inputs(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
         """Upload what the tower sees of all frames and cameras, (frames · cameras, 3, size, size), float32.
 
-        The images are resized in floating point from the frames' own; ``images``, which are rounded, are not read.
+        The images are resized in floating point from the frames' own; ``images``, which are rounded, only name them.
         """
-        pixels = torch.stack([self._picture(frame.images[name]) for frame in frames for name in self._names])
+        pixels = torch.stack(
+            [
+                self._picture(frame.images[name])
+                for frame, seen in zip(frames, images, strict=True)
+                for name in self._names
+                if name in seen
+            ]
+        )
         return [upload(pixels, self._like.device)]
 
     def stem(self, *inputs: torch.Tensor, whole: bool) -> torch.Tensor:
         """Embed the patches of all cameras, (cameras, patches, width); and run the blocks if ``whole``."""
         stem = self._tower.embed(inputs[0].to(self._like.dtype))
         return self._tower.encode(stem) if whole else stem
+
+    def split_stem(self, stem: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Take a stem apart by cameras; see :class:`lac_vla.models.protocols.SplitsStems`."""
+        return torch.split(stem, 1)
+
+    def join_stem(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Put the cameras' parts together."""
+        return torch.cat(list(parts))
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
         """Embed the patches of all cameras of several frames, and run the blocks: each (cameras, patches, width)."""

@@ -57,6 +57,35 @@ class CachePolicy(ABC):
     def decide(self, inputs: PolicyInput) -> Decision:
         """Decide about a frame before its forward pass."""
 
+    @property
+    def slot_macs(self) -> int:
+        """Multiply-accumulates of :meth:`deltas` per reused token."""
+        return 0
+
+    def check_slots(self, layers: int, heads: int, width: int) -> None:  # noqa: B027 - most policies change no slot
+        """Refuse a model whose slots are not those that :meth:`deltas` predicts changes of.
+
+        Args:
+            layers: Decoder layers.
+            heads: Heads of keys and values.
+            width: Of a head.
+
+        Raises:
+            InputError: If they are others.
+        """
+
+    def deltas(self, inputs: PolicyInput, reused: BoolArray) -> torch.Tensor | None:
+        """Predict how the keys and values of reused tokens have changed since the preceding frame.
+
+        Args:
+            inputs: What was decided by.
+            reused: Tokens that are reused in every layer, bool, (N,).
+
+        Returns:
+            What is added to their keys and values, (2, layers, heads, reused tokens, width); ``None`` for nothing.
+        """
+        return None
+
     def decide_together(self, inputs: Sequence[PolicyInput]) -> list[Decision] | None:
         """Decide about frames of several sessions at once, exactly as :meth:`decide` does one by one.
 

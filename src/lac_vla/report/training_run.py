@@ -89,7 +89,7 @@ class TrainingRun:
         config = read_object(folder / CONFIG, ADVICE)
         if "stage2_steps" not in config:
             raise InputError(f"{folder / CONFIG} holds no settings of 'lac train': give the folder of such a run")
-        for name in ("stage1_steps", "stage2_steps"):
+        for name in ("stage1_steps", "stage2_steps", "delta_steps"):
             check_whole(f"{folder / CONFIG}: {name}", config.get(name, 0), 0, 2**53)
         if not isinstance(config.get("target_ratio"), float | int | None):
             raise InputError(f"{folder / CONFIG}: target_ratio is {shortened(config['target_ratio'])}, no number")
@@ -105,8 +105,8 @@ class TrainingRun:
 
     @property
     def steps(self) -> int:
-        """Count the steps of both stages, as planned."""
-        return int(self.config.get("stage1_steps", 0)) + int(self.config["stage2_steps"])
+        """Count the steps of all stages, as planned."""
+        return sum(int(self.config.get(name, 0)) for name in ("stage1_steps", "stage2_steps", "delta_steps"))
 
     @property
     def step(self) -> int:
@@ -156,6 +156,6 @@ def _row(line: Any) -> Row:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{name} is {value!r}, no number")
     row = {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
-    if "step" not in row or row.get("stage") not in (1, 2):
-        raise ValueError("no step, or no stage 1 or 2")
+    if "step" not in row or row.get("stage") not in (1, 2, 3):
+        raise ValueError("no step, or no stage 1, 2 or 3")
     return row

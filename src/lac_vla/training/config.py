@@ -98,6 +98,9 @@ class TrainConfig:
         target_ratio: If > 0, λ is steered so that the expected ratio settles here; ``lam`` is where it begins. Ours.
         stage1_steps: Steps of stage I, attention alignment; 0 leaves it out.
         stage2_steps: Steps of stage II, joint training on windows.
+        delta_steps: Steps that follow, on windows as in stage II: a third network learns how the keys and values of
+            reused slots change, everything else frozen. ``--policies lac:deltas=true`` adds what it predicts. Ours.
+        start: Policy whose networks the run starts from, its folder; 0 steps of a stage keep them as they are.
         stage1_batch: Frames a step in stage I.
         batch: Windows a step in stage II.
         window: T, frames; the first is dense, the others inherit the policy's own mixed cache.
@@ -135,6 +138,8 @@ class TrainConfig:
     target_ratio: float = 0.0
     stage1_steps: int = 100
     stage2_steps: int = 160
+    delta_steps: int = 0
+    start: Path | None = None
     stage1_batch: int = 32
     batch: int = 8
     window: int = 6
@@ -167,7 +172,7 @@ class TrainConfig:
             raise InputError(f"window is {self.window}; caching is learned from at least 2 consecutive frames")
         if (
             min(self.stage1_batch, self.batch, self.every, self.stride) < 1
-            or min(self.stage1_steps, self.stage2_steps) < 0
+            or min(self.stage1_steps, self.stage2_steps, self.delta_steps) < 0
         ):
             raise InputError("batches, --every and --stride must be at least 1, steps at least 0")
         if self.lam < 0:
@@ -184,8 +189,8 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Count the steps of both stages."""
-        return self.stage1_steps + self.stage2_steps
+        """Count the steps of all stages."""
+        return self.stage1_steps + self.stage2_steps + self.delta_steps
 
 
 def describe(config: PretrainConfig | TrainConfig) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from lac_vla.errors import InputError
 from lac_vla.models import VLA
 from lac_vla.policies.lac import LACConfig, LACPolicy
+from lac_vla.policies.lac.deltas import mean_flow
 from lac_vla.policies.lac.inputs import compose, words
 from lac_vla.training.mixed import LayerKV, MixedOutput, alignment_teacher, mixed_forward
 from lac_vla.training.precision import autocast
@@ -79,6 +81,8 @@ class LACLoss:
         self.ratios = torch.tensor(self.config.ratios, device=self.device)
         policy.selector.to(self.device)
         policy.predictor.to(self.device)
+        if policy.delta_network is not None:
+            policy.delta_network.to(self.device)
         self.episode = np.repeat(np.arange(len(store.start)), store.stop - store.start)
         self._words = words(list(store.instructions)).to(self.device) if self.config.language else None
 
@@ -121,6 +125,7 @@ class LACLoss:
         lam: float,
         task_weight: float = 1.0,
         learn: bool = True,
+        deltas: bool = False,
     ) -> dict[str, float]:
         """Compute stage II's loss, eqs. 7-8, on windows of frames a stride apart; with ``learn``, add up gradients.
 
@@ -136,6 +141,8 @@ class LACLoss:
             lam: λ.
             task_weight: Of the task loss (0 in a test: the ratio reward alone).
             learn: Whether to differentiate.
+            deltas: Whether the policy's predicted changes are added to reused slots. They alone learn then, so that
+                the decisions are those of inference.
 
         Returns:
             Means over frames and windows: ``loss``, ``task``, ``chosen_ratio``, ``expected_ratio`` (by p̃; not for a
@@ -152,7 +159,9 @@ class LACLoss:
         sums: dict[str, float] = {}
         for index, frames in enumerate(every[1:], 1):
             with torch.set_grad_enabled(learn):
-                choice = self.choose(frames, reference, age, temperatures, generator)
+                choice = self.choose(frames, reference, age, temperatures, None if deltas else generator)
+                if deltas:
+                    old = self.changed(old, frames, age)
                 if self.tower is not None:
                     vision = self._encode(self.tower, frames, choice.mask, vision)
                 result = self.decode(frames, mask=choice.mask, old=old, vision=vision)
@@ -161,7 +170,7 @@ class LACLoss:
                 targets = self._load(self.store.targets, frames)
                 task = self.vla.head.loss(result.context(), targets, head_generator, teacher)
                 loss = task_weight * task.mean()
-                if choice.probabilities is not None:
+                if choice.probabilities is not None and not deltas:
                     loss = loss + lam * ratio_reward(choice.probabilities, self.ratios).mean()
             if learn:
                 (loss / (length - 1)).backward()  # type: ignore[no-untyped-call]
@@ -194,6 +203,24 @@ class LACLoss:
         probabilities = soft_ratio(logits, noise, temperatures.ratio)
         masks = candidate_masks(scores, self.config.ratios, temperatures.score)
         return Choice(bridge(straight_through(probabilities), masks), scores, probabilities)
+
+    def changed(self, old: LayerKV, frames: IntArray, age: Sequence[torch.Tensor]) -> LayerKV:
+        """Add to the preceding frame's slots how the policy predicts that they have changed."""
+        network = self.policy.delta_network
+        if network is None:
+            raise InputError("this policy predicts no changes of reused slots")
+        flow = None
+        if network.reads_flow:
+            loaded = [self._load(self.store.flow[name], frames) for name in self.store.grids]
+            grids = self.store.grids.values()
+            flow = torch.cat([mean_flow(part, *grid) for part, grid in zip(loaded, grids, strict=True)], dim=1)
+        ages = torch.cat([part.flatten(1) for part in age], dim=1)
+        added = network(flow, ages, network.embedding)
+        parts = (
+            [slots + part for slots, part in zip(every, changes, strict=True)]
+            for every, changes in zip((old.keys, old.values), added, strict=True)
+        )
+        return LayerKV(*parts)
 
     def decode(
         self,

@@ -8,6 +8,8 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ class Training:
     ) -> None:
         self.config, self.vla, self.store, self.world = config, vla, store, world
         torch.manual_seed(config.seed)
+        decoder = vla.decoder
         shape = LACConfig(
             grids=dict(store.grids),
             ratios=config.ratios,
@@ -66,8 +69,10 @@ class Training:
             width=config.width,
             depth=config.depth,
             patch_pixels=config.patch_pixels,
+            slots=(vla.n_layers, decoder.kv_heads, decoder.head_dim) if config.delta_steps else None,
         )
-        self.policy = LACPolicy(shape)
+        start = None if config.start is None else LACPolicy.from_pretrained(config.start)
+        self.policy = LACPolicy(shape) if start is None else started(shape, start)
         self.losses = LACLoss(vla, store, self.policy, config.loss, tower)
         self.networks = self.policy.networks
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
@@ -76,8 +81,13 @@ class Training:
 
     @property
     def stage(self) -> int:
-        """Number the stage of the next step: 1 or 2."""
-        return 1 if self.step < self.config.stage1_steps else 2
+        """Number the stage of the next step: 1, 2, or 3 where the changes of reused slots alone are learned."""
+        return 1 + sum(self.step >= int(end) for end in self._ends[:2])
+
+    @property
+    def _ends(self) -> IntArray:
+        """The steps at which the stages end."""
+        return np.cumsum([self.config.stage1_steps, self.config.stage2_steps, self.config.delta_steps])
 
     @property
     def temperatures(self) -> Temperatures:
@@ -100,19 +110,24 @@ class Training:
         config, (size, rank) = self.config, self.world
         rng = np.random.default_rng([config.seed, self.step, rank])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        begin, steps = (0, config.stage1_steps) if self.stage == 1 else (config.stage1_steps, config.stage2_steps)
+        stage = self.stage
+        begin, end = [0, *self._ends][stage - 1 : stage + 1]
+        for name, network in self.networks.items():
+            network.requires_grad_((name == "deltas") == (stage == 3))
         for group in self.optimiser.param_groups:
-            group["lr"] = config.lr * cosine((self.step - begin) / steps)
+            group["lr"] = config.lr * cosine((self.step - begin) / (end - begin))
         self.networks.train()
         self.optimiser.zero_grad(set_to_none=True)
-        if self.stage == 1:
+        if stage == 1:
             frames = rng.choice(self.first, config.stage1_batch) + config.stride
             loss = self.losses.alignment(frames)
             loss.backward()  # type: ignore[no-untyped-call]
             metrics = {"loss": float(loss.detach())}
         else:
             first = rng.choice(self.first, config.batch)
-            metrics = self.losses.window(first, config.window, self.temperatures, generator, lam=self.lam)
+            metrics = self.losses.window(
+                first, config.window, self.temperatures, generator, lam=self.lam, deltas=stage == 3
+            )
             metrics["lam"] = self.lam
         if size > 1:
             metrics = self._mean(metrics)
@@ -125,7 +140,7 @@ class Training:
             self._average()
         metrics["gradient"] = float(nn.utils.clip_grad_norm_(self.networks.parameters(), CLIP))
         self.optimiser.step()
-        if config.target_ratio and self.stage == 2 and "expected_ratio" in metrics:
+        if config.target_ratio and stage == 2 and "expected_ratio" in metrics:
             self.lam *= math.exp(STEERING * (config.target_ratio - metrics["expected_ratio"]) / 0.1)
         self.step += 1
         return metrics
@@ -139,9 +154,14 @@ class Training:
         windows = rng.permutation(self.held_first)[:VALIDATION_WINDOWS]
         for first in np.array_split(windows, max(1, math.ceil(len(windows) / self.config.batch))):
             row = {}
-            if self.stage == 2 or not self.config.stage2_steps:
-                row = self.losses.window(first, self.config.window, self.temperatures, None, lam=self.lam, learn=False)
+            if self.stage > 1 or not self.config.stage2_steps:
+                window = partial(
+                    self.losses.window, first, self.config.window, self.temperatures, None, lam=self.lam, learn=False
+                )
+                row = window()
                 row.pop("loss")
+                if self.config.delta_steps:
+                    row["task_deltas"] = window(deltas=True)["task"]
             row["alignment"] = float(self.losses.alignment(first + self.config.stride))
             rows.append(row)
         return {f"held_out_{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -221,7 +241,7 @@ class Training:
 
     def _average(self) -> None:
         """Make the gradient the mean over all processes. The networks are small: no overlap is worth its machinery."""
-        for weight in self.networks.parameters():
+        for weight in (weight for weight in self.networks.parameters() if weight.requires_grad):
             grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             dist.all_reduce(grad)
             weight.grad = grad / self.world[0]
@@ -272,6 +292,28 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
     return config.out / SUBFOLDER
 
 
+def started(shape: LACConfig, start: LACPolicy) -> LACPolicy:
+    """Begin with another policy's networks.
+
+    Args:
+        shape: What is to be trained.
+        start: The other policy.
+
+    Raises:
+        InputError: If it was made with other settings.
+    """
+    slots = start.config.slots if shape.slots is None else shape.slots
+    if replace(start.config, slots=slots, grids=shape.grids) != replace(shape, slots=slots):
+        own, other = shape.to_json(), start.config.to_json()
+        different = sorted(name for name in own if name not in ("slots", "grids") and own[name] != other[name])
+        raise InputError(f"the policy of --start was made with other {different}: give its settings, too")
+    start.check_layout(shape.grids)
+    policy = LACPolicy(replace(shape, slots=slots), start.selector, start.predictor)
+    if policy.delta_network is not None and start.delta_network is not None and start.config.slots == slots:
+        policy.delta_network = start.delta_network
+    return policy
+
+
 def divide(config: TrainConfig, start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
     """List the first frames of all windows: those that are trained on, and those of the episodes held out.
 
@@ -316,7 +358,7 @@ def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, A
         recent.append(run.advance())
         run.seconds = before + time.monotonic() - start
         done = run.step == run.config.steps or time.monotonic() - start > max_seconds
-        saves = run.step % run.config.every == 0 or run.step == run.config.stage1_steps or done
+        saves = run.step % run.config.every == 0 or run.stage != stage or done
         if run.step % 10 == 0 or saves:
             means = {name: float(np.mean([row[name] for row in recent])) for name in recent[0]}
             note = {"step": run.step, "stage": stage, "seconds": round(run.seconds, 1)}

@@ -40,10 +40,19 @@ class FiLMVision(PrismaticVision):
         """Upload the pixels of every camera; behind them, the instruction's embedding, (width,)."""
         return [*super().inputs(frames, images), self._language(frames[0].instruction)]
 
-    def stem(self, *inputs: torch.Tensor, whole: bool) -> Any:
+    def stem(self, *inputs: torch.Tensor, whole: bool, names: Sequence[str] | None = None) -> Any:
         """Run what does not depend on which tokens matter, and keep the instruction's embedding with it."""
         *pixels, language = inputs
-        return self._backbone.encode_stem(self._pixels(pixels), whole=whole, language=language), language
+        return self._backbone.encode_stem(self._pixels(pixels, names), whole=whole, language=language), language
+
+    def split_stem(self, stem: Any) -> Sequence[Any]:
+        """Take a stem apart by cameras; the instruction's embedding stays with every part."""
+        rows, language = stem
+        return [(part, language) for part in super().split_stem(rows)]
+
+    def join_stem(self, parts: Sequence[Any]) -> Any:
+        """Put the cameras' parts together; all are of one instruction."""
+        return super().join_stem([rows for rows, _ in parts]), parts[0][1]
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[Any]:
         """Run it one by one: every frame's towers are conditioned on its own instruction."""

@@ -131,6 +131,7 @@ def save_pi0(vla: VLA, folder: Path, dtype: torch.dtype) -> None:
         "input_features": {**images, "observation.state": {"type": "STATE", "shape": [config.state_dim]}},
         "output_features": {"action": {"type": "ACTION", "shape": [config.action_dim]}},
         "chunk_size": config.flow.horizon,
+        "n_action_steps": config.flow.horizon,
         "max_state_dim": config.state_width,
         "max_action_dim": config.flow.width,
         "num_inference_steps": config.flow.steps,

@@ -138,8 +138,8 @@ PI05 = PiConfig(
     adaptive=True,
     max_tokens=200,
 )
-PI05_SHALLOW = replace(PI05, prefix=replace(GEMMA_2B, depth=3), expert=replace(GEMMA_300M, depth=3))
-"""π0.5 with 3 of its 18 layers, tower and widths as they are: to be timed where the whole does not fit."""
+PI05_SHALLOW = replace(PI05, prefix=replace(GEMMA_2B, depth=3), expert=replace(GEMMA_300M, depth=3), vocab_size=4096)
+"""π0.5 with 3 of its 18 layers and 4096 words, tower and widths as they are: timed where the whole does not fit."""
 
 
 def _tiny(adaptive: bool) -> PiConfig:

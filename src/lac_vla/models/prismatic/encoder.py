@@ -46,12 +46,32 @@ class PrismaticVision(StaticVision):
         return FrameKVCache() if self.transformer_cameras else None
 
     def inputs(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[torch.Tensor]:
-        """Upload the pixels of every camera, uint8, (frames, H, W, 3)."""
-        return [self._upload(torch.from_numpy(np.stack([seen[name] for seen in images]))) for name in self._names]
+        """Upload the pixels of every camera that the images are of, uint8, (frames, H, W, 3)."""
+        names = [name for name in self._names if name in images[0]]
+        return [self._upload(torch.from_numpy(np.stack([seen[name] for seen in images]))) for name in names]
 
-    def stem(self, *inputs: torch.Tensor, whole: bool) -> Any:
-        """Run what does not depend on which tokens matter; see :meth:`StaticVision.stem`."""
-        return self._model.vision_backbone.encode_stem(self._pixels(inputs), whole=whole)
+    def stem(self, *inputs: torch.Tensor, whole: bool, names: Sequence[str] | None = None) -> Any:
+        """Run what does not depend on which tokens matter; see :meth:`StaticVision.stem`.
+
+        Args:
+            inputs: From :meth:`inputs`.
+            whole: Run the blocks of transformers, too.
+            names: The cameras that they are of, in order; all by default.
+        """
+        return self._model.vision_backbone.encode_stem(self._pixels(inputs, names), whole=whole)
+
+    def encode_stem(self, frame: Frame, images: Mapping[str, UInt8Image], kv_cache: Any = None) -> Any:
+        """Run it for the cameras that the images are of; see :class:`lac_vla.models.protocols.VisionEncoder`."""
+        names = [name for name in self._names if name in images]
+        return self.stem(*self.inputs([frame], [images]), whole=kv_cache is None, names=names)
+
+    def split_stem(self, stem: Any) -> Sequence[Any]:
+        """Take a stem apart by cameras; see :class:`lac_vla.models.protocols.SplitsStems`."""
+        return self._model.vision_backbone.split_stem(stem)
+
+    def join_stem(self, parts: Sequence[Any]) -> Any:
+        """Put the cameras' parts together."""
+        return self._model.vision_backbone.join_stem(parts)
 
     def encode_stems(self, frames: Sequence[Frame], images: Sequence[Mapping[str, UInt8Image]]) -> list[Stem]:
         """Run it for several frames at once; see :class:`lac_vla.models.protocols.VisionEncoder`."""
@@ -79,8 +99,10 @@ class PrismaticVision(StaticVision):
     def _upload(self, images: torch.Tensor) -> torch.Tensor:
         return upload(images, self._model.language_model.lm_head.weight.device)
 
-    def _pixels(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {own: self._normalize(seen) for own, seen in zip(self._names.values(), images, strict=True)}
+    def _pixels(self, images: Sequence[torch.Tensor], names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Normalise images of some cameras, all by default, by the model's own names of them."""
+        own = self._names.values() if names is None else [self._names[name] for name in names]
+        return {name: self._normalize(seen) for name, seen in zip(own, images, strict=True)}
 
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         return self._model.vision_backbone.normalize(images).to(self._model.language_model.lm_head.weight.dtype)

@@ -38,7 +38,7 @@ class VisionBackbone(nn.Module):
         """Compute of one frame what does not depend on which tokens matter.
 
         Args:
-            pixel_values: Camera → normalised images, (1, C, H, W).
+            pixel_values: Camera → normalised images, (1, C, H, W); perhaps of some cameras alone.
             whole: Run the blocks of transformers, too: without a cache, they need all patches in any case.
             conditions: As in :meth:`encode_tokens`.
         """
@@ -50,6 +50,14 @@ class VisionBackbone(nn.Module):
         Args:
             pixel_values: Camera → normalised images, (frames, C, H, W).
         """
+        raise NotImplementedError
+
+    def split_stem(self, stem: Stem) -> list[Stem]:
+        """Take a stem of :meth:`encode_stem` apart: what is a camera's own, for every one of them."""
+        raise NotImplementedError
+
+    def join_stem(self, parts: Sequence[Stem]) -> Stem:
+        """Put the stems of single cameras together, in order."""
         raise NotImplementedError
 
     def encode_tokens(
@@ -119,7 +127,7 @@ class ViTBackbone(VisionBackbone):
 
     def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool, **conditions: torch.Tensor) -> Stem:
         """See :meth:`VisionBackbone.encode_stem`; of every transformer, for all cameras together."""
-        pixels = torch.cat([pixel_values[name] for name in self.grids])
+        pixels = torch.cat([pixel_values[name] for name in self.grids if name in pixel_values])
         stem = [vit.embed(part) for vit, part in zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)]
         if not whole:
             return stem
@@ -132,6 +140,14 @@ class ViTBackbone(VisionBackbone):
         parts = zip(self.vits, torch.split(pixels, 3, dim=1), strict=False)
         stems = [torch.split(vit.encode(vit.embed(part)), len(self.grids)) for vit, part in parts]
         return list(zip(*stems, strict=True))
+
+    def split_stem(self, stem: Stem) -> list[Stem]:
+        """See :meth:`VisionBackbone.split_stem`."""
+        return list(zip(*(torch.split(tower, 1) for tower in stem), strict=True))
+
+    def join_stem(self, parts: Sequence[Stem]) -> Stem:
+        """See :meth:`VisionBackbone.join_stem`."""
+        return [torch.cat(tower) for tower in zip(*parts, strict=True)]
 
     def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
         """See :meth:`VisionBackbone.encode_camera`."""
@@ -177,7 +193,16 @@ class PerCameraBackbone(VisionBackbone):
 
     def encode_stem(self, pixel_values: Mapping[str, torch.Tensor], *, whole: bool, **conditions: torch.Tensor) -> Stem:
         """See :meth:`VisionBackbone.encode_stem`; of every camera, without conditions."""
-        return [cast(Any, self.towers[name]).encode_stem(pixel_values[name], whole=whole) for name in self.grids]
+        seen = [name for name in self.grids if name in pixel_values]
+        return [cast(Any, self.towers[name]).encode_stem(pixel_values[name], whole=whole) for name in seen]
+
+    def split_stem(self, stem: Stem) -> list[Stem]:
+        """See :meth:`VisionBackbone.split_stem`."""
+        return [(camera,) for camera in stem]
+
+    def join_stem(self, parts: Sequence[Stem]) -> Stem:
+        """See :meth:`VisionBackbone.join_stem`."""
+        return [camera for (camera,) in parts]
 
     def encode_stems(self, pixel_values: Mapping[str, torch.Tensor]) -> list[Stem]:
         """See :meth:`VisionBackbone.encode_stems`; of every camera, for all frames together."""

@@ -31,6 +31,8 @@ class LACConfig:
         width: Channels of both networks.
         depth: Residual convolutions of both networks.
         max_age: Age, in frames, that the age channel is scaled by.
+        slots: (Layers, heads of keys, width of a head) of the model whose reused slots' changes a third network
+            predicts, see :class:`lac_vla.policies.lac.deltas.Deltas`; ``None`` for none.
 
     Raises:
         InputError: If a value is out of range.
@@ -47,6 +49,7 @@ class LACConfig:
     width: int = 32
     depth: int = 2
     max_age: int = 16
+    slots: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,6 +68,8 @@ class LACConfig:
         if not 0 <= self.recovery <= 1:
             raise InputError(f"recovery {self.recovery}: give a probability in 0..1")
         check_whole("max_age", self.max_age, 1, LONGEST_AGE)
+        if self.slots is not None and min(self.slots) < 1:
+            raise InputError(f"slots {self.slots}: give layers, heads and a head's width, each at least 1")
         for name, low, high in (("patch_pixels", 1, 64), ("width", 1, 4096), ("depth", 0, 100)):
             check_whole(name, getattr(self, name), low, high)
 
@@ -94,7 +99,8 @@ class LACConfig:
             raise CheckpointError(f"unknown settings {unknown}: the policy is of another version of lac-vla")
         try:
             grids = {name: (rows, cols) for name, (rows, cols) in data["grids"].items()}
-            rest = {key: value for key, value in data.items() if key not in ("grids", "ratios")}
-            return cls(grids=grids, ratios=tuple(data["ratios"]), **rest)
+            rest = {key: value for key, value in data.items() if key not in ("grids", "ratios", "slots")}
+            slots = data.get("slots")
+            return cls(grids, tuple(data["ratios"]), slots=None if slots is None else tuple(slots), **rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"these are no settings of a learned policy: {error}") from error

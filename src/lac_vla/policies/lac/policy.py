@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
@@ -22,10 +23,11 @@ from lac_vla.hub import HUB_ID, find_folder
 from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
 from lac_vla.policies.lac.card import model_card
 from lac_vla.policies.lac.config import LACConfig
-from lac_vla.policies.lac.inputs import WORDS, from_policy_input, words
+from lac_vla.policies.lac.deltas import Deltas, mean_flow
+from lac_vla.policies.lac.inputs import WORDS, flow_in_patches, from_policy_input, words
 from lac_vla.policies.lac.joint import Joint, canvas_tokens
 from lac_vla.policies.lac.networks import HIDDEN, Predictor, Selector
-from lac_vla.types import Decision, PolicyInput
+from lac_vla.types import BoolArray, Decision, PolicyInput
 
 CONFIG, WEIGHTS, CARD = "config.json", "policy.safetensors", "README.md"
 SUBFOLDER = "policy"
@@ -49,15 +51,17 @@ class LACPolicy(CachePolicy):
         predictor: As ``selector``.
         ratio: A fixed cache ratio in place of ``config.ratio`` and of the predictor's choice.
         recovery: In place of ``config.recovery``; 0 switches recovery off.
+        deltas: Whether the predicted changes of reused slots are added to them.
 
     Attributes:
         config: Its shape.
         selector: Cached Token Selector, eq. 4.
         predictor: Cache Ratio Predictor, eq. 5.
+        delta_network: Predicts the changes of reused slots; ``None`` for a policy without.
         about: How the policy came about, plain data; kept in its configuration.
 
     Raises:
-        InputError: If ``ratio`` or ``recovery`` lies outside [0, 1].
+        InputError: If ``ratio`` or ``recovery`` lies outside [0, 1], or it predicts no changes that could be added.
     """
 
     def __init__(
@@ -68,7 +72,13 @@ class LACPolicy(CachePolicy):
         *,
         ratio: float | None = None,
         recovery: float | None = None,
+        deltas: bool = False,
     ) -> None:
+        if deltas and config.slots is None:
+            raise InputError(
+                "this policy predicts no changes of reused slots: leave out deltas, or train it to "
+                "(lac train --start POLICY --delta-steps)"
+            )
         if ratio is not None:
             check_ratio(ratio)
         if recovery is not None and not 0 <= recovery <= 1:
@@ -78,13 +88,16 @@ class LACPolicy(CachePolicy):
         self.predictor = Predictor(config) if predictor is None else predictor
         self.ratio = config.ratio if ratio is None else ratio
         self.recovery = config.recovery if recovery is None else recovery
+        self.delta_network = None if config.slots is None else Deltas(config)
+        self._adds_deltas = deltas
         self.about: Mapping[str, Any] = {}
         self._joint: Joint | None = None
 
     @property
     def networks(self) -> nn.ModuleDict:
-        """Both networks by name, as they are saved."""
-        return nn.ModuleDict({"selector": self.selector, "predictor": self.predictor})
+        """The networks by name, as they are saved."""
+        networks: dict[str, nn.Module] = {"selector": self.selector, "predictor": self.predictor}
+        return nn.ModuleDict(networks if self.delta_network is None else {**networks, "deltas": self.delta_network})
 
     @property
     def flow(self) -> str:
@@ -115,6 +128,35 @@ class LACPolicy(CachePolicy):
                 f"this policy was made for the token grids {dict(self.config.grids)}, the model has {dict(grids)}: "
                 "train one for this model (lac train)"
             )
+
+    @property
+    def slot_macs(self) -> int:
+        """Multiply-accumulates of the predicted change of one reused slot."""
+        return self.delta_network.macs if self.delta_network is not None and self._adds_deltas else 0
+
+    def check_slots(self, layers: int, heads: int, width: int) -> None:
+        """See :meth:`CachePolicy.check_slots`."""
+        if self._adds_deltas and self.config.slots != (layers, heads, width):
+            raise InputError(
+                f"this policy predicts keys and values of (layers, heads, width) {self.config.slots}, the model's are "
+                f"{(layers, heads, width)}: leave out deltas, or train it beside this model"
+            )
+
+    @torch.inference_mode()
+    def deltas(self, inputs: PolicyInput, reused: BoolArray) -> torch.Tensor | None:
+        """See :meth:`CachePolicy.deltas`."""
+        network = self.delta_network
+        if network is None or not self._adds_deltas:
+            return None
+        at, flow = torch.from_numpy(np.flatnonzero(reused)), None
+        if network.reads_flow:
+            parts = []
+            for camera in inputs.layout.cameras:
+                own = flow_in_patches(inputs.flow[camera.name], camera.rows, camera.cols, self.config.patch_pixels)
+                parts.append(mean_flow(torch.from_numpy(own)[None], camera.rows, camera.cols))
+            flow = torch.cat(parts, dim=1)[:, at]
+        changes: torch.Tensor = network(flow, torch.from_numpy(inputs.age)[None, at], network.embedding[at])
+        return changes[:, :, 0]
 
     @torch.inference_mode()
     def decide(self, inputs: PolicyInput) -> Decision:
@@ -210,7 +252,7 @@ class LACPolicy(CachePolicy):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, ratio: float | None = None, recovery: float | None = None
+        cls, path: str | Path, *, ratio: float | None = None, recovery: float | None = None, deltas: bool = False
     ) -> LACPolicy:
         """Read what :meth:`save_pretrained` wrote. Nothing is unpickled.
 
@@ -219,8 +261,10 @@ class LACPolicy(CachePolicy):
                 one on the Hugging Face hub, downloaded once.
             ratio: See :class:`LACPolicy`.
             recovery: See :class:`LACPolicy`.
+            deltas: See :class:`LACPolicy`.
 
         Raises:
+            InputError: If it predicts no changes, and is to add them.
             CheckpointError: If a file is missing or damaged, or is something else.
         """
         try:
@@ -241,7 +285,7 @@ class LACPolicy(CachePolicy):
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
         with torch.device("meta"):
-            policy = cls(config, ratio=ratio, recovery=recovery)
+            policy = cls(config, ratio=ratio, recovery=recovery, deltas=deltas)
         state = check_tensors(weights, read_safetensors(weights))
         try:
             policy.networks.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
