@@ -51,7 +51,7 @@ CASES = [
     *((name, "default+vision_kv_reuse") for name in ("pi05-tiny", "smolvla-tiny", "film", "own-towers")),
 ]
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-INSTRUCTIONS = ("pick up the bowl", "stop", "put the mug on the plate, then stop")
+INSTRUCTIONS = ("stop", "put the mug on the plate, then stop")
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def test_after_the_warm_up_nothing_is_captured(name: str, options: str, device: 
     robots = [(session(engine, seed), session(engine_of(model, options), seed)) for seed in range(3)]
     for step in range(4):
         for number, (robot, plain) in enumerate(robots):
-            observation = frame(step, INSTRUCTIONS[(number + step // 2) % len(INSTRUCTIONS)])
+            observation = frame(step, INSTRUCTIONS[(number + step // 2) % 2])
             np.testing.assert_allclose(robot.act(observation), plain.act(observation), **CLOSE)
     assert graphs(engine).eager_runs == eager
     for step, count in enumerate((3, 2, 3)):  # their prompts alone are left to the ordinary loop
-        frames = [frame(10 * number + step, INSTRUCTIONS[number]) for number in range(count)]
+        frames = [frame(10 * number + step, INSTRUCTIONS[number % 2]) for number in range(count)]
         plans = [robot.plan(seen) for (robot, _), seen in zip(robots, frames, strict=False)]
         for (robot, plain), seen, plan, result in zip(robots, frames, plans, engine.run(plans), strict=False):
             info = robot.commit(plan, result)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lac_vla.engine.graphs import MakeGraph, Replayed, padded
+from lac_vla.engine.graphs import FEW_ROWS, MakeGraph, Replayed, padded
 from lac_vla.engine.kv_cache import SlotCache
 from lac_vla.engine.layers import LayersOutput, Segment, query_counts, run_layers
 from lac_vla.models.protocols import DecoderLayer, KeysValues, Rotary
@@ -46,7 +46,8 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, layers: Sequence[DecoderLayer], segments: Sequence[Segment]) -> Shape | None:
         """Find the shape of a run through all layers; ``None`` if there is no graph for it."""
-        first, rows = segments[0], padded(max(segment.n_rows for segment in segments))
+        first, rows = segments[0], max(segment.n_rows for segment in segments)
+        rows = padded(rows if first.n_queries is None else max(rows, FEW_ROWS + 1))  # few are a decoding pass's alone
         if any(segment.slots is not None or segment.size != first.size for segment in segments):
             return None
         if len(segments) > 1 and (rows > PACKED_ROWS or any(segment.n_queries is not None for segment in segments)):
