@@ -389,7 +389,7 @@ def two_processes(config: TrainConfig, port: int, before: str = "") -> list[tupl
         )
         for rank in range(2)
     ]
-    ends = [process.communicate(timeout=120) for process in processes]
+    ends = [process.communicate(timeout=300) for process in processes]
     return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
 
 
