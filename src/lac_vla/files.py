@@ -169,7 +169,7 @@ def cut_unfinished(path: Path) -> None:
 
 
 def _begin(content: bytes) -> bytes:
-    """How a file begins, as far as it tells a pointer or a page."""
+    """Leave out what may stand before the words that tell a pointer or a page."""
     return content.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
 
 

@@ -215,14 +215,7 @@ class LeRobotDataset:
         clips: dict[str, Clip] = {}
         for camera, key in self._images.items():
             if self._is_video(key):
-                begin, end = (row.get(f"videos/{key}/{name}_timestamp") for name in ("from", "to"))
-                lasts = end - begin if isinstance(end, int | float) and end > begin else math.inf
-                if not -0.5 / self.fps < times[0] < lasts:
-                    raise DatasetError(
-                        f"{path}: episode {number} begins at {times[0]:.3f} s of a video of {lasts:.3f} s: timestamps "
-                        "count from the episode's own beginning; repair the table"
-                    )
-                clips[camera] = partial(_decode, self._path(row, key), float(begin) + times, self.fps, number)
+                clips[camera] = partial(_decode, self._path(row, key), self._shown(row, key, times), self.fps, number)
             else:
                 clips[camera] = partial(read_pictures, path, key, rows.first, number)
         with reading(self.root / "meta" / "episodes", AGAIN, DatasetError):
@@ -231,6 +224,17 @@ class LeRobotDataset:
 
     def _is_video(self, key: str) -> bool:
         return bool(self.features[key]["dtype"] == "video")
+
+    def _shown(self, row: Mapping[str, Any], key: str, times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the seconds within the video of the feature ``key`` that show an episode's ``times``, (T,)."""
+        begin, end = float(row[f"videos/{key}/from_timestamp"]), row.get(f"videos/{key}/to_timestamp")
+        lasts = end - begin if isinstance(end, int | float) and end > begin else math.inf
+        if not -0.5 / self.fps < times[0] < lasts:
+            raise DatasetError(
+                f"{self._path(row)}: episode {row['episode_index']} begins at {times[0]:.3f} s of a video of "
+                f"{lasts:.3f} s: timestamps count from the episode's own beginning; repair the table"
+            )
+        return begin + times
 
     def _path(self, row: Mapping[str, Any], key: str | None = None) -> Path:
         """Return the file of an episode's numbers, or of its images of the feature ``key``."""
