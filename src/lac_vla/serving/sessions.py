@@ -25,7 +25,9 @@ from lac_vla.types import FloatArray, Frame
 SLACK_SHARE = 0.5
 """Share of the expected idle time that slack refresh takes, at most."""
 LEARNING = 0.2
-"""Weight of the newest idle time in the expected one; so with costs."""
+"""Weight of the newest idle time in the expected one; so with costs, and pauses that are longer than expected."""
+FORGETTING = 0.02
+"""Weight of a pause that is shorter: where a robot has to wait, it asks at once, and its pace does not show."""
 MAX_SEED = 2**63 - 1
 MAX_HZ = 10_000
 
@@ -129,6 +131,7 @@ class RobotSession:
     Attributes:
         answered: When it was answered last, or else began, by ``time.perf_counter()``.
         idle: Expected seconds from an answer to its next request; ``None`` if nobody knows.
+        pause: The same where nothing keeps it waiting: its pace, whatever else the server has to do.
         cost_s: Seconds of the model that its last frames took.
 
     Raises:
@@ -153,6 +156,7 @@ class RobotSession:
         self._action: FloatArray | None = None
         self.answered = time.perf_counter()
         self.idle: float | None = None
+        self.pause: float | None = None
         self.cost_s = 0.0
         self._frames = self._cooling = self._refreshed = 0
         self._disagreement: float | None = None
@@ -232,7 +236,7 @@ class RobotSession:
         if not self._cooling:
             session.force_dense = None
         self.answered = time.perf_counter()
-        self.cost_s += LEARNING * (took / 1e3 * share - self.cost_s)
+        self.cost_s += (LEARNING if self.cost_s else 1.0) * (took / 1e3 * share - self.cost_s)
         return Answer(message, step, planned.reset, planned.frame)
 
     def spare(self) -> IdleJob | None:
@@ -302,6 +306,11 @@ class RobotSession:
             self.idle = idle
         else:
             self.idle += LEARNING * (max(0.0, idle) - self.idle)
+        if not first:
+            pause = max(0.0, idle)
+            if self.pause is None:
+                self.pause = pause
+            self.pause += (LEARNING if pause > self.pause else FORGETTING) * (pause - self.pause)
         self._instruction, self._episode, self._shapes = frame.instruction, episode, frame.shapes
         return None if first else reason
 
