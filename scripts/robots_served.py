@@ -43,6 +43,7 @@ class Load:
         hz: Requests per second and robot.
         deadline_ms: Within which 99 % of the answers have to be there.
         seconds: Of every measurement.
+        beside_seconds: The same with a noisy neighbour, and of what it is compared with.
         limit: Robots, at most.
     """
 
@@ -52,6 +53,7 @@ class Load:
     hz: float = 20.0
     deadline_ms: float = 50.0
     seconds: float = 5.0
+    beside_seconds: float = 20.0
     limit: int = 64
 
 
@@ -90,11 +92,12 @@ class Site:
     keys: ObservationKeys
     scenes: list[list[bytes]]
 
-    def play(self, count: int, noisy: bool = False) -> tuple[float, float]:
+    def play(self, count: int, seconds: float, noisy: bool = False) -> tuple[float, float]:
         """Serve so many robots.
 
         Args:
             count: Robots.
+            seconds: For how long.
             noisy: Add one that asks ten times as often, and whose every frame is a scene cut; it is not counted.
 
         Returns:
@@ -112,7 +115,7 @@ class Site:
         due = [begin + every * rng.random() for every in pace]
         steps, took = [2] * len(robots), list[float]()
         waiting: dict[Request, int] = {}
-        while clock() < begin + self.load.seconds:
+        while clock() < begin + seconds:
             for number in np.argsort(due):
                 if due[number] <= clock() and number not in waiting.values():
                     data = self._message(number, steps[number], number == count)
@@ -186,17 +189,16 @@ def main(load: Load) -> None:
                     continue
                 served, p99 = 0, dict[int, tuple[float, float]]()
                 while served < load.limit:
-                    p99[served + 1] = site.play(served + 1)
+                    p99[served + 1] = site.play(served + 1, load.seconds)
                     if p99[served + 1][0] > load.deadline_ms:
                         break
                     served += 1
                 shown = ", ".join(f"{count}: {value:.1f} ms, busy {busy:.0%}" for count, (value, busy) in p99.items())
                 print(f"{row}: {served} robots (p99 by robots: {shown})", flush=True)
-                if half := served // 2:
-                    noisy, _ = site.play(half, noisy=True)
-                    print(
-                        f"    {half} robots: p99 {p99[half][0]:.1f} ms, beside a noisy one {noisy:.1f} ms", flush=True
-                    )
+                if served:
+                    half = max(1, served // 2)
+                    (alone, _), (beside, _) = (site.play(half, load.beside_seconds, noisy) for noisy in (False, True))
+                    print(f"    {half} robots: p99 {alone:.1f} ms, beside a noisy one {beside:.1f} ms", flush=True)
 
 
 if __name__ == "__main__":
