@@ -1,7 +1,8 @@
 """Count the robots that a server on one thread answers in time: one at a time and in batches, dense and with reuse.
 
 ``python scripts/robots_served.py`` plays robots that ask at 20 Hz, each at its own phase, to the server's batcher and
-the real model; more and more of them, until the 99th percentile is behind the deadline. Time is the processor time of
+the real model; more and more of them, until the 99th percentile is behind the deadline. What a frame costs where
+several are answered together is told first, and is all that is with ``--limit 0``. Time is the processor time of
 this thread, and idle time passes at once: other work on the machine does not count, but for the caches that it shares.
 Messages are packed and unpacked as on the wire; sockets are not in it.
 """
@@ -26,6 +27,9 @@ from lac_vla.serving.batches import Batcher, Request
 from lac_vla.serving.executor import GIVING_WAY_S
 from lac_vla.serving.sessions import Answer, RobotSession, SessionOptions
 
+ROUNDS = 24
+"""Batches of every size, to tell what a frame costs."""
+ENGINE = ("tower", "projector", "prefill", "decode")
 LENGTH = 40
 """Frames of a robot's scene, over and over."""
 JITTER = 0.05
@@ -91,6 +95,26 @@ class Site:
     batcher: Batcher
     keys: ObservationKeys
     scenes: list[list[bytes]]
+
+    def cost(self, count: int) -> str:
+        """Tell what a frame takes where so many robots ask at once, in milliseconds, and which stages."""
+        robots = [RobotSession(self.vla, self.keys, SessionOptions(), None) for _ in range(count)]
+        took, stages = list[float](), dict.fromkeys(ENGINE, 0.0)
+        for step in range(ROUNDS + 4):
+            begin = self.clock()
+            batch = [
+                Request(robot, wire.unpack(self._message(number, step, False), 2**24), begin)
+                for number, robot in enumerate(robots)
+            ]
+            answers = [each for each in self.batcher.answer(batch).values() if isinstance(each, Answer)]
+            for answer in answers:
+                wire.pack(answer.message)
+            if step >= 4:
+                took.append(1e3 * (self.clock() - begin) / count)
+                for stage in ENGINE:  # every robot is told the time of the whole batch
+                    stages[stage] += answers[0].step.stages[stage] / count / ROUNDS
+        told = ", ".join(f"{stage} {milliseconds:.1f}" for stage, milliseconds in stages.items())
+        return f"{count} together: {np.median(took):.1f} ms a frame ({told}, the rest per robot)"
 
     def play(self, count: int, seconds: float, noisy: bool = False) -> tuple[float, float]:
         """Serve so many robots.
@@ -178,7 +202,7 @@ def main(load: Load) -> None:
     vlas = load_methods(load.model, load.policies, ModelOptions(threads=1))
     print(f"{load.model}, one thread, robots at {load.hz:g} Hz, p99 within {load.deadline_ms:g} ms of processor time")
     for name, vla in vlas.items():
-        for deadline in (False, True) if name != "dense" else (False,):
+        for deadline in (False, True) if name != "dense" and load.limit else (False,):
             for max_batch in (1, load.max_batch):
                 row = f"{name}, {f'batches of up to {max_batch}' if max_batch > 1 else 'one at a time'}"
                 row += ", deadline" if deadline else ""
@@ -187,12 +211,20 @@ def main(load: Load) -> None:
                 except LacError as error:
                     print(f"{row}: {error}")
                     continue
+                if not deadline:
+                    counts = [
+                        count for count in (1, 2, 4, 8, 16) if count <= max_batch and (count > 1) == (max_batch > 1)
+                    ]
+                    for count in counts:
+                        print(f"{row}, {site.cost(count)}", flush=True)
                 served, p99 = 0, dict[int, tuple[float, float]]()
                 while served < load.limit:
                     p99[served + 1] = site.play(served + 1, load.seconds)
                     if p99[served + 1][0] > load.deadline_ms:
                         break
                     served += 1
+                if not p99:
+                    continue
                 shown = ", ".join(f"{count}: {value:.1f} ms, busy {busy:.0%}" for count, (value, busy) in p99.items())
                 print(f"{row}: {served} robots (p99 by robots: {shown})", flush=True)
                 if served:

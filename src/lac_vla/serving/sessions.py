@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ from lac_vla.types import FloatArray, Frame
 SLACK_SHARE = 0.5
 """Share of the expected idle time that slack refresh takes, at most."""
 LEARNING = 0.2
-"""Weight of the newest idle time in the expected one; so with costs, and pauses that are longer than expected."""
-FORGETTING = 0.02
-"""Weight of a pause that is shorter: where a robot has to wait, it asks at once, and its pace does not show."""
+"""Weight of the newest idle time in the expected one; so with costs."""
+PAUSES = 32
+"""A robot's pace is the upper quartile of so many pauses: where it has to wait, it asks at once, and none shows."""
 MAX_SEED = 2**63 - 1
 MAX_HZ = 10_000
 
@@ -131,7 +132,7 @@ class RobotSession:
     Attributes:
         answered: When it was answered last, or else began, by ``time.perf_counter()``.
         idle: Expected seconds from an answer to its next request; ``None`` if nobody knows.
-        pause: The same where nothing keeps it waiting: its pace, whatever else the server has to do.
+        pause: The same where nothing keeps it waiting: its pace, though others may make it wait for a while.
         cost_s: Seconds of the model that its last frames took.
 
     Raises:
@@ -157,6 +158,7 @@ class RobotSession:
         self.answered = time.perf_counter()
         self.idle: float | None = None
         self.pause: float | None = None
+        self._pauses = deque[float](maxlen=PAUSES)
         self.cost_s = 0.0
         self._frames = self._cooling = self._refreshed = 0
         self._disagreement: float | None = None
@@ -307,10 +309,8 @@ class RobotSession:
         else:
             self.idle += LEARNING * (max(0.0, idle) - self.idle)
         if not first:
-            pause = max(0.0, idle)
-            if self.pause is None:
-                self.pause = pause
-            self.pause += (LEARNING if pause > self.pause else FORGETTING) * (pause - self.pause)
+            self._pauses.append(max(0.0, idle))
+            self.pause = sorted(self._pauses)[3 * len(self._pauses) // 4]
         self._instruction, self._episode, self._shapes = frame.instruction, episode, frame.shapes
         return None if first else reason
 
