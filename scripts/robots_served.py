@@ -1,7 +1,8 @@
 """Count the robots that a server on one thread answers in time: one at a time and in batches, dense and with reuse.
 
 ``python scripts/robots_served.py`` plays robots that ask at 20 Hz, each at its own phase, to the server's batcher and
-the real model; more and more of them, until the 99th percentile is behind the deadline. Time is the processor time of
+the real model; more and more of them, until the 99th percentile is behind the deadline. What a frame costs where
+several are answered together is told first, and is all that is with ``--limit 0``. Time is the processor time of
 this thread, and idle time passes at once: other work on the machine does not count, but for the caches that it shares.
 Messages are packed and unpacked as on the wire; sockets are not in it.
 """
@@ -26,6 +27,9 @@ from lac_vla.serving.batches import Batcher, Request
 from lac_vla.serving.executor import GIVING_WAY_S
 from lac_vla.serving.sessions import Answer, RobotSession, SessionOptions
 
+ROUNDS = 24
+"""Batches of every size, to tell what a frame costs."""
+ENGINE = ("tower", "projector", "prefill", "decode")
 LENGTH = 40
 """Frames of a robot's scene, over and over."""
 JITTER = 0.05
@@ -43,6 +47,7 @@ class Load:
         hz: Requests per second and robot.
         deadline_ms: Within which 99 % of the answers have to be there.
         seconds: Of every measurement.
+        beside_seconds: The same with a noisy neighbour, and of what it is compared with.
         limit: Robots, at most.
     """
 
@@ -52,6 +57,7 @@ class Load:
     hz: float = 20.0
     deadline_ms: float = 50.0
     seconds: float = 5.0
+    beside_seconds: float = 20.0
     limit: int = 64
 
 
@@ -90,11 +96,32 @@ class Site:
     keys: ObservationKeys
     scenes: list[list[bytes]]
 
-    def play(self, count: int, noisy: bool = False) -> tuple[float, float]:
+    def cost(self, count: int) -> str:
+        """Tell what a frame takes where so many robots ask at once, in milliseconds, and which stages."""
+        robots = [RobotSession(self.vla, self.keys, SessionOptions(), None) for _ in range(count)]
+        took, stages = list[float](), dict.fromkeys(ENGINE, 0.0)
+        for step in range(ROUNDS + 4):
+            begin = self.clock()
+            batch = [
+                Request(robot, wire.unpack(self._message(number, step, False), 2**24), begin)
+                for number, robot in enumerate(robots)
+            ]
+            answers = [each for each in self.batcher.answer(batch).values() if isinstance(each, Answer)]
+            for answer in answers:
+                wire.pack(answer.message)
+            if step >= 4:
+                took.append(1e3 * (self.clock() - begin) / count)
+                for stage in ENGINE:  # every robot is told the time of the whole batch
+                    stages[stage] += answers[0].step.stages[stage] / count / ROUNDS
+        told = ", ".join(f"{stage} {milliseconds:.1f}" for stage, milliseconds in stages.items())
+        return f"{count} together: {np.median(took):.1f} ms a frame ({told}, the rest per robot)"
+
+    def play(self, count: int, seconds: float, noisy: bool = False) -> tuple[float, float]:
         """Serve so many robots.
 
         Args:
             count: Robots.
+            seconds: For how long.
             noisy: Add one that asks ten times as often, and whose every frame is a scene cut; it is not counted.
 
         Returns:
@@ -112,7 +139,7 @@ class Site:
         due = [begin + every * rng.random() for every in pace]
         steps, took = [2] * len(robots), list[float]()
         waiting: dict[Request, int] = {}
-        while clock() < begin + self.load.seconds:
+        while clock() < begin + seconds:
             for number in np.argsort(due):
                 if due[number] <= clock() and number not in waiting.values():
                     data = self._message(number, steps[number], number == count)
@@ -175,7 +202,7 @@ def main(load: Load) -> None:
     vlas = load_methods(load.model, load.policies, ModelOptions(threads=1))
     print(f"{load.model}, one thread, robots at {load.hz:g} Hz, p99 within {load.deadline_ms:g} ms of processor time")
     for name, vla in vlas.items():
-        for deadline in (False, True) if name != "dense" else (False,):
+        for deadline in (False, True) if name != "dense" and load.limit else (False,):
             for max_batch in (1, load.max_batch):
                 row = f"{name}, {f'batches of up to {max_batch}' if max_batch > 1 else 'one at a time'}"
                 row += ", deadline" if deadline else ""
@@ -184,19 +211,26 @@ def main(load: Load) -> None:
                 except LacError as error:
                     print(f"{row}: {error}")
                     continue
+                if not deadline:
+                    counts = [
+                        count for count in (1, 2, 4, 8, 16) if count <= max_batch and (count > 1) == (max_batch > 1)
+                    ]
+                    for count in counts:
+                        print(f"{row}, {site.cost(count)}", flush=True)
                 served, p99 = 0, dict[int, tuple[float, float]]()
                 while served < load.limit:
-                    p99[served + 1] = site.play(served + 1)
+                    p99[served + 1] = site.play(served + 1, load.seconds)
                     if p99[served + 1][0] > load.deadline_ms:
                         break
                     served += 1
+                if not p99:
+                    continue
                 shown = ", ".join(f"{count}: {value:.1f} ms, busy {busy:.0%}" for count, (value, busy) in p99.items())
                 print(f"{row}: {served} robots (p99 by robots: {shown})", flush=True)
-                if half := served // 2:
-                    noisy, _ = site.play(half, noisy=True)
-                    print(
-                        f"    {half} robots: p99 {p99[half][0]:.1f} ms, beside a noisy one {noisy:.1f} ms", flush=True
-                    )
+                if served:
+                    half = max(1, served // 2)
+                    (alone, _), (beside, _) = (site.play(half, load.beside_seconds, noisy) for noisy in (False, True))
+                    print(f"    {half} robots: p99 {alone:.1f} ms, beside a noisy one {beside:.1f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.models import FAMILIES, VLA
 from lac_vla.policies import CachePolicy
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
-from lac_vla.serving.batches import Batcher, Outcome, Request
+from lac_vla.serving.batches import PATIENCE_S, Batcher, Outcome, Request
 from lac_vla.serving.executor import ModelExecutor
 from lac_vla.serving.sessions import Answer, RobotSession, SessionOptions
 from lac_vla.types import AttentionProbe, TokenLayout
@@ -170,11 +170,13 @@ def test_resets_and_failures_touch_no_other_robot(model: VLA) -> None:
 
 @pytest.mark.slow
 def test_many_frames_without_one_mixed_answer(model: VLA) -> None:
-    frames, seed = 0, 2
+    """``LAC_LOAD_SEED`` goes on where a run of so many frames was stopped: a line is printed for every seed."""
+    frames, seed = 0, int(os.environ.get("LAC_LOAD_SEED", "2"))
     while frames < FRAMES / len(FAMILIES):
-        frames += live(model, rounds=200, seed=seed, trouble=0.05).total()
+        kinds = live(model, rounds=60, seed=seed, trouble=0.05)
+        frames += kinds.total()
+        print(f"\n{model.name}, seed {seed}: {kinds.total()} frames, none mixed; {frames} so far", flush=True)
         seed += 1
-    print(f"\n{model.name}: {frames} frames of random sessions, no answer mixed")
 
 
 # Whose turn it is, and what a frame may cost, by a clock that goes on when a batch is run.
@@ -405,7 +407,24 @@ def test_who_asks_often_waits_behind_those_who_ask_less(tiny: VLA, clock: Clock)
     p99_quiet, p99_beside = (np.quantile(np.concatenate(all_), 0.99) for all_ in (quiet, noisy[:5]))
     assert p99_beside < 1.15 * p99_quiet
     assert len(noisy[5]) > 8  # it is answered where there is time
-    assert max(noisy[5]) < 1500  # and not kept waiting for ever
+    assert max(noisy[5]) < 1e3 * PATIENCE_S + 100  # and not kept waiting for ever
+
+
+def test_a_robot_keeps_its_pace_where_others_make_it_wait(tiny: VLA, clock: Clock) -> None:
+    served = Served(CachedVLA(tiny, Dense()), clock)
+    calm, noisy = served.warm(2)
+    for _ in range(10):
+        ask(noisy, observation(1), noisy.answered)
+        ask(calm, observation(1), calm.answered + 0.05)
+    for _ in range(20):  # its time comes while it waits: it asks as soon as it is answered
+        ask(noisy, observation(1), noisy.answered)
+        ask(calm, observation(1), calm.answered)
+    request, batcher = served.request(noisy), Batcher(served.vla.engine)
+    for after_ms, held in ((30, True), (50, True), (70, False)):  # while it is expected
+        clock.now = calm.answered + after_ms / 1e3
+        assert batcher.choose([request], served.robots) == [request][held:]
+    clock.now = calm.answered = request.arrived + PATIENCE_S
+    assert batcher.choose([request], served.robots) == [request]
 
 
 def test_the_largest_batch_that_can_keep_the_deadline() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -64,7 +65,7 @@ def test_readiness_says_full_and_draining(start: Start) -> None:
         status, text = ready(server.http)
         assert (status, text.partition(":")[0]) == (503, "draining")
         assert robot.infer(observation(0))["actions"] is not None  # it is served on
-        with pytest.raises(LostError, match="503"):
+        with pytest.raises(LostError, match="503: draining"):
             Client(server.url, "a-key-of-some-length")
         assert not drained.done()
     drained.result(20)  # as soon as nobody is left
@@ -123,6 +124,30 @@ def test_what_is_deployed_is_what_the_program_takes(file: str) -> None:
     for command in commands:
         config = tyro.cli(ServeConfig, args=[text.replace("${MODEL:-mini}", "mini") for text in command])
         assert (config.model, config.max_sessions) == ("mini", 16)
+
+
+def test_the_container_file_builds_on_what_is_there_and_begins_what_the_program_takes() -> None:
+    lines = (DEPLOY / "Containerfile").read_text().replace("\\\n", " ").splitlines()
+    told = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    copied = [source for word, rest in told if word == "COPY" for source in rest.split()[:-1]]
+    assert copied
+    assert all((DEPLOY.parent / source).exists() for source in copied)
+    last = {word: rest for word, rest in told}
+    program, command, *arguments = json.loads(last["ENTRYPOINT"]) + json.loads(last["CMD"])
+    assert (program, command) == ("lac", "serve")
+    config = tyro.cli(ServeConfig, args=arguments)
+    assert (config.host, str(config.port), last["STOPSIGNAL"]) == ("0.0.0.0", last["EXPOSE"], "SIGTERM")
+    assert f"http://127.0.0.1:{config.port}/healthz" in last["HEALTHCHECK"]
+    assert last["USER"].isdecimal(), "who must not be root is known by number alone"
+
+
+def test_haproxy_takes_its_configuration() -> None:
+    names = {f"LAC_SERVER_{number}": f"127.0.0.1:{number}" for number in (1, 2, 3)}
+    checked = subprocess.run(
+        [needs_haproxy(), "-c", "-f", str(DEPLOY / "haproxy.cfg")],
+        env={**os.environ, **names, "LAC_BIND": ":8000"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stderr
 
 
 def needs_haproxy() -> str:

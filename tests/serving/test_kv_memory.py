@@ -126,7 +126,7 @@ def test_admission_eviction_and_return_over_sockets(start: Start, chunks: VLA) -
     for step in range(2):
         for client in (one, two):
             assert client.infer(observation(step))["lac"]["dense_reason"] == (None if step else "first frame")
-    with pytest.raises(ServerError, match="503"):
+    with pytest.raises(ServerError, match="503: full: the memory of keys and values is taken by 2 robots at work"):
         Client(server.url)
     for robot in server.server._robots.values():  # they are silent for so long that they begin anew in any case
         robot.answered -= 100

@@ -202,7 +202,13 @@ def _faults(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, asyncio.TimeoutError, InvalidHandshake, ConnectionClosed) as error:
-        raise (LostError if _passing(error) else ServerError)(f"{what}: {error!s:.500}") from error
+        raise (LostError if _passing(error) else ServerError)(f"{what}: {_why(error):.500}") from error
+
+
+def _why(error: Exception) -> str:
+    """Say what went wrong, in the server's words if it sent any."""
+    body = (error.response.body or b"").decode(errors="replace").strip() if isinstance(error, InvalidStatus) else ""
+    return f"{error}: {body}" if body else str(error)
 
 
 def _passing(error: Exception) -> bool:

@@ -27,9 +27,13 @@ __all__ = ["Batcher", "Outcome", "Request"]
 Outcome: TypeAlias = Answer | Exception
 
 OFTEN = 0.25
-"""A robot asks often whose time from an answer to its next request is below this share of the robots' median."""
-PATIENCE_S = 1.0
-"""Seconds for which such a robot gives way to the others, at most."""
+"""A robot asks often whose pause from an answer to its next request is below this share of the robots' median."""
+EARLY, LATE = 0.9, 1.3
+"""From and until when, in its pauses since its last answer, any other robot is expected to ask."""
+MARGIN = 1.1
+"""A frame may take so many times what the last ones took."""
+PATIENCE_S = 5.0
+"""Seconds for which a robot that asks often gives way to the others, at most: a hundred frames at 20 Hz."""
 
 
 @dataclass
@@ -200,17 +204,17 @@ class Batcher:
 
 def _giving_way(waiting: Collection[Request], robots: Collection[RobotSession], now: float) -> set[Request]:
     """Choose the requests that give way: of robots that ask often, to those who wait or are expected meanwhile."""
-    idle = sorted(robot.idle for robot in robots if robot.idle is not None)
-    limit = OFTEN * idle[len(idle) // 2] if len(idle) > 1 else 0.0
-    often = {robot for robot in robots if robot.idle is not None and robot.idle < limit}
+    pauses = {robot: robot.pause for robot in robots if robot.pause is not None}
+    limit = OFTEN * sorted(pauses.values())[len(pauses) // 2] if len(pauses) > 1 else 0.0
+    often = {robot for robot, pause in pauses.items() if pause < limit}
     if not often:
         return set()
     others = any(request.robot not in often for request in waiting)
     soon = min(
         (
-            robot.expected
-            for robot in robots
-            if robot.idle is not None and robot not in often and robot.expected > now - OFTEN * robot.idle
+            robot.answered + EARLY * pause
+            for robot, pause in pauses.items()
+            if robot not in often and now < robot.answered + LATE * pause
         ),
         default=math.inf,
     )
@@ -219,7 +223,7 @@ def _giving_way(waiting: Collection[Request], robots: Collection[RobotSession], 
         for request in waiting
         if request.robot in often
         and now - request.arrived < PATIENCE_S
-        and (others or now + request.robot.cost_s > soon)
+        and (others or now + MARGIN * request.robot.cost_s > soon)
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ SLACK_SHARE = 0.5
 """Share of the expected idle time that slack refresh takes, at most."""
 LEARNING = 0.2
 """Weight of the newest idle time in the expected one; so with costs."""
+PAUSES = 32
+"""A robot's pace is the upper quartile of so many pauses: where it has to wait, it asks at once, and none shows."""
 MAX_SEED = 2**63 - 1
 MAX_HZ = 10_000
 
@@ -129,6 +132,7 @@ class RobotSession:
     Attributes:
         answered: When it was answered last, or else began, by ``time.perf_counter()``.
         idle: Expected seconds from an answer to its next request; ``None`` if nobody knows.
+        pause: The same where nothing keeps it waiting: its pace, though others may make it wait for a while.
         cost_s: Seconds of the model that its last frames took.
 
     Raises:
@@ -153,6 +157,8 @@ class RobotSession:
         self._action: FloatArray | None = None
         self.answered = time.perf_counter()
         self.idle: float | None = None
+        self.pause: float | None = None
+        self._pauses = deque[float](maxlen=PAUSES)
         self.cost_s = 0.0
         self._begun: str | None = None
         self._frames = self._cooling = self._refreshed = 0
@@ -234,7 +240,7 @@ class RobotSession:
         if not self._cooling:
             session.force_dense = None
         self.answered = time.perf_counter()
-        self.cost_s += LEARNING * (took / 1e3 * share - self.cost_s)
+        self.cost_s += (LEARNING if self.cost_s else 1.0) * (took / 1e3 * share - self.cost_s)
         return Answer(message, step, planned.reset, planned.frame)
 
     def spare(self) -> IdleJob | None:
@@ -304,6 +310,9 @@ class RobotSession:
             self.idle = idle
         else:
             self.idle += LEARNING * (max(0.0, idle) - self.idle)
+        if not first:
+            self._pauses.append(max(0.0, idle))
+            self.pause = sorted(self._pauses)[3 * len(self._pauses) // 4]
         self._instruction, self._episode, self._shapes = frame.instruction, episode, frame.shapes
         return None if first else reason
 
