@@ -140,7 +140,7 @@ def real_time(vla, policy, before, after):
     policy.predict_action_chunk = spy
     engine = RTCInferenceEngine(
         policy, before, after, SimpleNamespace(robot_type="toy", action_features={}), rtc, features, frame.instruction,
-        fps=2.0, device="cpu", rtc_queue_threshold=7,
+        fps=1.0, device="cpu", rtc_queue_threshold=7,
     )  # fmt: skip
     engine.start()
     engine.resume()

@@ -94,7 +94,9 @@ def test_lerobots_own_policies_answer_alike(lerobot_python: str, tmp_path: Path)
         assert first["left"] == 0
         assert len(then) == 2
         assert all(asked["left"] == 6 for asked in then)  # LeRobot's execution horizon
-        assert all(asked["frozen"] < 1e-5 for asked in then if asked["delay"])
+        frozen = [asked["frozen"] for asked in then if asked["frozen"] is not None]
+        assert frozen  # else the machine was so slow that nothing was left to go on with
+        assert max(frozen) < 1e-5
     assert "Cannot specify both --policy.path and --policy.type" in told["path_and_type"]
 
 

@@ -65,7 +65,7 @@ class FrameRow:
         floor_ms: Stage (``prefill``, ``decode``) → mean of what a GPU needs at least for this row's own active rows
             and passes, see :mod:`lac_vla.bench.roofline`; empty if none was named.
         times_floor: Stage → its median over the floor; empty where the device is not that GPU.
-        cache_mb: Keys and values that outlive a frame; ``None`` for the stock model.
+        cache_mb: What outlives a frame, keys and values mostly; ``None`` for the stock model.
         peak_memory_mb: Of the accelerator, within a call of this method; ``None`` on a CPU.
     """
 

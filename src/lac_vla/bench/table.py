@@ -134,7 +134,8 @@ def cost_table(result: FrameResult) -> Table:
     table = _table(
         "cost of a frame",
         "MACs: of matrix products, RAFT's flow included; DIS flow has none and is not counted\n"
-        "cache: keys and values that outlive a frame; stock's actions: tokens, or values within 1/256, that are equal\n"
+        "cache: what outlives a frame, keys and values mostly\n"
+        "stock's actions: tokens, or values within 1/256, that are equal\n"
         f"peak memory of all methods together: {memory(result.peak_memory_mb)}"
         + (SWEPT if result.random_weights else ""),
         "MACs",

@@ -79,7 +79,7 @@ class Bridge:
 
     @property
     def supports_rtc(self) -> bool:
-        """Whether the model can go on with a running chunk."""
+        """Tell whether the model can go on with a running chunk."""
         head = self._vla.model.head
         try:
             head.check_rtc(RealTimeChunk(np.zeros((0, head.action_dim), dtype=np.float32)))
