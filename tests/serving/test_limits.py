@@ -288,13 +288,13 @@ def test_connections_without_a_word_keep_no_robot_out(tmp_path: Path) -> None:
 
 
 def test_a_server_without_connections_stops_at_once(tmp_path: Path) -> None:
-    with serving(save_tiny(tmp_path / "model")) as (process, url, _):
+    with serving(save_tiny(tmp_path / "model"), "--drain-s", "100") as (process, url, _):
         Client(url).close()
         host, port = url.removeprefix("ws://").split(":")
         silent = socket.create_connection((host, int(port)), 10)
         time.sleep(0.2)
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-        assert time.monotonic() - begin < 2
+        assert process.wait(90) == 0
+        assert time.monotonic() - begin < 50
         silent.close()

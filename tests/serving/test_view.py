@@ -300,12 +300,16 @@ def test_who_has_gone_and_why(start: Start) -> None:
         good.infer(observation())
         with pytest.raises(ServerError):
             bad.infer({"prompt": "go"})
+        ((event,),) = [shown["events"] for shown in state(server)["sessions"] if not shown["frames"]]
+        assert event["kind"] == "refused"
+        assert "observation/image" in event["reason"]
+        bad.close()
         end = time.monotonic() + 10
         while len((shown := state(server))["sessions"]) > 1 and time.monotonic() < end:
             time.sleep(0.01)
         assert [s["session"] for s in shown["sessions"]] == [good.metadata["session"]]
         assert [c["session"] for c in shown["closed"]] == [bad.metadata["session"]]
-        assert "observation/image" in shown["closed"][0]["reason"]
+        assert shown["closed"][0]["reason"] == "closed by the client"
         assert good.infer(observation(1))["lac"]["ratio"] == 0.5
 
 

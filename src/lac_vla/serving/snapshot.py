@@ -102,6 +102,7 @@ class SessionSnapshot:
             "peer": self.peer,
             "silent_s": round(now - self.at, 1),
             "frames": self.frames,
+            "events": [asdict(event) for event in reversed(self.events)],
         }
         if (step := self.step) is None:
             return shown
@@ -128,7 +129,6 @@ class SessionSnapshot:
             "p95_ms": p95,
             "late": sum(took > deadline_ms for took in self.latencies) if deadline_ms is not None else 0,
             "stages": {stage: round(milliseconds, 3) for stage, milliseconds in step.stages.items()},
-            "events": [asdict(event) for event in reversed(self.events)],
             "cameras": [
                 {
                     "name": camera.name,
