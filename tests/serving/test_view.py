@@ -18,14 +18,16 @@ from PIL import Image
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from lac_vla import VLA, CachedVLA, InputError, Motion
+from lac_vla import VLA, CachedVLA, InputError, Motion, random_vla
 from lac_vla.client.connection import Client, ServerError
 from lac_vla.drawing.overlay import overlay
 from lac_vla.engine.step_info import StepInfo
+from lac_vla.models import FAMILIES
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
 from lac_vla.serving.auth import browser_allowed, names_this_machine
 from lac_vla.serving.browse import open_page, page_address
 from lac_vla.serving.server import Limits
+from lac_vla.serving.sessions import SessionOptions
 from lac_vla.serving.snapshot import EVENTS, HEIGHT, KEPT
 from tests.report.pages import Page, needs_browser
 from tests.serving.chromium import Tab
@@ -419,3 +421,10 @@ def test_a_narrow_window_and_a_key(start: Start, tmp_path: Path) -> None:
         tab.wait("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
         assert tab.evaluate("document.documentElement.scrollWidth") <= 400
         assert tab.errors == []
+
+
+def test_the_page_gives_ages_in_frames(start: Start) -> None:
+    """A robot that executes four actions of a chunk is asked every fourth control step."""
+    vla = CachedVLA(random_vla(FAMILIES["cogact"].tiny), Motion(0.5), max_age=16)
+    server = start(vla, session_options=SessionOptions(actions_per_call=4), view=True)
+    assert state(server)["max_age"] == 4
