@@ -406,7 +406,7 @@ def test_who_asks_often_waits_behind_those_who_ask_less(tiny: VLA, clock: Clock)
     quiet, noisy = took([3.0] * 5), took([3.0] * 5 + [30.0], cutting=[5])
     p99_quiet, p99_beside = (np.quantile(np.concatenate(all_), 0.99) for all_ in (quiet, noisy[:5]))
     assert p99_beside < 1.15 * p99_quiet
-    assert len(noisy[5]) > 8  # it is answered where there is time
+    assert len(noisy[5]) > 3  # it is answered where there is time: the first thirty answers are not among these
     assert max(noisy[5]) < 1e3 * PATIENCE_S + 100  # and not kept waiting for ever
 
 
