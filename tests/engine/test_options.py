@@ -275,15 +275,14 @@ def test_convolutions_have_no_memory(conv: VLA) -> None:
 
 
 def test_options_by_name() -> None:
-    assert EngineOptions.parse("none") == EngineOptions(draft=False, sparse_vision_head=False)
+    none = EngineOptions.parse("none")
+    assert none == EngineOptions(draft=False, sparse_vision_head=False, picture_reuse=False)
     assert EngineOptions.parse("default") == EngineOptions()
-    assert EngineOptions.parse("async_policy+draft") == EngineOptions(
-        draft=True, sparse_vision_head=False, async_policy=True
-    )
-    assert EngineOptions.parse("draft+bucket=16") == EngineOptions(sparse_vision_head=False, bucket=16)
+    assert EngineOptions.parse("async_policy+draft") == replace(none, draft=True, async_policy=True)
+    assert EngineOptions.parse("draft+bucket=16") == replace(none, draft=True, bucket=16)
     assert EngineOptions.parse("default+cuda_graphs") == EngineOptions(cuda_graphs=True)
-    assert str(EngineOptions.parse("exact")) == "draft+sparse_vision_head+async_policy"
-    many = (EngineOptions(), EngineOptions.parse("none"), EngineOptions(bucket=8, cuda_graphs=True, async_policy=True))
+    assert str(EngineOptions.parse("exact")) == "draft+sparse_vision_head+picture_reuse+async_policy"
+    many = (EngineOptions(), none, EngineOptions(bucket=8, cuda_graphs=True, async_policy=True))
     assert all(EngineOptions.parse(str(options)) == options for options in many)
 
 
