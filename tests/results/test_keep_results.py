@@ -32,9 +32,10 @@ def test_the_worlds_clock_is_kept(run_dir: Path, tmp_path: Path) -> None:
     first = json.loads(log.read_text(encoding="utf-8").splitlines()[0])
     calls = len(first["ratio_effective"])
     ticks = list(range(0, 2 * calls, 2))
-    clock = {"clock": "80 ms", "mode": "hold", "control_hz": 20, "observed": ticks, "acted": ticks}
-    clock["answer_ms"] = [80.0] * calls
+    clock = {"clock": "rtx4090", "mode": "hold", "control_hz": 20, "observed": ticks, "acted": [*ticks[:-1], None]}
+    clock["answer_ms"] = [80.0] * (calls - 1) + [100.0]
     log.write_text(json.dumps(first | {"realtime": clock}) + "\n", encoding="utf-8")
     runpy.run_path(str(SCRIPT))["main"](str(run_dir), str(kept))
     [_, episode] = map(json.loads, kept.read_text(encoding="utf-8").splitlines())
-    assert {name: episode["realtime"][name] for name in clock} == clock
+    kept_of = {"clock": "rtx4090", "mode": "hold", "control_hz": 20, "held": 0, "stale": 0, "calls": calls}
+    assert episode["realtime"] == kept_of | {"answers": calls - 1, "answer_ms": [80.0, 98.0]}
