@@ -181,8 +181,9 @@ def load_vla(
     folder = find_folder(path_or_hub_id, (*HUB_FILES, *marks), BUNDLED)
     refuse_adapter(path_or_hub_id, folder)
     data = read_json(folder / CONFIG)
-    if data.get("model_type") in announced(MODELS):
-        return plugged(data["model_type"], path=folder)
+    model_type = data.get("model_type")
+    if isinstance(model_type, str) and model_type in announced(MODELS):
+        return plugged(model_type, path=folder)
     options = {key: value for key, value in options.items() if value is not None}
     name = _name_of(folder, data, options)
     family = FAMILIES[name]

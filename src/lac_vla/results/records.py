@@ -157,7 +157,8 @@ def _is_series(value: object) -> bool:
 _KINDS: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("method", "suite", "instruction", "stress"), _is_text),
     **dict.fromkeys(("task", "init_state", "seed", "steps", "horizon"), _is_whole),
-    **dict.fromkeys(("metrics", "latency_ms"), _is_series),
+    "metrics": _is_series,
+    "latency_ms": lambda value: _is_series(value) and all(None not in values for values in value.values()),  # type: ignore[attr-defined]
     **dict.fromkeys(("video", "failure"), lambda value: value is None or _is_text(value)),
     "actions_per_call": lambda value: _is_whole(value) and value != 0,
     "success": lambda value: isinstance(value, bool),
