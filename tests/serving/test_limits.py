@@ -263,7 +263,8 @@ def serving(model: Path, *words: str, files: int = 256) -> Iterator[tuple[subpro
 
 def test_connections_without_a_word_keep_no_robot_out(tmp_path: Path) -> None:
     """120 of them, of a server that may have 80 files open: three robots play, and are recorded."""
-    with serving(save_tiny(tmp_path / "model"), "--record", str(tmp_path / "data"), files=80) as (process, url, log):
+    words = ("--record", str(tmp_path / "data"), "--record-fps", "5")
+    with serving(save_tiny(tmp_path / "model"), *words, files=80) as (process, url, log):
         host, port = url.removeprefix("ws://").split(":")
         robots = [Client(url) for _ in range(2)]
         for robot in robots:

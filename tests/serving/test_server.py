@@ -358,8 +358,8 @@ def test_logs_are_json_lines(start: Start, caplog: pytest.LogCaptureFixture) -> 
         time.sleep(0.2)
     lines = [json.loads(JsonLines().format(r)) for r in caplog.records if r.name == "lac_vla.serving"]
     events = {line["event"]: line for line in lines if line.get("session") == name}
-    assert set(events) >= {"session opened", "session closed"}
-    assert "observation/image" in events["session closed"]["reason"]
+    assert set(events) >= {"session opened", "request refused", "session closed"}
+    assert "observation/image" in events["request refused"]["reason"]
 
 
 def test_tls(start: Start, tmp_path: Path) -> None:
