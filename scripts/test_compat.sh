@@ -10,7 +10,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do sets="$sets $1"; shift; done
 for name in ${sets:-oldest lerobot newest}; do
     case $name in
         oldest) torch=2.6.0 others="transformers==4.57.1 numpy==1.26.4 tyro==1.0.17 safetensors==0.4.3
-                opencv-python-headless==4.8.1.78 pyarrow==15.0.2 av==12.0.0 simplejpeg==1.7.4 jinja2==3.1.0
+                opencv-python-headless==4.8.1.78 pyarrow==15.0.2 av==13.1.0 simplejpeg==1.7.4 jinja2==3.1.0
                 msgpack==1.0.5 websockets==14.0 filelock==3.12.0" ;;
         lerobot) torch=2.11.0 others="transformers<6" ;; # the newest torch that LeRobot 0.6.1 allows
         newest) torch=2.13.0 others="transformers<6" ;;
