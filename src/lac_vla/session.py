@@ -144,7 +144,7 @@ class Session:
         """Answer an observation with an action.
 
         Args:
-            frame: The observation.
+            frame: The observation. Its pictures are copied before anything else reads them.
             rtc: For a model that answers in chunks, while one is running: what is left of it. The answer goes on with
                 it, by real-time chunking where the head draws chunks from noise, by blending elsewhere.
 
@@ -198,6 +198,7 @@ class Session:
         clock = self.engine.stopwatch()
         processor, options = self.model.processor, self.engine.options
         with clock.stage("preprocess"):
+            frame = self.memory.copied(frame)
             images = processor.images(frame)
             prompt = processor.prompt(frame)
         with clock.stage("bookkeeping"):

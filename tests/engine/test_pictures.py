@@ -95,12 +95,36 @@ def test_what_is_not_the_same_is_looked_at_again(model: VLA) -> None:
     assert unchanged(changed) == set(model.grids)
     assert unchanged(shown(0, instruction="open the drawer")) == {*()}
     assert unchanged(shown(0, instruction="open the drawer")) == set(model.grids)
-    assert session.nbytes > sum(part.nbytes for _, stem in session.memory.stems.values() for part in tensors(stem)) > 0
+    stems = sum(part.nbytes for _, stem in session.memory.stems.values() for part in tensors(stem))
+    assert session.memory.nbytes == stems + sum(image.nbytes for image in observation.images.values())
+    assert session.nbytes > session.memory.nbytes
     session.release()
     assert session.nbytes == 0
     assert unchanged(shown(0, instruction="open the drawer")) == set()
     session.reset()
     assert unchanged(shown(0, instruction="open the drawer")) == set()
+
+
+def test_a_camera_that_writes_while_the_frame_is_computed(model: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next picture lands in the same buffer during the call: all of the call, and after, is of the one before."""
+    session, plain = (CachedVLA(model, options=options).session() for options in (ONLY_PICTURES, NONE))
+    observation, expected = shown(0), plain.act(shown(0))
+    images = model.processor.images
+
+    def meanwhile(seen: Frame) -> Any:
+        made = images(seen)
+        for name, image in observation.images.items():
+            image[...] = shown(1).images[name]
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.processor), "images", lambda _, seen: meanwhile(seen))
+        np.testing.assert_array_equal(session.act(observation), expected)
+    np.testing.assert_array_equal(session.shadow(), expected)
+    now = replace(observation, proprio=shown(1).proprio)
+    np.testing.assert_allclose(session.act(now), plain.act(shown(1)), atol=1e-5)
+    assert session.last_info is not None
+    assert session.last_info.unchanged == ()
 
 
 def test_robots_whose_cameras_stand_still_beside_others() -> None:

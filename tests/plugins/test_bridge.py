@@ -17,6 +17,7 @@ from lac_vla.lerobot.self_check import fault
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import FastV
 from lac_vla.running_chunk import RealTimeChunk
+from lac_vla.session import Session
 
 CAMERAS = {"agentview": "observation.images.agentview", "wrist": "observation.images.image2"}
 
@@ -113,6 +114,20 @@ def test_the_first_observation_is_checked_and_changes_nothing(options: str) -> N
     assert checked.last_info is not None
     assert checked.last_info.ratio > 0
     assert fault(CachedVLA(vla.model, FastV(0.5)), KEYS.frame(observation(0)), 0) is None
+
+
+def test_a_camera_that_writes_during_the_check_is_no_fault_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    vla, seen = CachedVLA(random_vla("smolvla-tiny"), Motion(0.5)), KEYS.frame(observation(0))
+    act = Session.act
+
+    def meanwhile(session: Session, frame: Any) -> Any:
+        answer = act(session, frame)
+        for image in seen.images.values():
+            image += 1
+        return answer
+
+    monkeypatch.setattr(Session, "act", meanwhile)
+    assert fault(vla, seen, 0) is None
 
 
 @pytest.mark.parametrize("breaks", ["first", "reuse", "raises"])

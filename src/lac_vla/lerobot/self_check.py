@@ -39,6 +39,7 @@ def fault(vla: CachedVLA, frame: Frame, seed: int) -> str | None:
     Raises:
         InputError: If the frame does not fit the model.
     """
+    frame = replace(frame, images={name: image.copy() for name, image in frame.images.items()})  # a camera may go on
     plain, own = without_cache(vla).session(seed), vla.session(seed)
     share = TOLERANCE if vla.model.dtype in (torch.float32, torch.float64) else COARSE
     for which in ("computed in full", "with reuse"):
