@@ -115,7 +115,10 @@ class Session:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the cached keys and values, and of what the vision tower made of the last pictures, in bytes."""
+        """Memory of the cached keys and values, of the last pictures, and of what the tower made of them, in bytes.
+
+        The pictures count where ``picture_reuse`` keeps them.
+        """
         cached = self._region.size * self.engine.store.bytes_per_slot + self.memory.nbytes
         return cached + (0 if self._vision_kv is None else self._vision_kv.nbytes)
 
