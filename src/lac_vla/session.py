@@ -286,7 +286,7 @@ class Session:
             self._head_rng_state, self._action = result.rng_state, action
         self.last_info = StepInfo(
             layout=sequence.layout,
-            decision=decision,
+            decision=decision if decision.deltas is None else replace(decision, deltas=None),  # added; they are large
             forced=forced,
             age=np.zeros_like(memory.age) if decision.skipped is SkippedTokens.PRUNE else memory.age.copy(),
             dense_reason=dense,

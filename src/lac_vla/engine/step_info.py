@@ -28,7 +28,7 @@ class StepInfo:
 
     Attributes:
         layout: Where the tokens were.
-        decision: How deep every visual token was computed.
+        decision: How deep every visual token was computed; without predicted changes, which are in the slots.
         forced: bool, (N,): tokens that the policy would have cached, recomputed because of their age.
         age: Age of every slot after the frame, in frames, int64, (N,); 0 where the frame pruned, for what is absent
             is not old.
