@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,14 @@ def test_a_running_chunk_is_gone_on_with() -> None:
     assert running_chunk(torch.zeros(2, 7), 1, bridge.horizon, None) is None
     with pytest.raises(InputError, match="give the actions of one robot"):
         running_chunk(torch.zeros(2, 3, 7), 1, bridge.horizon, None)
+
+
+@pytest.mark.parametrize(("horizon", "left"), [(4, 2), (3, 4), (10, 4)])
+def test_zeros_are_no_actions_where_lerobot_may_have_filled_up_with_them(horizon: int, left: int) -> None:
+    settings = SimpleNamespace(execution_horizon=horizon, max_guidance_weight=5.0, prefix_attention_schedule="exp")
+    rtc = running_chunk(torch.cat([torch.ones(2, 7), torch.zeros(2, 7)]), 3, 8, settings)
+    assert rtc is not None
+    assert (len(rtc.prev_chunk_left_over), rtc.inference_delay) == (left, min(3, left))
 
 
 @pytest.mark.parametrize("options", ["none", "default+vision_kv_reuse"])
