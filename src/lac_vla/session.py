@@ -301,7 +301,7 @@ class Session:
             decode_passes=tuple(sequence.decode_passes),
             stack_passes=tuple((stack.shape, start, stop) for stack, start, stop in sequence.stack_passes),
             prompt_passes=sequence.prompt_passes,
-            unchanged=tuple(plan.stems),
+            unchanged=result.unchanged,
             encoded=result.encoded,
             eager_runs=result.eager_runs,
         )

@@ -44,7 +44,8 @@ class StepInfo:
         decode_passes: First and one-past-last appended token of every decoding pass behind the prefill.
         stack_passes: The same of the head's own stacks: shape of the stack, first and one-past-last row.
         prompt_passes: Passes over the prompt: more than one if the head runs it again with another suffix.
-        unchanged: Cameras whose picture was the last one to the bit: the vision stem was not computed of it again.
+        unchanged: Cameras whose picture was the last one to the bit, and the vision stem not computed of it again: all
+            of a frame, or some where that costs less.
         encoded: Visual tokens whose features the vision tower computed, bool, (N,).
         eager_runs: Runs of layers, or of parts of the vision encoder, that the option ``cuda_graphs`` left to the
             ordinary loop although they might have been graphs.
