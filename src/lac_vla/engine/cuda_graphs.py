@@ -34,7 +34,8 @@ region's size is a multiple of it, so that the masks' rows are aligned."""
 LIMIT = 512
 """Shapes that are kept, of all stacks; and as many of functions."""
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class CUDAGraphRunner:
