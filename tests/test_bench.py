@@ -28,6 +28,7 @@ from lac_vla.bench.config import SHAPES
 from lac_vla.bench.engine import LAYOUT, Prefills
 from lac_vla.bench.frame import _targets as frame_targets
 from lac_vla.bench.frame import measure_frames
+from lac_vla.bench.lerobot_session import LeRobotSession
 from lac_vla.bench.measure import Ratio, Target, take_turns
 from lac_vla.bench.memory import resident_mb
 from lac_vla.bench.methods import cached_vla, make_methods
@@ -44,7 +45,7 @@ from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.models.prismatic.presets import LLAMA_8X512, PRESETS
 from lac_vla.models.protocols import DecoderShape
 from lac_vla.policies import POLICIES, Random
-from lac_vla.timing import STAGES, WINDOWS
+from lac_vla.timing import STAGES, WINDOWS, Stopwatch
 from lac_vla.types import Decision, TokenLayout
 from tests.engine.scenes import frame as shot
 
@@ -683,3 +684,22 @@ def test_the_file_holds_the_batch(tmp_path: Path) -> None:
     text = shown(ran)
     for word in ("batch: sessions on one engine", "frames per second", "random:ratio=.5 +default", "swept"):
         assert word in text
+
+
+def test_lerobots_own_stages_are_timed_by_the_gpu_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks: list[str] = []
+
+    class Event:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def record(self) -> None:
+            clocks.append("event")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    session = LeRobotSession.__new__(LeRobotSession)
+    session._clock, session._seen, session._macs = Stopwatch(torch.device("cuda"), events=True), set(), {}
+    prefix = session._timed(lambda: clocks.append("work"), "forward")
+    prefix()
+    prefix()  # a step of the flow: in the stage around it
+    assert clocks == ["event", "work", "event", "work"]

@@ -115,7 +115,10 @@ class Session:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the cached keys and values, and of what the vision tower made of the last pictures, in bytes."""
+        """Memory of the cached keys and values, of the last pictures, and of what the tower made of them, in bytes.
+
+        The pictures count where ``picture_reuse`` keeps them.
+        """
         cached = self._region.size * self.engine.store.bytes_per_slot + self.memory.nbytes
         return cached + (0 if self._vision_kv is None else self._vision_kv.nbytes)
 
@@ -144,7 +147,7 @@ class Session:
         """Answer an observation with an action.
 
         Args:
-            frame: The observation.
+            frame: The observation. Its pictures are copied before anything else reads them.
             rtc: For a model that answers in chunks, while one is running: what is left of it. The answer goes on with
                 it, by real-time chunking where the head draws chunks from noise, by blending elsewhere.
 
@@ -198,6 +201,7 @@ class Session:
         clock = self.engine.stopwatch()
         processor, options = self.model.processor, self.engine.options
         with clock.stage("preprocess"):
+            frame = self.memory.copied(frame)
             images = processor.images(frame)
             prompt = processor.prompt(frame)
         with clock.stage("bookkeeping"):
@@ -282,7 +286,7 @@ class Session:
             self._head_rng_state, self._action = result.rng_state, action
         self.last_info = StepInfo(
             layout=sequence.layout,
-            decision=decision,
+            decision=decision if decision.deltas is None else replace(decision, deltas=None),  # added; they are large
             forced=forced,
             age=np.zeros_like(memory.age) if decision.skipped is SkippedTokens.PRUNE else memory.age.copy(),
             dense_reason=dense,
@@ -297,7 +301,7 @@ class Session:
             decode_passes=tuple(sequence.decode_passes),
             stack_passes=tuple((stack.shape, start, stop) for stack, start, stop in sequence.stack_passes),
             prompt_passes=sequence.prompt_passes,
-            unchanged=tuple(plan.stems),
+            unchanged=result.unchanged,
             encoded=result.encoded,
             eager_runs=result.eager_runs,
         )

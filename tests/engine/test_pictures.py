@@ -19,6 +19,7 @@ from lac_vla.session import plan_together
 from lac_vla.types import Frame
 from tests.engine.scenes import frame
 from tests.engine.test_towers import TOWERS
+from tests.gpu.pretend import pretended_gpu, to_pretended_gpu
 
 OWN = ViTConfig(16, 3, 2, 40, patch=8, neck=24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 TOWER_AND_CONVOLUTION = replace(
@@ -95,12 +96,36 @@ def test_what_is_not_the_same_is_looked_at_again(model: VLA) -> None:
     assert unchanged(changed) == set(model.grids)
     assert unchanged(shown(0, instruction="open the drawer")) == {*()}
     assert unchanged(shown(0, instruction="open the drawer")) == set(model.grids)
-    assert session.nbytes > sum(part.nbytes for _, stem in session.memory.stems.values() for part in tensors(stem)) > 0
+    stems = sum(part.nbytes for _, stem in session.memory.stems.values() for part in tensors(stem))
+    assert session.memory.nbytes == stems + sum(image.nbytes for image in observation.images.values())
+    assert session.nbytes > session.memory.nbytes
     session.release()
     assert session.nbytes == 0
     assert unchanged(shown(0, instruction="open the drawer")) == set()
     session.reset()
     assert unchanged(shown(0, instruction="open the drawer")) == set()
+
+
+def test_a_camera_that_writes_while_the_frame_is_computed(model: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next picture lands in the same buffer during the call: all of the call, and after, is of the one before."""
+    session, plain = (CachedVLA(model, options=options).session() for options in (ONLY_PICTURES, NONE))
+    observation, expected = shown(0), plain.act(shown(0))
+    images = model.processor.images
+
+    def meanwhile(seen: Frame) -> Any:
+        made = images(seen)
+        for name, image in observation.images.items():
+            image[...] = shown(1).images[name]
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.processor), "images", lambda _, seen: meanwhile(seen))
+        np.testing.assert_array_equal(session.act(observation), expected)
+    np.testing.assert_array_equal(session.shadow(), expected)
+    now = replace(observation, proprio=shown(1).proprio)
+    np.testing.assert_allclose(session.act(now), plain.act(shown(1)), atol=1e-5)
+    assert session.last_info is not None
+    assert session.last_info.unchanged == ()
 
 
 def test_robots_whose_cameras_stand_still_beside_others() -> None:
@@ -118,6 +143,38 @@ def test_robots_whose_cameras_stand_still_beside_others() -> None:
     assert packed[2].last_info.unchanged == ("agentview", "wrist")
     stem = packed[1].memory.stems["wrist"][1]
     assert stem.untyped_storage().nbytes() == stem.nbytes  # not the whole batch's
+
+
+def test_beside_graphs_all_cameras_stand_still_or_all_are_looked_at() -> None:
+    """One camera's stem alone would have no graph."""
+    model = random_vla("smolvla-tiny")
+    session, plain = (
+        CachedVLA(model, options=EngineOptions.parse(text)).session() for text in ("picture_reuse+cuda_graphs", "none")
+    )
+    for seen, unchanged in ((shown(0), ()), (shown(1, "wrist"), ()), (shown(1, "wrist"), ("agentview", "wrist"))):
+        np.testing.assert_allclose(session.act(seen), plain.act(seen), atol=1e-5)
+        assert session.last_info is not None
+        assert session.last_info.unchanged == unchanged
+        assert session.last_info.eager_runs == 0
+
+
+def test_on_an_accelerator_a_batch_is_looked_at_in_one_pass() -> None:
+    model = random_vla("smolvla-tiny")
+    plain = [CachedVLA(model, options=NONE).session(seed) for seed in range(2)]
+    seen = [shown(0), shown(1, "wrist")]
+    expected = [[session.act(observation) for observation in seen] for session in plain]
+    with pretended_gpu():
+        vla = CachedVLA(to_pretended_gpu(model), options=ONLY_PICTURES)
+        sessions = [vla.session(seed) for seed in range(2)]
+        for number, observation in enumerate(seen):
+            plans: Any = plan_together([(session, observation) for session in sessions])
+            for session, plan, result in zip(sessions, plans, vla.engine.run(plans), strict=True):
+                assert session.commit(plan, result).unchanged == ()
+                np.testing.assert_allclose(result.action, expected[session.seed][number], atol=1e-3)
+        alone = replace(seen[0], images={**seen[0].images, "wrist": seen[1].images["wrist"]})
+        sessions[0].act(alone)
+    assert sessions[0].last_info is not None
+    assert sessions[0].last_info.unchanged == ("wrist",)
 
 
 def test_a_broken_stem_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

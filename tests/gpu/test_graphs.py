@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from lac_vla import VLA, CachedVLA, Decision, Random, random_vla
+from lac_vla.engine import cuda_graphs
 from lac_vla.engine.cuda_graphs import CUDAGraphRunner
 from lac_vla.engine.engine import Engine
+from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.warmup import warm_up
 from lac_vla.factory import ModelOptions
@@ -143,6 +145,23 @@ def test_a_shape_that_was_not_warmed_up_is_run_and_not_captured() -> None:
         np.testing.assert_allclose(robot.act(observation), plain.act(observation), **CLOSE)
     assert graphs(engine).eager_runs > 0
     assert len(graphs(engine)) == before
+
+
+def test_graphs_of_functions_are_no_more_than_a_limit_and_go_when_the_store_grows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_of(random_vla("tiny", seed=3), "default+cuda_graphs")
+    robot, runner = session(engine, 1), graphs(engine)
+    robot.act(frame(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graphs, "LIMIT", 5)
+        for rows in (1, 2, 1, 3, 4, 5, 6):
+            for _ in range(3):
+                assert torch.equal(runner.function("negative", torch.neg, torch.ones(rows)), -torch.ones(rows))
+        assert len(runner._functions) == 5
+    engine.store.reserve(Region(), 4096)
+    robot.act(frame(1))
+    assert not [name for name, *_ in runner._functions if name == "negative"]
 
 
 def test_a_recorded_run_bakes_in_what_it_read() -> None:

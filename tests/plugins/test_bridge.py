@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lac_vla.lerobot.self_check import fault
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import FastV
 from lac_vla.running_chunk import RealTimeChunk
+from lac_vla.session import Session
 
 CAMERAS = {"agentview": "observation.images.agentview", "wrist": "observation.images.image2"}
 
@@ -101,6 +103,14 @@ def test_a_running_chunk_is_gone_on_with() -> None:
         running_chunk(torch.zeros(2, 3, 7), 1, bridge.horizon, None)
 
 
+@pytest.mark.parametrize(("horizon", "left"), [(4, 2), (3, 4), (10, 4)])
+def test_zeros_are_no_actions_where_lerobot_may_have_filled_up_with_them(horizon: int, left: int) -> None:
+    settings = SimpleNamespace(execution_horizon=horizon, max_guidance_weight=5.0, prefix_attention_schedule="exp")
+    rtc = running_chunk(torch.cat([torch.ones(2, 7), torch.zeros(2, 7)]), 3, 8, settings)
+    assert rtc is not None
+    assert (len(rtc.prev_chunk_left_over), rtc.inference_delay) == (left, min(3, left))
+
+
 @pytest.mark.parametrize("options", ["none", "default+vision_kv_reuse"])
 def test_the_first_observation_is_checked_and_changes_nothing(options: str) -> None:
     from lac_vla.engine.options import EngineOptions
@@ -113,6 +123,20 @@ def test_the_first_observation_is_checked_and_changes_nothing(options: str) -> N
     assert checked.last_info is not None
     assert checked.last_info.ratio > 0
     assert fault(CachedVLA(vla.model, FastV(0.5)), KEYS.frame(observation(0)), 0) is None
+
+
+def test_a_camera_that_writes_during_the_check_is_no_fault_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    vla, seen = CachedVLA(random_vla("smolvla-tiny"), Motion(0.5)), KEYS.frame(observation(0))
+    act = Session.act
+
+    def meanwhile(session: Session, frame: Any) -> Any:
+        answer = act(session, frame)
+        for image in seen.images.values():
+            image += 1
+        return answer
+
+    monkeypatch.setattr(Session, "act", meanwhile)
+    assert fault(vla, seen, 0) is None
 
 
 @pytest.mark.parametrize("breaks", ["first", "reuse", "raises"])

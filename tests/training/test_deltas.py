@@ -14,6 +14,7 @@ from tests.training.worlds import SIDE, store_of, tiny
 
 from lac_vla import VLA, CachedVLA, CheckpointError, InputError, LACPolicy, random_vla
 from lac_vla.cost import CostModel
+from lac_vla.lerobot.self_check import fault
 from lac_vla.policies import LACConfig, build_policy
 from lac_vla.policies.spec import PolicySpec
 from lac_vla.training import precision
@@ -68,13 +69,17 @@ def test_slots_that_are_computed_stay_what_they_are(vla: VLA) -> None:
     session, dense = CachedVLA(vla, policy_of(vla, learned=1.0)).session(), CachedVLA(vla).session()
     for number in range(3):
         before = slots_of(session) if number else None
-        action, exact = session.act(frame(number)), dense.act(frame(number))
+        plan = session.plan(frame(number))
+        [result] = session.engine.run([plan])
+        session.commit(plan, result)
+        action, exact = result.action, dense.act(frame(number))
         if before is None:
             np.testing.assert_array_equal(action, exact)  # the first frame reuses nothing
             continue
-        decision = session.last_info.decision
-        reused = torch.from_numpy(~decision.active)
-        for old, new, fresh, added in zip(before, slots_of(session), slots_of(dense), decision.deltas, strict=True):
+        deltas = plan.decision()[0].deltas
+        assert session.last_info.decision.deltas is None  # a report is kept, and they are large
+        reused = torch.from_numpy(~session.last_info.decision.active)
+        for old, new, fresh, added in zip(before, slots_of(session), slots_of(dense), deltas, strict=True):
             assert torch.equal(new[:, :, reused], old[:, :, reused] + added)
             # of the first layer they depend on nothing but the token itself
             torch.testing.assert_close(new[0][:, ~reused], fresh[0][:, ~reused], rtol=1e-4, atol=1e-5)
@@ -83,6 +88,10 @@ def test_slots_that_are_computed_stay_what_they_are(vla: VLA) -> None:
     policy = policy_of(vla, learned=1.0)
     assert cost.step(step)["policy"] == policy.macs + policy.slot_macs * int(reused.sum())
     assert policy_of(vla, deltas=False).slot_macs == 0
+
+
+def test_a_first_check_knows_that_the_second_answer_is_another(vla: VLA) -> None:
+    assert fault(CachedVLA(vla, policy_of(vla, learned=9.0)), frame(0), 0) is None
 
 
 @pytest.mark.parametrize("flow", ["dis", "none"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +17,11 @@ from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.models import VLA, save_vla
 from lac_vla.session import head_rng
-from lac_vla.timing import STAGES
+from lac_vla.timing import Stopwatch
 from lac_vla.types import Decision, FloatArray, Frame
+
+TIMED = {"sample_actions": "decode", "embed_image": "tower", "forward": "prefill"}
+"""Methods of LeRobot's, and the stages that they are."""
 
 
 class _Given:
@@ -71,10 +73,11 @@ class LeRobotSession:
         self.described = f"LeRobot {version}'s own policy over the same weights, its processors included"
         self.described += f"; {empty_cameras} empty camera(s) besides" if empty_cameras else ""
         self._stack = core.vlm_with_expert if model.family == "smolvla" else core.paligemma_with_expert
-        self._took: dict[str, float] = {}
+        self._clock, self._seen = Stopwatch(model.device, events=True), set[str]()
         self._calls: dict[str, list[Callable[[], Any]]] = {}
         self._macs: Mapping[str, int] | None = None
-        for owner, name in ((core, "sample_actions"), (self._stack, "embed_image"), (self._stack, "forward")):
+        for name in TIMED:
+            owner = core if name == "sample_actions" else self._stack
             setattr(owner, name, self._timed(getattr(owner, name), name))
 
     def reset(self) -> None:
@@ -83,13 +86,13 @@ class LeRobotSession:
 
     def _timed(self, work: Callable[..., Any], name: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            out = work(*args, **kwargs)
-            took = 1e3 * (time.perf_counter() - began)
-            if name != "forward" or not self._took.get(name):  # of the prefix and ten steps, the prefix comes first
-                self._took[name] = self._took.get(name, 0.0) + took
-                if self._macs is None:
-                    self._calls.setdefault(name, []).append(lambda: work(*args, **kwargs))
+            if name == "forward" and name in self._seen:  # of the prefix and ten steps, the prefix comes first
+                return work(*args, **kwargs)
+            self._seen.add(name)
+            with self._clock.stage(TIMED[name]):
+                out = work(*args, **kwargs)
+            if self._macs is None:
+                self._calls.setdefault(name, []).append(lambda: work(*args, **kwargs))
             return out
 
         return timed
@@ -99,17 +102,15 @@ class LeRobotSession:
         """Answer an observation with a chunk in the robot's own units, float32."""
         model, head, opened = self._model, self._model.head, self._opened
         prompt = model.processor.prompt(frame)
-        self._given.ids, self._took = prompt.ids, {}
+        self._given.ids, self._seen, self._clock = prompt.ids, set(), Stopwatch(model.device, events=True)
         noise: Any = self._rng.standard_normal((head.horizon, model.config.flow.width), dtype=np.float32)
-        began = time.perf_counter()
-        batch = opened.before(opened.batch(frame, list(model.grids)))
-        chunk = opened.policy.predict_action_chunk(batch, noise=torch.from_numpy(noise)[None].to(model.device))
-        action = opened.after(chunk.clone())[0]
-        whole = 1e3 * (time.perf_counter() - began)
-        sampled, tower, prefill = (self._took[name] for name in ("sample_actions", "embed_image", "forward"))
-        stages = dict.fromkeys(STAGES, 0.0)
-        stages |= {"preprocess": whole - sampled, "tower": tower, "prefill": prefill}
-        stages["decode"] = sampled - tower - prefill
+        with self._clock.stage("preprocess"):
+            batch = opened.before(opened.batch(frame, list(model.grids)))
+            chunk = opened.policy.predict_action_chunk(batch, noise=torch.from_numpy(noise)[None].to(model.device))
+            action = opened.after(chunk.clone())[0]
+        stages = dict(self._clock.stages)  # each with those that it holds
+        stages["preprocess"] -= stages["decode"]
+        stages["decode"] -= stages["tower"] + stages["prefill"]
         if self._macs is None:
             self._macs = {}  # what follows is counted once
             calls = self._calls

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,7 +32,10 @@ CAPACITY_MULTIPLE = 64
 """Rows that an instruction may be longer than the first one, at least, before all graphs have to be made anew. A
 region's size is a multiple of it, so that the masks' rows are aligned."""
 LIMIT = 512
-"""Shapes that are kept, of all stacks."""
+"""Shapes that are kept, of all stacks; and as many of functions."""
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class CUDAGraphRunner:
@@ -53,7 +57,7 @@ class CUDAGraphRunner:
         self.static_runs = self.eager_runs = self.region_size = 0
         self.make_graph: MakeGraph | None = self._cuda_graph if device.type == "cuda" else None
         self._entries: OrderedDict[Shape, StaticLayers] = OrderedDict()
-        self._functions: dict[Hashable, FunctionEntry] = {}
+        self._functions: OrderedDict[Hashable, FunctionEntry] = OrderedDict()
         self._keys: torch.Tensor | None = None  # those that the graphs read; held, so that no other takes their place
         self._pool: Any = None
         self._frozen = False
@@ -115,12 +119,10 @@ class CUDAGraphRunner:
             What the function gives.
         """
         key = name, *((part.shape, part.dtype) for part in inputs)
-        if key not in self._functions:
-            if self._frozen:
-                self.eager_runs += 1
-                return function(*inputs)
-            self._functions[key] = FunctionEntry(inputs)
-        return self._functions[key].run(function, inputs, self.make_graph)
+        if self._frozen and key not in self._functions:
+            self.eager_runs += 1
+            return function(*inputs)
+        return _latest(self._functions, key, partial(FunctionEntry, inputs)).run(function, inputs, self.make_graph)
 
     def _entry(
         self,
@@ -134,13 +136,20 @@ class CUDAGraphRunner:
         """Find the buffers of a shape, or make them; ``None`` if it is new and none is to be added."""
         if self._keys is not store.keys:
             self._entries.clear()  # the store has grown: the graphs' addresses are gone, and all begins anew
+            self._functions.clear()  # they hold the pool
             self._keys, self._frozen = store.keys, False
             self._pool = None
-        if shape not in self._entries:
-            if self._frozen:
-                return None
-            self._entries[shape] = StaticLayers(layers, shape, segments, hidden, rotary[0], store)
-            if len(self._entries) > LIMIT:
-                self._entries.popitem(last=False)
-        self._entries.move_to_end(shape)
-        return self._entries[shape]
+        if self._frozen and shape not in self._entries:
+            return None
+        make = partial(StaticLayers, layers, shape, segments, hidden, rotary[0], store)
+        return _latest(self._entries, shape, make)
+
+
+def _latest(entries: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
+    """Find an entry, or make it; of too many, the one goes that was not asked for longest."""
+    if key not in entries:
+        entries[key] = make()
+        if len(entries) > LIMIT:
+            entries.popitem(last=False)
+    entries.move_to_end(key)
+    return entries[key]

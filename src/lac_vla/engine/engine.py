@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,6 +43,7 @@ class _Run:
     suffix: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     decoding: Decoding | None = None
     rows: AppendRows | RerunPrompt | None = None
+    parts: Mapping[str, Any] = field(default_factory=dict)  # of the stem, which are not made again
 
     @property
     def sequence(self) -> SequenceState:
@@ -183,8 +184,9 @@ class Engine:
 
     def _encode_stems(self, runs: Sequence[_Run]) -> list[Any]:
         """Run the vision stem of all frames at once; if that fails, one by one: the fault is one session's affair."""
+        self._take_parts(runs)
         stems: dict[int, Any] = {}
-        plans = [run.plan for run in runs if run.plan.vision_kv is None and not run.plan.stems]
+        plans = [run.plan for run in runs if run.plan.vision_kv is None and not run.parts]
         if len(plans) > 1:
             with suppress(Exception), runs[0].clock.stage("tower"):
                 made = self._vision.encode_stems([plan.frame for plan in plans], [plan.images for plan in plans])
@@ -197,6 +199,17 @@ class Engine:
             self._try(run, partial(self._keep_stem, stem=stem))
         return every
 
+    def _take_parts(self, runs: Sequence[_Run]) -> None:
+        """Choose which cameras are not encoded again: all of a frame, or some where the others alone cost less.
+
+        They have no graph; and on an accelerator a pass of their own takes longer than a few more rows in the batch's.
+        """
+        seen = [run for run in runs if len(run.plan.stems) == len(self.model.grids)]
+        alone = self.model.device.type == "cpu" or len(runs) - len(seen) == 1
+        for run in runs if self._vision is self.model.vision and alone else seen:
+            run.parts = run.plan.stems
+            run.result.unchanged = tuple(run.parts)
+
     def _keep_stem(self, run: _Run, stem: Any) -> None:
         """Leave the cameras' parts of a stem to the next frame."""
         if self._splits is not None and run.plan.vision_kv is None:
@@ -204,13 +217,13 @@ class Engine:
             run.result.stems = {**parts, **run.plan.stems}
 
     def _encode_stem(self, run: _Run) -> Any:
-        plan, parts = run.plan, dict(run.plan.stems)
+        plan, parts = run.plan, dict(run.parts)
         try:
             with run.clock.stage("tower"):
                 if self._splits is None or not parts:
                     return self._vision.encode_stem(plan.frame, plan.images, plan.vision_kv)
                 new = {name: image for name, image in plan.images.items() if name not in parts}
-                if new:  # some of the cameras: of too many shapes for graphs
+                if new:
                     stem = self.model.vision.encode_stem(plan.frame, new)
                     seen = [name for name in self.model.grids if name in new]
                     parts |= zip(seen, self._splits.split_stem(stem), strict=True)

@@ -6,6 +6,7 @@ Every visual slot knows its age and the pixels it was computed from, so that sta
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class FrameMemory:
         reference: Camera → image of the pixels that each slot was computed from.
         instruction: Of the last frame.
         attention: Layer → probed attention of the last frame.
-        stems: Camera → the last picture, as the robot gave it, and the vision stem of it.
+        stems: Camera → the last picture, as the robot gave it (a copy), and the vision stem of it.
         warm: Whether the visual slots may be reused.
         version: Counts the changes of the cache: a plan is made for one of them.
     """
@@ -64,28 +65,35 @@ class FrameMemory:
         self.warm = False
         self.version += 1
 
+    def copied(self, frame: Frame) -> Frame:
+        """Copy a frame's pictures: the robot may write into its buffers while the frame is computed, and afterwards.
+
+        A picture that is the last one to the bit becomes the remembered array itself.
+        """
+        return replace(frame, images={name: self._copied(name, image) for name, image in frame.images.items()})
+
+    def _copied(self, camera: str, image: UInt8Image) -> UInt8Image:
+        last = self.stems[camera][0] if camera in self.stems else None
+        return last if last is not None and np.array_equal(last, image) else image.copy()
+
     def unchanged(self, frame: Frame) -> dict[str, Any]:
-        """Find the vision stems of pictures that are the last ones to the bit: camera → stem."""
+        """Find the vision stems of pictures that are the last ones, of a frame from :meth:`copied`: camera → stem."""
         if not self.warm or frame.instruction != self.instruction:
             return {}
-        return {
-            name: stem
-            for name, (picture, stem) in self.stems.items()
-            if name in frame.images and np.array_equal(picture, frame.images[name])
-        }
+        return {name: stem for name, (picture, stem) in self.stems.items() if frame.images.get(name) is picture}
 
     def keep_stems(self, frame: Frame, stems: Mapping[str, Any]) -> None:
-        """Keep the vision stems of a frame that is closed."""
+        """Keep the vision stems of a frame that is closed, and its pictures: it is from :meth:`copied`."""
         kept = {name for name, (_, old) in self.stems.items() if stems.get(name) is old}
         self.stems = {
-            name: self.stems[name] if name in kept else (frame.images[name].copy(), owned(stem))
+            name: self.stems[name] if name in kept else (frame.images[name], owned(stem))
             for name, stem in stems.items()
         }
 
     @property
     def nbytes(self) -> int:
-        """Memory of the vision stems, in bytes."""
-        return sum(tensor.nbytes for _, stem in self.stems.values() for tensor in tensors(stem))
+        """Memory of the vision stems and of the pictures that they were made of, in bytes."""
+        return sum(picture.nbytes + sum(part.nbytes for part in tensors(stem)) for picture, stem in self.stems.values())
 
     def commit(
         self,

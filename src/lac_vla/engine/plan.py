@@ -28,7 +28,7 @@ class FramePlan:
         prompt: Instruction and state.
         region: The session's part of the store.
         vision_kv: What the vision encoder keeps of the session's frames; ``None`` for nothing.
-        stems: Camera → its part of the vision stem, made of the same picture before.
+        stems: Camera → its part of the vision stem, made of the same picture before; it may be taken.
         begin: Called once before the engine touches the store: from then on the cache may not be built upon. It
             refuses a plan whose session has gone on since.
         clock: Stages timed so far; after a run also those of the whole batch.
@@ -78,6 +78,7 @@ class FrameResult:
         metadata: What the head says of it.
         sequence: The prompt in the cache, and what was appended to it.
         stems: Camera → its part of the vision stem; empty if none is to be kept.
+        unchanged: Cameras whose part of the vision stem was taken, and not made again.
         encoded: Visual tokens whose features the vision encoder computed, bool, (N,).
         eager_runs: Runs that were not replayed although ``cuda_graphs`` is on, those of the whole batch.
         rng_state: Of the head's generator before the action was decoded.
@@ -89,6 +90,7 @@ class FrameResult:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     sequence: SequenceState | None = None
     stems: Mapping[str, Any] = field(default_factory=dict)
+    unchanged: tuple[str, ...] = ()
     encoded: BoolArray | None = None
     eager_runs: int = 0
     rng_state: Mapping[str, Any] = field(default_factory=dict)

@@ -28,7 +28,7 @@ class StepInfo:
 
     Attributes:
         layout: Where the tokens were.
-        decision: How deep every visual token was computed.
+        decision: How deep every visual token was computed; without predicted changes, which are in the slots.
         forced: bool, (N,): tokens that the policy would have cached, recomputed because of their age.
         age: Age of every slot after the frame, in frames, int64, (N,); 0 where the frame pruned, for what is absent
             is not old.
@@ -44,7 +44,8 @@ class StepInfo:
         decode_passes: First and one-past-last appended token of every decoding pass behind the prefill.
         stack_passes: The same of the head's own stacks: shape of the stack, first and one-past-last row.
         prompt_passes: Passes over the prompt: more than one if the head runs it again with another suffix.
-        unchanged: Cameras whose picture was the last one to the bit: the vision stem was not computed of it again.
+        unchanged: Cameras whose picture was the last one to the bit, and the vision stem not computed of it again: all
+            of a frame, or some where that costs less.
         encoded: Visual tokens whose features the vision tower computed, bool, (N,).
         eager_runs: Runs of layers, or of parts of the vision encoder, that the option ``cuda_graphs`` left to the
             ordinary loop although they might have been graphs.

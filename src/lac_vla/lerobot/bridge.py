@@ -142,8 +142,9 @@ def running_chunk(left_over: Any, inference_delay: int | None, horizon: int, set
     """Make of LeRobot's arguments what a session takes.
 
     Args:
-        left_over: What is left of the running chunk, (n, A) or (1, n, A). LeRobot fills it up with rows of zeros,
-            which are no actions.
+        left_over: What is left of the running chunk, (n, A) or (1, n, A). LeRobot fills it up to its execution
+            horizon with rows of zeros, which are no actions: frozen, they would be executed where the delay is
+            overestimated. So zeros at the end of as many rows are taken for filling; of other numbers they are actions.
         inference_delay: Control steps until the answer acts. LeRobot's is an estimate: it may exceed what is left.
         horizon: Actions of a chunk.
         settings: LeRobot's ``RTCConfig``; ``None`` for the library's own.
@@ -158,7 +159,8 @@ def running_chunk(left_over: Any, inference_delay: int | None, horizon: int, set
     rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
     if rows.ndim != 2:
         raise InputError(f"prev_chunk_left_over has shape {rows.shape}; give the actions of one robot, (n, A)")
-    rows = rows[: 1 + int(np.flatnonzero(rows.any(axis=1)).max(initial=-1))]
+    if settings is None or len(rows) == int(settings.execution_horizon):
+        rows = rows[: 1 + int(np.flatnonzero(rows.any(axis=1)).max(initial=-1))]
     if not len(rows):
         return None
     delay = min(int(inference_delay or 0), len(rows), horizon - 1)

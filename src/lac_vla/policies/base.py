@@ -59,7 +59,7 @@ class CachePolicy(ABC):
 
     @property
     def slot_macs(self) -> int:
-        """Multiply-accumulates of :meth:`deltas` per reused token."""
+        """Multiply-accumulates of :meth:`deltas` per reused token; 0 of a policy that predicts no changes."""
         return 0
 
     def check_slots(self, layers: int, heads: int, width: int) -> None:  # noqa: B027 - most policies change no slot
