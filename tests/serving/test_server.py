@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from lac_vla import VLA, CachedVLA, Dense, InputError, Motion, random_vla
@@ -185,6 +185,9 @@ def test_an_internal_error_tells_no_internals(start: Start, monkeypatch: pytest.
             patch.setattr("lac_vla.serving.sessions.RobotSession.plan", broken)
             with pytest.raises(ServerError, match="internal error") as error:
                 one.infer(observation())
+            assert not isinstance(error.value, RefusedError)  # it is over: what drives the robot has to stop
+            with pytest.raises(ConnectionClosed):
+                one._ws.recv(timeout=10)
         assert "secret" not in str(error.value)
         assert other.infer(observation(1))["lac"]["ratio"] == 0.5
 

@@ -324,9 +324,10 @@ class PolicyServer:
                 self.metrics.requests.labels("refused").inc()
                 if complaint != said:
                     log("request refused", level=logging.WARNING, reason=complaint, session=name)
-                    if self._view is not None:
-                        self._view.refuse(name, complaint)
-                await asyncio.wait_for(ws.send(complaint), self.limits.send_s)  # at a text, openpi's client raises
+                if self._view is not None:
+                    self._view.refuse(name, complaint)
+                text = wire.REFUSED + complaint  # at a text, openpi's client raises
+                await asyncio.wait_for(ws.send(text), self.limits.send_s)
                 self._busy.discard(ws)
                 continue
             complaint = ""
