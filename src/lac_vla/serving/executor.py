@@ -73,7 +73,7 @@ class ModelExecutor:
 
         Raises:
             BusyError: If too many wait.
-            InputError: If the request cannot be used.
+            RefusedRequestError: If the request cannot be used.
         """
         if self.waiting >= self.capacity or self._closed:
             raise BusyError("the server is stopping" if self._closed else f"{self.waiting} requests wait: try later")
