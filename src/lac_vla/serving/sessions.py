@@ -326,9 +326,9 @@ class RobotSession:
             self.idle = idle
         else:
             self.idle += LEARNING * (max(0.0, idle) - self.idle)
-        if not first:
+        if reason is None:  # what is between two episodes is no pace
             self._pauses.append(max(0.0, idle))
-            self.pause = sorted(self._pauses)[3 * len(self._pauses) // 4]
+            self.pause = sorted(self._pauses)[3 * (len(self._pauses) - 1) // 4]
         self._instruction, self._episode, self._shapes = frame.instruction, episode, frame.shapes
         return None if first else reason
 
