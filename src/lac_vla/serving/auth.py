@@ -16,10 +16,11 @@ from lac_vla.errors import InputError
 
 MIN_KEY = 16
 """Characters of a key."""
-SINGLE = frozenset(
-    "authorization content-length content-type date expect from host if-modified-since if-range if-unmodified-since "
-    "max-forwards origin proxy-authorization range referer sec-websocket-key sec-websocket-version user-agent".split()
-)
+SINGLE = (
+    "authorization", "content-length", "content-type", "date", "expect", "from", "host", "if-modified-since",
+    "if-range", "if-unmodified-since", "max-forwards", "origin", "proxy-authorization", "range", "referer",
+    "sec-websocket-key", "sec-websocket-version", "user-agent",
+)  # fmt: skip
 """Headers of a request that are no lists (RFC 9110, 6454 and 6455)."""
 
 
