@@ -22,7 +22,7 @@ def _rebuild(kind: type[LacError], arguments: tuple[Any, ...]) -> LacError:
 
 
 class InputError(LacError, ValueError):
-    """An observation, action or argument that cannot be used; nothing has changed state when it is raised."""
+    """An observation, action or argument that cannot be used; where it is raised says what has changed, if anything."""
 
 
 class CheckpointError(LacError, ValueError):

@@ -25,7 +25,7 @@ from lac_vla.serving.batches import Batcher, Request
 from lac_vla.serving.config import ServeConfig, make_server
 from lac_vla.serving.kv_memory import KVMemory
 from lac_vla.serving.server import Limits
-from lac_vla.serving.sessions import Answer, RobotSession, SessionOptions
+from lac_vla.serving.sessions import Answer, RefusedRequestError, RobotSession, SessionOptions
 from tests.serving.conftest import KEYS, Running, ask, observation
 
 Start = Callable[..., Running]
@@ -111,12 +111,19 @@ def test_an_instruction_that_needs_more_than_all_memory(chunks: VLA) -> None:
     memory = budget(vla, 2)
     robots = [RobotSession(vla, KEYS, SessionOptions()) for _ in range(2)]
     batcher = Batcher(vla.engine, memory=memory, max_batch=2)
-    waiting = [Request(robots[0], observation(0, LONG), 0.0), Request(robots[1], observation(1), 0.0)]
-    first = batcher.answer(waiting, (), robots)
-    assert isinstance(first[waiting[0]], InputError)
-    assert "shorten the instruction, or serve with more --kv-memory" in str(first[waiting[0]])
-    [answer] = batcher.answer(waiting[1:], (), robots).values()
+    for robot in robots:
+        ask(robot, observation(0), 0.0)
+    for _ in range(2):  # it is refused, whoever asks beside it, and as often as it asks
+        waiting = [Request(robots[0], observation(0, LONG), 0.0), Request(robots[1], observation(1), 0.0)]
+        refused, answer = batcher.answer(waiting, (), robots).values()
+        assert isinstance(refused, RefusedRequestError)
+        assert "shorten the instruction, or serve with more --kv-memory" in str(refused)
+        assert isinstance(answer, Answer)
+        assert answer.step.dense_reason is None
+        assert (robots[0].nbytes, memory.evictions) == (0, 0)
+    [answer] = batcher.answer([Request(robots[0], observation(0), 0.0)], (), robots).values()
     assert isinstance(answer, Answer)
+    assert answer.reset == "new instruction"
 
 
 def test_admission_eviction_and_return_over_sockets(start: Start, chunks: VLA) -> None:

@@ -14,15 +14,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
-from lac_vla import VLA, CachedVLA, Dense, InputError, Motion, random_vla
+from lac_vla import VLA, CachedVLA, Decision, Dense, InputError, Motion, PolicyInput, random_vla
 from lac_vla.client.connection import AsyncClient, Client, RefusedError, ServerError
 from lac_vla.client.wire import pack, unpack
 from lac_vla.models.cogact.config import TINY_COGACT
@@ -173,6 +174,21 @@ def test_our_client_says_what_the_server_says_and_goes_on(start: Start) -> None:
         assert client.infer(observation(1))["lac"]["ratio"] == 0.5
 
 
+def test_what_fails_behind_the_plan_is_no_refusal(start: Start, backbone: VLA) -> None:
+    @dataclass(frozen=True)
+    class Wrong(Dense):
+        def decide(self, inputs: PolicyInput) -> Decision:
+            return Decision.dense(3, inputs.n_layers)
+
+    with Client(start(CachedVLA(backbone, Wrong())).url) as client:
+        client.infer(observation(0))
+        with pytest.raises(ServerError, match="decided about 3 tokens") as error:
+            client.infer(observation(1) | {"reset": False})
+        assert not isinstance(error.value, RefusedError)
+        with pytest.raises(ConnectionClosed):
+            client._ws.recv(timeout=10)
+
+
 def test_an_internal_error_tells_no_internals(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     server = start()
 
@@ -185,6 +201,9 @@ def test_an_internal_error_tells_no_internals(start: Start, monkeypatch: pytest.
             patch.setattr("lac_vla.serving.sessions.RobotSession.plan", broken)
             with pytest.raises(ServerError, match="internal error") as error:
                 one.infer(observation())
+            assert not isinstance(error.value, RefusedError)  # it is over: what drives the robot has to stop
+            with pytest.raises(ConnectionClosed):
+                one._ws.recv(timeout=10)
         assert "secret" not in str(error.value)
         assert other.infer(observation(1))["lac"]["ratio"] == 0.5
 

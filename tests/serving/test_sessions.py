@@ -71,6 +71,16 @@ def test_what_begins_an_episode(backbone: VLA, clock: Clock, change: dict[str, A
     assert (again.reset, again.step.dense_reason) == (None, None)  # only once
 
 
+def test_a_request_that_is_planned_anew_still_begins_its_episode(backbone: VLA, clock: Clock) -> None:
+    one = robot(backbone)
+    ask(one, observation(0), clock.now)
+    request = observation(1, "open the drawer")
+    one.plan(one.prepare(request, clock.now))
+    one.release()  # its room was given to another
+    answers = [ask(one, observation(number, "open the drawer"), clock.now) for number in (1, 2)]
+    assert [answer.reset for answer in answers] == ["new instruction", None]
+
+
 def test_a_silence_begins_an_episode(backbone: VLA, clock: Clock) -> None:
     one = robot(backbone, options=SessionOptions(gap_s=3))
     ask(one, observation(0), clock.now)

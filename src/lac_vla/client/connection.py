@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from lac_vla.client.wire import pack, unpack
+from lac_vla.client.wire import REFUSED, pack, unpack
 from lac_vla.errors import InputError, LacError, MissingExtraError
 
 try:
@@ -36,7 +36,7 @@ class LostError(ServerError):
 
 
 class RefusedError(ServerError):
-    """The server cannot use what it was sent; `lac serve` takes the next observation of the same session."""
+    """`lac serve` cannot use what it was sent, and takes the next observation of the same session."""
 
 
 class _Connection:
@@ -222,7 +222,7 @@ def _passing(error: Exception) -> bool:
 
 def _read(message: str | bytes) -> dict[str, Any]:
     if isinstance(message, str):
-        raise RefusedError(f"the server answered: {message:.500}")
+        raise (RefusedError if message.startswith(REFUSED) else ServerError)(f"the server answered: {message:.500}")
     try:
         return unpack(message, _LARGEST)
     except InputError as error:

@@ -21,6 +21,8 @@ except ModuleNotFoundError as error:
 
 MAX_MESSAGE = 8 * 2**20
 """Bytes of a message; openpi's for LIBERO has 0.3 MB."""
+REFUSED = "refused: "
+"""So begins a text that answers a request that cannot be used; the session goes on. Behind any other it is over."""
 MAX_TEXT = 64 * 2**10
 """Bytes of one text."""
 MAX_ITEMS = 256

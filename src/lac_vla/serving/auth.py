@@ -11,14 +11,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lac_vla.checks import shortened
 from lac_vla.client import KEY_VARIABLE
 from lac_vla.errors import InputError
 
 MIN_KEY = 16
 """Characters of a key."""
-LISTS = ("via", "forwarded", "sec-websocket-extensions", "sec-websocket-protocol")
-"""Headers that may stand in a request more than once, beside ``X-Forwarded-…``."""
+SINGLE = (
+    "authorization", "content-length", "content-type", "date", "expect", "from", "host", "if-modified-since",
+    "if-range", "if-unmodified-since", "max-forwards", "origin", "proxy-authorization", "range", "referer",
+    "sec-websocket-key", "sec-websocket-version", "user-agent",
+)  # fmt: skip
+"""Headers of a request that are no lists (RFC 9110, 6454 and 6455)."""
 
 
 def read_key(file: Path | None) -> str | None:
@@ -64,12 +67,12 @@ def browser_allowed(header: str | None, key: str | None) -> bool:
 def repeated_header(names: Iterable[str]) -> str | None:
     """Find a header that a request has twice, of which nobody can tell which one is meant; ``None`` if none is.
 
-    Proxies may add a line of their own for every hop, and RFC 6455 lets two be spread over several.
+    All but :data:`SINGLE` may be spread over several lines, as proxies do (RFC 9110, section 5.3).
     """
     seen: set[str] = set()
     for name in map(str.lower, names):
-        if name in seen and name not in LISTS and not name.startswith("x-forwarded-"):
-            return shortened(name)[1:-1].title()
+        if name in seen and name in SINGLE:
+            return name.title()
         seen.add(name)
     return None
 

@@ -1,8 +1,8 @@
 """A batch: whose requests are answered next, what each of them may cost, and one run of the engine for all of them.
 
 Turns are fair by robot: whoever has gone longest without an answer comes first. A robot that asks far more often than
-the others waits behind all of them: it is answered where nobody else waits, or will ask before its answer is done. With
-a deadline, a batch is as large as its members can afford, and its time is shared out equally among them and the robots
+the others waits behind all of them; for one that will ask before its answer is done, as long as that would take. With a
+deadline, a batch is as large as its members can afford, and its time is shared out equally among them and the robots
 that wait, or will ask, before it ends.
 """
 
@@ -28,12 +28,12 @@ Outcome: TypeAlias = Answer | Exception
 
 OFTEN = 0.25
 """A robot asks often whose pause from an answer to its next request is below this share of the robots' median."""
-EARLY, LATE = 0.9, 1.3
-"""From and until when, in its pauses since its last answer, any other robot is expected to ask."""
+EARLY = 0.9
+"""From when on, in its pauses since its last answer, any other robot is expected to ask."""
 MARGIN = 1.1
 """A frame may take so many times what the last ones took."""
 PATIENCE_S = 5.0
-"""Seconds for which a robot that asks often gives way to the others, at most: a hundred frames at 20 Hz."""
+"""Seconds for which a robot that asks often gives way to others that wait, at most: a hundred frames at 20 Hz."""
 
 
 @dataclass
@@ -203,28 +203,26 @@ class Batcher:
 
 
 def _giving_way(waiting: Collection[Request], robots: Collection[RobotSession], now: float) -> set[Request]:
-    """Choose the requests that give way: of robots that ask often, to those who wait or are expected meanwhile."""
+    """Choose the requests that give way: of robots that ask often, to those who wait or are expected meanwhile.
+
+    Somebody who is merely expected keeps a request for no longer than its frame takes. One that has a plan, or was
+    postponed, has given way already.
+    """
     pauses = {robot: robot.pause for robot in robots if robot.pause is not None}
     limit = OFTEN * sorted(pauses.values())[len(pauses) // 2] if len(pauses) > 1 else 0.0
     often = {robot for robot, pause in pauses.items() if pause < limit}
     if not often:
         return set()
     others = any(request.robot not in often for request in waiting)
-    soon = min(
-        (
-            robot.answered + EARLY * pause
-            for robot, pause in pauses.items()
-            if robot not in often and now < robot.answered + LATE * pause
-        ),
-        default=math.inf,
-    )
-    return {
-        request
-        for request in waiting
-        if request.robot in often
-        and now - request.arrived < PATIENCE_S
-        and (others or now + MARGIN * request.robot.cost_s > soon)
-    }
+    soon = [robot.answered + EARLY * pause for robot, pause in pauses.items() if robot not in often]
+
+    def gives_way(request: Request) -> bool:
+        if request.robot not in often or request.postponed or request.planned is not None:
+            return False
+        waited, cost = now - request.arrived, MARGIN * request.robot.cost_s
+        return waited < PATIENCE_S if others else waited < cost and any(abs(now - each) < cost for each in soon)
+
+    return {request for request in waiting if gives_way(request)}
 
 
 def _cost(request: Request, controller: DeadlineController) -> float:

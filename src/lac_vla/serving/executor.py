@@ -73,7 +73,7 @@ class ModelExecutor:
 
         Raises:
             BusyError: If too many wait.
-            InputError: If the request cannot be used.
+            RefusedRequestError: If the request cannot be used.
         """
         if self.waiting >= self.capacity or self._closed:
             raise BusyError("the server is stopping" if self._closed else f"{self.waiting} requests wait: try later")
@@ -112,8 +112,9 @@ class ModelExecutor:
         while True:
             with self._changed:
                 self._release_gone()
-                batch = self._take()
-                if not batch and not self._idle:
+                batch, asking = self._take(), {request.robot for request in self._queue}
+                idle = [job for job in self._idle.values() if job.robot not in asking]
+                if not batch and not idle:
                     if self._queue:  # what gives way to robots that will ask soon
                         self._changed.wait(GIVING_WAY_S)
                         continue
@@ -121,7 +122,7 @@ class ModelExecutor:
                     return
                 others, robots = list(self._queue), set(self.robots)
                 quiet_s = _quiet_s(robots, time.perf_counter())
-                jobs = [] if batch else self.batcher.choose_idle(self._idle.values(), quiet_s)
+                jobs = [] if batch else self.batcher.choose_idle(idle, quiet_s)
                 for job in jobs:
                     del self._idle[job.robot]
             if jobs:

@@ -9,7 +9,7 @@ from lac_vla.engine.engine import Engine
 from lac_vla.errors import InputError
 from lac_vla.factory import CachedVLA
 from lac_vla.realtime.deadline import sample_frames
-from lac_vla.serving.sessions import PlannedFrame, Request, RobotSession
+from lac_vla.serving.sessions import PlannedFrame, RefusedRequestError, Request, RobotSession
 
 SPARE_SLOTS = 16
 """Slots by which instructions may be longer than the sample's, on an average."""
@@ -67,14 +67,23 @@ class KVMemory:
             robots: All robots.
 
         Returns:
-            Those that have room, and what is to be said to one for whom all of the memory is too little.
+            Those that have room, and what is to be said to those for whom all of the memory is too little.
         """
         settled: list[tuple[Request, PlannedFrame]] = []
+        refused: dict[Request, Exception] = {}
+        for request, plan in ready:
+            if (needed := self.engine.slots(plan.plan)) > self.engine.store.n_slots:
+                request.robot.release()  # and its plan with it
+                text = f"its frame needs {needed} slots, more than all robots may have together"
+                refused[request] = RefusedRequestError(
+                    f"{text}: shorten the instruction, or serve with more --kv-memory"
+                )
+        ready = [(request, plan) for request, plan in ready if request not in refused]
         planned = {request.robot: request for request in (*(r for r, _ in ready), *waiting) if request.planned}
         for request, plan in ready:
             if request.planned is None:  # it made room for the first
                 continue
-            silent = sorted(set(robots) - set(planned), key=lambda robot: robot.answered)
+            silent = sorted({*robots, *(r.robot for r in waiting)} - set(planned), key=lambda robot: robot.answered)
             others = [] if settled else [robot for robot in reversed(planned) if robot is not request.robot]
             holders = [robot for robot in (*silent, *others) if robot.nbytes]
             while not (fits := self._fits(request.robot, plan, robots)) and holders:
@@ -82,12 +91,9 @@ class KVMemory:
             if fits:
                 self.engine.store.reserve(plan.plan.region, self.engine.slots(plan.plan))
                 settled.append((request, plan))
-            elif not settled and not request.robot.nbytes:
-                text = f"its frame needs {self.engine.slots(plan.plan)} slots, more than all robots may have together"
-                return [], {request: InputError(f"{text}: shorten the instruction, or serve with more --kv-memory")}
             elif not settled:
                 self._evict(request.robot, planned)  # what it holds is in its own way
-        return settled, {}
+        return settled, refused
 
     def _fits(self, robot: RobotSession, plan: PlannedFrame, robots: Collection[RobotSession]) -> bool:
         others = sum(other.nbytes > 0 for other in robots if other is not robot)

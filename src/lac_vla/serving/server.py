@@ -26,7 +26,7 @@ from lac_vla.serving.door import Door, open_doors
 from lac_vla.serving.executor import ModelExecutor
 from lac_vla.serving.kv_memory import KVMemory
 from lac_vla.serving.metrics import Metrics, log
-from lac_vla.serving.sessions import RobotSession, SessionOptions
+from lac_vla.serving.sessions import RefusedRequestError, RobotSession, SessionOptions, refusing
 
 if TYPE_CHECKING:  # both need extras that serving does not
     from lac_vla.serving.record import Recorder
@@ -306,7 +306,7 @@ class PolicyServer:
     async def _answer_all(
         self, ws: ServerConnection, robot: RobotSession, name: str, observers: Sequence[Recorder | View]
     ) -> None:
-        """Answer one request after the other until somebody hangs up; one that cannot be used changes nothing."""
+        """Answer one request after the other until somebody hangs up; one that cannot be used is refused."""
         total, not_before, complaint = None, 0.0, ""
         while not self._stopping:
             await asyncio.sleep(max(0.0, not_before - time.perf_counter()))
@@ -315,18 +315,20 @@ class PolicyServer:
             arrived = time.perf_counter()
             not_before = arrived + 1 / self.limits.rate_hz
             try:
-                if isinstance(data, str):
-                    raise InputError("requests are binary messages of openpi's protocol, not text")
-                request = wire.unpack(data, self.limits.message, self.keys.wanted)
+                with refusing():
+                    if isinstance(data, str):
+                        raise InputError("requests are binary messages of openpi's protocol, not text")
+                    request = wire.unpack(data, self.limits.message, self.keys.wanted)
                 answer = await self._executor.answer(robot, request, arrived)
-            except InputError as error:
+            except RefusedRequestError as error:
                 said, complaint = complaint, f"{error!s:.300}"  # it may quote what the client sent
                 self.metrics.requests.labels("refused").inc()
                 if complaint != said:
                     log("request refused", level=logging.WARNING, reason=complaint, session=name)
-                    if self._view is not None:
-                        self._view.refuse(name, complaint)
-                await asyncio.wait_for(ws.send(complaint), self.limits.send_s)  # at a text, openpi's client raises
+                if self._view is not None:
+                    self._view.refuse(name, complaint)
+                text = wire.REFUSED + complaint  # at a text, openpi's client raises
+                await asyncio.wait_for(ws.send(text), self.limits.send_s)
                 self._busy.discard(ws)
                 continue
             complaint = ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,19 @@ PAUSES = 32
 """A robot's pace is the upper quartile of so many pauses: where it has to wait, it asks at once, and none shows."""
 MAX_SEED = 2**63 - 1
 MAX_HZ = 10_000
+
+
+class RefusedRequestError(InputError):
+    """A request that cannot be used, and of which nothing was planned: its robot may send another."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Refuse a request where what it sent is at fault: what follows its plan is no refusal any more."""
+    try:
+        yield
+    except InputError as error:
+        raise RefusedRequestError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -178,11 +192,13 @@ class RobotSession:
         """Give the memory of the cache back; the robot starts dense when it returns."""
         self._session.release()
 
+    @refusing()
     def prepare(self, request: Mapping[str, Any], arrived: float) -> PreparedRequest:
         """Prepare a request that came at ``arrived``, by ``time.perf_counter()``.
 
         Raises:
-            InputError: If the request cannot be used; the robot may send another.
+            RefusedRequestError: If the request cannot be used; the robot may send another. An episode that it was to
+                begin, where only its images, instruction or running chunk are wrong, begins with that one.
         """
         frame, hz = self.keys.frame(request), request.get("control_hz")
         if hz is not None and not (isinstance(hz, int | float | np.number) and 0 < hz <= MAX_HZ):
@@ -190,8 +206,7 @@ class RobotSession:
         rtc = RealTimeChunk.of_request(request)
         self._begun = self._begin(request, frame, arrived) or self._begun
         prepared = self._session.prepare(frame, rtc)
-        reset, self._begun = self._begun, None  # an episode that a refused request began is the next one's
-        return PreparedRequest(prepared, reset, arrived, None if hz is None else float(hz))
+        return PreparedRequest(prepared, self._begun, arrived, None if hz is None else float(hz))
 
     def plan(self, prepared: PreparedRequest, token_budget: int | None = None) -> PlannedFrame:
         """Plan a request that was prepared, within a number of tokens."""
@@ -234,6 +249,7 @@ class RobotSession:
         }
         if planned.control_hz is not None:
             message["inference_delay"] = math.ceil((waited + took) * planned.control_hz / 1e3)
+        self._begun = None  # not before: a request that was refused, or is planned anew, has begun its episode
         self._action, self._refreshed, self._disagreement = action, 0, None
         self._frames += 1
         self._cooling = max(0, self._cooling - 1)
@@ -310,9 +326,9 @@ class RobotSession:
             self.idle = idle
         else:
             self.idle += LEARNING * (max(0.0, idle) - self.idle)
-        if not first:
+        if reason is None:  # what is between two episodes is no pace
             self._pauses.append(max(0.0, idle))
-            self.pause = sorted(self._pauses)[3 * len(self._pauses) // 4]
+            self.pause = sorted(self._pauses)[3 * (len(self._pauses) - 1) // 4]
         self._instruction, self._episode, self._shapes = frame.instruction, episode, frame.shapes
         return None if first else reason
 

@@ -29,8 +29,8 @@ class Event:
     Attributes:
         kind: ``"reset"``, ``"fallback"``, ``"unrecorded"`` or ``"refused"``.
         reason: The server's reason.
-        first: Number of the frame, from 1 on.
-        last: Number of the last frame in a row with this reason.
+        first: Number of the request, from 1 on.
+        last: Number of the last request in a row with this reason.
     """
 
     kind: str
@@ -49,6 +49,7 @@ class SessionSnapshot:
         at: Time of the last answer, or of the connection, seconds.
         instruction: Instruction of the last request.
         frames: Number of answered requests.
+        refused: Number of those that could not be used.
         step: The report of the last frame, without the head's metadata.
         token_budget: Tokens that the deadline allowed, at most; ``None`` without a deadline.
         ratios: Effective cache ratios of the last :data:`KEPT` requests, in [0, 1].
@@ -61,6 +62,7 @@ class SessionSnapshot:
     at: float
     instruction: str = ""
     frames: int = 0
+    refused: int = 0
     step: StepInfo | None = None
     token_budget: int | None = None
     ratios: tuple[float, ...] = ()
@@ -87,12 +89,16 @@ class SessionSnapshot:
             events=noted.events,
         )
 
+    def refusing(self, reason: str) -> SessionSnapshot:
+        """Make the snapshot after one more request that could not be used."""
+        return replace(self.noting("refused", reason), refused=self.refused + 1)
+
     def noting(self, kind: str, reason: str) -> SessionSnapshot:
-        """Make the snapshot with one more event, of the frame that is next; or with the same one, going on."""
-        frame = self.frames + 1
-        same = [e for e in self.events if (e.kind, e.reason) == (kind, reason) and e.last >= frame - 1]
+        """Make the snapshot with one more event, of the request that is next; or with the same one, going on."""
+        number = self.frames + self.refused + 1
+        same = [e for e in self.events if (e.kind, e.reason) == (kind, reason) and e.last >= number - 1]
         events = tuple(event for event in self.events if event not in same)
-        event = Event(kind, reason, same[0].first if same else frame, frame)
+        event = Event(kind, reason, same[0].first if same else number, number)
         return replace(self, events=(*events[1 - EVENTS :], event))
 
     def summary(self, now: float, max_age: int, deadline_ms: float | None, *, draw: bool) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class View:
 
     def __init__(self, metadata: Mapping[str, Any], max_frames: int, deadline_ms: float | None) -> None:
         self._metadata = {name: str(metadata[name]) for name in ("server", "model", "method") if name in metadata}
-        self._max_age, self._deadline_ms = max_frames, deadline_ms
+        self._max_frames, self._deadline_ms = max_frames, deadline_ms
         self._snapshots: dict[str, SessionSnapshot] = {}
         self._closed: deque[dict[str, Any]] = deque(maxlen=CLOSED)
         self._drawing = asyncio.Lock()
@@ -60,7 +60,7 @@ class View:
 
     def refuse(self, session: str, reason: str) -> None:
         """Show that a request could not be used."""
-        self._snapshots[session] = self._snapshots[session].noting("refused", reason)
+        self._snapshots[session] = self._snapshots[session].refusing(reason)
 
     def end(self, session: str, reason: str) -> None:
         """Move a session to the closed ones: its robot has gone, or was sent away."""
@@ -88,10 +88,10 @@ class View:
         now = time.monotonic()
         state = {
             **self._metadata,
-            "max_age": self._max_age,
+            "max_age": self._max_frames,
             "deadline_ms": self._deadline_ms,
             "sessions": [
-                snapshot.summary(now, self._max_age, self._deadline_ms, draw=snapshot.session in drawn)
+                snapshot.summary(now, self._max_frames, self._deadline_ms, draw=snapshot.session in drawn)
                 for snapshot in snapshots
             ],
             "closed": closed,
