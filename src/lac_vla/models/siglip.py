@@ -154,7 +154,7 @@ class SiglipTower(nn.Module):
             Features of these patches, (B, patches, width).
         """
         if cache is None and len(x) > 1 and x.shape[1] > BATCHED_PATCHES and x.device.type == "cpu":
-            return torch.cat([self.encode(image) for image in x.split(1)])
+            return torch.cat([self.encode(image) for image in torch.split(x, 1)])
         if rows is not None:
             x = x[:, rows]
         for index, block in enumerate(self._blocks):

@@ -41,7 +41,7 @@ class ServeConfig:
         max_batch: Requests of different robots that are answered together, at most; 1 for one at a time.
         batch_window_ms: A request waits so long for others to join it; 0 for not at all.
         max_sessions: Robots at a time.
-        kv_memory: Megabytes for the keys and values of all robots, taken at the start; 0 for as many as they need. A
+        kv_memory: Megabytes for all that robots keep, keys and values above all; 0 for as many as they need. A
             robot that is silent gives its room to one that asks, and starts dense when it returns; one that finds all
             room taken by robots at work is told so when it connects.
         max_rate: Requests per second and robot.
