@@ -17,6 +17,7 @@ from lac_vla.flow import make_flow
 from lac_vla.flow.raft import downloaded
 from lac_vla.hub import find_folder
 from lac_vla.models import VLA, is_plugin, load_vla
+from lac_vla.models.float8 import store_in_float8
 from lac_vla.policies import CachePolicy, Dense, PolicySpec, build_policy
 from lac_vla.policies.lac import POLICY_FILES, SUBFOLDER
 from lac_vla.session import Session
@@ -30,6 +31,8 @@ class ModelOptions:
         device: ``cpu`` or ``cuda``.
         dtype: Of the weights in memory: ``auto`` (bfloat16 on a GPU, float32 elsewhere), ``float32``, ``bfloat16`` or
             ``float16``.
+        float8: Store the matrices of all decoder layers in float8, half of bfloat16's memory; see
+            :mod:`lac_vla.models.float8`.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         image_pipeline: The model's image geometry, if not its own: ``libero`` for OpenVLA's LIBERO evaluation,
             ``lerobot-0.4`` for a π0 or π0.5 that was trained with LeRobot 0.4 and pictures that are not square.
@@ -54,6 +57,7 @@ class ModelOptions:
 
     device: str = "cpu"
     dtype: str = "auto"
+    float8: bool = False
     unnorm_key: str | None = None
     image_pipeline: str | None = None
     platform: str | None = None
@@ -229,6 +233,8 @@ def load_methods(
         state_prompt=options.state_prompt,
         relative_actions=options.relative_actions,
     )
+    if options.float8:
+        store_in_float8(loaded)
     engine_options = EngineOptions.parse(options.options)
     return {
         name: CachedVLA(loaded, policy, flow=options.flow, max_age=options.max_age, options=engine_options)

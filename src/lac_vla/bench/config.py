@@ -44,6 +44,7 @@ class BenchConfig:
             environment that has LeRobot.
         empty_cameras: Masked cameras that LeRobot's policy computes besides, as π0's and π0.5's checkpoints have.
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+        float8: Store the matrices of all decoder layers in float8, the baselines' too; needs torchao.
         threads: CPU threads of torch and of OpenCV; 0 leaves it to them.
         shape: Decoder of the section ``engine``: ``llama-8x512`` (that of the targets) or ``llama-32x4096``.
         active: Shares of the visual tokens that the section ``engine`` recomputes, in (0, 1).
@@ -87,6 +88,7 @@ class BenchConfig:
     empty_cameras: int = 0
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    float8: bool = False
     threads: int = 0
     shape: str = "llama-8x512"
     active: tuple[float, ...] = (0.5, 0.25, 0.1)

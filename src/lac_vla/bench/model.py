@@ -10,6 +10,7 @@ from lac_vla.bench.config import BenchConfig
 from lac_vla.checks import check_device
 from lac_vla.errors import InputError
 from lac_vla.models import VLA, load_vla, random_vla
+from lac_vla.models.float8 import store_in_float8
 from lac_vla.models.heads.tokens import TokenHead
 
 
@@ -25,7 +26,10 @@ def open_model(config: BenchConfig) -> VLA:
         if config.acceptance and not isinstance(random.head, TokenHead):
             raise InputError(f"{random.name} appends no tokens that could be drafted: leave acceptance out")
         return random
-    return load_vla(str(config.model), dtype=config.dtype, device=config.device, unnorm_key=config.unnorm_key)
+    model = load_vla(str(config.model), dtype=config.dtype, device=config.device, unnorm_key=config.unnorm_key)
+    if config.float8:
+        store_in_float8(model)
+    return model
 
 
 def open_shapes(config: BenchConfig) -> VLA:
@@ -39,7 +43,10 @@ def open_random(model: str, config: BenchConfig) -> VLA:
     """Make a model with random weights, by the name of a preset, unless it does not fit into memory."""
     device, dtype = check_device(config.device), config.dtype
     _check_memory(random_vla(model, dtype=dtype, device="meta"), device)
-    return random_vla(model, seed=config.seed, dtype=dtype, device=device)
+    made = random_vla(model, seed=config.seed, dtype=dtype, device=device)
+    if config.float8:
+        store_in_float8(made)
+    return made
 
 
 def _check_memory(model: VLA, device: torch.device) -> None:
