@@ -13,7 +13,7 @@ for name in ${sets:-oldest lerobot newest}; do
                 opencv-python-headless==4.8.1.78 pyarrow==15.0.2 av==13.1.0 simplejpeg==1.7.4 jinja2==3.1.0
                 msgpack==1.0.5 websockets==14.0 filelock==3.12.0" ;;
         lerobot) torch=2.11.0 others="transformers<6" ;; # the newest torch that LeRobot 0.6.1 allows
-        newest) torch=2.13.0 others="transformers<6" ;;
+        newest) torch=2.13.0 others="transformers<6 torchao>=0.18" ;; # torchao: tests of weights in float8
         *) echo "usage: $0 [oldest|lerobot|newest]... [-- pytest's arguments]" >&2; exit 2 ;;
     esac
     env=.venv-compat-$name-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
