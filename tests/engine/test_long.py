@@ -143,9 +143,9 @@ def drive(robots: list[Robot], hidden: dict[int, Any], pictures: dict[int, torch
         seen = [robot.look() for robot in there]
         plans = [robot.session.plan(observation) for robot, observation in zip(there, seen, strict=True)]
         results = engine.run(plans)
-        for robot, observation, plan, result in zip(there, seen, plans, results, strict=True):
+        for robot, plan, result in zip(there, plans, results, strict=True):
             robot.session.commit(plan, result)
-            robot.check(observation, hidden, pictures)
+            robot.check(plan.frame, hidden, pictures)
             done += 1
     return done
 

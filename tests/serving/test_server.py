@@ -374,7 +374,10 @@ def test_logs_are_json_lines(start: Start, caplog: pytest.LogCaptureFixture) -> 
         name = client.metadata["session"]
         with pytest.raises(ServerError):
             client.infer({})
-        time.sleep(0.2)
+        client.close()
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not any("session closed" in record.getMessage() for record in caplog.records):
+            time.sleep(0.01)
     lines = [json.loads(JsonLines().format(r)) for r in caplog.records if r.name == "lac_vla.serving"]
     events = {line["event"]: line for line in lines if line.get("session") == name}
     assert set(events) >= {"session opened", "request refused", "session closed"}
