@@ -1,6 +1,7 @@
 #!/bin/sh
 # Engine, models, data, training, benchmark, server, reports and command line with the oldest and the newest of what they
-# stand on. pyproject.toml's lower bounds are the versions of `oldest` (tests/test_package.py); there is no newer torch for CPUs alone than that of `newest`.
+# stand on. pyproject.toml's lower bounds are the versions of `oldest` (tests/test_package.py); there is no newer torch for
+# CPUs alone than that of `newest`.
 #   sh scripts/test_compat.sh [oldest|lerobot|newest]... [-- pytest's arguments]
 set -e
 python=$(sh "$(dirname "$0")/find_python.sh")

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from lac_vla.bench.lerobot_policy import FAMILIES, OpenedPolicy, lerobot_module
+from lac_vla.bench.stock import dense_info
 from lac_vla.cost import count_macs
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.models import VLA, save_vla
 from lac_vla.session import head_rng
 from lac_vla.timing import Stopwatch
-from lac_vla.types import Decision, FloatArray, Frame
+from lac_vla.types import FloatArray, Frame
 
 TIMED = {"sample_actions": "decode", "embed_image": "tower", "forward": "prefill"}
 """Methods of LeRobot's, and the stages that they are."""
@@ -118,12 +119,9 @@ class LeRobotSession:
             eyes = eye * len(calls["embed_image"])  # the cameras' pictures have one size
             self._calls = {}
             self._macs = {"tower": eyes, "prefill": prefix, "head": every - eyes - prefix}
-        n = prompt.layout.n_visual
-        self.last_info = StepInfo(
-            layout=prompt.layout,
-            decision=Decision.dense(n, model.n_layers),
-            forced=np.zeros(n, dtype=np.bool_),
-            age=np.zeros(n, dtype=np.int64),
+        self.last_info = dense_info(
+            prompt.layout,
+            model.n_layers,
             dense_reason="LeRobot's own policy",
             stages=stages,
             metadata={"normalized": chunk[0].float().cpu().tolist()},

@@ -16,10 +16,22 @@ from lac_vla.models.heads.base import HeadContext
 from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.session import head_rng
 from lac_vla.timing import Stopwatch
-from lac_vla.types import Decision, FloatArray, Frame
+from lac_vla.types import Decision, FloatArray, Frame, TokenLayout
 
 STOCK = "dense stock"
 """Name of the baseline in results and tables."""
+
+
+def dense_info(layout: TokenLayout, n_layers: int, **told: Any) -> StepInfo:
+    """Report a frame of a baseline, which computes everything; ``told`` are further fields of the report."""
+    n = layout.n_visual
+    return StepInfo(
+        layout=layout,
+        decision=Decision.dense(n, n_layers),
+        forced=np.zeros(n, dtype=np.bool_),
+        age=np.zeros(n, dtype=np.int64),
+        **told,
+    )
 
 
 def stock_prefill(model: VLA, embeddings: torch.Tensor) -> Any:
@@ -97,12 +109,9 @@ class StockSession:
                     raise InputError(f"{model.name} appends rows: it has no stock baseline to time against")
                 except StopIteration as answer:
                     action, metadata = answer.value
-        n = prompt.layout.n_visual
-        self.last_info = StepInfo(
-            layout=prompt.layout,
-            decision=Decision.dense(n, model.n_layers),
-            forced=np.zeros(n, dtype=np.bool_),
-            age=np.zeros(n, dtype=np.int64),
+        self.last_info = dense_info(
+            prompt.layout,
+            model.n_layers,
             dense_reason="stock model",
             stages=clock.stages,
             metadata=metadata,

@@ -12,7 +12,7 @@ def store_in_float8(vla: VLA) -> None:
     """Keep the matrices of all decoder layers, an action expert's too, in float8, one scale per row, in place.
 
     They are multiplied in the model's own type, by torchao (https://github.com/pytorch/ao, ``Float8WeightOnlyConfig``).
-    Embeddings, vision encoder, projector and head stay as they are. A row of random weights loses 3.7 % of its norm.
+    Embeddings, vision encoder, projector and head stay as they are.
 
     Args:
         vla: A model that will not be trained or saved.
