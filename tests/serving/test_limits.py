@@ -275,7 +275,7 @@ def test_connections_without_a_word_keep_no_robot_out(tmp_path: Path) -> None:
         silent = [socket.create_connection((host, int(port)), 10) for _ in range(120)]
         begin = time.monotonic()
         robots.append(Client(url))
-        assert time.monotonic() - begin < 4, "not only once the silent ones have timed out"
+        assert time.monotonic() - begin < 8, "not only once the silent ones have timed out"
         for number in range(3):
             for robot in robots:
                 robot.infer(observation(number))

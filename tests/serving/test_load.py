@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -21,7 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from lac_vla import CachedVLA, Dense, Random, random_vla
 from lac_vla.client.connection import AsyncClient, Client
-from lac_vla.client.wire import pack
+from lac_vla.client.wire import REFUSED, pack
 from lac_vla.engine.budget import smallest_budget
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
@@ -63,15 +64,15 @@ async def misbehave(url: str, host: str, port: int) -> dict[str, int]:
     done = dict.fromkeys(("garbage", "oversized", "wrong key", "killed", "slow reader", "no protocol"), 0)
     slow = []
     for round_ in range(4):
-        for payload, name in ((os.urandom(3000), "garbage"), (bytes(2**20), "oversized")):
-            async with connect(url, additional_headers=headers, compression=None) as ws:
+        async with connect(url, additional_headers=headers, compression=None) as ws:
+            await ws.recv()
+            await ws.send(os.urandom(3000))
+            done["garbage"] += str(await ws.recv()).startswith(REFUSED)
+            with contextlib.suppress(ConnectionClosed):
+                await ws.send(bytes(2**20))
                 await ws.recv()
-                try:
-                    await ws.send(payload)
-                    while True:
-                        await ws.recv()
-                except ConnectionClosed:
-                    done[name] += 1
+                raise AssertionError("a message over the limit was answered")
+            done["oversized"] += 1
         try:
             await connect(url, additional_headers={"Authorization": "Api-Key wrong"})
         except InvalidStatus:

@@ -13,8 +13,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lac_vla.client.connection import AsyncClient, Client, RefusedError, ServerE
 from lac_vla.client.wire import pack, unpack
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.policies import FastV
+from lac_vla.serving.batches import Batcher, Request
 from lac_vla.serving.metrics import JsonLines
 from lac_vla.serving.server import Limits, PolicyServer
 from lac_vla.serving.sessions import SessionOptions
@@ -263,22 +265,34 @@ def test_a_fast_client_is_slowed_down(start: Start) -> None:
         assert time.perf_counter() - begin > 3 / 20
 
 
-def test_a_greedy_client_does_not_starve_others(start: Start) -> None:
-    server = start()
-    with connect(server.url, compression=None) as greedy, Client(server.url) as modest:
+def test_a_greedy_client_does_not_starve_others(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, batches = start(max_batch=1), []
+    answer = Batcher.answer
+
+    def watched(batcher: Batcher, batch: Sequence[Request], waiting: Collection[Request] = (), *rest: Any) -> Any:
+        end = time.monotonic() + 20
+        while not batches and server.server._executor.waiting < 2 and time.monotonic() < end:
+            time.sleep(0.005)  # the first answer takes until the other asks, too
+        batches.append(({request.robot for request in batch}, {request.robot for request in waiting}))
+        return answer(batcher, batch, waiting, *rest)
+
+    monkeypatch.setattr(Batcher, "answer", watched)
+    with connect(server.url, compression=None) as greedy:
         greedy.recv()
-        data = pack(observation())
-        flood = threading.Thread(target=lambda: [greedy.send(data) for _ in range(60)])
-        flood.start()
-        answered = server.server.metrics.requests.labels("answered")._value
-        before = answered.get()
-        for i in range(5):
-            modest.infer(observation(i))
-        between = answered.get() - before
-        for _ in range(60):
-            greedy.recv(timeout=30)
-        flood.join()
-    assert between <= 5 + 5 + 2  # turn by turn
+        [often] = server.server._robots.values()
+        with Client(server.url) as modest:
+            data = pack(observation())
+            flood = threading.Thread(target=lambda: [greedy.send(data) for _ in range(60)])
+            flood.start()
+            for i in range(5):
+                modest.infer(observation(i))
+            for _ in range(60):
+                greedy.recv(timeout=30)
+            flood.join()
+    assert len(batches) == 60 + 5
+    assert often not in batches[1][0]
+    for (_, waited), (answered, _) in pairwise(batches):
+        assert waited - {often} <= answered  # turn by turn
 
 
 def test_a_client_that_dies_in_mid_request(start: Start) -> None:
@@ -326,12 +340,12 @@ def test_shutdown_answers_what_was_taken(start: Start, backbone: VLA, monkeypatc
 
 
 def test_the_event_loop_stays_free(start: Start, backbone: VLA, monkeypatch: pytest.MonkeyPatch) -> None:
-    server, started = start(), threading.Event()
+    server, started, go = start(), threading.Event(), threading.Event()
     slow = backbone.vision.project
 
     def project(features: Any) -> Any:
         started.set()
-        time.sleep(1.5)
+        assert go.wait(60)
         return slow(features)
 
     with Client(server.url) as client, monkeypatch.context() as patch:
@@ -339,9 +353,8 @@ def test_the_event_loop_stays_free(start: Start, backbone: VLA, monkeypatch: pyt
         asking = threading.Thread(target=client.infer, args=(observation(),))
         asking.start()
         assert started.wait(10)
-        begin = time.perf_counter()
         assert get(server.http + "/healthz") == (200, "OK\n")
-        assert time.perf_counter() - begin < 1
+        go.set()
         asking.join()
 
 
