@@ -98,7 +98,7 @@ def fault(path: Path, error: object, advice: str) -> str:
         with path.open("rb") as file:
             begin = _begin(file.read(256))
     except OSError as missing:
-        reason = "it is a folder" if path.is_dir() else (missing.strerror or str(missing)).lower()
+        reason = "it is a folder" if os.path.isdir(path) else (missing.strerror or str(missing)).lower()
     else:
         if begin.startswith(POINTER):
             return (

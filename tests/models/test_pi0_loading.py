@@ -198,13 +198,17 @@ def test_a_feature_without_statistics_is_refused(folder: Path, family: str) -> N
         load_vla(folder)
 
 
-def test_a_state_file_outside_the_folder_is_not_opened(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("../elsewhere.safetensors", "must be the name of a file beside it"), (300 * "x", "cannot be read")],
+)
+def test_a_state_file_is_a_file_of_the_folder(folder: Path, name: str, message: str) -> None:
     file = folder / "policy_preprocessor.json"
     data = json.loads(file.read_text())
     [step] = [step for step in data["steps"] if "state_file" in step]
-    step["state_file"] = "../elsewhere.safetensors"
+    step["state_file"] = name
     file.write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match="must be the name of a file beside it"):
+    with pytest.raises(CheckpointError, match=message):
         load_vla(folder)
 
 

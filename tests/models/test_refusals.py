@@ -232,6 +232,14 @@ def test_a_tokenizer_of_sentence_piece_alone(folder: Path) -> None:
         load_vla(folder)
 
 
+def test_a_tokenizer_that_makes_the_reader_panic(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["continuing_subword_prefix"] = 300 * "x"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        load_vla(folder)
+
+
 def test_padding_and_truncation_in_a_file_change_nothing(folder: Path) -> None:
     plain, text = load_tokenizer(folder), "pick up the black bowl and place it on the plate"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

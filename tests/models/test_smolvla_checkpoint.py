@@ -158,6 +158,16 @@ def test_settings_that_are_not_supported(tmp_path: Path, config: dict[str, Any],
         load_vla(write(tmp_path / "tiny", **config))
 
 
+@pytest.mark.parametrize(("part", "name"), [("vision_config", "num_attention_heads"), ("text_config", "head_dim")])
+def test_numbers_of_heads_below_zero(tmp_path: Path, part: str, name: str) -> None:
+    folder = write(tmp_path / "tiny")
+    content = json.loads((folder / "vlm_config.json").read_text())
+    content[part][name] *= -1
+    (folder / "vlm_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError):
+        load_vla(folder)
+
+
 def drop_statistics(folder: Path) -> None:
     steps = json.loads((folder / PREPROCESSOR).read_text())["steps"]
     for step in steps:

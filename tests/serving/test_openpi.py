@@ -44,7 +44,7 @@ def frames(stream: Any) -> list[tuple[int, bytes]]:
         assert head[0] & 0x80  # not in pieces
         assert head[1] & 0x80 == 0
         size = head[1] & 0x7F
-        size = int.from_bytes(stream.read({126: 2, 127: 8}[size])) if size > 125 else size
+        size = int.from_bytes(stream.read({126: 2, 127: 8}[size]), "big") if size > 125 else size
         found.append((head[0] & 0xF, stream.read(size)))
         if found[-1][0] in (1, 8):  # a text is the answer to its last observation, a wrong one
             break

@@ -303,7 +303,9 @@ def test_the_answer_says_that_it_is_not_recorded(start: Start, folder: Path) -> 
         play(client, 0, 1, side=32)
         until(lambda: counted(server) == (2, 1))
         told = [client.infer(scene(0, at, side=32))["lac"]["not_recorded"] for at in (1, 2)]
-        (snapshot,) = server.server._view._snapshots.values()
+        shown = server.server._view._snapshots
+        until(lambda: next(iter(shown.values())).frames == 8)
+        (snapshot,) = shown.values()
         client.reset()
         assert "not_recorded" not in client.infer(scene(0, 0))["lac"]
     server.stop()

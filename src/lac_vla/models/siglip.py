@@ -50,6 +50,8 @@ class SiglipConfig:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
+        if min(self.width, self.depth, self.heads, self.mlp_width, self.patch, self.table) < 1:
+            raise CheckpointError(f"a vision tower of {self}: give at least 1 of everything")
         if self.image_size % self.patch or not 0 < self.side <= self.table:
             raise CheckpointError(
                 f"images of {self.image_size} pixels, patches of {self.patch}: give a multiple of {self.patch} up to "

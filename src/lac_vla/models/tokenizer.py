@@ -72,7 +72,9 @@ def load_tokenizer(folder: Path) -> Encode:
         raise CheckpointError(f"{folder} holds no {TOKENIZER}{found}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing more specific
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises nothing more specific, and panics where its code is caught out
         raise damaged(file, error) from error
     tokenizer.no_padding()  # a file may keep what its last user set: a prompt is neither filled up nor cut
     tokenizer.no_truncation()

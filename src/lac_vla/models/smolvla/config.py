@@ -101,6 +101,9 @@ class SmolVLAConfig:
         """Check that the parts fit together."""
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise CheckpointError(f"camera names {list(self.cameras)}: give at least one, each once")
+        text = self.text
+        if min(text.width, text.ffn, text.layers, text.heads, text.kv_heads, text.head_dim, text.vocab_size) < 1:
+            raise CheckpointError(f"a language model of {text}: give at least 1 of everything")
         if self.text.heads % self.text.kv_heads:
             raise CheckpointError(f"{self.text.heads} heads of queries, {self.text.kv_heads} of keys: no multiple")
         if self.vision.side % self.shuffle:
