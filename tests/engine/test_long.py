@@ -97,7 +97,7 @@ class Robot:
             features.append(
                 torch.cat([t.run(part[camera], mask) for t, part in zip(self.towers[camera], stem, strict=True)], -1)
             )
-        return model.vision.project(torch.cat(features).float())
+        return model.vision.project(torch.cat(features))
 
 
 def replace_old(old: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -153,6 +153,8 @@ def drive(robots: list[Robot], hidden: dict[int, Any], pictures: dict[int, torch
 def drive_all(name: str, frames: int, part: int = 0) -> None:
     config, options = MODELS[name]
     model = random_vla(config, seed=3 + part)
+    if "vision_kv_reuse" in options:
+        model.module.double()  # random towers can make a token of almost nothing, and the norms blow up its rounding
     engine = Engine(model, EngineOptions.parse(options))
     with torch.inference_mode():
         scenes = {number: frame(number, TEXTS[0], tuple(model.grids)) for number in range(PICTURES)}
