@@ -158,11 +158,14 @@ def test_settings_that_are_not_supported(tmp_path: Path, config: dict[str, Any],
         load_vla(write(tmp_path / "tiny", **config))
 
 
-@pytest.mark.parametrize(("part", "name"), [("vision_config", "num_attention_heads"), ("text_config", "head_dim")])
-def test_numbers_of_heads_below_zero(tmp_path: Path, part: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("vision_config", "num_attention_heads", -2), ("text_config", "head_dim", -16), ("text_config", "head_dim", 1)],
+)
+def test_heads_that_no_model_has(tmp_path: Path, part: str, name: str, value: int) -> None:
     folder = write(tmp_path / "tiny")
     content = json.loads((folder / "vlm_config.json").read_text())
-    content[part][name] *= -1
+    content[part][name] = value
     (folder / "vlm_config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError):
         load_vla(folder)

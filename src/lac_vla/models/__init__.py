@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from lac_vla.bundled import BUNDLED, find_model
 from lac_vla.checkpoint_files import read_json
@@ -44,7 +45,7 @@ from lac_vla.plugins import MODELS, announced
 __all__ = ["FAMILIES", "VLA", "Encode", "Family", "is_plugin", "load_vla", "random_vla", "save_vla", "untrained_vla"]
 
 
-WRONG_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+WRONG_VALUES = (ArithmeticError, AttributeError, LookupError, StrictDataclassError, TypeError, ValueError)
 """What Python makes of a value of another kind than was expected."""
 
 
