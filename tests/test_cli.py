@@ -46,6 +46,9 @@ OPTIONS = {
 """Verb → options that README and documents use."""
 
 
+LONG = 300 * "x"
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
@@ -152,6 +155,17 @@ def test_the_suite_decides_which_options_there_are(capsys: pytest.CaptureFixture
             assert option in text
             assert option not in libero
         assert "--rendering" not in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["report", LONG], ["bench", "--model", "mini", "--replay", LONG], ["eval", "--model", "mini", "--out", LONG]],
+)
+def test_names_that_the_system_refuses(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    code, text = run(capsys, *words)
+    assert code == 2
+    assert "File name too long" in text
+    assert len(text) < 1000
 
 
 TEXTS = ["[red]box", "run[/b]", "[/bold]x", '"lac-vla[ray]"', ":warning: [link=x]y", "[", "a\\[b]"]

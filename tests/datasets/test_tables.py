@@ -197,6 +197,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "wide": (info(data_path="{chunk_index:999999999d}"), "it may hold"),
     "attributes": (info(data_path="{chunk_index.__class__}"), "it may hold"),
+    "too long for the system": (info(data_path=300 * "x"), "is missing"),
     "out of the folder": (info(data_path="../{chunk_index}/{file_index}"), "leads out of the dataset"),
     "nested": (write("meta/info.json", "[" * 100_000), "nested too deeply"),
     "statistics": (write("meta/stats.json", '{"action": {"mean": [NaN]}}'), "'action' hold NaN or infinity"),

@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     words = [_expanded(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         _run(words)
-    except LacError as error:
+    except (LacError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:  # no file of the user's
+            raise
         from rich.text import Text
 
         console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)

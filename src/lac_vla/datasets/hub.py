@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class HubDataset:
     def find(cls, dataset: Path) -> HubDataset | None:
         """Tell if an id is meant; a folder, and a path into a folder that is there, are local ones."""
         text = dataset.as_posix()
-        if dataset.exists() or dataset.parent.exists() or not HUB_ID.fullmatch(text):
+        if os.path.exists(dataset) or os.path.exists(dataset.parent) or not HUB_ID.fullmatch(text):
             return None
         return cls(text)
 

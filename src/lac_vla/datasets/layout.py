@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from string import Formatter
@@ -76,7 +77,7 @@ def read_info(root: Path) -> dict[str, Any]:
     Raises:
         DatasetError: If there is no such dataset, or one of another version, or something is missing or wrong.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         unfinished = incomplete_path(root)
         if unfinished.exists():
             raise DatasetError(f"{root} was never finished ({unfinished} exists): run what writes it again")

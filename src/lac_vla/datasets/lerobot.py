@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class LeRobotDataset:
         }
         if hub is not None:
             hub.fetch(sorted(path.relative_to(self.root).as_posix() for path in wanted))
-        if missing := sorted(str(path) for path in wanted if not path.exists()):
+        if missing := sorted(str(path) for path in wanted if not os.path.exists(path)):
             raise DatasetError(f"{missing[0]} is missing, {len(missing)} files in all: {AGAIN}, all of it")
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Run:
     def read(cls, folder: str | Path) -> Run:
         """Read a run's folder; an :class:`InputError` says that it is none, or has no finished episode."""
         folder = Path(folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"there is no folder {folder}: give the folder of a run of 'lac eval'")
         path = folder / "summary.json"
         metadata = read_object(path, "resume the run (lac eval), it writes it again") if path.exists() else {}
@@ -50,7 +51,7 @@ class Run:
         """Find a file that a record names; ``None`` if it is not there, or lies outside the folder, links followed."""
         try:
             path, root = (self.folder / (name or "")).resolve(), self.folder.resolve()
-            return path if path.is_file() and path.is_relative_to(root) else None
+            return path if os.path.isfile(path) and path.is_relative_to(root) else None
         except (OSError, RuntimeError, ValueError):  # links in a circle, names that no file can have
             return None
 
