@@ -301,11 +301,11 @@ class Engine:
             for run in runs:
                 self._try(run, self._begin_decoding)
             while open_runs := [run for run in runs if run.rows is not None and run.result.error is None]:
-                kind = _kind(open_runs[0])
+                asked, kind = open_runs[0].rows, _kind(open_runs[0])
                 together = [run for run in open_runs if _kind(run) == kind]
                 try:
-                    if isinstance(open_runs[0].rows, Together):
-                        self._compute(open_runs[0].rows.run, together)
+                    if isinstance(asked, Together):
+                        self._compute(asked.run, together)
                     else:
                         self._round(together)
                 except Exception as error:  # of all that were packed

@@ -85,7 +85,7 @@ def alone(
     decoding: Generator[AppendRows | RerunPrompt | Together, Any, T],
 ) -> Generator[AppendRows | RerunPrompt, torch.Tensor, T]:
     """Let a head decode as the only session there is: of what it yields, the rows are left."""
-    sent = None
+    sent: Any = None
     while True:
         try:
             asked = decoding.send(sent)

@@ -50,7 +50,7 @@ def pick(
     """
     scores = logits(rows[0] if len(rows) == 1 else torch.cat(list(rows)))
     ids, counts = scores.argmax(dim=-1), [len(own) for own in rows]
-    parts = (part.split(counts) for part in (ids, embed(ids), scores.sum(dim=-1, dtype=torch.float32)))
+    parts = (torch.split(part, counts) for part in (ids, embed(ids), scores.sum(dim=-1, dtype=torch.float32)))
     return [Picked(*own) for own in zip(*parts, strict=True)]
 
 

@@ -147,7 +147,7 @@ class DiffusionHead(ActionHead):
         def draw() -> torch.Tensor:
             return torch.cat([own() for _, own in given])
 
-        return self.model.sample(torch.cat([feature for feature, _ in given]), self.sampling, draw).split(1)
+        return torch.split(self.model.sample(torch.cat([feature for feature, _ in given]), self.sampling, draw), 1)
 
     def check_rtc(self, rtc: RealTimeChunk) -> None:
         """Check a running chunk; see :meth:`ActionHead.check_rtc`."""
