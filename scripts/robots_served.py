@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 import tyro
@@ -199,6 +200,7 @@ def main(load: Load) -> None:
     clock = Clock()
     time.perf_counter = clock  # type: ignore[assignment]  # the model, too, is timed by it
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)  # or optical flow is computed by threads whose time is not this one's
     vlas = load_methods(load.model, load.policies, ModelOptions(threads=1))
     print(f"{load.model}, one thread, robots at {load.hz:g} Hz, p99 within {load.deadline_ms:g} ms of processor time")
     for name, vla in vlas.items():

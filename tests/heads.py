@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lac_vla import VLA, Frame
-from lac_vla.models.heads.base import AppendRows, HeadContext
+from lac_vla.models.heads.base import AppendRows, HeadContext, alone
 from lac_vla.types import FloatArray
 
 
@@ -34,7 +34,7 @@ def decode(
         The action, and what the head says of it.
     """
     layout, rng = vla.processor.prompt(frame).layout, np.random.default_rng(seed)
-    decoding = vla.head.decode(HeadContext(frame, layout, hidden, pytest.fail, pytest.fail, rng))
+    decoding = alone(vla.head.decode(HeadContext(frame, layout, hidden, pytest.fail, pytest.fail, rng)))
     try:
         rows = next(decoding)
         while True:

@@ -27,7 +27,7 @@ from lac_vla.bundled import MINI, MINI_COGACT
 from lac_vla.cost import count_macs
 from lac_vla.models.prismatic.presets import TINY
 from lac_vla.policies.lac import Predictor, Selector
-from lac_vla.policies.lac.inputs import compose, flow_in_patches, from_policy_input, resize, words
+from lac_vla.policies.lac.inputs import compose, flow_in_patches, from_policy_inputs, resize, words
 from lac_vla.policies.lac.joint import Joint
 from tests.engine.scenes import frame
 
@@ -75,9 +75,12 @@ def test_its_own_cost_is_counted(fixed: float | None, language: bool) -> None:
 
 
 def test_paper_inputs_are_five_channels() -> None:
-    shown = from_policy_input(LACConfig(grids=GRIDS, inputs="paper"), policy_input())
+    shown = from_policy_inputs(LACConfig(grids=GRIDS, inputs="paper"), [policy_input()])
     assert [tuple(part.shape) for part in shown] == [(1, 5, 24, 24), (1, 5, 16, 16)]
-    assert [part.shape[1] for part in from_policy_input(LACConfig(grids=GRIDS, flow="none"), policy_input())] == [7, 7]
+    assert [part.shape[1] for part in from_policy_inputs(LACConfig(grids=GRIDS, flow="none"), [policy_input()])] == [
+        7,
+        7,
+    ]
 
 
 def test_extended_inputs_see_faint_change_and_age() -> None:
@@ -113,7 +116,7 @@ def test_a_patch_is_resized_from_its_own_pixels_alone() -> None:
 def test_saliency_lies_in_0_1_and_keeps_its_order_at_any_scale() -> None:
     config = LACConfig(grids=GRIDS, width=16)
     net = Selector(config)
-    shown = from_policy_input(config, policy_input())
+    shown = from_policy_inputs(config, [policy_input()])
     scores = net(shown)
     assert scores.shape == (1, 52)
     assert 0 <= scores.min().item() < scores.max().item() <= 1
@@ -126,7 +129,7 @@ def test_ratio_logits_never_leave_the_range_where_they_can_learn() -> None:
     config = LACConfig(grids=GRIDS, width=16)
     net = Predictor(config)
     torch.nn.init.normal_(net.head.weight, std=1e3)
-    logits = net(from_policy_input(config, policy_input()))
+    logits = net(from_policy_inputs(config, [policy_input()]))
     assert logits.shape == (1, 6)
     assert logits.abs().max().item() <= 3
 
@@ -135,7 +138,7 @@ def test_the_lowest_scores_are_cached_at_the_chosen_ratio() -> None:
     policy = random_policy(recovery=0.0)
     inputs = policy_input()
     decision = policy.decide(inputs)
-    shown = from_policy_input(policy.config, inputs)
+    shown = from_policy_inputs(policy.config, [inputs])
     with torch.no_grad():
         ratio = policy.config.ratios[int(policy.predictor(shown).argmax())]
         scores = policy.selector(shown)[0].numpy()
@@ -157,11 +160,11 @@ def test_both_networks_together_are_each_by_itself(inputs: str, depth: int, lang
     observed = policy_input(3)
     text = words([observed.instruction]) if language else None
     with torch.inference_mode():
-        apart = from_policy_input(policy.config, observed)
+        apart = from_policy_inputs(policy.config, [observed])
         for with_predictor in (True, False):
             joint = Joint(policy.config, policy.selector, policy.predictor if with_predictor else None)
-            canvas, [places] = joint.canvas(1)
-            from_policy_input(policy.config, observed, places)
+            canvas, places = joint.canvas(1)
+            from_policy_inputs(policy.config, [observed], places)
             [(saliency, logits)] = joint(canvas, text)
             torch.testing.assert_close(saliency, policy.selector(apart, text)[0])
             if with_predictor:

@@ -56,7 +56,7 @@ def shortened(value: Any) -> str:
 
 def is_text(value: Any) -> bool:
     """Tell whether a value is a text that can be written: one without lone surrogates."""
-    return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in value))
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lac_vla.engine.step_info import StepInfo
-from lac_vla.models.heads.base import AppendRows, HeadContext
+from lac_vla.models.heads.base import AppendRows, HeadContext, alone
 from lac_vla.models.protocols import DecoderShape, SplitsStems
 from lac_vla.models.vla import VLA
 from lac_vla.types import AttentionProbe, BoolArray, Decision, Frame, SkippedTokens, TokenLayout
@@ -161,7 +161,7 @@ class CostModel:
         def decode() -> None:  # over rows of any content
             read = hidden if head.reads == "hidden" else hidden[:0]
             context = HeadContext(frame, prompt.layout, read, cached, cached, np.random.default_rng(0))
-            decoding, sent = head.decode(context), None
+            decoding, sent = alone(head.decode(context)), None
             with suppress(StopIteration):
                 while True:
                     rows = next(decoding) if sent is None else decoding.send(sent)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -142,7 +143,7 @@ class TokenLayout:
             start += rows * cols
         return cls(tuple(cameras), n_prefix, n_suffix, n_unread)
 
-    @property
+    @cached_property
     def n_visual(self) -> int:
         """Number of visual tokens N over all cameras."""
         return sum(camera.size for camera in self.cameras)

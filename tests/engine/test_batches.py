@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,8 +16,12 @@ from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.plan import FramePlan
 from lac_vla.engine.step_info import StepInfo
+from lac_vla.errors import NonFiniteError
 from lac_vla.models import FAMILIES, VLA
 from lac_vla.models.heads.base import Decoding, HeadContext
+from lac_vla.models.heads.diffusion import DiffusionHead
+from lac_vla.models.heads.sampler import Sampling
+from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.policies import CachePolicy, LACPolicy
 from lac_vla.session import plan_together
 from lac_vla.types import AttentionProbe, Decision, FloatArray, TokenLayout
@@ -130,6 +134,86 @@ def test_rows_of_all_sessions_go_through_a_layer_at_once(model: VLA, monkeypatch
         assert calls[0] == sum(lengths)
         longest = max(len(info.decode_passes) for info in infos if info is not None)
         assert len(calls) == 1 + longest  # those that are done leave the round
+
+
+def tiny(family: str) -> VLA:
+    return random_vla(FAMILIES[family].presets[FAMILIES[family].tiny], seed=3)
+
+
+@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+def test_chunks_of_all_sessions_are_drawn_at_once_each_with_its_own_noise(method: Literal["ddim", "ddpm"]) -> None:
+    """Guided by the absence of a condition, both methods; one session joins late, so that its chance is elsewhere."""
+    model = tiny("cogact")
+    assert isinstance(model.head, DiffusionHead)
+    model.head.sampling, sizes = Sampling(method, guidance=1.5), list[int]()
+    first = model.head.model.net.blocks[0]
+    packed, policy = Engine(model), Random(0.5)
+    sessions, alone = ([make(engine, policy, seed) for seed in range(4)] for engine in (packed, Engine(model)))
+    for step in range(2):
+        there = range(3 + step)
+        frames = [observe(robot, step) for robot in there]
+        with first.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0]))):
+            actions = together(packed, [sessions[robot] for robot in there], frames)
+        assert sizes == [2 * len(there)] * len(model.head.sampling.visited)
+        sizes.clear()
+        for robot, observation, action in zip(there, frames, actions, strict=True):
+            np.testing.assert_allclose(action, alone[robot].act(observation), **CLOSE)
+            same(sessions[robot].last_info, alone[robot].last_info)
+
+
+@pytest.mark.parametrize("options", ["none", "default"])
+def test_tokens_of_all_sessions_are_picked_at_once(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once behind the prefill, and once behind every pass, of those that are not done."""
+    model, calls = tiny("openvla"), list[int]()
+    assert isinstance(model.head, TokenHead)
+    engine, logits = Engine(model, EngineOptions.parse(options)), model.head.logits
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(len(hidden))
+        return logits(hidden)
+
+    monkeypatch.setattr(model.head, "logits", counted)
+    sessions = [make(engine, Random(0.5), seed) for seed in range(3)]
+    for step in range(3):
+        calls.clear()
+        together(engine, sessions, [observe(robot, step) for robot in range(3)])
+        infos = [session.last_info for session in sessions if session.last_info is not None]
+        assert len(calls) == 1 + max(len(info.decode_passes) for info in infos)
+        assert calls[0] == sum(1 + info.draft for info in infos)
+        appended = [stop - start for info in infos for start, stop in info.decode_passes]
+        assert sum(calls[1:]) == sum(appended)
+
+
+def test_what_a_head_computes_together_fails_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("cogact")
+    engine = Engine(model)
+    sessions = [make(engine, Random(0.5), seed) for seed in range(2)]
+    plans = [session.plan(observe(robot, 0)) for robot, session in enumerate(sessions)]
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionHead, "_sample", lambda *_: 1 / 0)
+        results = engine.run(plans)
+    for session, plan, result in zip(sessions, plans, results, strict=True):
+        with pytest.raises(ZeroDivisionError):
+            session.commit(plan, result)
+        usable(session, dense="first frame")
+
+
+def test_a_chunk_that_is_not_finite_fails_for_its_session_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("cogact")
+    engine, draw = Engine(model), DiffusionHead._sample
+    sessions, other = [make(engine, Random(0.5), seed) for seed in range(3)], make(Engine(model), Random(0.5), 2)
+    plans = [session.plan(observe(robot, 0)) for robot, session in enumerate(sessions)]
+
+    def broken(self: DiffusionHead, given: Any) -> list[torch.Tensor]:
+        chunks = list(draw(self, given))
+        chunks[1] = chunks[1] * torch.nan
+        return chunks
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionHead, "_sample", broken)
+        results = engine.run(plans)
+    assert [type(result.error) for result in results] == [type(None), NonFiniteError, type(None)]
+    np.testing.assert_allclose(results[2].action, other.act(observe(2, 0)), **CLOSE)
 
 
 @pytest.mark.parametrize("part", ["policy", "stem", "tokens", "head", "refine"])

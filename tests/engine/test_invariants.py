@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from lac_vla import VLA, CachedVLA, Decision, Dense, Frame, InputError, Random, Session, random_vla
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.models import FAMILIES
-from lac_vla.models.heads.base import Decoding, HeadContext
+from lac_vla.models.heads.base import Decoding, HeadContext, alone
 from lac_vla.models.llama import LlamaDecoder
 from lac_vla.models.prismatic.presets import MINI, TINY
 from lac_vla.policies import CachePolicy, FastV, SparseVLM, VLACache
@@ -195,7 +195,7 @@ def capture_hidden(session: Session, observation: Frame) -> torch.Tensor:
     def spy(context: HeadContext) -> Decoding:
         nonlocal rows
         rows, n = context.hidden, context.layout.n_suffix
-        decoding = original(context)
+        decoding = alone(original(context))
         try:
             request = next(decoding)
             while True:

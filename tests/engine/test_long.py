@@ -15,7 +15,7 @@ from lac_vla import VLA, Frame, Session, random_vla
 from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.models import FAMILIES
-from lac_vla.models.heads.base import Decoding, HeadContext
+from lac_vla.models.heads.base import Decoding, HeadContext, alone
 from tests.engine.reference import ReferenceTower
 from tests.engine.scenes import ALL_POLICIES, frame
 from tests.engine.test_invariants import assert_slots, reference, slots_of
@@ -112,7 +112,7 @@ def watched(model: VLA) -> Iterator[dict[int, torch.Tensor]]:
     original = head.decode
 
     def spy(context: HeadContext) -> Decoding:
-        decoding, sent = original(context), None
+        decoding, sent = alone(original(context)), None
         seen = context.hidden
         while True:
             try:

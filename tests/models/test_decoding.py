@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lac_vla import InputError
-from lac_vla.models.heads.base import AppendRows
-from lac_vla.models.heads.decoding import decode_tokens
+from lac_vla.models.heads.base import AppendRows, alone
+from lac_vla.models.heads.decoding import Picked, decode_tokens, pick
 
 VOCABULARY, N = 5, 7
 
@@ -48,9 +48,7 @@ class Chain:
 
     def decode(self, draft: Sequence[int]) -> list[int]:
         self.sequence = list(draft)
-        decoding = decode_tokens(
-            lambda ids: ids[:, None], lambda rows: torch.eye(VOCABULARY)[rows[:, 0]], self.hidden(0), N, draft
-        )
+        decoding = alone(decode_tokens(pick_tokens, self.hidden(0), N, draft))
         try:
             rows = next(decoding)
             while True:
@@ -58,6 +56,10 @@ class Chain:
         except StopIteration as answer:
             tokens: list[int] = answer.value
             return tokens
+
+
+def pick_tokens(rows: Sequence[torch.Tensor]) -> list[Picked]:
+    return pick(lambda ids: ids[:, None], lambda hidden: torch.eye(VOCABULARY)[hidden[:, 0]], rows)
 
 
 @settings(max_examples=150, deadline=None)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lac_vla import VLA, Session, random_vla, save_vla
-from lac_vla.models.heads.base import Decoding, HeadContext
+from lac_vla.models.heads.base import Decoding, HeadContext, alone
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.training.lac import LACLoss
@@ -112,7 +112,7 @@ def captured_hidden(session: Session) -> Iterator[list[torch.Tensor]]:
     head, frames = session.model.head, []
 
     def spy(context: HeadContext) -> Decoding:
-        decoding, rows, sent = type(head).decode(head, context), context.hidden, None
+        decoding, rows, sent = alone(type(head).decode(head, context)), context.hidden, None
         while True:
             try:
                 wanted = decoding.send(sent)

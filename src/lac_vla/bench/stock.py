@@ -12,7 +12,7 @@ from lac_vla.cost import one_by_one
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.models import VLA
-from lac_vla.models.heads.base import HeadContext
+from lac_vla.models.heads.base import HeadContext, alone
 from lac_vla.models.heads.tokens import TokenHead
 from lac_vla.session import head_rng
 from lac_vla.timing import Stopwatch
@@ -103,7 +103,7 @@ class StockSession:
             with clock.stage("prefill"):
                 hidden = stock_prefill(model, embeddings).last_hidden_state[0]
             with clock.stage("decode"):
-                decoding = head.decode(HeadContext(frame, prompt.layout, hidden, _none, _none, self._rng))
+                decoding = alone(head.decode(HeadContext(frame, prompt.layout, hidden, _none, _none, self._rng)))
                 try:
                     next(decoding)
                     raise InputError(f"{model.name} appends rows: it has no stock baseline to time against")

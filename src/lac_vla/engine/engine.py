@@ -21,7 +21,7 @@ from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.prefill import AppendCursor, Cursor, PrefillCursor, SequenceState, run_packed
 from lac_vla.engine.vision_graphs import GraphedVision
 from lac_vla.errors import DeviceMemoryError, InputError, NonFiniteError
-from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt, finite
+from lac_vla.models.heads.base import AppendRows, Decoding, HeadContext, RerunPrompt, Together, finite
 from lac_vla.models.heads.guidance import recording
 from lac_vla.models.protocols import DecoderStack, Rotary, SplitsStems, StaticVision
 from lac_vla.models.vla import VLA
@@ -42,7 +42,7 @@ class _Run:
     embeddings: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     suffix: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     decoding: Decoding | None = None
-    rows: AppendRows | RerunPrompt | None = None
+    rows: AppendRows | RerunPrompt | Together | None = None
     parts: Mapping[str, Any] = field(default_factory=dict)  # of the stem, which are not made again
 
     @property
@@ -301,10 +301,13 @@ class Engine:
             for run in runs:
                 self._try(run, self._begin_decoding)
             while open_runs := [run for run in runs if run.rows is not None and run.result.error is None]:
-                kind = _kind(open_runs[0])
+                asked, kind = open_runs[0].rows, _kind(open_runs[0])
                 together = [run for run in open_runs if _kind(run) == kind]
                 try:
-                    self._round(together)
+                    if isinstance(asked, Together):
+                        self._compute(asked.run, together)
+                    else:
+                        self._round(together)
                 except Exception as error:  # of all that were packed
                     self._fail(together, error)
 
@@ -331,6 +334,12 @@ class Engine:
         run.decoding = self.model.head.decode(context)
         self._advance(run, None)
 
+    def _compute(self, work: Callable[[Sequence[Any]], Sequence[Any]], runs: Sequence[_Run]) -> None:
+        """Let the head's own networks compute what several sessions wait for."""
+        given = [run.rows.given for run in runs if isinstance(run.rows, Together)]
+        for run, made in zip(runs, work(given), strict=True):
+            self._try(run, partial(self._advance, sent=made))
+
     def _round(self, runs: Sequence[_Run]) -> None:
         """Run what several heads yielded through one stack, and send them its last hidden states."""
         rows = runs[0].rows
@@ -349,8 +358,7 @@ class Engine:
             suffixes = [len(run.suffix) if isinstance(run.rows, RerunPrompt) else 0 for run, *_ in ready]
             normed = [stack.norm(own[-count:] if count else own) for own, count in zip(hidden, suffixes, strict=True)]
         for (run, *_), own in zip(ready, normed, strict=True):
-            run.rows = None
-            self._try(run, partial(self._advance, hidden=own))
+            self._try(run, partial(self._advance, sent=own))
 
     def _prepare(self, run: _Run, stack: DecoderStack) -> tuple[Cursor, torch.Tensor]:
         """Plan the rows that a head yielded, and embed them."""
@@ -360,20 +368,20 @@ class Engine:
                 with torch.inference_mode(False):
                     return AppendCursor(stack, sequence, rows, (rotary[0].clone(), rotary[1].clone())), rows.embeddings
             return AppendCursor(stack, sequence, rows, rotary), rows.embeddings
-        if rows is None:  # pragma: no cover - those that are done have left
-            raise RuntimeError("the head yielded nothing")
+        if not isinstance(rows, RerunPrompt):  # pragma: no cover - those that are done have left
+            raise RuntimeError("the head yielded no rows")
         before = run.embeddings[: len(run.embeddings) - len(run.suffix) - sequence.draft]
         embeddings = torch.cat([before, rows.edit(run.suffix)])
         return PrefillCursor(self.model.decoder, sequence.again(), rotary), embeddings
 
-    def _advance(self, run: _Run, hidden: torch.Tensor | None) -> None:
-        """Let a head go on until it yields rows or answers."""
+    def _advance(self, run: _Run, sent: Any) -> None:
+        """Let a head go on until it yields something or answers."""
         if run.decoding is None:  # pragma: no cover - it was begun
             raise RuntimeError("decoding has not begun")
+        run.rows = None
         try:
-            run.rows = next(run.decoding) if hidden is None else run.decoding.send(hidden)
+            run.rows = run.decoding.send(sent)
         except StopIteration as answer:
-            run.rows = None
             action, run.result.metadata = answer.value
             action, rtc = finite(action), run.plan.rtc
             run.result.action = action if rtc is None else rtc.join(action, guided=self.model.head.guided)
@@ -402,22 +410,24 @@ def _told(error: Exception) -> Exception:
 
 
 class _Kind(NamedTuple):
-    """Rows that are packed are alike in all of this.
+    """Rows that are packed, or whatever else is computed together, are alike in all of this.
 
     Attributes:
+        work: What computes it; ``None`` for rows.
         prompt: Whether they are whole prompts.
         stack: Identity of the stack that they run through.
         gradient: Identity of a run with a gradient, which is run alone; 0 without one.
     """
 
+    work: Callable[[Sequence[Any]], Sequence[Any]] | None
     prompt: bool
     stack: int
     gradient: int
 
 
 def _kind(run: _Run) -> _Kind:
-    """Tell what rows can be packed with a run's."""
-    appended = run.rows if isinstance(run.rows, AppendRows) else None
-    if appended is None:
-        return _Kind(isinstance(run.rows, RerunPrompt), id(None), 0)
-    return _Kind(False, id(appended.stack), id(run) if appended.embeddings.requires_grad else 0)
+    """Tell what can be packed, or computed together, with what a run waits for."""
+    rows = run.rows
+    if isinstance(rows, AppendRows):
+        return _Kind(None, False, id(rows.stack), id(run) if rows.embeddings.requires_grad else 0)
+    return _Kind(rows.run if isinstance(rows, Together) else None, isinstance(rows, RerunPrompt), id(None), 0)

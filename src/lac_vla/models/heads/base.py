@@ -1,15 +1,16 @@
 """The base of all action heads: a head reads the decoder's states, answers with an action, and has a loss.
 
 A head decodes as a generator: it yields rows that are to be appended to the sequence, and is sent their last hidden
-states. So one round of decoding advances all sessions of an engine.
+states; or what its own networks are to compute, and is sent what they made of it. So one round of decoding advances all
+sessions of an engine.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,11 +60,42 @@ class RerunPrompt:
     edit: Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Together:
+    """What the head's own networks compute at once for all sessions that are there.
+
+    Attributes:
+        run: What every session gives → what each is sent. A method of the head: those of its sessions are equal.
+        given: By this session.
+    """
+
+    run: Callable[[Sequence[Any]], Sequence[Any]]
+    given: Any
+
+
+T = TypeVar("T")
 EditSuffix: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 """Number in the batch, embedded suffix → the new one."""
-Decoding: TypeAlias = Generator[AppendRows | RerunPrompt, torch.Tensor, tuple[FloatArray, dict[str, Any]]]
-"""Yields rows, is sent their normalised last hidden states (the suffix's of a prompt that is run again); returns the
-action and what is worth recording of it."""
+Decoding: TypeAlias = Generator[AppendRows | RerunPrompt | Together, Any, tuple[FloatArray, dict[str, Any]]]
+"""Yields rows, is sent their normalised last hidden states (the suffix's of a prompt that is run again), or what was
+computed together; returns the action and what is worth recording of it."""
+
+
+def alone(
+    decoding: Generator[AppendRows | RerunPrompt | Together, Any, T],
+) -> Generator[AppendRows | RerunPrompt, torch.Tensor, T]:
+    """Let a head decode as the only session there is: of what it yields, the rows are left."""
+    sent: Any = None
+    while True:
+        try:
+            asked = decoding.send(sent)
+        except StopIteration as end:
+            answer: T = end.value
+            return answer
+        if isinstance(asked, Together):
+            [sent] = asked.run([asked.given])
+        else:
+            sent = yield asked
 
 
 @dataclass(frozen=True, eq=False)

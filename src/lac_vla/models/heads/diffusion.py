@@ -5,6 +5,7 @@ Source: CogACT (Li et al., 2024, arXiv 2411.19650) and its released code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from lac_vla.errors import CheckpointError, InputError
-from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext, LossContext, finite
+from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext, LossContext, Together, finite
 from lac_vla.models.heads.dit import DiT, DiTConfig
 from lac_vla.models.heads.guidance import Guidance, constant
 from lac_vla.models.heads.sampler import Draw, Sampling, Schedule, ddim, ddpm
@@ -115,6 +116,8 @@ class DiffusionHead(ActionHead):
     def decode(self, context: HeadContext) -> Decoding:
         """Draw a chunk; see :meth:`ActionHead.decode`. Noise is drawn on the host: a seed means the same everywhere.
 
+        Chunks of several sessions are drawn together, one that a running chunk guides by itself: it has a gradient.
+
         Returns:
             The actions in the units of the data set, float32, (horizon, action_dim), the gripper closed or open; and,
             as lists, the chunk in [-1, 1] (``normalized``).
@@ -130,11 +133,21 @@ class DiffusionHead(ActionHead):
                 left = self.normalize_actions(rtc.padded(self.horizon)).astype(np.float32)
                 guide = Guidance.of(rtc, left, like.new_empty(1, *self._shape))
             feature = context.hidden[-1:][None].to(like.dtype, copy=rtc is not None)
-            drawn = self.model.sample(feature, self.sampling, draw, guide)
+            if guide is not None:
+                drawn = self.model.sample(feature, self.sampling, draw, guide)
+        if guide is None:
+            drawn = yield Together(self._sample, (feature, draw))
         normalized = np.clip(finite(drawn[0].float().cpu().numpy()), -1.0, 1.0)
         normalized[:, -1] = normalized[:, -1] >= GRIPPER_THRESHOLD
         return self.unnormalize_actions(normalized).astype(np.float32), {"normalized": normalized.tolist()}
-        yield  # a generator, although it appends nothing
+
+    def _sample(self, given: Sequence[tuple[torch.Tensor, Draw]]) -> Sequence[torch.Tensor]:
+        """Draw a chunk for every feature, (1, 1, condition), each with its own noise, (1, horizon, action_dim)."""
+
+        def draw() -> torch.Tensor:
+            return torch.cat([own() for _, own in given])
+
+        return torch.split(self.model.sample(torch.cat([feature for feature, _ in given]), self.sampling, draw), 1)
 
     def check_rtc(self, rtc: RealTimeChunk) -> None:
         """Check a running chunk; see :meth:`ActionHead.check_rtc`."""

@@ -5,8 +5,9 @@ Source: OpenVLA (Kim et al., 2024), section 3.2 and its released rule of decodin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from lac_vla.errors import InputError
 from lac_vla.models.heads.base import ActionHead, Decoding, HeadContext, LossContext
-from lac_vla.models.heads.decoding import decode_tokens
+from lac_vla.models.heads.decoding import Picked, decode_tokens, pick
 from lac_vla.models.heads.units import Range, check_units
 from lac_vla.types import FloatArray, IntArray
 
@@ -35,12 +36,12 @@ class ActionTokenizer:
     n_bins: int = 256
     edge_token: bool = True
 
-    @property
+    @cached_property
     def edges(self) -> npt.NDArray[np.float64]:
         """The edges of the bins, (n_bins,)."""
         return np.linspace(-1.0, 1.0, self.n_bins)
 
-    @property
+    @cached_property
     def centers(self) -> npt.NDArray[np.float64]:
         """The values that tokens decode to, (n_bins − 1,)."""
         edges = self.edges
@@ -90,10 +91,14 @@ class TokenHead(ActionHead):
             (``tokens``) and the action in [-1, 1] (``normalized``).
         """
         draft = [] if context.drafted is None else context.drafted["tokens"][:-1]
-        tokens = yield from decode_tokens(self.embed, self.logits, context.hidden, self.max_new_tokens, draft)
+        tokens = yield from decode_tokens(self._pick, context.hidden, self.max_new_tokens, draft)
         normalized = self.tokenizer.decode(tokens)
         action = self.action_range.unnormalize(normalized).astype(np.float32)
         return action, {"tokens": tokens, "normalized": normalized.tolist()}
+
+    def _pick(self, rows: Sequence[torch.Tensor]) -> list[Picked]:
+        """Pick the next token in every row, each (n, width)."""
+        return pick(self.embed, self.logits, rows)
 
     def draft(self, metadata: Mapping[str, Any]) -> torch.Tensor:
         """Embed the preceding action's tokens but the last, (action_dim - 1, width)."""

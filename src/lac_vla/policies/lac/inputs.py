@@ -36,7 +36,8 @@ def resize(image: npt.NDArray[Any], rows: int, cols: int, patch_pixels: int) -> 
 def flow_in_patches(flow: FloatArray, rows: int, cols: int, patch_pixels: int) -> FloatArray:
     """Convert flow in pixels, H×W×2, to token sides, resized as the images are; float32."""
     height, width = flow.shape[:2]
-    scaled = flow * np.asarray([cols / width, rows / height], dtype=np.float32)
+    scale = np.asarray([cols / width, rows / height], dtype=np.float32)
+    scaled = (flow.reshape(height, -1) * np.tile(scale, width)).reshape(flow.shape)  # long rows: several times faster
     return np.asarray(resize(scaled, rows, cols, patch_pixels), dtype=np.float32)
 
 
@@ -83,23 +84,23 @@ def compose(
     return out
 
 
-def from_policy_input(
-    config: LACConfig, inputs: PolicyInput, places: Sequence[torch.Tensor] | None = None
+def from_policy_inputs(
+    config: LACConfig, inputs: Sequence[PolicyInput], places: Sequence[torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
-    """Compose the input of every camera, each (1, channels, H, W), of what a session gives a policy.
+    """Compose the input of every camera, each (frames, channels, H, W), of what sessions give a policy.
 
     ``places`` are tensors to put them into; ``None`` for new ones.
     """
     composed = []
-    for number, camera in enumerate(inputs.layout.cameras):
-        shape = (camera.rows, camera.cols, config.patch_pixels)
-        image = _batch(resize(inputs.pixels[camera.name], *shape))
+    for number, camera in enumerate(inputs[0].layout.cameras):
+        shape, name = (camera.rows, camera.cols, config.patch_pixels), camera.name
+        image = _batch([resize(each.pixels[name], *shape) for each in inputs])
         flow = reference = age = None
         if config.flow != "none":
-            flow = _batch(flow_in_patches(inputs.flow[camera.name], *shape))
+            flow = _batch([flow_in_patches(each.flow[name], *shape) for each in inputs])
         if config.inputs == "extended":
-            reference = _batch(resize(inputs.reference[camera.name], *shape))
-            age = _batch(inputs.age[camera.tokens].reshape(camera.rows, camera.cols))
+            reference = _batch([resize(each.reference[name], *shape) for each in inputs])
+            age = _batch([each.age[camera.tokens].reshape(camera.rows, camera.cols) for each in inputs])
         composed.append(compose(config, image, flow, reference, age, None if places is None else places[number]))
     return composed
 
@@ -113,5 +114,5 @@ def words(instructions: Sequence[str]) -> torch.Tensor:
     return bags / bags.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _batch(array: npt.NDArray[Any]) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))[None]
+def _batch(arrays: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays))

@@ -66,10 +66,10 @@ class Joint:
             ]
         )
 
-    def canvas(self, frames: int) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-        """Make an empty canvas, (frames, channels, H, W), and on it, as views, the place of every frame's cameras."""
+    def canvas(self, frames: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Make an empty canvas, (frames, channels, H, W), and on it, as views, the places of every camera."""
         canvas = torch.zeros(frames, *self._shape)
-        return canvas, [[own[None, :, rows, cols] for rows, cols in self._windows] for own in canvas]
+        return canvas, [canvas[:, :, rows, cols] for rows, cols in self._windows]
 
     def __call__(self, canvas: torch.Tensor, words: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Compute every frame's saliency of tokens, (N,), and logits over the ratios, (C,), none without a predictor.
@@ -92,7 +92,7 @@ class Joint:
         for index, (weight, bias) in enumerate(self._blocks):
             x = x * self._inside if index else x  # behind the stem the empty columns are zero as they are
             x = x + F.gelu(F.conv2d(x, weight, bias, padding=1, groups=groups))
-        return [self._read(own.flatten(1).index_select(1, self._places)) for own in x]
+        return [self._read(own) for own in x.flatten(2).index_select(2, self._places)]
 
     def _read(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Read saliency and logits off one frame's features, (2 · width, N), or (width, N) without a predictor."""

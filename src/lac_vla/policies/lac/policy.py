@@ -24,7 +24,7 @@ from lac_vla.policies.base import CachePolicy, cache_lowest, check_ratio
 from lac_vla.policies.lac.card import model_card
 from lac_vla.policies.lac.config import LACConfig
 from lac_vla.policies.lac.deltas import Deltas, mean_flow
-from lac_vla.policies.lac.inputs import WORDS, flow_in_patches, from_policy_input, words
+from lac_vla.policies.lac.inputs import WORDS, flow_in_patches, from_policy_inputs, words
 from lac_vla.policies.lac.joint import Joint, canvas_tokens
 from lac_vla.policies.lac.networks import HIDDEN, Predictor, Selector
 from lac_vla.types import BoolArray, Decision, PolicyInput
@@ -186,8 +186,7 @@ class LACPolicy(CachePolicy):
         if self._joint is None or self._joint.alone != fixed:
             self._joint = Joint(self.config, self.selector, None if fixed else self.predictor)
         canvas, places = self._joint.canvas(len(inputs))
-        for each, own in zip(inputs, places, strict=True):
-            from_policy_input(self.config, each, own)
+        from_policy_inputs(self.config, inputs, places)
         text = words([each.instruction for each in inputs]) if self.config.language else None
         return [
             self._decision(each, saliency, logits)
