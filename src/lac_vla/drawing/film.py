@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from lac_vla.drawing.overlay import camera_overlays, reuse_text
-from lac_vla.drawing.picture import PAPER, caption, footnote, side_by_side
+from lac_vla.drawing.overlay import RECOMPUTED, overlay, reuse_text
+from lac_vla.drawing.picture import INK, PAPER, caption, footnote, side_by_side
 from lac_vla.drawing.video import VideoFile, frames_of
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
@@ -28,7 +28,7 @@ ACTING, THINKING, SOLVED, FAILED = (86, 180, 233), (230, 159, 0), (0, 158, 115),
 """Colours of the states."""
 AFTER_S = 1
 """Seconds for which the end is shown."""
-GIF_TRIES = ((10, 1.0, 64), (10, 0.8, 64), (5, 0.8, 64), (5, 0.65, 32), (4, 0.5, 32), (2, 0.5, 16))
+GIF_TRIES = ((10, 1.0, 128), (10, 0.8, 128), (10, 0.8, 64), (5, 0.8, 64), (5, 0.65, 32), (4, 0.5, 32), (2, 0.5, 16))
 """Frames per second, scale and colours of a moving picture, until one is small enough."""
 STILL = 12
 """Levels by which a pixel may differ from what a moving picture shows there, and it is left: a video's noise."""
@@ -55,8 +55,12 @@ class WorldVideo:
     def add(self, frame: Frame, step: StepInfo) -> None:
         """Add an answer, when it is there; see :class:`lac_vla.engine.step_info.StepObserver`."""
         text = "all computed" if step.ratio == 0 else reuse_text(step).split(",")[0]
-        looked = [_placed(each, ROOM, round(ROOM * each.shape[1] / each.shape[0])) for each in camera_overlays(step)]
-        self._answer = side_by_side(looked), text
+        looked = [
+            overlay(step.pixels[camera.name], (camera.rows, camera.cols), step.active[camera.tokens], height=ROOM)
+            for camera in step.layout.cameras
+        ]
+        sized = [_placed(each, ROOM, round(ROOM * each.shape[1] / each.shape[0])) for each in looked]
+        self._answer = side_by_side(sized), text
 
     def tick(self, frame: Frame, *, thinking: bool) -> None:
         """Add a tick: what the first camera sees, and whether the robot waits for an answer."""
@@ -150,7 +154,7 @@ def _moving(pictures: Sequence[UInt8Image], hz: float, limit: int) -> bytes:
         chosen = [*pictures[::step], pictures[-1]]
         size = round(pictures[0].shape[1] * scale), round(pictures[0].shape[0] * scale)
         small = list(_calm(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS) for picture in chosen))
-        palette = _sample(small).quantize(colours, dither=Image.Dither.NONE)
+        palette = _palette(small, colours)
         drawn = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in small]
         lasts = [round(1000 * step / hz)] * (len(drawn) - 1) + [2000]
         data = io.BytesIO()
@@ -175,7 +179,12 @@ def _calm(pictures: Iterable[Image.Image]) -> Iterator[Image.Image]:
         yield Image.fromarray(new)
 
 
-def _sample(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Put a few pictures below each other, to choose colours from all of them."""
-    some = [np.asarray(picture) for picture in pictures[:: max(1, len(pictures) // 6)]]
-    return Image.fromarray(np.concatenate(some))
+def _palette(pictures: Sequence[Image.Image], colours: int) -> Image.Image:
+    """Choose colours from a few pictures; those that mean something are among them, however rare."""
+    some = np.concatenate([np.asarray(picture) for picture in pictures[:: max(1, len(pictures) // 6)]])
+    kept = [ACTING, THINKING, SOLVED, FAILED, RECOMPUTED, INK, PAPER]
+    free = colours - len(kept)
+    found = Image.fromarray(some).quantize(free, kmeans=3, dither=Image.Dither.NONE)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*(found.getpalette() or [])[: 3 * free], *(level for colour in kept for level in colour)])
+    return palette
