@@ -15,6 +15,7 @@ help:                ## show what there is
 
 setup: $(VENV)/ready ## make the environment
 $(VENV)/ready: pyproject.toml constraints.txt scripts/find_python.sh
+	@echo "making the environment $(VENV): some GB, some minutes; torch comes first, then the rest"
 	$$(PYTHON=$(PYTHON) sh scripts/find_python.sh) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==2.13.0"

@@ -77,7 +77,7 @@ lac models | grep toy
 lac bench --quick --model toy --policies round-robin:ratio=0.5 --out bench-package
 
 say "user 4: a reader of the help"
-for verb in eval bench report check reproduce collect train pretrain serve view demo policies models; do
+for verb in demo eval bench reproduce report film check train pretrain collect serve view policies models; do
     lac "$verb" --help >"$verb.txt"
     [ -s "$verb.txt" ]
 done

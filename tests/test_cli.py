@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 from rich.console import Console
@@ -20,9 +21,11 @@ from lac_vla.cli import main
 from lac_vla.cli.help import options_of
 from lac_vla.cli.output import folded
 from lac_vla.cli.verbs import VERBS, function_of
+from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.errors import InputError, MissingExtraError
 from lac_vla.models import FAMILIES
 from lac_vla.policies import POLICIES
+from lac_vla.sims.libero.benchmark import Libero
 
 OPTIONS = {
     "demo": ("--out", "--tasks", "--episodes", "--policies", "--workers"),
@@ -245,6 +248,41 @@ def test_a_table_that_is_too_wide_is_divided_and_no_cell_is_cut(width: int) -> N
     assert text.count(cells) == 6
     assert text.count("lac +default") == len(parts) == {40: 3, 70: 2, 200: 1}[width]
     assert text.count("times") == text.count("of a frame") == 1
+
+
+TRAIN = "train --model mini --dataset logs --camera agentview=front wrist=front --out run"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{TRAIN} --start nowhere", "there is no policy at nowhere"),
+        (f"{TRAIN} --window 90", "no episode has 90 consecutive frames"),
+        ("pretrain --dataset logs --camera agentview=front wrist=front --start nowhere --out run", "no folder nowhere"),
+        ("bench --lerobot --quick --out run", "leave out --lerobot"),
+        ("eval --model mini --policies dense --tasks 0 --out run", 'lac-vla[libero]"'),
+    ],
+)
+def test_what_is_refused_leaves_no_files_and_no_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, message: str
+) -> None:
+    """Nothing of a data set is read or stored, and no simulator is waited for, before all is known to fit."""
+
+    def absent(benchmark: Libero, task: int) -> None:
+        raise MissingExtraError("libero", "LIBERO")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Libero, "make_env", absent)
+    with DatasetWriter(Path("logs"), 10) as logs:
+        for _ in range(2):
+            images = {"front": np.zeros((8, 32, 32, 3), np.uint8)}
+            logs.add_episode(images, np.zeros((8, 8), np.float32), np.zeros((8, 7), np.float32), "pick it up")
+    before = sorted(tmp_path.rglob("*"))
+    code, text = run(capsys, *words.split())
+    assert code == 2
+    assert message in text
+    assert "%|" not in text
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_no_words_at_all_are_no_crash(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import lac_vla
 
@@ -49,6 +51,35 @@ def test_the_lower_bounds_are_those_that_are_tested() -> None:
     assert bounds.keys() == pinned.keys()
     for name, bound in bounds.items():
         assert f"{pinned[name]}.0.0".startswith(f"{bound}."), (name, bound, pinned[name])
+
+
+def test_workflows_run_what_a_developer_runs() -> None:
+    """Their commands are targets of the Makefile with variables that it has, scripts that are there, and pip."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets, variables = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE), re.findall(r"\$\((\w+)\)", makefile)
+    jobs: dict[str, Any] = {}
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs |= yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    asked = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
+    lines = [line.strip() for runs in asked.values() for run in runs for line in run.splitlines()]
+    assert {"make check", "make test", "make users", "make docs"} <= set(lines)
+    for line in lines:
+        command, *words = line.split()
+        if command == "make":
+            assert words[0] in targets, line
+            assert {word.partition("=")[0] for word in re.sub(r"\$\{\{.*?\}\}", "X", line).split()[2:]} <= set(
+                variables
+            ), line
+        else:
+            assert line.startswith("sudo sh scripts/"), line
+            assert (ROOT / words[-1]).is_file(), line
+    matrix = jobs["versions"]["strategy"]["matrix"]
+    script = (ROOT / "scripts" / "test_compat.sh").read_text(encoding="utf-8")
+    assert set(matrix["versions"]) == set(re.findall(r"^ +(\w+)\) torch=", script, re.MULTILINE))
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [line.rpartition(" :: ")[2] for line in project["classifiers"] if "Python :: 3." in line]
+    assert matrix["python"] == named
 
 
 def test_what_is_kept_is_small() -> None:

@@ -200,7 +200,7 @@ def writing(folder: Path, option: str) -> Iterator[None]:
 def locked(file: Path, message: str) -> Iterator[None]:
     """Hold a lock file, which is left where it is; links to its folder lead to the same lock.
 
-    The folder is made if need be, and taken away again if nothing was put there.
+    The folder is made if need be, and taken away again if nothing was put there but locks.
 
     Raises:
         InputError: With this message, if another process holds it.
@@ -216,6 +216,8 @@ def locked(file: Path, message: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if made and file.parent.is_dir() and {*file.parent.iterdir()} <= {file}:
-            file.unlink(missing_ok=True)
+        left = [*file.parent.iterdir()] if made and file.parent.is_dir() else [file.parent]
+        if all(path.name.endswith("lock") for path in left):
+            for path in left:
+                path.unlink(missing_ok=True)
             file.parent.rmdir()

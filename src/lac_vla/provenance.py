@@ -51,6 +51,17 @@ def hardware() -> dict[str, Any]:
     return metadata
 
 
+def load() -> float:
+    """Give the number of processes that wanted a core, mean of the last minute; one of our threads counts 1."""
+    return os.getloadavg()[0]
+
+
+def busy(load: float, cores: int) -> str | None:
+    """Say that a machine had other work before something was timed on it; ``None`` if it had not."""
+    text = f"the machine was busy before the run (load {load:.1f} on {cores} cores): absolute times mean little"
+    return text if load > cores / 2 else None
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

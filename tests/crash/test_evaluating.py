@@ -62,7 +62,7 @@ def counting(run: Path) -> dict[str, Any]:
             found[name] = len(sample_frames(run / name, 1000))  # its captions have times
     lines = [json.loads(line) for line in found.pop("episodes.jsonl").splitlines()]
     order = [(line["method"], line["init_state"], line["video"], line["failure"]) for line in lines]
-    summary = json.loads(found.pop("summary.json")) | {"created": None}
+    summary = json.loads(found.pop("summary.json")) | {"created": None, "load": None}
     return {**found, "summary": summary, "order": order, "outcomes": outcomes(run)}
 
 

@@ -71,6 +71,32 @@ def test_methods_stand_side_by_side_on_one_clock(config: EvalConfig, tmp_path: P
     assert sum(lasts[:-1]) == pytest.approx(1000 * len(pictures) / HZ, abs=150), "it plays in the world's time"
 
 
+def test_below_the_world_stands_what_the_last_answer_computed(config: EvalConfig) -> None:
+    run = evaluate(replace(config, init_states=(6, 7)))
+    rooms = {}
+    for episode in read_episodes(run / "episodes.jsonl"):
+        pictures = list(frames_of(run / str(episode.video)))[: episode.steps]
+        rooms[episode.method] = np.array([picture[-film.ROOM :].mean() for picture in pictures])
+    dense, reusing = rooms["dense"], rooms["motion-0.5"]
+    assert dense[:2].max() < 40 < dense[2:].min(), "empty until the first answer is there"
+    assert reusing[2] == pytest.approx(dense[2], abs=2), "the first one computes all"
+    assert reusing[5] < 0.85 * dense[5], "what is reused is dim"
+
+
+def test_a_moving_picture_leaves_the_noise_of_a_video_out() -> None:
+    rng = np.random.default_rng(0)
+    scene = rng.integers(40, 200, (8, 8, 3))
+    pictures = [Image.fromarray((scene + rng.integers(-4, 5, scene.shape)).astype(np.uint8)) for _ in range(9)]
+    moved = scene.copy()
+    moved[:4] = 255 - moved[:4]
+    moved[moved == scene] += 30
+    *still, last = film._calm([*pictures, Image.fromarray(moved.astype(np.uint8))])
+    assert all(picture.tobytes() == pictures[0].tobytes() for picture in still)
+    changed = np.abs(moved - np.asarray(pictures[0])).max(axis=2) > film.STILL
+    assert changed.any()
+    np.testing.assert_array_equal(np.asarray(last)[changed], moved[changed])
+
+
 def test_who_is_done_shows_the_end_until_all_are(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     from tests.engine.scenes import frame
@@ -124,6 +150,10 @@ def test_a_moving_picture_that_cannot_be_small_enough_is_refused(config: EvalCon
     with pytest.raises(InputError, match="film a shorter episode"):
         film.join(videos, tmp_path / "film.mp4", HZ, "words", tmp_path / "film.gif", limit=5000)
     assert not (tmp_path / "film.gif").exists()
+    with pytest.raises(InputError, match="size above 0"):
+        FilmConfig(tmp_path / "film.mp4", gif_mb=0)
+    with pytest.raises(InputError, match="film a shorter episode"):
+        make_film(run, FilmConfig(tmp_path / "film.mp4", tmp_path / "film.gif", gif_mb=0.005))
 
 
 def test_the_first_trial_on_which_methods_disagree_is_shown(config: EvalConfig) -> None:

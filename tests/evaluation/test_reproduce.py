@@ -99,6 +99,11 @@ def test_rows_are_chosen_by_method_policy_or_spec(config: ReproduceConfig) -> No
     assert not config.out.exists(), "refused before anything was run"
 
 
+def test_the_simulators_cameras_may_have_other_names(config: ReproduceConfig) -> None:
+    camera = ("agentview=front",)
+    assert replace(config, camera=camera).run("libero_spatial", (DENSE,), 1).camera == camera
+
+
 def test_a_small_run_becomes_a_larger_one(config: ReproduceConfig) -> None:
     small = reproduce(replace(config, trials=1))
     assert {e.trial for e in small.episodes} == {("libero_spatial", task, 4, 0, "", "") for task in (0, 3)}

@@ -13,6 +13,7 @@ from tests.evaluation.worlds import FakeEnv, outcomes
 
 from lac_vla import InputError
 from lac_vla.bundled import MINI
+from lac_vla.evaluation import runner
 from lac_vla.evaluation.config import EvalConfig
 from lac_vla.evaluation.runner import describe_model, evaluate, evaluate_together
 from lac_vla.factory import ModelOptions
@@ -134,6 +135,16 @@ def test_summary_says_what_was_altered(config: EvalConfig) -> None:
     assert any("Altered rendering" in note for note in summary["notes"])
     assert any("2 of 10 tasks" in note for note in summary["notes"])
     assert {"versions", "hardware", "command", "model", "methods"} <= set(summary)
+
+
+def test_a_machine_that_was_busy_once_is_told_of(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that goes on the highest load is kept: its latencies are all in one table."""
+    loads = []
+    for load, last in ((0.5, 5), (7.25, 6), (1.0, 7), (99.0, 7)):
+        monkeypatch.setattr(runner, "load", lambda load=load: load)
+        evaluate(replace(config, tasks=(0,), init_states=(4, last)))
+        loads.append(json.loads((config.out / "summary.json").read_text())["load"])
+    assert loads == [0.5, 7.25, 7.25, 7.25], "where nothing was played, nothing was timed"
 
 
 def test_results_name_methods_and_no_folders(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:

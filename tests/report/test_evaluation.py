@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lac_vla.cli import main
 from lac_vla.errors import InputError
 from lac_vla.report import build_report
+from tests.report.conftest import METADATA
 from tests.report.pages import Page, check_self_contained, dump_dom, needs_browser
 
 MEASURED = ("ratio_effective", "ratio_nominal", "oldest_age", "macs", "latency_ms", "peak_memory_mb", "video")
@@ -92,6 +94,24 @@ def test_official_rendering_is_not_called_altered(run_dir: Path, tmp_path: Path)
     text = build_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "official" in text
     assert "ltered" not in text
+
+
+def test_a_busy_machine_is_said_beside_its_times(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {}
+    for load in (0.5, 9.0):
+        folder = tmp_path / str(load)
+        shutil.copytree(run_dir, folder)
+        (folder / "summary.json").write_text(json.dumps({**METADATA, "load": load}))
+        main(["report", str(folder)])
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        said[load] = [" ".join(text.split()) for text in (capsys.readouterr().out, page)]
+    for text in said[9.0]:
+        assert "achine was busy before the run (load 9.0 on 2 cores): absolute times mean little" in text
+        assert "2 of 10 tasks." in text
+    assert said[9.0][1].index("busy before") < said[9.0][1].index('class="tile"'), "above the cards of the methods"
+    assert not [text for text in said[0.5] if "was busy" in text]
 
 
 def test_nothing_is_loaded_from_elsewhere(html: Path, page: Page) -> None:

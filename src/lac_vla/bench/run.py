@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from lac_vla.bench.trace import TraceResult, measure_trace
 from lac_vla.errors import InputError
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
-from lac_vla.provenance import provenance
+from lac_vla.provenance import load, provenance
 from lac_vla.results.stats import Percentiles
 
 RESULT = "bench.json"
@@ -104,15 +104,15 @@ def run_bench(config: BenchConfig) -> BenchResult:
     """
     with cpu_threads(config.threads):
         sections = _sections(config)
-        _check_folder(config.out)
-        result = BenchResult(config, provenance(), (os.getloadavg()[0],) * 2)
-        for section, measure in sections.items():
-            part: Any = {section: measure()}
-            result = replace(result, load=(result.load[0], os.getloadavg()[0]), **part)
-            text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-            _write(config.out / RESULT, text + "\n")
-            if result.frame is not None:
-                _write(config.out / CHART, stage_chart(result.frame))
+        result = BenchResult(config, provenance(), (load(),) * 2)
+        with _folder(config.out):
+            for section, measure in sections.items():
+                part: Any = {section: measure()}
+                result = replace(result, load=(result.load[0], load()), **part)
+                text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+                _write(config.out / RESULT, text + "\n")
+                if result.frame is not None:
+                    _write(config.out / CHART, stage_chart(result.frame))
     return result
 
 
@@ -156,14 +156,22 @@ def _write(path: Path, text: str) -> None:
         raise _unwritable(path.parent, error) from error
 
 
-def _check_folder(folder: Path) -> None:
-    """Make the folder; see that files can be written there before minutes are spent on them."""
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and see that files can be written there, before minutes are spent; without any it goes again."""
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise _unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:

@@ -17,6 +17,7 @@ from lac_vla.bench.roofline import RooflineResult
 from lac_vla.bench.run import BenchResult
 from lac_vla.bench.stock import STOCK
 from lac_vla.bench.trace import TraceResult
+from lac_vla.provenance import busy
 from lac_vla.realtime.device import DeviceTable
 from lac_vla.results.format import NONE, count, latency, memory, milliseconds, percent
 from lac_vla.timing import STAGES, WINDOWS
@@ -227,10 +228,8 @@ def conditions(result: BenchResult) -> str:
         f"{where or hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads; "
         f"torch {versions.get('torch')}, transformers {versions.get('transformers')}"
     )
-    load = result.load[0]
-    if load > hardware["cores"] / 2:
-        text += f"\nthe machine was busy before the run (load {load:.1f}): absolute times mean little"
-    return text
+    warning = busy(result.load[0], hardware["cores"])
+    return text if warning is None else f"{text}\n{warning}"
 
 
 def ratio(value: Ratio) -> str:

@@ -105,5 +105,7 @@ def demo(
     options = ModelOptions(threads=threads)
     states = (FIRST_HELD_OUT, FIRST_HELD_OUT + episodes)
     config = EvalConfig("mini", out, policies, tasks=tasks, init_states=states, workers=workers, model_options=options)
+    number = len(config.task_ids) * episodes * len(policies)
+    console.print(f"{number} episodes; the simulator starts, then a bar tells the time left")
     run(config)
     report((out,))

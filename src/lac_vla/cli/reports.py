@@ -1,5 +1,6 @@
 """``lac report``, and the reports that other verbs end with. Without postponed annotations: tyro reads them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,27 +58,33 @@ def report_evaluation(runs: tuple[Path, ...], out: Path) -> Path:
     """Show the tables of runs of `lac eval`, and write their page."""
     from lac_vla.report import build_report
     from lac_vla.report.clocks import clock_charts
+    from lac_vla.report.runs import Run
     from lac_vla.results.clocks import clock_rows, clock_table
-    from lac_vla.results.records import read_episodes
     from lac_vla.results.summary import summarize
     from lac_vla.results.table import method_tables
 
-    by_run = {str(run): read_episodes(run / "episodes.jsonl") for run in runs}
-    episodes = [episode for found in by_run.values() for episode in found]
+    read = [Run.read(run) for run in runs]
+    episodes = [episode for run in read for episode in run.episodes]
     if len({episode.clock for episode in episodes}) > 1:
         rows = clock_rows(episodes)
-        clocks, over = clock_table(rows), clock_charts(rows)
+        clocks, over = clock_table(rows, _once(note for run in read for note in run.notes)), clock_charts(rows)
         show(clocks.to_terminal())
         return build_report(runs, out, tables=[clocks], clocks=over)
     apart = len({(episode.method, episode.trial) for episode in episodes}) == len(episodes)
-    if apart and len({episode.stress for episode in episodes}) == 1:
-        by_run = {"": episodes}  # else the runs differ in more than their methods
-    for name, found in by_run.items():
-        if name:
-            console.print(name, style="bold")
-        for table in method_tables(summarize(found)):
+    together = apart and len({episode.stress for episode in episodes}) == 1
+    for group in [read] if together else [[run] for run in read]:  # else they differ in more than their methods
+        if not together:
+            console.print(str(group[0].folder), style="bold")
+        summary = summarize(episode for run in group for episode in run.episodes)
+        notes, busy = _once(note for run in group for note in run.notes), _once(run.busy for run in group if run.busy)
+        for table in method_tables(summary, notes, busy):
             show(table.to_terminal())
     return build_report(runs, out)
+
+
+def _once(texts: Iterable[str]) -> list[str]:
+    """List texts without those that came before."""
+    return [*dict.fromkeys(texts)]
 
 
 def report_reproduction(done: "Reproduction") -> None:
@@ -97,7 +104,7 @@ def report_reproduction(done: "Reproduction") -> None:
     curve = tradeoff(summarize(curve_episodes), curve_episodes, specs) if done.curve else None
     config = done.config
     runs = [config.folder(suite, seed=seed) for suite in config.suites for seed in (None, *config.more_seeds)]
-    title = "The paper's LIBERO tables on one model"
+    title = "The paper's LIBERO tables, of another model"
     clocks = clock_charts(clock_rows(done.all_clocks)) if done.clock_rows else None
     page = build_report(runs, config.out / "report.html", title=title, tables=tables, curve=curve, clocks=clocks)
     console.print(f"report: {page}")

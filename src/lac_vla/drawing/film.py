@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from lac_vla.drawing.picture import caption, footnote, side_by_side
+from lac_vla.drawing.overlay import RECOMPUTED, overlay, reuse_text
+from lac_vla.drawing.picture import INK, PAPER, caption, footnote, side_by_side
 from lac_vla.drawing.video import VideoFile, frames_of
+from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
 from lac_vla.files import write_whole
 from lac_vla.types import Frame, UInt8Image
@@ -20,16 +22,22 @@ SIDE = 320
 """Height of a method's picture, pixels."""
 BAR = 8
 """Height of the bar that tells the state, pixels."""
+ROOM = 158
+"""Height of the pictures of what an answer computed, pixels: two square ones fit below the world."""
 ACTING, THINKING, SOLVED, FAILED = (86, 180, 233), (230, 159, 0), (0, 158, 115), (213, 60, 60)
 """Colours of the states."""
 AFTER_S = 1
 """Seconds for which the end is shown."""
-GIF_TRIES = ((10, 1.0, 64), (10, 0.8, 64), (5, 0.8, 64), (5, 0.65, 32), (4, 0.5, 32), (2, 0.5, 16))
+GIF_TRIES = ((10, 1.0, 128), (10, 0.8, 128), (10, 0.8, 64), (5, 0.8, 64), (5, 0.65, 32), (4, 0.5, 32), (2, 0.5, 16))
 """Frames per second, scale and colours of a moving picture, until one is small enough."""
+STILL = 12
+"""Levels by which a pixel may differ from what a moving picture shows there, and it is left: a video's noise."""
 
 
 class WorldVideo:
     """The video of one episode in world time: a picture for every tick, whether the policy had answered or not.
+
+    Above is the world at that tick; below, what the last answer computed anew and what it reused.
 
     Args:
         path: Path of the ``.mp4`` file.
@@ -41,7 +49,18 @@ class WorldVideo:
         self.path, self._method, self._hz = Path(path), method, hz
         self._file = VideoFile(path, round(hz))
         self._last: UInt8Image | None = None
+        self._answer: tuple[UInt8Image | None, str] = None, "no answer yet"
         self._ticks = 0
+
+    def add(self, frame: Frame, step: StepInfo) -> None:
+        """Add an answer, when it is there; see :class:`lac_vla.engine.step_info.StepObserver`."""
+        text = "all computed" if step.ratio == 0 else reuse_text(step).split(",")[0]
+        looked = [
+            overlay(step.pixels[camera.name], (camera.rows, camera.cols), step.active[camera.tokens], height=ROOM)
+            for camera in step.layout.cameras
+        ]
+        sized = [_placed(each, ROOM, round(ROOM * each.shape[1] / each.shape[0])) for each in looked]
+        self._answer = side_by_side(sized), text
 
     def tick(self, frame: Frame, *, thinking: bool) -> None:
         """Add a tick: what the first camera sees, and whether the robot waits for an answer."""
@@ -65,8 +84,23 @@ class WorldVideo:
     def _add(self, state: str, colour: tuple[int, int, int]) -> None:
         if self._last is None:  # pragma: no cover - a tick came before
             return
-        bar = np.full((BAR, self._last.shape[1], 3), colour, dtype=np.uint8)
-        self._file.add(caption(np.concatenate([bar, self._last]), self._method, state))
+        width = self._last.shape[1]
+        bar = np.full((BAR, width, 3), colour, dtype=np.uint8)
+        picture, text = self._answer
+        computed = caption(_placed(picture, ROOM, width), "its last answer", text)
+        self._file.add(caption(np.concatenate([bar, self._last, computed]), self._method, state))
+
+
+def _placed(picture: UInt8Image | None, height: int, width: int) -> UInt8Image:
+    """Make a picture fit into a room, whose ground is dark; ``None`` leaves it empty."""
+    room = np.full((height, width, 3), PAPER, dtype=np.uint8)
+    if picture is None:
+        return room
+    scale = min(height / picture.shape[0], width / picture.shape[1])
+    size = round(picture.shape[1] * scale), round(picture.shape[0] * scale)
+    left = (width - size[0]) // 2
+    room[: size[1], left : left + size[0]] = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return room
 
 
 def join(
@@ -119,8 +153,8 @@ def _moving(pictures: Sequence[UInt8Image], hz: float, limit: int) -> bytes:
         step = max(1, round(hz / fps))
         chosen = [*pictures[::step], pictures[-1]]
         size = round(pictures[0].shape[1] * scale), round(pictures[0].shape[0] * scale)
-        small = [Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS) for picture in chosen]
-        palette = _sample(small).quantize(colours, dither=Image.Dither.NONE)
+        small = list(_calm(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS) for picture in chosen))
+        palette = _palette(small, colours)
         drawn = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in small]
         lasts = [round(1000 * step / hz)] * (len(drawn) - 1) + [2000]
         data = io.BytesIO()
@@ -128,11 +162,29 @@ def _moving(pictures: Sequence[UInt8Image], hz: float, limit: int) -> bytes:
         if data.tell() <= limit:
             return data.getvalue()
     raise InputError(
-        f"a moving picture of {len(pictures)} pictures takes more than {limit} bytes: film a shorter episode"
+        f"a moving picture of {len(pictures)} pictures takes more than {limit} bytes: film a shorter episode, or allow "
+        "more"
     )
 
 
-def _sample(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Put a few pictures below each other, to choose colours from all of them."""
-    some = [np.asarray(picture) for picture in pictures[:: max(1, len(pictures) // 6)]]
-    return Image.fromarray(np.concatenate(some))
+def _calm(pictures: Iterable[Image.Image]) -> Iterator[Image.Image]:
+    """Leave a pixel as it was shown until it changes by more than a video's noise: it then costs nothing."""
+    shown: UInt8Image | None = None
+    for picture in pictures:
+        new = np.asarray(picture)
+        if shown is not None:
+            still = np.abs(new.astype(np.int16) - shown).max(axis=2, keepdims=True) <= STILL
+            new = np.where(still, shown, new)
+        shown = new
+        yield Image.fromarray(new)
+
+
+def _palette(pictures: Sequence[Image.Image], colours: int) -> Image.Image:
+    """Choose colours from a few pictures; those that mean something are among them, however rare."""
+    some = np.concatenate([np.asarray(picture) for picture in pictures[:: max(1, len(pictures) // 6)]])
+    kept = [ACTING, THINKING, SOLVED, FAILED, RECOMPUTED, INK, PAPER]
+    free = colours - len(kept)
+    found = Image.fromarray(some).quantize(free, kmeans=3, dither=Image.Dither.NONE)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*(found.getpalette() or [])[: 3 * free], *(level for colour in kept for level in colour)])
+    return palette

@@ -20,7 +20,8 @@ class FilmConfig:
 
     Attributes:
         out: The ``.mp4`` file.
-        gif: A moving picture of the same, for a page that plays no videos; at most 3 MB.
+        gif: A moving picture of the same, for a page that plays no videos.
+        gif_mb: What it may take, MB; it is as fine as fits.
         methods: Methods of the run, from left to right; by default all that have a video of the trial.
         task: Task id; by default that of the first trial on which they disagree, else of the first.
         init_state: Initial state, likewise.
@@ -28,9 +29,14 @@ class FilmConfig:
 
     out: Path
     gif: Path | None = None
+    gif_mb: float = 3.0
     methods: tuple[str, ...] = ()
     task: int | None = None
     init_state: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.gif_mb > 0:
+            raise InputError(f"gif_mb is {self.gif_mb:g}; give a size above 0")
 
 
 def make_film(run: Path, config: FilmConfig) -> list[EpisodeRecord]:
@@ -49,7 +55,8 @@ def make_film(run: Path, config: FilmConfig) -> list[EpisodeRecord]:
     if outside := [video for video in videos if not video.resolve().is_relative_to(run.resolve())]:
         raise InputError(f"{outside[0]} lies outside of the run's folder {run}")
     with writing(config.out.parent, "the film's folder"):
-        drawn.join(videos, config.out, _real(chosen[0]).control_hz, _words(run, chosen[0]), config.gif)
+        hz, words = _real(chosen[0]).control_hz, _words(run, chosen[0])
+        drawn.join(videos, config.out, hz, words, config.gif, round(1e6 * config.gif_mb))
     return chosen
 
 

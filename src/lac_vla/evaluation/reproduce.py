@@ -114,6 +114,7 @@ class ReproduceConfig:
         rendering: ``fast`` (altered pixels, those of the bundled VLA) or ``official``.
         convention: ``upright`` for our own models; ``openvla`` for OpenVLA's checkpoints.
         videos: Per method and task, how many episodes get an overlay video.
+        camera: The simulator's images for a camera of the model, see ``lac eval --help``.
         workers: Processes. Latencies are only worth reporting from one.
         ray: Run the workers on the Ray cluster at this address, see ``lac eval --help``.
         model_options: How the model is loaded and run, see ``lac eval --help``.
@@ -148,6 +149,7 @@ class ReproduceConfig:
     rendering: Rendering = "fast"
     convention: Convention = "upright"
     videos: int = 1
+    camera: tuple[str, ...] = ()
     workers: int = 1
     ray: str | None = None
     model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -217,6 +219,7 @@ class ReproduceConfig:
             actions_per_call=self.actions_per_call or None,
             ensemble=self.ensemble,
             videos=0 if curve or stress or world or seed is not None else self.videos,
+            camera=self.camera,
             workers=self.workers,
             ray=self.ray,
             model_options=self.model_options if seed is None else replace(self.model_options, seed=seed),

@@ -23,7 +23,7 @@ from lac_vla.evaluation.together import run_together
 from lac_vla.evaluation.worker import EpisodeWorker, Job
 from lac_vla.factory import method_name
 from lac_vla.files import locked, read_object, reading, write_object, writing
-from lac_vla.provenance import provenance
+from lac_vla.provenance import load, provenance
 from lac_vla.results.records import EpisodeRecord, finished
 
 EPISODES, CONFIG, SUMMARY, LOCK = "episodes.jsonl", "config.json", "summary.json", ".lock"
@@ -61,7 +61,7 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
             else.
         SimulatorError: As :func:`evaluate` does.
     """
-    first = configs[0]
+    first, busy = configs[0], load()
     for field in fields(EvalConfig):
         if field.name not in ("out", *APART) and len({getattr(config, field.name) for config in configs}) > 1:
             raise InputError(
@@ -91,7 +91,7 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
         solved: dict[str, list[bool]] = {method: [] for method in methods}
         for number, record in enumerate(records):
             if not number:  # a start that failed has bound nobody, and leaves no bar
-                _describe(configs, settings, simulator)
+                _describe(configs, settings, simulator, busy)
                 bar.leave = True
             _log(record, logs[record.stress, record.clock])
             solved[record.method].append(record.success)
@@ -140,13 +140,15 @@ def _run(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, No
         return run_on_processes(EpisodeWorker, config, jobs)
     if config.envs > 1:
         return run_together(config, jobs)
-    return _run_here(EpisodeWorker(config), jobs)
+    worker = EpisodeWorker(config)
+    for job in jobs:
+        worker.check(job.config)
+    worker.open(config, jobs[0].task)
+    return _run_here(worker, jobs)
 
 
 def _run_here(worker: EpisodeWorker, jobs: Sequence[Job]) -> Generator[EpisodeRecord, None, None]:
     with closing(worker):
-        for job in jobs:
-            worker.check(job.config)
         for job in jobs:
             yield from job.play(worker)
 
@@ -191,15 +193,28 @@ def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[
 
 
 def _describe(
-    configs: Sequence[EvalConfig], settings: Sequence[Mapping[str, Any]], simulator: Mapping[str, Any]
+    configs: Sequence[EvalConfig],
+    settings: Sequence[Mapping[str, Any]],
+    simulator: Mapping[str, Any],
+    load: float = 0.0,
 ) -> None:
-    """Write what describes the runs; files that say the same already are left alone."""
+    """Write what describes the runs; files that say the same already are left alone.
+
+    Args:
+        configs: The runs.
+        settings: What each agreed on with its folder.
+        simulator: Its metadata.
+        load: Of the machine, before episodes were played; of a run that goes on, the highest is kept.
+    """
     for config, agreed in zip(configs, settings, strict=True):
-        summary, path = _summary(config, agreed, simulator), config.out / SUMMARY
+        path, before = config.out / SUMMARY, dict[str, Any]()
         with suppress(LacError):
             before = read_object(path, "it is written again")
-            if before | {"created": None} == json.loads(json.dumps(summary)) | {"created": None}:
-                summary = before
+        known = before.get("load")
+        highest = max(load, known if isinstance(known, float) else 0.0)
+        summary = {**_summary(config, agreed, simulator), "load": round(highest, 2)}
+        if before | {"created": None} == json.loads(json.dumps(summary)) | {"created": None}:
+            summary = before
         with writing(config.out, "--out"):
             write_object(config.out / CONFIG, agreed)
             write_object(path, summary)

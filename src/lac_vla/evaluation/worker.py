@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -89,6 +90,11 @@ class EpisodeWorker:
                 tqdm.write(f"task {task}, initial state {init_state}: {error}; it is begun again")
         return self._play(config, method, task, init_state)
 
+    def open(self, config: EvalConfig, task: int) -> None:
+        """Make the simulator of a task before anything is played, so that what it lacks is told at once."""
+        with suppress(SimulatorError):  # :meth:`run` begins anew
+            self._simulator(config, task)
+
     def close(self) -> None:
         """Free the simulator."""
         if self._env is not None:
@@ -107,7 +113,7 @@ class EpisodeWorker:
         served = session.actions_per_call if isinstance(session, RemoteSession) else 1
         per_call = config.actions_per_call or served
         picture = config.out / "failures" / f"{name}.jpg"
-        drawn: dict[str, EpisodeVideo | FailurePicture] = {}
+        drawn: dict[str, EpisodeVideo | FailurePicture | WorldVideo] = {}
         video, watch = config.out / "videos" / f"{name}.mp4", None
         filmed = init_state - config.states[0] < config.videos and isinstance(session, Session)
         if config.clock is None:
@@ -115,7 +121,7 @@ class EpisodeWorker:
             if filmed:
                 drawn["video"] = EpisodeVideo(video, method, 20, per_call)
         elif filmed and config.clock != WALL:
-            watch = WorldVideo(video, method, env.control_hz)
+            drawn["video"] = watch = WorldVideo(video, method, env.control_hz)
         log = EpisodeLog(
             env,
             session,
@@ -135,8 +141,7 @@ class EpisodeWorker:
             if world.deadline_ms is not None and method not in self._samples:
                 self._samples[method] = sample_of(session, env.reset(init_state, config.seed))
             record = world.episode(log, policy, flow=flow, sample=self._samples.get(method), watch=watch)
-        closed = {**drawn, **({} if watch is None else {"video": watch})}
-        paths = {field: observer.close(success=record.success) for field, observer in closed.items()}
+        paths = {field: observer.close(success=record.success) for field, observer in drawn.items()}
         files: dict[str, Any] = {field: str(path.relative_to(config.out)) for field, path in paths.items() if path}
         return replace(record, outcome=simulator.outcome(), **files)
 

@@ -63,6 +63,8 @@ def load_tokenizer(folder: Path) -> Encode:
         CheckpointError: If there is none, or it cannot be read.
     """
     file = folder / TOKENIZER
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}: give that of a checkpoint")
     if not file.is_file():
         convert = (
             f'; its {SENTENCE_PIECE} alone is not read, convert it with: python -c "from transformers import '

@@ -92,7 +92,7 @@ def _run(run: Run) -> dict[str, Any]:
         "setting": setting(run.metadata),
         "altered": run.rendering not in ("", "official"),
         "rendering": run.rendering,
-        "notes": run.metadata.get("notes", []),
+        "notes": [*run.notes, *([f"{run.busy[0].upper()}{run.busy[1:]}."] if run.busy else [])],
         "table_notes": [table.TIME_NOTE, *table.run_notes(run.summary)],
         "methods": [_method(run, row, dense, colours[row.method]) for row in rows],
         "tasks": run.summary.tasks,

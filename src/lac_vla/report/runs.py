@@ -9,6 +9,7 @@ from typing import Any
 
 from lac_vla.errors import InputError
 from lac_vla.files import read_object
+from lac_vla.provenance import busy
 from lac_vla.results.records import EpisodeRecord, Trial, read_episodes
 from lac_vla.results.summary import Summary, summarize
 
@@ -46,6 +47,21 @@ class Run:
         """Name the simulator's rendering mode; empty if the run does not say."""
         simulator = self.metadata.get("simulator")
         return str(simulator.get("rendering", "")) if isinstance(simulator, dict) else ""
+
+    @property
+    def notes(self) -> list[str]:
+        """List what holds for the whole run, as it says itself."""
+        notes = self.metadata.get("notes")
+        return [str(note) for note in notes] if isinstance(notes, list) else []
+
+    @property
+    def busy(self) -> str | None:
+        """Say that the machine had other work, see :func:`lac_vla.provenance.busy`."""
+        hardware, load = self.metadata.get("hardware"), self.metadata.get("load")
+        cores = hardware.get("cores") if isinstance(hardware, dict) else None
+        if not isinstance(load, float) or not isinstance(cores, int) or not 0 < cores < 2**31:
+            return None
+        return busy(load, cores)
 
     def file(self, name: str | None) -> Path | None:
         """Find a file that a record names; ``None`` if it is not there, or lies outside the folder, links followed."""

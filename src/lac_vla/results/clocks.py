@@ -56,13 +56,13 @@ def clock_rows(episodes: Iterable[EpisodeRecord]) -> list[ClockRow]:
     return rows
 
 
-def clock_table(rows: Sequence[ClockRow]) -> TextTable:
-    """Make the table of all clocks."""
+def clock_table(rows: Sequence[ClockRow], notes: Sequence[str] = ()) -> TextTable:
+    """Make the table of all clocks; ``notes`` say what holds for all of it."""
     headings = (
         "clock", "method", "solved", "vs dense, points", "vs no latency, points", "effective Hz", "stale", "held",
         "answer p50 / p95, ms", "task time, s", table.SPEEDUP.heading,
     )  # fmt: skip
-    return TextTable("A world that does not wait", headings, tuple(map(_cells, rows)), NOTES)
+    return TextTable("A world that does not wait", headings, tuple(map(_cells, rows)), (*NOTES, *notes))
 
 
 def _cells(found: ClockRow) -> tuple[str, ...]:

@@ -198,13 +198,19 @@ class TextTable:
         return shown
 
 
-def method_tables(summary: Summary) -> list[TextTable]:
-    """Make the tables of a run: what was solved, what every call did, and how long it took."""
+def method_tables(summary: Summary, notes: Sequence[str] = (), time_notes: Sequence[str] = ()) -> list[TextTable]:
+    """Make the tables of a run: what was solved, what every call did, and how long it took.
+
+    Args:
+        summary: The run in numbers.
+        notes: What holds for the whole run, e.g. altered rendering; below the first table.
+        time_notes: What holds for its times.
+    """
     rows, dense = [(row.method, row) for row in summary.methods], summary.row(DENSE)
     pace = [TextTable.of("A world that does not wait", rows, PACE, pace_notes(summary))] if paced(summary) else []
     return [
-        TextTable.of("Success", rows, (*SUCCESS, SPEEDUP), [SUCCESS_NOTE, *run_notes(summary)], dense=dense),
+        TextTable.of("Success", rows, (*SUCCESS, SPEEDUP), [SUCCESS_NOTE, *run_notes(summary), *notes], dense=dense),
         *pace,
         TextTable.of("Per call of the model", rows, metric_columns(), metric_notes(), dense=dense),
-        TextTable.of("Time", rows, (*TIME, MEMORY), [TIME_NOTE], dense=dense),
+        TextTable.of("Time", rows, (*TIME, MEMORY), [TIME_NOTE, *time_notes], dense=dense),
     ]

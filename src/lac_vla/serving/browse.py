@@ -21,7 +21,7 @@ def open_page(url: str) -> str:
     """Open the live page of the server at ``url``, as robots are told it, and return a line for the user.
 
     Raises:
-        InputError: If this is no such address, nothing answers there, or the page is off.
+        InputError: If this is no such address, nothing answers there, the page is off, or there is no browser.
     """
     address = page_address(url)
     server = address.removesuffix("/view")
@@ -39,9 +39,10 @@ def open_page(url: str) -> str:
         )
     if status not in (HTTPStatus.OK, HTTPStatus.UNAUTHORIZED):
         raise InputError(f"the server at {server} answers {status}; its log tells more")
-    opened = webbrowser.open(address)
     login = "; log in with any user name, and the API key as the password" if status == HTTPStatus.UNAUTHORIZED else ""
-    return f"live page: {address}{login}" if opened else f"no browser here; open {address} in one{login}"
+    if not webbrowser.open(address):
+        raise InputError(f"no browser here; open {address} in one{login}")
+    return f"live page: {address}{login}"
 
 
 def page_address(url: str) -> str:

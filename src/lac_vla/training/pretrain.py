@@ -55,13 +55,12 @@ class Pretraining:
         self.start = start = config.start or recipe.start
         if start is None and config.frozen_samples:
             raise InputError("nothing is loaded that could be held fixed: give --start, or no --frozen-samples")
+        encode: Encode | None = None if start is None else load_tokenizer(start)
         bank = FrameBank.load(config.dataset, *recipe.loss.pictures(shape), config.keys)
-        if start is None:
+        if encode is None:
             trunk: Any = shape.module
             words = trunk.config.vocab_size - trunk.config.n_action_bins
-            encode: Encode = FileTokenizer(train_tokenizer(bank.instructions, words))
-        else:
-            encode = load_tokenizer(start)
+            encode = FileTokenizer(train_tokenizer(bank.instructions, words))
         self.loss = recipe.loss(untrained_vla(config.model, statistics(bank), encode), config)
         self.loaded: list[nn.Parameter] = [] if start is None else self.loss.take_weights(start)
         self.data = Demonstrations(bank, self.loss, config)

@@ -45,7 +45,8 @@ def check_settings(out: Path, settings: Mapping[str, Any], changeable: tuple[str
     now = json.loads(json.dumps(settings))
     different = [key for key in now if key not in changeable and key in before and before[key] != now[key]]
     if different:
-        raise InputError(f"{out} holds a run with other {different}; give another --out")
+        there = ", ".join(f"{key} {before[key]}" for key in different)
+        raise InputError(f"{out} holds a run with other {different}; give another --out (its own: {there})")
 
 
 def open_log(out: Path, progress: str, done: int) -> IO[str]:

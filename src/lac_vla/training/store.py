@@ -170,10 +170,10 @@ class FrameStore:
             lock = folder.resolve().with_name(f"{folder.resolve().name}.lock")
             with locked(lock, f"another process fills {folder}: wait for it, or give another --store"):
                 if not meta.is_file():
-                    builder.write(folder, metadata, check)
+                    builder.write(folder, metadata, check, labels=labels)
         store = cls.open(folder)
-        if labels and not store.has_actions:
-            raise InputError(f"{dataset} records no actions, which --loss demo needs; use --loss distill")
+        if labels:
+            _check_labelled(dataset, store.has_actions)
         return store
 
     @classmethod
@@ -234,6 +234,11 @@ def windows(start: IntArray, stop: IntArray, episodes: IntArray, length: int, st
             "frames that follow one another; give another dataset or a smaller --window or --stride"
         )
     return first
+
+
+def _check_labelled(dataset: object, labelled: bool) -> None:
+    if not labelled:
+        raise InputError(f"{dataset} records no actions, which --loss demo needs; use --loss distill")
 
 
 def fingerprint(vla: VLA) -> str:
@@ -307,7 +312,12 @@ class _Builder:
         return labelled
 
     def write(
-        self, folder: Path, metadata: Mapping[str, Any], check: Callable[[IntArray, IntArray], object] | None
+        self,
+        folder: Path,
+        metadata: Mapping[str, Any],
+        check: Callable[[IntArray, IntArray], object] | None,
+        *,
+        labels: bool = False,
     ) -> None:
         """Compute everything, then give the folder its name."""
         vla, side = self.vla, self.patch_pixels
@@ -318,6 +328,8 @@ class _Builder:
         first = self.source.episode(self.chosen[0])
         [frame] = self._frames(first, 1)
         labelled = self._check(frame.images)
+        if labels:
+            _check_labelled(self.source.root, labelled)
         layout, images = vla.processor.prompt(frame).layout, vla.processor.images(frame)
         total, width = int(stop[-1]), vla.decoder.shape.width
         longest = max(self._longest_suffix(frame, self.source.episode(index)) for index in self.chosen)

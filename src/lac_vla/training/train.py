@@ -57,22 +57,7 @@ class Training:
     ) -> None:
         self.config, self.vla, self.store, self.world = config, vla, store, world
         torch.manual_seed(config.seed)
-        decoder = vla.decoder
-        shape = LACConfig(
-            grids=dict(store.grids),
-            ratios=config.ratios,
-            inputs=config.inputs,
-            flow=policy_flow(config.flow),
-            language=config.language,
-            ratio=config.fixed_ratio or None,
-            recovery=config.recovery,
-            width=config.width,
-            depth=config.depth,
-            patch_pixels=config.patch_pixels,
-            slots=(vla.n_layers, decoder.kv_heads, decoder.head_dim) if config.delta_steps else None,
-        )
-        start = None if config.start is None else LACPolicy.from_pretrained(config.start)
-        self.policy = LACPolicy(shape) if start is None else started(shape, start)
+        self.policy = begun(config, vla, store.grids)
         self.losses = LACLoss(vla, store, self.policy, config.loss, tower)
         self.networks = self.policy.networks
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
@@ -280,6 +265,8 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         if config.loss == "demo" and not vla.head.has_loss:
             raise InputError(f"{vla.name}'s head has no loss on recorded actions: train with --loss distill")
         tower = MixedTower(vla) if config.vision_kv_reuse else None
+        if config.start is not None:
+            begun(config, vla, vla.grids)  # what cannot be begun with is refused before anything is stored
         store = _store(config, vla, () if tower is None else tower.cameras, rank)
         run = Training(config, vla, store, tower, (size, rank))
         if state is not None:
@@ -290,6 +277,25 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
     if size > 1:
         dist.destroy_process_group()
     return config.out / SUBFOLDER
+
+
+def begun(config: TrainConfig, vla: VLA, grids: Mapping[str, tuple[int, int]]) -> LACPolicy:
+    """Make the policy that a run begins with; errors are those of :func:`started`, or of a policy that is not there."""
+    decoder = vla.decoder
+    shape = LACConfig(
+        grids=dict(grids),
+        ratios=config.ratios,
+        inputs=config.inputs,
+        flow=policy_flow(config.flow),
+        language=config.language,
+        ratio=config.fixed_ratio or None,
+        recovery=config.recovery,
+        width=config.width,
+        depth=config.depth,
+        patch_pixels=config.patch_pixels,
+        slots=(vla.n_layers, decoder.kv_heads, decoder.head_dim) if config.delta_steps else None,
+    )
+    return LACPolicy(shape) if config.start is None else started(shape, LACPolicy.from_pretrained(config.start))
 
 
 def started(shape: LACConfig, start: LACPolicy) -> LACPolicy:
