@@ -13,6 +13,7 @@ from lac_vla.drawing.picture import css, jpeg_base64
 from lac_vla.drawing.plots import Curve, curve_chart
 from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.training_run import Saliency, TrainingRun
+from lac_vla.results.adaptivity import collapse_warning, shares_chosen
 from lac_vla.results.format import NONE, percent
 from lac_vla.results.table import TextTable
 
@@ -26,7 +27,8 @@ HINTS = {
     "task": "Reusing less lowers it too: read it together with the ratio.",
     "ratio": "Expected is the predictor's mean over its candidates; chosen is what was reused: sampled in training, "
     "the likeliest candidate on held-out frames, as at inference.",
-    "lam": "Weight of the reward for reuse: it grows while the expected ratio is below the target.",
+    "lam": "Weight of the reward for reuse: it grows while the likeliest candidate, on held-out frames, is below the "
+    "target in the mean.",
 }
 ELSEWHERE = {"out", "store", "tensorboard"}
 """Settings that do not bear on the result."""
@@ -97,6 +99,9 @@ def _notes(run: TrainingRun) -> list[str]:
         notes.append(f"Not finished: {run.step:,} of {run.steps:,} steps are done; the same command goes on.")
     if run.config["stage2_steps"] and not run.curve("task"):
         notes.append("Stage II has not begun: the ratio predictor is not trained, what it chooses means nothing yet.")
+    varied = [shares for row in run.rows if (shares := shares_chosen(row))]
+    if varied and (warning := collapse_warning(varied[-1])):
+        notes.append(f"On held-out episodes {warning}.")
     if run.saliency is None:
         notes.append("There is no saliency.npz yet: it is written with the policy, at every validation.")
     return notes

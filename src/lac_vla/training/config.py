@@ -95,7 +95,8 @@ class TrainConfig:
         loss: Task loss of stage II. ``distill``: divergence from the dense pass of the same model; ``demo``: the
             model's native loss on the recorded actions.
         lam: λ, the weight of the reward for a high expected cache ratio (eq. 7).
-        target_ratio: If > 0, λ is steered so that the expected ratio settles here; ``lam`` is where it begins. Ours.
+        target_ratio: If > 0, λ is steered so that the ratio that inference chooses, the likeliest, settles here in the
+            mean over held-out frames; ``lam`` is where it begins. Ours.
         stage1_steps: Steps of stage I, attention alignment; 0 leaves it out.
         stage2_steps: Steps of stage II, joint training on windows.
         delta_steps: Steps that follow, on windows as in stage II: a third network learns how the keys and values of
@@ -108,7 +109,8 @@ class TrainConfig:
         lr: Peak learning rate of AdamW, in both stages; it falls to a tenth along a cosine.
         tau_ratio: Gumbel-Softmax temperature τ at the start and the end of stage II (eq. 9).
         tau_score: Threshold sigmoid temperature τ_s at the start and the end of stage II (eq. 11).
-        ratios: R, the candidate cache ratios.
+        ratios: R, the candidate cache ratios, ascending from 0. Give finer ones at the top to let the predictor vary
+            where reuse is high: 0 0.5 0.7 0.8 0.85 0.9 0.93 0.95 0.97 0.98, with a target below the largest.
         fixed_ratio: Train the selector alone at this cache ratio; 0 trains the predictor too.
         inputs: ``paper``: [image; flow]. ``extended``: also the change against every slot's own pixels, and its age.
         flow: Optical flow: ``dis``, ``raft_small`` or ``none``.
