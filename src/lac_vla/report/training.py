@@ -15,6 +15,7 @@ from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.training_run import Saliency, TrainingRun
 from lac_vla.results.adaptivity import collapse_warning, shares_chosen
 from lac_vla.results.format import NONE, percent
+from lac_vla.results.regret import BUDGETS, WAYS, Regret
 from lac_vla.results.table import TextTable
 
 LOSS = {
@@ -57,6 +58,7 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
         tiles=_tiles(found),
         cards=_cards(found),
         saliency=_saliency(found.saliency),
+        regret=_regret(found.regret),
         settings=[(key.replace("_", " "), _setting(found.config[key])) for key in found.config if key not in ELSEWHERE],
         metadata=metadata_groups(metadata),
         recomputed=css(RECOMPUTED),
@@ -185,6 +187,20 @@ def _saliency(found: Saliency | None) -> dict[str, Any] | None:
         "colours": ", ".join(css(colour) for colour in heat_colours()),
         "strips": strips,
     }
+
+
+def _regret(found: Regret | None) -> dict[str, Any] | None:
+    """Draw divergence over the share of active tokens for every way to choose them."""
+    if found is None:
+        return None
+    rows = {**{WAYS[way]: row for way, row in found.divergence.items()}, "selector, best ratios": found.best}
+    curves = [
+        Curve(name, f"var(--m{number})", list(zip(BUDGETS, row, strict=True)), measured=True)
+        for number, (name, row) in enumerate(rows.items(), 1)
+    ]
+    steps, label = (0.0, max(BUDGETS)), "divergence from dense"
+    svg = curve_chart(curves, label, steps=steps, height=300, across="active tokens, mean", across_share=True)
+    return {"svg": svg, "curves": curves, "table": found.table()}
 
 
 def _setting(value: Any) -> str:

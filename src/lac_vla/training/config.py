@@ -125,6 +125,10 @@ class TrainConfig:
         held_out: Share of them kept for validation.
         store: Folder of the stored embeddings; by default ``<out>/store``. Runs may share one.
         every: Steps between two validations (and saved states).
+        oracle_frames: Held-out frames on which the trained policy is then compared with oracles, see
+            ``docs/adaptivity.md``; 0 for none. Some seconds each. Ours.
+        oracle_noise: Standard deviation of a camera's noise, in grey levels, on the pictures there: an oracle chooses
+            under one draw of it and is scored under another. 0 for the pictures as they are: it then profits from luck.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         tensorboard: Also write TensorBoard's event files, if it is installed.
         seed: Of everything.
@@ -163,6 +167,8 @@ class TrainConfig:
     held_out: float = 0.1
     store: Path | None = None
     every: int = 50
+    oracle_frames: int = 0
+    oracle_noise: float = 2.0
     unnorm_key: str | None = None
     tensorboard: bool = False
     seed: int = 0
@@ -187,6 +193,10 @@ class TrainConfig:
             raise InputError(f"held_out is {self.held_out}; give a share of the episodes between 0 and 1")
         if min(*self.tau_ratio, *self.tau_score) <= 0:
             raise InputError("temperatures must be above 0")
+        if self.oracle_frames < 0 or not 0 <= self.oracle_noise <= 255:
+            raise InputError("--oracle-frames must be at least 0, --oracle-noise lie in 0..255 grey levels")
+        if self.oracle_frames and self.vision_kv_reuse:
+            raise InputError("oracles are tried on towers that look at everything: leave out --vision-kv-reuse")
         check_device(self.device)
 
     @property

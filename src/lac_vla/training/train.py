@@ -26,15 +26,17 @@ from lac_vla.models import VLA, load_vla
 from lac_vla.policies.lac import SUBFOLDER, LACConfig, LACPolicy
 from lac_vla.provenance import provenance
 from lac_vla.results.adaptivity import collapse_warning, shares_chosen
+from lac_vla.results.regret import FOLDER
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
+from lac_vla.training.regret import RegretConfig, held_out_streams, measure
 from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, check_settings, load_state, open_log, save_state
 from lac_vla.training.store import FrameStore, windows
 from lac_vla.training.tower import MixedTower
 from lac_vla.types import IntArray
 
 PICTURES = "saliency.npz"
-CHANGEABLE = ("every", "tensorboard", "device", "store", "out")
+CHANGEABLE = ("every", "tensorboard", "device", "store", "out", "oracle_frames", "oracle_noise")
 """Settings with which a run may be resumed."""
 VALIDATION_WINDOWS = 32
 STEERING, DAMPING = 0.02, 0.5
@@ -287,6 +289,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         InputError: If dataset and model do not fit, the model has no tower that could reuse, the loss is not finite, or
             the folder cannot be written or is another process's.
     """
+    begun = time.monotonic()
     size, rank = _join(config)
     with ExitStack() as stack:
         stack.enter_context(writing(config.out, "--out"))
@@ -311,6 +314,8 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         if rank == 0:  # nothing can be refused any more
             write_object(config.out / CONFIG, describe(config))
         _loop(run, rank, max_seconds)
+        if rank == 0 and config.oracle_frames and run.step == config.steps:
+            _measure(run, max_seconds - (time.monotonic() - begun))
     if size > 1:
         dist.destroy_process_group()
     return config.out / SUBFOLDER
@@ -361,6 +366,19 @@ def divide_episodes(config: TrainConfig, count: int) -> tuple[IntArray, IntArray
     if held >= count:
         raise InputError(f"{count} episode(s) cannot be divided into training and validation: use at least 2")
     return np.sort(chosen[held:]), np.sort(chosen[:held])
+
+
+def _measure(run: Training, max_seconds: float) -> None:
+    """Compare the policy with oracles on the episodes held out."""
+    config, store, policy = run.config, run.store, run.policy
+    run.networks.eval()
+    _, held = divide_episodes(config, len(store.start))
+    folder = config.out / FOLDER
+    streams = held_out_streams(run.vla, policy, config, [store.numbers[episode] for episode in held], folder)
+    settings = RegretConfig(
+        config.oracle_frames, config.oracle_noise, policy.recovery, policy.config.max_age, config.seed
+    )
+    measure(streams, settings, folder, max_seconds=max_seconds)
 
 
 def _loop(run: Training, rank: int, max_seconds: float) -> None:
