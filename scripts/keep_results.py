@@ -22,7 +22,7 @@ from lac_vla.results.records import EpisodeRecord, read_episodes
 from lac_vla.timing import WINDOWS
 
 HOW = ("command", "created", "commit", "versions", "hardware", "model", "simulator", "methods", "notes")
-FRAME_BY_FRAME = ("metrics", "latency_ms", "video", "failure", "instruction")
+FRAME_BY_FRAME = ("metrics", "latency_ms", "reuse", "adaptive", "video", "failure", "instruction")
 
 
 def lines(run: Path) -> Iterator[dict[str, Any]]:
@@ -43,6 +43,8 @@ def episode_line(episode: EpisodeRecord) -> dict[str, Any]:
         known = [value for value in values if value is not None]
         if known and (summed := METRICS[name].aggregate(known)) is not None:
             line[name] = float(f"{summed:.5g}")
+    if episode.reuse:
+        line["reuse"] = {camera: round(float(np.mean(values)), 4) for camera, values in episode.reuse.items()}
     for window in WINDOWS:
         if spent := episode.latency_ms.get(window):
             line[window] = [round(float(value), 2) for value in np.percentile(spent, (50, 95))]

@@ -39,6 +39,9 @@ def test_the_table_shows_the_numbers_added_up_by_hand(page: Page) -> None:
         "2.00 G 4.00 G",
         "-",
         "-",
+        "0 %: 100 %",
+        "-",
+        "-",
         "4.00 / 4.00 1.00 ×",
         "20.0 / 30.0 1.00 ×",
         "12.0 / 12.0 1.00 ×",
@@ -54,6 +57,9 @@ def test_the_table_shows_the_numbers_added_up_by_hand(page: Page) -> None:
         "2",
         "1.20 G 2.40 G",
         "-",
+        "-",
+        "50 %: 100 %",
+        "0.200",
         "-",
         "1.50 / 1.50 2.67 ×",
         "8.00 / 8.00 2.50 ×",
@@ -137,7 +143,7 @@ def test_a_run_without_videos_dense_or_metadata(run_dir: Path, tmp_path: Path) -
     ]
     (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bare))
     page = Page(build_report([tmp_path], tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert page.row("motion-0.5")[2:] == ["-"] * 12
+    assert page.row("motion-0.5")[2:] == ["-"] * 15
     assert "video" not in page.tags
     assert "Dense was not run" in page.text
 

@@ -203,6 +203,18 @@ def test_more_reward_means_more_reuse() -> None:
     assert ratios[-1] > ratios[0] + 0.3
 
 
+def test_the_ratios_of_inference_are_known_without_the_model() -> None:
+    vla = tiny()
+    losses = losses_of(vla, store_of(vla))
+    torch.nn.init.normal_(losses.policy.predictor.head.weight, std=3.0)
+    first = np.arange(4) * 8
+    chosen = losses.ratios_chosen(first, 6)
+    assert chosen.shape == (5, 4)
+    assert len(chosen.unique()) > 2
+    window = losses.window(first, 6, WARM, None, lam=0.0, learn=False)
+    assert float(chosen.mean()) == pytest.approx(window["chosen_ratio"], abs=0.5 / losses.store.layout.n_visual)
+
+
 def test_a_static_stream_is_reused_and_a_moving_one_is_not() -> None:
     vla = tiny()
     n, width = sum(r * c for r, c in vla.grids.values()), vla.decoder.shape.width

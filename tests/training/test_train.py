@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.training.worlds import save_with_tokenizer, store_of, tiny
+from tests.training.worlds import SIDE, save_with_tokenizer, store_of, tiny
 
 from lac_vla import CachedVLA, CheckpointError, Frame, InputError, LACPolicy, load_vla, random_vla, save_vla
 from lac_vla.bundled import BUNDLED
@@ -25,8 +25,11 @@ from lac_vla.datasets import DatasetError, LeRobotDataset
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.errors import MissingExtraError
 from lac_vla.models.heads.tokens import TokenHead
+from lac_vla.report import build_training_report
 from lac_vla.training import store as store_module
 from lac_vla.training.config import TrainConfig
+from lac_vla.training.lac import Temperatures
+from lac_vla.training.relaxation import gumbel_noise, ratio_reward, soft_ratio, straight_through
 from lac_vla.training.store import FrameStore
 from lac_vla.training.train import STATE, Training, train
 
@@ -433,17 +436,65 @@ def test_lambda_rises_below_the_target_ratio_and_falls_above(
     steered = replace(config, stage1_steps=0, target_ratio=0.6)
     run = Training(steered, vla, store_of(vla))
 
-    def lambda_after(run: Training, expected: float) -> float:
+    def lambda_after(run: Training, chosen: float, expected: float = 0.6) -> float:
+        """Of a predictor whose likeliest ratio on held-out frames is this, whatever it expects under noise."""
         monkeypatch.setattr(run.losses, "window", lambda *_, **__: {"loss": 0.0, "expected_ratio": expected})
+        monkeypatch.setattr(run.losses, "ratios_chosen", lambda first, length: chosen_of(run, first, chosen))
         run.advance()
         return run.lam
+
+    def chosen_of(run: Training, first: np.ndarray, chosen: float) -> torch.Tensor:
+        assert set(first) <= set(run.held_first)
+        return torch.full((2, len(first)), chosen)
 
     first, falls = lambda_after(run, 0.2), lambda_after(run, 0.9)
     assert first > config.lam
     assert falls < first
     assert first / config.lam > first / falls > 1  # the further from the target, the faster
-    assert lambda_after(run, 0.6) == falls
+    assert lambda_after(run, 0.6, 0.1) == pytest.approx(falls)
     assert lambda_after(Training(replace(steered, target_ratio=0.0), vla, store_of(vla)), 0.2) == config.lam
+
+
+def test_the_likeliest_ratio_meets_the_target(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What inference chooses settles there in the mean, although another ratio is expected under noise.
+
+    The model's part is replaced by a price: reuse of a dark frame costs little, that of a bright one much.
+    """
+    vla = tiny()
+    store = store_of(
+        vla, episodes=8, paint=lambda rng, at, grid: np.full((*(SIDE * n for n in grid), 3), 250 * (at % 2), np.uint8)
+    )
+    steered = replace(config, stage1_steps=0, stage2_steps=60, batch=8, patch_pixels=SIDE, width=16, lam=0.5)
+    run = Training(replace(steered, target_ratio=0.6, ratios=(0.0, 0.3, 0.5, 0.7, 0.9)), vla, store)
+    losses = run.losses
+
+    def window(
+        first: np.ndarray, length: int, warm: Temperatures, chance: torch.Generator, *, lam: float, **_: object
+    ) -> dict[str, float]:
+        hard = torch.from_numpy(np.where((first + 1) % 2, 3.0, 0.3)).float()
+        young = [torch.zeros(len(first), *grid) for grid in store.grids.values()]
+        before = [losses.pixels(name, first) for name in store.grids]
+        logits = losses.policy.predictor(losses.inputs(first + 1, before, young))
+        soft = soft_ratio(logits, gumbel_noise(logits.shape, chance, losses.device), warm.ratio)
+        task = (straight_through(soft) * hard[:, None] * losses.ratios**4).sum(dim=1)
+        (task + lam * ratio_reward(soft, losses.ratios)).mean().backward()
+        return {"loss": 0.0, "expected_ratio": -float(ratio_reward(soft.detach(), losses.ratios).mean())}
+
+    monkeypatch.setattr(losses, "window", window)
+    last = [run.advance() for _ in range(60)][-20:]
+    chosen, expected = (float(np.mean([row[f"{name}_ratio"] for row in last])) for name in ("argmax", "expected"))
+    assert chosen == pytest.approx(0.6, abs=0.05), expected
+    by_frame = losses.ratios_chosen(store.start, 5)
+    assert by_frame[1::2].mean() > by_frame[::2].mean() + 0.15, "dark frames, bright ones"
+
+
+def test_a_predictor_that_has_collapsed_is_told(config: TrainConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    train(replace(config, ratios=(0.0,)))  # it has no other choice
+    assert "collapsed to one value: 0 % in 100 % of the frames" in "".join(capfd.readouterr())
+    [*_, last] = [row for row in rows(config.out) if "held_out_deviation" in row]
+    assert (last["held_out_share_0"], last["held_out_deviation"]) == (1.0, 0.0)
+    note = "On held-out episodes the ratio predictor has collapsed"
+    assert note in build_training_report(config.out, config.out / "report.html").read_text()
 
 
 def test_a_bundled_model_is_trained_beside_by_its_name(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,5 +116,8 @@ def report_training(run: Path, out: Path) -> Path:
     from lac_vla.report.training import training_table
     from lac_vla.report.training_run import TrainingRun
 
-    show(training_table(TrainingRun.read(run)).to_terminal())
+    found = TrainingRun.read(run)
+    show(training_table(found).to_terminal())
+    if found.regret is not None:
+        show(found.regret.table().to_terminal())
     return build_training_report(run, out)

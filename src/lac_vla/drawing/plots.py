@@ -110,6 +110,8 @@ def curve_chart(
     share: bool = False,
     level: tuple[str, float] | None = None,
     border: tuple[str, float] | None = None,
+    across: str = "step",
+    across_share: bool = False,
 ) -> str:
     """Draw metrics over the steps of a training run; logarithmic where positive values span a decade.
 
@@ -121,13 +123,15 @@ def curve_chart(
         share: The values are shares: the axis goes from 0 to 100 %.
         level: Name and value of a level aimed at.
         border: Name and step of a mark between two parts of the run.
+        across: What the lower axis shows in place of steps.
+        across_share: Whether that is a share, shown as a percentage.
     """
     values = [value for curve in curves for _, value in curve.points]
     if not values:
         return ""
     axis = Axis.of([0.0, 1.0] if share else values, wanted=max(2, round(height / 45)), share=share, decades=not share)
-    area = Area(steps, axis, height=height)
-    parts = area.axes("step")
+    area = Area(steps, axis, height=height, share=across_share)
+    parts = area.axes(across)
     if level is not None:
         parts += area.level(*level)
     if border is not None and steps[0] < border[1] < steps[1]:
@@ -137,7 +141,9 @@ def curve_chart(
         parts.append(area.path("polyline", "line" if curve.measured else "trace", curve.colour, curve.points))
         if curve.measured or len(curve.points) == 1:
             parts += [
-                area.mark("dot", curve.colour, step, value, f"{curve.name}, step {step:g}: {value:.4g}")
+                area.mark(
+                    "dot", curve.colour, step, value, f"{curve.name}, {across} {_text(step, across_share)}: {value:.4g}"
+                )
                 for step, value in curve.points
             ]
     return area.picture(parts, label)

@@ -77,6 +77,12 @@ class StepInfo:
         return self.decision.ratio
 
     @property
+    def camera_ratios(self) -> dict[str, float]:
+        """Effective cache ratio of every camera's tokens, in [0, 1]."""
+        computed = self.decision.exit_layer / self.decision.n_layers
+        return {camera.name: 1.0 - float(computed[camera.tokens].mean()) for camera in self.layout.cameras}
+
+    @property
     def nominal_ratio(self) -> float | None:
         """The cache ratio that the policy aimed at, in [0, 1]; ``None`` if it aims at none."""
         return self.decision.nominal_ratio

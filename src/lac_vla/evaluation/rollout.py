@@ -53,6 +53,7 @@ class EpisodeLog:
     stress: str = ""
     _metrics: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in METRICS}, init=False)
     _latency: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list), init=False)
+    _reuse: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list), init=False)
     _instruction: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +88,8 @@ class EpisodeLog:
         for name, value in {**info.timings, **info.stages}.items():
             self._latency[name].append(round(value, 4))
         if isinstance(info, StepInfo):
+            for camera, ratio in info.camera_ratios.items():
+                self._reuse[camera].append(round(ratio, 4))
             for observer in self.observers:
                 observer.add(frame, info)
 
@@ -107,6 +110,8 @@ class EpisodeLog:
             actions_per_call=self.actions_per_call,
             metrics={name: values for name, values in self._metrics.items() if any(v is not None for v in values)},
             latency_ms=dict(self._latency),
+            reuse=dict(self._reuse),
+            adaptive=isinstance(session, Session) and session.policy.adaptive,
             peak_memory_mb=peak_memory_mb(session.model.device) if isinstance(session, Session) else None,
             realtime=realtime,
         )

@@ -97,7 +97,7 @@ class LlamaLayer:
         keys, values = rotate(self._heads(self._keys(normed)), rotary), self._heads(self._values(normed))
         if query_rows is not None:
             cos, sin = rotary
-            normed, rotary = normed[..., query_rows, :], (cos[query_rows], sin[query_rows])
+            normed, rotary = normed[..., query_rows, :], (cos[..., query_rows, :], sin[..., query_rows, :])
         return rotate(self._heads(self._queries(normed)), rotary), keys, values
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,11 @@ class CachePolicy(ABC):
         return "none"
 
     @property
+    def adaptive(self) -> bool:
+        """It is true if the policy chooses the ratio for every frame, by what it sees; a rule's ratio is set."""
+        return False
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates of the policy's own networks per decision; 0 for a rule."""
         return 0

@@ -13,7 +13,9 @@ from lac_vla.drawing.picture import css, jpeg_base64
 from lac_vla.drawing.plots import Curve, curve_chart
 from lac_vla.report.page import metadata_groups, setting, write_page
 from lac_vla.report.training_run import Saliency, TrainingRun
+from lac_vla.results.adaptivity import collapse_warning, shares_chosen
 from lac_vla.results.format import NONE, percent
+from lac_vla.results.regret import BUDGETS, WAYS, Regret
 from lac_vla.results.table import TextTable
 
 LOSS = {
@@ -26,7 +28,8 @@ HINTS = {
     "task": "Reusing less lowers it too: read it together with the ratio.",
     "ratio": "Expected is the predictor's mean over its candidates; chosen is what was reused: sampled in training, "
     "the likeliest candidate on held-out frames, as at inference.",
-    "lam": "Weight of the reward for reuse: it grows while the expected ratio is below the target.",
+    "lam": "Weight of the reward for reuse: it grows while the likeliest candidate, on held-out frames, is below the "
+    "target in the mean.",
 }
 ELSEWHERE = {"out", "store", "tensorboard"}
 """Settings that do not bear on the result."""
@@ -55,6 +58,7 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
         tiles=_tiles(found),
         cards=_cards(found),
         saliency=_saliency(found.saliency),
+        regret=_regret(found.regret),
         settings=[(key.replace("_", " "), _setting(found.config[key])) for key in found.config if key not in ELSEWHERE],
         metadata=metadata_groups(metadata),
         recomputed=css(RECOMPUTED),
@@ -97,6 +101,9 @@ def _notes(run: TrainingRun) -> list[str]:
         notes.append(f"Not finished: {run.step:,} of {run.steps:,} steps are done; the same command goes on.")
     if run.config["stage2_steps"] and not run.curve("task"):
         notes.append("Stage II has not begun: the ratio predictor is not trained, what it chooses means nothing yet.")
+    varied = [shares for row in run.rows if (shares := shares_chosen(row))]
+    if varied and (warning := collapse_warning(varied[-1])):
+        notes.append(f"On held-out episodes {warning}.")
     if run.saliency is None:
         notes.append("There is no saliency.npz yet: it is written with the policy, at every validation.")
     return notes
@@ -180,6 +187,20 @@ def _saliency(found: Saliency | None) -> dict[str, Any] | None:
         "colours": ", ".join(css(colour) for colour in heat_colours()),
         "strips": strips,
     }
+
+
+def _regret(found: Regret | None) -> dict[str, Any] | None:
+    """Draw divergence over the share of active tokens for every way to choose them."""
+    if found is None:
+        return None
+    rows = {**{WAYS[way]: row for way, row in found.divergence.items()}, "selector, best ratios": found.best}
+    curves = [
+        Curve(name, f"var(--m{number})", list(zip(BUDGETS, row, strict=True)), measured=True)
+        for number, (name, row) in enumerate(rows.items(), 1)
+    ]
+    steps, label = (0.0, max(BUDGETS)), "divergence from dense"
+    svg = curve_chart(curves, label, steps=steps, height=300, across="active tokens, mean", across_share=True)
+    return {"svg": svg, "curves": curves, "table": found.table()}
 
 
 def _setting(value: Any) -> str:

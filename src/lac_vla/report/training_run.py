@@ -13,6 +13,7 @@ import numpy as np
 from lac_vla.checks import check_whole, shortened
 from lac_vla.errors import InputError
 from lac_vla.files import read_lines, read_object, reading
+from lac_vla.results.regret import FOLDER, Regret, read_regret
 from lac_vla.types import BoolArray, FloatArray, UInt8Image
 
 METRICS, CONFIG, POLICY, SALIENCY = "metrics.jsonl", "config.json", "policy/config.json", "saliency.npz"
@@ -81,6 +82,7 @@ class TrainingRun:
     metadata: Mapping[str, Any]
     rows: list[Row]
     saliency: Saliency | None
+    regret: Regret | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainingRun:
@@ -101,6 +103,7 @@ class TrainingRun:
             metadata if isinstance(metadata, dict) else {},
             read_metrics(folder / METRICS),
             Saliency.read(pictures) if pictures.exists() else None,
+            read_regret(folder / FOLDER),
         )
 
     @property

@@ -44,6 +44,8 @@ class EpisodeRecord:
         actions_per_call: Actions of the model's chunk that are executed per call, at least 1.
         metrics: Name of a metric, see :mod:`lac_vla.results.metrics` → one value per call, or ``None``.
         latency_ms: Window or stage → milliseconds, one value per call.
+        reuse: Camera → share of its tokens, over all layers, that was not computed, one value per call.
+        adaptive: Whether the policy chose its ratio for every frame.
         peak_memory_mb: Largest memory of the process, or of the accelerator, in MB.
         video: Path within the run's folder, or ``None``.
         outcome: Whatever else the benchmark records of an episode; JSON-serialisable.
@@ -64,6 +66,8 @@ class EpisodeRecord:
     actions_per_call: int = 1
     metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     latency_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    reuse: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    adaptive: bool = False
     peak_memory_mb: float | None = None
     video: str | None = None
     failure: str | None = None
@@ -158,10 +162,13 @@ _KINDS: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("method", "suite", "instruction", "stress"), _is_text),
     **dict.fromkeys(("task", "init_state", "seed", "steps", "horizon"), _is_whole),
     "metrics": _is_series,
-    "latency_ms": lambda value: _is_series(value) and all(None not in values for values in value.values()),  # type: ignore[attr-defined]
+    **dict.fromkeys(
+        ("latency_ms", "reuse"),
+        lambda value: _is_series(value) and all(None not in values for values in value.values()),  # type: ignore[attr-defined]
+    ),
     **dict.fromkeys(("video", "failure"), lambda value: value is None or _is_text(value)),
     "actions_per_call": lambda value: _is_whole(value) and value != 0,
-    "success": lambda value: isinstance(value, bool),
+    **dict.fromkeys(("success", "adaptive"), lambda value: isinstance(value, bool)),
     "peak_memory_mb": lambda value: value is None or _is_amount(value),
     "outcome": lambda value: isinstance(value, dict),
     "realtime": lambda value: value is None or isinstance(value, dict),

@@ -9,6 +9,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 from lac_vla.errors import InputError
+from lac_vla.results.adaptivity import Adaptivity
 from lac_vla.results.metrics import METRICS
 from lac_vla.results.pace import Pace
 from lac_vla.results.records import EpisodeRecord, Trial
@@ -75,6 +76,7 @@ class MethodRow:
         metrics: Name of a metric → its aggregate over all calls; without those that have none.
         latency: Window or stage → percentiles over all calls, milliseconds.
         peak_memory_mb: The largest of all episodes; ``None`` if it was not recorded.
+        adaptivity: How it varied what it reused.
         pace: What the world's clock showed; ``None`` of a world that waited.
     """
 
@@ -89,6 +91,7 @@ class MethodRow:
     metrics: Mapping[str, float]
     latency: Mapping[str, Percentiles]
     peak_memory_mb: float | None
+    adaptivity: Adaptivity
     pace: Pace | None = None
 
     @property
@@ -164,6 +167,7 @@ def _method_row(name: str, episodes: Sequence[EpisodeRecord], dense: Mapping[Tri
         metrics={key: value for key, value in metrics.items() if value is not None},
         latency={window: value for window, value in latency.items() if value is not None},
         peak_memory_mb=max(memory, default=None),
+        adaptivity=Adaptivity.of(episodes),
         pace=Pace.of(episodes),
     )
 

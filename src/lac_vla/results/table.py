@@ -89,6 +89,33 @@ SPEEDUP = Column(
 )
 
 
+def _chosen(row: MethodRow, _: MethodRow | None) -> str:
+    """Write the commonest ratios and their shares, e.g. ``90 %: 81 %``."""
+    found = [*row.adaptivity.shares.items()]
+    shown = [f"{write.percent(ratio, 0)}: {write.percent(share, 0)}" for ratio, share in found[:3]]
+    return "\n".join([*shown, *(["…"] if len(found) > 3 else [])]) or NONE
+
+
+def _cameras(row: MethodRow, _: MethodRow | None) -> str:
+    return "\n".join(f"{camera} {write.percent(share, 0)}" for camera, share in row.adaptivity.cameras.items()) or NONE
+
+
+def _deviation(row: MethodRow, _: MethodRow | None) -> str:
+    value = row.adaptivity.deviation
+    return NONE if value is None else f"{value:.3f}"
+
+
+ADAPTIVITY = (
+    Column("ratios chosen", _chosen, "the ratios aimed at and their shares of the calls, the commonest three"),
+    Column(
+        "deviation in an episode",
+        _deviation,
+        "standard deviation of the effective ratio within an episode, without full frames, mean over the episodes",
+    ),
+    Column("reused of each camera", _cameras, "share of the camera's tokens, over all layers, that was not computed"),
+)
+
+
 def _of_pace(heading: str, cell: Callable[[Pace], str], text: str) -> Column:
     return Column(heading, lambda row, _: NONE if row.pace is None else cell(row.pace), text)
 
@@ -120,17 +147,17 @@ MEMORY = Column("peak memory", lambda row, _: write.memory(row.peak_memory_mb), 
 
 
 def metric_columns() -> tuple[Column, ...]:
-    """Make one column for every metric."""
-    return tuple(map(_of_metric, METRICS.values()))
+    """Make one column for every metric, and those of what varies."""
+    return (*map(_of_metric, METRICS.values()), *ADAPTIVITY)
 
 
 def metric_notes() -> list[str]:
-    """Explain every metric in a line."""
-    return [f"{metric.heading}: {metric.help}" for metric in METRICS.values()]
+    """Explain every column of :func:`metric_columns` in a line."""
+    return [f"{column.heading}: {column.help}" for column in metric_columns()]
 
 
 def run_notes(summary: Summary) -> list[str]:
-    """Say what the net speed-up of every method rests on, and how many actions were executed per call of the model."""
+    """Say what net speed-ups rest on, how many actions were executed per call, and whose ratio never varies."""
     pairs = [f"{row.method} {row.speedup.pairs}" for row in summary.methods if row.speedup]
     actions = {row.method: " or ".join(map(str, row.actions_per_call)) for row in summary.methods}
     numbers = set(actions.values())
@@ -139,6 +166,7 @@ def run_notes(summary: Summary) -> list[str]:
         f"net speed-up: {SPEEDUP.help}. Pairs: {', '.join(pairs) or 'none'}. "
         "Latencies of a run with several processes are not worth comparing",
         f"actions per call of the model: {same}",
+        *(f"{row.method}: {warning}" for row in summary.methods if (warning := row.adaptivity.warning)),
     ]
 
 

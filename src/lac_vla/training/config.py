@@ -95,7 +95,8 @@ class TrainConfig:
         loss: Task loss of stage II. ``distill``: divergence from the dense pass of the same model; ``demo``: the
             model's native loss on the recorded actions.
         lam: λ, the weight of the reward for a high expected cache ratio (eq. 7).
-        target_ratio: If > 0, λ is steered so that the expected ratio settles here; ``lam`` is where it begins. Ours.
+        target_ratio: If > 0, λ is steered so that the ratio that inference chooses, the likeliest, settles here in the
+            mean over held-out frames; ``lam`` is where it begins. Ours.
         stage1_steps: Steps of stage I, attention alignment; 0 leaves it out.
         stage2_steps: Steps of stage II, joint training on windows.
         delta_steps: Steps that follow, on windows as in stage II: a third network learns how the keys and values of
@@ -108,7 +109,8 @@ class TrainConfig:
         lr: Peak learning rate of AdamW, in both stages; it falls to a tenth along a cosine.
         tau_ratio: Gumbel-Softmax temperature τ at the start and the end of stage II (eq. 9).
         tau_score: Threshold sigmoid temperature τ_s at the start and the end of stage II (eq. 11).
-        ratios: R, the candidate cache ratios.
+        ratios: R, the candidate cache ratios, ascending from 0. Give finer ones at the top to let the predictor vary
+            where reuse is high: 0 0.5 0.7 0.8 0.85 0.9 0.93 0.95 0.97 0.98, with a target below the largest.
         fixed_ratio: Train the selector alone at this cache ratio; 0 trains the predictor too.
         inputs: ``paper``: [image; flow]. ``extended``: also the change against every slot's own pixels, and its age.
         flow: Optical flow: ``dis``, ``raft_small`` or ``none``.
@@ -123,6 +125,10 @@ class TrainConfig:
         held_out: Share of them kept for validation.
         store: Folder of the stored embeddings; by default ``<out>/store``. Runs may share one.
         every: Steps between two validations (and saved states).
+        oracle_frames: Held-out frames on which the trained policy is then compared with oracles, see
+            ``docs/adaptivity.md``; 0 for none. Some seconds each. Ours.
+        oracle_noise: Standard deviation of a camera's noise, in grey levels, on the pictures there: an oracle chooses
+            under one draw of it and is scored under another. 0 for the pictures as they are: it then profits from luck.
         unnorm_key: Statistics key of the checkpoint, if it has several.
         tensorboard: Also write TensorBoard's event files, if it is installed.
         seed: Of everything.
@@ -161,6 +167,8 @@ class TrainConfig:
     held_out: float = 0.1
     store: Path | None = None
     every: int = 50
+    oracle_frames: int = 0
+    oracle_noise: float = 2.0
     unnorm_key: str | None = None
     tensorboard: bool = False
     seed: int = 0
@@ -185,6 +193,10 @@ class TrainConfig:
             raise InputError(f"held_out is {self.held_out}; give a share of the episodes between 0 and 1")
         if min(*self.tau_ratio, *self.tau_score) <= 0:
             raise InputError("temperatures must be above 0")
+        if self.oracle_frames < 0 or not 0 <= self.oracle_noise <= 255:
+            raise InputError("--oracle-frames must be at least 0, --oracle-noise lie in 0..255 grey levels")
+        if self.oracle_frames and self.vision_kv_reuse:
+            raise InputError("oracles are tried on towers that look at everything: leave out --vision-kv-reuse")
         check_device(self.device)
 
     @property

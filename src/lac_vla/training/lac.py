@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,13 +69,21 @@ class LACLoss:
         loss: ``"distill"`` or ``"demo"``.
         tower: Runs in the windows, too, with patches that grow stale as the policy's own decisions leave them; ``None``
             for stored embeddings alone, all of whose tokens are fresh.
+        exact: Whether the model multiplies in its own dtype, as at inference, and not in a faster one.
     """
 
     def __init__(
-        self, vla: VLA, store: FrameStore, policy: LACPolicy, loss: str, tower: MixedTower | None = None
+        self,
+        vla: VLA,
+        store: FrameStore,
+        policy: LACPolicy,
+        loss: str,
+        tower: MixedTower | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
         policy.check_layout(store.grids)
-        self.vla, self.store, self.policy, self.loss = vla, store, policy, loss
+        self.vla, self.store, self.policy, self.loss, self.exact = vla, store, policy, loss, exact
         self.tower = tower
         self.config: LACConfig = policy.config
         self.device = vla.device
@@ -91,7 +100,7 @@ class LACLoss:
         with torch.no_grad():
             teacher = alignment_teacher(self.attention(frames))
         grids = self.store.grids.items()
-        previous = [self._pixels(name, frames - self.store.stride) for name in self.store.grids]
+        previous = [self.pixels(name, frames - self.store.stride) for name in self.store.grids]
         age = [torch.zeros(len(frames), *grid, device=self.device) for _, grid in grids]
         scores = self.policy.selector(self.inputs(frames, previous, age), self._text(frames))
         return F.mse_loss(scores, teacher)
@@ -105,7 +114,7 @@ class LACLoss:
         if self.vla.head.reads == "kv":
             maps: list[torch.Tensor] = []
             context = self.decode(frames).context(maps=maps)
-            targets = self._load(self.store.targets, frames)
+            targets = self.load(self.store.targets, frames)
             self.vla.head.loss(context, targets, torch.Generator().manual_seed(0))
             if maps:
                 return torch.stack(maps).mean(dim=0)
@@ -154,7 +163,7 @@ class LACLoss:
             dense = self.decode(every.reshape(-1) if self.loss == "distill" else first)
             vision = None if self.tower is None else self._encode(self.tower, first)
         old = dense.store.slots.of(slice(size))
-        reference = [self._pixels(name, first) for name in self.store.grids]
+        reference = [self.pixels(name, first) for name in self.store.grids]
         age = [torch.zeros(size, *grid, device=self.device) for grid in self.store.grids.values()]
         sums: dict[str, float] = {}
         for index, frames in enumerate(every[1:], 1):
@@ -167,7 +176,7 @@ class LACLoss:
                 result = self.decode(frames, mask=choice.mask, old=old, vision=vision)
                 own = slice(index * size, (index + 1) * size)
                 teacher = dense.context(own) if self.loss == "distill" else None
-                targets = self._load(self.store.targets, frames)
+                targets = self.load(self.store.targets, frames)
                 task = self.vla.head.loss(result.context(), targets, head_generator, teacher)
                 loss = task_weight * task.mean()
                 if choice.probabilities is not None and not deltas:
@@ -176,7 +185,7 @@ class LACLoss:
                 (loss / (length - 1)).backward()  # type: ignore[no-untyped-call]
             old = result.store.slots
             active = choice.mask.detach() > 0.5
-            reference, age = self._refresh(frames, active, reference, age)
+            reference, age = self.refresh(frames, active, reference, age)
             row = {"loss": float(loss.detach()), "task": float(task.detach().mean())}
             row["chosen_ratio"] = 1 - float(active.float().mean())
             if choice.probabilities is not None:
@@ -184,6 +193,31 @@ class LACLoss:
             for name, value in row.items():
                 sums[name] = sums.get(name, 0.0) + value / (length - 1)
         return sums
+
+    @torch.no_grad()
+    def ratios_chosen(self, first: IntArray, length: int) -> torch.Tensor:
+        """Compute the ratios that inference chooses in windows, argmax without noise, (length - 1, B).
+
+        The model is not run: decisions leave pixels and ages to the next ones, and nothing else. Slots do not grow
+        older than the age channel's maximum.
+
+        Args:
+            first: First frame of every window, computed in full, (B,).
+            length: Frames of a window.
+        """
+        reference = [self.pixels(name, first) for name in self.store.grids]
+        age = [torch.zeros(len(first), *grid, device=self.device) for grid in self.store.grids.values()]
+        chosen = []
+        for index in range(1, length):
+            frames = first + self.store.stride * index
+            choice = self.choose(frames, reference, age, Temperatures(1.0, 1.0), None)
+            if choice.probabilities is None:
+                chosen.append(torch.full((len(first),), self.policy.ratio or 0.0))
+            else:
+                chosen.append(self.ratios[choice.probabilities.argmax(dim=1)].cpu())
+            old = torch.cat([part.flatten(1) for part in age], dim=1) >= self.config.max_age
+            reference, age = self.refresh(frames, (choice.mask > 0.5) | old, reference, age)
+        return torch.stack(chosen)
 
     def choose(
         self,
@@ -211,7 +245,7 @@ class LACLoss:
             raise InputError("this policy predicts no changes of reused slots")
         flow = None
         if network.reads_flow:
-            loaded = [self._load(self.store.flow[name], frames) for name in self.store.grids]
+            loaded = [self.load(self.store.flow[name], frames) for name in self.store.grids]
             grids = self.store.grids.values()
             flow = torch.cat([mean_flow(part, *grid) for part, grid in zip(loaded, grids, strict=True)], dim=1)
         ages = torch.cat([part.flatten(1) for part in age], dim=1)
@@ -229,18 +263,19 @@ class LACLoss:
         old: LayerKV | None = None,
         probe_layers: tuple[int, ...] = (),
         vision: VisionOutput | None = None,
+        compact: bool = False,
     ) -> MixedOutput:
-        """Run the decoder over the prompts of some frames and the rows forced behind them.
+        """Run the decoder over the prompts of some frames and the rows forced behind them, :func:`mixed_forward`.
 
         The visual tokens are the stored ones, or those of ``vision``.
         """
         store, head, dtype = self.store, self.vla.head, self.vla.dtype
         order = np.asarray(frames)
         visual = self._stored(order) if vision is None else vision.visual
-        suffix = self._load(store.suffix, order).to(dtype)
+        suffix = self.load(store.suffix, order).to(dtype)
         lengths = torch.from_numpy(store.suffix_length[order]).to(self.device)
         with torch.no_grad():
-            answer = head.forced(self._load(store.targets, order))
+            answer = head.forced(self.load(store.targets, order))
             prefix = torch.from_numpy(store.prefix).to(self.device, dtype).expand(len(order), -1, -1)
             tail = suffix  # the sequence is [prefix | visual | suffix | forced rows | padding]
             if answer is not None:
@@ -250,9 +285,17 @@ class LACLoss:
         embeddings = torch.cat([prefix, visual, tail], dim=1)  # differentiable: a tower that reuses depends on the mask
         layout, rows = store.layout, {"n_rows": head.n_rows, "n_before": head.n_before}
         whole = layout.visual.stop + lengths
-        with autocast(self.device):
+        with nullcontext() if self.exact else autocast(self.device):
             return mixed_forward(
-                self.vla, embeddings, layout, whole, **rows, mask=mask, old=old, probe_layers=probe_layers
+                self.vla,
+                embeddings,
+                layout,
+                whole,
+                **rows,
+                mask=mask,
+                old=old,
+                probe_layers=probe_layers,
+                compact=compact,
             )
 
     def inputs(
@@ -261,11 +304,11 @@ class LACLoss:
         """Compose the networks' inputs of every camera; see :func:`lac_vla.policies.lac.inputs.compose`."""
         composed = []
         for name, pixels, old in zip(self.store.grids, reference, age, strict=True):
-            flow = self._load(self.store.flow[name], frames) if self.config.flow != "none" else None
-            composed.append(compose(self.config, self._pixels(name, frames), flow, pixels, old))
+            flow = self.load(self.store.flow[name], frames) if self.config.flow != "none" else None
+            composed.append(compose(self.config, self.pixels(name, frames), flow, pixels, old))
         return composed
 
-    def _refresh(
+    def refresh(
         self, frames: IntArray, active: torch.Tensor, reference: list[torch.Tensor], age: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Update reference pixels and ages as a session does."""
@@ -273,7 +316,7 @@ class LACLoss:
         for camera, before, old in zip(self.store.layout.cameras, reference, age, strict=True):
             fresh = active[:, camera.tokens].view(-1, camera.rows, camera.cols)
             large = fresh.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None]
-            pixels.append(torch.where(large, self._pixels(camera.name, frames), before))
+            pixels.append(torch.where(large, self.pixels(camera.name, frames), before))
             ages.append(torch.where(fresh, torch.zeros_like(old), old + 1))
         return pixels, ages
 
@@ -281,20 +324,22 @@ class LACLoss:
         self, tower: MixedTower, frames: IntArray, mask: torch.Tensor | None = None, old: VisionOutput | None = None
     ) -> VisionOutput:
         """Run the tower; with a mask, over its keys and values of the preceding frames."""
-        images = {camera: self._load(self.store.tower_pixels[camera], frames) for camera in tower.cameras}
+        images = {camera: self.load(self.store.tower_pixels[camera], frames) for camera in tower.cameras}
         return tower.encode(images, self._stored(frames), mask, None if old is None else old.slots)
 
     def _stored(self, frames: IntArray) -> torch.Tensor:
         """Load the embeddings of the visual tokens as a whole tower gives them, (B, N, width)."""
-        return self._load(self.store.visual, frames).to(self.vla.dtype)
+        return self.load(self.store.visual, frames).to(self.vla.dtype)
 
     def _text(self, frames: IntArray) -> torch.Tensor | None:
         return None if self._words is None else self._words[self.episode[frames]]
 
-    def _pixels(self, camera: str, frames: IntArray) -> torch.Tensor:
-        return self._load(self.store.images[camera], frames)
+    def pixels(self, camera: str, frames: IntArray) -> torch.Tensor:
+        """Load a camera's pictures as the networks see them, uint8, (B, H, W, 3)."""
+        return self.load(self.store.images[camera], frames)
 
-    def _load(self, array: Any, frames: IntArray) -> torch.Tensor:
+    def load(self, array: Any, frames: IntArray) -> torch.Tensor:
+        """Load some frames of one of the store's arrays, (B, …)."""
         return torch.from_numpy(np.asarray(array[frames])).to(self.device)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,6 +21,9 @@ from lac_vla.models.heads.base import AppendRows, EditSuffix, LossContext
 from lac_vla.models.protocols import Decoder, DecoderStack
 from lac_vla.models.vla import VLA
 from lac_vla.types import TokenLayout
+
+Batch: TypeAlias = slice | torch.Tensor
+"""A part of a batch: a slice, or row numbers, int64, of which one may come several times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class LayerKV:
         self.keys.append(keys)
         self.values.append(values)
 
-    def of(self, batch: slice) -> LayerKV:
+    def of(self, batch: Batch) -> LayerKV:
         """Take a part of the batch."""
         return LayerKV([part[batch] for part in self.keys], [part[batch] for part in self.values])
 
@@ -51,6 +54,8 @@ class MixedKV:
         mask: M, 1 = active, (B, N); ``None`` for a dense pass.
         old: The preceding frame's slots; needed with a mask.
         keep: Whether a head reads keys and values, so that ``sequence`` is kept.
+        computed: Places in the sequence of the rows that are computed, int64, (B, rows), where a hard mask leaves the
+            others out, and the sequence's length; ``None`` if all are.
 
     Attributes:
         slots: The visual slots as the next frame finds them, detached.
@@ -58,9 +63,15 @@ class MixedKV:
     """
 
     def __init__(
-        self, visual: slice, mask: torch.Tensor | None = None, old: LayerKV | None = None, *, keep: bool = False
+        self,
+        visual: slice,
+        mask: torch.Tensor | None = None,
+        old: LayerKV | None = None,
+        *,
+        keep: bool = False,
+        computed: tuple[torch.Tensor, int] | None = None,
     ) -> None:
-        self._visual, self._old, self._keep = visual, old, keep
+        self._visual, self._old, self._keep, self._computed = visual, old, keep, computed
         self._weight = None if mask is None or old is None else mask[:, None, :, None]
         self.slots, self.sequence = LayerKV(), LayerKV()
 
@@ -68,13 +79,24 @@ class MixedKV:
         self, layer: int, rows: Any, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix, and keep the mixture; see :meth:`lac_vla.engine.layers.KVStore.update`."""
-        if self._weight is not None and self._old is not None:
+        if self._computed is not None and self._old is not None:
+            keys, values = (
+                self._placed(*parts) for parts in ((keys, self._old.keys[layer]), (values, self._old.values[layer]))
+            )
+        elif self._weight is not None and self._old is not None:
             keys = mix(keys, self._old.keys[layer], self._weight, self._visual)
             values = mix(values, self._old.values[layer], self._weight, self._visual)
         self.slots.append(keys[:, :, self._visual].detach(), values[:, :, self._visual].detach())
         if self._keep:
             self.sequence.append(keys, values)
         return keys, values
+
+    def _placed(self, fresh: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """Put what was computed into the whole sequence, whose other slots are old."""
+        rows, length = self._computed or (torch.zeros(0), 0)
+        whole = fresh.new_zeros(*fresh.shape[:2], length, fresh.shape[-1])
+        whole[:, :, self._visual] = old
+        return whole.scatter_(2, rows[:, None, :, None].expand_as(fresh), fresh)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +135,9 @@ class MixedOutput:
     store: MixedKV
     lengths: torch.Tensor
     attention: torch.Tensor | None
-    again: Callable[[slice, EditSuffix], torch.Tensor]
+    again: Callable[[Batch, EditSuffix], torch.Tensor]
 
-    def context(self, batch: slice = slice(None), maps: list[torch.Tensor] | None = None) -> LossContext:
+    def context(self, batch: Batch = slice(None), maps: list[torch.Tensor] | None = None) -> LossContext:
         """Make what a head's loss reads of a part of the batch.
 
         Args:
@@ -173,6 +195,7 @@ def mixed_forward(
     mask: torch.Tensor | None = None,
     old: LayerKV | None = None,
     probe_layers: Sequence[int] = (),
+    compact: bool = False,
 ) -> MixedOutput:
     """Run a batch of prompts, with the rows forced behind them, through the frozen decoder.
 
@@ -186,6 +209,8 @@ def mixed_forward(
         mask: M, 1 = active, (B, N); ``None`` for a dense pass.
         old: The preceding frame's slots; needed with a mask.
         probe_layers: Layers whose attention is averaged.
+        compact: Whether to leave out the rows that a hard mask has cached: the same answers for less, but no gradient
+            reaches the mask. It has as many active tokens in every sequence of the batch; nothing is probed.
     """
     decoder, reads_kv = vla.decoder, vla.head.reads == "kv"
     length = embeddings.shape[1]
@@ -198,9 +223,17 @@ def mixed_forward(
         visible = visible_slots(decoder, layout, lengths, slots, slots, real)[:, None]
     last = len(decoder.layers) - 1
     n_queries = 0 if reads_kv and last not in probe_layers else None
-    segment = Segment(length, 0, length, mask=visible, causal=decoder.causal, n_queries=n_queries)
-    store = MixedKV(layout.visual, mask, old, keep=reads_kv)
-    rotary, hidden, first, maps = decoder.rotary(positions), embeddings, 0, []
+    rotary, hidden, first, maps, computed = decoder.rotary(positions), embeddings, 0, [], None
+    if compact and mask is not None:
+        shown = torch.ones_like(real)
+        shown[:, layout.visual] = mask > 0.5
+        computed = shown.nonzero()[:, 1].view(len(shown), -1)
+        visible = visible_slots(decoder, layout, lengths, computed, slots, real)[:, None]
+        hidden = embeddings.gather(1, computed[..., None].expand(-1, -1, embeddings.shape[-1]))
+        cos, sin = (part[computed][:, None] for part in rotary)
+        rotary = (cos, sin)
+    segment = Segment(hidden.shape[1], 0, length, mask=visible, causal=decoder.causal, n_queries=n_queries)
+    store = MixedKV(layout.visual, mask, old, keep=reads_kv, computed=None if computed is None else (computed, length))
     for stop in sorted({*(layer + 1 for layer in probe_layers), last + 1}):
         out = run_layers(decoder.layers, hidden, rotary, [segment], store, first, stop)
         hidden, first = out.hidden, stop
@@ -209,11 +242,11 @@ def mixed_forward(
             seen = visible_slots(decoder, layout, lengths, rows, slots, real)
             with torch.autocast(query.device.type, enabled=False):
                 maps.append(attention_probabilities(query, out.keys[0], seen)[..., layout.visual].mean(dim=1))
-    read = rows[:, :0] if reads_kv else rows
+    read = rows[:, :0] if reads_kv else rows - (length - segment.n_rows)  # they stand behind all visual tokens
     hidden = decoder.norm(hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1])))
     attention = torch.stack(maps).mean(dim=0) if maps else None
 
-    def again(batch: slice, edit: EditSuffix) -> torch.Tensor:
+    def again(batch: Batch, edit: EditSuffix) -> torch.Tensor:
         own, first = zip(embeddings[batch], lengths[batch].tolist(), strict=True), layout.visual.stop
         edited = [
             torch.cat([row[:first], edit(number, row[first:length]), row[length:]])
@@ -228,6 +261,7 @@ def mixed_forward(
             n_before=n_before,
             mask=None if mask is None else mask[batch],
             old=None if old is None else old.of(batch),
+            compact=compact,
         ).hidden
 
     return MixedOutput(decoder, layout, hidden, store, lengths, attention, again)

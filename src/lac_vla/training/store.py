@@ -29,6 +29,7 @@ from lac_vla.files import locked, read_object, reading, write_object
 from lac_vla.flow import Flow, make_flow
 from lac_vla.models import VLA
 from lac_vla.policies.lac.inputs import flow_in_patches, resize
+from lac_vla.training.noise import PixelNoise
 from lac_vla.types import FloatArray, Frame, IntArray, TokenLayout
 
 META = "store.json"
@@ -54,6 +55,7 @@ class FrameStore:
         start: First frame of every episode, (E,).
         stop: One past its last frame, (E,).
         has_actions: Whether the targets are recorded actions, not the model's own answers.
+        numbers: Of the episodes in their dataset, (E,).
         tower_pixels: Camera → what its tower sees, uint8, (F, H, W, 3), for those of which it was asked.
         stride: Frames from one call of the model to the next: as many as actions are executed per call.
     """
@@ -70,6 +72,7 @@ class FrameStore:
     start: IntArray
     stop: IntArray
     has_actions: bool
+    numbers: Sequence[int] = ()
     tower_pixels: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
     stride: int = 1
 
@@ -94,11 +97,12 @@ class FrameStore:
         *,
         flow: str,
         patch_pixels: int,
-        episodes: int = 0,
+        episodes: int | Sequence[int] = 0,
         labels: bool = False,
         tower_cameras: Sequence[str] = (),
         stride: int = 1,
         keys: DatasetKeys | None = None,
+        noise: PixelNoise | None = None,
         check: Callable[[IntArray, IntArray], object] | None = None,
     ) -> FrameStore:
         """Open the store in ``folder``; compute it first unless it is there already.
@@ -109,11 +113,12 @@ class FrameStore:
             folder: Of the store.
             flow: Estimator, see :data:`lac_vla.flow.FLOWS`.
             patch_pixels: Pixels per token side that the policy's networks see.
-            episodes: How many episodes to use, evenly spread over the dataset; 0 for all.
+            episodes: How many episodes to use, evenly spread over the dataset; 0 for all. Or their numbers.
             labels: Whether recorded actions are needed; else the model's own answers stand in where there are none.
             tower_cameras: Cameras of which the tower's pixels are needed, too.
             stride: Frames from one call of the model to the next.
             keys: Names of what is read of the dataset.
+            noise: Added to the pictures before anything looks at them.
             check: Given the episodes' first frames and those behind their last ones, refuses what cannot be trained on;
                 nothing has been stored then.
 
@@ -133,8 +138,11 @@ class FrameStore:
             if needed and key not in source.features:
                 what = f"records no actions ('{key}'), which" if key == keys.action_key else f"has no '{key}', which"
                 raise InputError(f"{dataset} {what} {why}: {option} takes one of {source.number_columns}")
-        count = len(source) if not episodes else min(episodes, len(source))
-        chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
+        if isinstance(episodes, int):
+            count = len(source) if not episodes else min(episodes, len(source))
+            chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
+        else:
+            chosen = list(episodes)
         metadata = {
             "dataset": dataset.name,
             "frames": source.total_frames,
@@ -146,10 +154,13 @@ class FrameStore:
         }
         if stride != 1:
             metadata["stride"] = stride
+        noise = noise or PixelNoise()
+        if noise.sigma:
+            metadata["noise"] = [noise.sigma, noise.seed]
         if keys != DatasetKeys():
             metadata["keys"] = {**asdict(keys), "camera": list(keys.camera)}
         meta = folder / META
-        builder = _Builder(vla, source, chosen, make_flow(flow), patch_pixels, tower_cameras, stride)
+        builder = _Builder(vla, source, chosen, make_flow(flow), patch_pixels, tower_cameras, stride, noise)
         if meta.is_file():
             found = read_object(meta, DAMAGED).get("about", {})
             unread = {"flow": flow == "none", "tower_cameras": not tower_cameras}  # whether it is there or not
@@ -209,6 +220,7 @@ class FrameStore:
             start=np.asarray(meta["start"], dtype=np.int64),
             stop=np.asarray(meta["stop"], dtype=np.int64),
             has_actions=meta["has_actions"],
+            numbers=meta["about"]["episodes"],
             tower_pixels={
                 name: read(f"tower_pixels_{index}")
                 for index, name in enumerate(grids)
@@ -263,6 +275,7 @@ class _Builder:
     patch_pixels: int
     tower_cameras: Sequence[str]
     stride: int
+    noise: PixelNoise
 
     def __post_init__(self) -> None:
         self.dense = CachedVLA(self.vla).session()
@@ -419,8 +432,13 @@ class _Builder:
         """Read the first frames of an episode."""
         clips = {camera: episode.images.window(camera, 0, count) for camera in episode.images}
         states = episode.state if episode.state.shape[1] else [None] * count
+        rng = self.noise.generator(episode.index)
         return [
-            Frame({camera: clip[at] for camera, clip in clips.items()}, episode.instruction, states[at])
+            Frame(
+                self.noise.add({camera: clip[at] for camera, clip in clips.items()}, rng),
+                episode.instruction,
+                states[at],
+            )
             for at in range(count)
         ]
 

@@ -25,19 +25,25 @@ from lac_vla.flow import policy_flow
 from lac_vla.models import VLA, load_vla
 from lac_vla.policies.lac import SUBFOLDER, LACConfig, LACPolicy
 from lac_vla.provenance import provenance
+from lac_vla.results.adaptivity import collapse_warning, shares_chosen
+from lac_vla.results.regret import FOLDER
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
+from lac_vla.training.regret import RegretConfig, held_out_streams, measure
 from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, check_settings, load_state, open_log, save_state
 from lac_vla.training.store import FrameStore, windows
 from lac_vla.training.tower import MixedTower
 from lac_vla.types import IntArray
 
 PICTURES = "saliency.npz"
-CHANGEABLE = ("every", "tensorboard", "device", "store", "out")
+CHANGEABLE = ("every", "tensorboard", "device", "store", "out", "oracle_frames", "oracle_noise")
 """Settings with which a run may be resumed."""
 VALIDATION_WINDOWS = 32
-STEERING = 0.02
-"""Speed at which λ follows a target ratio: per step, log λ moves by this times the distance in units of 0.1."""
+STEERING, DAMPING = 0.02, 0.5
+"""How λ follows a target ratio: by the distance, in units of 0.1, times these, log λ moves for good in a step, and is
+shifted in it. Logits answer slowly: without the second, λ runs past what it looks for."""
+FARTHEST = 2.0
+"""The distance from which on the shift grows no more."""
 CLIP = 1.0
 
 
@@ -109,11 +115,14 @@ class Training:
             loss.backward()  # type: ignore[no-untyped-call]
             metrics = {"loss": float(loss.detach())}
         else:
-            first = rng.choice(self.first, config.batch)
-            metrics = self.losses.window(
-                first, config.window, self.temperatures, generator, lam=self.lam, deltas=stage == 3
-            )
-            metrics["lam"] = self.lam
+            first, lam = rng.choice(self.first, config.batch), self.lam
+            steering: dict[str, float] = {}
+            if stage == 2 and config.target_ratio and not config.fixed_ratio:
+                held = rng.choice(self.held_first, config.batch)
+                steering["argmax_ratio"] = float(self.losses.ratios_chosen(held, config.window).mean())
+                lam *= math.exp(DAMPING * float(np.clip(self._short(steering), -FARTHEST, FARTHEST)))
+            metrics = self.losses.window(first, config.window, self.temperatures, generator, lam=lam, deltas=stage == 3)
+            metrics |= {"lam": lam, **steering}
         if size > 1:
             metrics = self._mean(metrics)
         if not math.isfinite(metrics["loss"]):
@@ -125,10 +134,14 @@ class Training:
             self._average()
         metrics["gradient"] = float(nn.utils.clip_grad_norm_(self.networks.parameters(), CLIP))
         self.optimiser.step()
-        if config.target_ratio and stage == 2 and "expected_ratio" in metrics:
-            self.lam *= math.exp(STEERING * (config.target_ratio - metrics["expected_ratio"]) / 0.1)
+        if "argmax_ratio" in metrics:
+            self.lam *= math.exp(STEERING * self._short(metrics))
         self.step += 1
         return metrics
+
+    def _short(self, metrics: Mapping[str, float]) -> float:
+        """Measure how far the ratio that inference chooses falls short of the target, in units of 0.1."""
+        return (self.config.target_ratio - metrics["argmax_ratio"]) / 0.1
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -149,7 +162,20 @@ class Training:
                     row["task_deltas"] = window(deltas=True)["task"]
             row["alignment"] = float(self.losses.alignment(first + self.config.stride))
             rows.append(row)
-        return {f"held_out_{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        found = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        if self.policy.ratio is None and "task" in found:
+            found |= self._variety()
+        return {f"held_out_{name}": value for name, value in found.items()}
+
+    def _variety(self) -> dict[str, float]:
+        """Describe how the predictor varies its ratio over held-out episodes, as far as the shortest goes."""
+        _, held = divide_episodes(self.config, len(self.store.start))
+        shortest = int((self.store.stop - self.store.start)[held].min()) // self.config.stride
+        chosen = self.losses.ratios_chosen(self.store.start[held], max(2, shortest))
+        ratios = self.policy.config.ratios
+        shares = {ratio: float(torch.isclose(chosen, torch.tensor(ratio)).float().mean()) for ratio in ratios}
+        deviation = float(chosen.std(dim=0, correction=0).mean())
+        return {"deviation": deviation, **{f"share_{ratio:g}": share for ratio, share in shares.items()}}
 
     @torch.no_grad()
     def pictures(self, length: int = 6) -> dict[str, Any]:
@@ -248,6 +274,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         InputError: If dataset and model do not fit, the model has no tower that could reuse, the loss is not finite, or
             the folder cannot be written or is another process's.
     """
+    begun = time.monotonic()
     size, rank = _join(config)
     with ExitStack() as stack:
         stack.enter_context(writing(config.out, "--out"))
@@ -274,6 +301,8 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         if rank == 0:  # nothing can be refused any more
             write_object(config.out / CONFIG, describe(config))
         _loop(run, rank, max_seconds)
+        if rank == 0 and config.oracle_frames and run.step == config.steps:
+            _measure(run, max_seconds - (time.monotonic() - begun))
     if size > 1:
         dist.destroy_process_group()
     return config.out / SUBFOLDER
@@ -326,14 +355,36 @@ def divide(config: TrainConfig, start: IntArray, stop: IntArray) -> tuple[IntArr
     Raises:
         InputError: If there are too few episodes, or none is long enough.
     """
-    chosen = np.random.default_rng(config.seed).permutation(len(start))
-    held = max(1, round(config.held_out * len(chosen)))
-    if held >= len(chosen):
-        raise InputError(f"{len(chosen)} episode(s) cannot be divided into training and validation: use at least 2")
     first, held_first = (
-        windows(start, stop, np.sort(part), config.window, config.stride) for part in (chosen[held:], chosen[:held])
+        windows(start, stop, part, config.window, config.stride) for part in divide_episodes(config, len(start))
     )
     return first, held_first
+
+
+def divide_episodes(config: TrainConfig, count: int) -> tuple[IntArray, IntArray]:
+    """Number the episodes that are trained on, and those held out.
+
+    Raises:
+        InputError: If there are too few.
+    """
+    chosen = np.random.default_rng(config.seed).permutation(count)
+    held = max(1, round(config.held_out * count))
+    if held >= count:
+        raise InputError(f"{count} episode(s) cannot be divided into training and validation: use at least 2")
+    return np.sort(chosen[held:]), np.sort(chosen[:held])
+
+
+def _measure(run: Training, max_seconds: float) -> None:
+    """Compare the policy with oracles on the episodes held out."""
+    config, store, policy = run.config, run.store, run.policy
+    run.networks.eval()
+    _, held = divide_episodes(config, len(store.start))
+    folder = config.out / FOLDER
+    streams = held_out_streams(run.vla, policy, config, [store.numbers[episode] for episode in held], folder)
+    settings = RegretConfig(
+        config.oracle_frames, config.oracle_noise, policy.recovery, policy.config.max_age, config.seed
+    )
+    measure(streams, settings, folder, max_seconds=max_seconds)
 
 
 def _loop(run: Training, rank: int, max_seconds: float) -> None:
@@ -373,8 +424,11 @@ def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, A
             yield {**note, **means}
             recent = []
         if rank == 0 and saves:
-            yield {"step": run.step, "stage": stage, "seconds": round(run.seconds, 1), **run.validate()}
+            found = run.validate()
+            yield {"step": run.step, "stage": stage, "seconds": round(run.seconds, 1), **found}
             run.save()
+            if run.step == run.config.steps and (warning := collapse_warning(shares_chosen(found))):
+                tqdm.write(f"warning: {warning}")
         if done:
             return
 

@@ -105,6 +105,11 @@ class LACPolicy(CachePolicy):
         return self.config.flow
 
     @property
+    def adaptive(self) -> bool:
+        """See :attr:`CachePolicy.adaptive`: unless its ratio is fixed."""
+        return self.ratio is None
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates of both networks per decision, the canvas's empty columns included."""
         config = self.config
