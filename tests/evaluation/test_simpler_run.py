@@ -64,7 +64,7 @@ def config(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Eva
         "a-model",
         tmp_path / "run",
         ("dense", "random:ratio=0.5"),
-        Fake(retries=1, folder=folder, ray_tracing=False, assets=folder / "data"),
+        Fake(retries=1, folder=folder, assets=folder / "data"),
         tasks=(0, APPLE),
         init_states=(0, 2),
         videos=0,
