@@ -108,6 +108,7 @@ SHOWN = '"grasped": true, "array": ["u1", [1, 1, 3]]}'
         ('{"ok": true, "success": true, ' + SHOWN, b"abc", "without 'instruction', str"),
         ('{"ok": true, "instruction": "go", "success": 1, ' + SHOWN, b"abc", "without 'success'"),
         ('{"ok": false, "array": null}', b"", "failed on 'reset'"),
+        ('{"ok": false, "error": "ErrorExtensionNotPresent", "array": null}', b"", "make sim-simpler-original"),
     ],
 )
 def test_a_malformed_answer_is_the_simulators_failure(tmp_path: Path, text: str, data: bytes, said: str) -> None:

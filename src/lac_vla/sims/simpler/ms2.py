@@ -199,6 +199,8 @@ class Ms2Backend(Backend):
             self._words.seek(max(0, self._words.seek(0, os.SEEK_END) - 500))
             last = self._words.read().decode("utf-8", "replace").strip()
         self.close()
+        if "ErrorExtensionNotPresent" in what:
+            what += " (Mesa's driver lacks what SAPIEN 2 asks for: make sim-simpler-original builds a layer for it)"
         raise SimulatorError(f"the SimplerEnv process {what}" + (f"; its last words: {last}" if last else ""))
 
 
