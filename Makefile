@@ -7,8 +7,9 @@ TESTS ?= -m "not slow and not gpu"
 # Tests side by side: one process a core, each with a run of neighbouring tests, so that few fixtures are made twice.
 JOBS ?= -n logical --maxprocesses 4 --dist worksteal
 DEMO ?=
+ASSETS ?=
 
-.PHONY: help demo test docs users check format test-compat gpu gpu-wheels setup gl browser sim-simpler clean
+.PHONY: help demo test docs users check format test-compat gpu gpu-wheels setup gl browser sim-simpler sim-simpler-original clean
 .DEFAULT_GOAL := help
 help:                ## show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -60,11 +61,18 @@ gpu: setup           ## all that is worth measuring on a GPU of 80 GB, in 9 minu
 gpu-wheels: setup    ## what that needs on a machine without an environment and without a package index, into .wheels
 	PYTHON=$(BIN)/python sh scripts/carry_wheels.sh
 
-sim-simpler: setup   ## ManiSkill3 and a Vulkan driver for SIMPLER's WidowX tasks; says what else SIMPLER needs
+sim-simpler: setup   ## (ASSETS=folder or archive) ManiSkill3 and a Vulkan driver; ends with an episode of each WidowX task
 	@sh scripts/install_vulkan.sh .vulkan
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[simpler]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[data,simpler]"
+	@PYTHON=$(BIN)/python sh scripts/simpler_assets.sh "$(ASSETS)"
 	@if [ -f .vulkan/env.sh ]; then . .vulkan/env.sh; fi; \
-	for what in "widowx --backend ms3" "widowx" "vm" "va"; do $(BIN)/lac check --suite simpler-$$what || true; done
+	$(BIN)/lac check --suite simpler-widowx --backend ms3 --assets "$$(cat .vulkan/assets)"
+
+sim-simpler-original: setup ## (SIMPLERENV_PYTHON=python3.10) the original SimplerEnv, in .venv-simplerenv; says what it still needs
+	@sh scripts/install_vulkan.sh .vulkan
+	@sh scripts/install_simplerenv.sh .venv-simplerenv
+	@for file in .vulkan/env.sh .venv-simplerenv/env.sh; do if [ -f $$file ]; then . ./$$file; fi; done; \
+	for what in widowx vm va; do $(BIN)/lac check --suite simpler-$$what || true; done
 
 clean:
 	rm -rf .venv .venv-* site .pytest_cache .mypy_cache .ruff_cache

@@ -49,6 +49,9 @@ class Fake(Simpler):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found = fakes.install(tmp_path / "fake")
     monkeypatch.setenv("PYTHONPATH", str(found))
+    stage = found / "data/hab2_bench_assets/stages/google_pick_coke_can_1_v4.glb"
+    stage.parent.mkdir(parents=True)
+    stage.write_bytes(b"a box")
     return found
 
 
@@ -61,7 +64,7 @@ def config(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Eva
         "a-model",
         tmp_path / "run",
         ("dense", "random:ratio=0.5"),
-        Fake(retries=1, folder=folder),
+        Fake(retries=1, folder=folder, assets=folder / "data"),
         tasks=(0, APPLE),
         init_states=(0, 2),
         videos=0,
@@ -87,7 +90,10 @@ def test_every_method_plays_the_sweep(config: EvalConfig) -> None:
     apple = json.loads((config.out / "episodes.jsonl").read_text().splitlines()[-1])["outcome"]
     assert apple["instructions"] == [[0, "open top drawer"], [3, "place apple into top drawer"]]
     content = json.loads((config.out / "simpler.json").read_text())
-    assert content["title"].startswith("not SIMPLER")
+    assert content["title"] == (
+        "SIMPLER Google robot visual matching, original simulator, stand-ins: stages/google_pick_coke_can_1_v4.glb; "
+        "not comparable with published tables"
+    )
     assert content["reasons"][0].startswith("the sweep is not whole: dense lacks 860 of 864: coke can horizontal 98")
     cells = {cell["name"]: cell for cell in content["methods"]["dense"]["last_step"]}
     assert cells["apple in drawer"] == {"name": "apple in drawer", "value": 1.0, "played": 2, "of": 108}
@@ -97,7 +103,9 @@ def test_every_method_plays_the_sweep(config: EvalConfig) -> None:
     assert table.row_count == len(cells)
     facts = json.loads((config.out / "summary.json").read_text())
     assert facts["simulator"]["sapien"] == "2.2.2"
-    assert "simpler-vm" in build_report((config.out,), config.out / "report.html").read_text()
+    named = "original simulator, stand-ins: stages/google_pick_coke_can_1_v4.glb"
+    assert named in facts["notes"][0]
+    assert named in build_report((config.out,), config.out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("order", ["crash", "hang"])
@@ -160,7 +168,7 @@ def test_a_finished_run_can_be_widened_but_not_altered(config: EvalConfig, folde
 def test_what_is_missing_is_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("LAC_SIMPLER_PYTHON", "MS2_ASSET_DIR"):
+    for name in ("LAC_SIMPLER_PYTHON", "MS2_REAL2SIM_ASSET_DIR"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit) as status:
         main(["check", "--suite", "simpler-vm"])

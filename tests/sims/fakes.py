@@ -1,7 +1,8 @@
 """A SimplerEnv that is none: the real server file finds it in place of the simulator, and it misbehaves when told to.
 
-A file in its folder named ``crash``, ``hang``, ``raise`` or ``scribble`` is an order for the next third step; it is
-obeyed once. Every ``gym.make`` is noted in ``made``.
+A file in its folder named ``crash``, ``hang``, ``raise`` or ``scribble`` is an order for the next third step, one named
+``fall`` or ``mutter`` for the next reset; it is obeyed once. Every ``gym.make`` is
+noted in ``made``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lac_vla.sims.simpler.ms2 import SERVER, Ms2Backend
 GYM = """
 import json, os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 
 __version__ = "0.29.1"
@@ -39,11 +41,24 @@ class Env:
     def unwrapped(self):
         return self
 
+    @property
+    def _scene(self):
+        at = lambda height: SimpleNamespace(p=[0.0, 0.0, height])
+        things = [("can", "dynamic", at(self.height)), ("arena", "static", at(0.0))]
+        return SimpleNamespace(get_all_actors=lambda: [SimpleNamespace(name=n, type=t, pose=p) for n, t, p in things])
+
+    @property
+    def agent(self):
+        return SimpleNamespace(get_gripper_closedness=lambda: 0.1 * self.steps)
+
     def get_language_instruction(self):
         return "open top drawer" if self.steps < CHANGE else "place apple into top drawer"
 
     def reset(self, options):
         self.options = options
+        self.height = -18.0 if told("fall") else 0.9
+        if told("mutter"):
+            os.write(2, b"[svulkan2] [error] GLFW error: no display\\n[SAPIEN] [error] failed to load stage.glb\\n")
         print("a simulator talks")
         os.write(1, b"and so does its renderer")
         return self.look(), {}
@@ -83,6 +98,12 @@ def make(env_id, **kwargs):
     return Env(env_id, kwargs)
 """
 
+ASSETS = """
+import os
+
+ASSET_DIR = os.environ["MS2_REAL2SIM_ASSET_DIR"]
+"""
+
 
 def install(folder: Path) -> Path:
     """Put the fake modules into a folder that is to be on the interpreter's path."""
@@ -90,7 +111,7 @@ def install(folder: Path) -> Path:
     (folder / "gymnasium.py").write_text(GYM, encoding="utf-8")
     (folder / "sapien.py").write_text('__version__ = "2.2.2"\n', encoding="utf-8")
     for name in ("__init__", "envs"):
-        (folder / "mani_skill2_real2sim" / f"{name}.py").write_text("", encoding="utf-8")
+        (folder / "mani_skill2_real2sim" / f"{name}.py").write_text(ASSETS, encoding="utf-8")
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from lac_vla.errors import InputError
 from lac_vla.results.records import EpisodeRecord
-from lac_vla.sims.simpler import assets, ms3
+from lac_vla.sims.simpler import assets
 from lac_vla.sims.simpler.actions import GoogleActions, WidowXActions, axis_angle, conversion, euler_xyz
 from lac_vla.sims.simpler.env import SimplerEnv
 from lac_vla.sims.simpler.episode import GOOGLE, SETUPS, WIDOWX, EpisodeSpec, Setup
@@ -239,6 +240,7 @@ def outcome(
     episode: EpisodeSpec, success: bool, method: str = "dense", stress: str = "", **other: Any
 ) -> EpisodeRecord:
     facts = {"success_any": success, "grasped": success, "ray_traced": episode.ray_traced, "backend": "ms2"}
+    facts["stand_ins"] = []
     return EpisodeRecord(
         method=method,
         suite=f"simpler-{episode.setup}",
@@ -322,16 +324,27 @@ def test_a_whole_traced_sweep_of_the_original_bears_the_name() -> None:
 def test_the_name_is_refused_with_the_reason() -> None:
     whole, more = sweep("va", lambda e: True), sweep("va", lambda e: True, method="lac")
     short = PublishedTable.of("va", whole + more[3:])
-    assert short.title.startswith("not SIMPLER, Google robot, variant aggregation")
+    assert short.title == (
+        "SIMPLER Google robot variant aggregation, original simulator; not comparable with published tables"
+    )
     assert short.reasons == ("the sweep is not whole: lac lacks 3 of 1722: coke can horizontal 3",)
     (flat,) = PublishedTable.of("va", sweep("va", lambda e: True, ray_traced=False)).reasons
     assert flat.startswith("not ray-traced: dense in open top drawer")
+    assert ", not ray-traced;" in PublishedTable.of("va", sweep("va", lambda e: True, ray_traced=False)).title
     assert "apple in drawer" in flat
     assert "coke" not in flat
     (port,) = PublishedTable.of("widowx", sweep("widowx", lambda e: True, backend="ms3")).reasons
     assert port == "not the original simulator: dense on ms3"
     (shaken,) = PublishedTable.of("widowx", sweep("widowx", lambda e: True, stress="shake")).reasons
     assert shaken == "under stress: dense under shake"
+    boxes = PublishedTable.of("widowx", sweep("widowx", lambda e: True, backend="ms3", stand_ins=["b.glb", "a.glb"]))
+    assert boxes.title == (
+        "SIMPLER WidowX tasks, ManiSkill3 port, stand-ins: a.glb, b.glb; not comparable with published tables"
+    )
+    assert boxes.reasons[1] == "stand-ins for the benchmark's own files: dense with a.glb, b.glb"
+    assert boxes.title in str(boxes.to_terminal().title)
+    (skin,) = PublishedTable.of("vm", sweep("vm", lambda e: True, stand_ins=["can/textured.glb"])).reasons
+    assert "can/textured.glb" in skin
     assert PublishedTable.of("vm", []).reasons == ("no episode was played",)
 
 
@@ -350,6 +363,15 @@ def test_foreign_episodes_are_no_part_of_a_table() -> None:
 # ---- what is missing
 
 
+DRIVER = "A Vulkan driver. install one"
+
+
+def touch(files: dict[str, Path]) -> None:
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not the benchmark's")
+
+
 def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glob, "glob", lambda pattern: ["/dev/nvidia0"])
     wanted = [e for e in episodes("vm") if e.name in ("coke can standing", "open top drawer")]
@@ -358,41 +380,90 @@ def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     python = tmp_path / "python"
     python.touch(mode=0o755)
     (one,) = assets.missing_for_original(wanted, tmp_path, str(python), ray_tracing=True)
-    assert one.endswith("\n    … and 1 more")
-    monkeypatch.setattr(assets, "SHOWN", 13)
+    assert one.endswith("\n    … and 4 more")
+    monkeypatch.setattr(assets, "SHOWN", 99)
     (one,) = assets.missing_for_original(wanted, tmp_path, str(python), ray_tracing=True)
-    files = one.split("\n    ")[1:]
-    assert set(files) == {
+    assert set(one.split("\n    ")[1:]) == {
         "hab2_bench_assets/stages/google_pick_coke_can_1_v4.glb",
         "real_inpainting/google_coke_can_real_eval_1.png",
         "custom/info_pick_custom_v0.json",
         "custom/mk_station_recolor.urdf",
         *(f"real_inpainting/open_drawer_{row}{n}.png" for row in "abc" for n in range(3)),
+        *(f"custom/models/opened_coke_can/{n}" for n in ("Image_2.004.jpg", "collision.obj", "textured.dae")),
     }
     assert "github.com/simpler-env" in one
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
+    for episode in wanted:
+        touch(assets.original_files(episode, tmp_path))
     assert not assets.missing_for_original(wanted, tmp_path, str(python), ray_tracing=True)
+    mesh = tmp_path / "custom/models/opened_coke_can/collision.obj"
+    mesh.unlink()
+    (one,) = assets.missing_for_original(wanted, tmp_path, str(python), ray_tracing=True)
+    assert one.split("\n    ")[1:] == ["custom/models/opened_coke_can/collision.obj"]
+    mesh.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        (one,) = assets.missing_for_original(wanted, tmp_path, str(python), ray_tracing=True)
+        assert "right to write to" in one
     monkeypatch.setattr(glob, "glob", lambda pattern: [])
-    (gpu,) = assets.missing_for_original(wanted, tmp_path, str(python), ray_tracing=True)
+    monkeypatch.setattr(assets, "vulkan_missing", lambda: DRIVER)
+    driver, gpu = assets.missing_for_original(wanted, tmp_path, str(python), ray_tracing=True)
+    assert driver == DRIVER
     assert "NVIDIA" in gpu
-    assert not assets.missing_for_original(wanted, tmp_path, str(python), ray_tracing=False)
-    assert not assets.missing_for_original(wanted[:1], tmp_path, str(python), ray_tracing=True)
+    assert assets.missing_for_original(wanted, tmp_path, str(python), ray_tracing=False) == [DRIVER]
+    assert assets.missing_for_original(wanted[:1], tmp_path, str(python), ray_tracing=True) == [DRIVER]
+
+
+def test_stand_ins_are_told_from_the_benchmarks_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    episode = find("widowx", "put eggplant in basket", "base")
+    files = assets.original_files(episode, tmp_path)
+    assert "custom/models/sink/collision.mtl" in files
+    assert not assets.stand_ins(files), "what is not there stands for nothing"
+    touch(files)
+    (own,) = {assets._blob_id(path) for path in files.values()}
+    assert own == "5a410e799b8e24c582bab7583e53b86e46f8cde3"
+    monkeypatch.setattr(assets, "originals", lambda: dict.fromkeys(files, own[:12]))
+    assert not assets.stand_ins(files)
+    (tmp_path / "custom/models/eggplant/textured.dae").rename(tmp_path / "custom/models/eggplant/textured.glb")
+    assert assets.stand_ins(assets.original_files(episode, tmp_path)) == ("eggplant/textured.glb",)
+
+
+def test_every_file_of_every_episode_is_known() -> None:
+    for setup in SETUPS:
+        for episode in assets.distinct(episodes(setup)):
+            assert set(assets.original_files(episode, Path("data"))) <= set(assets.originals())
+    assert {len(digits) for digits in assets.originals().values()} == {12}
+
+
+def test_a_stages_shape_is_not_trusted_once_the_stage_is_another(tmp_path: Path) -> None:
+    stage, cache = tmp_path / "stage.glb", tmp_path / "stage.glb.nonconvex.stl"
+    stage.touch()
+    cache.touch()
+    assets.drop_stale_caches([stage])
+    assert cache.exists()
+    os.utime(cache, (1, 1))
+    assets.drop_stale_caches([stage])
+    assert not cache.exists()
 
 
 def test_the_port_has_no_google_robot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
-    monkeypatch.setattr(ms3.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(assets, "vulkan_missing", lambda: None)
-    said = "\n".join(assets.missing_for_port(episodes("vm")))
+    said = "\n".join(assets.missing_for_port(episodes("vm"), tmp_path))
     assert "move near" in said
-    assert "download_asset bridge_v2_real2sim" in said
     assert "lac-vla[simpler]" in said
-    (tmp_path / "data/tasks/bridge_v2_real2sim_dataset").mkdir(parents=True)
-    monkeypatch.setattr(ms3.importlib.util, "find_spec", lambda name: object())
-    (robot,) = assets.missing_for_port(episodes("widowx"))
-    assert "widowx250s" in robot
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: object())
+    bridge, robot = assets.missing_for_port(episodes("widowx"), tmp_path)
+    assert "download_asset bridge_v2_real2sim" in bridge
+    assert "download_asset widowx250s" in robot
+    for episode in assets.distinct(episodes("widowx")):
+        touch(assets.port_files(episode, tmp_path))
+    assert not assets.missing_for_port(episodes("widowx"), tmp_path)
+    (
+        tmp_path / "data/robots/widowx/wx250s.srdf"
+    ).unlink()  # as in the original's robot, whose gripper never closes here
+    (robot,) = assets.missing_for_port(episodes("widowx"), tmp_path)
+    assert robot.endswith("wx250s.srdf")
+    assert "widowx/wx250s.urdf" in assets.stand_ins(assets.port_files(episodes("widowx")[0], tmp_path))
 
 
 def test_a_driver_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import sys
 import time
@@ -18,6 +19,7 @@ from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler import ms2_server
 from lac_vla.sims.simpler.actions import GoogleActions, WidowXActions
 from lac_vla.sims.simpler.env import SimplerEnv
+from lac_vla.sims.simpler.episode import Layout
 from lac_vla.sims.simpler.ms2 import Ms2Backend
 from lac_vla.sims.simpler.protocol import episodes, tasks
 
@@ -106,6 +108,7 @@ SHOWN = '"grasped": true, "array": ["u1", [1, 1, 3]]}'
         ('{"ok": true, "success": true, ' + SHOWN, b"abc", "without 'instruction', str"),
         ('{"ok": true, "instruction": "go", "success": 1, ' + SHOWN, b"abc", "without 'success'"),
         ('{"ok": false, "array": null}', b"", "failed on 'reset'"),
+        ('{"ok": false, "error": "ErrorExtensionNotPresent", "array": null}', b"", "make sim-simpler-original"),
     ],
 )
 def test_a_malformed_answer_is_the_simulators_failure(tmp_path: Path, text: str, data: bytes, said: str) -> None:
@@ -132,6 +135,7 @@ def test_an_episode_through_the_pipe(backend: Ms2Backend, folder: Path) -> None:
     assert not first.success
     assert first.instruction == "open top drawer"
     second = backend.step(np.array([0.25, 0.5, 0, 0, 0, 0, 1]))
+    assert (first.opening, second.opening) == (1.0, pytest.approx(0.9))
     assert second.image[0, 0].tolist() == [25, 50, 0]
     assert not second.grasped
     assert backend.step(STILL).grasped
@@ -166,6 +170,7 @@ def test_success_counts_at_the_last_step_and_instructions_change(backend: Ms2Bac
             "grasped": True,
             "ray_traced": True,
             "backend": "ms2",
+            "stand_ins": [],
             "instructions": [[0, "open top drawer"], [3, "place apple into top drawer"]],
         }
 
@@ -204,6 +209,36 @@ def test_after_a_failure_in_mid_episode_the_next_reset_starts_a_new_process(
     assert env.outcome()["grasped"]
     assert backend._process is not None
     assert backend._process.pid != process.pid
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ("fall", r"begins with can at -18\.00 m, not on the table"),
+        ("mutter", r"noted an error: .*failed to load stage\.glb"),
+    ],
+)
+def test_an_episode_that_begins_wrong_is_none(backend: Ms2Backend, folder: Path, order: str, said: str) -> None:
+    (folder / order).touch()
+    with pytest.raises(SimulatorError, match=said):
+        backend.reset(episodes("vm")[0])
+    with pytest.raises(InputError, match="reset"):
+        backend.step(STILL)
+    backend.reset(episodes("vm")[0])
+    backend.step(STILL)
+
+
+def test_a_server_with_other_assets_is_refused(folder: Path, tmp_path: Path) -> None:
+    with (folder / "mani_skill2_real2sim" / "__init__.py").open("a") as module:
+        module.write('ASSET_DIR = "/elsewhere"\n')
+    with pytest.raises(SimulatorError, match=r"uses the assets in /elsewhere, not those in .*data"):
+        fakes.backend(folder).metadata()
+
+
+def test_layouts_of_ours_are_for_the_port(backend: Ms2Backend) -> None:
+    layout = Layout(((0.0, 0.0, 0.9),) * 2, ((1.0, 0.0, 0.0, 0.0),) * 2)
+    with pytest.raises(InputError, match="--backend ms3"):
+        backend.reset(dataclasses.replace(episodes("widowx")[0], place=layout))
 
 
 def test_an_interpreter_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 GROUPS = ("try it", "measure", "train", "run on a robot", "look up")
-ON_BENCHMARKS = ("eval", "check")
+ON_BENCHMARKS = ("eval", "check", "collect")
 """Verbs that have the options of a benchmark, which the suite decides on."""
 
 
@@ -75,7 +75,7 @@ VERBS = {
     ),
     "check": Verb(
         "measure",
-        "what a benchmark needs and this machine does not have",
+        "what a benchmark needs and this machine does not have; or the proof that it can be played",
         "lac check --suite simpler-vm",
         "evaluate:make_check",
         ("suite", "tasks"),
@@ -96,9 +96,9 @@ VERBS = {
     ),
     "collect": Verb(
         "train",
-        "demonstrations by a scripted expert in LIBERO, as a LeRobot dataset",
+        "demonstrations by a scripted expert in LIBERO or with SIMPLER's WidowX, as a LeRobot dataset",
         "lac collect --tasks 0 1 --init-states 0 5 --out outputs/collect",
-        "train:collect",
+        "train:make_collect",
         ("suite", "tasks", "init_states", "dataset", "workers"),
     ),
     "serve": Verb(
@@ -156,7 +156,7 @@ def function_of(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], li
 
 
 def _suite(words: Sequence[str]) -> str | None:
-    """Find the suite among the words of `lac eval` and `lac check`: it decides which options the benchmark has."""
+    """Find the suite among the words of a verb of :data:`ON_BENCHMARKS`: it decides which options there are."""
     for word, following in zip(words, [*words[1:], None], strict=False):
         name, _, value = word.partition("=")
         if name == "--suite":

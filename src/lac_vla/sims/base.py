@@ -217,6 +217,14 @@ class Benchmark(ABC):
         """List what these tasks need and this machine does not have, with where to get it."""
         return []
 
+    def prove(self, task: int) -> str:
+        """Play what shows that a task can be played here, where nothing is missing; say in a sentence what was seen.
+
+        Raises:
+            LacError: If it cannot.
+        """
+        return ""
+
     def publish(self, run: Path) -> RenderableType | None:
         """Write the benchmark's own table into a run's folder, and return it for the terminal, if it has one."""
         return None

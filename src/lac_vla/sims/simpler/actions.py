@@ -117,6 +117,11 @@ def axis_angle(roll: float, pitch: float, yaw: float) -> Action:
     return np.zeros(3) if sine < 1e-12 else xyz * (2.0 * np.arctan2(sine, w) / sine)
 
 
+def roll_pitch_yaw(r: npt.NDArray[np.float64]) -> Action:
+    """Rotation matrix, (3, 3), as angles (rad) about the fixed x, then y, then z axis, (3,)."""
+    return np.array([np.arctan2(r[2, 1], r[2, 2]), np.arcsin(np.clip(-r[2, 0], -1, 1)), np.arctan2(r[1, 0], r[0, 0])])
+
+
 def euler_xyz(rotation: npt.NDArray[np.float64]) -> Action:
     """Axis × angle, (3,), as angles (rad) about the moving x, then y, then z axis, (3,).
 

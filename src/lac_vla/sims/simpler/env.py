@@ -28,6 +28,11 @@ class SimplerEnv(Env):
         backend: The simulator; it is closed with the environment.
         convert: From the policy's actions to the simulator's; it starts anew with every instruction.
 
+    Attributes:
+        episodes: The protocol's episodes of the task: its initial states.
+        success: Whether the goal holds now.
+        opening: The gripper's now, 0 closed .. 1 open.
+
     Raises:
         InputError: If there is no such task.
     """
@@ -40,20 +45,30 @@ class SimplerEnv(Env):
         self.suite, self.task, self.backend, self.convert = f"simpler-{setup}", task, backend, convert
         self.instruction, self.horizon = tasks(setup)[task].name, tasks(setup)[task].horizon
         self.control_hz = tasks(setup)[task].robot.control_hz
-        self._all = [episode for episode in episodes(setup) if episode.task == task]
+        self.episodes = [episode for episode in episodes(setup) if episode.task == task]
+        self.success, self.opening = False, 1.0
         self._episode: EpisodeSpec | None = None
         self._steps, self._success_any, self._grasped = 0, False, False
         self._instructions: list[tuple[int, str]] = []
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
         """See :meth:`Env.reset`. The seed is ignored: SIMPLER leaves nothing to chance."""
-        if not 0 <= init_state < len(self._all):
-            raise InputError(f"init_state must be in 0..{len(self._all) - 1}, not {init_state}")
+        if not 0 <= init_state < len(self.episodes):
+            raise InputError(f"init_state must be in 0..{len(self.episodes) - 1}, not {init_state}")
+        return self.begin(self.episodes[init_state])
+
+    def begin(self, episode: EpisodeSpec) -> Frame:
+        """Start an episode of this task, whose layout may be none of the protocol's.
+
+        Raises:
+            InputError: If the simulator cannot play it.
+            SimulatorError: If the simulator fails.
+        """
         self._episode = None
-        observation = self.backend.reset(self._all[init_state])
-        self._episode, self.instruction = self._all[init_state], observation.instruction
+        observation = self.backend.reset(episode)
+        self._episode, self.instruction = episode, observation.instruction
         self._steps, self._success_any, self._grasped, self._instructions = 0, False, False, []
-        return self._see(self._episode, observation)
+        return self._see(episode, observation)
 
     def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
         """See :meth:`Env.step`. Success is reported at the last step alone."""
@@ -80,6 +95,7 @@ class SimplerEnv(Env):
             "grasped": self._grasped,
             "ray_traced": self._episode.ray_traced and self.backend.ray_traced,
             "backend": self.backend.name,
+            "stand_ins": list(self.backend.stand_ins(self._episode)),
             "instructions": [list(change) for change in self._instructions],
         }
 
@@ -91,5 +107,6 @@ class SimplerEnv(Env):
         if not self._instructions or self._instructions[-1][1] != observation.instruction:
             self._instructions.append((self._steps, observation.instruction))
             self.convert.reset()
+        self.success, self.opening = observation.success, observation.opening
         images = {episode.robot.camera: observation.image}
         return Frame(images, observation.instruction, timestamp=self._steps / episode.robot.control_hz)

@@ -10,7 +10,7 @@ from typing import Final, Literal, TypeAlias, get_args
 Setup: TypeAlias = Literal["vm", "va", "widowx"]
 SETUPS: Final[tuple[Setup, ...]] = get_args(Setup)
 Option: TypeAlias = "str | bool"
-Place: TypeAlias = "tuple[float, float] | int"
+Place: TypeAlias = "tuple[float, float] | int | Layout"
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,19 @@ class TaskSpec:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """A layout of a WidowX task that is none of the benchmark's, for demonstrations; the object to take comes first.
+
+    Attributes:
+        positions: Of the two objects' origins before they settle, metres, world.
+        orientations: Their quaternions (w, x, y, z).
+    """
+
+    positions: tuple[tuple[float, ...], ...]
+    orientations: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class EpisodeSpec:
     """One episode: all that a simulator must be told.
 
@@ -133,7 +146,7 @@ class EpisodeSpec:
         name: Of the task.
         variant: Its look.
         stand: Where the robot stands.
-        place: Where the object lies, metres, world; or the number of the environment's own layout.
+        place: Where the object lies, metres, world; the number of the environment's own layout; or one of ours.
         horizon: Control steps.
         robot: Which robot.
         port: Gymnasium id in ManiSkill3, if it is there.

@@ -20,9 +20,9 @@ from lac_vla.errors import InputError
 from lac_vla.sims.base import SimulatorError
 from lac_vla.sims.simpler import ms2_server
 from lac_vla.sims.simpler.actions import Action
-from lac_vla.sims.simpler.assets import photo
-from lac_vla.sims.simpler.backend import Backend, Observation
-from lac_vla.sims.simpler.episode import EpisodeSpec
+from lac_vla.sims.simpler.assets import original_files, photo, stand_ins
+from lac_vla.sims.simpler.backend import Backend, Observation, Scene, check_heights
+from lac_vla.sims.simpler.episode import EpisodeSpec, Layout
 
 Array: TypeAlias = "npt.NDArray[Any] | None"
 SERVER: Final = Path(ms2_server.__file__)
@@ -35,7 +35,7 @@ class Ms2Backend(Backend):
 
     Args:
         command: How to start it, e.g. the interpreter that SimplerEnv is installed for and :data:`SERVER`.
-        assets: Its data folder, ``MS2_ASSET_DIR``.
+        assets: Its data folder, ``MS2_REAL2SIM_ASSET_DIR``.
         timeout_s: Longest wait for a step, seconds; for a start or a reset it is :data:`START_TIMEOUT_S`.
         ray_tracing: Trace rays where the protocol demands it; without, scores are not SIMPLER's.
     """
@@ -59,7 +59,15 @@ class Ms2Backend(Backend):
             "options": reset_options(episode),
             "camera": episode.robot.camera,
         }
-        observation = self._observe(request)
+        self._playing = False
+        said = 0 if self._words is None else self._words.seek(0, os.SEEK_END)
+        message, image = self._ask(request)
+        observation = self._observation(message, image)
+        self._check_log(said)
+        heights = message.get("heights")
+        if not isinstance(heights, dict) or not all(isinstance(height, float) for height in heights.values()):
+            self._fail("answered without 'heights', object → float")
+        check_heights(heights)
         self._playing = True
         return observation
 
@@ -67,7 +75,20 @@ class Ms2Backend(Backend):
         """See :meth:`Backend.step`."""
         if not self._playing:
             raise InputError("reset the simulator before the first step")
-        return self._observe({"op": "step"}, np.asarray(action, dtype=np.float64))
+        return self._observation(*self._ask({"op": "step"}, np.asarray(action, dtype=np.float64)))
+
+    def scene(self) -> Scene:
+        """See :meth:`Backend.scene`."""
+        if not self._playing:
+            raise InputError("reset the simulator before the first step")
+        _, poses = self._ask({"op": "scene"})
+        if poses is None or poses.dtype != np.float64 or poses.shape != (5, 4, 4):
+            self._fail("answered without five poses, float64 4×4")
+        return Scene(*poses)
+
+    def stand_ins(self, episode: EpisodeSpec) -> tuple[str, ...]:
+        """See :meth:`Backend.stand_ins`."""
+        return stand_ins(original_files(episode, self.assets))
 
     def metadata(self) -> Mapping[str, Any]:
         """See :meth:`Backend.metadata`."""
@@ -75,17 +96,19 @@ class Ms2Backend(Backend):
         versions = message.get("versions")
         if not isinstance(versions, dict):
             self._fail("answered without its versions")
+        if message.get("assets") != os.path.abspath(self.assets):
+            self._fail(f"uses the assets in {message.get('assets')}, not those in {self.assets}")
         return {"backend": self.name, "ray_tracing": self.ray_traced, **versions}
 
     def close(self) -> None:
         """See :meth:`Backend.close`."""
         process, self._process, self._playing = self._process, None, False
-        if process is None:
-            return
-        with process, contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it has nothing to save, and may hang
-        if self._words is not None:
-            self._words.close()
+        words, self._words = self._words, None
+        if process is not None:
+            with process, contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # it has nothing to save, and may hang
+        if words is not None:
+            words.close()
 
     def kwargs(self, episode: EpisodeSpec) -> dict[str, Any]:
         """Keyword arguments of the episode's environment, as SIMPLER's own evaluation gives them."""
@@ -119,11 +142,11 @@ class Ms2Backend(Backend):
                 stdout=subprocess.PIPE,
                 stderr=self._words,
                 bufsize=0,
-                env={**os.environ, "MS2_ASSET_DIR": str(self.assets)},
+                env={**os.environ, "MS2_REAL2SIM_ASSET_DIR": str(self.assets)},
                 start_new_session=True,
             )
         except OSError as error:
-            self._words.close()
+            self.close()
             what = f"cannot start {self.command[0]!r} ({error}): give SimplerEnv's interpreter"
             raise SimulatorError(what) from error
 
@@ -152,14 +175,22 @@ class Ms2Backend(Backend):
             self._fail(f"failed on {request['op']!r}: {message.get('error')}")
         return message, answer
 
-    def _observe(self, request: dict[str, Any], array: Array = None) -> Observation:
-        message, image = self._ask(request, array)
+    def _observation(self, message: Mapping[str, Any], image: Array) -> Observation:
         if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             self._fail("answered without a picture, uint8 H×W×3")
-        for key, kind in (("instruction", str), ("success", bool), ("grasped", bool)):
+        kinds = {"instruction": str, "success": bool, "grasped": bool, "opening": float}
+        for key, kind in kinds.items():
             if not isinstance(message.get(key), kind):
                 self._fail(f"answered without {key!r}, {kind.__name__}")
-        return Observation(image.copy(), message["instruction"], message["success"], message["grasped"])
+        return Observation(image.copy(), **{key: message[key] for key in kinds})
+
+    def _check_log(self, since: int) -> None:
+        """Refuse what SAPIEN says it could not do, which it does not stop for: a mesh or stage that it cannot read."""
+        assert self._words is not None
+        self._words.seek(since)
+        lines = self._words.read().decode("utf-8", "replace").splitlines()
+        if wrong := [line for line in lines if "[error]" in line and "GLFW" not in line]:
+            self._fail(f"noted an error: {wrong[0]}")
 
     def _fail(self, what: str) -> NoReturn:
         """End the process, and repeat the last 500 bytes that it wrote on standard error."""
@@ -168,12 +199,20 @@ class Ms2Backend(Backend):
             self._words.seek(max(0, self._words.seek(0, os.SEEK_END) - 500))
             last = self._words.read().decode("utf-8", "replace").strip()
         self.close()
+        if "ErrorExtensionNotPresent" in what:
+            what += " (Mesa's driver lacks what SAPIEN 2 asks for: make sim-simpler-original builds a layer for it)"
         raise SimulatorError(f"the SimplerEnv process {what}" + (f"; its last words: {last}" if last else ""))
 
 
 def reset_options(episode: EpisodeSpec) -> dict[str, Any]:
-    """Options of the environment's ``reset``: where the robot stands, and what lies where."""
+    """Options of the environment's ``reset``: where the robot stands, and what lies where.
+
+    Raises:
+        InputError: If the layout is none of the benchmark's.
+    """
     stand, place = episode.stand, episode.place
+    if isinstance(place, Layout):
+        raise InputError("layouts that are none of the benchmark's are for ManiSkill3's port: --backend ms3")
     return {
         "robot_init_options": {"init_xy": [stand.x, stand.y], "init_rot_quat": list(stand.quaternion)},
         "obj_init_options": {"episode_id": place} if isinstance(place, int) else {"init_xy": list(place)},

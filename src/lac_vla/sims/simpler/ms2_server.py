@@ -17,12 +17,15 @@ bytes                       what
 
 Nothing is ever unpickled. Requests and what answers them:
 
-* ``{"op": "hello"}`` → ``{"ok": true, "versions": {...}}``
+* ``{"op": "hello"}`` → ``{"ok": true, "versions": {...}, "assets": folder}``
 * ``{"op": "reset", "env": id, "kwargs": {...}, "options": {...}, "camera": name}`` → an observation. The environment is
-  made anew, as SIMPLER's own evaluation does: what is drawn at random in it is then the same in every episode.
+  made anew, as SIMPLER's own evaluation does: what is drawn at random in it is then the same in every episode. The
+  observation has ``"heights"``, too: object → metres, world
 * ``{"op": "step"}`` with the action, ``f8`` (7,) → an observation
-* an observation is ``{"ok": true, "instruction": str, "success": bool, "grasped": bool}`` with the image, ``u1``
-  (H, W, 3)
+* ``{"op": "scene"}`` → ``{"ok": true}`` with the poses of tool, controller's target, object to take, goal and robot's
+  base, ``f8`` (5, 4, 4), world; of a WidowX alone
+* an observation is ``{"ok": true, "instruction": str, "success": bool, "grasped": bool, "opening": float}`` with the
+  image, ``u1`` (H, W, 3)
 * what fails is answered with ``{"ok": false, "error": str}``; the end of the input ends the process.
 """
 
@@ -91,9 +94,11 @@ class Simulator:
 
     def hello(self, request: dict[str, Any], action: Any) -> tuple[dict[str, Any], Any]:
         """The versions of what is installed."""
+        package = load("mani_skill2_real2sim")
         load("mani_skill2_real2sim.envs")
         versions = {name: getattr(load(name), "__version__", "?") for name in ("numpy", "gymnasium", "sapien")}
-        return {"versions": {"python": sys.version.split()[0], **versions}}, None
+        told = {"python": sys.version.split()[0], **versions}
+        return {"versions": told, "assets": os.path.abspath(str(package.ASSET_DIR))}, None
 
     def reset(self, request: dict[str, Any], action: Any) -> tuple[dict[str, Any], Any]:
         """Make the environment and start its episode."""
@@ -104,7 +109,9 @@ class Simulator:
         self.camera = request["camera"]
         self.env = load("gymnasium").make(request["env"], **request["kwargs"])
         observation, _ = self.env.reset(options=request["options"])
-        return self._look(observation, {})
+        things = [thing for thing in self.env.unwrapped._scene.get_all_actors() if thing.type == "dynamic"]
+        seen, image = self._look(observation, {})
+        return {**seen, "heights": {thing.name: float(thing.pose.p[2]) for thing in things}}, image
 
     def step(self, request: dict[str, Any], action: Any) -> tuple[dict[str, Any], Any]:
         """Execute an action."""
@@ -113,11 +120,24 @@ class Simulator:
         observation, _, _, _, info = self.env.step(np.array(action))
         return self._look(observation, info)
 
+    def scene(self, request: dict[str, Any], action: Any) -> tuple[dict[str, Any], Any]:
+        """The truth about a WidowX's scene."""
+        inner = self.env.unwrapped
+        arm, base = inner.agent.controller.controllers["arm"], inner.agent.robot.pose
+        poses = [
+            arm.ee_link.pose,
+            base * arm._target_pose,
+            inner.episode_source_obj.pose,
+            inner.episode_target_obj.pose,
+        ]
+        return {}, np.stack([pose.to_transformation_matrix() for pose in [*poses, base]]).astype(np.float64)
+
     def _look(self, observation: Any, info: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         seen = {
             "instruction": str(self.env.unwrapped.get_language_instruction()),
             "success": bool(info.get("success", False)),
             "grasped": bool(info.get("episode_stats", {}).get("is_src_obj_grasped", False)),
+            "opening": float(np.clip(1.0 - self.env.unwrapped.agent.get_gripper_closedness(), 0.0, 1.0)),
         }
         return seen, observation["image"][self.camera]["rgb"]
 
@@ -125,7 +145,7 @@ class Simulator:
 def answer(simulator: Simulator, request: dict[str, Any], array: Any) -> bytes:
     """Answer a request, as bytes."""
     try:
-        if request["op"] not in ("hello", "reset", "step"):
+        if request["op"] not in ("hello", "reset", "step", "scene"):
             raise ValueError(f"unknown request {request['op']!r}")
         message, image = getattr(simulator, request["op"])(request, array)
     except Exception as error:  # whatever it is, the other end must hear of it

@@ -1,4 +1,4 @@
-"""SIMPLER's published tables, made of episodes; and whether a run may be called by their name.
+"""SIMPLER's published tables, made of episodes; and what a run may be called.
 
 A cell is a mean over the means of variants, as in the benchmark's own tool; averages are over cells. Complete runs have
 as many episodes in every variant, so that this is the plain mean; in incomplete ones it is not.
@@ -7,7 +7,7 @@ as many episodes in every variant, so that this is the plain mean; in incomplete
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +25,12 @@ NAMES: Final[dict[Setup, str]] = {
     "va": "SIMPLER, Google robot, variant aggregation",
     "widowx": "SIMPLER, WidowX, visual matching",
 }
+ROBOTS: Final[dict[Setup, str]] = {
+    "vm": "Google robot visual matching",
+    "va": "Google robot variant aggregation",
+    "widowx": "WidowX visual matching",
+}
+NOT_COMPARABLE: Final = "; not comparable with published tables"
 DRAWERS: Final = ("top", "middle", "bottom")
 
 
@@ -51,7 +57,7 @@ class PublishedTable:
 
     Attributes:
         setup: The setup that the table is about.
-        title: The benchmark's name, or that it is not the benchmark's table.
+        title: The benchmark's name; or what was played in its place, by :func:`label`.
         reasons: Reasons why it is not; empty if it is.
         methods: Method → one row with success counted at the last step (``last_step``), one at any (``any_step``).
     """
@@ -78,7 +84,7 @@ class PublishedTable:
             name: {"last_step": cells(setup, played), "any_step": cells(setup, played, any_step=True)}
             for name, played in methods.items()
         }
-        title = f"not {NAMES[setup]}: not comparable with its tables" if why else NAMES[setup]
+        title = _title(setup, [record for played in methods.values() for record in played]) if why else NAMES[setup]
         return cls(setup, title, tuple(why), rows)
 
     def to_terminal(self) -> Table:
@@ -96,6 +102,21 @@ class PublishedTable:
             )
             table.add_row(pairs[0][0].name, *values)
         return table
+
+
+def label(setup: Setup, backends: Collection[str], stand_ins: Iterable[str], more: Iterable[str] = ()) -> str:
+    """Call what was played by an honest name: the simulator, and every file that is not the benchmark's own.
+
+    Args:
+        setup: What was played.
+        backends: In which simulators.
+        stand_ins: Names of the files.
+        more: What else differs from the protocol.
+    """
+    original = f"SIMPLER {ROBOTS[setup]}, original simulator"
+    what = "SIMPLER WidowX tasks, ManiSkill3 port" if "ms3" in backends else original
+    names = ", ".join(sorted({*stand_ins}))
+    return ", ".join([what, *more, *([f"stand-ins: {names}"] if names else [])])
 
 
 def cells(setup: Setup, records: Iterable[EpisodeRecord], *, any_step: bool = False) -> tuple[Cell, ...]:
@@ -148,8 +169,21 @@ def reasons(setup: Setup, name: str, records: Sequence[EpisodeRecord]) -> Iterat
         yield f"not ray-traced: {name} in {', '.join(short)}"
     if others := sorted({record.outcome["backend"] for record in records} - {"ms2"}):
         yield f"not the original simulator: {name} on {', '.join(others)}"
+    if names := sorted({name for record in records for name in record.outcome["stand_ins"]}):
+        yield f"stand-ins for the benchmark's own files: {name} with {', '.join(names)}"
     if stresses := sorted({record.stress for record in records} - {""}):
         yield f"under stress: {name} under {', '.join(stresses)}"
+
+
+def _title(setup: Setup, records: Sequence[EpisodeRecord]) -> str:
+    """Name what makes no table of SIMPLER's; whether it is whole, the cells say themselves."""
+    outcomes = [record.outcome for record in records]
+    traced = {episode.task for episode in episodes(setup) if episode.ray_traced}
+    flat = any(record.task in traced and not record.outcome["ray_traced"] for record in records)
+    stresses = sorted({record.stress for record in records} - {""})
+    more = [*(["not ray-traced"] if flat else []), *(f"under {stress}" for stress in stresses)]
+    stand_ins = {name for outcome in outcomes for name in outcome["stand_ins"]}
+    return label(setup, {outcome["backend"] for outcome in outcomes}, stand_ins, more) + NOT_COMPARABLE
 
 
 def _by_episode(setup: Setup, records: Iterable[EpisodeRecord]) -> dict[tuple[int, int], EpisodeRecord]:
