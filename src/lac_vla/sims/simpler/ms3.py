@@ -66,7 +66,7 @@ class Ms3Backend(Backend):
             raise InputError(
                 f"this process has ManiSkill3 with the assets of {other}: start another for {self._folder}"
             )
-        logging.getLogger("mani_skill").setLevel(logging.ERROR)  # it warns of every object
+        logging.getLogger("mani_skill ").setLevel(logging.ERROR)  # its name; it warns of every object
         self.render = render
         self._env: Any = None
         self._episode: EpisodeSpec | None = None
