@@ -274,7 +274,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         InputError: If dataset and model do not fit, the model has no tower that could reuse, the loss is not finite, or
             the folder cannot be written or is another process's.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     size, rank = _join(config)
     with ExitStack() as stack:
         stack.enter_context(writing(config.out, "--out"))
@@ -302,7 +302,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
             write_object(config.out / CONFIG, describe(config))
         _loop(run, rank, max_seconds)
         if rank == 0 and config.oracle_frames and run.step == config.steps:
-            _measure(run, max_seconds - (time.monotonic() - begun))
+            _measure(run, max_seconds - (time.monotonic() - started))
     if size > 1:
         dist.destroy_process_group()
     return config.out / SUBFOLDER
