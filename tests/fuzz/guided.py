@@ -45,6 +45,7 @@ def prepare(target: str, folder: Path) -> tuple[bytes, str, Callable[[bytes], ob
     from tests.fuzz.kinds import KINDS
 
     kind = KINDS[kind_name]
+    folder.mkdir(exist_ok=True)
     kind.make(folder)
     file = folder / name if name else next(folder.iterdir())
 

@@ -62,7 +62,7 @@ class RerunPrompt:
 
 @dataclass(frozen=True, eq=False)
 class Together:
-    """What the head's own networks compute at once for all sessions that are there.
+    """Asks for what the head's own networks compute at once, for all sessions that are there.
 
     Attributes:
         run: What every session gives → what each is sent. A method of the head: those of its sessions are equal.

@@ -19,7 +19,7 @@ from lac_vla.models.heads.base import NON_FINITE, AppendRows, Together
 
 
 class Picked(NamedTuple):
-    """What was picked in some rows, on the device that holds their scores.
+    """Holds what was picked in some rows, on the device that has their scores.
 
     Attributes:
         ids: Tokens, int64, (n,).

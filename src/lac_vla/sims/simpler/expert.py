@@ -43,7 +43,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Grasp:
-    """How a task's object is taken and put down; heights are the tool's, metres.
+    """Tells how a task's object is taken and put down; heights are the tool's, metres.
 
     Attributes:
         rest: The object's origin above the goal's, once it lies there.
