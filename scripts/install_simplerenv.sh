@@ -18,8 +18,8 @@ prefix=$(cd "$prefix" && pwd)
 source=${SIMPLERENV_SOURCE:-$prefix/ManiSkill2_real2sim}
 if [ ! -d "$source" ]; then
     git clone --quiet https://github.com/simpler-env/ManiSkill2_real2sim "$source"
-    git -C "$source" checkout --quiet $commit
 fi
+[ -n "${SIMPLERENV_SOURCE:-}" ] || git -C "$source" checkout --quiet $commit
 "$prefix/bin/python" -m pip install --quiet "setuptools<81" wheel numpy==1.26.4 gymnasium==0.29.1 sapien==2.2.2 scipy==1.15.3 \
     opencv-python==4.11.0.86 transforms3d==0.4.2 ruckig==0.19.4 rtree==1.4.1 trimesh==5.2.0 h5py==3.16.0 \
     GitPython==3.2.1 gdown==6.5.1 imageio==2.38.0 tabulate==0.10.0 PyYAML==6.0.4 tqdm
@@ -28,7 +28,7 @@ echo "export LAC_SIMPLER_PYTHON=\"$prefix/bin/python\"" >"$prefix/env.sh.partial
 if ! ls /dev/nvidia[0-9]* >/dev/null 2>&1; then
     include=/usr/include
     if [ ! -f $include/vulkan/vk_layer.h ]; then
-        (cd "$prefix" && apt-get download libvulkan-dev >/dev/null && dpkg-deb -x libvulkan-dev_*.deb vulkan && rm libvulkan-dev_*.deb)
+        (cd "$prefix" && rm -f libvulkan-dev_*.deb && apt-get download libvulkan-dev >/dev/null && dpkg-deb -x libvulkan-dev_*.deb vulkan && rm libvulkan-dev_*.deb)
         include=$prefix/vulkan/usr/include
     fi
     mkdir -p "$prefix/layer"

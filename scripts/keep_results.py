@@ -21,7 +21,7 @@ from lac_vla.results.realtime import RealTime
 from lac_vla.results.records import EpisodeRecord, read_episodes
 from lac_vla.timing import WINDOWS
 
-HOW = ("command", "created", "commit", "versions", "hardware", "model", "simulator", "methods", "notes")
+HOW = ("command", "created", "commit", "versions", "hardware", "model", "simulator", "methods", "notes", "load")
 FRAME_BY_FRAME = ("metrics", "latency_ms", "reuse", "adaptive", "video", "failure", "instruction")
 
 

@@ -11,6 +11,7 @@ if [ -z "$assets" ]; then
             echo "$name cannot be fetched here: fetch it elsewhere, and give ASSETS=FOLDER or ASSETS=ARCHIVE" >&2
     done
 elif [ -f "$assets" ]; then
+    rm -rf .vulkan/unpacked
     mkdir -p .vulkan/unpacked
     tar -xf "$assets" -C .vulkan/unpacked
     data=$(find .vulkan/unpacked -type d -path '*/data/tasks' | head -n 1)
@@ -20,4 +21,9 @@ elif [ -f "$assets" ]; then
     fi
     assets=$(dirname "$(dirname "$data")")
 fi
-(cd "$assets" && pwd) >.vulkan/assets
+if [ ! -d "$assets" ]; then
+    echo "there is no folder or archive $assets" >&2
+    exit 1
+fi
+folder=$(cd "$assets" && pwd)
+echo "$folder" >.vulkan/assets

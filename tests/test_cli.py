@@ -259,8 +259,8 @@ TRAIN = "train --model mini --dataset logs --camera agentview=front wrist=front 
         (f"{TRAIN} --start nowhere", "there is no policy at nowhere"),
         (f"{TRAIN} --window 90", "no episode has 90 consecutive frames"),
         ("pretrain --dataset logs --camera agentview=front wrist=front --start nowhere --out run", "no folder nowhere"),
-        ("bench --lerobot --quick --out run", "leave out --lerobot"),
-        ("eval --model mini --policies dense --tasks 0 --out run", 'lac-vla[libero]"'),
+        ("bench --lerobot --quick --out deep/run", "leave out --lerobot"),
+        ("eval --model mini --policies dense --tasks 0 --out deep/block", 'lac-vla[libero]"'),
     ],
 )
 def test_what_is_refused_leaves_no_files_and_no_bar(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -197,27 +197,48 @@ def writing(folder: Path, option: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(file: Path, message: str) -> Iterator[None]:
-    """Hold a lock file, which is left where it is; links to its folder lead to the same lock.
-
-    The folder is made if need be, and taken away again if nothing was put there but locks.
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; what nothing was put into is taken away again.
 
     Raises:
-        InputError: With this message, if another process holds it.
+        OSError: If it cannot be made.
     """
-    made = not file.parent.exists()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file.parent.resolve() / file.name, thread_local=False)  # another thread may let go of it
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(message) from None
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        lock.release()
-        left = [*file.parent.iterdir()] if made and file.parent.is_dir() else [file.parent]
-        if all(path.name.endswith("lock") for path in left):
-            for path in left:
-                path.unlink(missing_ok=True)
-            file.parent.rmdir()
+        with suppress(OSError):  # one of them is not empty
+            for path in absent:
+                path.rmdir()
+
+
+@contextmanager
+def locked(file: Path, message: str, inner: Sequence[str] = ()) -> Iterator[None]:
+    """Hold a lock file, which is left where it is; links to its folder lead to the same lock.
+
+    The folder is made if need be, and taken away again if nothing was put there.
+
+    Args:
+        file: The lock.
+        message: What to say if another process holds it.
+        inner: Names of locks beside it that are held within this one: they count as nothing, too.
+
+    Raises:
+        InputError: With this message.
+    """
+    new, ours = not file.parent.exists(), {file, *(file.with_name(name) for name in inner)}
+    with made(file.parent):
+        lock = FileLock(file.parent.resolve() / file.name, thread_local=False)  # another thread may let go of it
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise InputError(message) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            with suppress(OSError):  # it was taken away meanwhile
+                if new and {*file.parent.iterdir()} <= ours:
+                    for path in ours:
+                        path.unlink(missing_ok=True)

@@ -256,6 +256,14 @@ def outcome(
     )
 
 
+def test_a_run_of_before_stand_ins_were_told_is_not_called_simpler() -> None:
+    records = sweep("widowx", lambda e: True)
+    del records[0].outcome["stand_ins"]
+    table = PublishedTable.of("widowx", records)
+    assert any("older run" in reason for reason in table.reasons)
+    assert "not comparable" in table.title
+
+
 def sweep(setup: Setup, rule: Any, **other: Any) -> list[EpisodeRecord]:
     return [outcome(episode, bool(rule(episode)), **other) for episode in episodes(setup)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from lac_vla.bench.roofline import Roofline, RooflineResult, floors
 from lac_vla.bench.scene import make_scene, synthetic
 from lac_vla.bench.trace import TraceResult, measure_trace
 from lac_vla.errors import InputError
+from lac_vla.files import made
 from lac_vla.models import VLA
 from lac_vla.policies import paths_by_name
 from lac_vla.provenance import load, provenance
@@ -159,19 +160,14 @@ def _write(path: Path, text: str) -> None:
 @contextmanager
 def _folder(folder: Path) -> Iterator[None]:
     """Make a folder, and see that files can be written there, before minutes are spent; without any it goes again."""
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made(folder))
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         yield
-    finally:
-        if made:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:

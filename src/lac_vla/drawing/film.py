@@ -50,6 +50,7 @@ class WorldVideo:
         self._file = VideoFile(path, round(hz))
         self._last: UInt8Image | None = None
         self._answer: tuple[UInt8Image | None, str] = None, "no answer yet"
+        self._shown: tuple[UInt8Image | None, str] = self._answer  # by the last tick: a late one is never seen
         self._ticks = 0
 
     def add(self, frame: Frame, step: StepInfo) -> None:
@@ -68,6 +69,7 @@ class WorldVideo:
         self._last = np.asarray(
             cv2.resize(image, (round(SIDE * image.shape[1] / image.shape[0]), SIDE), interpolation=cv2.INTER_CUBIC)
         )
+        self._shown = self._answer
         self._add("thinking" if thinking else "acting", THINKING if thinking else ACTING)
         self._ticks += 1
 
@@ -86,7 +88,7 @@ class WorldVideo:
             return
         width = self._last.shape[1]
         bar = np.full((BAR, width, 3), colour, dtype=np.uint8)
-        picture, text = self._answer
+        picture, text = self._shown
         computed = caption(_placed(picture, ROOM, width), "its last answer", text)
         self._file.add(caption(np.concatenate([bar, self._last, computed]), self._method, state))
 

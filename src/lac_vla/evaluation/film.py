@@ -35,8 +35,8 @@ class FilmConfig:
     init_state: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.gif_mb > 0:
-            raise InputError(f"gif_mb is {self.gif_mb:g}; give a size above 0")
+        if not 0 < self.gif_mb < 1000:
+            raise InputError(f"gif_mb is {self.gif_mb:g}; give a size above 0 and below 1000")
 
 
 def make_film(run: Path, config: FilmConfig) -> list[EpisodeRecord]:

@@ -21,6 +21,7 @@ from lac_vla.files import read_object
 from lac_vla.policies import LACPolicy, PolicySpec
 from lac_vla.policies.lac import SUBFOLDER
 from lac_vla.policies.lac.policy import CONFIG
+from lac_vla.provenance import load
 from lac_vla.results.records import EpisodeRecord, read_episodes
 from lac_vla.sims.libero.benchmark import Libero
 from lac_vla.sims.libero.renderer import Convention, Rendering
@@ -364,10 +365,10 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     seeds: list[EpisodeRecord] = []
     stressed: list[EpisodeRecord] = []
     clocked: list[EpisodeRecord] = []
-    workers = [1]
+    workers, before = [1], load()
 
     def played(*runs: EvalConfig) -> list[EpisodeRecord]:
-        evaluate_together(runs)
+        evaluate_together(runs, before)
         for run in runs:
             workers.append(int(read_object(run.out / RUN_CONFIG, "run the same command again").get("workers", 1)))
         methods, tasks = {method_name(spec) for spec in runs[0].policies}, runs[0].task_ids

@@ -23,7 +23,8 @@ from lac_vla.evaluation.together import run_together
 from lac_vla.evaluation.worker import EpisodeWorker, Job
 from lac_vla.factory import method_name
 from lac_vla.files import locked, read_object, reading, write_object, writing
-from lac_vla.provenance import load, provenance
+from lac_vla.provenance import load as load_now
+from lac_vla.provenance import provenance
 from lac_vla.results.records import EpisodeRecord, finished
 
 EPISODES, CONFIG, SUMMARY, LOCK = "episodes.jsonl", "config.json", "summary.json", ".lock"
@@ -53,15 +54,19 @@ def evaluate(config: EvalConfig) -> Path:
     return config.out
 
 
-def evaluate_together(configs: Sequence[EvalConfig]) -> None:
+def evaluate_together(configs: Sequence[EvalConfig], load: float | None = None) -> None:
     """Run what is still missing of several evaluations, task by task: a simulator takes long to make, and serves all.
+
+    Args:
+        configs: The evaluations.
+        load: Of the machine before any work of ours; by default as it is now.
 
     Raises:
         InputError: As :func:`evaluate` does, or unless they differ in ``out`` and in stress or clock, and in nothing
             else.
         SimulatorError: As :func:`evaluate` does.
     """
-    first, busy = configs[0], load()
+    first, load = configs[0], load_now() if load is None else load
     for field in fields(EvalConfig):
         if field.name not in ("out", *APART) and len({getattr(config, field.name) for config in configs}) > 1:
             raise InputError(
@@ -91,7 +96,7 @@ def evaluate_together(configs: Sequence[EvalConfig]) -> None:
         solved: dict[str, list[bool]] = {method: [] for method in methods}
         for number, record in enumerate(records):
             if not number:  # a start that failed has bound nobody, and leaves no bar
-                _describe(configs, settings, simulator, busy)
+                _describe(configs, settings, simulator, load)
                 bar.leave = True
             _log(record, logs[record.stress, record.clock])
             solved[record.method].append(record.success)
@@ -111,18 +116,16 @@ def _world(config: EvalConfig) -> tuple[str, str]:
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder; one that was made for nothing is taken away again."""
-    made, lock = not out.exists(), out / LOCK
+    lock = out / LOCK
     with ExitStack() as held:
         with writing(out, "--out"):
             held.enter_context(locked(lock, f"another process writes to {out}: let it end, or give another --out"))
         try:
             yield
         finally:
-            if [*out.iterdir()] == [lock]:
-                with suppress(OSError):
+            with suppress(OSError):
+                if [*out.iterdir()] == [lock]:
                     lock.unlink()
-                    if made:
-                        out.rmdir()
 
 
 def _log(record: EpisodeRecord, path: Path) -> None:
@@ -140,10 +143,12 @@ def _run(config: EvalConfig, jobs: Sequence[Job]) -> Generator[EpisodeRecord, No
         return run_on_processes(EpisodeWorker, config, jobs)
     if config.envs > 1:
         return run_together(config, jobs)
-    worker = EpisodeWorker(config)
-    for job in jobs:
-        worker.check(job.config)
-    worker.open(config, jobs[0].task)
+    with ExitStack() as stack:
+        worker = stack.enter_context(closing(EpisodeWorker(config)))
+        for job in jobs:
+            worker.check(job.config)
+        worker.open(config, jobs[0].task)
+        stack.pop_all()
     return _run_here(worker, jobs)
 
 
@@ -196,7 +201,7 @@ def _describe(
     configs: Sequence[EvalConfig],
     settings: Sequence[Mapping[str, Any]],
     simulator: Mapping[str, Any],
-    load: float = 0.0,
+    load: float | None = None,
 ) -> None:
     """Write what describes the runs; files that say the same already are left alone.
 
@@ -204,15 +209,15 @@ def _describe(
         configs: The runs.
         settings: What each agreed on with its folder.
         simulator: Its metadata.
-        load: Of the machine, before episodes were played; of a run that goes on, the highest is kept.
+        load: Of the machine, before episodes were played, if they were; of a run that goes on, the highest is kept.
     """
     for config, agreed in zip(configs, settings, strict=True):
         path, before = config.out / SUMMARY, dict[str, Any]()
         with suppress(LacError):
             before = read_object(path, "it is written again")
-        known = before.get("load")
-        highest = max(load, known if isinstance(known, float) else 0.0)
-        summary = {**_summary(config, agreed, simulator), "load": round(highest, 2)}
+        loads = [value for value in (load, before.get("load")) if isinstance(value, float)]
+        known = {"load": round(max(loads), 2)} if loads else {}
+        summary = {**_summary(config, agreed, simulator), **known}
         if before | {"created": None} == json.loads(json.dumps(summary)) | {"created": None}:
             summary = before
         with writing(config.out, "--out"):

@@ -281,7 +281,9 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         if rank == 0:
             _require_board(config)
             stack.enter_context(
-                locked(config.out / LOCK, f"another process trains in {config.out}: give another --out")
+                locked(
+                    config.out / LOCK, f"another process trains in {config.out}: give another --out", ("store.lock",)
+                )
             )
         state = load_state(config.out)
         if state is not None:  # without one, settings bind nothing

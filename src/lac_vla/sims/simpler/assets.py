@@ -108,7 +108,7 @@ def drop_stale_caches(files: Iterable[Path]) -> None:
         cache = stage.with_name(stage.name + CACHE)
         if cache.is_file() and stage.is_file() and cache.stat().st_mtime < stage.stat().st_ctime:
             try:
-                cache.unlink()
+                cache.unlink(missing_ok=True)  # another worker may have been here
             except OSError as error:
                 raise InputError(f"{cache} was made of another {stage.name}: delete it ({error})") from error
 

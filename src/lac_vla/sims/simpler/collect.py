@@ -104,17 +104,17 @@ def _collect(config: CollectConfig, opened: ExitStack) -> None:
     missing = {task: config.episodes - len(there) for task, there in have.items()}
     players: dict[int, Player] = {}
     with tqdm(total=sum(max(0, n) for n in missing.values()), desc=config.suite, unit="episode", smoothing=0.05) as bar:
-        while short := [task for task in tasks if missing[task] > 0]:
-            for task in short:
-                if task not in players:
-                    players[task] = opened.enter_context(closing(Player(config, task)))
-                demo, note = players[task].play(following[task])
-                following[task] += 1
-                if demo.solved:
-                    _append(dataset, config, demo, settings | note)
-                    missing[task] -= 1
-                    bar.update()
-                bar.set_postfix(unsolved=sum(player.unsolved for player in players.values()))
+        while max(missing.values()) > 0:
+            task = max(tasks, key=missing.__getitem__)  # of the fewest demonstrations: a run that goes on does alike
+            if task not in players:
+                players[task] = opened.enter_context(closing(Player(config, task)))
+            demo, note = players[task].play(following[task])
+            following[task] += 1
+            if demo.solved:
+                _append(dataset, config, demo, settings | note)
+                missing[task] -= 1
+                bar.update()
+            bar.set_postfix(unsolved=sum(player.unsolved for player in players.values()))
 
 
 class Player:

@@ -169,7 +169,9 @@ def reasons(setup: Setup, name: str, records: Sequence[EpisodeRecord]) -> Iterat
         yield f"not ray-traced: {name} in {', '.join(short)}"
     if others := sorted({record.outcome["backend"] for record in records} - {"ms2"}):
         yield f"not the original simulator: {name} on {', '.join(others)}"
-    if names := sorted({name for record in records for name in record.outcome["stand_ins"]}):
+    if not all("stand_ins" in record.outcome for record in records):
+        yield f"which files are the benchmark's own was not looked at: {name}, of an older run"
+    if names := sorted({name for record in records for name in record.outcome.get("stand_ins", ())}):
         yield f"stand-ins for the benchmark's own files: {name} with {', '.join(names)}"
     if stresses := sorted({record.stress for record in records} - {""}):
         yield f"under stress: {name} under {', '.join(stresses)}"
@@ -182,7 +184,7 @@ def _title(setup: Setup, records: Sequence[EpisodeRecord]) -> str:
     flat = any(record.task in traced and not record.outcome["ray_traced"] for record in records)
     stresses = sorted({record.stress for record in records} - {""})
     more = [*(["not ray-traced"] if flat else []), *(f"under {stress}" for stress in stresses)]
-    stand_ins = {name for outcome in outcomes for name in outcome["stand_ins"]}
+    stand_ins = {name for outcome in outcomes for name in outcome.get("stand_ins", ("files that nobody looked at",))}
     return label(setup, {outcome["backend"] for outcome in outcomes}, stand_ins, more) + NOT_COMPARABLE
 
 
