@@ -497,6 +497,20 @@ def test_a_predictor_that_has_collapsed_is_told(config: TrainConfig, capfd: pyte
     assert note in build_training_report(config.out, config.out / "report.html").read_text()
 
 
+@pytest.mark.parametrize("seed", range(4))  # one of them holds each of the episodes out
+def test_an_episode_too_short_for_a_window_may_be_held_out(model: Path, tmp_path: Path, seed: int) -> None:
+    """With frames four apart, the last of them has no second one: it is left out, and the others are measured whole."""
+    logs = tmp_path / "logs"
+    rng = np.random.default_rng(0)
+    with DatasetWriter(logs, 20) as writer:
+        for length in (12, 12, 12, 3):
+            images = {camera: rng.integers(0, 255, (length, 64, 64, 3), dtype=np.uint8) for camera in CAMERAS}
+            writer.add_episode(images, np.zeros((length, 7), np.float32), np.zeros((length, 2), np.float32), "go")
+    config = replace(short_run(model, logs, tmp_path / "run"), stride=4, window=2, held_out=0.5, seed=seed)
+    train(config)
+    assert "held_out_deviation" in rows(config.out)[-1]
+
+
 def test_a_bundled_model_is_trained_beside_by_its_name(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BUNDLED, "mini", Path(config.model))
     train(replace(config, model="mini", stage1_steps=1, stage2_steps=1))
