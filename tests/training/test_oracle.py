@@ -256,7 +256,9 @@ def test_ages_are_in_frames(monkeypatch: pytest.MonkeyPatch, config: TrainConfig
     """A session that executes three actions of a chunk refreshes after a third of the frames."""
     ages: list[int] = []
     monkeypatch.setattr("lac_vla.training.train.held_out_streams", lambda *args: [])
-    monkeypatch.setattr("lac_vla.training.train.measure", lambda streams, regret, *args, **time: ages.append(regret.max_age))
+    monkeypatch.setattr(
+        "lac_vla.training.train.measure", lambda streams, regret, *args, **time: ages.append(regret.max_age)
+    )
     train(replace(config, oracle_frames=2, stride=3, stage1_steps=1, stage2_steps=0))
     assert ages == [16 // 3]
 
