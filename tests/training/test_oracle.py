@@ -240,10 +240,11 @@ def test_a_run_ends_with_its_regret_and_goes_on_where_it_was_stopped(config: Tra
             build_training_report(measured.out, tmp_path / "page.html")
 
 
-def test_a_fixed_ratio_is_measured_at_its_own_share(config: TrainConfig) -> None:
+def test_a_fixed_ratio_is_measured_at_its_own_share(config: TrainConfig, capfd: pytest.CaptureFixture[str]) -> None:
     measured = replace(config, oracle_frames=2, fixed_ratio=0.63, stage1_steps=1, stage2_steps=0)
     train(measured, max_seconds=1e-9)
     assert not (measured.out / FOLDER).exists(), "the time was up"
+    assert "the same command goes on" in "".join(capfd.readouterr())
     train(measured)
     found = read_regret(measured.out / FOLDER)
     assert found is not None
