@@ -93,6 +93,8 @@ def _effective(effective: Sequence[float | None], nominal: Sequence[float | None
     """
     if not _known(nominal):
         return [ratio for ratio in _known(effective) if ratio]
+    if not any(_known(effective)):
+        return []  # dense
     calls = enumerate(zip(effective, nominal, strict=False))
     return _known(ratio for at, (ratio, aim) in calls if aim is not None and (at or ratio))
 
