@@ -156,5 +156,7 @@ def test_motion_keeps_a_camera_while_the_ratio_leaves_room() -> None:
     assert Motion(ratio=0.5, keep="wrist").decide(inputs).active.tolist() == [True, False, False, False, True, True]
     assert Motion(ratio=0.5).decide(inputs).active.tolist() == [True, True, True, False, False, False]
     assert Motion(ratio=1.0, keep="wrist").decide(inputs).active.sum() == 0
+    changed["wrist"][:, :2] = 60
+    assert Motion(ratio=0.84, keep="wrist").decide(inputs).active.tolist() == [False] * 4 + [True, False]
     with pytest.raises(InputError, match="keep the camera 'hand'"):
         Motion(keep="hand").decide(inputs)

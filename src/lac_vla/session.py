@@ -225,7 +225,8 @@ class Session:
         decided: tuple[Decision, BoolArray] | Future[tuple[Decision, BoolArray]]
         if dense_reason is not None:
             n_visual = prompt.layout.n_visual
-            decided = Decision.dense(n_visual, n_layers), np.zeros(n_visual, dtype=np.bool_)
+            forced = replace(Decision.dense(n_visual, n_layers), nominal_ratio=None)  # the policy aims at nothing
+            decided = forced, np.zeros(n_visual, dtype=np.bool_)
         elif self._policy_executor is not None:
             decided = self._policy_executor.submit(self._decide, prepared, Stopwatch(torch.device("cpu")))
         else:

@@ -200,18 +200,19 @@ def test_what_a_head_computes_together_fails_for_all(monkeypatch: pytest.MonkeyP
 
 def test_a_chunk_that_is_not_finite_fails_for_its_session_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("cogact")
-    engine, draw = Engine(model), DiffusionHead._sample
+    engine, draw, seen = Engine(model), DiffusionHead._sample, []
     sessions, other = [make(engine, Random(0.5), seed) for seed in range(3)], make(Engine(model), Random(0.5), 2)
     plans = [session.plan(observe(robot, 0)) for robot, session in enumerate(sessions)]
 
     def broken(self: DiffusionHead, given: Any) -> list[torch.Tensor]:
-        chunks = list(draw(self, given))
-        chunks[1] = chunks[1] * torch.nan
-        return chunks
+        seen.append(len(given))
+        features = [feature * torch.nan if at == 1 else feature for at, (feature, _) in enumerate(given)]
+        return list(draw(self, [(feature, noise) for feature, (_, noise) in zip(features, given, strict=True)]))
 
     with monkeypatch.context() as patch:
         patch.setattr(DiffusionHead, "_sample", broken)
         results = engine.run(plans)
+    assert seen == [3], "the broken feature was drawn together with the others"
     assert [type(result.error) for result in results] == [type(None), NonFiniteError, type(None)]
     np.testing.assert_allclose(results[2].action, other.act(observe(2, 0)), **CLOSE)
 

@@ -7,10 +7,10 @@ import pytest
 from tests.engine.scenes import frame
 from tests.results.test_metrics import Walk
 
-from lac_vla import CachedVLA, random_vla
+from lac_vla import CachedVLA, InputError, random_vla
 from lac_vla.evaluation.rollout import EpisodeLog, rollout
 from lac_vla.policies.lac import LACConfig, LACPolicy
-from lac_vla.results.adaptivity import Adaptivity, collapse_warning
+from lac_vla.results.adaptivity import Adaptivity, collapse_warning, shares_chosen
 from lac_vla.results.records import EpisodeRecord
 from lac_vla.results.summary import summarize
 from lac_vla.results.table import method_tables
@@ -32,6 +32,12 @@ def test_what_varies_by_hand() -> None:
     assert found.deviation == pytest.approx(0.05), "0.1 and 0, full frames left out"
     assert found.cameras == pytest.approx({"front": 0.5, "wrist": 0.25})
     assert found.warning is None
+    to_and_fro = Adaptivity.of([episode(0, [0.9, 0.0, 0.9, 0.0], nominal=[0.9, 0.0, 0.9, 0.0])])
+    assert to_and_fro.deviation == pytest.approx(0.45), "a ratio of 0 was chosen"
+    forced = Adaptivity.of([episode(0, [0.0, 0.8, 0.0, 0.6], nominal=[None, 0.8, None, 0.6])])
+    assert forced.deviation == pytest.approx(0.1)
+    aimless = Adaptivity.of([episode(0, [0.0, 0.8, 0.0, 0.6], nominal=[None] * 4)])
+    assert aimless.deviation == pytest.approx(0.1)
     tables = {table.title: table for table in method_tables(summarize(episodes))}
     row = dict(zip(tables["Per call of the model"].headings, tables["Per call of the model"].rows[0], strict=True))
     assert row["ratios chosen"] == "80 %: 60 %\n0 %: 20 %\n60 %: 20 %"
@@ -49,12 +55,21 @@ def test_one_value_is_warned_of_where_it_was_a_choice() -> None:
     assert collapse_warning({}) is None
 
 
+@pytest.mark.parametrize("row", [{"held_out_share_half": 0.5}, {"held_out_share_0.5": "much"}])
+def test_a_damaged_share_is_told(row: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="delete its line"):
+        shares_chosen(row)
+
+
 @pytest.mark.parametrize("ratio", [None, 0.5])
 def test_an_episode_records_what_its_cameras_reuse(ratio: float | None) -> None:
     vla = random_vla("tiny")
     policy = LACPolicy(LACConfig(vla.grids, flow="none"), ratio=ratio, recovery=0.0)
     session = CachedVLA(vla, policy).session()
     record = rollout(EpisodeLog(Walk(), session, "lac", 0))  # type: ignore[arg-type]
+    first, *others = record.metrics["ratio_nominal"]
+    assert first is None, "a frame that is computed in full whatever the policy"
+    assert None not in others
     assert record.adaptive == (ratio is None)
     assert EpisodeRecord.from_json(record.to_json()) == record
     sizes = {name: rows * cols for name, (rows, cols) in vla.grids.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,6 +214,21 @@ def test_the_ratios_of_inference_are_known_without_the_model() -> None:
     assert len(chosen.unique()) > 2
     window = losses.window(first, 6, WARM, None, lam=0.0, learn=False)
     assert float(chosen.mean()) == pytest.approx(window["chosen_ratio"], abs=0.5 / losses.store.layout.n_visual)
+
+
+def test_slots_are_refreshed_at_the_age_of_a_session_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between frames seven apart, one of 16 control steps is two frames old."""
+    losses = losses_of(vla := tiny(), replace(store_of(vla, length=8 * 7), stride=7))
+    losses.policy.ratio = 1.0
+    ages, refresh = [], losses.refresh
+
+    def spy(frames: Any, active: Any, reference: Any, age: Any) -> Any:
+        ages.append(float(torch.cat([part.flatten() for part in age]).max()))
+        return refresh(frames, active, reference, age)
+
+    monkeypatch.setattr(losses, "refresh", spy)
+    losses.ratios_chosen(np.array([0]), 8)
+    assert max(ages) == 16 // 7
 
 
 def test_a_static_stream_is_reused_and_a_moving_one_is_not() -> None:

@@ -13,8 +13,23 @@ from tests.training.test_train import short_run, write_dataset
 from tests.training.worlds import losses_of, save_with_tokenizer, store_of, tiny
 
 from lac_vla import InputError, random_vla
+from lac_vla.files import write_object
 from lac_vla.report import build_training_report
-from lac_vla.results.regret import BUDGETS, EPISODES, FIGURES, FOLDER, WAYS, at_mean, priced, read_regret
+from lac_vla.results.format import NONE
+from lac_vla.results.regret import (
+    BUDGETS,
+    EPISODES,
+    FIGURES,
+    FOLDER,
+    SETTINGS,
+    WAYS,
+    EpisodeRegret,
+    FrameRegret,
+    Regret,
+    at_mean,
+    priced,
+    read_regret,
+)
 from lac_vla.training import precision
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.lac import LACLoss
@@ -206,8 +221,63 @@ def test_a_run_ends_with_its_regret_and_goes_on_where_it_was_stopped(config: Tra
     page = build_training_report(measured.out, tmp_path / "page.html").read_text()
     assert "How far from an oracle" in page
     assert "selector, best ratio of each frame" in page
-    with pytest.raises(InputError, match="noise"):
-        train(replace(measured, oracle_noise=1.0))
+    assert found.gain == [None] * len(BUDGETS), "two episodes"
+    assert figures["settings"]["policy"] == json.loads((folder / SETTINGS).read_text())["policy"]
+    assert figures["measured_with"]["versions"]["torch"] == torch.__version__
+    before = (measured.out / "config.json").read_text()
+    for change in ({"oracle_noise": 1.0}, {"oracle_frames": 5}):
+        with pytest.raises(InputError, match=f"delete {folder}"):
+            train(replace(measured, **change))  # type: ignore[arg-type]
+    assert (measured.out / "config.json").read_text() == before
+    settings = json.loads((folder / SETTINGS).read_text())
+    write_object(folder / SETTINGS, {**settings, "policy": "another"})
+    with pytest.raises(InputError, match="policy"):
+        train(measured)
+    without = {key: value for key, value in settings.items() if key != "shares"}
+    for damaged in (without, {**settings, "shares": "x"}, {**settings, "shares": [0.5]}):
+        write_object(folder / SETTINGS, damaged)
+        with pytest.raises(InputError, match=f"delete {folder}"):
+            build_training_report(measured.out, tmp_path / "page.html")
+
+
+def test_a_fixed_ratio_is_measured_at_its_own_share(config: TrainConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    measured = replace(config, oracle_frames=2, fixed_ratio=0.63, stage1_steps=1, stage2_steps=0)
+    train(measured, max_seconds=1e-9)
+    assert not (measured.out / FOLDER).exists(), "the time was up"
+    assert "the same command goes on" in "".join(capfd.readouterr())
+    train(measured)
+    found = read_regret(measured.out / FOLDER)
+    assert found is not None
+    assert found.predicted is None
+    assert "predictor" not in " ".join(found.table().notes)
+    assert 0.37 in json.loads((measured.out / FOLDER / SETTINGS).read_text())["shares"]
+
+
+def test_ages_are_in_frames(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> None:
+    """A session that executes three actions of a chunk refreshes after a third of the frames."""
+    ages: list[int] = []
+    monkeypatch.setattr("lac_vla.training.train.held_out_streams", lambda *args: [])
+    monkeypatch.setattr(
+        "lac_vla.training.train.measure", lambda streams, regret, *args, **time: ages.append(regret.max_age)
+    )
+    train(replace(config, oracle_frames=2, stride=3, stage1_steps=1, stage2_steps=0))
+    assert ages == [16 // 3]
+
+
+def test_few_episodes_and_no_loss_have_no_interval() -> None:
+    shares = [0.0, 0.5]
+
+    def regret(count: int, worst: float) -> Regret:
+        row = {way: [[worst, worst / 2], [worst, worst / 2]] for way in WAYS}
+        frames = [FrameRegret(at, row, [0.5, 0.5], 0.5, [worst / 2] * 2) for at in range(2)]
+        return Regret.of([EpisodeRegret(number, frames) for number in range(count)], shares)
+
+    assert regret(2, 1.0).gain == [None] * len(BUDGETS)
+    assert None not in regret(3, 1.0).gain
+    still = regret(3, 0.0)
+    assert still.gain == [None] * len(BUDGETS)
+    assert "nan" not in json.dumps(still.to_json()).lower()
+    assert {row[0]: row[1] for row in still.table().rows}["gain of the best ratios, 95 %"] == NONE
 
 
 def test_nothing_is_measured_unless_asked(config: TrainConfig) -> None:

@@ -31,7 +31,7 @@ from lac_vla.training.config import TrainConfig
 from lac_vla.training.lac import Temperatures
 from lac_vla.training.relaxation import gumbel_noise, ratio_reward, soft_ratio, straight_through
 from lac_vla.training.store import FrameStore
-from lac_vla.training.train import STATE, Training, train
+from lac_vla.training.train import STATE, Training, divide_episodes, train
 
 CAMERAS = ("agentview", "wrist")
 
@@ -495,6 +495,20 @@ def test_a_predictor_that_has_collapsed_is_told(config: TrainConfig, capfd: pyte
     assert (last["held_out_share_0"], last["held_out_deviation"]) == (1.0, 0.0)
     note = "On held-out episodes the ratio predictor has collapsed"
     assert note in build_training_report(config.out, config.out / "report.html").read_text()
+
+
+def test_an_episode_too_short_for_a_window_may_be_held_out(model: Path, tmp_path: Path) -> None:
+    """With frames four apart, the last episode has no second one: it is left out."""
+    logs = tmp_path / "logs"
+    rng = np.random.default_rng(0)
+    with DatasetWriter(logs, 20) as writer:
+        for length in (12, 12, 12, 3):
+            images = {camera: rng.integers(0, 255, (length, 64, 64, 3), dtype=np.uint8) for camera in CAMERAS}
+            writer.add_episode(images, np.zeros((length, 2), np.float32), np.zeros((length, 7), np.float32), "go")
+    config = replace(short_run(model, logs, tmp_path / "run"), stride=4, window=2, held_out=0.5, seed=2)
+    assert 3 in divide_episodes(config, 4)[1]
+    train(config)
+    assert "held_out_deviation" in rows(config.out)[-1]
 
 
 def test_a_bundled_model_is_trained_beside_by_its_name(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

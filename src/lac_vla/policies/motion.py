@@ -47,8 +47,11 @@ class Motion(CachePolicy):
             }
             score = score + inputs.layout.patch_mean(speed)
         grids = {camera.name: camera for camera in inputs.layout.cameras}
+        above = (
+            float(np.ptp(score)) + 1.0
+        )  # more than between any two scores: kept tokens come first, and in their order
         for name in filter(None, self.keep.split("+")):
             if name not in grids:
                 raise InputError(f"motion is to keep the camera '{name}'; the model has {sorted(grids)}")
-            score[grids[name].tokens] = np.inf
+            score[grids[name].tokens] += above
         return Decision.reuse(cache_lowest(score, self.ratio), inputs.n_layers, nominal_ratio=self.ratio)

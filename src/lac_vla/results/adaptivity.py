@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lac_vla.errors import InputError
 from lac_vla.results.format import percent
 from lac_vla.results.records import EpisodeRecord
 
@@ -25,7 +26,7 @@ class Adaptivity:
     Attributes:
         shares: Ratio aimed at → share of the calls, the commonest first; empty if it aims at none.
         deviation: Standard deviation of the effective ratio within an episode, mean over the episodes; calls that
-            computed everything are left out. ``None`` if it was not recorded.
+            had to compute everything are left out. ``None`` if it was not recorded.
         cameras: Camera → share of its tokens that was reused, over all calls and layers; empty if it was not recorded.
         adaptive: Whether the policy chooses its ratio for every frame.
     """
@@ -42,7 +43,7 @@ class Adaptivity:
         spread = [
             float(np.std(ratios))
             for e in episodes
-            if (ratios := [ratio for ratio in _known(e.metrics.get("ratio_effective", ())) if ratio])
+            if (ratios := _effective(e.metrics.get("ratio_effective", ()), e.metrics.get("ratio_nominal", ())))
         ]
         cameras: dict[str, list[float]] = {}
         for episode in episodes:
@@ -73,8 +74,29 @@ def collapse_warning(shares: Mapping[float, float]) -> str | None:
 
 
 def shares_chosen(row: Mapping[str, float]) -> dict[float, float]:
-    """Read ratio → share of the held-out frames off a validation row of ``lac train``; empty for other rows."""
-    return {float(name.removeprefix(SHARE)): share for name, share in row.items() if name.startswith(SHARE)}
+    """Read ratio → share of the held-out frames off a validation row of ``lac train``; empty for other rows.
+
+    Raises:
+        InputError: If the row is damaged.
+    """
+    found = {name.removeprefix(SHARE): share for name, share in row.items() if name.startswith(SHARE)}
+    try:
+        return {float(ratio): float(share) for ratio, share in found.items()}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"metrics.jsonl has a damaged row ({error}): delete its line") from error
+
+
+def _effective(effective: Sequence[float | None], nominal: Sequence[float | None]) -> list[float]:
+    """Leave out the calls that the policy was not asked in: they aim at no ratio, nor could an episode's first reuse.
+
+    Of a policy that never aims at one, only what computed everything is known.
+    """
+    if not _known(nominal):
+        return [ratio for ratio in _known(effective) if ratio]
+    if not any(_known(effective)):
+        return []  # dense
+    calls = enumerate(zip(effective, nominal, strict=False))
+    return _known(ratio for at, (ratio, aim) in calls if aim is not None and (at or ratio))
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

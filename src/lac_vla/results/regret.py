@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
-from lac_vla.files import read_lines, read_object
-from lac_vla.results.format import percent
+from lac_vla.files import read_lines, read_object, reading
+from lac_vla.results.format import NONE, percent
 from lac_vla.results.stats import Interval
 from lac_vla.results.table import TextTable
 
@@ -33,6 +33,8 @@ WAYS = {
 PRICES = np.geomspace(1e-6, 1e3, 300)
 """Prices of a whole frame of active tokens, in units of the divergence, ascending."""
 RESAMPLES = 1000
+FEWEST = 3
+"""With fewer episodes a bootstrap over them says nothing."""
 
 Array = npt.NDArray[np.float64]
 
@@ -106,9 +108,10 @@ class Regret:
         streams: Noisy streams of each: 1 for pictures without noise, where oracles profit from luck.
         divergence: Way → mean divergence at each of :data:`BUDGETS`.
         best: The same of the selector's tokens with the best share for each frame, chosen on the other stream.
-        gain: By how much, as a share, that is below the selector's at a fixed ratio, 95 % bootstrap over episodes.
+        gain: By how much, as a share, that is below the selector's at a fixed ratio, 95 % bootstrap over episodes;
+            ``None`` for fewer than :data:`FEWEST`, and where the fixed ratio loses nothing.
         deviation: Standard deviation of the best share within an episode, mean over the episodes.
-        predicted: The predictor.
+        predicted: The predictor; ``None`` for a policy of a fixed ratio.
         own: Mean divergence of the policy as it ran, with recovery and maximum age.
         active: Its mean share of active tokens.
     """
@@ -118,9 +121,9 @@ class Regret:
     streams: int
     divergence: Mapping[str, Sequence[float]]
     best: Sequence[float]
-    gain: Sequence[Interval]
+    gain: Sequence[Interval | None]
     deviation: Sequence[float]
-    predicted: Predicted
+    predicted: Predicted | None
     own: float
     active: float
 
@@ -142,12 +145,13 @@ class Regret:
         return {"budgets": BUDGETS, **asdict(self), "regret": self.regret, "closed": self.closed}
 
     @classmethod
-    def of(cls, episodes: Sequence[EpisodeRegret], shares: Sequence[float]) -> Regret:
+    def of(cls, episodes: Sequence[EpisodeRegret], shares: Sequence[float], *, predicts: bool = True) -> Regret:
         """Sum up.
 
         Args:
             episodes: The log.
             shares: Shares of active tokens that were tried, ascending.
+            predicts: Whether the policy chooses its ratio for every frame.
 
         Raises:
             InputError: If no frame was measured.
@@ -179,7 +183,9 @@ class Regret:
                 fixed=float(np.interp(mean, grid, lac.mean(axis=(0, 1)))),
                 best=float(at_mean(means, values, [mean])[0]),
                 deviation=within(chosen.mean(axis=1), of),
-            ),
+            )
+            if predicts
+            else None,
             own=float(np.mean([row.own for row in rows])),
             active=float(np.mean([row.active for row in rows])),
         )
@@ -192,22 +198,24 @@ class Regret:
             (named[way], *(f"{1e3 * value:.2f} ({1e3 * more:+.2f})" for value, more in zip(*row, strict=True)))
             for way, row in rows.items()
         ]
-        gains = [f"{percent(low, 0)} to {percent(high, 0)}" for low, high in self.gain]
+        gains = [NONE if gain is None else f"{percent(gain.low, 0)} to {percent(gain.high, 0)}" for gain in self.gain]
         cells.append(("gain of the best ratios, 95 %", *gains))
         cells.append(("gap from motion to first order closed", *(percent(value, 0) for value in self.closed)))
-        one = self.predicted
-        notes = (
+        notes = [
             f"{self.frames} held-out frames of {self.episodes} episodes, {self.streams} noisy stream(s) each; "
             "divergence from dense in thousandths, regret against the first row in brackets",
-            f"the predictor: {percent(one.active)} active, divergence {1e3 * one.divergence:.2f}; a fixed ratio with "
-            f"this mean {1e3 * one.fixed:.2f}, the best ratios {1e3 * one.best:.2f}; its ratio deviates by "
-            f"{one.deviation:.3f} within an episode, the best ones by {min(self.deviation):.2f} to "
-            f"{max(self.deviation):.2f}",
             f"the policy as it ran, recovery and maximum age included: {percent(self.active)} active, "
             f"divergence {1e3 * self.own:.2f}",
-        )
+        ]
+        if (one := self.predicted) is not None:
+            notes.append(
+                f"the predictor: {percent(one.active)} active, divergence {1e3 * one.divergence:.2f}; a fixed ratio "
+                f"with this mean {1e3 * one.fixed:.2f}, the best ratios {1e3 * one.best:.2f}; its ratio deviates by "
+                f"{one.deviation:.3f} within an episode, the best ones by {min(self.deviation):.2f} to "
+                f"{max(self.deviation):.2f}"
+            )
         headings = ("tokens chosen by", *(f"{percent(budget, 0)} active" for budget in BUDGETS))
-        return TextTable("Divergence from dense, and regret", headings, tuple(cells), notes)
+        return TextTable("Divergence from dense, and regret", headings, tuple(cells), tuple(notes))
 
 
 def priced(tried: Array, shares: Array) -> tuple[Array, Array]:
@@ -242,16 +250,18 @@ def within(values: Array, of: npt.NDArray[np.int64]) -> float:
     return float(np.mean([values[of == episode].std() for episode in np.unique(of)]))
 
 
-def _gain(tried: Array, shares: Array, costs: Array, best: Array, of: npt.NDArray[np.int64]) -> list[Interval]:
-    """Bootstrap what the best shares save against a fixed one, over episodes."""
+def _gain(tried: Array, shares: Array, costs: Array, best: Array, of: npt.NDArray[np.int64]) -> list[Interval | None]:
+    """Bootstrap what the best shares save against a fixed one, over episodes; see :attr:`Regret.gain`."""
     rng, episodes, gains = np.random.default_rng(0), np.unique(of), []
+    if len(episodes) < FEWEST:
+        return [None] * len(BUDGETS)
     for _ in range(RESAMPLES):
         drawn = np.concatenate([np.flatnonzero(of == e) for e in rng.choice(episodes, len(episodes))])
         fixed = np.interp(BUDGETS, shares, tried[drawn].mean(axis=(0, 1)))
         found = at_mean(costs[:, drawn].mean(axis=1), best[:, drawn].mean(axis=1), BUDGETS)
-        gains.append(1 - found / np.maximum(fixed, 1e-12))
+        gains.append(1 - found / np.where(fixed > 0, fixed, np.nan))
     low, high = np.percentile(gains, [2.5, 97.5], axis=0)
-    return [Interval(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+    return [None if np.isnan(a) else Interval(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
 def read_regret(folder: Path) -> Regret | None:
@@ -263,8 +273,17 @@ def read_regret(folder: Path) -> Regret | None:
     log = folder / EPISODES
     if not log.exists():
         return None
-    settings = read_object(folder / SETTINGS, "delete the folder and resume the run")
+    path, advice = folder / SETTINGS, f"delete {folder} and resume the run, which measures anew"
+    settings = read_object(path, advice)
     episodes = [episode for _, episode in read_lines(log, "lac train", EpisodeRegret.from_json)]
     if not any(episode.frames for episode in episodes):
         return None
-    return Regret.of(episodes, settings["shares"])
+    with reading(path, advice):
+        shares = np.array(settings["shares"], dtype=np.float64)
+        if shares.ndim != 1 or not np.isfinite(shares).all() or (np.diff(shares) <= 0).any():
+            raise ValueError("its shares are not ascending numbers")
+        for frame in (frame for episode in episodes for frame in episode.frames):
+            if {len(row) for way in WAYS for row in frame.tried[way]} != {len(shares)}:
+                raise ValueError("its shares are not those of the log")
+        fixed = settings.get("fixed_ratio")
+    return Regret.of(episodes, shares.tolist(), predicts=fixed is None)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from lac_vla.engine.budget import frames_of_age
 from lac_vla.errors import InputError
 from lac_vla.models import VLA
 from lac_vla.policies.lac import LACConfig, LACPolicy
@@ -199,7 +200,7 @@ class LACLoss:
         """Compute the ratios that inference chooses in windows, argmax without noise, (length - 1, B).
 
         The model is not run: decisions leave pixels and ages to the next ones, and nothing else. Slots do not grow
-        older than the age channel's maximum.
+        older than a session lets them, by the age channel's maximum.
 
         Args:
             first: First frame of every window, computed in full, (B,).
@@ -207,7 +208,7 @@ class LACLoss:
         """
         reference = [self.pixels(name, first) for name in self.store.grids]
         age = [torch.zeros(len(first), *grid, device=self.device) for grid in self.store.grids.values()]
-        chosen = []
+        chosen, oldest = [], frames_of_age(self.config.max_age, self.store.stride)
         for index in range(1, length):
             frames = first + self.store.stride * index
             choice = self.choose(frames, reference, age, Temperatures(1.0, 1.0), None)
@@ -215,7 +216,7 @@ class LACLoss:
                 chosen.append(torch.full((len(first),), self.policy.ratio or 0.0))
             else:
                 chosen.append(self.ratios[choice.probabilities.argmax(dim=1)].cpu())
-            old = torch.cat([part.flatten(1) for part in age], dim=1) >= self.config.max_age
+            old = torch.cat([part.flatten(1) for part in age], dim=1) >= oldest
             reference, age = self.refresh(frames, (choice.mask > 0.5) | old, reference, age)
         return torch.stack(chosen)
 

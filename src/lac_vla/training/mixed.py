@@ -81,7 +81,8 @@ class MixedKV:
         """Mix, and keep the mixture; see :meth:`lac_vla.engine.layers.KVStore.update`."""
         if self._computed is not None and self._old is not None:
             keys, values = (
-                self._placed(*parts) for parts in ((keys, self._old.keys[layer]), (values, self._old.values[layer]))
+                self._placed(*parts, *self._computed)
+                for parts in ((keys, self._old.keys[layer]), (values, self._old.values[layer]))
             )
         elif self._weight is not None and self._old is not None:
             keys = mix(keys, self._old.keys[layer], self._weight, self._visual)
@@ -91,9 +92,8 @@ class MixedKV:
             self.sequence.append(keys, values)
         return keys, values
 
-    def _placed(self, fresh: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    def _placed(self, fresh: torch.Tensor, old: torch.Tensor, rows: torch.Tensor, length: int) -> torch.Tensor:
         """Put what was computed into the whole sequence, whose other slots are old."""
-        rows, length = self._computed or (torch.zeros(0), 0)
         whole = fresh.new_zeros(*fresh.shape[:2], length, fresh.shape[-1])
         whole[:, :, self._visual] = old
         return whole.scatter_(2, rows[:, None, :, None].expand_as(fresh), fresh)

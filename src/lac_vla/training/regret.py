@@ -7,9 +7,10 @@ their pictures: what an oracle chooses on one is scored on the other.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from lac_vla.policies.base import cache_lowest
 from lac_vla.policies.lac import LACPolicy
 from lac_vla.policies.motion import Motion
 from lac_vla.policies.random import Random
-from lac_vla.results.regret import BUDGETS, EPISODES, FIGURES, SETTINGS, EpisodeRegret, FrameRegret, read_regret
+from lac_vla.provenance import provenance
+from lac_vla.results.regret import BUDGETS, EPISODES, FIGURES, EpisodeRegret, FrameRegret, read_regret
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.lac import LACLoss
 from lac_vla.training.noise import PixelNoise
@@ -58,6 +60,11 @@ class RegretConfig:
     max_age: int = 16
     seed: int = 0
 
+    def settings(self, policy: LACPolicy) -> dict[str, Any]:
+        """Give what a measurement of a policy is bound to, plain data."""
+        named = {"fixed_ratio": policy.ratio, "policy": checksum(policy)}
+        return {**asdict(self), "shares": shares_tried(policy), **named}
+
 
 class RegretMeter:
     """Measures a policy on streams of the same episodes.
@@ -73,8 +80,7 @@ class RegretMeter:
     def __init__(self, streams: Sequence[LACLoss], config: RegretConfig) -> None:
         self._streams, self.config, store = streams, config, streams[0].store
         self._policy, self._store, self._n = streams[0].policy, store, store.layout.n_visual
-        own = [1 - ratio for ratio in self._policy.config.ratios if ratio]
-        self.shares = sorted({round(share, 6) for share in (*BUDGETS, *BETWEEN, *own)})
+        self.shares = shares_tried(self._policy)
         self._chunk = math.ceil(self._n / CHUNKS)
         others = "+".join(list(store.grids)[1:])
         self._rules: dict[str, Motion | Random] = {"motion": Motion(keep=others), "random": Random()}
@@ -134,7 +140,35 @@ class RegretMeter:
         return tried
 
 
-def measure(streams: Sequence[LACLoss], config: RegretConfig, folder: Path, *, max_seconds: float = math.inf) -> None:
+def shares_tried(policy: LACPolicy) -> list[float]:
+    """List the shares of active tokens, ascending: those of the tables, and all that the policy can choose."""
+    own = [1 - ratio for ratio in (*policy.config.ratios, policy.ratio) if ratio]
+    return sorted({round(share, 6) for share in (*BUDGETS, *BETWEEN, *own)})
+
+
+def checksum(policy: LACPolicy) -> str:
+    """Name a policy by its weights."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(policy.networks.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_measured(folder: Path, settings: Mapping[str, Any], changeable: tuple[str, ...] = ()) -> None:
+    """Refuse to go on measuring with other settings.
+
+    Args:
+        folder: Of the measurement.
+        settings: See :meth:`RegretConfig.settings`.
+        changeable: Those that may differ.
+
+    Raises:
+        InputError: If others differ, or the file of the settings is damaged.
+    """
+    check_settings(folder, settings, changeable, f"delete {folder}, its streams with it, to measure anew")
+
+
+def measure(streams: Sequence[LACLoss], config: RegretConfig, folder: Path, *, max_seconds: float = math.inf) -> bool:
     """Measure, or go on measuring, and write a line for every episode to ``folder``.
 
     Args:
@@ -143,13 +177,10 @@ def measure(streams: Sequence[LACLoss], config: RegretConfig, folder: Path, *, m
         folder: Holds settings and log.
         max_seconds: Stop, resumably, after this time.
 
-    Raises:
-        InputError: If the folder holds what was measured with other settings.
+    Returns:
+        Whether all is measured.
     """
     meter, store, begun = RegretMeter(streams, config), streams[0].store, time.monotonic()
-    settings = {**asdict(config), "shares": meter.shares}
-    check_settings(folder, settings, ())
-    write_object(folder / SETTINGS, settings)
     log = folder / EPISODES
     cut_unfinished(log)
     done = (
@@ -163,8 +194,11 @@ def measure(streams: Sequence[LACLoss], config: RegretConfig, folder: Path, *, m
         for number, episode in enumerate(store.numbers):
             if episode not in done and time.monotonic() - begun < max_seconds:
                 append(file, meter.episode(number, every, bar).to_json())
+                done.add(episode)
                 if (found := read_regret(folder)) is not None:
-                    write_object(folder / FIGURES, found.to_json())
+                    figures = {**found.to_json(), "settings": config.settings(streams[0].policy)}
+                    write_object(folder / FIGURES, {**figures, "measured_with": provenance()})
+    return done.issuperset(store.numbers)
 
 
 def held_out_streams(

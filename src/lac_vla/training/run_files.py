@@ -35,18 +35,20 @@ def load_state(out: Path, device: torch.device | str = "cpu") -> dict[str, Any] 
         return dict(state)
 
 
-def check_settings(out: Path, settings: Mapping[str, Any], changeable: tuple[str, ...]) -> None:
-    """Refuse to resume a run with other settings, but for those that may change.
+def check_settings(
+    out: Path, settings: Mapping[str, Any], changeable: tuple[str, ...], advice: str = "give another --out"
+) -> None:
+    """Refuse to resume a run with other settings, but for those that may change; ``advice`` is what to do then.
 
     Raises:
         InputError: If they differ.
     """
-    before = read_object(out / CONFIG, "give another --out") if (out / CONFIG).is_file() else {}
+    before = read_object(out / CONFIG, advice) if (out / CONFIG).is_file() else {}
     now = json.loads(json.dumps(settings))
     different = [key for key in now if key not in changeable and key in before and before[key] != now[key]]
     if different:
         there = ", ".join(f"{key} {before[key]}" for key in different)
-        raise InputError(f"{out} holds a run with other {different}; give another --out (its own: {there})")
+        raise InputError(f"{out} holds a run with other {different}; {advice} (its own: {there})")
 
 
 def open_log(out: Path, progress: str, done: int) -> IO[str]:

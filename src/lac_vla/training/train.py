@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from lac_vla.engine.budget import frames_of_age
 from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
 from lac_vla.files import locked, read_object, write_object, write_whole, writing
 from lac_vla.flow import policy_flow
@@ -26,10 +27,10 @@ from lac_vla.models import VLA, load_vla
 from lac_vla.policies.lac import SUBFOLDER, LACConfig, LACPolicy
 from lac_vla.provenance import provenance
 from lac_vla.results.adaptivity import collapse_warning, shares_chosen
-from lac_vla.results.regret import FOLDER
+from lac_vla.results.regret import FOLDER, SETTINGS
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
-from lac_vla.training.regret import RegretConfig, held_out_streams, measure
+from lac_vla.training.regret import RegretConfig, check_measured, held_out_streams, measure
 from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, check_settings, load_state, open_log, save_state
 from lac_vla.training.store import FrameStore, windows
 from lac_vla.training.tower import MixedTower
@@ -45,6 +46,7 @@ shifted in it. Logits answer slowly: without the second, λ runs past what it lo
 FARTHEST = 2.0
 """The distance from which on the shift grows no more."""
 CLIP = 1.0
+UNMEASURED = "the time is up before all of the regret is measured: the same command goes on"
 
 
 class Training:
@@ -168,10 +170,13 @@ class Training:
         return {f"held_out_{name}": value for name, value in found.items()}
 
     def _variety(self) -> dict[str, float]:
-        """Describe how the predictor varies its ratio over held-out episodes, as far as the shortest goes."""
-        _, held = divide_episodes(self.config, len(self.store.start))
-        shortest = int((self.store.stop - self.store.start)[held].min()) // self.config.stride
-        chosen = self.losses.ratios_chosen(self.store.start[held], max(2, shortest))
+        """Describe how the predictor varies its ratio over held-out episodes, as far as the shortest goes.
+
+        Episodes too short for a window are left out.
+        """
+        held = np.unique(self.losses.episode[self.held_first])
+        shortest = int((self.store.stop - self.store.start)[held].min())
+        chosen = self.losses.ratios_chosen(self.store.start[held], 1 + (shortest - 1) // self.config.stride)
         ratios = self.policy.config.ratios
         shares = {ratio: float(torch.isclose(chosen, torch.tensor(ratio)).float().mean()) for ratio in ratios}
         deviation = float(chosen.std(dim=0, correction=0).mean())
@@ -274,7 +279,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         InputError: If dataset and model do not fit, the model has no tower that could reuse, the loss is not finite, or
             the folder cannot be written or is another process's.
     """
-    started = time.monotonic()
+    begun_at = time.monotonic()
     size, rank = _join(config)
     with ExitStack() as stack:
         stack.enter_context(writing(config.out, "--out"))
@@ -300,11 +305,14 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         run = Training(config, vla, store, tower, (size, rank))
         if state is not None:
             run.resume(state)
+        if rank == 0 and config.oracle_frames:
+            trained = run.step == config.steps
+            check_measured(config.out / FOLDER, _regret(run).settings(run.policy), () if trained else ("policy",))
         if rank == 0:  # nothing can be refused any more
             write_object(config.out / CONFIG, describe(config))
         _loop(run, rank, max_seconds)
         if rank == 0 and config.oracle_frames and run.step == config.steps:
-            _measure(run, max_seconds - (time.monotonic() - started))
+            _measure(run, max_seconds - (time.monotonic() - begun_at))
     if size > 1:
         dist.destroy_process_group()
     return config.out / SUBFOLDER
@@ -376,17 +384,28 @@ def divide_episodes(config: TrainConfig, count: int) -> tuple[IntArray, IntArray
     return np.sort(chosen[held:]), np.sort(chosen[:held])
 
 
+def _regret(run: Training) -> RegretConfig:
+    config, policy = run.config, run.policy
+    max_age = frames_of_age(policy.config.max_age, config.stride)
+    return RegretConfig(config.oracle_frames, config.oracle_noise, policy.recovery, max_age, config.seed)
+
+
 def _measure(run: Training, max_seconds: float) -> None:
     """Compare the policy with oracles on the episodes held out."""
-    config, store, policy = run.config, run.store, run.policy
+    config, store, policy, begun_at = run.config, run.store, run.policy, time.monotonic()
+    if max_seconds <= 0:
+        tqdm.write(UNMEASURED)
+        return
     run.networks.eval()
     _, held = divide_episodes(config, len(store.start))
-    folder = config.out / FOLDER
+    folder, regret = config.out / FOLDER, _regret(run)
+    settings = regret.settings(policy)
+    check_measured(folder, settings)
+    write_object(folder / SETTINGS, settings)
     streams = held_out_streams(run.vla, policy, config, [store.numbers[episode] for episode in held], folder)
-    settings = RegretConfig(
-        config.oracle_frames, config.oracle_noise, policy.recovery, policy.config.max_age, config.seed
-    )
-    measure(streams, settings, folder, max_seconds=max_seconds)
+    left = max_seconds - (time.monotonic() - begun_at)
+    if not measure(streams, regret, folder, max_seconds=left):
+        tqdm.write(UNMEASURED)
 
 
 def _loop(run: Training, rank: int, max_seconds: float) -> None:
