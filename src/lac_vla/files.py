@@ -208,8 +208,10 @@ def made(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # one of them is not empty
+        with suppress(OSError):  # one of them was taken away, or filled, meanwhile
             for path in absent:
+                if [*path.iterdir()]:
+                    break
                 path.rmdir()
 
 

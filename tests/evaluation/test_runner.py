@@ -141,7 +141,7 @@ def test_a_machine_that_was_busy_once_is_told_of(config: EvalConfig, monkeypatch
     """Of a run that goes on the highest load is kept: its latencies are all in one table."""
     loads = []
     for load, last in ((0.5, 5), (7.25, 6), (1.0, 7), (99.0, 7)):
-        monkeypatch.setattr(runner, "load", lambda load=load: load)
+        monkeypatch.setattr(runner, "load_now", lambda load=load: load)
         evaluate(replace(config, tasks=(0,), init_states=(4, last)))
         loads.append(json.loads((config.out / "summary.json").read_text())["load"])
     assert loads == [0.5, 7.25, 7.25, 7.25], "where nothing was played, nothing was timed"
