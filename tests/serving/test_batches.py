@@ -424,12 +424,17 @@ def test_who_asks_often_is_served_where_the_others_leave_time(tiny: VLA, clock: 
     assert np.median(took) < 120
 
 
-def test_robots_that_have_gone_keep_nobody_waiting(tiny: VLA, clock: Clock) -> None:
+def one_calm_one_often(tiny: VLA, clock: Clock) -> tuple[Served, RobotSession, RobotSession]:
     served = Served(CachedVLA(tiny, Dense()), clock)
     calm, often = served.warm(2)
     for _ in range(4):
         ask(calm, observation(1), calm.answered + 4)
         ask(often, observation(1), often.answered)
+    return served, calm, often
+
+
+def test_robots_that_have_gone_keep_nobody_waiting(tiny: VLA, clock: Clock) -> None:
+    served, calm, often = one_calm_one_often(tiny, clock)
     held, batcher = [], Batcher(served.vla.engine)
     for after in np.arange(3.0, 6.0, 0.01):
         clock.now = calm.answered + float(after)
@@ -445,11 +450,7 @@ def test_what_is_between_two_episodes_is_no_pace(tiny: VLA, clock: Clock) -> Non
 
 
 def test_what_was_put_off_gives_way_no_more(tiny: VLA, clock: Clock) -> None:
-    served = Served(CachedVLA(tiny, Dense()), clock)
-    calm, often = served.warm(2)
-    for _ in range(4):
-        ask(calm, observation(1), calm.answered + 4)
-        ask(often, observation(1), often.answered)
+    served, calm, often = one_calm_one_often(tiny, clock)
     waiting = [served.request(calm), served.request(often)]
     assert served.batcher.choose(waiting, served.robots) == waiting[:1]
     waiting[1].postponed = True

@@ -31,10 +31,11 @@ from lac_vla.sims.libero.collect import (
 )
 from lac_vla.sims.libero.demonstration import Demonstration, demonstrate
 from lac_vla.sims.libero.env import CONTROL_HZ, LiberoEnv, openvla_gripper
-from lac_vla.sims.libero.expert import Phase, ScriptedExpert
+from lac_vla.sims.libero.expert import ScriptedExpert
 from lac_vla.sims.libero.modules import RenderingLibraryError, choose_gl_backend, load_libero
 from lac_vla.sims.libero.renderer import Renderer
 from lac_vla.sims.libero.suites import HORIZONS, NO_OP, SETTLE_STEPS
+from lac_vla.sims.phase import Phase
 from lac_vla.types import Frame
 
 sim = pytest.mark.sim

@@ -14,6 +14,7 @@ import pytest
 from lac_vla.datasets import LeRobotDataset
 from lac_vla.errors import InputError, LacError
 from lac_vla.sims.base import SimulatorError
+from lac_vla.sims.phase import Phase
 from lac_vla.sims.simpler import collect as module
 from lac_vla.sims.simpler.actions import Action, WidowXActions
 from lac_vla.sims.simpler.backend import Backend, Observation, Scene, check_heights
@@ -22,7 +23,7 @@ from lac_vla.sims.simpler.collect import CollectConfig, collect
 from lac_vla.sims.simpler.demonstration import AFTER, demonstrate
 from lac_vla.sims.simpler.env import SimplerEnv
 from lac_vla.sims.simpler.episode import EpisodeSpec, Layout
-from lac_vla.sims.simpler.expert import GRASPS, Phase
+from lac_vla.sims.simpler.expert import GRASPS
 from lac_vla.sims.simpler.layouts import APART, draw_layout
 from lac_vla.sims.simpler.ms3 import Ms3Backend
 

@@ -31,7 +31,9 @@ class Stream:
     def __init__(self, losses: LACLoss, first: int) -> None:
         self.losses, self.frame = losses, first
         frames, grids, device = np.array([first]), losses.store.grids, losses.device
-        self._old: LayerKV = self._look().store.slots
+        self._look()
+        self._rows = self._rows_together()
+        self._old: LayerKV = self._dense.store.slots
         self._reference = [losses.pixels(name, frames) for name in grids]
         self._age = [torch.zeros(1, *grid, device=device) for grid in grids.values()]
 
@@ -45,18 +47,18 @@ class Stream:
         self.frame += self.losses.store.stride
         self._look()
 
-    def _look(self) -> MixedOutput:
+    @torch.no_grad()
+    def _look(self) -> None:
         """Run the dense pass of the frame."""
-        with torch.no_grad():
-            self._dense = self.losses.decode(np.array([self.frame]))
-        generator = torch.Generator().manual_seed(0)
+        self._dense: MixedOutput = self.losses.decode(np.array([self.frame]))
+
+    @torch.no_grad()
+    def _rows_together(self) -> int:
+        """Count the decisions of a pass: what a head draws it draws for a whole batch, and alone all meet the same."""
+        generator, context = torch.Generator().manual_seed(0), self._dense.context()
         before = generator.get_state()
-        with torch.no_grad():
-            context = self._dense.context()
-            self.losses.vla.head.loss(context, self._targets(1), generator, context)
-        # What a head draws, it draws for a whole batch: alone, every decision meets the same noise.
-        self._rows = ROWS if torch.equal(generator.get_state(), before) else 1
-        return self._dense
+        self.losses.vla.head.loss(context, self._targets(1), generator, context)
+        return ROWS if torch.equal(generator.get_state(), before) else 1
 
     def divergence(self, masks: torch.Tensor) -> torch.Tensor:
         """Compute how far the frame's answer is from the dense pass's under each decision, on the present cache.

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,17 @@ from tqdm import tqdm
 from lac_vla.engine.budget import frames_of_age
 from lac_vla.errors import CheckpointError, InputError, LacError, MissingExtraError
 from lac_vla.files import locked, read_object, write_object, write_whole, writing
-from lac_vla.flow import policy_flow
 from lac_vla.models import VLA, load_vla
-from lac_vla.policies.lac import SUBFOLDER, LACConfig, LACPolicy
+from lac_vla.policies.lac import SUBFOLDER, LACPolicy
 from lac_vla.provenance import provenance
 from lac_vla.results.adaptivity import collapse_warning, shares_chosen
 from lac_vla.results.regret import FOLDER, SETTINGS
+from lac_vla.training.begin import divide, divide_episodes, first_policy
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
 from lac_vla.training.regret import RegretConfig, check_measured, held_out_streams, measure
 from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, check_settings, load_state, open_log, save_state
-from lac_vla.training.store import FrameStore, windows
+from lac_vla.training.store import FrameStore
 from lac_vla.training.tower import MixedTower
 from lac_vla.types import IntArray
 
@@ -65,7 +64,7 @@ class Training:
     ) -> None:
         self.config, self.vla, self.store, self.world = config, vla, store, world
         torch.manual_seed(config.seed)
-        self.policy = begun(config, vla, store.grids)
+        self.policy = first_policy(config, vla, store.grids)
         self.losses = LACLoss(vla, store, self.policy, config.loss, tower)
         self.networks = self.policy.networks
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
@@ -300,7 +299,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
             raise InputError(f"{vla.name}'s head has no loss on recorded actions: train with --loss distill")
         tower = MixedTower(vla) if config.vision_kv_reuse else None
         if config.start is not None:
-            begun(config, vla, vla.grids)  # what cannot be begun with is refused before anything is stored
+            first_policy(config, vla, vla.grids)  # what cannot be begun with is refused before anything is stored
         store = _store(config, vla, () if tower is None else tower.cameras, rank)
         run = Training(config, vla, store, tower, (size, rank))
         if state is not None:
@@ -316,72 +315,6 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
     if size > 1:
         dist.destroy_process_group()
     return config.out / SUBFOLDER
-
-
-def begun(config: TrainConfig, vla: VLA, grids: Mapping[str, tuple[int, int]]) -> LACPolicy:
-    """Make the policy that a run begins with; errors are those of :func:`started`, or of a policy that is not there."""
-    decoder = vla.decoder
-    shape = LACConfig(
-        grids=dict(grids),
-        ratios=config.ratios,
-        inputs=config.inputs,
-        flow=policy_flow(config.flow),
-        language=config.language,
-        ratio=config.fixed_ratio or None,
-        recovery=config.recovery,
-        width=config.width,
-        depth=config.depth,
-        patch_pixels=config.patch_pixels,
-        slots=(vla.n_layers, decoder.kv_heads, decoder.head_dim) if config.delta_steps else None,
-    )
-    return LACPolicy(shape) if config.start is None else started(shape, LACPolicy.from_pretrained(config.start))
-
-
-def started(shape: LACConfig, start: LACPolicy) -> LACPolicy:
-    """Begin with another policy's networks.
-
-    Args:
-        shape: What is to be trained.
-        start: The other policy.
-
-    Raises:
-        InputError: If it was made with other settings.
-    """
-    slots = start.config.slots if shape.slots is None else shape.slots
-    if replace(start.config, slots=slots, grids=shape.grids) != replace(shape, slots=slots):
-        own, other = shape.to_json(), start.config.to_json()
-        different = sorted(name for name in own if name not in ("slots", "grids") and own[name] != other[name])
-        raise InputError(f"the policy of --start was made with other {different}: give its settings, too")
-    start.check_layout(shape.grids)
-    policy = LACPolicy(replace(shape, slots=slots), start.selector, start.predictor)
-    if policy.delta_network is not None and start.delta_network is not None and start.config.slots == slots:
-        policy.delta_network = start.delta_network
-    return policy
-
-
-def divide(config: TrainConfig, start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
-    """List the first frames of all windows: those that are trained on, and those of the episodes held out.
-
-    Raises:
-        InputError: If there are too few episodes, or none is long enough.
-    """
-    first, held_first = (
-        windows(start, stop, part, config.window, config.stride) for part in divide_episodes(config, len(start))
-    )
-    return first, held_first
-
-
-def divide_episodes(config: TrainConfig, count: int) -> tuple[IntArray, IntArray]:
-    """Number the episodes that are trained on, and those held out.
-
-    Raises:
-        InputError: If there are too few.
-    """
-    chosen = np.random.default_rng(config.seed).permutation(count)
-    held = max(1, round(config.held_out * count))
-    if held >= count:
-        raise InputError(f"{count} episode(s) cannot be divided into training and validation: use at least 2")
-    return np.sort(chosen[held:]), np.sort(chosen[:held])
 
 
 def _regret(run: Training) -> RegretConfig:

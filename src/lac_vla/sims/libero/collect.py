@@ -14,7 +14,7 @@ key                    shape           content
 ``action``             (T, 7)          float32, the expert's clean action: the label
 ``executed``           (T, 7)          float32, what the robot did: the clean action plus noise
 ``success``            (T,)            bool, whether the goal held after the action
-``phase``              (T,)            int8, :class:`~lac_vla.sims.libero.expert.Phase`
+``phase``              (T,)            int8, :class:`~lac_vla.sims.phase.Phase`
 ``object_position``    (T, 3)          float32, m, world: the object to take
 ``target_position``    (T, 3)          float32, m, world: what it is put on or into
 ``meta``               ()              str, JSON: suite, task, instruction, init_state, seed, sigma, rendering

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from lac_vla.sims.libero.env import LiberoEnv
-from lac_vla.sims.libero.expert import RETREAT, Phase, ScriptedExpert
+from lac_vla.sims.libero.expert import RETREAT, ScriptedExpert
+from lac_vla.sims.phase import Phase
 from lac_vla.types import Frame
 
 STABLE_STEPS = 10

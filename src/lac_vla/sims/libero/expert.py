@@ -9,7 +9,6 @@ taken it before; there are no waiting phases, and ties in the choice of a grasp 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from enum import IntEnum
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from lac_vla.errors import InputError
 from lac_vla.sims.libero.env import CONTROL_HZ, LiberoEnv
 from lac_vla.sims.libero.scene import WRIST_HEIGHT, FloatArray, LiberoScene
+from lac_vla.sims.phase import Phase
 
 METRES_PER_UNIT = 0.05
 RADIANS_PER_UNIT = 0.5
@@ -29,16 +29,6 @@ LAG = 0.15
 """Seconds by which the hand is behind a point that moves."""
 RETREAT = 0.08
 """Height (m) above the point of release at which the gripper counts as retreated."""
-
-
-class Phase(IntEnum):
-    """A phase of the expert's plan; recorded for auxiliary targets and analysis, never seen by a policy."""
-
-    REACH = 0
-    GRASP = 1
-    CARRY = 2
-    RELEASE = 3
-    RETREAT = 4
 
 
 Hover: TypeAlias = Callable[[float], float]

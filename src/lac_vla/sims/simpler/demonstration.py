@@ -12,11 +12,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from lac_vla.sims.phase import Phase
 from lac_vla.sims.simpler.actions import Action, roll_pitch_yaw
 from lac_vla.sims.simpler.backend import Scene
 from lac_vla.sims.simpler.env import SimplerEnv
 from lac_vla.sims.simpler.episode import EpisodeSpec
-from lac_vla.sims.simpler.expert import Phase, WidowXExpert
+from lac_vla.sims.simpler.expert import WidowXExpert
 from lac_vla.types import Frame
 
 AFTER: Final = 4

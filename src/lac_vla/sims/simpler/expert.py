@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final
 
 import cv2
 import numpy as np
 
+from lac_vla.sims.phase import Phase
 from lac_vla.sims.simpler.actions import Action, roll_pitch_yaw
 from lac_vla.sims.simpler.backend import Matrix, Scene
 
@@ -29,16 +29,6 @@ LOST: Final = 0.04
 """Distance (m) that an object may slip within the fingers before it counts as lost."""
 PATIENCE: Final = 9
 """Steps after which the fingers close, or open, without having arrived: something is in the way."""
-
-
-class Phase(IntEnum):
-    """A phase of the expert's plan; recorded for analysis, never seen by a policy."""
-
-    REACH = 0
-    GRASP = 1
-    CARRY = 2
-    RELEASE = 3
-    RETREAT = 4
 
 
 @dataclass(frozen=True)

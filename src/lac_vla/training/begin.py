@@ -1,0 +1,78 @@
+"""Makes what a run of ``lac train`` begins with: a policy, and the division of the episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from lac_vla.errors import InputError
+from lac_vla.flow import policy_flow
+from lac_vla.models import VLA
+from lac_vla.policies.lac import LACConfig, LACPolicy
+from lac_vla.training.config import TrainConfig
+from lac_vla.training.store import windows
+from lac_vla.types import IntArray
+
+
+def first_policy(config: TrainConfig, vla: VLA, grids: Mapping[str, tuple[int, int]]) -> LACPolicy:
+    """Make the policy that a run begins with; or that of ``--start``, on the same networks.
+
+    Raises:
+        InputError: If there is no such policy, or it was made with other settings.
+    """
+    decoder = vla.decoder
+    shape = LACConfig(
+        grids=dict(grids),
+        ratios=config.ratios,
+        inputs=config.inputs,
+        flow=policy_flow(config.flow),
+        language=config.language,
+        ratio=config.fixed_ratio or None,
+        recovery=config.recovery,
+        width=config.width,
+        depth=config.depth,
+        patch_pixels=config.patch_pixels,
+        slots=(vla.n_layers, decoder.kv_heads, decoder.head_dim) if config.delta_steps else None,
+    )
+    return LACPolicy(shape) if config.start is None else _continued(shape, LACPolicy.from_pretrained(config.start))
+
+
+def _continued(shape: LACConfig, start: LACPolicy) -> LACPolicy:
+    """Begin with another policy's networks."""
+    slots = start.config.slots if shape.slots is None else shape.slots
+    if replace(start.config, slots=slots, grids=shape.grids) != replace(shape, slots=slots):
+        own, other = shape.to_json(), start.config.to_json()
+        different = sorted(name for name in own if name not in ("slots", "grids") and own[name] != other[name])
+        raise InputError(f"the policy of --start was made with other {different}: give its settings, too")
+    start.check_layout(shape.grids)
+    policy = LACPolicy(replace(shape, slots=slots), start.selector, start.predictor)
+    if policy.delta_network is not None and start.delta_network is not None and start.config.slots == slots:
+        policy.delta_network = start.delta_network
+    return policy
+
+
+def divide(config: TrainConfig, start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
+    """List the first frames of all windows: those that are trained on, and those of the episodes held out.
+
+    Raises:
+        InputError: If there are too few episodes, or none is long enough.
+    """
+    first, held_first = (
+        windows(start, stop, part, config.window, config.stride) for part in divide_episodes(config, len(start))
+    )
+    return first, held_first
+
+
+def divide_episodes(config: TrainConfig, count: int) -> tuple[IntArray, IntArray]:
+    """Number the episodes that are trained on, and those held out.
+
+    Raises:
+        InputError: If there are too few.
+    """
+    chosen = np.random.default_rng(config.seed).permutation(count)
+    held = max(1, round(config.held_out * count))
+    if held >= count:
+        raise InputError(f"{count} episode(s) cannot be divided into training and validation: use at least 2")
+    return np.sort(chosen[held:]), np.sort(chosen[:held])
