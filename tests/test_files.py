@@ -22,6 +22,7 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path: Path, name: str
     assert not [*tmp_path.iterdir()]
     with locked(folder / ".lock", "held"):
         (folder / "kept").touch()
+    assert {path.name for path in folder.iterdir()} == {".lock", "kept"}
     with locked(folder / ".lock", "held"):
         pass
     assert {path.name for path in folder.iterdir()} == {".lock", "kept"}

@@ -117,6 +117,28 @@ def test_who_is_done_shows_the_end_until_all_are(tmp_path: Path) -> None:
     ] * AFTER
 
 
+def test_an_answer_that_comes_too_late_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from tests.engine.scenes import frame
+
+    from lac_vla import CachedVLA, Dense, random_vla
+
+    session, said, caption = CachedVLA(random_vla("tiny"), Dense()).session(), list[str](), film.caption
+
+    def listen(picture: np.ndarray, left: str, right: str) -> np.ndarray:
+        said.append(right)
+        return caption(picture, left, right)
+
+    monkeypatch.setattr(film, "caption", listen)
+    video = film.WorldVideo(tmp_path / "video.mp4", "dense", HZ)
+    video.tick(frame(0), thinking=True)
+    session.act(frame(0))
+    assert session.last_info is not None
+    video.add(frame(0), session.last_info)
+    video.close(success=False)
+    assert "all computed" not in said
+    assert said.count("no answer yet") == 1 + AFTER
+
+
 def test_it_says_whose_latencies_it_plays(config: EvalConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run, said = evaluate(config), list[str]()
 

@@ -145,6 +145,11 @@ def test_a_machine_that_was_busy_once_is_told_of(config: EvalConfig, monkeypatch
         evaluate(replace(config, tasks=(0,), init_states=(4, last)))
         loads.append(json.loads((config.out / "summary.json").read_text())["load"])
     assert loads == [0.5, 7.25, 7.25, 7.25], "where nothing was played, nothing was timed"
+    alone = replace(config, out=config.out / "alone")
+    evaluate_together([alone], 0.25)
+    assert json.loads((alone.out / "summary.json").read_text())["load"] == 0.25, (
+        "other parts of the same work count not"
+    )
 
 
 def test_results_name_methods_and_no_folders(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
