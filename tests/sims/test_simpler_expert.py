@@ -248,6 +248,26 @@ def test_a_collection_goes_on_and_loses_nothing(
         collect(dataclasses.replace(broken, seed=1))
 
 
+def test_an_attempt_whose_object_falls_is_not_solved(
+    toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reset, fall = toy.reset, {0, 2}
+
+    def falling(self: Toy, episode: EpisodeSpec) -> Observation:
+        check_heights({"spoon": -1.9 if episode.number in fall else 0.9})
+        return reset(self, episode)
+
+    monkeypatch.setattr(toy, "reset", falling)
+    config = CollectConfig(tmp_path / "demos", tasks=(0,), episodes=2)
+    collect(config)
+    assert [e.metadata["attempt"] for e in LeRobotDataset(config.out)] == [1, 3]
+    fall |= set(range(99))
+    with pytest.raises(LacError, match="20 attempts in a row were not solved") as raised:
+        collect(dataclasses.replace(config, episodes=3))
+    assert "spoon at -1.90 m" in str(raised.value.__cause__)
+    assert len(LeRobotDataset(config.out)) == 2
+
+
 def test_an_expert_that_solves_nothing_is_no_endless_run(
     toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,10 @@ class Backend(ABC):
         """End the simulator. May be called more than once."""
 
 
+class NotOnTableError(SimulatorError):
+    """An episode begins with something elsewhere than on the table."""
+
+
 def check_heights(heights: Mapping[str, float]) -> None:
     """Refuse an episode that begins with something elsewhere than on the table: a mesh or a stage is wrong.
 
@@ -120,11 +124,11 @@ def check_heights(heights: Mapping[str, float]) -> None:
         heights: Object → height of its origin, metres, world.
 
     Raises:
-        SimulatorError: If something fell, or hangs in the air.
+        NotOnTableError: If something fell, or hangs in the air.
     """
     low, high = ON_THE_TABLE
     if astray := [f"{name} at {height:.2f} m" for name, height in heights.items() if not low <= height <= high]:
-        raise SimulatorError(
+        raise NotOnTableError(
             f"the episode begins with {', '.join(astray)}, not on the table ({low}..{high} m): a stage or a mesh is "
             "missing or foreign; lac check names it"
         )

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lac_vla.errors import InputError, LacError
 from lac_vla.files import locked, writing
+from lac_vla.sims.simpler.backend import NotOnTableError
 from lac_vla.sims.simpler.benchmark import Simpler
 from lac_vla.sims.simpler.demonstration import Demonstration, demonstrate
 from lac_vla.sims.simpler.episode import WIDOWX
@@ -108,9 +109,10 @@ def _collect(config: CollectConfig, opened: ExitStack) -> None:
             task = max(tasks, key=missing.__getitem__)  # of the fewest demonstrations: a run that goes on does alike
             if task not in players:
                 players[task] = opened.enter_context(closing(Player(config, task)))
-            demo, note = players[task].play(following[task])
+            solved = players[task].play(following[task])
             following[task] += 1
-            if demo.solved:
+            if solved:
+                demo, note = solved
                 _append(dataset, config, demo, settings | note)
                 missing[task] -= 1
                 bar.update()
@@ -133,8 +135,10 @@ class Player:
         self._about = dict(self._backend.metadata())
         self.unsolved, self._in_a_row = 0, 0
 
-    def play(self, attempt: int) -> tuple[Demonstration, dict[str, Any]]:
-        """Play an attempt; return it with what the dataset says of it.
+    def play(self, attempt: int) -> tuple[Demonstration, dict[str, Any]] | None:
+        """Play an attempt; return it with what the dataset says of it, or ``None`` if it is not solved.
+
+        An object that lies so near the edge that it falls while it settles makes an attempt that is not solved.
 
         Raises:
             LacError: If too many in a row were not solved.
@@ -143,11 +147,19 @@ class Player:
         rng = np.random.default_rng([self._config.seed, first.task, attempt])
         layout = draw_layout(self._known, rng)
         episode = replace(first, number=attempt, place=layout)
-        demo = demonstrate(self._env, episode, rng, self._config.noise)
-        self._in_a_row = 0 if demo.solved else self._in_a_row + 1
-        self.unsolved += not demo.solved
-        if self._in_a_row == GIVE_UP:
-            raise LacError(f"{first.name}: {GIVE_UP} attempts in a row were not solved: see lac check --suite {SUITE}")
+        fell: NotOnTableError | None = None
+        try:
+            demo = demonstrate(self._env, episode, rng, self._config.noise)
+        except NotOnTableError as error:
+            fell = error
+        if fell or not demo.solved:
+            self._in_a_row += 1
+            self.unsolved += 1
+            if self._in_a_row == GIVE_UP:
+                said = f"{first.name}: {GIVE_UP} attempts in a row were not solved: see lac check --suite {SUITE}"
+                raise LacError(said) from fell
+            return None
+        self._in_a_row = 0
         outcome = self._env.outcome()
         facts = {"suite": SUITE, "task": first.task, "attempt": attempt, "sigma": demo.sigma, "layout": asdict(layout)}
         return demo, facts | self._about | {"stand_ins": outcome["stand_ins"]}
