@@ -8,11 +8,12 @@ import pytest
 from lac_vla.training.frames import FrameBank, quantiles, shift_images
 
 
-def bank() -> FrameBank:
+def bank(opened: float = -1.0, closed: float = 1.0) -> FrameBank:
     """Two episodes of 6 and 3 frames; the hand moves along x; the first closes at frame 2 and opens at frame 4."""
     action = np.zeros((9, 7), np.float32)
     action[:, 0] = np.arange(9)
-    action[:, 6] = [-1, -1, 1, 1, -1, -1, -1, -1, -1]
+    action[:, 6] = opened
+    action[2:4, 6] = closed
     state = np.zeros((9, 8), np.float32)
     state[:, 0] = np.arange(9) / 10
     return FrameBank(
@@ -26,8 +27,9 @@ def bank() -> FrameBank:
     )
 
 
-def test_hindsight_targets_lie_ahead() -> None:
-    targets, ahead = bank().hindsight()
+@pytest.mark.parametrize(("opened", "closed"), [(-1, 1), (1, 0)], ids=["libero", "widowx"])
+def test_hindsight_targets_lie_ahead(opened: float, closed: float) -> None:
+    targets, ahead = bank(opened, closed).hindsight()
     assert targets[:6, 0, 0].tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     assert targets[:3, 1, 0].tolist() == pytest.approx([0.2] * 3)
     assert targets[:5, 2, 0].tolist() == pytest.approx([0.4] * 5)

@@ -13,14 +13,11 @@ from lac_vla.training.frames import GRIPPER, FrameBank, quantiles, shift_images
 from lac_vla.training.pretrain_losses.base import Batch, PretrainLoss, Targets
 from lac_vla.types import IntArray
 
-STATISTICS_KEY = "libero"
-"""Key of the bundled models' normalisation statistics."""
 
-
-def statistics(bank: FrameBank) -> dict[str, Any]:
-    """Compute the data set's statistics as a model keeps them; the gripper is not scaled."""
+def statistics(bank: FrameBank, key: str) -> dict[str, Any]:
+    """Compute the data set's statistics as a model keeps them, under a key; the gripper is not scaled."""
     scaled = [dim for dim in range(bank.action.shape[1]) if dim != GRIPPER]
-    return {STATISTICS_KEY: {"action": quantiles(bank.action, scaled), "proprio": quantiles(bank.state)}}
+    return {key: {"action": quantiles(bank.action, scaled), "proprio": quantiles(bank.state)}}
 
 
 class Generators:
@@ -48,7 +45,8 @@ class Demonstrations:
         self.bank, self._config = bank, config
         self.train, self.held_out = bank.split(config.held_out, config.seed)
         self._chunks = loss.normalize_actions(bank.chunks(max(config.chunk, loss.vla.horizon)))
-        self._proprio = cast(Any, loss.vla.processor).normalize_state(bank.state)
+        processor = cast(Any, loss.vla.processor)
+        self._proprio = processor.normalize_state(bank.state) if processor.state_dim else bank.state[:, :0]
         hindsight, self._ahead = bank.hindsight()
         self._hindsight = (hindsight - hindsight.mean(axis=(0, 1))) / hindsight.std(axis=(0, 1))
         prompts = [loss.text_ids(text) for text in bank.instructions]

@@ -17,7 +17,7 @@ from lac_vla.errors import InputError
 from lac_vla.types import BoolArray, FloatArray, IntArray, UInt8Image
 
 GRIPPER = 6
-"""Index of the gripper in an action; positive closes."""
+"""Index of the gripper in an action. An episode begins with a gripper that is open, whatever the number for that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,9 @@ class FrameBank:
         ahead = np.zeros((len(self), 3), dtype=np.bool_)
         ahead[:, 0] = True
         for start, stop in zip(self.start, self.stop, strict=True):
-            closed = self.action[start:stop, GRIPPER] > 0
+            gripper = self.action[start:stop, GRIPPER]
+            middle = (gripper.min() + gripper.max()) / 2
+            closed = (gripper > middle) != (gripper[0] > middle)
             if not closed.any():
                 continue
             close = start + int(np.argmax(closed))

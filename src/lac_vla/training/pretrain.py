@@ -61,7 +61,7 @@ class Pretraining:
             trunk: Any = shape.module
             words = trunk.config.vocab_size - trunk.config.n_action_bins
             encode = FileTokenizer(train_tokenizer(bank.instructions, words))
-        self.loss = recipe.loss(untrained_vla(config.model, statistics(bank), encode), config)
+        self.loss = recipe.loss(untrained_vla(config.model, statistics(bank, recipe.statistics), encode), config)
         self.loaded: list[nn.Parameter] = [] if start is None else self.loss.take_weights(start)
         self.data = Demonstrations(bank, self.loss, config)
         if start is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lac_vla.bundled import MINI, MINI_VIT
+from lac_vla.bundled import MINI, MINI_COGACT, MINI_VIT
 from lac_vla.training.pretrain_losses.diffusion import DiffusionLoss
 from lac_vla.training.pretrain_losses.flow import FlowLoss
 from lac_vla.training.pretrain_losses.tokens import TokenLoss
@@ -19,16 +19,19 @@ class Recipe:
     Attributes:
         loss: Makes its loss of the model and the run.
         start: Checkpoint whose weights it starts from unless told otherwise; ``None`` for random weights.
+        statistics: Key of the model's normalisation statistics.
     """
 
     loss: type[TokenLoss] | type[DiffusionLoss] | type[FlowLoss]
     start: Path | None = None
+    statistics: str = "libero"
 
 
 RECIPES: dict[str, Recipe] = {
     "mini": Recipe(TokenLoss),
     "mini-vit": Recipe(TowerLoss, start=MINI),
     "mini-cogact": Recipe(DiffusionLoss, start=MINI),
+    "mini-widowx": Recipe(DiffusionLoss, start=MINI_COGACT, statistics="bridge_orig"),
     "mini-flow": Recipe(FlowLoss, start=MINI_VIT),
 }
 """Name of a bundled model, which is also that of its preset → recipe."""

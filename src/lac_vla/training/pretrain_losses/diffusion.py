@@ -6,8 +6,11 @@ pass of the VLM, and now and then no condition, for classifier-free guidance.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import nn
 
 from lac_vla.errors import InputError
 from lac_vla.models import VLA
@@ -35,6 +38,14 @@ class DiffusionLoss(TrunkLoss):
         self.head = vla.head
         self.draws, self.dropout = run.draws, run.condition_dropout
         initialise(self.head.model.net)
+
+    def _known(self, start: nn.Module) -> dict[str, torch.Tensor]:
+        """Take all; of a start with other inputs its first camera's tower for ours, and no tower or state beyond."""
+        ours, towers = self.model.state_dict(), "vision_backbone.towers."
+        theirs, own = (f"{towers}{vlm.cameras[0].name}." for vlm in (cast(Any, start).config, self.model.config))
+        weights = {name.replace(theirs, own): value for name, value in start.state_dict().items()}
+        inputs = ("proprio_projector.", towers)
+        return {name: value for name, value in weights.items() if name in ours or not name.startswith(inputs)}
 
     def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
         """Append none."""
