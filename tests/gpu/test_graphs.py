@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -162,6 +163,14 @@ def test_graphs_of_functions_are_no_more_than_a_limit_and_go_when_the_store_grow
     engine.store.reserve(Region(), 4096)
     robot.act(frame(1))
     assert not [name for name, *_ in runner._functions if name == "negative"]
+
+
+def test_graphs_go_with_their_engine_at_once() -> None:
+    """And not when the garbage collector comes, which may be in the middle of another engine's capture."""
+    runner = CUDAGraphRunner(torch.device("cuda"))
+    gone = weakref.ref(runner)
+    del runner
+    assert gone() is None
 
 
 def test_a_recorded_run_bakes_in_what_it_read() -> None:

@@ -55,6 +55,23 @@ class CUDAGraph:
         self._graph.replay()
 
 
+class GraphPool:
+    """Makes graphs that share their memory: results are read before the next one runs."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def make(self) -> Graph:
+        """Make a graph."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return CUDAGraph(self._handle)
+
+    def renew(self) -> None:
+        """Give the graphs that are made from now on memory of their own."""
+        self._handle = None
+
+
 def padded(rows: int) -> int:
     """Round a number of rows up to one that has a shape."""
     return rows if rows <= FEW_ROWS else -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
