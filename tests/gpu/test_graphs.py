@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from lac_vla import VLA, CachedVLA, Decision, Random, random_vla
 from lac_vla.engine import cuda_graphs
 from lac_vla.engine.cuda_graphs import CUDAGraphRunner
 from lac_vla.engine.engine import Engine
+from lac_vla.engine.graphs import Replayed
 from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.warmup import warm_up
@@ -171,6 +173,19 @@ def test_graphs_go_with_their_engine_at_once() -> None:
     gone = weakref.ref(runner)
     del runner
     assert gone() is None
+
+
+def test_what_is_captured_was_run_in_the_same_thread_before() -> None:
+    """Handles and plans of libraries are a thread's own: they are not to be made during a capture."""
+    replayed, x = Replayed[torch.Tensor](), torch.ones(2)
+
+    def run() -> bool:
+        replayed.run(lambda: x + 1, RecordedGraph)
+        return replayed.captured
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        assert [one.submit(run).result(), other.submit(run).result()] == [False, False]
+        assert one.submit(run).result()
 
 
 def test_a_recorded_run_bakes_in_what_it_read() -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lac_vla import CachedVLA, Random, random_vla
+from lac_vla.bench.stock import torchs_attention
+from lac_vla.engine.engine import Engine
 from lac_vla.engine.options import EngineOptions
 from lac_vla.session import Session
 from tests.engine.scenes import ALL_POLICIES, frame
@@ -63,6 +65,16 @@ def test_attention_is_looked_at_on_the_device(policy: str) -> None:
             gpu.waits.clear()
             np.testing.assert_allclose(session.act(frame(seed)), expected[seed], atol=1e-3)
             assert seed == 0 or gpu.waits == []
+
+
+def test_cudnn_prepares_no_attention_but_the_stock_models() -> None:
+    """Torch chooses it on the newest GPUs, and it takes long over every shape that is new."""
+    with pretended_gpu():
+        Engine(to_pretended_gpu(random_vla("tiny", seed=3)))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with torchs_attention():
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_what_waits_is_seen() -> None:

@@ -7,6 +7,7 @@ the host's numbers, so that all that changes from frame to frame has to be in te
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -78,12 +79,16 @@ def padded(rows: int) -> int:
 
 
 class Replayed(Generic[T]):
-    """Runs the same work every time: plain at first, which also makes the libraries' handles, then as a graph."""
+    """Runs the same work every time: plain at first, then as a graph.
+
+    The plain run also makes the libraries' handles and plans, of which every thread has its own: what is captured was
+    run in the same thread before.
+    """
 
     def __init__(self) -> None:
         self._graph: Graph | None = None
         self._out: list[T] = []
-        self._warm = False
+        self._ran_in: set[int] = set()
 
     @property
     def captured(self) -> bool:
@@ -98,8 +103,8 @@ class Replayed(Generic[T]):
             make_graph: Makes a graph to capture with; ``None`` where there are none, on a CPU.
         """
         if self._graph is None:
-            if not self._warm or make_graph is None:
-                self._warm = True
+            if get_ident() not in self._ran_in or make_graph is None:
+                self._ran_in.add(get_ident())
                 return work()
             graph = make_graph()
             self._out, self._graph = [graph.capture(work)], graph
