@@ -59,8 +59,8 @@ class Engine:
     Rows of several sessions are packed, so that a layer's weights are read once for all; attention and cache writes go
     sequence by sequence. The keys and values of all sessions lie in one pooled store.
 
-    On a GPU it switches cuDNN's attention off, for the whole process: torch prefers it on Hopper and Blackwell, and it
-    prepares itself for every shape that it has not seen, in every thread; here a frame's rows are a new shape.
+    On a GPU it switches cuDNN's attention off, for the whole process: torch prefers it on an H100, and it prepares
+    itself for every shape that a thread has not run; here any number of active rows is one.
 
     Args:
         model: The frozen model. Its weights may change in place.

@@ -7,7 +7,7 @@ the host's numbers, so that all that changes from frame to frame has to be in te
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_map
 ROW_MULTIPLE = 16
 """Numbers of rows are rounded up to a multiple of this, but for the few of a decoding pass."""
 FEW_ROWS = 8
+CAPTURING = Lock()
+"""Engines capture in turn: torch has one stream for it."""
 
 T = TypeVar("T")
 
@@ -48,7 +50,7 @@ class CUDAGraph:
     def capture(self, work: Callable[[], T]) -> T:
         """See :meth:`Graph.capture`."""
         # other threads (another robot's session, a decision under way) may use the GPU meanwhile
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+        with CAPTURING, torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             return work()
 
     def replay(self) -> None:
