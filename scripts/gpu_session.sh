@@ -33,7 +33,7 @@ lac() { "$python" -c 'from lac_vla.cli import main; main()' "$@"; }
 export -f lac
 export python
 
-# step NAME SECONDS COMMAND...: its output is results/NAME/log.txt; whatever it leaves is packed at once
+# step NAME SECONDS COMMAND...: its output is results/NAME/log.txt; whatever it leaves is packed at once, traces apart
 step() {
     local name=$1 limit=$2 folder=$work/results/$1 began=$SECONDS left=$((end - SECONDS)) state
     shift 2
@@ -42,7 +42,7 @@ step() {
     if [ "$left" -lt 15 ]; then
         state="left out: the time is up"
     else
-        timeout -k 5 "$((limit < left ? limit : left))" bash -c '"$@"' step "$@" >"$folder/log.txt" 2>&1
+        timeout -s INT -k 8 "$((limit < left ? limit : left))" bash -c '"$@"' step "$@" >"$folder/log.txt" 2>&1
         case $? in
             0) state=done ;;
             124 | 137) state="stopped at its limit" ;;
@@ -51,7 +51,11 @@ step() {
     fi
     printf '%-24s %4d s  %s\n' "$name" "$((SECONDS - began))" "$state" | tee -a "$work/results/steps.txt"
     [ "$state" = done ] || tail -n 4 "$folder/log.txt" 2>/dev/null
-    tar -C "$work" -czf "$work/packed" results && mv "$work/packed" "$out/results.tar.gz"
+    if compgen -G "$folder/trace-*.json.gz" >"$work/traces"; then
+        (cd "$folder" && tar -cf "$out/traces-$name.tar" trace-*.json.gz)
+    fi
+    tar -C "$work" --exclude 'trace-*.json.gz' -czf "$work/packed" results && mv "$work/packed" "$out/results.tar.gz"
+    cp "$work/results/steps.txt" "$out"
 }
 
 bench() { # bench NAME SECONDS MODEL OPTION...
@@ -62,25 +66,33 @@ bench() { # bench NAME SECONDS MODEL OPTION...
         --flow none --out "$work/results/$name" "$@"
 }
 
-gpu=h100 size="--dtype bfloat16 --warmup 6"
-case $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null) in
+gpu=h100 size="--dtype bfloat16 --warmup 4 --frames 150"
+versions=$("$python" -c 'import sys, torch, transformers
+card = torch.cuda.get_device_name() if sys.argv[1] != "cpu" and torch.cuda.is_available() else "no GPU"
+print(f"{card}, Python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}")' \
+    "$device") || exit
+case $versions in
     *H200*) gpu=h200 ;;
     *A100*) gpu=a100 ;;
     *4090*) gpu=rtx4090 ;;
 esac
 graphs=default+bucket=16+cuda_graphs
 if [ "$device" = cpu ]; then
-    size="--dtype float32 --warmup 1 --threads 1" frames="--frames 2" rounds="--rounds 2 --batch 1 4" tests=""
+    size="--dtype float32 --warmup 4 --frames 8 --threads 1" rounds="--rounds 4 --batch 1 4" tests=""
 else
-    frames="--frames 400" rounds="--rounds 200 --batch 1 4 8 16" tests="-m gpu"
+    rounds="--rounds 150 --batch 1 4 8 16" tests="-m gpu"
 fi
+# told to stop, it lists what has failed so far
+test_run='import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))'
 
 frame() { # frame SECONDS MINUTES MODEL OPTION...
     local limit=$1 share=$2 model=$3 towers="default+vision_kv_reuse $graphs+vision_kv_reuse"
     shift 3
     case $model in tiny | mini | *cogact-tiny | oft-tiny) towers="" ;; esac # these see by convolutions
     # shellcheck disable=SC2086
-    bench "frame-$model" "$limit" "$model" --sections frame trace --policies random:ratio=.5,.8 $frames \
+    bench "frame-$model" "$limit" "$model" --sections frame trace --policies random:ratio=.5,.8 \
         --options default $graphs $towers --minutes "$share" "$@"
 }
 
@@ -90,12 +102,10 @@ batch() { # batch SECONDS MINUTES MODEL
         --minutes "$2"
 }
 
-echo "$gpu, $device, $("$python" -c 'import sys, torch, transformers
-print("Python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__)')" |
-    tee "$work/results.txt"
-mkdir -p "$work/results" && mv "$work/results.txt" "$work/results/steps.txt"
+mkdir -p "$work/results"
+echo "$versions, floors of one $gpu" | tee "$work/results/steps.txt"
 # shellcheck disable=SC2086
-step tests 120 "$python" -m pytest -q -p no:cacheprovider ${GPU_TESTS:-$tests tests/gpu}
+step tests 120 "$python" -c "$test_run" -q -p no:cacheprovider --tb=short --durations=5 ${GPU_TESTS:-$tests tests/gpu}
 if [ -n "$models" ]; then
     for model in $models; do frame 120 1 "$model"; done
     for model in $models; do batch 60 0.3 "$model"; done
@@ -109,5 +119,4 @@ else
     frame 60 0.35 cogact-7b
 fi
 step kernels 60 "$python" scripts/gpu_kernels.py --device "$device"
-cp "$work/results/steps.txt" "$out"
 "$python" scripts/gpu_summary.py "$work/results" --out "$out/summary.md" && cat "$out/summary.md"

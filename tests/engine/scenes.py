@@ -54,7 +54,7 @@ class Pruner(CachePolicy):
         return Decision(np.full(inputs.layout.n_visual, inputs.n_layers), inputs.n_layers, SkippedTokens.PRUNE)
 
     def refine(self, layout: TokenLayout, layer: int, attention: torch.Tensor, decision: Decision) -> Decision:
-        lowest = cache_lowest(attention[-1, layout.visual].numpy(), 0.5)
+        lowest = cache_lowest(attention[-1, layout.visual].cpu().numpy(), 0.5)
         return Decision(np.where(lowest, layer + 1, decision.exit_layer), decision.n_layers, SkippedTokens.PRUNE)
 
 
@@ -67,7 +67,7 @@ class Watcher(CachePolicy):
 
     def decide(self, inputs: PolicyInput) -> Decision:
         seen = (
-            inputs.attention[1].mean(dim=0)[inputs.layout.visual].numpy()
+            inputs.attention[1].mean(dim=0)[inputs.layout.visual].cpu().numpy()
             if inputs.attention
             else np.zeros(inputs.layout.n_visual)
         )

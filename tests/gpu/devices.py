@@ -7,6 +7,8 @@ import torch
 
 from lac_vla.models import FAMILIES
 
+torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 is to be as exact as the processor's
+
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 )

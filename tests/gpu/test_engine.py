@@ -268,7 +268,7 @@ def test_a_full_gpu_is_told_and_the_session_lives(device: str, monkeypatch: pyte
     session = make(random_vla("tiny", seed=3, device=device), Random(0.5))
     session.act(frame(0))
     with monkeypatch.context() as patch:
-        patch.setattr(session.model.head, "max_new_tokens", 10**9)  # slots that no GPU has
+        patch.setattr(session.model.head, "max_new_tokens", 10**10)  # slots that no GPU has
         with pytest.raises(DeviceMemoryError, match="memory is full"):
             session.act(frame(1))
     assert np.isfinite(session.act(frame(2))).all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from lac_vla import VLA, CachedVLA, Decision, Random, random_vla
 from lac_vla.engine import cuda_graphs
 from lac_vla.engine.cuda_graphs import CUDAGraphRunner
 from lac_vla.engine.engine import Engine
+from lac_vla.engine.graphs import Replayed
 from lac_vla.engine.kv_cache import Region
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.warmup import warm_up
@@ -162,6 +165,27 @@ def test_graphs_of_functions_are_no_more_than_a_limit_and_go_when_the_store_grow
     engine.store.reserve(Region(), 4096)
     robot.act(frame(1))
     assert not [name for name, *_ in runner._functions if name == "negative"]
+
+
+def test_graphs_go_with_their_engine_at_once() -> None:
+    """And not when the garbage collector comes, which may be in the middle of another engine's capture."""
+    runner = CUDAGraphRunner(torch.device("cuda"))
+    gone = weakref.ref(runner)
+    del runner
+    assert gone() is None
+
+
+def test_what_is_captured_was_run_in_the_same_thread_before() -> None:
+    """Handles and plans of libraries are a thread's own: they are not to be made during a capture."""
+    replayed, x = Replayed[torch.Tensor](), torch.ones(2)
+
+    def run() -> bool:
+        replayed.run(lambda: x + 1, RecordedGraph)
+        return replayed.captured
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        assert [one.submit(run).result(), other.submit(run).result()] == [False, False]
+        assert one.submit(run).result()
 
 
 def test_a_recorded_run_bakes_in_what_it_read() -> None:

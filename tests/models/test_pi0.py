@@ -148,8 +148,9 @@ def test_euler_steps_and_velocity(vla: VLA, family: str, arrays: Arrays, monkeyp
         return (yield from velocity(shared, noised, step))
 
     def spy_begin(context: Any) -> Any:
-        found["state"] = begin(context)
-        return found["state"]
+        shared = begin(context)
+        found["state"] = shared[1]
+        return shared
 
     monkeypatch.setattr(head, "velocity", spy)
     monkeypatch.setattr(head, "begin", spy_begin)

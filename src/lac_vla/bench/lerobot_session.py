@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lac_vla.bench.lerobot_policy import FAMILIES, OpenedPolicy, lerobot_module
-from lac_vla.bench.stock import dense_info
+from lac_vla.bench.stock import dense_info, torchs_attention
 from lac_vla.cost import count_macs
 from lac_vla.engine.step_info import StepInfo
 from lac_vla.errors import InputError
@@ -98,6 +98,7 @@ class LeRobotSession:
 
         return timed
 
+    @torchs_attention()
     @torch.inference_mode()
     def act(self, frame: Frame) -> FloatArray:
         """Answer an observation with a chunk in the robot's own units, float32."""

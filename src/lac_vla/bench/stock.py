@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,6 +24,17 @@ STOCK = "dense stock"
 """Name of the baseline in results and tables."""
 
 
+@contextmanager
+def torchs_attention() -> Iterator[None]:
+    """Leave attention to torch, cuDNN's kernels included, which an engine on a GPU switches off."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def dense_info(layout: TokenLayout, n_layers: int, **told: Any) -> StepInfo:
     """Report a frame of a baseline, which computes everything; ``told`` are further fields of the report."""
     n = layout.n_visual
@@ -34,6 +47,7 @@ def dense_info(layout: TokenLayout, n_layers: int, **told: Any) -> StepInfo:
     )
 
 
+@torchs_attention()
 def stock_prefill(model: VLA, embeddings: torch.Tensor) -> Any:
     """Run ``LlamaModel`` over a prompt, (length, width), with the ``DynamicCache`` that decoding needs afterwards.
 
@@ -84,6 +98,7 @@ class StockSession:
         self.last_info = None
         self._rng = head_rng(self._seed)
 
+    @torchs_attention()
     @torch.inference_mode()
     def act(self, frame: Frame) -> FloatArray:
         """Answer an observation with an action in the robot's own units, float32."""

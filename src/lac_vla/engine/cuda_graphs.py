@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lac_vla.engine.graphs import CUDAGraph, FunctionEntry, Graph, MakeGraph
+from lac_vla.engine.graphs import FunctionEntry, GraphPool, MakeGraph
 from lac_vla.engine.kv_cache import SlotCache
 from lac_vla.engine.layers import LayersOutput, Segment, run_layers
 from lac_vla.engine.static_layers import Shape, StaticLayers
@@ -55,11 +55,11 @@ class CUDAGraphRunner:
 
     def __init__(self, device: torch.device) -> None:
         self.static_runs = self.eager_runs = self.region_size = 0
-        self.make_graph: MakeGraph | None = self._cuda_graph if device.type == "cuda" else None
+        self._pool = GraphPool()
+        self.make_graph: MakeGraph | None = self._pool.make if device.type == "cuda" else None
         self._entries: OrderedDict[Shape, StaticLayers] = OrderedDict()
         self._functions: OrderedDict[Hashable, FunctionEntry] = OrderedDict()
         self._keys: torch.Tensor | None = None  # those that the graphs read; held, so that no other takes their place
-        self._pool: Any = None
         self._frozen = False
 
     def __len__(self) -> int:
@@ -75,11 +75,6 @@ class CUDAGraphRunner:
     def freeze(self) -> None:
         """Add no shape from now on, unless the store grows: an episode never waits for a capture."""
         self._frozen = True
-
-    def _cuda_graph(self) -> Graph:
-        if self._pool is None:  # graphs share their memory: results are read before the next one runs
-            self._pool = torch.cuda.graph_pool_handle()
-        return CUDAGraph(self._pool)
 
     def size_for(self, needed: int) -> int:
         """Return how many slots a region gets that needs so many; the last one is written by padding alone."""
@@ -138,7 +133,7 @@ class CUDAGraphRunner:
             self._entries.clear()  # the store has grown: the graphs' addresses are gone, and all begins anew
             self._functions.clear()  # they hold the pool
             self._keys, self._frozen = store.keys, False
-            self._pool = None
+            self._pool.renew()
         if self._frozen and shape not in self._entries:
             return None
         make = partial(StaticLayers, layers, shape, segments, hidden, rotary[0], store)

@@ -59,6 +59,9 @@ class Engine:
     Rows of several sessions are packed, so that a layer's weights are read once for all; attention and cache writes go
     sequence by sequence. The keys and values of all sessions lie in one pooled store.
 
+    On a GPU it switches cuDNN's attention off, for the whole process: torch prefers it on an H100, and it prepares
+    itself for every shape that a thread has not run; here any number of active rows is one.
+
     Args:
         model: The frozen model. Its weights may change in place.
         options: What is done beside caching.
@@ -76,6 +79,8 @@ class Engine:
 
     def __init__(self, model: VLA, options: EngineOptions | None = None) -> None:
         self.model, self.options = model, options or EngineOptions()
+        if model.device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if self.options.vision_kv_reuse and model.vision.kv_cache() is None:
             raise InputError(
                 f"vision_kv_reuse needs a vision transformer, and {model.name} sees by convolutions: leave it out"

@@ -7,6 +7,7 @@ the host's numbers, so that all that changes from frame to frame has to be in te
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock, get_ident
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from torch.utils._pytree import tree_map
 ROW_MULTIPLE = 16
 """Numbers of rows are rounded up to a multiple of this, but for the few of a decoding pass."""
 FEW_ROWS = 8
+CAPTURING = Lock()
+"""Engines capture in turn: torch has one stream for it."""
 
 T = TypeVar("T")
 
@@ -47,12 +50,29 @@ class CUDAGraph:
     def capture(self, work: Callable[[], T]) -> T:
         """See :meth:`Graph.capture`."""
         # other threads (another robot's session, a decision under way) may use the GPU meanwhile
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+        with CAPTURING, torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             return work()
 
     def replay(self) -> None:
         """See :meth:`Graph.replay`."""
         self._graph.replay()
+
+
+class GraphPool:
+    """Makes graphs that share their memory: results are read before the next one runs."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def make(self) -> Graph:
+        """Make a graph."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return CUDAGraph(self._handle)
+
+    def renew(self) -> None:
+        """Give the graphs that are made from now on memory of their own."""
+        self._handle = None
 
 
 def padded(rows: int) -> int:
@@ -61,12 +81,16 @@ def padded(rows: int) -> int:
 
 
 class Replayed(Generic[T]):
-    """Runs the same work every time: plain at first, which also makes the libraries' handles, then as a graph."""
+    """Runs the same work every time: plain at first, then as a graph.
+
+    The plain run also makes the libraries' handles and plans, of which every thread has its own: what is captured was
+    run in the same thread before.
+    """
 
     def __init__(self) -> None:
         self._graph: Graph | None = None
         self._out: list[T] = []
-        self._warm = False
+        self._ran_in: set[int] = set()
 
     @property
     def captured(self) -> bool:
@@ -81,8 +105,8 @@ class Replayed(Generic[T]):
             make_graph: Makes a graph to capture with; ``None`` where there are none, on a CPU.
         """
         if self._graph is None:
-            if not self._warm or make_graph is None:
-                self._warm = True
+            if get_ident() not in self._ran_in or make_graph is None:
+                self._ran_in.add(get_ident())
                 return work()
             graph = make_graph()
             self._out, self._graph = [graph.capture(work)], graph

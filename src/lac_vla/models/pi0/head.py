@@ -60,12 +60,12 @@ class PiHead(FlowMatchingHead):
         """A weight of the projections."""
         return self._model.action_in_proj.weight
 
-    def begin(self, context: HeadContext) -> torch.Tensor | None:
-        """Embed π0's state, (1, width)."""
+    def begin(self, context: HeadContext) -> tuple[Sequence[Step], torch.Tensor | None]:
+        """Get the steps, and embed π0's state, (1, width)."""
         if self._adaptive:
-            return None
+            return self.steps(), None
         state = self.padded_state(context.frame.proprio)
-        return cast(torch.Tensor, self._model.state_proj(upload(state, self.like.device)))[None]
+        return self.steps(), cast(torch.Tensor, self._model.state_proj(upload(state, self.like.device)))[None]
 
     def padded_state(self, state: FloatArray | None) -> torch.Tensor:
         """Normalise a state in the robot's units, and fill it up with zeros: (..., state_dim) → (..., state_width)."""
@@ -74,12 +74,13 @@ class PiHead(FlowMatchingHead):
         normalized = torch.from_numpy(self._state_units.normalize(state))
         return F.pad(normalized, (0, self._model.config.state_width - normalized.shape[-1]))
 
-    def velocity(self, shared: torch.Tensor | None, noised: torch.Tensor, step: int) -> Velocity:
+    def velocity(self, shared: tuple[Sequence[Step], torch.Tensor | None], noised: torch.Tensor, step: int) -> Velocity:
         """Run the expert at one time; see :meth:`FlowMatchingHead.velocity`."""
-        now = self.steps()[step]
+        steps, state = shared
+        now = steps[step]
         rows, at = self._rows(noised, now.time), 0
-        if shared is not None:
-            rows, at = (torch.cat([shared, rows]), 0) if step == 0 else (rows, 1)
+        if state is not None:
+            rows, at = (torch.cat([state, rows]), 0) if step == 0 else (rows, 1)
         hidden = yield AppendRows(rows.to(now.stack.weight.dtype), at, now.stack)
         return cast(torch.Tensor, self._model.action_out_proj(hidden[-self.horizon :].to(self.like.dtype)))
 
