@@ -322,7 +322,7 @@ def _played(env: LiberoEnv, expert: bool, actions: list[np.ndarray]) -> Iterator
     env.restart(7)
     script = (scripted := ScriptedExpert(env)).actions()
     target = scripted.scene.body_of[scripted.object]
-    for step in range(80):
+    for step in range(60):
         if expert:
             actions.append(np.r_[rng.uniform(-1, 1, 6), -1.0] if step < 5 else next(script))
         success = env.advance(actions[step])
@@ -352,7 +352,7 @@ def test_short_forwards_equal_robosuites_own_to_the_bit(env: LiberoEnv, task: in
             assert mine.keys() == theirs.keys()
             for name, value in mine.items():
                 np.testing.assert_array_equal(value, theirs[name], err_msg=f"{name} after step {step}")
-    assert ours[-1]["object"][2] - ours[0]["object"][2] > 0.01, "the object was grasped"
+    assert max(seen["object"][2] for seen in ours) > ours[0]["object"][2] + 0.02, "the object was grasped"
 
 
 def _slid(env: LiberoEnv, steps: int = 30, *, speed: float = 0.02, seed: int = 1) -> np.ndarray:
