@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import resource
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +314,45 @@ def test_the_cheap_reset_equals_a_reload_to_the_bit(env: LiberoEnv, monkeypatch:
     monkeypatch.setattr(env, "_seed", None)
     env.restart(4)  # a reload
     _same(cheap, _probe(env))
+
+
+def _played(env: LiberoEnv, expert: bool, actions: list[np.ndarray]) -> Iterator[dict[str, Any]]:
+    """All that an episode is, after each of its steps: random ones, then the expert's up to the lifted object."""
+    rng = np.random.default_rng(2)
+    env.restart(7)
+    script = (scripted := ScriptedExpert(env)).actions()
+    target = scripted.scene.body_of[scripted.object]
+    for step in range(60):
+        if expert:
+            actions.append(np.r_[rng.uniform(-1, 1, 6), -1.0] if step < 5 else next(script))
+        success = env.advance(actions[step])
+        data = env.data
+        names = ("qpos", "qvel", "act", "qacc", "qacc_warmstart", "ctrl", "sensordata", "xpos", "xquat", "site_xpos")
+        seen: dict[str, Any] = {name: getattr(data, name).copy() for name in names}
+        seen |= {"time": data.time, "contacts": np.array(data.contact.pos), "success": success}
+        seen |= {"object": data.xpos[target].copy()}
+        seen |= {f"observed {name}": np.copy(value) for name, value in (env._observation or {}).items()}
+        if step % 20 == 9:
+            seen |= env.observe().images
+        yield seen
+
+
+@sim
+@pytest.mark.parametrize("task", [0, *(pytest.param(task, marks=pytest.mark.slow) for task in (3, 7))])
+def test_short_forwards_equal_robosuites_own_to_the_bit(env: LiberoEnv, task: int) -> None:
+    with ExitStack() as stack:
+        if task:
+            env = stack.enter_context(closing(LiberoEnv("libero_spatial", task, resolution=64)))
+        actions: list[np.ndarray] = []
+        ours = list(_played(env, True, actions))
+        simulation = env.domain.sim
+        short = {name: vars(simulation).pop(name) for name in ("forward", "step")}
+        stack.callback(vars(simulation).update, short)
+        for step, (mine, theirs) in enumerate(zip(ours, _played(env, False, actions), strict=True)):
+            assert mine.keys() == theirs.keys()
+            for name, value in mine.items():
+                np.testing.assert_array_equal(value, theirs[name], err_msg=f"{name} after step {step}")
+    assert max(seen["object"][2] for seen in ours) > ours[0]["object"][2] + 0.02, "the object was grasped"
 
 
 def _slid(env: LiberoEnv, steps: int = 30, *, speed: float = 0.02, seed: int = 1) -> np.ndarray:

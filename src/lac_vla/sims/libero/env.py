@@ -33,6 +33,7 @@ from lac_vla.errors import InputError, LacError
 from lac_vla.sims.base import Env, check_action
 from lac_vla.sims.libero.modules import DISTRIBUTION, load_libero, numpy_seed, quiet
 from lac_vla.sims.libero.moving import Slide
+from lac_vla.sims.libero.physics import Physics
 from lac_vla.sims.libero.renderer import Convention, Renderer, Rendering
 from lac_vla.sims.libero.scene import FloatArray
 from lac_vla.sims.libero.suites import HORIZONS, N_TASKS, NO_OP, SETTLE_STEPS
@@ -182,7 +183,7 @@ class LiberoEnv(Env):
         env._post_process()
         env._update_observables(force=True)
         for _ in range(SETTLE_STEPS):
-            self._observation = env.step(np.array(NO_OP))[0]
+            self._act(np.array(NO_OP))
         self._steps = 0
 
     def step(self, action: npt.ArrayLike) -> tuple[Frame, bool]:
@@ -206,14 +207,14 @@ class LiberoEnv(Env):
             Whether the task's goal holds now.
         """
         checked = check_action(action)
-        env = self._open()
+        self._open()
         if self._observation is None:
             raise InputError("reset the environment before the first step")
         if self.convention == "openvla":
             checked = openvla_gripper(checked)
-        self._observation, _, success, _ = env.step(checked)
+        success = self._act(checked)
         self._steps += 1
-        return bool(success)
+        return success
 
     def slide_target(self, speed: float, rng: np.random.Generator) -> None:
         """See :meth:`Env.slide_target`: what the target stands on slides, see :mod:`lac_vla.sims.libero.moving`."""
@@ -277,7 +278,14 @@ class LiberoEnv(Env):
         """Stand in for robosuite's hook before every step of the physics."""
         if self._slide is not None:
             self._slide.advance()
+            self._physics.moved()
         self._pre_action(action, policy_step)
+
+    def _act(self, action: FloatArray) -> bool:
+        """Execute one action in the benchmark's own units; whether the task's goal holds now."""
+        with self._physics.control_step():
+            self._observation, _, success, _ = self._env.step(action)
+        return bool(success)
 
     def _open(self) -> Any:
         if self._env is None:
@@ -304,6 +312,7 @@ class LiberoEnv(Env):
                     if attempt == 99:
                         raise
         images[0]._sensor = self._renderer.note_poses
+        self._physics = Physics(self._env.sim)
         model, data = self.model, self.data
         self._pristine = {
             "body_pos": model.body_pos.copy(),
