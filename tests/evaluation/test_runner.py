@@ -107,6 +107,18 @@ def test_a_folder_whose_episodes_are_of_another_stress_is_refused(config: EvalCo
     assert "random:ratio=0.25" not in (config.out / "config.json").read_text(), "refused before anything was changed"
 
 
+def test_a_run_from_before_an_option_was_there_goes_on(config: EvalConfig) -> None:
+    config = replace(config, tasks=(0,), init_states=(4, 5))
+    path = evaluate(config) / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("float8") is False
+    path.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"other \['float8'\].*float8 False"):
+        evaluate(replace(config, model_options=ModelOptions(float8=True)))
+    evaluate(replace(config, init_states=(4, 6)))
+    assert len(outcomes(config.out)) == 2 * len(config.policies)
+
+
 def test_evaluations_under_several_stresses_make_every_simulator_once(config: EvalConfig) -> None:
     stresses = (None, "drift", "long")
     alone = [replace(config, out=config.out.with_name(f"alone-{name}"), stress=name) for name in stresses]

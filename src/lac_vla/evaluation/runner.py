@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lac_vla.evaluation.processes import run_on_processes
 from lac_vla.evaluation.stress import describe_stress
 from lac_vla.evaluation.together import run_together
 from lac_vla.evaluation.worker import EpisodeWorker, Job
-from lac_vla.factory import method_name
+from lac_vla.factory import ModelOptions, method_name
 from lac_vla.files import locked, read_object, reading, write_object, writing
 from lac_vla.provenance import load as load_now
 from lac_vla.provenance import provenance
@@ -172,11 +172,15 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
 
 
 def _grown(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Unite the settings of a run that goes on: all policies, tasks and initial states that it ever had."""
+    """Unite the settings of a run that goes on: all policies, tasks and initial states that it ever had.
+
+    An option of the model that did not exist when the run began counts as not given.
+    """
     specs = {method_name(spec): spec for spec in before.get("policies", [])}
     more = {method_name(spec): spec for spec in settings["policies"]}
     (first, stop), (new_first, new_stop) = before.get("init_states", (0, 0)), settings["init_states"]
     tasks = before.get("tasks", []), settings["tasks"]
+    before = asdict(ModelOptions()) | before
     fits = {
         "policies": all(specs.get(name, spec) == spec for name, spec in more.items()),
         "init_states": first == new_first,
