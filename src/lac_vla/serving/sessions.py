@@ -28,7 +28,7 @@ SLACK_SHARE = 0.5
 """Share of the expected idle time that slack refresh takes, at most."""
 LEARNING = 0.2
 """Weight of the newest idle time in the expected one."""
-PAUSES = 32
+PAUSES = 128
 """A robot's pace is the upper quartile of so many pauses: where it has to wait, it asks at once, and none shows."""
 FEWEST_PAUSES = 8
 """Of fewer, nobody can tell the pace."""
