@@ -36,6 +36,7 @@ class Stopwatch:
         self._events = events and device.type == "cuda"
         self._stages: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._paused = 0.0
 
     @property
     def stages(self) -> dict[str, float]:
@@ -57,9 +58,16 @@ class Stopwatch:
             end.record()
             self._marks.append((name, start, end))
             return
+        began = time.perf_counter() - self._paused
+        yield
+        self._stages[name] += 1e3 * (time.perf_counter() - self._paused - began)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of the block out of the stage that it interrupts, by the host's clock."""
         began = time.perf_counter()
         yield
-        self._stages[name] += 1e3 * (time.perf_counter() - began)
+        self._paused += time.perf_counter() - began
 
 
 def windows(stages: Mapping[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from lac_vla.policies import CachePolicy
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
 from lac_vla.serving.batches import PATIENCE_S, Batcher, Outcome, Request
 from lac_vla.serving.executor import ModelExecutor
-from lac_vla.serving.sessions import Answer, IdleJob, RobotSession, SessionOptions
+from lac_vla.serving.sessions import FEWEST_PAUSES, Answer, RobotSession, SessionOptions
 from lac_vla.types import AttentionProbe, TokenLayout
 from tests.serving.conftest import KEYS, ask, observation
 
@@ -188,6 +188,9 @@ TABLE = LatencyTable((4, 52), (4.0, 52.0), (1, 8), (1.0, 0.5))
 """A token takes a millisecond, in a batch of eight half of one."""
 
 
+PIECES = 6
+
+
 class Clock:
     """The model takes what the table says."""
 
@@ -196,9 +199,13 @@ class Clock:
         monkeypatch.setattr("time.perf_counter", lambda: self.now)
         run = Engine.run
 
-        def timed(engine: Engine, plans: Sequence[FramePlan]) -> list[FrameResult]:
+        def timed(
+            engine: Engine, plans: Sequence[FramePlan], between: Callable[[], None] = lambda: None
+        ) -> list[FrameResult]:
             costs = [TABLE(float(plan.decision()[0].exit_layer.sum()) / plan.decision()[0].n_layers) for plan in plans]
-            self.now += TABLE.factor(len(plans)) * sum(costs) / 1e3
+            for _ in range(PIECES):
+                self.now += TABLE.factor(len(plans)) * sum(costs) / 1e3 / PIECES
+                between()
             return run(engine, plans)
 
         monkeypatch.setattr(Engine, "run", timed)
@@ -361,9 +368,6 @@ def loop(served: Served, clock: Clock, hz: Sequence[float], seconds: float, cutt
             clock.now = min(due)
             continue
         batch = served.batcher.choose(list(waiting.values()), robots)
-        if not batch:
-            clock.now += 0.001
-            continue
         others = [request for request in waiting.values() if request not in batch]
         for request, outcome in served.batcher.answer(batch, others, robots).items():
             number = robots.index(request.robot)
@@ -395,56 +399,65 @@ def test_a_noisy_neighbour_makes_nobody_late(tiny: VLA, clock: Clock) -> None:
     assert all(report["dense_reason"] == "scene cut" for report in reports[6])
 
 
-def test_who_asks_often_waits_behind_those_who_ask_less(tiny: VLA, clock: Clock) -> None:
-    @dataclass(frozen=True)
-    class Few(CachePolicy):
-        def decide(self, inputs: PolicyInput) -> Decision:
-            return Decision.reuse(np.arange(inputs.layout.n_visual) >= 10, inputs.n_layers)
-
-    def took(hz: Sequence[float], cutting: Sequence[int] = ()) -> list[list[float]]:
-        served = Served(CachedVLA(tiny, Few()), clock)
-        served.batcher = Batcher(served.vla.engine)
-        return [[report["took_ms"] for report in own] for own in loop(served, clock, hz, 8, cutting)]
-
-    quiet, noisy = took([3.0] * 5), took([3.0] * 5 + [30.0], cutting=[5])
-    p99_quiet, p99_beside = (np.quantile(np.concatenate(all_), 0.99) for all_ in (quiet, noisy[:5]))
-    assert p99_beside < 1.15 * p99_quiet
-    assert len(noisy[5]) > 3  # it is answered where there is time: the first thirty answers are not among these
-    assert max(noisy[5]) < 1000  # and not kept waiting for long
-
-
 def test_who_asks_often_is_served_where_the_others_leave_time(tiny: VLA, clock: Clock) -> None:
     served = Served(CachedVLA(tiny, Dense()), clock)
     served.batcher = Batcher(served.vla.engine)
-    *calm, often = loop(served, clock, [1.0] * 6 + [10.0], 8)  # a frame alone takes 52 ms: there is time for all
-    assert min(len(own) for own in calm) >= 5
+    *calm, often = loop(served, clock, [1.0] * 6 + [10.0], 10)  # a frame alone takes 52 ms: there is time for all
+    assert min(len(own) for own in calm) >= 7
     took = [report["took_ms"] for report in often]
-    assert len(took) > 40
-    assert max(took) < 52 + 1.1 * 52 + 120  # its own, as long for somebody expected, and those who wait
+    assert len(took) > 50
     assert np.median(took) < 120
 
 
 def one_calm_one_often(tiny: VLA, clock: Clock) -> tuple[Served, RobotSession, RobotSession]:
     served = Served(CachedVLA(tiny, Dense()), clock)
     calm, often = served.warm(2)
-    for _ in range(4):
+    for _ in range(FEWEST_PAUSES):
+        assert calm.pause is often.pause is None
         ask(calm, observation(1), calm.answered + 4)
         ask(often, observation(1), often.answered)
     return served, calm, often
 
 
-def test_robots_that_have_gone_keep_nobody_waiting(tiny: VLA, clock: Clock) -> None:
+def test_who_asks_often_waits_behind_others_but_not_for_long(tiny: VLA, clock: Clock) -> None:
     served, calm, often = one_calm_one_often(tiny, clock)
-    held, batcher = [], Batcher(served.vla.engine)
-    for after in np.arange(3.0, 6.0, 0.01):
-        clock.now = calm.answered + float(after)
-        held.append(not batcher.choose([served.request(often)], served.robots))
-    assert 0 < 0.01 * sum(held) < 2.2 * often.cost_s
+    batcher, robots = Batcher(served.vla.engine), served.robots
+    quiet, noisy = served.request(calm), served.request(often, waited_ms=999 * PATIENCE_S)
+    assert batcher.choose([noisy, quiet], robots) == [quiet]
+    assert batcher.choose([noisy], robots) == [noisy]
+    impatient = served.request(often, waited_ms=1001 * PATIENCE_S)
+    assert batcher.choose([impatient, quiet], robots) == [impatient]  # alone: its run can be interrupted
+    third = served.warm(1)
+    assert set(batcher.choose([quiet, served.request(third[0])], served.robots)) > {quiet}
+    seen = []
+
+    def between() -> None:
+        waiting = [served.request(calm), served.request(often)]
+        seen.append([request.robot for request in batcher.choose(waiting, robots)])
+        assert batcher.choose(waiting[1:], robots) == []
+
+    batcher.answer([noisy], [quiet], robots, between)
+    assert seen == [[calm]] * PIECES
+    batcher.answer([quiet], [noisy], robots, between)  # it gives way to nobody
+    assert len(seen) == PIECES
+
+
+def test_a_run_that_fails_between_its_pieces_leaves_turns_as_they_were(tiny: VLA, clock: Clock) -> None:
+    served, _, often = one_calm_one_often(tiny, clock)
+    batcher = Batcher(served.vla.engine)
+
+    def broken() -> None:
+        raise CrashError("between")
+
+    with pytest.raises(CrashError):
+        batcher.answer([served.request(often)], (), served.robots, broken)
+    assert batcher.choose([request := served.request(often)], served.robots) == [request]
 
 
 def test_what_is_between_two_episodes_is_no_pace(tiny: VLA, clock: Clock) -> None:
     [one] = Served(CachedVLA(tiny, Dense()), clock).warm(1)
-    for pause, change in ((0.1, {}), (60.0, {}), (3.0, {"reset": True}), (0.1, {"prompt": TEXTS[1]})):
+    usual = [(0.1, {})] * FEWEST_PAUSES
+    for pause, change in (*usual, (60.0, {}), (3.0, {"reset": True}), (0.1, {"prompt": TEXTS[1]})):
         ask(one, observation(1) | change, one.answered + pause)
     assert one.pause == pytest.approx(0.1)
 
@@ -457,55 +470,59 @@ def test_what_was_put_off_gives_way_no_more(tiny: VLA, clock: Clock) -> None:
     assert served.batcher.choose(waiting, served.robots)[0] is waiting[1]
 
 
-def test_no_idle_work_of_a_robot_that_has_asked(tiny: VLA) -> None:
-    """It would make a plan that waits for the next batch worthless."""
-    worked, closed = list[IdleJob](), threading.Event()
-
-    class Held(Batcher):
-        def choose(self, waiting: Collection[Request], robots: Collection[RobotSession] = ()) -> list[Request]:
-            return super().choose(waiting, robots) if closed.is_set() else []
-
-        def rest(self, jobs: Sequence[IdleJob], quiet_s: float) -> list[Exception]:
-            worked.extend(jobs)
-            return []
-
-    async def everything() -> Answer:
-        executor = ModelExecutor(Held(vla.engine), 4)
-        executor.join(robot)
-        asking = asyncio.ensure_future(executor.answer(robot, observation(0), time.perf_counter()))
-        await asyncio.sleep(0.05)
-        executor.offer(IdleJob(robot, shadow=False))
-        await asyncio.sleep(0.1)
-        assert not worked
-        closed.set()
-        answer = await asking
-        while not worked:
-            await asyncio.sleep(0.01)
-        await executor.close()
-        return answer
-
-    vla = CachedVLA(tiny, Dense())
-    robot = RobotSession(vla, KEYS, SessionOptions())
-    assert isinstance(asyncio.run(everything()), Answer)
-
-
 def test_a_robot_keeps_its_pace_where_others_make_it_wait(tiny: VLA, clock: Clock) -> None:
     served = Served(CachedVLA(tiny, Dense()), clock)
     calm, noisy = served.warm(2)
-    for _ in range(10):
+    for _ in range(12):
         ask(noisy, observation(1), noisy.answered)
         ask(calm, observation(1), calm.answered + 0.05)
     for _ in range(20):  # its time comes while it waits: it asks as soon as it is answered
         ask(noisy, observation(1), noisy.answered)
         ask(calm, observation(1), calm.answered)
-    batcher, soon, cost = Batcher(served.vla.engine), calm.answered + 0.9 * 0.05, 1.1 * noisy.cost_s
-    for late, waited, held in ((-1.1, 0, False), (-0.9, 0, True), (0.9, 0, True), (0.9, 1.1, False), (1.1, 0, False)):
-        clock.now = soon + late * cost
-        request = served.request(noisy, 1e3 * waited * cost)
-        assert batcher.choose([request], served.robots) == [request][held:]
-    for waited, chosen in ((0.9, [calm]), (1.1, [noisy, calm])):  # behind one that is there
-        both = [served.request(noisy, 1e3 * waited * PATIENCE_S), served.request(calm)]
-        assert {request.robot for request in batcher.choose(both, served.robots)} == set(chosen)
+    assert calm.pause == pytest.approx(0.05)
+    waiting = [served.request(noisy), served.request(calm)]
+    assert Batcher(served.vla.engine).choose(waiting, served.robots) == waiting[1:]
+
+
+def test_whoever_asks_is_answered_in_the_middle_of_a_noisy_robots_run(
+    tiny: VLA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is in the server's own thread; and both answers are those of the robots alone."""
+    vla = CachedVLA(tiny, Dense())
+    calm, noisy = (RobotSession(vla, KEYS, SessionOptions()) for _ in range(2))
+    calm.pause, noisy.pause = 1.0, 0.0
+    reached, opened = threading.Event(), threading.Event()
+    project = type(tiny.vision).project
+
+    def held(vision: Any, features: torch.Tensor) -> torch.Tensor:
+        reached.set()
+        assert opened.wait(20)
+        return project(vision, features)
+
+    async def everything() -> list[tuple[RobotSession, Answer]]:
+        executor, answers = ModelExecutor(Batcher(vla.engine), 4), []
+
+        async def asks(robot: RobotSession, seed: int) -> None:
+            answers.append((robot, await executor.answer(robot, observation(seed), time.perf_counter())))
+
+        executor.join(noisy)
+        executor.join(calm)
+        first = asyncio.ensure_future(asks(noisy, 0))
+        await asyncio.to_thread(reached.wait, 20)
+        second = asyncio.ensure_future(asks(calm, 1))
+        await asyncio.sleep(0.05)
+        opened.set()
+        await asyncio.gather(first, second)
+        await executor.close()
+        return answers
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny.vision), "project", held)
+        answers = asyncio.run(everything())
+    assert [robot for robot, _ in answers] == [calm, noisy]
+    for seed, (_, answer) in zip((1, 0), answers, strict=True):
+        alone = CachedVLA(tiny, Dense()).session().act(KEYS.frame(observation(seed)))
+        np.testing.assert_array_equal(answer.message["actions"][0], alone)
 
 
 def test_the_largest_batch_that_can_keep_the_deadline() -> None:

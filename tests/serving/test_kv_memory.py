@@ -25,7 +25,7 @@ from lac_vla.serving.batches import Batcher, Request
 from lac_vla.serving.config import ServeConfig, make_server
 from lac_vla.serving.kv_memory import KVMemory
 from lac_vla.serving.server import Limits
-from lac_vla.serving.sessions import Answer, RefusedRequestError, RobotSession, SessionOptions
+from lac_vla.serving.sessions import FEWEST_PAUSES, Answer, RefusedRequestError, RobotSession, SessionOptions
 from tests.serving.conftest import KEYS, Running, ask, observation
 
 Start = Callable[..., Running]
@@ -104,6 +104,44 @@ def test_whoever_returns_starts_dense_and_all_else_is_as_without_a_budget(name: 
             assert vla.engine.store.keys.shape == size
     assert memory.evictions > 5
     assert reused > 5 * (places > 1)
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_who_is_at_work_makes_no_room_for_those_that_interrupt(places: int) -> None:
+    """Where nobody else can make it, they wait until the run is over."""
+    vla = CachedVLA(random_vla("tiny"), Random(0.5))
+    batcher = Batcher(vla.engine, memory=budget(vla, places))
+    noisy, calm, silent = robots = [RobotSession(vla, KEYS, SessionOptions()) for _ in range(3)]
+    for robot, pause in ((noisy, 0.0), (calm, 1.0)):
+        robot._pauses.extend([pause] * FEWEST_PAUSES)
+    calm.pause = 1.0
+    for robot in (silent, noisy)[-places:]:
+        ask(robot, observation(0), 0.0)
+    asking = {Request(calm, observation(1), 0.0)}
+    answers: list[Any] = []
+    tried = 0
+
+    def between() -> None:
+        nonlocal tried
+        tried += 1
+        if batch := batcher.choose(asking, robots):
+            outcomes = batcher.answer(batch, (), robots)
+            asking.difference_update(outcomes)
+            answers.extend(outcomes.values())
+
+    [mine] = batcher.answer([Request(noisy, observation(1), 0.0)], asking, robots, between).values()
+    assert isinstance(mine, Answer)
+    assert mine.step.dense_reason is None
+    double = CachedVLA(vla.model, Random(0.5)).session()
+    for step in range(2):
+        action = double.act(KEYS.frame(observation(step)))
+    np.testing.assert_array_equal(mine.message["actions"][0], action)
+    assert tried > 5
+    assert len(answers) == places - 1
+    assert bool(silent.nbytes) is False
+    if asking:
+        [answer] = batcher.answer(batcher.choose(asking, robots), (), robots).values()
+        assert isinstance(answer, Answer)
 
 
 def test_an_instruction_that_needs_more_than_all_memory(chunks: VLA) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from lac_vla.engine.cuda_graphs import CUDAGraphRunner
 from lac_vla.engine.kv_cache import GradientKV, SlotCache
-from lac_vla.engine.layers import RunLayers, run_layers
+from lac_vla.engine.layers import Between, RunLayers, run_layers
 from lac_vla.engine.options import EngineOptions
 from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.engine.prefill import AppendCursor, Cursor, PrefillCursor, SequenceState, run_packed
@@ -39,6 +39,7 @@ class _Run:
     plan: FramePlan
     result: FrameResult
     clock: Stopwatch
+    run_layers: RunLayers
     embeddings: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     suffix: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     decoding: Decoding | None = None
@@ -100,11 +101,14 @@ class Engine:
         self._lock = RLock()
 
     @torch.inference_mode()
-    def run(self, plans: Sequence[FramePlan]) -> list[FrameResult]:
+    def run(self, plans: Sequence[FramePlan], between: Between | None = None) -> list[FrameResult]:
         """Compute frames of several sessions, at most one of each.
 
         Args:
             plans: Made by sessions of this engine; each can be run once.
+            between: Called before the vision stems, behind them, behind the embeddings, and twice a layer: it may run
+                plans of other sessions, and does not raise. On a CPU only: a GPU is behind its host, and a replayed
+                graph would overwrite what the last one left.
 
         Returns:
             What became of every plan, in order. If one session's frame fails, its result holds the error, and the
@@ -118,12 +122,16 @@ class Engine:
         for plan in plans:
             plan.used = True
         clock = self.stopwatch()  # of all: every robot waits for the whole batch
-        runs = [_Run(plan, FrameResult(plan), clock) for plan in plans]
+        pause, run_layers = self._pieces(clock, between)
+        runs = [_Run(plan, FrameResult(plan), clock, run_layers) for plan in plans]
         with self._lock:
             before = 0 if self.graphs is None else self.graphs.eager_runs
+            pause()
             stems = self._encode_stems(runs)
+            pause()
             for run, stem in zip(runs, stems, strict=True):
                 self._try(run, partial(self._open, stem=stem))
+            pause()
             self._prefill(runs, clock)
             self._decode(runs, clock)
             for run in runs:
@@ -164,6 +172,17 @@ class Engine:
             ]
             embedded = [own.embeddings for own in rows]
             return [stack.norm(own) for own in run_packed(stack, cursors, embedded, self.store, self._run_layers)]
+
+    def _pieces(self, clock: Stopwatch, between: Between | None) -> tuple[Between, RunLayers]:
+        """Make what is called between two pieces, and what runs layers so that it is called."""
+        if between is None or self.graphs is not None or self.model.device.type != "cpu":
+            return (lambda: None), self._run_layers
+
+        def pause() -> None:
+            with clock.pause():
+                between()
+
+        return pause, partial(run_layers, between=pause)
 
     def _check(self, plans: Sequence[FramePlan]) -> None:
         for plan in plans:
@@ -291,7 +310,8 @@ class Engine:
                     PrefillCursor(decoder, run.sequence, self._rotary_of(decoder, run.plan.region.size))
                     for run in alive
                 ]
-                hidden = run_packed(decoder, cursors, [run.embeddings for run in alive], self.store, self._run_layers)
+                embedded = [run.embeddings for run in alive]
+                hidden = run_packed(decoder, cursors, embedded, self.store, alive[0].run_layers)
                 for run, rows in zip(alive, hidden, strict=True):
                     sequence, run.result.error = run.sequence, run.sequence.error
                     if run.result.error is None:
@@ -359,7 +379,7 @@ class Engine:
                 hidden = run_packed(stack, cursors, embedded, GradientKV(self.store))
                 normed = [stack.norm(own) for own in hidden]
         else:
-            hidden = run_packed(stack, cursors, embedded, self.store, self._run_layers)
+            hidden = run_packed(stack, cursors, embedded, self.store, runs[0].run_layers)
             suffixes = [len(run.suffix) if isinstance(run.rows, RerunPrompt) else 0 for run, *_ in ready]
             normed = [stack.norm(own[-count:] if count else own) for own, count in zip(hidden, suffixes, strict=True)]
         for (run, *_), own in zip(ready, normed, strict=True):

@@ -98,6 +98,8 @@ class LayersOutput:
     keys: Sequence[torch.Tensor]
 
 
+Between: TypeAlias = Callable[[], object]
+"""It is called between two pieces of a run, and may run other sessions' plans: the run goes on with what is its own."""
 RunLayers: TypeAlias = Callable[..., LayersOutput]
 """:func:`run_layers`, or whatever computes the same."""
 
@@ -110,6 +112,7 @@ def run_layers(
     store: KVStore,
     first: int = 0,
     stop: int | None = None,
+    between: Between = lambda: None,
 ) -> LayersOutput:
     """Run consecutive layers of a stack over the same rows.
 
@@ -121,6 +124,7 @@ def run_layers(
         store: Gives every layer the keys and values that its rows see.
         first: First layer to run.
         stop: One past the last; ``None`` for all.
+        between: Called in the middle of every layer, and behind it.
 
     Returns:
         See :class:`LayersOutput`.
@@ -156,10 +160,12 @@ def run_layers(
             seen.append(seen_keys)
             if asked.shape[-2]:
                 attended.append(attend(asked, seen_keys, seen_values, mask, causal, precise=autocast))
+        between()
         if rows is not None:
             hidden = hidden[..., rows, :]
         if attended:
             hidden = layer.finish(hidden, attended[0] if len(attended) == 1 else torch.cat(attended, dim=-2))
+            between()
     return LayersOutput(hidden, query, seen)
 
 

@@ -1,7 +1,7 @@
 """A batch: whose requests are answered next, what each of them may cost, and one run of the engine for all of them.
 
 Turns are fair by robot: whoever has gone longest without an answer comes first. A robot that asks far more often than
-the others waits behind all of them; for one that will ask before its answer is done, as long as that would take. With a
+the others waits behind all of them, is answered alone, and its run is interrupted for whoever asks meanwhile. With a
 deadline, a batch is as large as its members can afford, and its time is shared out equally among them and the robots
 that wait, or will ask, before it ends.
 """
@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lac_vla.engine.deciding import decide_together
 from lac_vla.engine.engine import Engine
+from lac_vla.engine.layers import Between
 from lac_vla.engine.work import work_together
 from lac_vla.errors import InputError
 from lac_vla.realtime.deadline import DeadlineController
@@ -26,14 +27,12 @@ __all__ = ["Batcher", "Outcome", "Request"]
 
 Outcome: TypeAlias = Answer | Exception
 
-OFTEN = 0.25
+OFTEN = 0.1
 """A robot asks often whose pause from an answer to its next request is below this share of the robots' median."""
-EARLY = 0.9
-"""From when on, in its pauses since its last answer, any other robot is expected to ask."""
-MARGIN = 1.1
-"""A frame may take so many times what the last ones took."""
-PATIENCE_S = 5.0
-"""Seconds for which a robot that asks often gives way to others that wait, at most: a hundred frames at 20 Hz."""
+SHORTEST_S = 0.01
+"""The robots' median pause, from which on they leave the model time: where all ask again at once, none asks often."""
+PATIENCE_S = 0.5
+"""Seconds after which the run of a robot that asks often is begun although others wait: ten frames at 20 Hz."""
 
 
 @dataclass
@@ -54,6 +53,7 @@ class Batcher:
     controller: DeadlineController | None = None
     max_batch: int = 8
     memory: KVMemory | None = None
+    _interrupted: frozenset[RobotSession] = field(default=frozenset(), init=False)
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -67,11 +67,17 @@ class Batcher:
             robots: All robots, to which those among them that ask often give way.
 
         Returns:
-            At most one of every robot; empty if none waits, or all that wait give way to robots that will ask soon.
+            At most one of every robot; empty if none waits, or, while a run is interrupted, none but robots that ask
+            often.
         """
-        now, controller = time.perf_counter(), self.controller
-        held = _giving_way(waiting, robots, now)
-        waiting = [request for request in waiting if request not in held]
+        now, controller, limit = time.perf_counter(), self.controller, self.max_batch
+        often = _asking_often(robots) | self._interrupted
+        calm = [request for request in waiting if request.robot not in often]
+        due = [request for request in waiting if request.robot in often and _has_given_way(request, now)]
+        if self._interrupted or (calm and not due):
+            waiting = calm
+        elif often and len(calm) < len(waiting):  # alone: the shorter are the pieces for which others wait
+            waiting, limit = due or waiting, 1
         chosen: dict[RobotSession, Request] = {}
         costs: list[float] = []
         for request in sorted(waiting, key=lambda request: (not request.postponed, request.robot.answered)):
@@ -82,12 +88,16 @@ class Batcher:
                 if controller.batch_ms(costs) > _tightest(chosen.values(), controller, now):
                     break
             chosen[request.robot] = request
-            if len(chosen) == self.max_batch:
+            if len(chosen) == limit:
                 break
         return list(chosen.values())
 
     def answer(
-        self, batch: Sequence[Request], waiting: Collection[Request] = (), robots: Collection[RobotSession] = ()
+        self,
+        batch: Sequence[Request],
+        waiting: Collection[Request] = (),
+        robots: Collection[RobotSession] = (),
+        between: Between | None = None,
     ) -> dict[Request, Outcome]:
         """Plan every request, run the plans together, and answer.
 
@@ -95,6 +105,8 @@ class Batcher:
             batch: Requests of different robots.
             waiting: Requests that are not of this batch.
             robots: All robots, of which some may ask while the batch runs.
+            between: Called between the pieces of the run if all of the batch ask often: it may choose and answer
+                others, and does not raise.
 
         Returns:
             Answers, and what went wrong with requests that have none. One that would have made the others late is not
@@ -130,19 +142,28 @@ class Batcher:
             late = self._postpone(controller, [request for request, _ in ready], begun)
             ready = [(request, planned) for request, planned in ready if request not in late]
         if self.memory is not None:
-            ready, refused = self.memory.settle(ready, waiting, robots)
+            ready, refused = self.memory.settle(ready, waiting, robots, self._interrupted)
             outcomes |= refused
-        results = self.engine.run([planned.plan for _, planned in ready]) if ready else []
+        running = frozenset(request.robot for request, _ in ready)
+        gives_way = bool(running) and running <= _asking_often(robots)
+        plans = [planned.plan for _, planned in ready]
+        if gives_way and between is not None:
+            self._interrupted = running
+            try:
+                results = self.engine.run(plans, between)
+            finally:
+                self._interrupted = frozenset()
+        else:
+            results = self.engine.run(plans) if ready else []
         computed = []
         for (request, planned), result in zip(ready, results, strict=True):
             try:
-                part = planned.tokens / max(1.0, sum(other.tokens for _, other in ready))
-                answer = request.robot.commit(planned, result, begun, len(ready), part)
+                answer = request.robot.commit(planned, result, begun, len(ready))
                 outcomes[request] = answer
                 computed.append((answer.step.dense_reason, answer.step.decision))
             except Exception as error:  # of this robot alone
                 outcomes[request] = error
-        if controller is not None and any(reason is None for reason, _ in computed):
+        if controller is not None and not gives_way and any(reason is None for reason, _ in computed):
             costs = [controller.table(decision.exit_layer.sum() / decision.n_layers) for _, decision in computed]
             controller.observe(controller.batch_ms(costs), 1e3 * (time.perf_counter() - begun))
         return outcomes
@@ -173,7 +194,8 @@ class Batcher:
         The batch is to end before the first of its deadlines, and what waits has to be answered before its own; so has
         what is expected to come before the batch ends.
         """
-        reach, busy = controller.deadline_ms / 1e3, {request.robot for request in (*batch, *waiting)}
+        reach = controller.deadline_ms / 1e3
+        busy = self._interrupted.union(request.robot for request in (*batch, *waiting))
         expected = sum(abs(robot.expected - now) <= reach for robot in robots if robot not in busy)
         planned = [_cost(request, controller) for request in batch if request.planned is not None]
         share, count = math.inf, len(batch)
@@ -202,27 +224,16 @@ class Batcher:
         return postponed
 
 
-def _giving_way(waiting: Collection[Request], robots: Collection[RobotSession], now: float) -> set[Request]:
-    """Choose the requests that give way: of robots that ask often, to those who wait or are expected meanwhile.
-
-    Somebody who is merely expected keeps a request for no longer than its frame takes. One that has a plan, or was
-    postponed, has given way already.
-    """
+def _asking_often(robots: Collection[RobotSession]) -> frozenset[RobotSession]:
+    """Find the robots that ask far more often than the others."""
     pauses = {robot: robot.pause for robot in robots if robot.pause is not None}
-    limit = OFTEN * sorted(pauses.values())[len(pauses) // 2] if len(pauses) > 1 else 0.0
-    often = {robot for robot, pause in pauses.items() if pause < limit}
-    if not often:
-        return set()
-    others = any(request.robot not in often for request in waiting)
-    soon = [robot.answered + EARLY * pause for robot, pause in pauses.items() if robot not in often]
+    median = sorted(pauses.values())[len(pauses) // 2] if pauses else 0.0
+    return frozenset(robot for robot, pause in pauses.items() if median > SHORTEST_S and pause < OFTEN * median)
 
-    def gives_way(request: Request) -> bool:
-        if request.robot not in often or request.postponed or request.planned is not None:
-            return False
-        waited, cost = now - request.arrived, MARGIN * request.robot.cost_s
-        return waited < PATIENCE_S if others else waited < cost and any(abs(now - each) < cost for each in soon)
 
-    return {request for request in waiting if gives_way(request)}
+def _has_given_way(request: Request, now: float) -> bool:
+    """Tell whether a request has waited for others as long as it has to, or has been put off before."""
+    return request.planned is not None or request.postponed or now - request.arrived >= PATIENCE_S
 
 
 def _cost(request: Request, controller: DeadlineController) -> float:

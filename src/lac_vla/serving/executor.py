@@ -10,12 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Condition
 from typing import Any
 
+from lac_vla.engine.layers import Between
 from lac_vla.errors import InputError, LacError
 from lac_vla.serving.batches import Batcher, Outcome, Request
 from lac_vla.serving.sessions import Answer, IdleJob, RobotSession
-
-GIVING_WAY_S = 0.002
-"""Seconds after which it is asked again whether a robot that gives way has to."""
 
 
 class BusyError(LacError):
@@ -26,7 +24,8 @@ class ModelExecutor:
     """Answers requests off the event loop: whenever the model is free, as many of those that wait as go together.
 
     Every connection hands in one request at a time, so a robot waits for at most one request of every other, however
-    fast that one asks; ``capacity`` of them may wait or run. Idle work is done in short runs.
+    fast that one asks; ``capacity`` of them may wait or run. A run that gives way to others is interrupted between its
+    pieces, by one batch each time: it ends whatever the load. Idle work is done in short runs.
 
     Args:
         batcher: Chooses and answers.
@@ -112,32 +111,38 @@ class ModelExecutor:
         while True:
             with self._changed:
                 self._release_gone()
-                batch, asking = self._take(), {request.robot for request in self._queue}
-                idle = [job for job in self._idle.values() if job.robot not in asking]
-                if not batch and not idle:
-                    if self._queue:  # what gives way to robots that will ask soon
-                        self._changed.wait(GIVING_WAY_S)
-                        continue
+                batch = self._take()
+                if not batch and not self._idle:
                     self._working = False
                     return
-                others, robots = list(self._queue), set(self.robots)
-                quiet_s = _quiet_s(robots, time.perf_counter())
-                jobs = [] if batch else self.batcher.choose_idle(idle, quiet_s)
+                quiet_s = _quiet_s(self.robots, time.perf_counter())
+                jobs = [] if batch else self.batcher.choose_idle(list(self._idle.values()), quiet_s)
                 for job in jobs:
                     del self._idle[job.robot]
-            if jobs:
+            if batch:
+                self._answer(batch, self._interrupt)
+            else:
                 self._rest(jobs, quiet_s)
-                continue
-            try:
-                outcomes = self.batcher.answer(list(batch), others, robots)
-            except Exception as error:  # a fault of the batcher itself
-                outcomes = dict.fromkeys(batch, error)
-            with self._changed:  # those that were put off wait on
-                self._queue |= {request: future for request, future in batch.items() if request not in outcomes}
-            loop = next(iter(batch.values())).get_loop()
-            loop.call_soon_threadsafe(
-                self._deliver, [(batch[request], outcome) for request, outcome in outcomes.items()]
-            )
+
+    def _interrupt(self) -> None:
+        """Answer one batch between the pieces of a run that gives way, if somebody waits to whom it does."""
+        if self._queue:
+            with self._changed:
+                batch = self._choose()
+            if batch:
+                self._answer(batch)
+
+    def _answer(self, batch: Mapping[Request, asyncio.Future[Answer]], between: Between | None = None) -> None:
+        with self._changed:
+            others, robots = list(self._queue), set(self.robots)
+        try:
+            outcomes = self.batcher.answer(list(batch), others, robots, between)
+        except Exception as error:  # a fault of the batcher itself
+            outcomes = dict.fromkeys(batch, error)
+        with self._changed:  # those that were put off wait on
+            self._queue |= {request: future for request, future in batch.items() if request not in outcomes}
+        loop = next(iter(batch.values())).get_loop()
+        loop.call_soon_threadsafe(self._deliver, [(batch[request], outcome) for request, outcome in outcomes.items()])
 
     def _release_gone(self) -> None:
         """Free the memory of robots that have left, but for those whose last request is still to be carried out."""
@@ -153,6 +158,9 @@ class ModelExecutor:
             if rest <= 0:
                 break
             self._changed.wait(rest)
+        return self._choose()
+
+    def _choose(self) -> dict[Request, asyncio.Future[Answer]]:
         chosen = self.batcher.choose(list(self._queue), () if self._closed else self.robots)
         return {request: self._queue.pop(request) for request in chosen}
 

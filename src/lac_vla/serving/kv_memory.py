@@ -55,6 +55,7 @@ class KVMemory:
         ready: Sequence[tuple[Request, PlannedFrame]],
         waiting: Collection[Request],
         robots: Collection[RobotSession],
+        running: Collection[RobotSession] = (),
     ) -> tuple[list[tuple[Request, PlannedFrame]], dict[Request, Exception]]:
         """Give the robots of a batch room.
 
@@ -65,6 +66,7 @@ class KVMemory:
             ready: Requests of the batch, and their plans.
             waiting: Other requests.
             robots: All robots.
+            running: Those whose run this batch interrupts; they keep what they have.
 
         Returns:
             Those that have room, and what is to be said to those for whom all of the memory is too little.
@@ -83,9 +85,9 @@ class KVMemory:
         for request, plan in ready:
             if request.planned is None:  # it made room for the first
                 continue
-            silent = sorted({*robots, *(r.robot for r in waiting)} - set(planned), key=lambda robot: robot.answered)
+            silent = {*robots, *(other.robot for other in waiting)} - {*planned, *running}
             others = [] if settled else [robot for robot in reversed(planned) if robot is not request.robot]
-            holders = [robot for robot in (*silent, *others) if robot.nbytes]
+            holders = [r for r in (*sorted(silent, key=lambda robot: robot.answered), *others) if r.nbytes]
             while not (fits := self._fits(request.robot, plan, robots)) and holders:
                 self._evict(holders.pop(0), planned)
             if fits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,15 +27,22 @@ from lac_vla.types import FloatArray, Frame
 SLACK_SHARE = 0.5
 """Share of the expected idle time that slack refresh takes, at most."""
 LEARNING = 0.2
-"""Weight of the newest idle time in the expected one; so with costs."""
-PAUSES = 32
+"""Weight of the newest idle time in the expected one."""
+PAUSES = 128
 """A robot's pace is the upper quartile of so many pauses: where it has to wait, it asks at once, and none shows."""
+FEWEST_PAUSES = 8
+"""Of fewer, nobody can tell the pace."""
 MAX_SEED = 2**63 - 1
 MAX_HZ = 10_000
 
 
 class RefusedRequestError(InputError):
     """A request that cannot be used, and of which nothing was planned: its robot may send another."""
+
+
+def pace(pauses: Collection[float]) -> float | None:
+    """Tell a robot's pace by its last pauses, from answer to request; ``None`` if they are too few."""
+    return None if len(pauses) < FEWEST_PAUSES else sorted(pauses)[3 * (len(pauses) - 1) // 4]
 
 
 @contextmanager
@@ -146,8 +153,8 @@ class RobotSession:
     Attributes:
         answered: When it was answered last, or else began, by ``time.perf_counter()``.
         idle: Expected seconds from an answer to its next request; ``None`` if nobody knows.
-        pause: The same where nothing keeps it waiting: its pace, though others may make it wait for a while.
-        cost_s: Seconds of the model that its last frames took.
+        pause: The same where nothing keeps it waiting: its pace, though others may make it wait for a while; ``None``
+            as long as it is not known.
 
     Raises:
         InputError: If slack refresh lacks its table.
@@ -173,7 +180,6 @@ class RobotSession:
         self.idle: float | None = None
         self.pause: float | None = None
         self._pauses = deque[float](maxlen=PAUSES)
-        self.cost_s = 0.0
         self._begun: str | None = None
         self._frames = self._cooling = self._refreshed = 0
         self._disagreement: float | None = None
@@ -220,9 +226,7 @@ class RobotSession:
             tokens = min(tokens, token_budget)
         return PlannedFrame(plan, frame, prepared.reset, prepared.arrived, tokens, prepared.control_hz)
 
-    def commit(
-        self, planned: PlannedFrame, result: FrameResult, begun: float, robots: int = 1, share: float = 1.0
-    ) -> Answer:
+    def commit(self, planned: PlannedFrame, result: FrameResult, begun: float, robots: int = 1) -> Answer:
         """Answer a planned request.
 
         Args:
@@ -230,7 +234,6 @@ class RobotSession:
             result: The engine's, for its plan.
             begun: When its batch was begun, by ``time.perf_counter()``.
             robots: Requests in the batch.
-            share: Share of the batch's work that was this one's, in [0, 1].
 
         Raises:
             Exception: If something went wrong in the run.
@@ -256,7 +259,6 @@ class RobotSession:
         if not self._cooling:
             session.force_dense = None
         self.answered = time.perf_counter()
-        self.cost_s += (LEARNING if self.cost_s else 1.0) * (took / 1e3 * share - self.cost_s)
         return Answer(message, step, planned.reset, planned.frame)
 
     def spare(self) -> IdleJob | None:
@@ -328,7 +330,7 @@ class RobotSession:
             self.idle += LEARNING * (max(0.0, idle) - self.idle)
         if reason is None:  # what is between two episodes is no pace
             self._pauses.append(max(0.0, idle))
-            self.pause = sorted(self._pauses)[3 * (len(self._pauses) - 1) // 4]
+            self.pause = pace(self._pauses)
         self._instruction, self._episode, self._shapes = frame.instruction, episode, frame.shapes
         return None if first else reason
 
