@@ -15,7 +15,7 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
     echo "ManiSkill3 needs a Vulkan driver: install Mesa's (25 or later), and set VK_DRIVER_FILES to its lvp_icd*.json" >&2
     exit 1
 fi
-rm -rf "$prefix"
+rm -rf "$prefix/apt" "$prefix/usr"
 mkdir -p "$prefix/apt/lists/partial" "$prefix/apt/cache/archives/partial"
 prefix=$(cd "$prefix" && pwd)
 . /etc/os-release

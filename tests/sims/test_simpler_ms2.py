@@ -140,6 +140,8 @@ def test_an_episode_through_the_pipe(backend: Ms2Backend, folder: Path) -> None:
     assert not second.grasped
     assert backend.step(STILL).grasped
     backend.reset(episodes("vm")[1])  # an environment of its own, in the same process
+    with pytest.raises(InputError, match="of a WidowX's alone, not of 'coke can horizontal'"):
+        backend.scene()
     assert len((folder / "made").read_text().splitlines()) == 2
 
 

@@ -87,7 +87,9 @@ def collect(config: CollectConfig) -> None:
     """
     busy = f"another process collects into {config.out}: give another --out"
     lock = config.out.with_name(f"{config.out.name}.lock")
-    with writing(config.out, "--out"), locked(lock, busy), ExitStack() as opened:
+    with ExitStack() as opened:
+        with writing(config.out, "--out"):
+            opened.enter_context(locked(lock, busy))
         _collect(config, opened)
 
 
@@ -176,4 +178,5 @@ def _append(dataset: DatasetAppender, config: CollectConfig, demo: Demonstration
     rows = dict(demo.rows)
     state, action = (np.array(rows.pop(name), dtype=np.float32) for name in ("state", "action"))
     columns = {COLUMNS.get(name, name): np.array(row, DTYPES.get(name, np.float32)) for name, row in rows.items()}
-    dataset.add_episode({camera: images}, state, action, demo.instruction, columns=columns, metadata=note)
+    with writing(config.out, "--out"):
+        dataset.add_episode({camera: images}, state, action, demo.instruction, columns=columns, metadata=note)

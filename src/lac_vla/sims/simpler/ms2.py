@@ -48,7 +48,7 @@ class Ms2Backend(Backend):
         self.command, self.assets, self.timeout_s, self.ray_traced = tuple(command), assets, timeout_s, ray_tracing
         self._process: subprocess.Popen[bytes] | None = None
         self._words: IO[bytes] | None = None
-        self._playing = False
+        self._playing: EpisodeSpec | None = None
 
     def reset(self, episode: EpisodeSpec) -> Observation:
         """See :meth:`Backend.reset`."""
@@ -59,7 +59,7 @@ class Ms2Backend(Backend):
             "options": reset_options(episode),
             "camera": episode.robot.camera,
         }
-        self._playing = False
+        self._playing = None
         said = 0 if self._words is None else self._words.seek(0, os.SEEK_END)
         message, image = self._ask(request)
         observation = self._observation(message, image)
@@ -68,7 +68,7 @@ class Ms2Backend(Backend):
         if not isinstance(heights, dict) or not all(isinstance(height, float) for height in heights.values()):
             self._fail("answered without 'heights', object → float")
         check_heights(heights)
-        self._playing = True
+        self._playing = episode
         return observation
 
     def step(self, action: Action) -> Observation:
@@ -79,8 +79,10 @@ class Ms2Backend(Backend):
 
     def scene(self) -> Scene:
         """See :meth:`Backend.scene`."""
-        if not self._playing:
+        if self._playing is None:
             raise InputError("reset the simulator before the first step")
+        if self._playing.robot.name != "widowx":
+            raise InputError(f"the truth about a scene is read of a WidowX's alone, not of {self._playing.name!r}")
         _, poses = self._ask({"op": "scene"})
         if poses is None or poses.dtype != np.float64 or poses.shape != (5, 4, 4):
             self._fail("answered without five poses, float64 4×4")
@@ -102,7 +104,7 @@ class Ms2Backend(Backend):
 
     def close(self) -> None:
         """See :meth:`Backend.close`."""
-        process, self._process, self._playing = self._process, None, False
+        process, self._process, self._playing = self._process, None, None
         words, self._words = self._words, None
         if process is not None:
             with process, contextlib.suppress(ProcessLookupError):

@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -52,7 +53,8 @@ class Ms3Backend(Backend):
         if missing := assets.vulkan_missing():
             raise LacError(missing)
         self._folder = assets.port_folder(folder)
-        os.environ["MS_ASSET_DIR"] = str(self._folder)  # read when the package is imported
+        if "mani_skill" not in sys.modules:
+            os.environ["MS_ASSET_DIR"] = str(self._folder)  # read when the package is imported
         try:
             self._gym = importlib.import_module("gymnasium")
             package = importlib.import_module("mani_skill")
