@@ -6,6 +6,7 @@ pass of the VLM, and now and then no condition, for classifier-free guidance.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,11 @@ class DiffusionLoss(TrunkLoss):
         self.head = vla.head
         self.draws, self.dropout = run.draws, run.condition_dropout
         initialise(self.head.model.net)
+
+    def take_weights(self, folder: Path) -> list[nn.Parameter]:
+        """See :meth:`PretrainLoss.take_weights`; a loaded head goes on learning where the trunk is held fixed."""
+        own = {id(weight) for weight in self.head.model.parameters()}
+        return [weight for weight in super().take_weights(folder) if id(weight) not in own]
 
     def _known(self, start: nn.Module) -> dict[str, torch.Tensor]:
         """Take all; of a start with other inputs its first camera's tower for ours, and no tower or state beyond."""
