@@ -69,6 +69,7 @@ def test_attention_is_looked_at_on_the_device(policy: str) -> None:
 
 def test_cudnn_prepares_no_attention_but_the_stock_models() -> None:
     """Torch chooses it on the newest GPUs, and it takes long over every shape that is new."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
     with pretended_gpu():
         Engine(to_pretended_gpu(random_vla("tiny", seed=3)))
     assert not torch.backends.cuda.cudnn_sdp_enabled()

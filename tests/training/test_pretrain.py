@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lac_vla import CachedVLA, CheckpointError, EngineOptions, Frame, InputError, load_vla, random_vla, save_vla
+from lac_vla.bundled import MINI_FLOW, MINI_VIT
 from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.models.cogact.config import PRESETS as COGACT_PRESETS
@@ -155,6 +156,9 @@ def test_a_model_with_one_camera_and_no_state_starts_from_one_with_both(
     assert set(theirs) - set(ours) >= {"proprio_projector.fc1.weight"}
     for name, weight in ours.items():
         assert torch.equal(weight, theirs[name.replace("towers.above", "towers.agentview")]), name
+    for other, said in ((MINI_VIT, "give another --start"), (MINI_FLOW, "no camera's tower")):
+        with pytest.raises(CheckpointError, match=said):
+            run.loss.take_weights(other)
     vla = load_vla(pretrain(config))
     assert set(vla.config.vlm.norm_stats) == {"bridge_orig"}
     chunk = CachedVLA(vla).session().act(Frame({"above": np.zeros((480, 640, 3), np.uint8)}, "pick up the bowl"))

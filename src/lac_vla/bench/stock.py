@@ -26,7 +26,7 @@ STOCK = "dense stock"
 
 @contextmanager
 def torchs_attention() -> Iterator[None]:
-    """Leave attention to torch, cuDNN's kernels included, which an engine on a GPU switches off."""
+    """Let torch choose cuDNN's attention, as it does by default and an engine on a GPU does not; process-wide."""
     before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:

@@ -1,11 +1,11 @@
 """An engine's CUDA graphs: which there are, when they are made, and what has none.
 
-A shape that comes for the first time runs over its buffers as it is, which also makes the libraries' handles; the
-second time it is captured, then replayed. After :meth:`CUDAGraphRunner.freeze` no shape is added: what is new runs in
-the ordinary loop. More sessions or far longer prompts than were foreseen make the store grow, and all graphs void. On a
-CPU nothing is captured: the same path, a little slower than the ordinary loop, is what the tests hold to it. The
-attention passes over the hidden slots, too (up to twice :data:`CAPACITY_MULTIPLE`, and those of rows yet to come),
-which no count of MACs includes, nor are the padding's rows in one.
+A shape that comes for the first time in a thread runs over its buffers as it is, which also makes the libraries'
+handles; the second time it is captured, then replayed, by every thread. After :meth:`CUDAGraphRunner.freeze` no shape
+is added: what is new runs in the ordinary loop. More sessions or far longer prompts than were foreseen make the store
+grow, and all graphs void. On a CPU nothing is captured: the same path, a little slower than the ordinary loop, is what
+the tests hold to it. The attention passes over the hidden slots, too (up to twice :data:`CAPACITY_MULTIPLE`, and those
+of rows yet to come), which no count of MACs includes, nor are the padding's rows in one.
 
 What does not run in one go through all layers falls back to the ordinary loop: decisions that end in mid-depth,
 probed layers other than the last, and pruning. So do the prompts of several sessions: their rows, in other numbers

@@ -17,7 +17,7 @@ from lac_vla.errors import InputError
 from lac_vla.types import BoolArray, FloatArray, IntArray, UInt8Image
 
 GRIPPER = 6
-"""Index of the gripper in an action. An episode begins with a gripper that is open, whatever the number for that."""
+"""Index of the gripper in an action. Most episodes begin with it open, whatever the number for that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +115,11 @@ class FrameBank:
         targets = np.repeat(self.state[:, None, :3], 3, axis=1)
         ahead = np.zeros((len(self), 3), dtype=np.bool_)
         ahead[:, 0] = True
+        gripper = self.action[:, GRIPPER]
+        above = gripper > (gripper.min() + gripper.max()) / 2
+        opens_above = above[self.start].mean() > 0.5
         for start, stop in zip(self.start, self.stop, strict=True):
-            gripper = self.action[start:stop, GRIPPER]
-            middle = (gripper.min() + gripper.max()) / 2
-            closed = (gripper > middle) != (gripper[0] > middle)
+            closed = above[start:stop] != opens_above
             if not closed.any():
                 continue
             close = start + int(np.argmax(closed))

@@ -96,7 +96,8 @@ def collect(config: CollectConfig) -> None:
 def _collect(config: CollectConfig, opened: ExitStack) -> None:
     from lac_vla.datasets import DatasetAppender
 
-    dataset = DatasetAppender(config.out, WIDOWX.control_hz)
+    with writing(config.out, "--out"):
+        dataset = DatasetAppender(config.out, WIDOWX.control_hz)
     settings = {"seed": config.seed, "noise": list(config.noise), "width": config.width}
     if other := [note for note in dataset.metadata if any(note.get(key) != value for key, value in settings.items())]:
         there = {key: other[0].get(key) for key in settings}

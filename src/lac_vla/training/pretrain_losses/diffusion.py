@@ -7,13 +7,12 @@ pass of the VLM, and now and then no condition, for classifier-free guidance.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lac_vla.errors import InputError
+from lac_vla.errors import CheckpointError, InputError
 from lac_vla.models import VLA
 from lac_vla.models.heads.diffusion import GRIPPER_THRESHOLD, SCHEDULE, DiffusionHead
 from lac_vla.models.heads.dit import initialise
@@ -46,12 +45,20 @@ class DiffusionLoss(TrunkLoss):
         return [weight for weight in super().take_weights(folder) if id(weight) not in own]
 
     def _known(self, start: nn.Module) -> dict[str, torch.Tensor]:
-        """Take all; of a start with other inputs its first camera's tower for ours, and no tower or state beyond."""
-        ours, towers = self.model.state_dict(), "vision_backbone.towers."
-        theirs, own = (f"{towers}{vlm.cameras[0].name}." for vlm in (cast(Any, start).config, self.model.config))
-        weights = {name.replace(theirs, own): value for name, value in start.state_dict().items()}
-        inputs = ("proprio_projector.", towers)
-        return {name: value for name, value in weights.items() if name in ours or not name.startswith(inputs)}
+        """Take all; of a start with other inputs its first camera's tower for ours, and no camera or state beyond."""
+        cameras = getattr(getattr(start, "config", None), "cameras", None)
+        if not cameras:
+            raise CheckpointError("it has no camera's tower that could be ours: give another --start")
+        first, (own, *others) = cameras[0].name, [camera.name for camera in self.model.config.cameras]
+        weights, towers = {}, "vision_backbone.towers."
+        for name, value in start.state_dict().items():
+            camera, _, rest = name.removeprefix(towers).partition(".")
+            if not name.startswith(towers):
+                if self.model.proprio_projector is not None or not name.startswith("proprio_projector."):
+                    weights[name] = value
+            elif camera == first or camera in others:
+                weights[f"{towers}{own if camera == first else camera}.{rest}"] = value
+        return weights
 
     def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
         """Append none."""
