@@ -11,13 +11,11 @@ MINI_VIT = Path(__file__).parent / "mini-vit"
 """The same, but a vision transformer sees the first camera: a tower that can reuse."""
 MINI_COGACT = Path(__file__).parent / "mini-cogact"
 """Draws chunks of actions with CogACT's diffusion head, on a trunk that started as the other's."""
-MINI_WIDOWX = Path(__file__).parent / "mini-widowx"
-"""The same for SIMPLER's WidowX: one camera, no proprioception. It comes with a checkout alone, as the next."""
 MINI_FLOW = Path(__file__).parent / "mini-flow"
 """A small SmolVLA: draws chunks by flow matching, behind a prefix whose tokens see each other. It comes with a checkout
 alone, so that the wheel stays below 20 MB."""
 
-BUNDLED = {folder.name: folder for folder in (MINI, MINI_VIT, MINI_COGACT, MINI_WIDOWX, MINI_FLOW) if folder.is_dir()}
+BUNDLED = {folder.name: folder for folder in (MINI, MINI_VIT, MINI_COGACT, MINI_FLOW) if folder.is_dir()}
 
 
 def find_model(name: str) -> str:

@@ -63,7 +63,7 @@ def collect(config: Annotated[CollectConfig, FLAT], dataset: Path | None = None)
 
 
 def pretrain(config: Annotated[PretrainConfig, FLAT], minutes: float = 0) -> None:
-    """Train a bundled VLA on demonstrations. Run it again to go on.
+    """Train a small VLA on demonstrations. Run it again to go on.
 
     Args:
         config: The run.

@@ -15,14 +15,14 @@ from lac_vla.errors import InputError
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of ``lac pretrain``, which trains a bundled VLA on demonstrations.
+    """Settings of ``lac pretrain``, which trains a small VLA on demonstrations.
 
     Attributes:
         dataset: LeRobot v3 dataset with the demonstrations, a folder or a hub id.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
-        model: Which bundled model: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
+        model: Which one: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
             first camera), ``mini-cogact`` (the same trunk, CogACT's head), ``mini-widowx`` (that, for SIMPLER's WidowX:
-            one camera, no proprioception) or ``mini-flow`` (a small SmolVLA).
+            one camera, no proprioception; not bundled: it solves no task yet) or ``mini-flow`` (a small SmolVLA).
         start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-vit`` and ``mini-cogact``
             start from the bundled ``mini`` by default, ``mini-widowx`` from ``mini-cogact``, ``mini-flow`` from
             ``mini-vit``, ``mini`` from random weights.
