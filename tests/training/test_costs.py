@@ -32,7 +32,7 @@ def test_costs_are_those_of_every_episode_s_own_stream() -> None:
     losses = exact_losses()
     losses.policy.recovery = 0.0
     store, ratios = losses.store, losses.config.ratios
-    found = measure_costs(losses, 0)
+    found = measure_costs(losses)
     assert len(found.frames) == len(np.unique(found.frames)) > len(store.start)
     for first, stop in zip(store.start, store.stop, strict=True):
         stream = Stream(losses, int(first))
@@ -53,7 +53,7 @@ def test_costs_are_those_of_every_episode_s_own_stream() -> None:
 
 
 def costs_of(losses: LACLoss, divergence: np.ndarray) -> RatioCosts:
-    measured = measure_costs(losses, 0)
+    measured = measure_costs(losses)
     return replace(measured, divergence=divergence[: len(measured.frames)].astype(np.float32))
 
 
@@ -114,12 +114,14 @@ def test_the_predictor_alone_learns_and_a_stopped_run_goes_on(config: TrainConfi
     stopped = replace(alone, out=tmp_path / "stopped")
     train(stopped, max_seconds=1e-9)
     measured = (stopped.out / FILE).stat().st_mtime_ns
+    [kept] = (stopped.out / "store").glob("costs-*.npz")
+    assert kept.read_bytes() == (stopped.out / FILE).read_bytes(), "for other runs on this store"
     again = LACPolicy.from_pretrained(train(stopped)).networks.state_dict()
     assert (stopped.out / FILE).stat().st_mtime_ns == measured, "costs are measured once"
     assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
     (stopped.out / FILE).write_bytes(b"damaged")
     with pytest.raises(InputError, match="measured again"):
-        RatioCosts.read(stopped.out)
+        RatioCosts.read(stopped.out / FILE)
 
 
 def test_finer_candidates_begin_as_the_old_ones(config: TrainConfig, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ ratio, which inference takes, is the one that is expected to cost least.
 from __future__ import annotations
 
 import io
+import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,9 @@ from lac_vla.engine.budget import frames_of_age
 from lac_vla.files import reading, write_whole
 from lac_vla.policies.base import cache_lowest
 from lac_vla.results.regret import PRICES
-from lac_vla.training.lac import LACLoss, Temperatures
+from lac_vla.training.lac import LACLoss
+from lac_vla.training.regret import checksum
+from lac_vla.training.stream import HARD
 from lac_vla.types import FloatArray, IntArray
 
 FILE = "costs.npz"
@@ -36,8 +40,6 @@ BATCH = 64
 """Frames that the predictor rates at once."""
 COSTS = "held_out_costs_divergence"
 """The metric of what is chosen; two more are named after it."""
-HARD = Temperatures(ratio=1.0, score=1.0)
-"""Without noise, temperatures change no decision."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,21 +117,20 @@ class RatioCosts:
         means = [float(ratios[self.cheapest(ratios, lam)].mean()) for lam in PRICES]
         return float(PRICES[min(int(np.searchsorted(means, target)), len(PRICES) - 1)])
 
-    def save(self, folder: Path) -> None:
-        """Write all to a run's folder."""
+    def save(self, path: Path) -> None:
+        """Write all to a file."""
         content = io.BytesIO()
         arrays = {f"reference_{number}": part for number, part in enumerate(self.reference)}
         np.savez_compressed(content, **{**asdict(self), **arrays, "reference": len(arrays)})
-        write_whole(folder / FILE, content.getvalue())
+        write_whole(path, content.getvalue())
 
     @classmethod
-    def read(cls, folder: Path) -> RatioCosts:
+    def read(cls, path: Path) -> RatioCosts:
         """Read what :meth:`save` wrote.
 
         Raises:
             InputError: If it is damaged.
         """
-        path = folder / FILE
         with reading(path, "delete it, and it is measured again"), np.load(path, allow_pickle=False) as data:
             reference = tuple(data[f"reference_{number}"] for number in range(int(data["reference"])))
             return cls(data["frames"], data["divergence"], data["age"], reference)
@@ -147,29 +148,45 @@ def told(found: Mapping[str, float]) -> str:
     )
 
 
-def measure_costs(losses: LACLoss, seed: int) -> RatioCosts:
+def costs_of(losses: LACLoss, folder: Path) -> RatioCosts:
+    """Read what was measured of a policy on a store, or measure it and keep it in the store's ``folder``.
+
+    Args:
+        losses: See :func:`measure_costs`.
+        folder: Of the store, which runs may share.
+    """
+    shape = zlib.crc32(json.dumps(losses.config.to_json(), sort_keys=True).encode())
+    path = folder / f"costs-{checksum(losses.policy)}-{shape:08x}.npz"
+    if not path.exists():
+        measure_costs(losses).save(path)
+    return RatioCosts.read(path)
+
+
+def measure_costs(losses: LACLoss) -> RatioCosts:
     """Go through all stored episodes as the policy does, recovery and maximum age included, and try every candidate.
 
     Args:
         losses: Model, frames and policy; exact, for distillation.
-        seed: Of recovery.
     """
     store = losses.store
     order = np.argsort(store.start - store.stop, kind="stable")  # the longest first, beside others of their length
     groups = np.array_split(order, math.ceil(len(order) / TOGETHER))
     with tqdm(total=len(store), desc="measuring what ratios cost", unit="frame") as bar:
-        parts = [part for group in groups for part in _gone_through(losses, group, seed, bar)]
-    joined = (np.concatenate([getattr(part, name) for part in parts]) for name in ("frames", "divergence", "age"))
-    reference = tuple(np.concatenate(each) for each in zip(*(part.reference for part in parts), strict=True))
-    return RatioCosts(*joined, reference)
+        parts = [part for group in groups for part in _gone_through(losses, group, bar)]
+    return RatioCosts(
+        np.concatenate([part.frames for part in parts]),
+        np.concatenate([part.divergence for part in parts]),
+        np.concatenate([part.age for part in parts]),
+        tuple(np.concatenate(each) for each in zip(*(part.reference for part in parts), strict=True)),
+    )
 
 
 @torch.no_grad()
-def _gone_through(losses: LACLoss, episodes: IntArray, seed: int, bar: Any) -> Iterator[RatioCosts]:
+def _gone_through(losses: LACLoss, episodes: IntArray, bar: Any) -> Iterator[RatioCosts]:
     """Go through some episodes side by side."""
     store, policy, device = losses.store, losses.policy, losses.device
     oldest = frames_of_age(policy.config.max_age, store.stride)
-    rngs = [np.random.default_rng([seed, store.numbers[episode] if store.numbers else episode]) for episode in episodes]
+    rngs = [np.random.default_rng([0, store.numbers[episode] if store.numbers else episode]) for episode in episodes]
     frames, stop = store.start[episodes], store.stop[episodes]
     old = losses.decode(frames).store.slots
     reference = [losses.pixels(name, frames) for name in store.grids]

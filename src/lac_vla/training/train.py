@@ -29,7 +29,7 @@ from lac_vla.results.regret import FOLDER, SETTINGS
 from lac_vla.training.begin import divide, divide_episodes, first_policy
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.costs import FILE as COSTS
-from lac_vla.training.costs import RatioCosts, measure_costs, told
+from lac_vla.training.costs import RatioCosts, costs_of, told
 from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
 from lac_vla.training.regret import RegretConfig, check_measured, held_out_streams, measure
 from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, check_settings, load_state, open_log, save_state
@@ -162,14 +162,14 @@ class Training:
 
     @cached_property
     def costs(self) -> RatioCosts:
-        """What every candidate ratio costs; measured when the predictor's own stage begins, and kept for a resume."""
-        size, rank = self.world
-        if rank == 0 and (self.step == int(self._ends[2]) or not (self.config.out / COSTS).exists()):
+        """What every candidate ratio costs under the policy that the predictor's own stage begins with."""
+        (size, rank), kept = self.world, self.config.out / COSTS
+        if rank == 0 and (self.step == int(self._ends[2]) or not kept.exists()):
             exact = LACLoss(self.vla, self.store, self.policy, "distill", exact=True)
-            measure_costs(exact, self.config.seed).save(self.config.out)
+            costs_of(exact, store_folder(self.config)).save(kept)
         if size > 1:
             dist.barrier()
-        return RatioCosts.read(self.config.out)
+        return RatioCosts.read(kept)
 
     @property
     def _held(self) -> IntArray:
@@ -446,8 +446,13 @@ def _join(config: TrainConfig) -> tuple[int, int]:
     return size, int(os.environ.get("RANK", "0"))
 
 
+def store_folder(config: TrainConfig) -> Path:
+    """Name the folder of the stored embeddings."""
+    return config.store or config.out / "store"
+
+
 def _store(config: TrainConfig, vla: VLA, tower_cameras: Sequence[str], rank: int) -> FrameStore:
-    folder = config.store or config.out / "store"
+    folder = store_folder(config)
 
     def build() -> FrameStore:
         return FrameStore.build(
