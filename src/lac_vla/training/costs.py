@@ -1,4 +1,4 @@
-"""What every candidate ratio would cost a frame, measured once, for the ratio predictor to learn from.
+"""Measures once what every candidate ratio would cost a frame, for the ratio predictor to learn from.
 
 Stage II shows the predictor one ratio's divergence at a time, and a gradient of first order. Here it sees, for a frame
 on the stale cache that the policy's own decisions leave, the true divergence D_j at every candidate r_j, and learns by
@@ -23,8 +23,10 @@ import torch
 from tqdm import tqdm
 
 from lac_vla.engine.budget import frames_of_age
+from lac_vla.errors import InputError
 from lac_vla.files import reading, write_whole
 from lac_vla.policies.base import cache_lowest
+from lac_vla.results.format import percent
 from lac_vla.results.regret import PRICES
 from lac_vla.training.lac import LACLoss
 from lac_vla.training.regret import checksum
@@ -141,10 +143,11 @@ def told(found: Mapping[str, float]) -> str:
     if COSTS not in found:
         return ""
     chosen, fixed, best = (1e3 * found[f"{COSTS}{name}"] for name in ("", "_fixed", "_best"))
+    saved = f" (saved: {percent(1 - chosen / fixed, 0)})" if fixed else ""
     return (
         f"held-out episodes, on the cache that the policy left before its predictor was trained: divergence "
         f"{chosen:.2f} thousandths at a mean ratio of {found['held_out_costs_ratio']:.3f}; a fixed ratio with this "
-        f"mean {fixed:.2f} (saved: {1 - chosen / fixed:.0%}), the best of each frame in hindsight {best:.2f}"
+        f"mean {fixed:.2f}{saved}, the best of each frame in hindsight {best:.2f}"
     )
 
 
@@ -167,8 +170,13 @@ def measure_costs(losses: LACLoss) -> RatioCosts:
 
     Args:
         losses: Model, frames and policy; exact, for distillation.
+
+    Raises:
+        InputError: If all episodes are too short.
     """
     store = losses.store
+    if int((store.stop - store.start).max()) <= EVERY * store.stride:
+        raise InputError(f"what ratios cost is measured every {EVERY} frames: no episode is longer")
     order = np.argsort(store.start - store.stop, kind="stable")  # the longest first, beside others of their length
     groups = np.array_split(order, math.ceil(len(order) / TOGETHER))
     with tqdm(total=len(store), desc="measuring what ratios cost", unit="frame") as bar:

@@ -162,7 +162,7 @@ class Training:
 
     @cached_property
     def costs(self) -> RatioCosts:
-        """What every candidate ratio costs under the policy that the predictor's own stage begins with."""
+        """Read what every candidate ratio costs under the policy that the predictor's own stage begins with."""
         (size, rank), kept = self.world, self.config.out / COSTS
         if rank == 0 and (self.step == int(self._ends[2]) or not kept.exists()):
             exact = LACLoss(self.vla, self.store, self.policy, "distill", exact=True)
@@ -204,7 +204,8 @@ class Training:
             found |= self._variety()
         if "costs" in vars(self):
             held = np.flatnonzero(np.isin(self.losses.episode[self.costs.frames], self._held))
-            found |= {f"costs_{name}": value for name, value in self.costs.of(held).compare(self.losses).items()}
+            if len(held):
+                found |= {f"costs_{name}": value for name, value in self.costs.of(held).compare(self.losses).items()}
         return {f"held_out_{name}": value for name, value in found.items()}
 
     def _variety(self) -> dict[str, float]:
