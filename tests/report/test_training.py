@@ -187,7 +187,7 @@ def test_a_line_without_its_end_is_not_counted(tmp_path: Path) -> None:
         ("{broken", r"metrics\.jsonl, line 2"),
         ("[1, 2]", "line 2: no JSON object"),
         ('{"stage": 1, "loss": 0.1}', "line 2: no step"),
-        ('{"step": 1, "stage": 4}', "line 2: no step, or no stage"),
+        ('{"step": 1, "stage": 5}', "line 2: no step, or no stage"),
         ('{"step": 1, "stage": 1, "loss": "low"}', "line 2: loss is 'low', no number"),
     ],
 )

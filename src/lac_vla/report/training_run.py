@@ -17,6 +17,8 @@ from lac_vla.results.regret import FOLDER, Regret, read_regret
 from lac_vla.types import BoolArray, FloatArray, UInt8Image
 
 METRICS, CONFIG, POLICY, SALIENCY = "metrics.jsonl", "config.json", "policy/config.json", "saliency.npz"
+STEPS = ("stage1_steps", "stage2_steps", "delta_steps", "predictor_steps")
+"""Settings that say how long every stage is."""
 COMMAND = "lac train"
 ADVICE = "give the folder of a run of 'lac train'; resumed, it writes the file again"
 
@@ -91,7 +93,7 @@ class TrainingRun:
         config = read_object(folder / CONFIG, ADVICE)
         if "stage2_steps" not in config:
             raise InputError(f"{folder / CONFIG} holds no settings of 'lac train': give the folder of such a run")
-        for name in ("stage1_steps", "stage2_steps", "delta_steps"):
+        for name in STEPS:
             check_whole(f"{folder / CONFIG}: {name}", config.get(name, 0), 0, 2**53)
         if not isinstance(config.get("target_ratio"), float | int | None):
             raise InputError(f"{folder / CONFIG}: target_ratio is {shortened(config['target_ratio'])}, no number")
@@ -109,7 +111,7 @@ class TrainingRun:
     @property
     def steps(self) -> int:
         """Count the steps of all stages, as planned."""
-        return sum(int(self.config.get(name, 0)) for name in ("stage1_steps", "stage2_steps", "delta_steps"))
+        return sum(int(self.config.get(name, 0)) for name in STEPS)
 
     @property
     def step(self) -> int:
@@ -159,6 +161,6 @@ def _row(line: Any) -> Row:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{name} is {value!r}, no number")
     row = {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
-    if "step" not in row or row.get("stage") not in (1, 2, 3):
-        raise ValueError("no step, or no stage 1, 2 or 3")
+    if "step" not in row or row.get("stage") not in range(1, len(STEPS) + 1):
+        raise ValueError("no step, or no stage that there is")
     return row

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from lac_vla.errors import InputError
 from lac_vla.flow import policy_flow
 from lac_vla.models import VLA
-from lac_vla.policies.lac import LACConfig, LACPolicy
+from lac_vla.policies.lac import LACConfig, LACPolicy, Predictor
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.store import windows
 from lac_vla.types import IntArray
@@ -36,21 +37,41 @@ def first_policy(config: TrainConfig, vla: VLA, grids: Mapping[str, tuple[int, i
         patch_pixels=config.patch_pixels,
         slots=(vla.n_layers, decoder.kv_heads, decoder.head_dim) if config.delta_steps else None,
     )
-    return LACPolicy(shape) if config.start is None else _continued(shape, LACPolicy.from_pretrained(config.start))
+    if config.start is None:
+        return LACPolicy(shape)
+    return _continued(shape, LACPolicy.from_pretrained(config.start), anew=config.predictor_steps > 0)
 
 
-def _continued(shape: LACConfig, start: LACPolicy) -> LACPolicy:
-    """Begin with another policy's networks."""
+def _continued(shape: LACConfig, start: LACPolicy, *, anew: bool) -> LACPolicy:
+    """Begin with another policy's networks; candidates that are learned anew may be others."""
     slots = start.config.slots if shape.slots is None else shape.slots
-    if replace(start.config, slots=slots, grids=shape.grids) != replace(shape, slots=slots):
-        own, other = shape.to_json(), start.config.to_json()
-        different = sorted(name for name in own if name not in ("slots", "grids") and own[name] != other[name])
+    free = ("slots", "grids", *(("ratios",) if anew else ()))
+    own, other = shape.to_json(), start.config.to_json()
+    different = sorted(name for name in own if name not in free and own[name] != other[name])
+    if different:
         raise InputError(f"the policy of --start was made with other {different}: give its settings, too")
     start.check_layout(shape.grids)
-    policy = LACPolicy(replace(shape, slots=slots), start.selector, start.predictor)
+    policy = LACPolicy(replace(shape, slots=slots), start.selector, _rating(shape, start))
     if policy.delta_network is not None and start.delta_network is not None and start.config.slots == slots:
         policy.delta_network = start.delta_network
     return policy
+
+
+def _rating(shape: LACConfig, start: LACPolicy) -> Predictor:
+    """Begin with another policy's predictor, which at first rates a new candidate a little below its lower neighbour.
+
+    It chooses as before as long as the old candidates are among the new ones.
+    """
+    known = start.config.ratios
+    if shape.ratios == known:
+        return start.predictor
+    predictor, head = Predictor(shape), start.predictor.head
+    predictor.trunk, predictor.hidden = start.predictor.trunk, start.predictor.hidden
+    rows = np.searchsorted(known, shape.ratios, side="right") - 1
+    new = torch.from_numpy(~np.isin(shape.ratios, known))
+    bias = head.bias.detach()[rows] - 1e-3 * new
+    predictor.head.load_state_dict({"weight": head.weight.detach()[rows], "bias": bias})
+    return predictor
 
 
 def divide(config: TrainConfig, start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:

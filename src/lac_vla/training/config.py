@@ -103,6 +103,9 @@ class TrainConfig:
         stage2_steps: Steps of stage II, joint training on windows.
         delta_steps: Steps that follow, on windows as in stage II: a third network learns how the keys and values of
             reused slots change, everything else frozen. ``--policies lac:deltas=true`` adds what it predicts. Ours.
+        predictor_steps: Steps that follow, for the ratio predictor alone, everything else frozen: it learns what every
+            candidate ratio costs, the divergence measured once on the cache that the policy's own decisions leave plus
+            λ for the active tokens; then the likeliest ratio is the cheapest. ``--target-ratio`` steers λ. Ours.
         start: Policy whose networks the run starts from, its folder; 0 steps of a stage keep them as they are.
         stage1_batch: Frames a step in stage I.
         batch: Windows a step in stage II.
@@ -147,6 +150,7 @@ class TrainConfig:
     stage1_steps: int = 100
     stage2_steps: int = 160
     delta_steps: int = 0
+    predictor_steps: int = 0
     start: Path | None = None
     stage1_batch: int = 32
     batch: int = 8
@@ -182,7 +186,7 @@ class TrainConfig:
             raise InputError(f"window is {self.window}; caching is learned from at least 2 consecutive frames")
         if (
             min(self.stage1_batch, self.batch, self.every, self.stride) < 1
-            or min(self.stage1_steps, self.stage2_steps, self.delta_steps) < 0
+            or min(self.stage1_steps, self.stage2_steps, self.delta_steps, self.predictor_steps) < 0
         ):
             raise InputError("batches, --every and --stride must be at least 1, steps at least 0")
         if self.lam < 0:
@@ -199,12 +203,17 @@ class TrainConfig:
             raise InputError("--oracle-frames must be at least 0, --oracle-noise lie in 0..255 grey levels")
         if self.oracle_frames and self.vision_kv_reuse:
             raise InputError("oracles are tried on towers that look at everything: leave out --vision-kv-reuse")
+        if self.predictor_steps and (self.fixed_ratio or self.vision_kv_reuse):
+            raise InputError(
+                "--predictor-steps train the ratio predictor, on towers that look at everything: leave out "
+                "--fixed-ratio and --vision-kv-reuse"
+            )
         check_device(self.device)
 
     @property
     def steps(self) -> int:
         """Count the steps of all stages."""
-        return self.stage1_steps + self.stage2_steps + self.delta_steps
+        return self.stage1_steps + self.stage2_steps + self.delta_steps + self.predictor_steps
 
 
 def describe(config: PretrainConfig | TrainConfig) -> dict[str, Any]:

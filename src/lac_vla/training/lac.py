@@ -103,7 +103,7 @@ class LACLoss:
         grids = self.store.grids.items()
         previous = [self.pixels(name, frames - self.store.stride) for name in self.store.grids]
         age = [torch.zeros(len(frames), *grid, device=self.device) for _, grid in grids]
-        scores = self.policy.selector(self.inputs(frames, previous, age), self._text(frames))
+        scores = self.policy.selector(self.inputs(frames, previous, age), self.text(frames))
         return F.mse_loss(scores, teacher)
 
     def attention(self, frames: IntArray) -> torch.Tensor:
@@ -229,7 +229,7 @@ class LACLoss:
         generator: torch.Generator | None,
     ) -> Choice:
         """Decide about a batch of frames, through the relaxations."""
-        inputs, text = self.inputs(frames, reference, age), self._text(frames)
+        inputs, text = self.inputs(frames, reference, age), self.text(frames)
         scores = self.policy.selector(inputs, text)
         if self.policy.ratio is not None:
             return Choice(candidate_masks(scores, (self.policy.ratio,), temperatures.score)[:, 0], scores, None)
@@ -332,7 +332,8 @@ class LACLoss:
         """Load the embeddings of the visual tokens as a whole tower gives them, (B, N, width)."""
         return self.load(self.store.visual, frames).to(self.vla.dtype)
 
-    def _text(self, frames: IntArray) -> torch.Tensor | None:
+    def text(self, frames: IntArray) -> torch.Tensor | None:
+        """Make the bags of words of some frames' instructions, (B, WORDS); ``None`` for networks that read none."""
         return None if self._words is None else self._words[self.episode[frames]]
 
     def pixels(self, camera: str, frames: IntArray) -> torch.Tensor:

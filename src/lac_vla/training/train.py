@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from lac_vla.results.adaptivity import collapse_warning, shares_chosen
 from lac_vla.results.regret import FOLDER, SETTINGS
 from lac_vla.training.begin import divide, divide_episodes, first_policy
 from lac_vla.training.config import TrainConfig, describe
+from lac_vla.training.costs import FILE as COSTS
+from lac_vla.training.costs import RatioCosts, costs_of, told
 from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
 from lac_vla.training.regret import RegretConfig, check_measured, held_out_streams, measure
 from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, check_settings, load_state, open_log, save_state
@@ -45,6 +47,8 @@ shifted in it. Logits answer slowly: without the second, λ runs past what it lo
 FARTHEST = 2.0
 """The distance from which on the shift grows no more."""
 CLIP = 1.0
+ALONE = {3: "deltas", 4: "predictor"}
+"""Stage → the network that it trains alone."""
 UNMEASURED = "the time is up before all of the regret is measured: the same command goes on"
 
 
@@ -73,13 +77,14 @@ class Training:
 
     @property
     def stage(self) -> int:
-        """Number the stage of the next step: 1, 2, or 3 where the changes of reused slots alone are learned."""
-        return 1 + sum(self.step >= int(end) for end in self._ends[:2])
+        """Number the stage of the next step: 1 or 2; 3 for reused slots' changes alone, 4 for the predictor alone."""
+        return 1 + sum(self.step >= int(end) for end in self._ends[:3])
 
     @property
     def _ends(self) -> IntArray:
         """The steps at which the stages end."""
-        return np.cumsum([self.config.stage1_steps, self.config.stage2_steps, self.config.delta_steps])
+        config = self.config
+        return np.cumsum([config.stage1_steps, config.stage2_steps, config.delta_steps, config.predictor_steps])
 
     @property
     def temperatures(self) -> Temperatures:
@@ -105,7 +110,7 @@ class Training:
         stage = self.stage
         begin, end = [0, *self._ends][stage - 1 : stage + 1]
         for name, network in self.networks.items():
-            network.requires_grad_((name == "deltas") == (stage == 3))
+            network.requires_grad_(name == ALONE[stage] if stage in ALONE else name != "deltas")
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr * cosine((self.step - begin) / (end - begin))
         self.networks.train()
@@ -115,6 +120,8 @@ class Training:
             loss = self.losses.alignment(frames)
             loss.backward()  # type: ignore[no-untyped-call]
             metrics = {"loss": float(loss.detach())}
+        elif stage == 4:
+            metrics = self._predict(rng)
         else:
             first, lam = rng.choice(self.first, config.batch), self.lam
             steering: dict[str, float] = {}
@@ -139,6 +146,35 @@ class Training:
             self.lam *= math.exp(STEERING * self._short(metrics))
         self.step += 1
         return metrics
+
+    def _predict(self, rng: np.random.Generator) -> dict[str, float]:
+        """Let the predictor learn what ratios cost, on frames of the episodes trained on."""
+        config, costs, ratios = self.config, self.costs, np.array(self.policy.config.ratios)
+        shown = np.flatnonzero(~np.isin(self.losses.episode[costs.frames], self._held))
+        if self.step == int(self._ends[2]):
+            self.policy.predictor.forget()
+            self.lam = costs.of(shown).price(ratios, config.target_ratio) if config.target_ratio else self.lam
+        scale = float(costs.divergence.mean() + self.lam * (1 - ratios.mean()))
+        loss, chosen = costs.of(rng.choice(shown, config.stage1_batch)).loss(self.losses, self.lam, scale)
+        loss.backward()  # type: ignore[no-untyped-call]
+        metrics = {"loss": float(loss.detach()), "lam": self.lam}
+        return {**metrics, "argmax_ratio": chosen} if config.target_ratio else metrics
+
+    @cached_property
+    def costs(self) -> RatioCosts:
+        """Read what every candidate ratio costs under the policy that the predictor's own stage begins with."""
+        (size, rank), kept = self.world, self.config.out / COSTS
+        if rank == 0 and (self.step == int(self._ends[2]) or not kept.exists()):
+            exact = LACLoss(self.vla, self.store, self.policy, "distill", exact=True)
+            costs_of(exact, store_folder(self.config)).save(kept)
+        if size > 1:
+            dist.barrier()
+        return RatioCosts.read(kept)
+
+    @property
+    def _held(self) -> IntArray:
+        """Number the episodes held out."""
+        return divide_episodes(self.config, len(self.store.start))[1]
 
     def _short(self, metrics: Mapping[str, float]) -> float:
         """Measure how far the ratio that inference chooses falls short of the target, in units of 0.1."""
@@ -166,6 +202,10 @@ class Training:
         found = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
         if self.policy.ratio is None and "task" in found:
             found |= self._variety()
+        if "costs" in vars(self):
+            held = np.flatnonzero(np.isin(self.losses.episode[self.costs.frames], self._held))
+            if len(held):
+                found |= {f"costs_{name}": value for name, value in self.costs.of(held).compare(self.losses).items()}
         return {f"held_out_{name}": value for name, value in found.items()}
 
     def _variety(self) -> dict[str, float]:
@@ -383,6 +423,8 @@ def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, A
             run.save()
             if run.step == run.config.steps and (warning := collapse_warning(shares_chosen(found))):
                 tqdm.write(f"warning: {warning}")
+            if run.step == run.config.steps and (found_costs := told(found)):
+                tqdm.write(found_costs)
         if done:
             return
 
@@ -405,8 +447,13 @@ def _join(config: TrainConfig) -> tuple[int, int]:
     return size, int(os.environ.get("RANK", "0"))
 
 
+def store_folder(config: TrainConfig) -> Path:
+    """Name the folder of the stored embeddings."""
+    return config.store or config.out / "store"
+
+
 def _store(config: TrainConfig, vla: VLA, tower_cameras: Sequence[str], rank: int) -> FrameStore:
-    folder = config.store or config.out / "store"
+    folder = store_folder(config)
 
     def build() -> FrameStore:
         return FrameStore.build(

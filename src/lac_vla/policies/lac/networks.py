@@ -111,7 +111,11 @@ class Predictor(nn.Module):
         self.trunk = Trunk(config)
         self.hidden = nn.Linear(2 * config.width * len(config.grids), HIDDEN)
         self.head = nn.Linear(HIDDEN, len(config.ratios))
-        nn.init.zeros_(self.head.weight)  # training begins without a preference
+        self.forget()
+
+    def forget(self) -> None:
+        """Rate all ratios alike, as training begins: without a preference, and far from the logits' limits."""
+        nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, inputs: Sequence[torch.Tensor], words: torch.Tensor | None = None) -> torch.Tensor:
