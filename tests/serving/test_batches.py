@@ -454,6 +454,24 @@ def test_a_run_that_fails_between_its_pieces_leaves_turns_as_they_were(tiny: VLA
     assert batcher.choose([request := served.request(often)], served.robots) == [request]
 
 
+def test_the_deadline_learns_from_a_noisy_robots_run_unless_another_was_answered_inside(
+    tiny: VLA, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, calm, often = one_calm_one_often(tiny, clock)
+    batcher, robots, learned = served.batcher, served.robots, list[float]()
+    monkeypatch.setattr(DeadlineController, "observe", lambda _, expected, took: learned.append(took))
+    batcher.answer([served.request(often)], (), robots, lambda: None)
+    assert len(learned) == 1
+    asking = [served.request(calm)]
+
+    def between() -> None:
+        if asking:
+            assert batcher.answer([asking.pop()], (), robots)
+
+    batcher.answer([served.request(often)], asking, robots, between)
+    assert len(learned) == 2  # the calm robot's batch
+
+
 def test_what_is_between_two_episodes_is_no_pace(tiny: VLA, clock: Clock) -> None:
     [one] = Served(CachedVLA(tiny, Dense()), clock).warm(1)
     usual = [(0.1, {})] * FEWEST_PAUSES
