@@ -128,8 +128,8 @@ class Engine:
             pause()
             stems = self._encode_stems(runs)
             pause()
-            for run, stem in zip(runs, stems, strict=True):
-                self._try(run, partial(self._open, stem=stem))
+            for run, stem, visual in zip(runs, stems, self._encode_together(runs, stems), strict=True):
+                self._try(run, partial(self._open, stem=stem, visual=visual))
             pause()
             self._prefill(runs, clock, run_layers)
             self._decode(runs, clock, pause, run_layers)
@@ -143,7 +143,7 @@ class Engine:
 
     @property
     def interruptible(self) -> bool:
-        """Whether a run can be interrupted: a GPU is behind its host, and a graph overwrites what the last one left."""
+        """A run can be interrupted; not on a GPU, which is behind its host, nor if graphs overwrite what others left."""
         return self.graphs is None and self.model.device.type == "cpu"
 
     def slots(self, plan: FramePlan) -> int:
@@ -175,7 +175,7 @@ class Engine:
                 for sequence, own in zip(sequences, rows, strict=True)
             ]
             embedded = [own.embeddings for own in rows]
-            return [stack.norm(own) for own in run_packed(stack, cursors, embedded, self.store, self._run_layers)]
+            return run_packed(stack, cursors, embedded, self.store, self._run_layers)
 
     def _pieces(self, clock: Stopwatch, between: Between | None) -> tuple[Between, RunLayers]:
         """Make what is called between two pieces, and what runs layers so that it is called."""
@@ -261,8 +261,26 @@ class Engine:
                 with run.clock.stage("policy"):
                     wait([plan.decided])
 
-    def _open(self, run: _Run, stem: Any) -> None:
-        """Make room in the store, and embed the rows that are computed."""
+    def _encode_together(self, runs: Sequence[_Run], stems: Sequence[Any]) -> list[torch.Tensor | None]:
+        """Compute the visual tokens of all decisions at once; those for which there is none are done one by one.
+
+        None is if something fails: the fault is one session's affair. Nor if every number of rows were a graph.
+        """
+        made: dict[int, torch.Tensor] = {}
+        alike = [(run, stem) for run, stem in zip(runs, stems, strict=True) if run.plan.vision_kv is None]
+        several = [(run, stem) for run, stem in alike if run.result.error is None]
+        if len(several) > 1 and self.graphs is None and self.options.sparse_vision_head:
+            with suppress(Exception):
+                masks = [run.plan.decision()[0].exit_layer > 0 for run, _ in several]
+                with runs[0].clock.stage("tower"):
+                    features = self._vision.encode_tokens_of([stem for _, stem in several], masks)
+                with runs[0].clock.stage("projector"):
+                    tokens = torch.split(self._vision.project(torch.cat(features)), [len(own) for own in features])
+                made = {id(run): own for (run, _), own in zip(several, tokens, strict=True)}
+        return [made.get(id(run)) for run in runs]
+
+    def _open(self, run: _Run, stem: Any, visual: torch.Tensor | None) -> None:
+        """Make room in the store, and embed the rows that are computed; ``visual`` tokens may be there already."""
         plan, model = run.plan, self.model
         decision, _ = plan.decision()
         layout, clock = plan.prompt.layout, run.clock
@@ -272,7 +290,9 @@ class Engine:
             if decision.deltas is not None:
                 reused = layout.visual.start + np.flatnonzero(decision.exit_layer == 0)
                 self.store.add(plan.region, reused, decision.deltas)
-        visual, run.result.encoded = self._encode_tokens(run, stem, decision)
+        run.result.encoded = decision.exit_layer > 0
+        if visual is None:
+            visual, run.result.encoded = self._encode_tokens(run, stem, decision)
         with clock.stage("projector"):
             draft = None if plan.drafted is None else model.head.draft(plan.drafted)
             prefix, run.suffix = model.processor.embed(plan.prompt)
@@ -320,7 +340,7 @@ class Engine:
                     sequence, run.result.error = run.sequence, run.sequence.error
                     if run.result.error is None:
                         count = sequence.layout.n_suffix + sequence.draft if sequence.reads_hidden else 0
-                        sequence.hidden = decoder.norm(rows[len(rows) - count :])
+                        sequence.hidden = rows[len(rows) - count :]
         except Exception as error:  # of all of them
             self._fail(alive, error)
 
@@ -382,13 +402,11 @@ class Engine:
         if _kind(runs[0]).gradient:
             with recording():
                 hidden = run_packed(stack, cursors, embedded, GradientKV(self.store))
-                normed = [stack.norm(own) for own in hidden]
         else:
             hidden = run_packed(stack, cursors, embedded, self.store, run_layers)
-            suffixes = [len(run.suffix) if isinstance(run.rows, RerunPrompt) else 0 for run, *_ in ready]
-            normed = [stack.norm(own[-count:] if count else own) for own, count in zip(hidden, suffixes, strict=True)]
-        for (run, *_), own in zip(ready, normed, strict=True):
-            self._try(run, partial(self._advance, sent=own))
+        for (run, *_), own in zip(ready, hidden, strict=True):
+            asked = own[-len(run.suffix) :] if isinstance(run.rows, RerunPrompt) else own
+            self._try(run, partial(self._advance, sent=asked))
 
     def _prepare(self, run: _Run, stack: DecoderStack) -> tuple[Cursor, torch.Tensor]:
         """Plan the rows that a head yielded, and embed them."""
