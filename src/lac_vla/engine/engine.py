@@ -143,7 +143,7 @@ class Engine:
 
     @property
     def interruptible(self) -> bool:
-        """A run can be interrupted; not on a GPU, which is behind its host, nor if graphs overwrite what others left."""
+        """A run can be interrupted; not on a GPU, which is behind its host, nor if graphs overwrite its results."""
         return self.graphs is None and self.model.device.type == "cpu"
 
     def slots(self, plan: FramePlan) -> int:
