@@ -405,7 +405,7 @@ class Session:
         if not self.model.decoder.causal and frame.instruction != memory.instruction:
             return "new instruction"
         for camera, image in images.items():
-            if cv2.absdiff(image, memory.pixels[camera]).mean() / 255 > self.scene_cut:
+            if cv2.norm(image, memory.pixels[camera], cv2.NORM_L1) / image.size / 255 > self.scene_cut:
                 return "scene cut"
         return None
 

@@ -310,6 +310,7 @@ def _break(part: str, plan: Any, model: VLA, patch: pytest.MonkeyPatch) -> None:
     """Make a part of the model fail for one plan."""
     vision, head = type(model.vision), type(model.head)
     stem, several, tokens, decode = vision.encode_stem, vision.encode_stems, vision.encode_tokens, head.decode
+    tokens_of = vision.encode_tokens_of
     stems: list[Any] = []
 
     def encode_stem(self: Any, frame: Frame, *rest: Any) -> Any:
@@ -332,6 +333,11 @@ def _break(part: str, plan: Any, model: VLA, patch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("broken")
         return tokens(self, made, *rest)
 
+    def encode_tokens_of(self: Any, several: Sequence[Any], masks: Any) -> Any:
+        if part == "tokens" and any(made is own for own in stems for made in several):
+            raise RuntimeError("broken")
+        return tokens_of(self, several, masks)
+
     def decode_broken(self: Any, context: HeadContext) -> Decoding:
         if part == "head" and context.frame is plan.frame:
             raise RuntimeError("broken")
@@ -340,6 +346,7 @@ def _break(part: str, plan: Any, model: VLA, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(vision, "encode_stem", encode_stem)
     patch.setattr(vision, "encode_stems", encode_stems)
     patch.setattr(vision, "encode_tokens", encode_tokens)
+    patch.setattr(vision, "encode_tokens_of", encode_tokens_of)
     patch.setattr(head, "decode", decode_broken)
 
 

@@ -21,7 +21,7 @@ from lac_vla.engine.plan import FramePlan, FrameResult
 from lac_vla.models import FAMILIES, VLA
 from lac_vla.policies import CachePolicy
 from lac_vla.realtime.deadline import DeadlineController, LatencyTable
-from lac_vla.serving.batches import PATIENCE_S, Batcher, Outcome, Request
+from lac_vla.serving.batches import Batcher, Outcome, Request
 from lac_vla.serving.executor import ModelExecutor
 from lac_vla.serving.sessions import FEWEST_PAUSES, Answer, RobotSession, SessionOptions
 from lac_vla.types import AttentionProbe, TokenLayout
@@ -422,10 +422,10 @@ def one_calm_one_often(tiny: VLA, clock: Clock) -> tuple[Served, RobotSession, R
 def test_who_asks_often_waits_behind_others_but_not_for_long(tiny: VLA, clock: Clock) -> None:
     served, calm, often = one_calm_one_often(tiny, clock)
     batcher, robots = Batcher(served.vla.engine), served.robots
-    quiet, noisy = served.request(calm), served.request(often, waited_ms=999 * PATIENCE_S)
+    quiet, noisy = served.request(calm), served.request(often, waited_ms=499)
     assert batcher.choose([noisy, quiet], robots) == [quiet]
     assert batcher.choose([noisy], robots) == [noisy]
-    impatient = served.request(often, waited_ms=1001 * PATIENCE_S)
+    impatient = served.request(often, waited_ms=501)  # half a second, and no more
     assert batcher.choose([impatient, quiet], robots) == [impatient]  # alone: its run can be interrupted
     third = served.warm(1)
     assert set(batcher.choose([quiet, served.request(third[0])], served.robots)) > {quiet}
@@ -452,6 +452,24 @@ def test_a_run_that_fails_between_its_pieces_leaves_turns_as_they_were(tiny: VLA
     with pytest.raises(CrashError):
         batcher.answer([served.request(often)], (), served.robots, broken)
     assert batcher.choose([request := served.request(often)], served.robots) == [request]
+
+
+def test_the_deadline_learns_from_a_noisy_robots_run_unless_another_was_answered_inside(
+    tiny: VLA, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, calm, often = one_calm_one_often(tiny, clock)
+    batcher, robots, learned = served.batcher, served.robots, list[float]()
+    monkeypatch.setattr(DeadlineController, "observe", lambda _, expected, took: learned.append(took))
+    batcher.answer([served.request(often)], (), robots, lambda: None)
+    assert len(learned) == 1
+    asking = [served.request(calm)]
+
+    def between() -> None:
+        if asking:
+            assert batcher.answer([asking.pop()], (), robots)
+
+    batcher.answer([served.request(often)], asking, robots, between)
+    assert len(learned) == 2  # the calm robot's batch
 
 
 def test_what_is_between_two_episodes_is_no_pace(tiny: VLA, clock: Clock) -> None:

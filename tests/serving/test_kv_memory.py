@@ -110,7 +110,7 @@ def test_whoever_returns_starts_dense_and_all_else_is_as_without_a_budget(name: 
 def test_who_is_at_work_makes_no_room_for_those_that_interrupt(places: int) -> None:
     """Where nobody else can make it, they wait until the run is over."""
     vla = CachedVLA(random_vla("tiny"), Random(0.5))
-    batcher = Batcher(vla.engine, memory=budget(vla, places))
+    batcher = Batcher(vla.engine, memory=(memory := budget(vla, places)))
     noisy, calm, silent = robots = [RobotSession(vla, KEYS, SessionOptions()) for _ in range(3)]
     for robot, pause in ((noisy, 0.0), (calm, 1.0)):
         robot._pauses.extend([pause] * FEWEST_PAUSES)
@@ -137,11 +137,36 @@ def test_who_is_at_work_makes_no_room_for_those_that_interrupt(places: int) -> N
         action = double.act(KEYS.frame(observation(step)))
     np.testing.assert_array_equal(mine.message["actions"][0], action)
     assert tried > 5
-    assert len(answers) == places - 1
+    assert len(answers) == memory.evictions == places - 1
     assert bool(silent.nbytes) is False
+    assert len(calm._pauses) == FEWEST_PAUSES  # prepared once, as the first of an episode; and its plan is kept
+    assert all(request.planned for request in asking)
     if asking:
         [answer] = batcher.answer(batcher.choose(asking, robots), (), robots).values()
         assert isinstance(answer, Answer)
+
+
+def test_who_found_no_room_in_a_batch_keeps_its_slots_while_others_interrupt_it() -> None:
+    vla = CachedVLA(random_vla("tiny"), Random(0.5))
+    batcher = Batcher(vla.engine, memory=budget(vla, 2))
+    robots = [RobotSession(vla, KEYS, SessionOptions()) for _ in range(5)]
+    for number, robot in enumerate(robots):
+        if number < 2:
+            ask(robot, observation(0), 0.0)
+        robot.pause = float(number > 1)
+        robot._pauses.extend([robot.pause] * FEWEST_PAUSES)
+    messages = observation(1), observation(1, "pick up the bowl and put it on the plate"), observation(1)
+    waiting = [Request(robot, message, 0.0) for robot, message in zip(robots[:3], messages, strict=True)]
+    done: dict[Request, Any] = {}
+
+    def between() -> None:
+        if chosen := batcher.choose([request for request in waiting[2:] if request not in done], robots):
+            done.update(batcher.answer(chosen, (), robots))
+
+    assert list(batcher.answer(waiting[:2], waiting[2:], robots, between)) == waiting[:1]
+    while rest := [request for request in waiting[1:] if request not in done]:
+        done |= batcher.answer(rest[:1], rest[1:], robots)
+    assert all(isinstance(answer, Answer) for answer in done.values()), done
 
 
 def test_an_instruction_that_needs_more_than_all_memory(chunks: VLA) -> None:

@@ -114,7 +114,7 @@ class Prefills:
         def prefill() -> torch.Tensor:
             cursor = PrefillCursor(decoder, SequenceState(LAYOUT, self._region, decision), self._rotary)
             [hidden] = run_packed(decoder, [cursor], [rows], self._store)
-            return decoder.norm(hidden)
+            return hidden
 
         return prefill
 

@@ -39,7 +39,6 @@ class _Run:
     plan: FramePlan
     result: FrameResult
     clock: Stopwatch
-    run_layers: RunLayers
     embeddings: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     suffix: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     decoding: Decoding | None = None
@@ -106,9 +105,9 @@ class Engine:
 
         Args:
             plans: Made by sessions of this engine; each can be run once.
-            between: Called before the vision stems, behind them, behind the embeddings, and twice a layer: it may run
-                plans of other sessions, and does not raise. On a CPU only: a GPU is behind its host, and a replayed
-                graph would overwrite what the last one left.
+            between: Called before the vision stems, behind them, behind the embeddings, in the middle of every layer
+                and behind it (a last layer without queries ends in its middle), and before every decoding round: it
+                may run plans of other sessions, and does not raise. Never, unless the engine is ``interruptible``.
 
         Returns:
             What became of every plan, in order. If one session's frame fails, its result holds the error, and the
@@ -123,17 +122,17 @@ class Engine:
             plan.used = True
         clock = self.stopwatch()  # of all: every robot waits for the whole batch
         pause, run_layers = self._pieces(clock, between)
-        runs = [_Run(plan, FrameResult(plan), clock, run_layers) for plan in plans]
+        runs = [_Run(plan, FrameResult(plan), clock) for plan in plans]
         with self._lock:
             before = 0 if self.graphs is None else self.graphs.eager_runs
             pause()
             stems = self._encode_stems(runs)
             pause()
-            for run, stem in zip(runs, stems, strict=True):
-                self._try(run, partial(self._open, stem=stem))
+            for run, stem, visual in zip(runs, stems, self._encode_together(runs, stems), strict=True):
+                self._try(run, partial(self._open, stem=stem, visual=visual))
             pause()
-            self._prefill(runs, clock)
-            self._decode(runs, clock)
+            self._prefill(runs, clock, run_layers)
+            self._decode(runs, clock, pause, run_layers)
             for run in runs:
                 run.result.eager_runs = 0 if self.graphs is None else self.graphs.eager_runs - before
                 if isinstance(run.result.error, NonFiniteError):
@@ -141,6 +140,11 @@ class Engine:
                 for stage, milliseconds in clock.stages.items():
                     run.plan.clock.stages[stage] += milliseconds
         return [run.result for run in runs]
+
+    @property
+    def interruptible(self) -> bool:
+        """A run can be interrupted; not on a GPU, which is behind its host, nor if graphs overwrite its results."""
+        return self.graphs is None and self.model.device.type == "cpu"
 
     def slots(self, plan: FramePlan) -> int:
         """Count the slots of the store that a plan needs, those that its session has among them."""
@@ -171,11 +175,11 @@ class Engine:
                 for sequence, own in zip(sequences, rows, strict=True)
             ]
             embedded = [own.embeddings for own in rows]
-            return [stack.norm(own) for own in run_packed(stack, cursors, embedded, self.store, self._run_layers)]
+            return run_packed(stack, cursors, embedded, self.store, self._run_layers)
 
     def _pieces(self, clock: Stopwatch, between: Between | None) -> tuple[Between, RunLayers]:
         """Make what is called between two pieces, and what runs layers so that it is called."""
-        if between is None or self.graphs is not None or self.model.device.type != "cpu":
+        if between is None or not self.interruptible:
             return (lambda: None), self._run_layers
 
         def pause() -> None:
@@ -257,8 +261,26 @@ class Engine:
                 with run.clock.stage("policy"):
                     wait([plan.decided])
 
-    def _open(self, run: _Run, stem: Any) -> None:
-        """Make room in the store, and embed the rows that are computed."""
+    def _encode_together(self, runs: Sequence[_Run], stems: Sequence[Any]) -> list[torch.Tensor | None]:
+        """Compute the visual tokens of all decisions at once; those for which there is none are done one by one.
+
+        None is if something fails: the fault is one session's affair. Nor if every number of rows were a graph.
+        """
+        made: dict[int, torch.Tensor] = {}
+        alike = [(run, stem) for run, stem in zip(runs, stems, strict=True) if run.plan.vision_kv is None]
+        several = [(run, stem) for run, stem in alike if run.result.error is None]
+        if len(several) > 1 and self.graphs is None and self.options.sparse_vision_head:
+            with suppress(Exception):
+                masks = [run.plan.decision()[0].exit_layer > 0 for run, _ in several]
+                with runs[0].clock.stage("tower"):
+                    features = self._vision.encode_tokens_of([stem for _, stem in several], masks)
+                with runs[0].clock.stage("projector"):
+                    tokens = torch.split(self._vision.project(torch.cat(features)), [len(own) for own in features])
+                made = {id(run): own for (run, _), own in zip(several, tokens, strict=True)}
+        return [made.get(id(run)) for run in runs]
+
+    def _open(self, run: _Run, stem: Any, visual: torch.Tensor | None) -> None:
+        """Make room in the store, and embed the rows that are computed; ``visual`` tokens may be there already."""
         plan, model = run.plan, self.model
         decision, _ = plan.decision()
         layout, clock = plan.prompt.layout, run.clock
@@ -268,7 +290,9 @@ class Engine:
             if decision.deltas is not None:
                 reused = layout.visual.start + np.flatnonzero(decision.exit_layer == 0)
                 self.store.add(plan.region, reused, decision.deltas)
-        visual, run.result.encoded = self._encode_tokens(run, stem, decision)
+        run.result.encoded = decision.exit_layer > 0
+        if visual is None:
+            visual, run.result.encoded = self._encode_tokens(run, stem, decision)
         with clock.stage("projector"):
             draft = None if plan.drafted is None else model.head.draft(plan.drafted)
             prefix, run.suffix = model.processor.embed(plan.prompt)
@@ -299,7 +323,7 @@ class Engine:
                 features = features[upload(np.flatnonzero(computed), features.device)]
             return vision.project(features), computed if partly else np.ones_like(computed)
 
-    def _prefill(self, runs: Sequence[_Run], clock: Stopwatch) -> None:
+    def _prefill(self, runs: Sequence[_Run], clock: Stopwatch, run_layers: RunLayers) -> None:
         decoder = self.model.decoder
         alive = [run for run in runs if run.result.error is None]
         if not alive:
@@ -311,28 +335,29 @@ class Engine:
                     for run in alive
                 ]
                 embedded = [run.embeddings for run in alive]
-                hidden = run_packed(decoder, cursors, embedded, self.store, alive[0].run_layers)
+                hidden = run_packed(decoder, cursors, embedded, self.store, run_layers)
                 for run, rows in zip(alive, hidden, strict=True):
                     sequence, run.result.error = run.sequence, run.sequence.error
                     if run.result.error is None:
                         count = sequence.layout.n_suffix + sequence.draft if sequence.reads_hidden else 0
-                        sequence.hidden = decoder.norm(rows[len(rows) - count :])
+                        sequence.hidden = rows[len(rows) - count :]
         except Exception as error:  # of all of them
             self._fail(alive, error)
 
-    def _decode(self, runs: Sequence[_Run], clock: Stopwatch) -> None:
+    def _decode(self, runs: Sequence[_Run], clock: Stopwatch, pause: Between, run_layers: RunLayers) -> None:
         """Advance all sessions round by round; those that are done leave."""
         with clock.stage("decode"):
             for run in runs:
                 self._try(run, self._begin_decoding)
             while open_runs := [run for run in runs if run.rows is not None and run.result.error is None]:
+                pause()
                 asked, kind = open_runs[0].rows, _kind(open_runs[0])
                 together = [run for run in open_runs if _kind(run) == kind]
                 try:
                     if isinstance(asked, Together):
                         self._compute(asked.run, together)
                     else:
-                        self._round(together)
+                        self._round(together, run_layers)
                 except Exception as error:  # of all that were packed
                     self._fail(together, error)
 
@@ -365,7 +390,7 @@ class Engine:
         for run, made in zip(runs, work(given), strict=True):
             self._try(run, partial(self._advance, sent=made))
 
-    def _round(self, runs: Sequence[_Run]) -> None:
+    def _round(self, runs: Sequence[_Run], run_layers: RunLayers) -> None:
         """Run what several heads yielded through one stack, and send them its last hidden states."""
         rows = runs[0].rows
         stack: DecoderStack = self.model.decoder
@@ -377,13 +402,11 @@ class Engine:
         if _kind(runs[0]).gradient:
             with recording():
                 hidden = run_packed(stack, cursors, embedded, GradientKV(self.store))
-                normed = [stack.norm(own) for own in hidden]
         else:
-            hidden = run_packed(stack, cursors, embedded, self.store, runs[0].run_layers)
-            suffixes = [len(run.suffix) if isinstance(run.rows, RerunPrompt) else 0 for run, *_ in ready]
-            normed = [stack.norm(own[-count:] if count else own) for own, count in zip(hidden, suffixes, strict=True)]
-        for (run, *_), own in zip(ready, normed, strict=True):
-            self._try(run, partial(self._advance, sent=own))
+            hidden = run_packed(stack, cursors, embedded, self.store, run_layers)
+        for (run, *_), own in zip(ready, hidden, strict=True):
+            asked = own[-len(run.suffix) :] if isinstance(run.rows, RerunPrompt) else own
+            self._try(run, partial(self._advance, sent=asked))
 
     def _prepare(self, run: _Run, stack: DecoderStack) -> tuple[Cursor, torch.Tensor]:
         """Plan the rows that a head yielded, and embed them."""

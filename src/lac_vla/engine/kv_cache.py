@@ -7,12 +7,14 @@ outlives a frame; whether it may be reused is the session's own affair (:mod:`la
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lac_vla.engine.layers import Segment
 from lac_vla.errors import InputError
+from lac_vla.models.protocols import KeysValues
 from lac_vla.transfer import upload
 from lac_vla.types import IntArray
 
@@ -31,7 +33,7 @@ class Region:
 
 
 class SlotCache:
-    """Implements :class:`lac_vla.engine.layers.KVStore` for inference: new rows are written into their slots.
+    """Implements :class:`lac_vla.engine.layers.PackedKVStore` for inference: new rows are written into their slots.
 
     Args:
         n_layers: Of the decoder.
@@ -148,15 +150,25 @@ class SlotCache:
         self, layer: int, segment: Segment, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the rows into their slots, and return the sequence's; see :meth:`KVStore.update`."""
-        positions, own, seen = segment.positions, slice(segment.start, segment.start + segment.length), []
+        positions = segment.positions
         for pool, rows in zip(self._by_layer[layer], (keys, values), strict=True):
             if isinstance(positions, torch.Tensor):
                 pool.index_copy_(1, positions, rows)
             else:
                 pool[:, positions : positions + segment.n_rows] = rows
-            slots = pool[:, own]
-            seen.append(slots if segment.slots is None else slots[:, segment.slots])
-        return seen[0], seen[1]
+        return self._seen(layer, segment)
+
+    def update_packed(
+        self, layer: int, segments: Sequence[Segment], positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> list[KeysValues]:
+        """Write the rows of all segments at once; see :meth:`lac_vla.engine.layers.PackedKVStore.update_packed`."""
+        for pool, rows in zip(self._by_layer[layer], (keys, values), strict=True):
+            pool.index_copy_(1, positions, rows)
+        return [self._seen(layer, segment) for segment in segments]
+
+    def _seen(self, layer: int, segment: Segment) -> KeysValues:
+        keys, values = (pool[:, segment.start : segment.start + segment.length] for pool in self._by_layer[layer])
+        return (keys, values) if segment.slots is None else (keys[:, segment.slots], values[:, segment.slots])
 
     def _reclaim(self) -> None:
         while self.abandoned:

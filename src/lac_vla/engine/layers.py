@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -73,6 +73,27 @@ class KVStore(Protocol):
         ...
 
 
+class PackedKVStore(KVStore, Protocol):
+    """Takes the rows of several sequences at once."""
+
+    def update_packed(
+        self, layer: int, segments: Sequence[Segment], positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> list[KeysValues]:
+        """Take the new keys and values of several segments' rows, as :meth:`update` does of one.
+
+        Args:
+            layer: Number of the layer.
+            segments: Whose rows they are, in order.
+            positions: Slots of all the rows, int64, (Σ rows,).
+            keys: (kv_heads, Σ rows, head_dim).
+            values: As ``keys``.
+
+        Returns:
+            Of every segment, as :meth:`update` returns them.
+        """
+        ...
+
+
 class NoCache:
     """Keeps nothing: every row sees the rows of its own pass. Used in pretraining."""
 
@@ -109,7 +130,7 @@ def run_layers(
     hidden: torch.Tensor,
     rotary: Rotary,
     segments: Sequence[Segment],
-    store: KVStore,
+    store: KVStore | PackedKVStore,
     first: int = 0,
     stop: int | None = None,
     between: Between = lambda: None,
@@ -121,7 +142,7 @@ def run_layers(
         hidden: Residual stream of the packed rows, (..., Σ rows, width).
         rotary: Their position embedding.
         segments: Whose rows they are, in order.
-        store: Gives every layer the keys and values that its rows see.
+        store: Gives every layer the keys and values that its rows see; a packed one, if there are several segments.
         first: First layer to run.
         stop: One past the last; ``None`` for all.
         between: Called in the middle of every layer, and behind it.
@@ -134,26 +155,28 @@ def run_layers(
     masks = [_additive(segment.mask, hidden.dtype) for segment in segments]
     cross_masks = [_additive(segment.cross_mask, hidden.dtype) for segment in segments]
     counts = [segment.n_rows for segment in segments]
+    positions = _positions(segments, hidden.device) if len(segments) > 1 else None
     query, seen = hidden, list[torch.Tensor]()
     for index in range(first, stop):
         layer, final = layers[index], index == len(layers) - 1
         rows = query_rows(segments, hidden.device) if final else None
         query, key, value = layer.qkv(hidden, rotary, rows)
-        queries, keys, values = [query], [key], [value]
+        queries: Sequence[torch.Tensor] = [query]
         if len(segments) > 1:
-            queries = list(torch.split(query, query_counts(segments) if final else counts, dim=-2))
-            if key.shape[-2]:  # layers that attend elsewhere make none
-                keys, values = (list(torch.split(part, counts, dim=-2)) for part in (key, value))
-            else:
-                keys, values = [key] * len(segments), [value] * len(segments)
+            queries = torch.split(query, query_counts(segments) if final else counts, dim=-2)
+        if not key.shape[-2]:  # layers that attend elsewhere make none
+            stored = [(key, value)] * len(segments)
+        elif positions is None:
+            stored = [store.update(index, segments[0], key, value)]
+        else:
+            stored = cast(PackedKVStore, store).update_packed(index, segments, positions, key, value)
         seen, attended = [], []
-        for segment, added, across, asked, key_part, value_part in zip(
-            segments, masks, cross_masks, queries, keys, values, strict=True
+        for segment, added, across, asked, (seen_keys, seen_values) in zip(
+            segments, masks, cross_masks, queries, stored, strict=True
         ):
             if segment.cross is not None and index in segment.cross:
                 (seen_keys, seen_values), mask, causal = segment.cross[index], across, False
             else:
-                seen_keys, seen_values = store.update(index, segment, key_part, value_part)
                 mask, causal = added, segment.causal
                 if final and segment.n_queries is not None:
                     mask, causal = segment.final_mask, False
@@ -186,6 +209,18 @@ def query_rows(segments: Sequence[Segment], device: torch.device) -> QueryRows |
         stop += segment.n_rows
         parts.append(torch.arange(stop - count, stop, device=device))
     return torch.cat(parts)
+
+
+def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
+    """List the slots of all rows of packed segments, int64, (Σ rows,)."""
+    return torch.cat(
+        [
+            torch.arange(own.positions, own.positions + own.n_rows, device=device)
+            if isinstance(own.positions, int)
+            else own.positions
+            for own in segments
+        ]
+    )
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

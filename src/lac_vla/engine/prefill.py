@@ -138,7 +138,7 @@ def run_packed(
         run: Runs consecutive layers.
 
     Returns:
-        Residual stream of the rows of every sequence that have queries in the last layer, each (rows, width).
+        Normalised last hidden states of the rows of every sequence that have queries there, each (rows, width).
         Sequences that fail alone, in :meth:`Cursor.after`, are marked; theirs is empty.
     """
     n_layers, first = len(stack.layers), 0
@@ -152,11 +152,12 @@ def run_packed(
         segments, rotaries = zip(*(cursors[i].segment(first) for i in alive), strict=True)
         rotary = _packed([cos for cos, _ in rotaries]), _packed([sin for _, sin in rotaries])
         out: LayersOutput = run(stack.layers, _packed([hidden[i] for i in alive]), rotary, segments, store, first, stop)
-        rows: Sequence[torch.Tensor] = [out.hidden]
+        packed = stack.norm(out.hidden) if stop == n_layers else out.hidden
+        rows: Sequence[torch.Tensor] = [packed]
         queries: Sequence[torch.Tensor] = [out.query]
         if len(alive) > 1:
             counts = query_counts(segments) if stop == n_layers else [segment.n_rows for segment in segments]
-            rows, queries = torch.split(out.hidden, counts), torch.split(out.query, counts, dim=1)
+            rows, queries = torch.split(packed, counts), torch.split(out.query, counts, dim=1)
         for i, own, query, keys in zip(tuple(alive), rows, queries, out.keys, strict=True):
             hidden[i] = own
             try:

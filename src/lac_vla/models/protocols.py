@@ -253,6 +253,10 @@ class VisionEncoder(Protocol):
         """
         ...
 
+    def encode_tokens_of(self, stems: Sequence[Any], token_masks: Sequence[BoolArray]) -> list[torch.Tensor]:
+        """Compute the features of tokens of several frames, as :meth:`encode_tokens` does without a cache."""
+        return [self.encode_tokens(stem, mask) for stem, mask in zip(stems, token_masks, strict=True)]
+
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Project features row by row: (n, features) → (n, width)."""
         return features

@@ -1,7 +1,7 @@
 """A batch: whose requests are answered next, what each of them may cost, and one run of the engine for all of them.
 
 Turns are fair by robot: whoever has gone longest without an answer comes first. A robot that asks far more often than
-the others waits behind all of them, is answered alone, and its run is interrupted for whoever asks meanwhile. With a
+the others waits behind all of them, and where the engine can be interrupted, it is for whoever asks meanwhile. With a
 deadline, a batch is as large as its members can afford, and its time is shared out equally among them and the robots
 that wait, or will ask, before it ends.
 """
@@ -53,7 +53,8 @@ class Batcher:
     controller: DeadlineController | None = None
     max_batch: int = 8
     memory: KVMemory | None = None
-    _interrupted: frozenset[RobotSession] = field(default=frozenset(), init=False)
+    _interrupted: frozenset[RobotSession] = field(default=frozenset(), init=False)  # and who has no room beside its run
+    _answered: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -70,14 +71,14 @@ class Batcher:
             At most one of every robot; empty if none waits, or, while a run is interrupted, none but robots that ask
             often.
         """
-        now, controller, limit = time.perf_counter(), self.controller, self.max_batch
+        now, controller = time.perf_counter(), self.controller
         often = _asking_often(robots) | self._interrupted
         calm = [request for request in waiting if request.robot not in often]
         due = [request for request in waiting if request.robot in often and _has_given_way(request, now)]
         if self._interrupted or (calm and not due):
             waiting = calm
-        elif often and len(calm) < len(waiting):  # alone: the shorter are the pieces for which others wait
-            waiting, limit = due or waiting, 1
+        elif self.engine.interruptible:  # by themselves, so that others are answered between the pieces
+            waiting = [request for request in waiting if request.robot in often]
         chosen: dict[RobotSession, Request] = {}
         costs: list[float] = []
         for request in sorted(waiting, key=lambda request: (not request.postponed, request.robot.answered)):
@@ -88,7 +89,7 @@ class Batcher:
                 if controller.batch_ms(costs) > _tightest(chosen.values(), controller, now):
                     break
             chosen[request.robot] = request
-            if len(chosen) == limit:
+            if len(chosen) == self.max_batch:
                 break
         return list(chosen.values())
 
@@ -105,14 +106,15 @@ class Batcher:
             batch: Requests of different robots.
             waiting: Requests that are not of this batch.
             robots: All robots, of which some may ask while the batch runs.
-            between: Called between the pieces of the run if all of the batch ask often: it may choose and answer
-                others, and does not raise.
+            between: Called between the pieces of the run if all of the batch ask often, and the engine can be
+                interrupted: it may choose and answer others, and does not raise.
 
         Returns:
             Answers, and what went wrong with requests that have none. One that would have made the others late is not
             among them: it waits on, and is the first of the next batch.
         """
         begun, controller = time.perf_counter(), self.controller
+        self._answered = number = self._answered + 1
         outcomes: dict[Request, Outcome] = {}
         share = None if controller is None else self._share(controller, batch, waiting, robots, begun)
         prepared: dict[Request, PreparedRequest] = {}
@@ -141,14 +143,17 @@ class Batcher:
         if controller is not None:
             late = self._postpone(controller, [request for request, _ in ready], begun)
             ready = [(request, planned) for request, planned in ready if request not in late]
+        tried = {request.robot for request, _ in ready}
         if self.memory is not None:
             ready, refused = self.memory.settle(ready, waiting, robots, self._interrupted)
             outcomes |= refused
-        running = frozenset(request.robot for request, _ in ready)
+        running = {request.robot for request, _ in ready}
+        if self._interrupted:
+            self._interrupted |= tried - running
         gives_way = bool(running) and running <= _asking_often(robots)
         plans = [planned.plan for _, planned in ready]
         if gives_way and between is not None:
-            self._interrupted = running
+            self._interrupted = frozenset(request.robot for request in batch)
             try:
                 results = self.engine.run(plans, between)
             finally:
@@ -163,7 +168,7 @@ class Batcher:
                 computed.append((answer.step.dense_reason, answer.step.decision))
             except Exception as error:  # of this robot alone
                 outcomes[request] = error
-        if controller is not None and not gives_way and any(reason is None for reason, _ in computed):
+        if controller is not None and number == self._answered and any(reason is None for reason, _ in computed):
             costs = [controller.table(decision.exit_layer.sum() / decision.n_layers) for _, decision in computed]
             controller.observe(controller.batch_ms(costs), 1e3 * (time.perf_counter() - begun))
         return outcomes

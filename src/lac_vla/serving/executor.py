@@ -25,7 +25,8 @@ class ModelExecutor:
 
     Every connection hands in one request at a time, so a robot waits for at most one request of every other, however
     fast that one asks; ``capacity`` of them may wait or run. A run that gives way to others is interrupted between its
-    pieces, by one batch each time: it ends whatever the load. Idle work is done in short runs.
+    pieces, by one batch each time, if the engine can be interrupted: it ends whatever the load. Idle work is done in
+    short runs, while no request waits.
 
     Args:
         batcher: Chooses and answers.

@@ -66,7 +66,7 @@ class KVMemory:
             ready: Requests of the batch, and their plans.
             waiting: Other requests.
             robots: All robots.
-            running: Those whose run this batch interrupts; they keep what they have.
+            running: Those whose run this batch interrupts, and who had no room beside it; they keep what they have.
 
         Returns:
             Those that have room, and what is to be said to those for whom all of the memory is too little.
@@ -86,14 +86,14 @@ class KVMemory:
             if request.planned is None:  # it made room for the first
                 continue
             silent = {*robots, *(other.robot for other in waiting)} - {*planned, *running}
-            others = [] if settled else [robot for robot in reversed(planned) if robot is not request.robot]
+            others = [] if settled else [robot for robot in reversed(planned) if robot not in (request.robot, *running)]
             holders = [r for r in (*sorted(silent, key=lambda robot: robot.answered), *others) if r.nbytes]
             while not (fits := self._fits(request.robot, plan, robots)) and holders:
                 self._evict(holders.pop(0), planned)
             if fits:
                 self.engine.store.reserve(plan.plan.region, self.engine.slots(plan.plan))
                 settled.append((request, plan))
-            elif not settled:
+            elif not settled and not running:
                 self._evict(request.robot, planned)  # what it holds is in its own way
         return settled, refused
 
@@ -102,7 +102,7 @@ class KVMemory:
         return others < self.robots and self.engine.store.fits(plan.plan.region, self.engine.slots(plan.plan))
 
     def _evict(self, robot: RobotSession, planned: dict[RobotSession, Request]) -> None:
+        self.evictions += robot.nbytes > 0
         robot.release()
-        self.evictions += 1
         if robot in planned:
             planned[robot].planned = None  # it is planned anew, in full

@@ -71,20 +71,20 @@ class ConvTower(nn.Module):
     def encode_tokens(
         self, surroundings: torch.Tensor, token_mask: BoolArray | None = None, cache: ImageKVCache | None = None
     ) -> torch.Tensor:
-        """Run the last convolution for some tokens of one image alone; no cache is needed.
+        """Run the last convolution for some tokens of several images, (B, C, rows, cols), alone; no cache is needed.
 
-        ``surroundings`` are (1, C, rows, cols); ``token_mask`` is bool, (tokens,), or ``None`` for all. The features
-        are in raster order, (n, widths[-1]).
+        ``token_mask`` is bool, (B, tokens) or of one image (tokens,), or ``None`` for all. The features are in raster
+        order, image by image, (n, widths[-1]).
         """
         if token_mask is None:
-            every: torch.Tensor = self.head(surroundings)[0]
-            return every.flatten(1).T
+            every: torch.Tensor = self.head(surroundings)
+            return every.permute(0, 2, 3, 1).flatten(0, 2)
         channels, height, width = surroundings.shape[1:]
-        cells = F.pad(surroundings[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1)).reshape(-1, channels)
-        rows, cols = np.nonzero(token_mask.reshape(height, width))
-        three = np.arange(3)
-        around = ((rows[:, None, None] + three[:, None]) * (width + 2) + cols[:, None, None] + three).ravel()
-        patches = cells.index_select(0, upload(around, cells.device)).view(len(rows), 9 * channels)
+        cells = F.pad(surroundings.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).reshape(-1, channels)
+        image, row, col = np.nonzero(token_mask.reshape(-1, height, width))
+        corner, lines = (image * (height + 2) + row) * (width + 2) + col, np.arange(3)
+        around = (corner[:, None, None] + lines[:, None] * (width + 2) + lines).ravel()
+        patches = cells.index_select(0, upload(around, cells.device)).view(len(corner), 9 * channels)
         # Where the weights are kept channels last, as the loader keeps them, this flattening copies nothing.
         return F.linear(patches, self.head.weight.permute(0, 2, 3, 1).flatten(1), self.head.bias)
 

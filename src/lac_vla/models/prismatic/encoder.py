@@ -10,7 +10,7 @@ import torch
 
 from lac_vla.models.prismatic.model import PrismaticVLA
 from lac_vla.models.prismatic.towers import ViTConfig
-from lac_vla.models.prismatic.vision import Stem
+from lac_vla.models.prismatic.vision import PerCameraBackbone, Stem
 from lac_vla.models.protocols import StaticVision
 from lac_vla.models.transformer import FrameKVCache
 from lac_vla.transfer import upload
@@ -82,6 +82,13 @@ class PrismaticVision(StaticVision):
     ) -> torch.Tensor:
         """Compute the features of the tokens in ``token_mask`` (all by default), (n, features)."""
         return self._model.vision_backbone.encode_tokens(stem, some(token_mask), kv_cache)
+
+    def encode_tokens_of(self, stems: Sequence[Any], token_masks: Sequence[BoolArray]) -> list[torch.Tensor]:
+        """Run it for several frames at once; see :class:`lac_vla.models.protocols.VisionEncoder`."""
+        backbone = self._model.vision_backbone
+        if not isinstance(backbone, PerCameraBackbone):
+            return super().encode_tokens_of(stems, token_masks)
+        return backbone.encode_tokens_of(stems, token_masks)
 
     def encode_camera(self, camera: str, images: torch.Tensor, kv_cache: Any) -> torch.Tensor:
         """Run a camera's transformers differentiably: uint8, (B, H, W, 3) → projected tokens, (B, tokens, width).

@@ -209,6 +209,20 @@ class PerCameraBackbone(VisionBackbone):
         cameras = [cast(Any, self.towers[name]).encode_stem(pixel_values[name], whole=True) for name in self.grids]
         return list(zip(*(torch.split(stem, 1) for stem in cameras), strict=True))
 
+    def encode_tokens_of(self, stems: Sequence[Stem], token_masks: Sequence[BoolArray]) -> list[torch.Tensor]:
+        """Compute the features of tokens of several frames, (n, F) each: convolutions for all of them together."""
+        masks, start = np.stack(token_masks), 0
+        cameras: list[Sequence[torch.Tensor]] = []
+        for (name, (rows, cols)), parts in zip(self.grids.items(), zip(*stems, strict=True), strict=True):
+            own, tower = masks[:, start : start + rows * cols], cast(Any, self.towers[name])
+            start += rows * cols
+            if isinstance(tower, ConvTower):
+                features = tower.encode_tokens(torch.cat(parts), None if own.all() else own)
+                cameras.append(torch.split(features, own.sum(axis=1).tolist()))
+            else:
+                cameras.append([tower.encode_tokens(part, mask) for part, mask in zip(parts, own, strict=True)])
+        return [torch.cat(frame) for frame in zip(*cameras, strict=True)]
+
     def encode_camera(self, camera: int, pixels: torch.Tensor, cache: Any) -> torch.Tensor:
         """See :meth:`VisionBackbone.encode_camera`."""
         tower = cast(ViTTower, self.towers[list(self.grids)[camera]])
