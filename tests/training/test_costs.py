@@ -120,8 +120,13 @@ def test_the_predictor_alone_learns_and_a_stopped_run_goes_on(config: TrainConfi
     assert (stopped.out / FILE).stat().st_mtime_ns == measured, "costs are measured once"
     assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
     (stopped.out / FILE).write_bytes(b"damaged")
-    with pytest.raises(InputError, match="measured again"):
+    with pytest.raises(InputError, match="measures it again"):
         RatioCosts.read(stopped.out / FILE)
+    gone = replace(alone, out=tmp_path / "gone")
+    train(gone, max_seconds=1e-9)
+    (gone.out / FILE).unlink()
+    with pytest.raises(InputError, match=r"costs.npz is gone.*another --out"):
+        train(gone)
 
 
 def test_finer_candidates_begin_as_the_old_ones(config: TrainConfig, tmp_path: Path) -> None:

@@ -133,7 +133,10 @@ class RatioCosts:
         Raises:
             InputError: If it is damaged.
         """
-        with reading(path, "delete it, and it is measured again"), np.load(path, allow_pickle=False) as data:
+        with (
+            reading(path, "delete it: a run that begins its predictor's steps measures it again"),
+            np.load(path, allow_pickle=False) as data,
+        ):
             reference = tuple(data[f"reference_{number}"] for number in range(int(data["reference"])))
             return cls(data["frames"], data["divergence"], data["age"], reference)
 
@@ -147,7 +150,7 @@ def told(found: Mapping[str, float]) -> str:
     return (
         f"held-out episodes, on the cache that the policy left before its predictor was trained: divergence "
         f"{chosen:.2f} thousandths at a mean ratio of {found['held_out_costs_ratio']:.3f}; a fixed ratio with this "
-        f"mean {fixed:.2f}{saved}, the best of each frame in hindsight {best:.2f}"
+        f"mean (interpolated) {fixed:.2f}{saved}, the best of each frame in hindsight {best:.2f}"
     )
 
 

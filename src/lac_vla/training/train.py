@@ -153,8 +153,10 @@ class Training:
         shown = np.flatnonzero(~np.isin(self.losses.episode[costs.frames], self._held))
         if self.step == int(self._ends[2]):
             self.policy.predictor.forget()
+            for weight in self.policy.predictor.parameters():
+                self.optimiser.state.pop(weight, None)
             self.lam = costs.of(shown).price(ratios, config.target_ratio) if config.target_ratio else self.lam
-        scale = float(costs.divergence.mean() + self.lam * (1 - ratios.mean()))
+        scale = float(costs.divergence[shown].mean() + self.lam * (1 - ratios.mean()))
         loss, chosen = costs.of(rng.choice(shown, config.stage1_batch)).loss(self.losses, self.lam, scale)
         loss.backward()  # type: ignore[no-untyped-call]
         metrics = {"loss": float(loss.detach()), "lam": self.lam}
@@ -164,7 +166,12 @@ class Training:
     def costs(self) -> RatioCosts:
         """Read what every candidate ratio costs under the policy that the predictor's own stage begins with."""
         (size, rank), kept = self.world, self.config.out / COSTS
-        if rank == 0 and (self.step == int(self._ends[2]) or not kept.exists()):
+        begins = self.step == int(self._ends[2])
+        if not begins and not kept.exists():
+            raise InputError(
+                f"{kept} is gone, from which the predictor has learned so far: begin anew in another --out"
+            )
+        if rank == 0 and begins:
             exact = LACLoss(self.vla, self.store, self.policy, "distill", exact=True)
             costs_of(exact, store_folder(self.config)).save(kept)
         if size > 1:
