@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.training.test_train import dataset, model, rows, short_run  # noqa: F401 - fixtures
-from tests.training.worlds import losses_of, store_of, tiny
+from tests.training.worlds import SIDE, losses_of, store_of, tiny
 
 from lac_vla import InputError, LACPolicy
 from lac_vla.policies.base import cache_lowest
@@ -18,7 +18,7 @@ from lac_vla.training.config import TrainConfig
 from lac_vla.training.costs import EVERY, FILE, RatioCosts, measure_costs
 from lac_vla.training.lac import LACLoss
 from lac_vla.training.stream import Stream
-from lac_vla.training.train import train
+from lac_vla.training.train import Training, train
 
 
 def exact_losses() -> LACLoss:
@@ -127,6 +127,23 @@ def test_the_predictor_alone_learns_and_a_stopped_run_goes_on(config: TrainConfi
     (gone.out / FILE).unlink()
     with pytest.raises(InputError, match=r"costs.npz is gone.*another --out"):
         train(gone)
+
+
+def test_the_predictors_own_stage_begins_without_a_preference_on_the_episodes_trained_on(config: TrainConfig) -> None:
+    vla = tiny()
+    run = Training(replace(config, stage1_steps=0, stage2_steps=2, patch_pixels=SIDE), vla, store_of(vla, episodes=4))
+    config.out.mkdir()
+    while run.stage < 4:
+        run.advance()
+    head = run.policy.predictor.head.weight
+    assert run.optimiser.state[head]["step"] == 2
+    torch.nn.init.normal_(head, std=3.0)  # far from what a step or two can reach
+    held = np.isin(run.losses.episode[run.costs.frames], run.losses.episode[run.held_first])
+    assert 0 < held.sum() < len(held)
+    run.costs.divergence[held] = np.nan  # nothing is learned from the episodes held out
+    run.advance()
+    assert 0 < head.abs().max() <= 2 * config.lr
+    assert run.optimiser.state[head]["step"] == 1
 
 
 def test_finer_candidates_begin_as_the_old_ones(config: TrainConfig, tmp_path: Path) -> None:

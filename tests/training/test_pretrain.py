@@ -182,6 +182,16 @@ def test_what_is_loaded_is_held_fixed_at_first(diffusion: PretrainConfig) -> Non
     assert not torch.equal(weights["projector.fc1.weight"], before["projector.fc1.weight"])
 
 
+def test_a_head_that_is_loaded_learns_while_the_trunk_is_held_fixed(diffusion: PretrainConfig) -> None:
+    run = Pretraining(replace(diffusion, start=pretrain(diffusion), out=diffusion.out.with_name("more")))
+    before = {name: weight.detach().clone() for name, weight in run.loss.model.named_parameters()}
+    run.step()
+    assert run.frozen
+    moved = {name for name, weight in run.loss.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved
+    assert all(name.startswith("action_model.") for name in moved)
+
+
 def test_reading_ahead_is_what_a_step_would_read(diffusion: PretrainConfig) -> None:
     run = Pretraining(replace(diffusion, shift=0.0, proprio_noise=0.0, proprio_dropout=0.0, frozen_frames=1000))
     state = run.random.rng.bit_generator.state

@@ -1,19 +1,21 @@
-"""Makes what a run of ``lac train`` begins with: a policy, and the division of the episodes."""
+"""Makes what a run of ``lac train`` begins with: a policy, the stored frames, and the division of the episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from lac_vla.errors import InputError
 from lac_vla.flow import policy_flow
 from lac_vla.models import VLA
 from lac_vla.policies.lac import LACConfig, LACPolicy, Predictor
 from lac_vla.training.config import TrainConfig
-from lac_vla.training.store import windows
+from lac_vla.training.store import FrameStore, windows
 from lac_vla.types import IntArray
 
 
@@ -97,3 +99,38 @@ def divide_episodes(config: TrainConfig, count: int) -> tuple[IntArray, IntArray
     if held >= count:
         raise InputError(f"{count} episode(s) cannot be divided into training and validation: use at least 2")
     return np.sort(chosen[held:]), np.sort(chosen[:held])
+
+
+def store_folder(config: TrainConfig) -> Path:
+    """Name the folder of the stored embeddings."""
+    return config.store or config.out / "store"
+
+
+def open_store(config: TrainConfig, vla: VLA, tower_cameras: Sequence[str], rank: int) -> FrameStore:
+    """Store the frames' embeddings, or open what is stored; of several processes the one of rank 0 fills it.
+
+    Raises:
+        InputError: If dataset and model do not fit, or the episodes are too few or too short.
+    """
+    folder = store_folder(config)
+
+    def build() -> FrameStore:
+        return FrameStore.build(
+            vla,
+            config.dataset,
+            folder,
+            flow=config.flow,
+            patch_pixels=config.patch_pixels,
+            episodes=config.episodes,
+            labels=config.loss == "demo",
+            tower_cameras=tower_cameras,
+            stride=config.stride,
+            keys=config.keys,
+            check=lambda start, stop: divide(config, start, stop),
+        )
+
+    if not dist.is_initialized():
+        return build()
+    store = build() if rank == 0 else None  # one process fills it, the others wait
+    dist.barrier()
+    return store or FrameStore.open(folder)

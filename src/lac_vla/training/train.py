@@ -6,7 +6,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from lac_vla.policies.lac import SUBFOLDER, LACPolicy
 from lac_vla.provenance import provenance
 from lac_vla.results.adaptivity import collapse_warning, shares_chosen
 from lac_vla.results.regret import FOLDER, SETTINGS
-from lac_vla.training.begin import divide, divide_episodes, first_policy
+from lac_vla.training.begin import divide, divide_episodes, first_policy, open_store, store_folder
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.costs import FILE as COSTS
 from lac_vla.training.costs import RatioCosts, costs_of, told
@@ -150,7 +150,7 @@ class Training:
     def _predict(self, rng: np.random.Generator) -> dict[str, float]:
         """Let the predictor learn what ratios cost, on frames of the episodes trained on."""
         config, costs, ratios = self.config, self.costs, np.array(self.policy.config.ratios)
-        shown = np.flatnonzero(~np.isin(self.losses.episode[costs.frames], self._held))
+        shown, _ = self._shown
         if self.step == int(self._ends[2]):
             self.policy.predictor.forget()
             for weight in self.policy.predictor.parameters():
@@ -178,10 +178,12 @@ class Training:
             dist.barrier()
         return RatioCosts.read(kept)
 
-    @property
-    def _held(self) -> IntArray:
-        """Number the episodes held out."""
-        return divide_episodes(self.config, len(self.store.start))[1]
+    @cached_property
+    def _shown(self) -> tuple[IntArray, IntArray]:
+        """Number the measured frames of the episodes that are trained on, and of those held out."""
+        _, held = divide_episodes(self.config, len(self.store.start))
+        out = np.isin(self.losses.episode[self.costs.frames], held)
+        return np.flatnonzero(~out), np.flatnonzero(out)
 
     def _short(self, metrics: Mapping[str, float]) -> float:
         """Measure how far the ratio that inference chooses falls short of the target, in units of 0.1."""
@@ -210,7 +212,7 @@ class Training:
         if self.policy.ratio is None and "task" in found:
             found |= self._variety()
         if "costs" in vars(self):
-            held = np.flatnonzero(np.isin(self.losses.episode[self.costs.frames], self._held))
+            _, held = self._shown
             if len(held):
                 found |= {f"costs_{name}": value for name, value in self.costs.of(held).compare(self.losses).items()}
         return {f"held_out_{name}": value for name, value in found.items()}
@@ -347,7 +349,7 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         tower = MixedTower(vla) if config.vision_kv_reuse else None
         if config.start is not None:
             first_policy(config, vla, vla.grids)  # what cannot be begun with is refused before anything is stored
-        store = _store(config, vla, () if tower is None else tower.cameras, rank)
+        store = open_store(config, vla, () if tower is None else tower.cameras, rank)
         run = Training(config, vla, store, tower, (size, rank))
         if state is not None:
             run.resume(state)
@@ -452,36 +454,6 @@ def _join(config: TrainConfig) -> tuple[int, int]:
     if size > 1:
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
     return size, int(os.environ.get("RANK", "0"))
-
-
-def store_folder(config: TrainConfig) -> Path:
-    """Name the folder of the stored embeddings."""
-    return config.store or config.out / "store"
-
-
-def _store(config: TrainConfig, vla: VLA, tower_cameras: Sequence[str], rank: int) -> FrameStore:
-    folder = store_folder(config)
-
-    def build() -> FrameStore:
-        return FrameStore.build(
-            vla,
-            config.dataset,
-            folder,
-            flow=config.flow,
-            patch_pixels=config.patch_pixels,
-            episodes=config.episodes,
-            labels=config.loss == "demo",
-            tower_cameras=tower_cameras,
-            stride=config.stride,
-            keys=config.keys,
-            check=lambda start, stop: divide(config, start, stop),
-        )
-
-    if not dist.is_initialized():
-        return build()
-    store = build() if rank == 0 else None  # one process fills it, the others wait
-    dist.barrier()
-    return store or FrameStore.open(folder)
 
 
 def _require_board(config: TrainConfig) -> Any:

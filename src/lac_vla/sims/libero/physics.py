@@ -1,4 +1,4 @@
-"""A control step's physics for a quarter less time, equal to the bit: what has the same inputs is not computed anew."""
+"""A control step's physics for less time, equal to the bit: what has the same inputs is not computed anew."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Physics:
       (``qacc_warmstart``) and ends with other last bits if one is left out.
     * A forward is no pure function: MuJoCo 2.3 normalizes the quaternions in ``qpos``, in place, and to normalize
       once more may move the last bit of what is normalized. A forward is followed by a short one only if that
-      leaves ``qpos`` as it is (in more than 99 % of all substeps).
+      leaves ``qpos`` as it is, as it does in nearly all substeps.
     * ``mj_step2`` is ``mj_step`` from the last stage on, for every integrator but RK4 (LIBERO's is Euler). What
       ``mj_step`` asks first, whether positions or velocities diverged, is asked here; if so, it runs whole.
     * Sensors are those of the last stage (LIBERO's two, force and torque at the wrist), or depend on what the full

@@ -164,7 +164,7 @@ class Ms3Backend(Backend):
         self._layouts = inner.xyz_configs, inner.quat_configs
 
     def _restart(self, seed: int, **options: Any) -> Any:
-        """Begin an episode in a scene built anew (0.3 s): the physics of one that was played in remembers contacts."""
+        """Begin an episode in a scene built anew: the physics of one that was played in remembers contacts."""
         return self._env.reset(seed=seed, options={**options, "reconfigure": True})
 
     def _playing(self) -> EpisodeSpec:
