@@ -30,14 +30,13 @@ from lac_vla.results.format import percent
 from lac_vla.results.regret import PRICES
 from lac_vla.training.lac import LACLoss
 from lac_vla.training.regret import checksum
+from lac_vla.training.robots import Robots, groups, side_by_side
 from lac_vla.training.stream import HARD
 from lac_vla.types import FloatArray, IntArray
 
 FILE = "costs.npz"
 EVERY = 2
 """Frames from one that is measured to the next; all are gone through."""
-TOGETHER = 12
-"""Episodes that are gone through side by side."""
 BATCH = 64
 """Frames that the predictor rates at once."""
 COSTS = "held_out_costs_divergence"
@@ -180,10 +179,9 @@ def measure_costs(losses: LACLoss) -> RatioCosts:
     store = losses.store
     if int((store.stop - store.start).max()) <= EVERY * store.stride:
         raise InputError(f"what ratios cost is measured every {EVERY} frames: no episode is longer")
-    order = np.argsort(store.start - store.stop, kind="stable")  # the longest first, beside others of their length
-    groups = np.array_split(order, math.ceil(len(order) / TOGETHER))
     with tqdm(total=len(store), desc="measuring what ratios cost", unit="frame") as bar:
-        parts = [part for group in groups for part in _gone_through(losses, group, bar)]
+        every = groups(store, np.arange(len(store.start)))
+        parts = [part for group in every for part in _gone_through(losses, group, bar)]
     return RatioCosts(
         np.concatenate([part.frames for part in parts]),
         np.concatenate([part.divergence for part in parts]),
@@ -195,31 +193,17 @@ def measure_costs(losses: LACLoss) -> RatioCosts:
 @torch.no_grad()
 def _gone_through(losses: LACLoss, episodes: IntArray, bar: Any) -> Iterator[RatioCosts]:
     """Go through some episodes side by side."""
-    store, policy, device = losses.store, losses.policy, losses.device
-    oldest = frames_of_age(policy.config.max_age, store.stride)
-    rngs = [np.random.default_rng([0, store.numbers[episode] if store.numbers else episode]) for episode in episodes]
-    frames, stop = store.start[episodes], store.stop[episodes]
-    old = losses.decode(frames).store.slots
-    reference = [losses.pixels(name, frames) for name in store.grids]
-    age = [torch.zeros(len(frames), *grid, device=device) for grid in store.grids.values()]
-    for count in range(1, math.ceil(int((stop - frames).max()) / store.stride)):
+    store, policy = losses.store, losses.policy
+    robots, oldest = Robots(losses, episodes), frames_of_age(policy.config.max_age, store.stride)
+    for count, (rows, frames) in enumerate(side_by_side(store, episodes), 1):
         bar.update(len(frames) * store.stride)
-        frames = frames + store.stride
-        left = np.flatnonzero(frames < stop)
-        if len(left) < len(frames):
-            at = torch.from_numpy(left).to(device)
-            frames, stop, rngs = frames[left], stop[left], [rngs[row] for row in left]
-            old, reference, age = old.of(at), [part[at] for part in reference], [part[at] for part in age]
-        choice = losses.choose(frames, reference, age, HARD, None)
-        ages = torch.cat([part.flatten(1) for part in age], dim=1)
+        robots.keep(rows)
+        choice, ages = losses.choose(frames, robots.reference, robots.age, HARD, None), robots.ages
         if count % EVERY == 0:
-            tried = _tried(losses, frames, choice.scores, old)
-            seen = tuple(part.cpu().numpy() for part in reference)
+            tried = _tried(losses, frames, choice.scores, robots.slots)
+            seen = tuple(part.cpu().numpy() for part in robots.reference)
             yield RatioCosts(frames, tried.cpu().numpy(), ages.cpu().numpy(), seen)
-        draws = np.stack([rng.random(ages.shape[1]) < policy.recovery for rng in rngs])
-        lived = (choice.mask > 0.5) | (ages >= oldest) | torch.from_numpy(draws).to(device)
-        old = losses.decode(frames, mask=lived.to(choice.mask.dtype), old=old).store.slots
-        reference, age = losses.refresh(frames, lived, reference, age)
+        robots.commit(frames, (choice.mask > 0.5) | (ages >= oldest) | robots.draws(policy.recovery))
 
 
 def _tried(losses: LACLoss, frames: IntArray, scores: torch.Tensor, old: Any) -> torch.Tensor:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +20,7 @@ from lac_vla.models import VLA
 from lac_vla.policies.lac import LACConfig, LACPolicy
 from lac_vla.policies.lac.deltas import mean_flow
 from lac_vla.policies.lac.inputs import compose, words
-from lac_vla.training.mixed import LayerKV, MixedOutput, alignment_teacher, mixed_forward
-from lac_vla.training.precision import autocast
+from lac_vla.training.mixed import LayerKV, alignment_teacher
 from lac_vla.training.relaxation import (
     bridge,
     candidate_masks,
@@ -33,6 +30,7 @@ from lac_vla.training.relaxation import (
     straight_through,
 )
 from lac_vla.training.store import FrameStore
+from lac_vla.training.stored_model import StoredModel
 from lac_vla.training.tower import MixedTower, VisionOutput
 from lac_vla.types import IntArray
 
@@ -60,7 +58,7 @@ class Choice:
     probabilities: torch.Tensor | None
 
 
-class LACLoss:
+class LACLoss(StoredModel):
     """Computes the losses of both stages from a frozen model, stored frames and a policy whose networks have gradients.
 
     Args:
@@ -84,16 +82,14 @@ class LACLoss:
         exact: bool = False,
     ) -> None:
         policy.check_layout(store.grids)
-        self.vla, self.store, self.policy, self.loss, self.exact = vla, store, policy, loss, exact
-        self.tower = tower
+        super().__init__(vla, store, exact=exact)
+        self.policy, self.loss, self.tower = policy, loss, tower
         self.config: LACConfig = policy.config
-        self.device = vla.device
         self.ratios = torch.tensor(self.config.ratios, device=self.device)
         policy.selector.to(self.device)
         policy.predictor.to(self.device)
         if policy.delta_network is not None:
             policy.delta_network.to(self.device)
-        self.episode = np.repeat(np.arange(len(store.start)), store.stop - store.start)
         self._words = words(list(store.instructions)).to(self.device) if self.config.language else None
 
     def alignment(self, frames: IntArray) -> torch.Tensor:
@@ -257,48 +253,6 @@ class LACLoss:
         )
         return LayerKV(*parts)
 
-    def decode(
-        self,
-        frames: IntArray,
-        mask: torch.Tensor | None = None,
-        old: LayerKV | None = None,
-        probe_layers: tuple[int, ...] = (),
-        vision: VisionOutput | None = None,
-        compact: bool = False,
-    ) -> MixedOutput:
-        """Run the decoder over the prompts of some frames and the rows forced behind them, :func:`mixed_forward`.
-
-        The visual tokens are the stored ones, or those of ``vision``.
-        """
-        store, head, dtype = self.store, self.vla.head, self.vla.dtype
-        order = np.asarray(frames)
-        visual = self._stored(order) if vision is None else vision.visual
-        suffix = self.load(store.suffix, order).to(dtype)
-        lengths = torch.from_numpy(store.suffix_length[order]).to(self.device)
-        with torch.no_grad():
-            answer = head.forced(self.load(store.targets, order))
-            prefix = torch.from_numpy(store.prefix).to(self.device, dtype).expand(len(order), -1, -1)
-            tail = suffix  # the sequence is [prefix | visual | suffix | forced rows | padding]
-            if answer is not None:
-                tail = F.pad(suffix, (0, 0, 0, answer.shape[1]))
-                places = lengths[:, None] + torch.arange(answer.shape[1], device=self.device)
-                tail = tail.scatter(1, places[..., None].expand_as(answer), answer.to(dtype))
-        embeddings = torch.cat([prefix, visual, tail], dim=1)  # differentiable: a tower that reuses depends on the mask
-        layout, rows = store.layout, {"n_rows": head.n_rows, "n_before": head.n_before}
-        whole = layout.visual.stop + lengths
-        with nullcontext() if self.exact else autocast(self.device):
-            return mixed_forward(
-                self.vla,
-                embeddings,
-                layout,
-                whole,
-                **rows,
-                mask=mask,
-                old=old,
-                probe_layers=probe_layers,
-                compact=compact,
-            )
-
     def inputs(
         self, frames: IntArray, reference: Sequence[torch.Tensor], age: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
@@ -309,18 +263,6 @@ class LACLoss:
             composed.append(compose(self.config, self.pixels(name, frames), flow, pixels, old))
         return composed
 
-    def refresh(
-        self, frames: IntArray, active: torch.Tensor, reference: list[torch.Tensor], age: list[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Update reference pixels and ages as a session does."""
-        pixels, ages, side = [], [], self.config.patch_pixels
-        for camera, before, old in zip(self.store.layout.cameras, reference, age, strict=True):
-            fresh = active[:, camera.tokens].view(-1, camera.rows, camera.cols)
-            large = fresh.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None]
-            pixels.append(torch.where(large, self.pixels(camera.name, frames), before))
-            ages.append(torch.where(fresh, torch.zeros_like(old), old + 1))
-        return pixels, ages
-
     def _encode(
         self, tower: MixedTower, frames: IntArray, mask: torch.Tensor | None = None, old: VisionOutput | None = None
     ) -> VisionOutput:
@@ -328,21 +270,9 @@ class LACLoss:
         images = {camera: self.load(self.store.tower_pixels[camera], frames) for camera in tower.cameras}
         return tower.encode(images, self._stored(frames), mask, None if old is None else old.slots)
 
-    def _stored(self, frames: IntArray) -> torch.Tensor:
-        """Load the embeddings of the visual tokens as a whole tower gives them, (B, N, width)."""
-        return self.load(self.store.visual, frames).to(self.vla.dtype)
-
     def text(self, frames: IntArray) -> torch.Tensor | None:
         """Make the bags of words of some frames' instructions, (B, WORDS); ``None`` for networks that read none."""
         return None if self._words is None else self._words[self.episode[frames]]
-
-    def pixels(self, camera: str, frames: IntArray) -> torch.Tensor:
-        """Load a camera's pictures as the networks see them, uint8, (B, H, W, 3)."""
-        return self.load(self.store.images[camera], frames)
-
-    def load(self, array: Any, frames: IntArray) -> torch.Tensor:
-        """Load some frames of one of the store's arrays, (B, …)."""
-        return torch.from_numpy(np.asarray(array[frames])).to(self.device)
 
 
 def annealed(ends: tuple[float, float], progress: float) -> float:

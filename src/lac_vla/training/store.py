@@ -84,6 +84,12 @@ class FrameStore:
         """Lay out a prompt without its suffix."""
         return TokenLayout.of(self.grids, len(self.prefix), 0)
 
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels per token side of the pictures."""
+        camera = self.layout.cameras[0]
+        return self.images[camera.name].shape[1] // camera.rows
+
     def windows(self, episodes: IntArray, length: int) -> IntArray:
         """List all windows of ``length`` frames, ``stride`` apart, within some episodes, see :func:`windows`."""
         return windows(self.start, self.stop, episodes, length, self.stride)
@@ -138,11 +144,7 @@ class FrameStore:
             if needed and key not in source.features:
                 what = f"records no actions ('{key}'), which" if key == keys.action_key else f"has no '{key}', which"
                 raise InputError(f"{dataset} {what} {why}: {option} takes one of {source.number_columns}")
-        if isinstance(episodes, int):
-            count = len(source) if not episodes else min(episodes, len(source))
-            chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
-        else:
-            chosen = list(episodes)
+        chosen = spread(len(source), episodes) if isinstance(episodes, int) else list(episodes)
         metadata = {
             "dataset": dataset.name,
             "frames": source.total_frames,
@@ -246,6 +248,12 @@ def windows(start: IntArray, stop: IntArray, episodes: IntArray, length: int, st
             "frames that follow one another; give another dataset or a smaller --window or --stride"
         )
     return first
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Number ``wanted`` of ``count`` episodes, evenly spread; 0 for all."""
+    numbers: list[int] = np.linspace(0, count - 1, min(wanted, count) if wanted else count).round().astype(int).tolist()
+    return numbers
 
 
 def _check_labelled(dataset: object, labelled: bool) -> None:

@@ -100,19 +100,7 @@ class Stream:
 
     def inputs(self, rng: np.random.Generator) -> PolicyInput:
         """Make what a rule decides by; the pictures are as small as the policy's networks see them."""
-        store, at = self.losses.store, self.frame
-        side = self.losses.config.patch_pixels
-        return PolicyInput(
-            layout=store.layout,
-            n_layers=self.losses.vla.n_layers,
-            instruction=store.instructions[self.losses.episode[at]],
-            pixels={name: np.asarray(images[at]) for name, images in store.images.items()},
-            previous={name: np.asarray(images[at - store.stride]) for name, images in store.images.items()},
-            reference={name: old[0].cpu().numpy() for name, old in zip(store.grids, self._reference, strict=True)},
-            flow={name: side * flow[at].astype(np.float32) for name, flow in store.flow.items()},
-            age=self.age.long().numpy(),
-            rng=rng,
-        )
+        return self.losses.policy_input(self.frame, [old[0] for old in self._reference], self.age, rng)
 
     @torch.no_grad()
     def commit(self, mask: torch.Tensor) -> None:
