@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.training.recorded import MAX_AGE, record, session_of
 from tests.training.test_train import dataset, model, rows, short_run  # noqa: F401 - fixtures
 from tests.training.worlds import SIDE, losses_of, store_of, tiny
 
 from lac_vla import InputError, LACPolicy
+from lac_vla.files import locked
 from lac_vla.policies.base import cache_lowest
 from lac_vla.training.begin import first_policy
 from lac_vla.training.config import TrainConfig
-from lac_vla.training.costs import EVERY, FILE, RatioCosts, measure_costs
+from lac_vla.training.costs import EVERY, KeptCosts, RatioCosts
 from lac_vla.training.lac import LACLoss
+from lac_vla.training.store import FrameStore
 from lac_vla.training.stream import Stream
 from lac_vla.training.train import Training, train
 
@@ -28,43 +31,91 @@ def exact_losses() -> LACLoss:
     return LACLoss(vla, losses.store, losses.policy, "distill", exact=True)
 
 
-def test_costs_are_those_of_every_episode_s_own_stream() -> None:
-    losses = exact_losses()
-    losses.policy.recovery = 0.0
-    store, ratios = losses.store, losses.config.ratios
-    found = measure_costs(losses)
-    assert len(found.frames) == len(np.unique(found.frames)) > len(store.start)
-    for first, stop in zip(store.start, store.stop, strict=True):
+def measured(losses: LACLoss, folder: Path) -> RatioCosts:
+    kept = KeptCosts(losses, folder)
+    assert kept.measure()
+    return kept.read()
+
+
+def test_costs_are_measured_on_the_cache_that_a_real_session_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recovery, maximum age, and episodes of unequal length side by side, against sessions one frame at a time."""
+    monkeypatch.setattr("lac_vla.training.costs.groups", lambda store, episodes: [episodes])  # not the longest first
+    world = record(tmp_path)
+    vla, policy = world.vla(), LACPolicy.from_pretrained(world.policy)
+    store = FrameStore.build(vla, world.dataset, tmp_path / "store", flow="dis", patch_pixels=SIDE)
+    losses = LACLoss(vla, store, policy, "distill", exact=True)
+    found = measured(losses, tmp_path / "store")
+    ratios, seen, ages = policy.config.ratios, [], []
+    for number, (first, stop) in enumerate(zip(store.start, store.stop, strict=True)):
         stream = Stream(losses, int(first))
-        for frame in range(int(first) + 1, int(stop)):
+        for frame, (age, reference, info) in enumerate(session_of(world, vla, policy, number), int(first) + 1):
             stream.next()
-            choice = stream.choice()
+            scores = stream.choice().scores[0].numpy()
             if (frame - first) % EVERY == 0:
                 [row] = np.flatnonzero(found.frames == frame)
-                masks = np.stack([~cache_lowest(choice.scores[0].numpy(), ratio) for ratio in ratios])
+                seen.append(frame)
+                ages.append(age)
+                np.testing.assert_array_equal(found.age[row], age)
+                chosen = int(found.of(np.array([row])).logits(losses).argmax())
+                assert ratios[chosen] == info.nominal_ratio
+                for own, image in zip(found.reference, reference.values(), strict=True):
+                    np.testing.assert_array_equal(own[row], image)
+                masks = torch.from_numpy(np.stack([~cache_lowest(scores, ratio) for ratio in ratios])).float()
                 with torch.no_grad():
-                    expected = stream.divergence(torch.from_numpy(masks).float())
+                    expected = stream.divergence(masks)
                 np.testing.assert_allclose(found.divergence[row], expected.numpy(), rtol=1e-3, atol=1e-6)
-                np.testing.assert_array_equal(found.age[row], stream.age.numpy())
-                assert ratios[int(found.of(np.array([row])).logits(losses).argmax())] == pytest.approx(
-                    1 - float(choice.mask.mean()), abs=0.5 / len(choice.mask[0])
-                )
-            stream.commit(choice.mask[0])
+            stream.commit(torch.from_numpy(info.active).float())
+        assert frame == stop - 1
+    assert sorted(seen) == sorted(found.frames)
+    assert np.max(ages) == MAX_AGE
 
 
-def costs_of(losses: LACLoss, divergence: np.ndarray) -> RatioCosts:
-    measured = measure_costs(losses)
-    return replace(measured, divergence=divergence[: len(measured.frames)].astype(np.float32))
+def test_costs_are_kept_once_by_policy_and_model_and_go_on_where_they_were_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lac_vla.training.robots.TOGETHER", 2)
+    losses = exact_losses()
+    kept = KeptCosts(losses, tmp_path / "store")
+    assert not kept.measure(max_seconds=0.0)
+    [first] = kept.folder.iterdir()
+    written = first.stat().st_mtime_ns
+    assert not kept.whole
+    assert kept.measure(max_seconds=0.0)
+    assert first.stat().st_mtime_ns == written
+    whole = kept.read()
+    names = [kept.name]
+    for weight in (losses.policy.selector.shift, next(losses.vla.module.parameters())):  # a weight in mid-depth, too
+        with torch.no_grad():
+            weight += 1e-3
+        names.append(KeptCosts(losses, tmp_path / "store").name)
+    assert len(set(names)) == 3
+    with locked(tmp_path / "store.lock", "busy"), pytest.raises(InputError, match=r"another process measures.*--store"):
+        kept.measure()
+    first.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="measures it again"):
+        kept.read()
+    first.unlink()
+    assert kept.measure()
+    again = kept.read()
+    np.testing.assert_array_equal(again.frames, whole.frames)
+    np.testing.assert_array_equal(again.divergence, whole.divergence)
 
 
-def test_the_likeliest_ratio_becomes_the_one_that_is_expected_to_cost_least() -> None:
+def costs_of(losses: LACLoss, folder: Path, divergence: np.ndarray) -> RatioCosts:
+    found = measured(losses, folder)
+    return replace(found, divergence=divergence[: len(found.frames)].astype(np.float32))
+
+
+def test_the_likeliest_ratio_becomes_the_one_that_is_expected_to_cost_least(tmp_path: Path) -> None:
     """Frames of which nothing is known but what they cost in the mean, in which few carry most."""
     losses = exact_losses()
     ratios, rng = np.array(losses.config.ratios), np.random.default_rng(0)
     mean = 1e-2 * ratios**4
     divergence = mean * rng.gamma(0.3, 1 / 0.3, (1000, len(ratios)))
     divergence[-1] = mean
-    costs = costs_of(losses, np.tile(mean, (1000, 1)))
+    costs = costs_of(losses, tmp_path, np.tile(mean, (1000, 1)))
     lam = 0.015
     expected = int((mean + lam * (1 - ratios)).argmin())
     assert 0 < expected < len(ratios) - 1
@@ -86,11 +137,11 @@ def test_the_likeliest_ratio_becomes_the_one_that_is_expected_to_cost_least() ->
     assert ratios[int(found.argmax())] == pytest.approx(ratios[expected], abs=0.11)
 
 
-def test_a_price_is_found_for_a_mean_and_hindsight_is_the_limit() -> None:
+def test_a_price_is_found_for_a_mean_and_hindsight_is_the_limit(tmp_path: Path) -> None:
     losses = exact_losses()
     ratios = np.array(losses.config.ratios)
     hard = np.random.default_rng(0).lognormal(-6, 2, (1000, 1))
-    costs = costs_of(losses, hard * ratios**2)
+    costs = costs_of(losses, tmp_path, hard * ratios**2)
     means = [float(ratios[costs.cheapest(ratios, costs.price(ratios, target))].mean()) for target in (0.3, 0.6, 0.85)]
     assert means == pytest.approx([0.3, 0.6, 0.85], abs=0.1)
     compared = costs.compare(losses)
@@ -111,22 +162,36 @@ def test_the_predictor_alone_learns_and_a_stopped_run_goes_on(config: TrainConfi
     noted = rows(alone.out)
     assert {row["stage"] for row in noted} == {4}
     assert {"lam", "argmax_ratio", "held_out_costs_divergence"} <= {name for row in noted for name in row}
-    stopped = replace(alone, out=tmp_path / "stopped")
+    shared = alone.out / "store"
+    [kept] = [path for path in shared.iterdir() if path.is_dir()]
+    written = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+    stopped = replace(alone, out=tmp_path / "stopped", store=shared)
     train(stopped, max_seconds=1e-9)
-    measured = (stopped.out / FILE).stat().st_mtime_ns
-    [kept] = (stopped.out / "store").glob("costs-*.npz")
-    assert kept.read_bytes() == (stopped.out / FILE).read_bytes(), "for other runs on this store"
     again = LACPolicy.from_pretrained(train(stopped)).networks.state_dict()
-    assert (stopped.out / FILE).stat().st_mtime_ns == measured, "costs are measured once"
+    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == written, "costs are measured once"
+    assert [path.name for path in stopped.out.glob("*.npz")] == ["saliency.npz"], "they are kept with the store alone"
     assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
-    (stopped.out / FILE).write_bytes(b"damaged")
-    with pytest.raises(InputError, match="measures it again"):
-        RatioCosts.read(stopped.out / FILE)
-    gone = replace(alone, out=tmp_path / "gone")
+    gone = replace(alone, out=tmp_path / "gone", store=shared)
     train(gone, max_seconds=1e-9)
-    (gone.out / FILE).unlink()
-    with pytest.raises(InputError, match=r"costs.npz is gone.*another --out"):
+    for path in written:
+        path.unlink()
+    with pytest.raises(InputError, match=r"is gone.*--store that the run was begun with.*another --out"):
         train(gone)
+
+
+def test_a_run_whose_time_is_up_goes_on_to_measure(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lac_vla.training.robots.TOGETHER", 2)
+    alone = replace(config, stage1_steps=0, stage2_steps=0)
+    train(alone, max_seconds=1e-9)
+    assert "the same command goes on" in "".join(capfd.readouterr())
+    assert not rows(alone.out)
+    assert LACPolicy.from_pretrained(alone.out / "policy").about["steps"] == 0
+    train(alone, max_seconds=1e-9)
+    assert LACPolicy.from_pretrained(alone.out / "policy").about["steps"] == 1
+    train(alone)
+    assert LACPolicy.from_pretrained(alone.out / "policy").about["steps"] == 4
 
 
 def test_the_predictors_own_stage_begins_without_a_preference_on_the_episodes_trained_on(config: TrainConfig) -> None:

@@ -8,11 +8,12 @@ ratio, which inference takes, is the one that is expected to cost least.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
-import zlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,16 @@ from tqdm import tqdm
 
 from lac_vla.engine.budget import frames_of_age
 from lac_vla.errors import InputError
-from lac_vla.files import reading, write_whole
+from lac_vla.files import locked, reading, write_whole, writing
 from lac_vla.policies.base import cache_lowest
 from lac_vla.results.format import percent
 from lac_vla.results.regret import PRICES
+from lac_vla.training.checksum import checksum
 from lac_vla.training.lac import LACLoss
-from lac_vla.training.regret import checksum
 from lac_vla.training.robots import Robots, groups, side_by_side
 from lac_vla.training.stream import HARD
 from lac_vla.types import FloatArray, IntArray
 
-FILE = "costs.npz"
 EVERY = 2
 """Frames from one that is measured to the next; all are gone through."""
 BATCH = 64
@@ -139,6 +139,16 @@ class RatioCosts:
             reference = tuple(data[f"reference_{number}"] for number in range(int(data["reference"])))
             return cls(data["frames"], data["divergence"], data["age"], reference)
 
+    @classmethod
+    def joined(cls, parts: Sequence[RatioCosts]) -> RatioCosts:
+        """Join the frames of several parts."""
+        return cls(
+            np.concatenate([part.frames for part in parts]),
+            np.concatenate([part.divergence for part in parts]),
+            np.concatenate([part.age for part in parts]),
+            tuple(np.concatenate(each) for each in zip(*(part.reference for part in parts), strict=True)),
+        )
+
 
 def told(found: Mapping[str, float]) -> str:
     """Tell what a validation of ``lac train`` found, see :meth:`RatioCosts.compare`; empty if it did not look."""
@@ -153,41 +163,74 @@ def told(found: Mapping[str, float]) -> str:
     )
 
 
-def costs_of(losses: LACLoss, folder: Path) -> RatioCosts:
-    """Read what was measured of a policy on a store, or measure it and keep it in the store's ``folder``.
+class KeptCosts:
+    """The folder, within a store's, that keeps what was measured there of a policy: a file for every group of episodes.
 
-    Args:
-        losses: See :func:`measure_costs`.
-        folder: Of the store, which runs may share.
-    """
-    shape = zlib.crc32(json.dumps(losses.config.to_json(), sort_keys=True).encode())
-    path = folder / f"costs-{checksum(losses.policy)}-{shape:08x}.npz"
-    if not path.exists():
-        measure_costs(losses).save(path)
-    return RatioCosts.read(path)
-
-
-def measure_costs(losses: LACLoss) -> RatioCosts:
-    """Go through all stored episodes as the policy does, recovery and maximum age included, and try every candidate.
+    Runs that share the store and begin their predictor's steps alike find it by its name: that of the policy and of the
+    whole model, whose weights the store itself knows in part.
 
     Args:
         losses: Model, frames and policy; exact, for distillation.
-
-    Raises:
-        InputError: If all episodes are too short.
+        folder: Of the store.
+        name: Of the folder; by default that of the policy as it is.
     """
-    store = losses.store
-    if int((store.stop - store.start).max()) <= EVERY * store.stride:
-        raise InputError(f"what ratios cost is measured every {EVERY} frames: no episode is longer")
-    with tqdm(total=len(store), desc="measuring what ratios cost", unit="frame") as bar:
-        every = groups(store, np.arange(len(store.start)))
-        parts = [part for group in every for part in _gone_through(losses, group, bar)]
-    return RatioCosts(
-        np.concatenate([part.frames for part in parts]),
-        np.concatenate([part.divergence for part in parts]),
-        np.concatenate([part.age for part in parts]),
-        tuple(np.concatenate(each) for each in zip(*(part.reference for part in parts), strict=True)),
-    )
+
+    def __init__(self, losses: LACLoss, folder: Path, name: str = "") -> None:
+        self._losses, self._store_folder = losses, folder
+        self.name = name or f"costs-{_key(losses)}"
+        self.folder = folder / self.name
+        lengths = losses.store.stop - losses.store.start
+        every = groups(losses.store, np.flatnonzero(lengths > EVERY * losses.store.stride))
+        self._groups = {self.folder / f"{number:04d}.npz": group for number, group in enumerate(every)}
+
+    @property
+    def whole(self) -> bool:
+        """Whether all is measured."""
+        return all(path.exists() for path in self._groups)
+
+    def read(self) -> RatioCosts:
+        """Read all of it.
+
+        Raises:
+            InputError: If a file is damaged.
+        """
+        return RatioCosts.joined([RatioCosts.read(path) for path in self._groups])
+
+    def measure(self, max_seconds: float = math.inf) -> bool:
+        """Measure what is not there yet, recovery and maximum age included, every candidate ratio tried.
+
+        Args:
+            max_seconds: Stop, resumably, after this time; a group is measured in any case.
+
+        Returns:
+            Whether all is there.
+
+        Raises:
+            InputError: If all episodes are too short, the folder cannot be written, or another process is at it.
+        """
+        store, begun, folder = self._losses.store, time.monotonic(), self._store_folder.resolve()
+        if not self._groups:
+            raise InputError(f"what ratios cost is measured every {EVERY} frames: no episode is longer")
+        busy = f"another process measures what ratios cost in {folder}: wait for it, or give another --store"
+        with writing(folder, "--store"), locked(folder.with_name(f"{folder.name}.lock"), busy):
+            left = {path: group for path, group in self._groups.items() if not path.exists()}
+            total, rest = (
+                sum(int((store.stop - store.start)[group].sum()) for group in part.values())
+                for part in (self._groups, left)
+            )
+            with tqdm(total=total, initial=total - rest, desc="measuring what ratios cost", unit="frame") as bar:
+                for number, (path, group) in enumerate(left.items()):
+                    if number and time.monotonic() - begun >= max_seconds:
+                        return False
+                    RatioCosts.joined([*_gone_through(self._losses, group, bar)]).save(path)
+        return True
+
+
+def _key(losses: LACLoss) -> str:
+    """Name all that what ratios cost depends on, beside the store."""
+    shape = json.dumps({**losses.config.to_json(), "every": EVERY}, sort_keys=True)
+    named = [checksum(losses.policy.networks), checksum(losses.vla.module), shape]
+    return hashlib.sha256("".join(named).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

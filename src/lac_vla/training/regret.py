@@ -7,7 +7,6 @@ their pictures: what an oracle chooses on one is scored on the other.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from lac_vla.policies.motion import Motion
 from lac_vla.policies.random import Random
 from lac_vla.provenance import provenance
 from lac_vla.results.regret import BUDGETS, EPISODES, FIGURES, EpisodeRegret, FrameRegret, read_regret
+from lac_vla.training.checksum import checksum
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.lac import LACLoss
 from lac_vla.training.noise import PixelNoise
@@ -62,7 +62,7 @@ class RegretConfig:
 
     def settings(self, policy: LACPolicy) -> dict[str, Any]:
         """Give what a measurement of a policy is bound to, plain data."""
-        named = {"fixed_ratio": policy.ratio, "policy": checksum(policy)}
+        named = {"fixed_ratio": policy.ratio, "policy": checksum(policy.networks)}
         return {**asdict(self), "shares": shares_tried(policy), **named}
 
 
@@ -144,14 +144,6 @@ def shares_tried(policy: LACPolicy) -> list[float]:
     """List the shares of active tokens, ascending: those of the tables, and all that the policy can choose."""
     own = [1 - ratio for ratio in (*policy.config.ratios, policy.ratio) if ratio]
     return sorted({round(share, 6) for share in (*BUDGETS, *BETWEEN, *own)})
-
-
-def checksum(policy: LACPolicy) -> str:
-    """Name a policy by its weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(policy.networks.state_dict().items()):
-        digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_measured(folder: Path, settings: Mapping[str, Any], changeable: tuple[str, ...] = ()) -> None:

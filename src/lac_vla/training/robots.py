@@ -97,4 +97,4 @@ def groups(store: FrameStore, episodes: IntArray) -> list[IntArray]:
         episodes: Their numbers in the store.
     """
     order = episodes[np.argsort((store.start - store.stop)[episodes], kind="stable")]
-    return np.array_split(order, math.ceil(len(order) / TOGETHER))
+    return np.array_split(order, math.ceil(len(order) / TOGETHER)) if len(order) else []

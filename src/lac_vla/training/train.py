@@ -28,8 +28,7 @@ from lac_vla.results.adaptivity import collapse_warning, shares_chosen
 from lac_vla.results.regret import FOLDER, SETTINGS
 from lac_vla.training.begin import divide, divide_episodes, first_policy, open_store, store_folder
 from lac_vla.training.config import TrainConfig, describe
-from lac_vla.training.costs import FILE as COSTS
-from lac_vla.training.costs import RatioCosts, costs_of, told
+from lac_vla.training.costs import KeptCosts, RatioCosts, told
 from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
 from lac_vla.training.regret import RegretConfig, check_measured, held_out_streams, measure
 from lac_vla.training.run_files import CONFIG, LOCK, STATE, append, check_settings, load_state, open_log, save_state
@@ -50,6 +49,8 @@ CLIP = 1.0
 ALONE = {3: "deltas", 4: "predictor"}
 """Stage → the network that it trains alone."""
 UNMEASURED = "the time is up before all of the regret is measured: the same command goes on"
+
+UNMEASURED_COSTS = "the time is up before all is measured of what ratios cost: the same command goes on"
 
 
 class Training:
@@ -72,7 +73,7 @@ class Training:
         self.losses = LACLoss(vla, store, self.policy, config.loss, tower)
         self.networks = self.policy.networks
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
-        self.step, self.lam, self.seconds = 0, config.lam, 0.0
+        self.step, self.lam, self.seconds, self.costs_name = 0, config.lam, 0.0, ""
         self.first, self.held_first = divide(config, store.start, store.stop)
 
     @property
@@ -151,7 +152,7 @@ class Training:
         """Let the predictor learn what ratios cost, on frames of the episodes trained on."""
         config, costs, ratios = self.config, self.costs, np.array(self.policy.config.ratios)
         shown, _ = self._shown
-        if self.step == int(self._ends[2]):
+        if self._begins:
             self.policy.predictor.forget()
             for weight in self.policy.predictor.parameters():
                 self.optimiser.state.pop(weight, None)
@@ -163,20 +164,45 @@ class Training:
         return {**metrics, "argmax_ratio": chosen} if config.target_ratio else metrics
 
     @cached_property
-    def costs(self) -> RatioCosts:
-        """Read what every candidate ratio costs under the policy that the predictor's own stage begins with."""
-        (size, rank), kept = self.world, self.config.out / COSTS
-        begins = self.step == int(self._ends[2])
-        if not begins and not kept.exists():
+    def kept_costs(self) -> KeptCosts:
+        """Find where it is kept what ratios cost under the policy that the predictor's own stage begins with."""
+        losses = LACLoss(self.vla, self.store, self.policy, "distill", exact=True)
+        return KeptCosts(losses, store_folder(self.config), "" if self._begins else self.costs_name)
+
+    @property
+    def _begins(self) -> bool:
+        return self.step == int(self._ends[2])
+
+    def measure_costs(self, max_seconds: float = math.inf) -> bool:
+        """Measure what ratios cost, unless it is known; of several processes the one of rank 0 does.
+
+        Args:
+            max_seconds: Stop, resumably, after this time.
+
+        Returns:
+            Whether all is measured.
+
+        Raises:
+            InputError: If it was known when the stage began, and is not there any more.
+        """
+        (size, rank), kept = self.world, self.kept_costs
+        if not self._begins and not kept.whole:
             raise InputError(
-                f"{kept} is gone, from which the predictor has learned so far: begin anew in another --out"
+                f"{kept.folder} is gone, from which the predictor has learned so far: give the --store that the run "
+                "was begun with, or begin anew in another --out"
             )
-        if rank == 0 and begins:
-            exact = LACLoss(self.vla, self.store, self.policy, "distill", exact=True)
-            costs_of(exact, store_folder(self.config)).save(kept)
+        if rank == 0 and not kept.whole:
+            kept.measure(max_seconds)
         if size > 1:
             dist.barrier()
-        return RatioCosts.read(kept)
+        self.costs_name = kept.name
+        return kept.whole
+
+    @cached_property
+    def costs(self) -> RatioCosts:
+        """Read what every candidate ratio costs; measured first if need be."""
+        self.measure_costs()
+        return self.kept_costs.read()
 
     @cached_property
     def _shown(self) -> tuple[IntArray, IntArray]:
@@ -259,6 +285,7 @@ class Training:
             "step": self.step,
             "lam": self.lam,
             "seconds": self.seconds,
+            "costs": self.costs_name,
             "networks": self.networks.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
@@ -292,6 +319,7 @@ class Training:
             self.networks.load_state_dict(state["networks"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.step, self.lam, self.seconds = int(state["step"]), float(state["lam"]), float(state["seconds"])
+            self.costs_name = str(state.get("costs", ""))
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is damaged or not a state of this run; give another --out: {error}"
@@ -415,6 +443,11 @@ def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, A
         run.save_policy()
     while run.step < run.config.steps:
         stage, temperatures = run.stage, run.temperatures
+        if stage == 4 and not run.measure_costs(max_seconds - (time.monotonic() - start)):
+            tqdm.write(UNMEASURED_COSTS)
+            if rank == 0:
+                run.save()
+            return
         recent.append(run.advance())
         run.seconds = before + time.monotonic() - start
         done = run.step == run.config.steps or time.monotonic() - start > max_seconds
