@@ -36,6 +36,7 @@ OPTIONS = {
     ),
     "reproduce": ("--out", "--suites", "--curve", "--stresses", "--ablations", "--device", "--threads", "--seed"),
     "check": ("--suite", "--tasks"),
+    "replay": ("--dataset", "--policies", "--baseline", "--store", "--held-out"),
     "bench": ("--sections", "--replay", "--camera", "--state-key"),
     "report": ("--out",),
     "collect": ("--suite", "--init-states", "--out", "--dataset"),

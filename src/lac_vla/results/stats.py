@@ -19,6 +19,9 @@ Z95 = 1.959963984540054
 RESAMPLES = 10_000
 """Resamples of a bootstrap."""
 
+EXACT = 12
+"""Up to so many pairs a sign-flip test goes through all signs."""
+
 SMALL_STRATUM = 5
 """Strata with fewer pairs are resampled together: resampling one pair within itself would hide all that varies."""
 
@@ -118,6 +121,27 @@ def bootstrap_ratio(strata: Iterable[Sequence[tuple[float, float]]]) -> Interval
     for group in groups:
         totals += rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=RESAMPLES) @ np.array(group)
     return _interval(totals[:, 0] / totals[:, 1])
+
+
+def sign_flips(differences: npt.NDArray[np.float64]) -> float:
+    """Make a two-sided sign-flip test (Fisher 1935) of paired differences: if nothing differs, their signs are chance.
+
+    Up to :data:`EXACT` pairs all signs are gone through, beyond that :data:`RESAMPLES` are drawn, seeded.
+
+    Args:
+        differences: Of independent pairs, (n,), n ≥ 1.
+
+    Returns:
+        The p-value, in (0, 1].
+    """
+    count = len(differences)
+    if count <= EXACT:
+        signs = 1 - 2 * (np.arange(1 << count)[:, None] >> np.arange(count) & 1)
+    else:
+        drawn = np.random.default_rng(0).choice([-1, 1], size=(RESAMPLES, count))
+        signs = np.concatenate([np.ones((1, count), dtype=drawn.dtype), drawn])
+    sums = np.abs(signs @ differences)
+    return float((sums >= sums[0] * (1 - 1e-9)).mean())
 
 
 def percentiles(values: Iterable[float]) -> Percentiles | None:

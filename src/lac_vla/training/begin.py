@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,15 @@ from lac_vla.policies.lac import LACConfig, LACPolicy, Predictor
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.store import FrameStore, windows
 from lac_vla.types import IntArray
+
+
+class Division(Protocol):
+    """Settings that divide episodes."""
+
+    @property
+    def held_out(self) -> float: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
 
 
 def first_policy(config: TrainConfig, vla: VLA, grids: Mapping[str, tuple[int, int]]) -> LACPolicy:
@@ -88,7 +98,7 @@ def divide(config: TrainConfig, start: IntArray, stop: IntArray) -> tuple[IntArr
     return first, held_first
 
 
-def divide_episodes(config: TrainConfig, count: int) -> tuple[IntArray, IntArray]:
+def divide_episodes(config: Division, count: int) -> tuple[IntArray, IntArray]:
     """Number the episodes that are trained on, and those held out.
 
     Raises:

@@ -1,0 +1,303 @@
+"""Whole sessions of several policies over the same recorded frames, each on its own cache, compared frame by frame.
+
+The lines of ``frames.jsonl``, which ``lac replay`` writes, and what follows from them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lac_vla.errors import InputError
+from lac_vla.results.adaptivity import Adaptivity
+from lac_vla.results.stats import Interval, sign_flips
+
+RESAMPLES = 2000
+FEWEST = 3
+"""With fewer episodes a bootstrap over them says nothing."""
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What a policy did in an episode, call by call of the model from the second on: the first computes everything.
+
+    Attributes:
+        divergence: Of the answer from dense's, by the head's loss, (T,).
+        active: Share of the visual tokens that was computed, recovery and maximum age included, (T,).
+        nominal: Cache ratio that the policy aimed at, (T,); ``None`` where it aims at none.
+        reuse: Camera → share of its tokens that was reused, (T,).
+    """
+
+    divergence: list[float]
+    active: list[float]
+    nominal: list[float | None]
+    reuse: Mapping[str, list[float]]
+
+
+@dataclass(frozen=True)
+class EpisodeReplay:
+    """One recorded episode under all policies.
+
+    Attributes:
+        episode: Its number in the data set.
+        frames: Number in the episode of the frame of every call, (T,).
+        gripper: Frames from which on the recorded gripper is told otherwise; ``None`` if that is not known.
+        methods: Policy → what it did.
+    """
+
+    episode: int
+    frames: Sequence[int]
+    gripper: Sequence[int] | None
+    methods: Mapping[str, Calls]
+
+    def contact(self, within: int) -> npt.NDArray[np.bool_]:
+        """Tell which calls lie within so many frames of a gripper event, (T,)."""
+        frames = np.array(self.frames)
+        away = np.abs(frames[:, None] - np.array(self.gripper or (), dtype=np.int64))
+        return np.asarray((away <= within).any(axis=1))
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the line of the log."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> EpisodeReplay:
+        """Read a line; whatever is wrong with it is a ``ValueError``, ``KeyError`` or ``TypeError``."""
+        methods, count = {name: Calls(**calls) for name, calls in line["methods"].items()}, len(line["frames"])
+        for calls in methods.values():
+            rows: list[Sequence[Any]] = [calls.divergence, calls.active, calls.nominal, *calls.reuse.values()]
+            for row in rows:
+                if len(row) != count:
+                    raise ValueError("its rows are not equally long")
+            if not np.isfinite(np.array([calls.divergence, calls.active], dtype=np.float64)).all():
+                raise ValueError("a number is not finite")
+        return cls(int(line["episode"]), line["frames"], line["gripper"], methods)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A policy against the baselines.
+
+    Attributes:
+        divergence: Of the baseline; of several, interpolated at the policy's mean share of active tokens.
+        share: By how much, as a share, the policy's mean divergence is below that.
+        interval: 95 %, bootstrap over episodes; ``None`` for fewer than :data:`FEWEST`.
+        active: The policy's mean share of active tokens less the baseline's; 0 against several.
+    """
+
+    divergence: float
+    share: float
+    interval: Interval | None
+    active: float
+
+
+@dataclass(frozen=True)
+class Phases:
+    """What a policy computes around gripper events, and in free motion.
+
+    Attributes:
+        contact: Mean share of active tokens around events.
+        free: The same elsewhere.
+        difference: Contact less free within an episode, mean over the episodes that have both.
+        interval: 95 % of that, bootstrap over episodes; ``None`` for fewer than :data:`FEWEST`.
+        p: Sign-flip test of the episodes' differences, two-sided.
+        episodes: How many have both.
+        divergence: Mean divergence around events, and elsewhere.
+    """
+
+    contact: float
+    free: float
+    difference: float
+    interval: Interval | None
+    p: float
+    episodes: int
+    divergence: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class MethodReplay:
+    """One policy over all frames.
+
+    Attributes:
+        ratio: Mean effective ratio.
+        tokens: Mean number of active tokens.
+        divergence: From dense, mean.
+        p50: Its median.
+        p95: Its 95th percentile.
+        adaptivity: How it varies what it reuses.
+        saved: Against the baselines; ``None`` for a baseline, and where no baselines enclose its active tokens.
+        phases: ``None`` where nothing is known of the gripper, or no episode has both phases.
+    """
+
+    ratio: float
+    tokens: float
+    divergence: float
+    p50: float
+    p95: float
+    adaptivity: Adaptivity
+    saved: Saved | None
+    phases: Phases | None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The figures of a run.
+
+    Attributes:
+        episodes: How many.
+        frames: Calls of the model over all of them, the first ones left out.
+        tokens: Visual tokens of the model.
+        baselines: Policies that the others are compared with.
+        contact: Frames around a gripper event that count as contact.
+        contact_share: Share of the frames that do; ``None`` if nothing is known of the gripper.
+        methods: Policy → its figures.
+    """
+
+    episodes: int
+    frames: int
+    tokens: int
+    baselines: Sequence[str]
+    contact: int
+    contact_share: float | None
+    methods: Mapping[str, MethodReplay]
+
+    @classmethod
+    def of(
+        cls,
+        episodes: Sequence[EpisodeReplay],
+        baselines: Sequence[str],
+        tokens: int,
+        contact: int,
+        adaptive: Sequence[str] = (),
+    ) -> Replay:
+        """Sum up.
+
+        Args:
+            episodes: The log.
+            baselines: Policies that the others are compared with; none for no comparison.
+            tokens: Visual tokens of the model.
+            contact: Frames around a gripper event that count as contact.
+            adaptive: Policies that choose their ratio for every frame.
+
+        Raises:
+            InputError: If there is no episode.
+        """
+        if not episodes:
+            raise InputError("no episode was gone through: run the same command again")
+        known = all(episode.gripper is not None for episode in episodes)
+        near = [episode.contact(contact) for episode in episodes] if known else None
+        methods = {}
+        for name in episodes[0].methods:
+            own = [episode.methods[name] for episode in episodes]
+            active, divergence = (np.concatenate([getattr(calls, key) for calls in own]) for key in _MEASURED)
+            methods[name] = MethodReplay(
+                ratio=float(1 - active.mean()),
+                tokens=float(tokens * active.mean()),
+                divergence=float(divergence.mean()),
+                p50=float(np.quantile(divergence, 0.5)),
+                p95=float(np.quantile(divergence, 0.95)),
+                adaptivity=_adaptivity(own, adaptive=name in adaptive),
+                saved=None if name in baselines else _saved(episodes, name, baselines),
+                phases=None if near is None else _phases(own, near),
+            )
+        share = None if near is None else float(np.concatenate(near).mean())
+        frames = sum(len(episode.frames) for episode in episodes)
+        return cls(len(episodes), frames, tokens, tuple(baselines), contact, share, methods)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain data; shares of ratios by the ratio's text."""
+        found = asdict(self)
+        for method in found["methods"].values():
+            shares = method["adaptivity"]["shares"]
+            method["adaptivity"]["shares"] = {f"{ratio:g}": shares[ratio] for ratio in sorted(shares)}
+        return found
+
+
+_MEASURED = ("active", "divergence")
+
+
+def _adaptivity(own: Sequence[Calls], *, adaptive: bool) -> Adaptivity:
+    """Describe how a policy varies what it reuses, over its episodes."""
+    aimed = Counter(round(ratio, 6) for calls in own for ratio in calls.nominal if ratio is not None)
+    cameras = {camera: np.concatenate([calls.reuse[camera] for calls in own]) for camera in own[0].reuse}
+    return Adaptivity(
+        {ratio: count / aimed.total() for ratio, count in aimed.most_common()},
+        float(np.mean([np.std(calls.active) for calls in own])),
+        {camera: float(reused.mean()) for camera, reused in cameras.items()},
+        adaptive,
+    )
+
+
+def _saved(episodes: Sequence[EpisodeReplay], name: str, baselines: Sequence[str]) -> Saved | None:
+    """Compare a policy with the baselines, over the same frames; episodes are drawn whole."""
+    if not baselines:
+        return None
+    sums = {
+        method: np.array([[sum(getattr(e.methods[method], key)) for key in _MEASURED] for e in episodes])
+        for method in (name, *baselines)
+    }  # (E, 2) of each
+    counts = np.array([len(episode.frames) for episode in episodes], dtype=np.float64)
+    whole = np.ones((1, len(episodes)))
+    (active, own), *others = (_means(sums[method], counts, whole)[0] for method in (name, *baselines))
+    if len(baselines) > 1 and not min(other[0] for other in others) <= active <= max(other[0] for other in others):
+        return None
+    fixed = _at(active, others)
+    if fixed <= 0:
+        return None
+    drawn = np.random.default_rng(0).multinomial(len(episodes), whole[0] / len(episodes), size=RESAMPLES)
+    means = [_means(sums[method], counts, drawn) for method in (name, *baselines)]
+    resampled = [_at(mean[0], [part[at] for part in means[1:]]) for at, mean in enumerate(means[0])]
+    shares = 1 - means[0][:, 1] / np.where(np.array(resampled) > 0, resampled, np.nan)
+    return Saved(
+        divergence=fixed,
+        share=float(1 - own / fixed),
+        interval=_interval(shares, len(episodes)),
+        active=0.0 if len(baselines) > 1 else float(active - others[0][0]),
+    )
+
+
+def _means(sums: Array, counts: Array, drawn: npt.NDArray[Any]) -> Array:
+    """Compute the means over the frames of drawn episodes: (E, 2), (E,), and how often each, (R, E) → (R, 2)."""
+    return np.asarray((drawn @ sums) / (drawn @ counts)[:, None])
+
+
+def _at(active: float, baselines: Sequence[Array]) -> float:
+    """Interpolate the baselines' divergence at a share of active tokens; one is taken as it is."""
+    shares, divergences = np.array(sorted(map(tuple, baselines))).T
+    return float(np.interp(active, shares, divergences))
+
+
+def _phases(own: Sequence[Calls], near: Sequence[npt.NDArray[np.bool_]]) -> Phases | None:
+    """Compare a policy around gripper events with itself elsewhere, episode by episode."""
+    both = [(calls, at) for calls, at in zip(own, near, strict=True) if at.any() and not at.all()]
+    if not both:
+        return None
+    contact, free = (
+        [np.concatenate([np.array(getattr(calls, key))[at == where] for calls, at in both]) for key in _MEASURED]
+        for where in (True, False)
+    )
+    differences = np.array([np.array(c.active)[at].mean() - np.array(c.active)[~at].mean() for c, at in both])
+    drawn = np.random.default_rng(0).integers(len(both), size=(RESAMPLES, len(both)))
+    return Phases(
+        contact=float(contact[0].mean()),
+        free=float(free[0].mean()),
+        difference=float(differences.mean()),
+        interval=_interval(differences[drawn].mean(axis=1), len(both)),
+        p=sign_flips(differences),
+        episodes=len(both),
+        divergence=(float(contact[1].mean()), float(free[1].mean())),
+    )
+
+
+def _interval(resamples: Array, episodes: int) -> Interval | None:
+    if episodes < FEWEST or not np.isfinite(resamples).all():
+        return None
+    low, high = np.percentile(resamples, [2.5, 97.5])
+    return Interval(float(low), float(high))

@@ -1,0 +1,278 @@
+"""Runs ``lac replay``: whole sessions of several policies over held-out recorded episodes, each on its own cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lac_vla.datasets.lerobot import LeRobotDataset
+from lac_vla.engine.budget import frames_of_age
+from lac_vla.errors import InputError
+from lac_vla.factory import make_policies
+from lac_vla.files import locked, read_lines, write_object, write_whole, writing
+from lac_vla.models import VLA, load_vla
+from lac_vla.policies import CachePolicy, LACPolicy, paths_by_name
+from lac_vla.policies.lac import LACConfig
+from lac_vla.provenance import provenance
+from lac_vla.results.replay import Calls, EpisodeReplay, Replay
+from lac_vla.training.begin import divide_episodes
+from lac_vla.training.checksum import checksum
+from lac_vla.training.frames import GRIPPER
+from lac_vla.training.replay_config import ReplayConfig
+from lac_vla.training.robots import Robots, groups, side_by_side
+from lac_vla.training.run_files import CONFIG, LOCK, append, check_settings
+from lac_vla.training.store import FrameStore, spread
+from lac_vla.training.stored_model import StoredModel
+from lac_vla.types import FloatArray, IntArray, PolicyInput, SkippedTokens, TokenLayout
+
+FRAMES, FIGURES = "frames.jsonl", "replay.json"
+CHANGEABLE = ("baseline", "contact", "device", "out", "store")
+"""Settings that bear on no session."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is whole.
+
+    Attributes:
+        replay: Its figures.
+        episodes: Its log.
+        notes: What else is to be known of it.
+    """
+
+    replay: Replay
+    episodes: Sequence[EpisodeReplay]
+    notes: Sequence[str]
+
+
+def replay(config: ReplayConfig) -> Finished:
+    """Go through the episodes, or go on with it, and write ``replay.json`` to ``config.out``.
+
+    Raises:
+        InputError: If dataset, model, store and policies do not fit each other, or the folder holds another run.
+        CheckpointError: If model or policy cannot be read.
+    """
+    policies = make_policies(config.policies, config.model)
+    adaptive = [name for name, policy in policies.items() if policy.adaptive]
+    settings = _settings(config, policies)
+    held = f"another process replays into {config.out}: give another --out"
+    with writing(config.out, "--out"), locked(config.out / LOCK, held, ("store.lock",)):
+        check_settings(config.out, settings, CHANGEABLE)
+        vla = load_vla(config.model, device=config.device, dtype="auto", unnorm_key=config.unnorm_key)
+        vla.module.requires_grad_(False)
+        flow, side = _check(vla, policies)
+        source = LeRobotDataset(config.dataset, {}, config.keys)
+        store, episodes = _frames(config, vla, source, flow, side)
+        numbers = [store.numbers[episode] for episode in episodes]
+        write_object(config.out / CONFIG, settings)
+        found = _sessions(StoredModel(vla, store, exact=True), policies, episodes, source, config)
+        figures = Replay.of(found, config.baselines, store.layout.n_visual, config.contact, adaptive)
+        notes = _notes(policies, config, source, numbers)
+        content = {**figures.to_json(), "notes": notes, "settings": settings, "measured_with": provenance()}
+        write_object(config.out / FIGURES, content)
+    return Finished(figures, found, notes)
+
+
+def _settings(config: ReplayConfig, policies: Mapping[str, CachePolicy]) -> dict[str, Any]:
+    """Make plain data of what a run is bound to; only the names of folders are kept."""
+    content = asdict(config)
+    content |= content.pop("keys")
+    content |= {name: [*map(paths_by_name, content[name])] for name in ("policies", "baseline")}
+    content |= {name: content[name] and Path(content[name]).name for name in ("model", "dataset", "out", "store")}
+    weights = {name: checksum(policy.networks) for name, policy in policies.items() if isinstance(policy, LACPolicy)}
+    return {**content, "weights": weights}
+
+
+def _check(vla: VLA, policies: Mapping[str, CachePolicy]) -> tuple[str, int]:
+    """Refuse, before anything is computed, policies that cannot be replayed, or not beside each other.
+
+    Returns:
+        The optical flow that they read, and the pixels per token side that they see.
+    """
+    learned = {name: policy.config for name, policy in policies.items() if isinstance(policy, LACPolicy)}
+    sides = {shape.patch_pixels for shape in learned.values()} or {LACConfig(vla.grids).patch_pixels}
+    flows = {policy.flow for policy in policies.values()} - {"none"} or {"none"}
+    if len(sides) > 1 or len(flows) > 1:
+        raise InputError(
+            f"these policies see pictures of {sorted(sides)} pixels per token side and the optical flows "
+            f"{sorted(flows)}, of which frames are stored with one: replay them one after the other, each into its own "
+            "--out"
+        )
+    [flow], [side] = flows, sides
+    layout = TokenLayout.of(vla.grids, 0, 0)
+    blank = {name: np.zeros((rows * side, cols * side, 3), np.uint8) for name, (rows, cols) in vla.grids.items()}
+    still = {name: np.zeros((*image.shape[:2], 2), np.float32) for name, image in blank.items()}
+    age, rng = np.zeros(layout.n_visual, np.int64), np.random.default_rng(0)
+    inputs = PolicyInput(layout, vla.n_layers, "-", blank, blank, blank, {} if flow == "none" else still, age, rng)
+    for name, policy in policies.items():
+        policy.check_layout(vla.grids)
+        what = "reads attention" if policy.probe(vla.n_layers) else "adds predicted changes" if policy.slot_macs else ""
+        decision = None if what else policy.decide(inputs)
+        if decision is not None and not _whole(decision.exit_layer, vla.n_layers, decision.skipped):
+            what = "prunes tokens, or leaves them in mid-depth"
+        if what:
+            raise InputError(f"{name} {what}, which stored frames cannot show: leave it out, and see lac eval")
+    return flow, side
+
+
+def _whole(exit_layer: IntArray, layers: int, skipped: SkippedTokens) -> bool:
+    """Tell whether every token is computed or reused in all layers."""
+    return skipped is SkippedTokens.REUSE and bool(np.isin(exit_layer, (0, layers)).all())
+
+
+def _frames(
+    config: ReplayConfig, vla: VLA, source: LeRobotDataset, flow: str, side: int
+) -> tuple[FrameStore, IntArray]:
+    """Open the stored frames, or compute those of the episodes held out, whose numbers in the store are given, too."""
+    stored = None if config.store is None else FrameStore.open(config.store)
+    numbers = spread(len(source), config.episodes) if stored is None else list(stored.numbers)
+    every = np.arange(len(numbers))
+    held = every if config.held_out == 1 else divide_episodes(config, len(numbers))[1]
+    wanted = [numbers[episode] for episode in held] if stored is None else numbers
+    store = FrameStore.build(
+        vla,
+        config.dataset,
+        config.store or config.out / "store",
+        flow=flow,
+        patch_pixels=side,
+        episodes=wanted,
+        stride=config.stride,
+        keys=config.keys,
+        check=lambda start, stop: _long_enough(stop - start, config.stride),
+    )
+    held = every[: len(held)] if stored is None else held
+    return store, held[_long_enough((store.stop - store.start)[held], store.stride)]
+
+
+def _long_enough(lengths: IntArray, stride: int) -> IntArray:
+    """Number the episodes in which the model is called twice.
+
+    Raises:
+        InputError: If there is none.
+    """
+    long = np.flatnonzero(lengths > stride)
+    if not long.size:
+        raise InputError(f"no episode is longer than {stride} frames, so that nothing could be reused")
+    return long
+
+
+def _sessions(
+    model: StoredModel,
+    policies: Mapping[str, CachePolicy],
+    episodes: IntArray,
+    source: LeRobotDataset,
+    config: ReplayConfig,
+) -> list[EpisodeReplay]:
+    """Go through all episodes, those in the log left out, and write them there; in the order of the data set."""
+    store, log = model.store, config.out / FRAMES
+    found = {episode.episode: episode for episode in (read_frames(log) if log.exists() else ())}
+    numbers = [store.numbers[episode] for episode in episodes]
+    left = [group for group in groups(store, episodes) if any(store.numbers[e] not in found for e in group)]
+    again = {store.numbers[episode] for group in left for episode in group}  # a group is gone through as a whole
+    found = {number: episode for number, episode in found.items() if number in numbers and number not in again}
+    write_whole(log, "".join(json.dumps(episode.to_json()) + "\n" for episode in found.values()))
+    events = _gripper([source.episode(number).action for number in numbers])
+    total = int((store.stop - store.start)[episodes].sum())
+    done = sum(store.stride * (1 + len(episode.frames)) for episode in found.values())
+    with (
+        log.open("a", encoding="utf-8") as file,
+        tqdm(total=total, initial=done, desc="replaying", unit="frame") as bar,
+    ):
+        for group in left:
+            for episode, methods in zip(group, _gone_through(model, policies, group, config, bar), strict=True):
+                number, length = store.numbers[episode], int((store.stop - store.start)[episode])
+                gripper = None if events is None else events[numbers.index(number)]
+                frames = [*range(store.stride, length, store.stride)]
+                found[number] = EpisodeReplay(number, frames, gripper, methods)
+                append(file, found[number].to_json())
+    return [found[number] for number in numbers]
+
+
+@torch.no_grad()
+def _gone_through(
+    model: StoredModel, policies: Mapping[str, CachePolicy], episodes: IntArray, config: ReplayConfig, bar: Any
+) -> list[dict[str, Calls]]:
+    """Go through some episodes side by side, with every policy, and tell what each did."""
+    store, head = model.store, model.vla.head
+    robots = {name: Robots(model, episodes, config.seed) for name in policies}
+    oldest, cameras = frames_of_age(config.max_age, store.stride), store.layout.cameras
+    noted: list[dict[str, Calls]] = [
+        {name: Calls([], [], [], {camera.name: [] for camera in cameras}) for name in policies} for _ in episodes
+    ]
+    bar.update(len(episodes) * store.stride)
+    for rows, frames in side_by_side(store, episodes):
+        dense, targets = model.decode(frames).context(), model.load(store.targets, frames)
+        for name, policy in policies.items():
+            own = robots[name]
+            own.keep(rows)
+            inputs = own.inputs(frames)
+            decisions = policy.decide_together(inputs) or [policy.decide(each) for each in inputs]
+            chosen = torch.from_numpy(np.stack([decision.active for decision in decisions])).to(model.device)
+            active = chosen | (own.ages >= oldest)
+            mixed = own.commit(frames, active)
+            loss = head.loss(mixed.context(), targets, torch.Generator().manual_seed(0), dense).float().cpu().numpy()
+            if not np.isfinite(loss).all():
+                raise InputError(f"the answers of {name} are not finite: is the model in too low a precision?")
+            computed = active.cpu().numpy()
+            for row, decision, divergence, tokens in zip(rows, decisions, loss, computed, strict=True):
+                calls = noted[row][name]
+                calls.divergence.append(float(divergence))
+                calls.active.append(float(tokens.mean()))
+                calls.nominal.append(decision.nominal_ratio)
+                for camera in cameras:
+                    calls.reuse[camera.name].append(1 - float(tokens[camera.tokens].mean()))
+        bar.update(len(frames) * store.stride)
+    return noted
+
+
+def _gripper(actions: Sequence[FloatArray]) -> list[list[int]] | None:
+    """List the frames of every episode at which the gripper is told otherwise; ``None`` if no actions were recorded."""
+    if min(action.shape[1] for action in actions) <= GRIPPER:
+        return None
+    values = [action[:, GRIPPER] for action in actions]
+    middle = (min(map(np.min, values)) + max(map(np.max, values))) / 2
+    return [(1 + np.flatnonzero(np.diff(own > middle))).tolist() for own in values]
+
+
+def _notes(
+    policies: Mapping[str, CachePolicy], config: ReplayConfig, source: LeRobotDataset, numbers: Sequence[int]
+) -> list[str]:
+    """Say which policies were trained on episodes that they are tried on, or that this is not known."""
+    learned = {name: policy for name, policy in policies.items() if isinstance(policy, LACPolicy)}
+    said: dict[str, list[str]] = {}
+    for name, policy in learned.items():
+        said.setdefault(_seen(policy.about, config, source, numbers), []).append(name)
+    return [f"{', '.join(names)}: {what}" for what, names in said.items() if what]
+
+
+def _seen(about: Mapping[str, Any], config: ReplayConfig, source: LeRobotDataset, numbers: Sequence[int]) -> str:
+    """Say how many of these episodes a policy was trained on, by what is kept of its training; nothing for none."""
+    training = about.get("training")
+    if not isinstance(training, dict) or training.get("dataset") != Path(config.dataset).name:
+        return ""
+    try:
+        chosen = spread(len(source), int(training["episodes"]))
+        if sum(int(source.episodes[episode]["length"]) for episode in chosen) != about["frames"]:
+            return "trained on other recordings of this name: whether these were among them is not known"
+        division = replace(config, held_out=training["held_out"], seed=training["seed"])
+        shown = {chosen[episode] for episode in divide_episodes(division, len(chosen))[0]}
+    except (KeyError, TypeError, ValueError):
+        return ""
+    seen = len(shown & {*numbers})
+    return f"trained on {seen} of these {len(numbers)} episodes" if seen else ""
+
+
+def read_frames(path: Path) -> list[EpisodeReplay]:
+    """Read the log of a run.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    return [episode for _, episode in read_lines(path, "lac replay", EpisodeReplay.from_json)]
