@@ -158,6 +158,22 @@ def test_a_fixed_ratio_has_no_predictor(tmp_path: Path) -> None:
     assert "λ, steered" not in text
 
 
+def test_the_predictors_own_steps_are_shown(tmp_path: Path) -> None:
+    """Loss, what every candidate costs, and the share of each, by step."""
+    costs = {f"held_out_costs_{name}": value for name, value in (("ratio", 0.88), ("divergence", 0.0012))}
+    costs |= {f"held_out_costs_divergence_{name}": 1e-3 * k for k, name in enumerate(("best", "fixed", "at_0.8"), 1)}
+    costs |= {"held_out_costs_divergence_at_0.9": 0.0075, "held_out_costs_divergence_at_0": 0.0}
+    shares = {"held_out_share_0": 0.0, "held_out_share_0.8": 0.25, "held_out_share_0.9": 0.75}
+    rows = [{"step": 60, "stage": 4, "seconds": 60.0, "loss": 0.61, "lam": 0.01, "gradient": 1.0}]
+    rows += [{"step": 60, "stage": 4, "seconds": 60.0, **costs, **shares}]
+    text = shown(save(tmp_path / "run", [*WHOLE, *rows], config={**CONFIG, "predictor_steps": 10}))[1].replace(" ", "")
+    assert "Lossofthepredictor'sownsteps" in text
+    assert "training0.61" in text
+    assert "divergence0.0075plusλ·activetokens0.0085chosen0.0012inhindsight0.001" in text
+    assert "80%25%90%75%" in text
+    assert "Ratios chosen, held out" not in shown(save(tmp_path / "without", WHOLE))[1]
+
+
 def test_a_resume_supersedes_what_it_replays(tmp_path: Path) -> None:
     killed = [*STAGE_1, joint(30), held_out(30, 0.5), joint(40, 9.0), joint(50, 9.0)]
     resumed = [joint(40, 0.3), held_out(40, 0.2)]

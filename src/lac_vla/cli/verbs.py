@@ -56,7 +56,7 @@ VERBS = {
     "replay": Verb(
         "measure",
         "whole sessions of several policies over recorded episodes, against dense; no simulator",
-        "lac replay --dataset datasets/kitchen --policies lac lac:ratio=0.8 --baseline lac:ratio=0.8",
+        "lac replay --dataset datasets/kitchen --policies lac:ratio=0.8 lac",
         "replay:replay",
         (
             "model",

@@ -12,6 +12,7 @@ from lac_vla.drawing.overlay import RECOMPUTED, heat_colours, saliency_strip
 from lac_vla.drawing.picture import css, jpeg_base64
 from lac_vla.drawing.plots import Curve, curve_chart
 from lac_vla.report.page import metadata_groups, setting, write_page
+from lac_vla.report.predictor import predictor_cards
 from lac_vla.report.training_run import Saliency, TrainingRun
 from lac_vla.results.adaptivity import collapse_warning, shares_chosen
 from lac_vla.results.format import NONE, percent
@@ -56,7 +57,7 @@ def build_training_report(run: str | Path, out: str | Path) -> Path:
         setting=setting(metadata),
         notes=_notes(found),
         tiles=_tiles(found),
-        cards=_cards(found),
+        cards=[*_cards(found), *predictor_cards(found)],
         saliency=_saliency(found.saliency),
         regret=_regret(found.regret),
         settings=[(key.replace("_", " "), _setting(found.config[key])) for key in found.config if key not in ELSEWHERE],

@@ -26,7 +26,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Calls:
-    """What a policy did in an episode, call by call of the model from the second on: the first computes everything.
+    """A policy's deeds in an episode, call by call of the model from the second on: the first computes everything.
 
     Attributes:
         divergence: Of the answer from dense's, by the head's loss, (T,).
@@ -100,7 +100,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Phases:
-    """What a policy computes around gripper events, and in free motion.
+    """A policy around gripper events, and in free motion.
 
     Attributes:
         contact: Mean share of active tokens around events.

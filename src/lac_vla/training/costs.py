@@ -101,11 +101,12 @@ class RatioCosts:
         at = torch.cat([self.of(part).logits(losses).argmax(dim=1) for part in parts]).cpu().numpy()
         ratios, rows = losses.ratios.cpu().numpy(), np.arange(len(at))
         mean = float(ratios[at].mean())
-        best = self.cheapest(ratios, self.price(ratios, mean))
+        best, every = self.cheapest(ratios, self.price(ratios, mean)), self.divergence.mean(axis=0)
         return {
+            **{f"divergence_at_{ratio:g}": float(each) for ratio, each in zip(ratios, every, strict=True)},
             "ratio": mean,
             "divergence": float(self.divergence[rows, at].mean()),
-            "divergence_fixed": float(np.interp(mean, ratios, self.divergence.mean(axis=0))),
+            "divergence_fixed": float(np.interp(mean, ratios, every)),
             "divergence_best": float(self.divergence[rows, best].mean()),
         }
 
@@ -185,7 +186,7 @@ class KeptCosts:
 
     @property
     def whole(self) -> bool:
-        """Whether all is measured."""
+        """It is true once all is measured."""
         return all(path.exists() for path in self._groups)
 
     def read(self) -> RatioCosts:

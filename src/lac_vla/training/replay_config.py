@@ -51,7 +51,7 @@ class ReplayConfig:
     dataset: Path
     model: str = "mini"
     out: Path = Path("outputs/replay")
-    policies: tuple[str, ...] = ("lac", "lac:ratio=0.87", "lac:ratio=0.9", "motion:ratio=0.85,keep=wrist")
+    policies: tuple[str, ...] = ("lac:ratio=0.87", "lac")
     baseline: tuple[str, ...] = ()
     store: Path | None = None
     episodes: int = 0
