@@ -27,6 +27,7 @@ REQUIRED = {
     "pretrain": ("--dataset D", "--out O"),
     "serve": ("--model M",),
     "collect": ("--out O",),
+    "replay": ("--dataset D",),
     "film": ("outputs/eval", "--out film.mp4"),
 }
 """What a command in the middle of a sentence may leave out."""

@@ -114,6 +114,7 @@ def test_what_cannot_be_replayed_is_refused_before_anything_is_stored(
         ({"policies": (*config.policies, f"lac:path={tmp_path / 'other'}")}, r"pictures of \[4, 8\] pixels"),
         ({"policies": ("motion:keep=left",)}, "keep the camera 'left'"),
         ({"held_out": 0.1, "episodes": 1}, "cannot be divided"),
+        ({"store": tmp_path}, "holds no stored embeddings"),
         ({"stride": 13}, "no episode is longer than 13 frames"),
     ):
         with pytest.raises(InputError, match=message):
@@ -122,7 +123,6 @@ def test_what_cannot_be_replayed_is_refused_before_anything_is_stored(
     for change, message in (
         ({"baseline": ("lac:ratio=0.9",)}, "the baseline lac-0.9 is none of --policies"),
         ({"policies": ()}, "no policy to replay"),
-        ({"store": tmp_path}, "holds no stored embeddings"),
         ({"held_out": 1.5}, "share of the episodes"),
         ({"contact": -1}, "contact is -1"),
     ):

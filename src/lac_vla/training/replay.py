@@ -28,7 +28,7 @@ from lac_vla.training.frames import GRIPPER
 from lac_vla.training.replay_config import ReplayConfig
 from lac_vla.training.robots import Robots, groups, side_by_side
 from lac_vla.training.run_files import CONFIG, LOCK, append, check_settings
-from lac_vla.training.store import FrameStore, spread
+from lac_vla.training.store import META, FrameStore, spread
 from lac_vla.training.stored_model import StoredModel
 from lac_vla.types import FloatArray, IntArray, PolicyInput, SkippedTokens, TokenLayout
 
@@ -59,6 +59,8 @@ def replay(config: ReplayConfig) -> Finished:
         InputError: If dataset, model, store and policies do not fit each other, or the folder holds another run.
         CheckpointError: If model or policy cannot be read.
     """
+    if config.store is not None and not (config.store / META).is_file():
+        raise InputError(f"{config.store} holds no stored embeddings: give the folder 'store' of a run of lac train")
     policies = make_policies(config.policies, config.model)
     adaptive = [name for name, policy in policies.items() if policy.adaptive]
     settings = _settings(config, policies)

@@ -12,7 +12,6 @@ from lac_vla.checks import LONGEST_AGE, check_device, check_whole
 from lac_vla.dataset_keys import DatasetKeys
 from lac_vla.errors import InputError
 from lac_vla.factory import method_name
-from lac_vla.training.store import META
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,6 @@ class ReplayConfig:
         for name, least in (("episodes", 0), ("seed", 0), ("stride", 1), ("contact", 0)):
             check_whole(name, getattr(self, name), least, 2**31)
         check_whole("max_age", self.max_age, 1, LONGEST_AGE)
-        if self.store is not None and not (self.store / META).is_file():
-            raise InputError(f"{self.store} holds no stored embeddings: give the folder 'store' of a run of lac train")
         check_device(self.device)
 
     @property
