@@ -74,6 +74,32 @@ def test_its_own_cost_is_counted(fixed: float | None, language: bool) -> None:
     assert policy.macs == count_macs(lambda: policy.decide(policy_input()))
 
 
+def test_proprioception_decides_about_the_ratio_alone(tmp_path: Path) -> None:
+    policy = random_policy(proprio=3)
+    with torch.no_grad():
+        torch.nn.init.normal_(policy.predictor.hidden.weight[:, -3:], std=1.0)
+    policy.predictor.standardise(torch.randn(40, 3))
+    states = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+    given = [replace(policy_input(), proprio=state) for state in states]
+    alone, together = [policy.decide(each) for each in given], policy.decide_together(given)
+    assert len({decision.nominal_ratio for decision in alone}) > 1
+    shown = from_policy_inputs(policy.config, given)
+    with torch.no_grad():
+        logits = policy.predictor(shown, None, torch.from_numpy(states))
+    for one, other, own in zip(alone, together, logits, strict=True):
+        assert one.nominal_ratio == other.nominal_ratio == policy.config.ratios[int(own.argmax())]
+    assert policy.macs == count_macs(lambda: policy.decide(given[0]))
+    policy.save_pretrained(tmp_path)
+    read = LACPolicy.from_pretrained(tmp_path)
+    assert [read.decide(each).nominal_ratio for each in given] == [decision.nominal_ratio for decision in alone]
+    with pytest.raises(InputError, match="reads 3 values of proprioception, the frame has none"):
+        policy.decide(policy_input())
+    with pytest.raises(InputError, match="reads 3 values of proprioception, the frame has 2"):
+        policy.decide(replace(policy_input(), proprio=states[0, :2]))
+    with pytest.raises(InputError, match=r"reads 3 values of proprioception, the model none.*without --proprio"):
+        CachedVLA(random_vla("tiny"), policy)
+
+
 def test_paper_inputs_are_five_channels() -> None:
     shown = from_policy_inputs(LACConfig(grids=GRIDS, inputs="paper"), [policy_input()])
     assert [tuple(part.shape) for part in shown] == [(1, 5, 24, 24), (1, 5, 16, 16)]

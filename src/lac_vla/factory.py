@@ -108,6 +108,7 @@ class CachedVLA:
         if not 0 < self.scene_cut <= 1:
             raise InputError(f"scene_cut is {self.scene_cut}; give a mean absolute pixel change in (0, 1]")
         self.policy.check_layout(self.model.grids)
+        self.policy.check_state(self.model.processor.state_dim)
         decoder = self.model.decoder
         self.policy.check_slots(self.model.n_layers, decoder.kv_heads, decoder.head_dim)
         if self.flow is None and self.policy.flow == "raft_small" and not downloaded().is_file():

@@ -426,6 +426,7 @@ class Session:
             age=memory.age,
             rng=self._rng,
             attention=memory.attention,
+            proprio=prepared.frame.proprio,
         )
 
     @torch.inference_mode()

@@ -294,6 +294,7 @@ class PolicyInput:
         age: Frames since every token's slot was computed in full, int64, (N,).
         attention: Layer → probed attention of the preceding frame, mean over heads, (rows, keys).
         rng: The session's own seeded generator: the only source of randomness.
+        proprio: The robot's state as the frame tells it, in its own units, float32, (S,); ``None`` if it tells none.
     """
 
     layout: TokenLayout
@@ -306,3 +307,4 @@ class PolicyInput:
     age: IntArray
     rng: np.random.Generator
     attention: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    proprio: FloatArray | None = None

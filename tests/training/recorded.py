@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tests.training.worlds import INSTRUCTION, SIDE, save_with_tokenizer, tiny
+from tests.training.worlds import INSTRUCTION, SIDE, save_with_tokenizer
 
-from lac_vla import VLA, CachedVLA, Frame, LACPolicy, StepInfo, load_vla
+from lac_vla import VLA, CachedVLA, Frame, LACPolicy, StepInfo, load_vla, random_vla
 from lac_vla.datasets import LeRobotDataset
 from lac_vla.datasets.writer import DatasetWriter
 from lac_vla.engine.options import EngineOptions
+from lac_vla.models.prismatic.presets import MINI, TINY
 from lac_vla.policies import CachePolicy
 from lac_vla.policies.lac import LACConfig
 from lac_vla.types import IntArray
 
 LENGTHS = (9, 5, 13, 2)
-MAX_AGE = 4
+MAX_AGE, STATE = 4, 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,16 @@ class Recorded:
         episode = LeRobotDataset(self.dataset).episode(number)
         images = {camera: episode.images[camera] for camera in episode.images}
         every = range(len(episode))
-        return [Frame({c: clip[at] for c, clip in images.items()}, episode.instruction) for at in every]
+        return [
+            Frame({c: clip[at] for c, clip in images.items()}, episode.instruction, episode.state[at]) for at in every
+        ]
+
+
+def told() -> VLA:
+    """A tiny model that takes proprioception."""
+    vla = random_vla(replace(TINY, proprio_dim=STATE, norm_stats=MINI.norm_stats), seed=3)
+    vla.module.requires_grad_(False)
+    return vla
 
 
 def record(folder: Path) -> Recorded:
@@ -61,13 +71,15 @@ def record(folder: Path) -> Recorded:
             }
             action = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
             action[:, 6] = np.where(np.arange(length) < length // 2, 1.0, -1.0)  # it closes half way
-            writer.add_episode(images, np.zeros((length, 2), np.float32), action, INSTRUCTION)
-    vla = tiny()
-    torch.manual_seed(2)  # of which the predictor chooses two ratios
-    shape = LACConfig(
-        dict(vla.grids), ratios=(0.0, 0.3, 0.6, 0.9), width=8, patch_pixels=SIDE, recovery=0.2, max_age=MAX_AGE
-    )
-    policy = LACPolicy(shape)
+            state = rng.normal(size=(length, STATE)).cumsum(axis=0).astype(np.float32)
+            writer.add_episode(images, state, action, INSTRUCTION)
+    vla = told()
+    torch.manual_seed(2)
+    options = {"width": 8, "patch_pixels": SIDE, "recovery": 0.2, "max_age": MAX_AGE, "proprio": STATE}
+    policy = LACPolicy(LACConfig(dict(vla.grids), ratios=(0.0, 0.3, 0.6, 0.9), **options))  # type: ignore[arg-type]
+    policy.predictor.standardise(torch.randn(100, STATE))
+    with torch.no_grad():
+        torch.nn.init.normal_(policy.predictor.hidden.weight[:, -STATE:], std=0.3)
     torch.nn.init.normal_(policy.predictor.head.weight, std=3.0)
     policy.save_pretrained(folder / "policy")
     return Recorded(folder / "demos", save_with_tokenizer(vla, folder / "tiny"), folder / "policy")

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.training.recorded import MAX_AGE, record, session_of
+from tests.training.recorded import MAX_AGE, STATE, record, session_of, told
 from tests.training.test_train import dataset, model, rows, short_run  # noqa: F401 - fixtures
 from tests.training.worlds import SIDE, losses_of, store_of, tiny
 
 from lac_vla import InputError, LACPolicy
 from lac_vla.files import locked
 from lac_vla.policies.base import cache_lowest
-from lac_vla.training.begin import first_policy
+from lac_vla.training.begin import divide_episodes, first_policy
 from lac_vla.training.config import TrainConfig
 from lac_vla.training.costs import EVERY, KeptCosts, RatioCosts
 from lac_vla.training.lac import LACLoss
@@ -135,6 +135,84 @@ def test_the_likeliest_ratio_becomes_the_one_that_is_expected_to_cost_least(tmp_
     cost = mean + lam * (1 - ratios)
     np.testing.assert_allclose(-found, np.log(cost / cost.mean()), atol=0.3)
     assert ratios[int(found.argmax())] == pytest.approx(ratios[expected], abs=0.11)
+
+
+def test_what_only_the_robot_feels_is_learned_too(tmp_path: Path) -> None:
+    """Frames that look alike, of which those with the hand closed are hard."""
+    vla, rng = told(), np.random.default_rng(0)
+    still = np.full((6 * SIDE, 6 * SIDE, 3), 120, np.uint8)
+    store = store_of(vla, episodes=6, paint=lambda rng, at, grid: still[: grid[0] * SIDE, : grid[1] * SIDE])
+    state = rng.normal(size=(len(store), STATE)).astype(np.float32)
+    state[:, 2] = 0.01 * np.where(rng.random(len(store)) < 0.5, 1.0, -1.0) + 3.0  # in the robot's own units
+    state[:, 3] = 7.0  # never changes
+    store = replace(store, state=state)
+    learner = losses_of(vla, store, proprio=STATE)
+    losses, predictor = LACLoss(vla, store, learner.policy, "distill", exact=True), learner.policy.predictor
+    assert not predictor.standardised
+    predictor.standardise(torch.from_numpy(state))
+    assert predictor.standardised
+    assert predictor.state_gain[2] == pytest.approx(100, rel=0.05)
+    assert predictor.state_gain[3] == 0
+    ratios = np.array(losses.config.ratios)
+    found = measured(losses, tmp_path)
+    closed = state[found.frames, 2] > 3
+    costs = replace(found, divergence=(np.where(closed, 1.0, 0.001)[:, None] * ratios**2).astype(np.float32))
+    predictor.forget()
+    optimiser = torch.optim.Adam(predictor.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss, _ = costs.loss(losses, 0.5, 0.3)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        chosen = ratios[costs.logits(losses).argmax(dim=1).numpy()]
+        far = costs.logits(LACLoss(vla, replace(store, state=state + 1e6), learner.policy, "distill"))
+    assert chosen[closed].max() < 0.5
+    assert chosen[~closed].min() > 0.8
+    assert bool(far.isfinite().all())
+
+
+def test_a_predictor_that_reads_more_begins_as_the_one_that_read_less(config: TrainConfig, tmp_path: Path) -> None:
+    vla = told()
+    old = first_policy(replace(config, predictor_steps=0), vla, dict(vla.grids))
+    torch.nn.init.normal_(old.predictor.head.weight, std=3.0)
+    old.save_pretrained(tmp_path / "old")
+    wider = replace(config, start=tmp_path / "old", proprio=True)
+    new = first_policy(wider, vla, dict(vla.grids))
+    assert new.config.proprio == STATE
+    assert not new.predictor.standardised
+    new.predictor.standardise(torch.randn(50, STATE))
+    pooled = torch.randn(20, old.predictor.hidden.in_features)
+    with torch.no_grad():
+        torch.testing.assert_close(new.predictor.read(pooled, torch.randn(20, STATE)), old.predictor.read(pooled))
+    new.save_pretrained(tmp_path / "new")
+    again = first_policy(replace(wider, start=tmp_path / "new"), vla, dict(vla.grids))
+    assert torch.equal(again.predictor.state_gain, new.predictor.state_gain)
+    with pytest.raises(InputError, match=r"made with other \['proprio'\]"):
+        first_policy(replace(wider, start=tmp_path / "new", proprio=False), vla, dict(vla.grids))
+    with pytest.raises(InputError, match=r"made with other \['proprio'\]"):
+        first_policy(replace(wider, predictor_steps=0), vla, dict(vla.grids))
+    with pytest.raises(InputError, match=r"takes no proprioception.*leave it out"):
+        first_policy(replace(config, proprio=True), tiny(), dict(vla.grids))
+
+
+def test_proprioception_is_stored_and_learned_from_by_the_command(tmp_path: Path) -> None:
+    world = record(tmp_path)
+    run = short_run(world.model, world.dataset, tmp_path / "run")
+    run = replace(run, stage1_steps=1, stage2_steps=1, predictor_steps=2, target_ratio=0.6, proprio=True)
+    policy = LACPolicy.from_pretrained(train(run))
+    store = FrameStore.open(run.out / "store")
+    recorded = np.concatenate([[frame.proprio for frame in world.frames(number)] for number in range(4)])
+    np.testing.assert_array_equal(store.state, recorded)
+    _, held = divide_episodes(run, 4)
+    shown = np.concatenate([recorded[store.start[e] : store.stop[e]] for e in range(4) if e not in held])
+    np.testing.assert_allclose(policy.predictor.state_mean, shown.mean(axis=0), rtol=1e-4, atol=1e-5)
+    for _, _, info in session_of(world, world.vla(), policy, 1):
+        assert info.nominal_ratio in run.ratios
+    meta = run.out / "store" / "store.json"
+    meta.write_text(meta.read_text().replace('"has_state": true', '"has_state": false'))  # as it was stored before
+    with pytest.raises(InputError, match=r"holds no proprioception.*another --store"):
+        train(replace(run, out=tmp_path / "other", store=run.out / "store"))
 
 
 def test_a_price_is_found_for_a_mean_and_hindsight_is_the_limit(tmp_path: Path) -> None:

@@ -58,6 +58,16 @@ class CachePolicy(ABC):
             InputError: If it was made for another layout.
         """
 
+    def check_state(self, values: int | None) -> None:  # noqa: B027 - most policies read no state
+        """Refuse a model that is told less, or more, of the robot's state than this policy reads.
+
+        Args:
+            values: Of the proprioception that the model takes; ``None`` for none.
+
+        Raises:
+            InputError: If they are others.
+        """
+
     @abstractmethod
     def decide(self, inputs: PolicyInput) -> Decision:
         """Decide about a frame before its forward pass."""

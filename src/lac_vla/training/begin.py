@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
 
 from lac_vla.errors import InputError
 from lac_vla.flow import policy_flow
@@ -35,7 +36,9 @@ def first_policy(config: TrainConfig, vla: VLA, grids: Mapping[str, tuple[int, i
     Raises:
         InputError: If there is no such policy, or it was made with other settings.
     """
-    decoder = vla.decoder
+    decoder, told = vla.decoder, vla.processor.state_dim
+    if config.proprio and told is None:
+        raise InputError(f"{vla.name} takes no proprioception, which --proprio lets the predictor read: leave it out")
     shape = LACConfig(
         grids=dict(grids),
         ratios=config.ratios,
@@ -47,6 +50,7 @@ def first_policy(config: TrainConfig, vla: VLA, grids: Mapping[str, tuple[int, i
         width=config.width,
         depth=config.depth,
         patch_pixels=config.patch_pixels,
+        proprio=told or 0 if config.proprio else 0,
         slots=(vla.n_layers, decoder.kv_heads, decoder.head_dim) if config.delta_steps else None,
     )
     if config.start is None:
@@ -55,9 +59,10 @@ def first_policy(config: TrainConfig, vla: VLA, grids: Mapping[str, tuple[int, i
 
 
 def _continued(shape: LACConfig, start: LACPolicy, *, anew: bool) -> LACPolicy:
-    """Begin with another policy's networks; candidates that are learned anew may be others."""
+    """Begin with another policy's networks; a predictor that learns anew may have other candidates, and read more."""
     slots = start.config.slots if shape.slots is None else shape.slots
-    free = ("slots", "grids", *(("ratios",) if anew else ()))
+    more = ("ratios", *(() if start.config.proprio else ("proprio",))) if anew else ()
+    free = ("slots", "grids", *more)
     own, other = shape.to_json(), start.config.to_json()
     different = sorted(name for name in own if name not in free and own[name] != other[name])
     if different:
@@ -72,13 +77,17 @@ def _continued(shape: LACConfig, start: LACPolicy, *, anew: bool) -> LACPolicy:
 def _rating(shape: LACConfig, start: LACPolicy) -> Predictor:
     """Begin with another policy's predictor, which at first rates a new candidate a little below its lower neighbour.
 
-    It chooses as before as long as the old candidates are among the new ones.
+    It chooses as before as long as the old candidates are among the new ones, whatever proprioception it is told.
     """
-    known = start.config.ratios
-    if shape.ratios == known:
-        return start.predictor
-    predictor, head = Predictor(shape), start.predictor.head
-    predictor.trunk, predictor.hidden = start.predictor.trunk, start.predictor.hidden
+    known, before = start.config.ratios, start.predictor
+    if (shape.ratios, shape.proprio) == (known, start.config.proprio):
+        return before
+    predictor, head = Predictor(shape), before.head
+    weight = F.pad(before.hidden.weight.detach(), (0, shape.proprio - start.config.proprio))
+    predictor.hidden.load_state_dict({"weight": weight, "bias": before.hidden.bias.detach()})
+    predictor.trunk = before.trunk
+    if start.config.proprio:
+        predictor.state_mean, predictor.state_gain = before.state_mean, before.state_gain
     rows = np.searchsorted(known, shape.ratios, side="right") - 1
     new = torch.from_numpy(~np.isin(shape.ratios, known))
     bias = head.bias.detach()[rows] - 1e-3 * new
@@ -144,3 +153,16 @@ def open_store(config: TrainConfig, vla: VLA, tower_cameras: Sequence[str], rank
     store = build() if rank == 0 else None  # one process fills it, the others wait
     dist.barrier()
     return store or FrameStore.open(folder)
+
+
+def check_states(store: FrameStore, folder: Path) -> None:
+    """Refuse stored frames without the proprioception that a policy reads.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if not store.state.size:
+        raise InputError(
+            f"{folder} holds no proprioception, as it was stored before that was kept: give another --store, and it is "
+            "stored with the embeddings"
+        )

@@ -120,6 +120,8 @@ class TrainConfig:
         inputs: ``paper``: [image; flow]. ``extended``: also the change against every slot's own pixels, and its age.
         flow: Optical flow: ``dis``, ``raft_small`` or ``none``.
         language: Let both networks read the instruction.
+        proprio: Let the ratio predictor read the proprioception, too, of a model that takes it, standardised. With
+            ``--predictor-steps``, a policy of ``--start`` need not have read it. Ours.
         vision_kv_reuse: Train for the option ``vision_kv_reuse``: in the windows of stage II the vision transformers,
             too, reuse what the policy's own decisions left. The store then also holds what they see.
         recovery: Chance of a cached token to be recomputed at inference.
@@ -164,6 +166,7 @@ class TrainConfig:
     inputs: Literal["extended", "paper"] = "extended"
     flow: str = "dis"
     language: bool = False
+    proprio: bool = False
     vision_kv_reuse: bool = False
     recovery: float = 0.05
     width: int = 32

@@ -70,7 +70,7 @@ class RatioCosts:
         cameras = losses.store.layout.cameras
         age = [torch.from_numpy(self.age[:, camera.tokens]).view(-1, camera.rows, camera.cols) for camera in cameras]
         inputs = losses.inputs(self.frames, reference, [part.to(losses.device) for part in age])
-        logits: torch.Tensor = losses.policy.predictor(inputs, losses.text(self.frames))
+        logits: torch.Tensor = losses.policy.predictor(inputs, losses.text(self.frames), losses.states(self.frames))
         return logits
 
     def loss(self, losses: LACLoss, lam: float, scale: float) -> tuple[torch.Tensor, float]:

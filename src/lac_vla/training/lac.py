@@ -229,7 +229,7 @@ class LACLoss(StoredModel):
         scores = self.policy.selector(inputs, text)
         if self.policy.ratio is not None:
             return Choice(candidate_masks(scores, (self.policy.ratio,), temperatures.score)[:, 0], scores, None)
-        logits = self.policy.predictor(inputs, text)
+        logits = self.policy.predictor(inputs, text, self.states(frames))
         noise = 0.0 if generator is None else gumbel_noise(logits.shape, generator, self.device)
         probabilities = soft_ratio(logits, noise, temperatures.ratio)
         masks = candidate_masks(scores, self.config.ratios, temperatures.score)
@@ -273,6 +273,10 @@ class LACLoss(StoredModel):
     def text(self, frames: IntArray) -> torch.Tensor | None:
         """Make the bags of words of some frames' instructions, (B, WORDS); ``None`` for networks that read none."""
         return None if self._words is None else self._words[self.episode[frames]]
+
+    def states(self, frames: IntArray) -> torch.Tensor | None:
+        """Load the proprioception of some frames, (B, S); ``None`` for a predictor that reads none."""
+        return self.load(self.store.state, frames) if self.config.proprio else None
 
 
 def annealed(ends: tuple[float, float], progress: float) -> float:

@@ -22,7 +22,7 @@ from lac_vla.policies import CachePolicy, LACPolicy, paths_by_name
 from lac_vla.policies.lac import LACConfig
 from lac_vla.provenance import provenance
 from lac_vla.results.replay import Calls, EpisodeReplay, Replay
-from lac_vla.training.begin import divide_episodes
+from lac_vla.training.begin import check_states, divide_episodes
 from lac_vla.training.checksum import checksum
 from lac_vla.training.frames import GRIPPER
 from lac_vla.training.replay_config import ReplayConfig
@@ -71,7 +71,8 @@ def replay(config: ReplayConfig) -> Finished:
         vla.module.requires_grad_(False)
         flow, side = _check(vla, policies)
         source = LeRobotDataset(config.dataset, {}, config.keys)
-        store, episodes = _frames(config, vla, source, flow, side)
+        proprio = any(isinstance(policy, LACPolicy) and policy.config.proprio for policy in policies.values())
+        store, episodes = _frames(config, vla, source, flow, side, proprio=proprio)
         numbers = [store.numbers[episode] for episode in episodes]
         write_object(config.out / CONFIG, settings)
         found = _sessions(StoredModel(vla, store, exact=True), policies, episodes, source, config)
@@ -112,9 +113,18 @@ def _check(vla: VLA, policies: Mapping[str, CachePolicy]) -> tuple[str, int]:
     blank = {name: np.zeros((rows * side, cols * side, 3), np.uint8) for name, (rows, cols) in vla.grids.items()}
     still = {name: np.zeros((*image.shape[:2], 2), np.float32) for name, image in blank.items()}
     age, rng = np.zeros(layout.n_visual, np.int64), np.random.default_rng(0)
-    inputs = PolicyInput(layout, vla.n_layers, "-", blank, blank, blank, {} if flow == "none" else still, age, rng)
+    inputs = PolicyInput(
+        layout,
+        vla.n_layers,
+        "-",
+        *(blank, blank, blank, {} if flow == "none" else still),
+        age,
+        rng,
+        proprio=np.zeros(vla.processor.state_dim or 0, np.float32),
+    )
     for name, policy in policies.items():
         policy.check_layout(vla.grids)
+        policy.check_state(vla.processor.state_dim)
         what = "reads attention" if policy.probe(vla.n_layers) else "adds predicted changes" if policy.slot_macs else ""
         decision = None if what else policy.decide(inputs)
         if decision is not None and not _whole(decision.exit_layer, vla.n_layers, decision.skipped):
@@ -130,7 +140,7 @@ def _whole(exit_layer: IntArray, layers: int, skipped: SkippedTokens) -> bool:
 
 
 def _frames(
-    config: ReplayConfig, vla: VLA, source: LeRobotDataset, flow: str, side: int
+    config: ReplayConfig, vla: VLA, source: LeRobotDataset, flow: str, side: int, *, proprio: bool
 ) -> tuple[FrameStore, IntArray]:
     """Open the stored frames, or compute those of the episodes held out, whose numbers in the store are given, too."""
     stored = None if config.store is None else FrameStore.open(config.store)
@@ -149,6 +159,8 @@ def _frames(
         keys=config.keys,
         check=lambda start, stop: _long_enough(stop - start, config.stride),
     )
+    if proprio:
+        check_states(store, config.store or config.out / "store")
     held = every[: len(held)] if stored is None else held
     return store, held[_long_enough((store.stop - store.start)[held], store.stride)]
 

@@ -58,6 +58,8 @@ class FrameStore:
         numbers: Of the episodes in their dataset, (E,).
         tower_pixels: Camera → what its tower sees, uint8, (F, H, W, 3), for those of which it was asked.
         stride: Frames from one call of the model to the next: as many as actions are executed per call.
+        state: Proprioception in the robot's units, float32, (F, S); S is 0 if the model takes none, and in stores of
+            before it was kept.
     """
 
     grids: Mapping[str, tuple[int, int]]
@@ -75,6 +77,7 @@ class FrameStore:
     numbers: Sequence[int] = ()
     tower_pixels: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
     stride: int = 1
+    state: FloatArray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def __len__(self) -> int:
         return len(self.visual)
@@ -229,6 +232,7 @@ class FrameStore:
                 if name in meta["about"].get("tower_cameras", [])
             },
             stride=int(meta["about"].get("stride", 1)),
+            **({"state": np.array(read("state"))} if meta.get("has_state") else {}),
         )
 
 
@@ -361,6 +365,8 @@ class _Builder:
             "suffix_length": ((total,), np.int64),
             "targets": ((total, answer.shape[1]), answer.dtype),
         }
+        if vla.processor.state_dim is not None:
+            shapes["state"] = ((total, first.state.shape[1]), np.float32)
         for index, camera in enumerate(layout.cameras):
             size = (total, camera.rows * side, camera.cols * side)
             shapes[f"image_{index}"] = ((*size, 3), np.uint8)
@@ -397,6 +403,7 @@ class _Builder:
             "stop": stop.tolist(),
             "has_flow": self.flow is not None,
             "has_actions": labelled,
+            "has_state": "state" in shapes,
         }
         write_object(partial / META, meta)
         os.replace(partial, folder)
@@ -407,6 +414,8 @@ class _Builder:
     ) -> None:
         frames = self._frames(episode, len(episode))
         arrays["targets"][start : start + len(frames)] = self._targets(episode, frames)
+        if "state" in arrays:
+            arrays["state"][start : start + len(frames)] = episode.state
         recent: deque[Mapping[str, Any]] = deque(maxlen=self.stride)
         for at, frame in enumerate(frames, start):
             pixels = self.vla.processor.images(frame)

@@ -113,6 +113,7 @@ class StoredModel:
             flow={name: store.patch_pixels * flow[frame].astype(np.float32) for name, flow in store.flow.items()},
             age=age.long().cpu().numpy(),
             rng=rng,
+            proprio=store.state[frame] if store.state.size else None,
         )
 
     def pixels(self, camera: str, frames: IntArray) -> torch.Tensor:

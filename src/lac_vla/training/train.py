@@ -26,7 +26,7 @@ from lac_vla.policies.lac import SUBFOLDER, LACPolicy
 from lac_vla.provenance import provenance
 from lac_vla.results.adaptivity import collapse_warning, shares_chosen
 from lac_vla.results.regret import FOLDER, SETTINGS
-from lac_vla.training.begin import divide, divide_episodes, first_policy, open_store, store_folder
+from lac_vla.training.begin import check_states, divide, divide_episodes, first_policy, open_store, store_folder
 from lac_vla.training.config import TrainConfig, describe
 from lac_vla.training.costs import KeptCosts, RatioCosts, told
 from lac_vla.training.lac import LACLoss, Temperatures, annealed, cosine
@@ -75,6 +75,9 @@ class Training:
         self.optimiser = torch.optim.AdamW(self.networks.parameters(), lr=config.lr, weight_decay=1e-4)
         self.step, self.lam, self.seconds, self.costs_name = 0, config.lam, 0.0, ""
         self.first, self.held_first = divide(config, store.start, store.stop)
+        if not self.policy.predictor.standardised:
+            shown = np.isin(self.losses.episode, divide_episodes(config, len(store.start))[0])
+            self.policy.predictor.standardise(self.losses.load(store.state, np.flatnonzero(shown)))
 
     @property
     def stage(self) -> int:
@@ -375,9 +378,11 @@ def train(config: TrainConfig, *, max_seconds: float = math.inf) -> Path:
         if config.loss == "demo" and not vla.head.has_loss:
             raise InputError(f"{vla.name}'s head has no loss on recorded actions: train with --loss distill")
         tower = MixedTower(vla) if config.vision_kv_reuse else None
-        if config.start is not None:
+        if config.start is not None or config.proprio:
             first_policy(config, vla, vla.grids)  # what cannot be begun with is refused before anything is stored
         store = open_store(config, vla, () if tower is None else tower.cameras, rank)
+        if config.proprio:
+            check_states(store, store_folder(config))
         run = Training(config, vla, store, tower, (size, rank))
         if state is not None:
             run.resume(state)

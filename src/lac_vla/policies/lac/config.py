@@ -31,6 +31,7 @@ class LACConfig:
         width: Channels of both networks.
         depth: Residual convolutions of both networks.
         max_age: Age, in frames, that the age channel is scaled by.
+        proprio: Values of the proprioception that the ratio predictor reads besides; 0 for none. Ours.
         slots: (Layers, heads of keys, width of a head) of the model whose reused slots' changes a third network
             predicts, see :class:`lac_vla.policies.lac.deltas.Deltas`; ``None`` for none.
 
@@ -50,6 +51,7 @@ class LACConfig:
     depth: int = 2
     max_age: int = 16
     slots: tuple[int, int, int] | None = None
+    proprio: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -70,7 +72,7 @@ class LACConfig:
         check_whole("max_age", self.max_age, 1, LONGEST_AGE)
         if self.slots is not None and min(self.slots) < 1:
             raise InputError(f"slots {self.slots}: give layers, heads and a head's width, each at least 1")
-        for name, low, high in (("patch_pixels", 1, 64), ("width", 1, 4096), ("depth", 0, 100)):
+        for name, low, high in (("proprio", 0, 4096), ("patch_pixels", 1, 64), ("width", 1, 4096), ("depth", 0, 100)):
             check_whole(name, getattr(self, name), low, high)
 
     @property

@@ -71,7 +71,9 @@ class Joint:
         canvas = torch.zeros(frames, *self._shape)
         return canvas, [canvas[:, :, rows, cols] for rows, cols in self._windows]
 
-    def __call__(self, canvas: torch.Tensor, words: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def __call__(
+        self, canvas: torch.Tensor, words: torch.Tensor | None, states: torch.Tensor | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Compute every frame's saliency of tokens, (N,), and logits over the ratios, (C,), none without a predictor.
 
         What follows the convolutions is done frame by frame: a frame's numbers do not depend on its company.
@@ -79,6 +81,7 @@ class Joint:
         Args:
             canvas: From :meth:`canvas`, the inputs in place.
             words: Bags of words, (frames, WORDS), for networks that read the instruction.
+            states: Proprioception, (frames, S), for a predictor that reads it.
         """
         offset = self._offset
         if self._text:
@@ -92,9 +95,11 @@ class Joint:
         for index, (weight, bias) in enumerate(self._blocks):
             x = x * self._inside if index else x  # behind the stem the empty columns are zero as they are
             x = x + F.gelu(F.conv2d(x, weight, bias, padding=1, groups=groups))
-        return [self._read(own) for own in x.flatten(2).index_select(2, self._places)]
+        told = [None] * len(x) if states is None else [own[None] for own in states]
+        read = x.flatten(2).index_select(2, self._places)
+        return [self._read(own, state) for own, state in zip(read, told, strict=True)]
 
-    def _read(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, features: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Read saliency and logits off one frame's features, (2 · width, N), or (width, N) without a predictor."""
         head = self._selector.head
         saliency = self._selector.standard(F.linear(features[: self._width].T, head.weight.flatten(1), head.bias).T)[0]
@@ -102,7 +107,7 @@ class Joint:
             return saliency, saliency[:0]
         cameras = torch.split(features[self._width :], self._sizes, dim=1)
         pooled = [part for camera in cameras for part in (camera.mean(dim=1), camera.amax(dim=1))]
-        return saliency, self._predictor.read(torch.cat(pooled)[None])[0]
+        return saliency, self._predictor.read(torch.cat(pooled)[None], state)[0]
 
 
 def canvas_tokens(grids: Mapping[str, tuple[int, int]]) -> int:

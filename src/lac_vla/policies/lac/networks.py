@@ -25,6 +25,9 @@ LOGIT_LIMIT = 3.0
 """The predictor's logits stay within ± this: beyond, Gumbel-Softmax never samples another ratio, and its gradient,
 and with it all learning, is gone."""
 
+STATE_LIMIT = 5.0
+"""Standardised proprioception is cut off at ± this: a state that training never saw says no more."""
+
 
 class Trunk(nn.Module):
     """Images of all cameras → features at their token grids.
@@ -102,14 +105,27 @@ class Selector(nn.Module):
 class Predictor(nn.Module):
     """Cache Ratio Predictor, eq. 5: L = f_pred(V), logits over the candidate ratios R.
 
+    Ours: it may read the proprioception, too, standardised by that of the frames trained on.
+
     Args:
         config: Sizes.
+
+    Attributes:
+        state_mean: Of every value of the proprioception, (S,).
+        state_gain: One over its standard deviation, (S,); 0 of a value that never changed.
     """
+
+    state_mean: torch.Tensor
+    state_gain: torch.Tensor
 
     def __init__(self, config: LACConfig) -> None:
         super().__init__()
         self.trunk = Trunk(config)
-        self.hidden = nn.Linear(2 * config.width * len(config.grids), HIDDEN)
+        self.proprio = config.proprio
+        if config.proprio:
+            self.register_buffer("state_mean", torch.zeros(config.proprio))
+            self.register_buffer("state_gain", torch.zeros(config.proprio))
+        self.hidden = nn.Linear(2 * config.width * len(config.grids) + config.proprio, HIDDEN)
         self.head = nn.Linear(HIDDEN, len(config.ratios))
         self.forget()
 
@@ -118,13 +134,40 @@ class Predictor(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, inputs: Sequence[torch.Tensor], words: torch.Tensor | None = None) -> torch.Tensor:
-        """Rate the ratios: inputs as in :meth:`Trunk.forward` → (B, C)."""
+    @property
+    def standardised(self) -> bool:
+        """It is true once it knows the proprioception's scale; and if it reads none."""
+        return not self.proprio or bool(self.state_gain.any())
+
+    def standardise(self, states: torch.Tensor) -> None:
+        """Learn the proprioception's scale from that of the frames trained on, (F, S), in the robot's units."""
+        deviation = states.std(dim=0, correction=0)
+        moves = deviation > 1e-6 * (1 + states.abs().amax(dim=0))
+        self.state_mean.copy_(states.mean(dim=0))
+        self.state_gain.copy_(torch.where(moves, 1 / deviation.clamp(min=1e-12), 0.0))
+
+    def forward(
+        self, inputs: Sequence[torch.Tensor], words: torch.Tensor | None = None, states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rate the ratios: inputs as in :meth:`Trunk.forward`, states as in :meth:`read` → (B, C)."""
         features = self.trunk(inputs, words)
         pooled = [part for x in features for part in (x.mean(dim=(2, 3)), x.amax(dim=(2, 3)))]
-        return self.read(torch.cat(pooled, dim=1))
+        return self.read(torch.cat(pooled, dim=1), states)
 
-    def read(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Read mean and maximum of every camera's features, (B, 2 · width · cameras) → logits, (B, C)."""
+    def read(self, pooled: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
+        """Read what is left of a frame's pictures, and the robot's state.
+
+        Args:
+            pooled: Mean and maximum of every camera's features, (B, 2 · width · cameras).
+            states: Proprioception in the robot's units, (B, S); read if the configuration says ``proprio``.
+
+        Returns:
+            Logits, (B, C).
+        """
+        if self.proprio:
+            if states is None:
+                raise ValueError("a policy that reads the proprioception was given none")
+            scaled = ((states - self.state_mean) * self.state_gain).clamp(-STATE_LIMIT, STATE_LIMIT)
+            pooled = torch.cat([pooled, scaled], dim=1)
         logits: torch.Tensor = self.head(F.gelu(self.hidden(pooled)))
         return LOGIT_LIMIT * (logits / LOGIT_LIMIT).tanh()

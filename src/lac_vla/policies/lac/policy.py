@@ -119,7 +119,7 @@ class LACPolicy(CachePolicy):
         selector = trunk + text + config.n_visual * config.width
         if self.ratio is not None:
             return selector
-        readout = HIDDEN * (2 * config.width * len(config.grids) + len(config.ratios))
+        readout = HIDDEN * (2 * config.width * len(config.grids) + config.proprio + len(config.ratios))
         return selector + trunk + text + readout
 
     def check_layout(self, grids: Mapping[str, tuple[int, int]]) -> None:
@@ -145,6 +145,14 @@ class LACPolicy(CachePolicy):
             raise InputError(
                 f"this policy predicts keys and values of (layers, heads, width) {self.config.slots}, the model's are "
                 f"{(layers, heads, width)}: leave out deltas, or train it beside this model"
+            )
+
+    def check_state(self, values: int | None) -> None:
+        """See :meth:`CachePolicy.check_state`."""
+        if self.config.proprio and values != self.config.proprio:
+            raise InputError(
+                f"this policy reads {self.config.proprio} values of proprioception, the model {values or 'none'}: "
+                "train one for this model (lac train), without --proprio if it takes none"
             )
 
     @torch.inference_mode()
@@ -187,15 +195,21 @@ class LACPolicy(CachePolicy):
                     f"this policy reads optical flow ({self.config.flow}), the session estimates none: "
                     "leave CachedVLA's `flow` unset"
                 )
+            wanted, told = self.config.proprio, each.proprio
+            if wanted and (told is None or told.shape != (wanted,)):
+                given = "none" if told is None else told.size
+                raise InputError(f"this policy reads {wanted} values of proprioception, the frame has {given}")
         fixed = self.ratio is not None
         if self._joint is None or self._joint.alone != fixed:
             self._joint = Joint(self.config, self.selector, None if fixed else self.predictor)
         canvas, places = self._joint.canvas(len(inputs))
         from_policy_inputs(self.config, inputs, places)
         text = words([each.instruction for each in inputs]) if self.config.language else None
+        rows = [each.proprio for each in inputs if each.proprio is not None]
+        states = torch.from_numpy(np.stack(rows)) if self.config.proprio else None
         return [
             self._decision(each, saliency, logits)
-            for each, (saliency, logits) in zip(inputs, self._joint(canvas, text), strict=True)
+            for each, (saliency, logits) in zip(inputs, self._joint(canvas, text, states), strict=True)
         ]
 
     def _decision(self, inputs: PolicyInput, saliency: torch.Tensor, logits: torch.Tensor) -> Decision:
