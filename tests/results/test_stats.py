@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lac_vla.errors import InputError
-from lac_vla.results.stats import Percentiles, bootstrap, bootstrap_ratio, mcnemar, percentiles, wilson
+from lac_vla.results.stats import Percentiles, bootstrap, bootstrap_ratio, mcnemar, percentiles, sign_flips, wilson
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,17 @@ def test_percentiles_by_hand() -> None:
 def test_percentiles_refuse_what_is_not_finite() -> None:
     with pytest.raises(InputError, match="NaN"):
         percentiles([1.0, float("nan")])
+
+
+def test_signs_are_flipped_in_every_way() -> None:
+    differences = np.array([0.3, -0.1, 0.4, 0.2, 0.05])
+    sums = [abs(float(np.dot(signs, differences))) for signs in product((1, -1), repeat=5)]
+    assert sign_flips(differences) == pytest.approx(np.mean([value >= sums[0] - 1e-12 for value in sums]))
+    assert sign_flips(np.ones(5)) == pytest.approx(2 / 2**5)
+    assert sign_flips(np.zeros(4)) == 1.0
+    many = np.random.default_rng(0).normal(size=13)
+    assert sign_flips(many) == pytest.approx(
+        np.mean([abs(np.dot(signs, many)) >= abs(many.sum()) - 1e-12 for signs in product((1, -1), repeat=13)]),
+        abs=0.02,
+    )
+    assert sign_flips(10 + many) < 0.001

@@ -15,7 +15,8 @@ from tests.training.worlds import save_with_tokenizer, tiny
 from lac_vla import InputError, LACPolicy
 from lac_vla.cli import main
 from lac_vla.factory import make_policies
-from lac_vla.results.replay import Calls, EpisodeReplay, Replay
+from lac_vla.results.replay import Replay
+from lac_vla.results.replay_log import Calls, EpisodeReplay
 from lac_vla.training.lac import LACLoss
 from lac_vla.training.replay import FIGURES, FRAMES, replay
 from lac_vla.training.replay_config import ReplayConfig

@@ -9,7 +9,7 @@ import numpy as np
 
 from lac_vla.drawing import svg
 from lac_vla.drawing.plots import Area, Axis
-from lac_vla.results.replay import EpisodeReplay
+from lac_vla.results.replay_log import EpisodeReplay
 
 COLOURS = ("#0072b2", "#d97706", "#009e73", "#b8528f", "#3fa3dd", "#c2410c", "#6b7280")
 STYLE = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,20 @@ from lac_vla.engine.budget import frames_of_age
 from lac_vla.errors import InputError
 from lac_vla.factory import make_policies
 from lac_vla.files import locked, read_lines, write_object, write_whole, writing
-from lac_vla.models import VLA, load_vla
+from lac_vla.models import load_vla
 from lac_vla.policies import CachePolicy, LACPolicy, paths_by_name
-from lac_vla.policies.lac import LACConfig
 from lac_vla.provenance import provenance
-from lac_vla.results.replay import Calls, EpisodeReplay, Replay
-from lac_vla.training.begin import check_states, divide_episodes
+from lac_vla.results.replay import Replay
+from lac_vla.results.replay_log import Calls, EpisodeReplay
 from lac_vla.training.checksum import checksum
 from lac_vla.training.frames import GRIPPER
 from lac_vla.training.replay_config import ReplayConfig
+from lac_vla.training.replay_setup import check_policies, open_frames, training_notes
 from lac_vla.training.robots import Robots, groups, side_by_side
 from lac_vla.training.run_files import CONFIG, LOCK, append, check_settings
-from lac_vla.training.store import META, FrameStore, spread
+from lac_vla.training.store import META
 from lac_vla.training.stored_model import StoredModel
-from lac_vla.types import FloatArray, IntArray, PolicyInput, SkippedTokens, TokenLayout
+from lac_vla.types import FloatArray, IntArray
 
 FRAMES, FIGURES = "frames.jsonl", "replay.json"
 CHANGEABLE = ("baseline", "contact", "device", "out", "store")
@@ -69,15 +69,15 @@ def replay(config: ReplayConfig) -> Finished:
         check_settings(config.out, settings, CHANGEABLE)
         vla = load_vla(config.model, device=config.device, dtype="auto", unnorm_key=config.unnorm_key)
         vla.module.requires_grad_(False)
-        flow, side = _check(vla, policies)
+        flow, side = check_policies(vla, policies)
         source = LeRobotDataset(config.dataset, {}, config.keys)
         proprio = any(isinstance(policy, LACPolicy) and policy.config.proprio for policy in policies.values())
-        store, episodes = _frames(config, vla, source, flow, side, proprio=proprio)
+        store, episodes = open_frames(config, vla, source, flow, side, proprio=proprio)
         numbers = [store.numbers[episode] for episode in episodes]
         write_object(config.out / CONFIG, settings)
         found = _sessions(StoredModel(vla, store, exact=True), policies, episodes, source, config)
         figures = Replay.of(found, config.baselines, store.layout.n_visual, config.contact, adaptive)
-        notes = _notes(policies, config, source, numbers)
+        notes = training_notes(policies, config, source, numbers)
         content = {**figures.to_json(), "notes": notes, "settings": settings, "measured_with": provenance()}
         write_object(config.out / FIGURES, content)
     return Finished(figures, found, notes)
@@ -91,90 +91,6 @@ def _settings(config: ReplayConfig, policies: Mapping[str, CachePolicy]) -> dict
     content |= {name: content[name] and Path(content[name]).name for name in ("model", "dataset", "out", "store")}
     weights = {name: checksum(policy.networks) for name, policy in policies.items() if isinstance(policy, LACPolicy)}
     return {**content, "weights": weights}
-
-
-def _check(vla: VLA, policies: Mapping[str, CachePolicy]) -> tuple[str, int]:
-    """Refuse, before anything is computed, policies that cannot be replayed, or not beside each other.
-
-    Returns:
-        The optical flow that they read, and the pixels per token side that they see.
-    """
-    learned = {name: policy.config for name, policy in policies.items() if isinstance(policy, LACPolicy)}
-    sides = {shape.patch_pixels for shape in learned.values()} or {LACConfig(vla.grids).patch_pixels}
-    flows = {policy.flow for policy in policies.values()} - {"none"} or {"none"}
-    if len(sides) > 1 or len(flows) > 1:
-        raise InputError(
-            f"these policies see pictures of {sorted(sides)} pixels per token side and the optical flows "
-            f"{sorted(flows)}, of which frames are stored with one: replay them one after the other, each into its own "
-            "--out"
-        )
-    [flow], [side] = flows, sides
-    layout = TokenLayout.of(vla.grids, 0, 0)
-    blank = {name: np.zeros((rows * side, cols * side, 3), np.uint8) for name, (rows, cols) in vla.grids.items()}
-    still = {name: np.zeros((*image.shape[:2], 2), np.float32) for name, image in blank.items()}
-    age, rng = np.zeros(layout.n_visual, np.int64), np.random.default_rng(0)
-    inputs = PolicyInput(
-        layout,
-        vla.n_layers,
-        "-",
-        *(blank, blank, blank, {} if flow == "none" else still),
-        age,
-        rng,
-        proprio=np.zeros(vla.processor.state_dim or 0, np.float32),
-    )
-    for name, policy in policies.items():
-        policy.check_layout(vla.grids)
-        policy.check_state(vla.processor.state_dim)
-        what = "reads attention" if policy.probe(vla.n_layers) else "adds predicted changes" if policy.slot_macs else ""
-        decision = None if what else policy.decide(inputs)
-        if decision is not None and not _whole(decision.exit_layer, vla.n_layers, decision.skipped):
-            what = "prunes tokens, or leaves them in mid-depth"
-        if what:
-            raise InputError(f"{name} {what}, which stored frames cannot show: leave it out, and see lac eval")
-    return flow, side
-
-
-def _whole(exit_layer: IntArray, layers: int, skipped: SkippedTokens) -> bool:
-    """Tell whether every token is computed or reused in all layers."""
-    return skipped is SkippedTokens.REUSE and bool(np.isin(exit_layer, (0, layers)).all())
-
-
-def _frames(
-    config: ReplayConfig, vla: VLA, source: LeRobotDataset, flow: str, side: int, *, proprio: bool
-) -> tuple[FrameStore, IntArray]:
-    """Open the stored frames, or compute those of the episodes held out, whose numbers in the store are given, too."""
-    stored = None if config.store is None else FrameStore.open(config.store)
-    numbers = spread(len(source), config.episodes) if stored is None else list(stored.numbers)
-    every = np.arange(len(numbers))
-    held = every if config.held_out == 1 else divide_episodes(config, len(numbers))[1]
-    wanted = [numbers[episode] for episode in held] if stored is None else numbers
-    store = FrameStore.build(
-        vla,
-        config.dataset,
-        config.store or config.out / "store",
-        flow=flow,
-        patch_pixels=side,
-        episodes=wanted,
-        stride=config.stride,
-        keys=config.keys,
-        check=lambda start, stop: _long_enough(stop - start, config.stride),
-    )
-    if proprio:
-        check_states(store, config.store or config.out / "store")
-    held = every[: len(held)] if stored is None else held
-    return store, held[_long_enough((store.stop - store.start)[held], store.stride)]
-
-
-def _long_enough(lengths: IntArray, stride: int) -> IntArray:
-    """Number the episodes in which the model is called twice.
-
-    Raises:
-        InputError: If there is none.
-    """
-    long = np.flatnonzero(lengths > stride)
-    if not long.size:
-        raise InputError(f"no episode is longer than {stride} frames, so that nothing could be reused")
-    return long
 
 
 def _sessions(
@@ -253,34 +169,6 @@ def _gripper(actions: Sequence[FloatArray]) -> list[list[int]] | None:
     values = [action[:, GRIPPER] for action in actions]
     middle = (min(map(np.min, values)) + max(map(np.max, values))) / 2
     return [(1 + np.flatnonzero(np.diff(own > middle))).tolist() for own in values]
-
-
-def _notes(
-    policies: Mapping[str, CachePolicy], config: ReplayConfig, source: LeRobotDataset, numbers: Sequence[int]
-) -> list[str]:
-    """Say which policies were trained on episodes that they are tried on, or that this is not known."""
-    learned = {name: policy for name, policy in policies.items() if isinstance(policy, LACPolicy)}
-    said: dict[str, list[str]] = {}
-    for name, policy in learned.items():
-        said.setdefault(_seen(policy.about, config, source, numbers), []).append(name)
-    return [f"{', '.join(names)}: {what}" for what, names in said.items() if what]
-
-
-def _seen(about: Mapping[str, Any], config: ReplayConfig, source: LeRobotDataset, numbers: Sequence[int]) -> str:
-    """Say how many of these episodes a policy was trained on, by what is kept of its training; nothing for none."""
-    training = about.get("training")
-    if not isinstance(training, dict) or training.get("dataset") != Path(config.dataset).name:
-        return ""
-    try:
-        chosen = spread(len(source), int(training["episodes"]))
-        if sum(int(source.episodes[episode]["length"]) for episode in chosen) != about["frames"]:
-            return "trained on other recordings of this name: whether these were among them is not known"
-        division = replace(config, held_out=training["held_out"], seed=training["seed"])
-        shown = {chosen[episode] for episode in divide_episodes(division, len(chosen))[0]}
-    except (KeyError, TypeError, ValueError):
-        return ""
-    seen = len(shown & {*numbers})
-    return f"trained on {seen} of these {len(numbers)} episodes" if seen else ""
 
 
 def read_frames(path: Path) -> list[EpisodeReplay]:

@@ -449,8 +449,8 @@ def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, A
     while run.step < run.config.steps:
         stage, temperatures = run.stage, run.temperatures
         if stage == 4 and not run.measure_costs(max_seconds - (time.monotonic() - start)):
-            tqdm.write(UNMEASURED_COSTS)
             if rank == 0:
+                tqdm.write(UNMEASURED_COSTS)
                 run.save()
             return
         recent.append(run.advance())
