@@ -13,7 +13,7 @@ from lac_vla.training.store import FrameStore
 from lac_vla.training.stored_model import StoredModel
 from lac_vla.types import IntArray, PolicyInput
 
-TOGETHER = 12
+TOGETHER = 6
 """Episodes that are gone through side by side."""
 
 
