@@ -432,7 +432,8 @@ def _loop(run: Training, rank: int, max_seconds: float) -> None:
     ):
         for metrics in _steps(run, rank, max_seconds):
             append(log, metrics)
-            shown = {key: f"{value:.3g}" for key, value in metrics.items() if isinstance(value, float)}
+            short = {key: value for key, value in metrics.items() if "_at_" not in key and "_share_" not in key}
+            shown = {key: f"{value:.3g}" for key, value in short.items() if isinstance(value, float)}
             bar.set_postfix(shown)
             bar.update(run.step - bar.n)
             if board is not None:
