@@ -54,7 +54,7 @@ class PretrainConfig:
 
     dataset: Path
     out: Path
-    model: Literal["mini", "mini-vit", "mini-cogact", "mini-widowx", "mini-flow"] = "mini"
+    model: Literal["mini", "mini-vit", "mini-cogact", "mini-oft", "mini-widowx", "mini-flow"] = "mini"
     start: Path | None = None
     start_lr: float = 0.4
     frozen_samples: int = 0
