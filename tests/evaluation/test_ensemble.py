@@ -63,6 +63,20 @@ def test_the_last_chunks_are_averaged_as_asked(config: EvalConfig, option: int |
     assert np.allclose(episodes[1], first, atol=1e-4) == (chunks == 1)
 
 
+@pytest.mark.parametrize(("demanded", "chunks"), [(16, 16), (2, 2), (1, 1), (17, 3)])
+def test_a_benchmark_demands_an_ensemble_of_models_whose_chunks_are_long_enough(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch, demanded: int, chunks: int
+) -> None:
+    """Of 16 actions here; a shorter chunk is averaged as its model says."""
+    monkeypatch.setattr(Libero, "ensemble", demanded)
+    EXECUTED.clear()
+    evaluate(config)
+    session, ensemble = CachedVLA(load_vla(config.model)).session(), AdaptiveEnsemble(chunks)
+    expected = [ensemble(session.act(frame(step))) for step in range(5)]
+    for episode in filter(None, EXECUTED):
+        np.testing.assert_allclose(episode, expected[: len(episode)], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("change", "message"), [(0, "at least the newest"), (17, "needs that many actions")])
 def test_ensembles_that_cannot_be(config: EvalConfig, change: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):

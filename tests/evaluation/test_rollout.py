@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 from tests.engine.scenes import frame
@@ -11,6 +14,7 @@ from lac_vla.engine.step_info import StepInfo
 from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.rollout import EpisodeLog, rollout
 from lac_vla.models.cogact.config import TINY_COGACT
+from lac_vla.sims.base import Env
 from lac_vla.types import FloatArray
 
 
@@ -18,6 +22,7 @@ class Film:
     """Shows the same pictures whatever is done, and remembers what that was."""
 
     suite, task, instruction, horizon = "film", 0, "watch", 5
+    tick = Env.tick
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
         self.actions: list[np.ndarray] = []
@@ -39,6 +44,27 @@ def test_chunks_are_executed_one_action_per_frame(horizon: int | None) -> None:
     for _ in range(2):  # a second episode knows nothing of the first
         rollout(EpisodeLog(film, vla.session(), "random", 0, seed=4, ensemble=ensemble))
         np.testing.assert_allclose(film.actions, expected, rtol=1e-6)
+
+
+def test_a_picture_that_nobody_looks_at_is_not_rendered() -> None:
+    """Of five steps, three actions a call, the model sees the first and the fourth."""
+
+    class Lazy(Film):
+        def tick(self, action: np.ndarray) -> tuple[Callable[[], Frame], bool]:
+            self.actions.append(action)
+            return partial(self.look, len(self.actions)), False
+
+        def look(self, step: int) -> Frame:
+            seen.append(step)
+            return frame(step)
+
+    seen: list[int] = []
+    vla = CachedVLA(random_vla(TINY_COGACT, seed=1))
+    eager, lazy = Film(), Lazy()
+    rollout(EpisodeLog(eager, vla.session(), "dense", 0, actions_per_call=3))
+    rollout(EpisodeLog(lazy, vla.session(), "dense", 0, actions_per_call=3))
+    assert seen == [3]
+    np.testing.assert_array_equal(eager.actions, lazy.actions)
 
 
 def test_an_ensemble_needs_a_model_that_answers_with_chunks() -> None:

@@ -24,12 +24,14 @@ from lac_vla.serving.metrics import Metrics
 from lac_vla.serving.sessions import Answer
 from lac_vla.serving.snapshot import SessionSnapshot
 from lac_vla.session import Session
+from lac_vla.sims.base import Env
 
 
 class Walk:
     """Three steps past changing pictures."""
 
     suite, task, instruction, horizon = "walk", 0, "walk", 3
+    tick = Env.tick
 
     def reset(self, init_state: int, seed: int = 0) -> Frame:
         self.steps = 0

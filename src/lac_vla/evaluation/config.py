@@ -47,7 +47,7 @@ class EvalConfig:
         deadline_ms: The controller of ``lac serve --deadline-ms`` caps the tokens per frame, in the clock's time.
         ensemble: For a model that answers in chunks of actions: over how many of the last chunks every action is
             averaged, by CogACT's adaptive ensemble; 1 for the newest chunk's first action. By default what the
-            benchmark demands, or else what the model's ``config.json`` says.
+            benchmark demands of models whose chunks are that long, or else what the model's ``config.json`` says.
         actions_per_call: For a model that answers in chunks of actions: how many of a chunk's actions are executed
             before the model is asked again; by default 1. More than 1 rules out an ensemble.
         videos: Per method and task, how many episodes get an overlay video; none where the world does not wait.

@@ -148,14 +148,14 @@ def rollout(log: EpisodeLog) -> EpisodeRecord:
     """
     env, ensemble, frame = log.env, log.ensemble, log.begin()
     steps, success = 0, False
-    while steps < env.horizon and not success:
+    while True:
         chunk, info = ask(log.session, frame)
         check_length(chunk, log.actions_per_call)
         log.begin_anew(frame)
         log.add(frame, info)
         for action in chunk[: log.actions_per_call] if ensemble is None else [ensemble(chunk)]:
-            frame, success = env.step(action)
+            look, success = env.tick(action)
             steps += 1
             if success or steps == env.horizon:
-                break
-    return log.record(success=success, steps=steps)
+                return log.record(success=success, steps=steps)
+        frame = look()

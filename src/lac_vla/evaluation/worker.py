@@ -170,7 +170,12 @@ def load_vlas(config: EvalConfig) -> dict[str, CachedVLA]:
 
 def _make_ensemble(config: EvalConfig, model: VLA | None) -> AdaptiveEnsemble | None:
     """Make the ensemble that settings, benchmark or model ask for; ``None`` for one chunk. A server keeps its model."""
-    chunks = config.ensemble or config.benchmark.ensemble or (model.ensemble if model is not None else 1)
+    demanded = config.benchmark.ensemble
+    if model is None:
+        chunks = config.ensemble or demanded or 1
+    else:  # a protocol made for long chunks does not mean a model whose chunks are shorter
+        fits = demanded is not None and demanded <= model.horizon
+        chunks = config.ensemble or (demanded if fits else None) or model.ensemble
     executed = config.actions_per_call or 1
     if executed > 1 and chunks > 1:
         raise InputError(

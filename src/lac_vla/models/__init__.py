@@ -252,9 +252,9 @@ def random_vla(
 
     Args:
         config: A family's configuration, or a preset's name: ``"openvla-7b"``, ``"mini"``, ``"mini-vit"``, ``"tiny"``,
-            ``"cogact-7b"``, ``"mini-cogact"``, ``"mini-widowx"``, ``"cogact-tiny"``, ``"openvla-7b-oft"``,
-            ``"oft-tiny"``, ``"pi0"``, ``"pi05"``, ``"pi05-shallow"``, ``"pi0-tiny"``, ``"pi05-tiny"``,
-            ``"smolvla-base"``, ``"mini-flow"``, ``"smolvla-tiny"``.
+            ``"cogact-7b"``, ``"mini-cogact"``, ``"cogact-tiny"``, ``"openvla-7b-oft"``, ``"mini-oft"``,
+            ``"mini-widowx"``, ``"oft-tiny"``, ``"pi0"``, ``"pi05"``, ``"pi05-shallow"``, ``"pi0-tiny"``,
+            ``"pi05-tiny"``, ``"smolvla-base"``, ``"mini-flow"``, ``"smolvla-tiny"``.
         seed: Of the weights.
         dtype: Of the weights; as in :func:`load_vla`.
         device: Where they are made; ``"meta"`` for shapes only.

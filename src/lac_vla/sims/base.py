@@ -193,7 +193,7 @@ class Benchmark(ABC):
 
     @property
     def ensemble(self) -> int | None:
-        """Number of chunks that the protocol averages; ``None`` if it is left to the model."""
+        """Number of chunks that the protocol averages if a model's are that long; ``None`` for what the model says."""
         return None
 
     def settings(self) -> dict[str, Any]:

@@ -21,11 +21,11 @@ class PretrainConfig:
         dataset: LeRobot v3 dataset with the demonstrations, a folder or a hub id.
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
         model: Which one: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
-            first camera), ``mini-cogact`` (the same trunk, CogACT's head), ``mini-widowx`` (that, for SIMPLER's WidowX:
-            one camera, no proprioception; not bundled: it solves no task yet) or ``mini-flow`` (a small SmolVLA).
-        start: Checkpoint whose weights the run starts from, as far as it has them; ``mini-vit`` and ``mini-cogact``
-            start from the bundled ``mini`` by default, ``mini-widowx`` from ``mini-cogact``, ``mini-flow`` from
-            ``mini-vit``, ``mini`` from random weights.
+            first camera), ``mini-cogact`` (the same trunk, CogACT's head), ``mini-oft`` (OpenVLA-OFT's attention and
+            head; not bundled yet), ``mini-widowx`` (that, for SIMPLER's WidowX: one camera, no proprioception) or
+            ``mini-flow`` (a small SmolVLA).
+        start: Checkpoint whose weights the run starts from, as far as it has them; by default ``mini-flow``
+            starts from the bundled ``mini-vit``, ``mini`` from random weights, all others from the bundled ``mini``.
         start_lr: Learning rate of these weights, as a share of ``lr``.
         frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained, or
             the new tower, which then imitates the old one.
@@ -54,7 +54,7 @@ class PretrainConfig:
 
     dataset: Path
     out: Path
-    model: Literal["mini", "mini-vit", "mini-cogact", "mini-widowx", "mini-flow"] = "mini"
+    model: Literal["mini", "mini-vit", "mini-cogact", "mini-oft", "mini-widowx", "mini-flow"] = "mini"
     start: Path | None = None
     start_lr: float = 0.4
     frozen_samples: int = 0

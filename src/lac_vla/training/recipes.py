@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lac_vla.bundled import MINI, MINI_COGACT, MINI_VIT
+from lac_vla.bundled import MINI, MINI_VIT
+from lac_vla.training.pretrain_losses.chunk import ChunkLoss
 from lac_vla.training.pretrain_losses.diffusion import DiffusionLoss
 from lac_vla.training.pretrain_losses.flow import FlowLoss
 from lac_vla.training.pretrain_losses.tokens import TokenLoss
@@ -22,7 +23,7 @@ class Recipe:
         statistics: Key of the model's normalisation statistics.
     """
 
-    loss: type[TokenLoss] | type[DiffusionLoss] | type[FlowLoss]
+    loss: type[ChunkLoss] | type[DiffusionLoss] | type[FlowLoss] | type[TokenLoss]
     start: Path | None = None
     statistics: str = "libero"
 
@@ -31,7 +32,8 @@ RECIPES: dict[str, Recipe] = {
     "mini": Recipe(TokenLoss),
     "mini-vit": Recipe(TowerLoss, start=MINI),
     "mini-cogact": Recipe(DiffusionLoss, start=MINI),
-    "mini-widowx": Recipe(DiffusionLoss, start=MINI_COGACT, statistics="bridge_orig"),
+    "mini-oft": Recipe(ChunkLoss, start=MINI),
+    "mini-widowx": Recipe(ChunkLoss, start=MINI, statistics="bridge_orig"),
     "mini-flow": Recipe(FlowLoss, start=MINI_VIT),
 }
 """Name of a bundled model, which is also that of its preset → recipe."""

@@ -13,9 +13,8 @@ from lac_vla.checks import check_fields
 from lac_vla.errors import CheckpointError
 from lac_vla.models.heads.dit import DIT, DiTConfig
 from lac_vla.models.heads.sampler import Sampling
-from lac_vla.models.prismatic.config import OPENVLA_PROMPT_END, CameraConfig, PrismaticConfig
-from lac_vla.models.prismatic.presets import MINI, NO_STATS, OPENVLA_7B, TINY
-from lac_vla.models.prismatic.towers import ConvTowerConfig
+from lac_vla.models.prismatic.config import OPENVLA_PROMPT_END, PrismaticConfig
+from lac_vla.models.prismatic.presets import MINI, OPENVLA_7B, TINY
 
 COGNITION_TOKEN = 2
 """Llama 2's end of a sequence. It ends CogACT's prompts; its last hidden state is the cognition feature."""
@@ -142,22 +141,8 @@ MINI_COGACT = CogACTConfig(
 )
 """``mini`` with CogACT's head. Its prompt ends as before: what read the first action token is the cognition feature."""
 
-MINI_WIDOWX = replace(
-    MINI_COGACT,
-    vlm=replace(
-        MINI_COGACT.vlm,
-        norm_stats=NO_STATS,
-        cameras=(CameraConfig("3rd_view_camera", 112, ConvTowerConfig((32, 64, 128, 192))),),
-        proprio_dim=None,
-    ),
-    gripper=(0.0, 1.0),
-    ensemble=7,
-)
-"""The same for SIMPLER's WidowX: one camera, no proprioception, as CogACT was evaluated there."""
-
 PRESETS: dict[str, CogACTConfig] = {
     "cogact-7b": COGACT_7B,
     "mini-cogact": MINI_COGACT,
-    "mini-widowx": MINI_WIDOWX,
     "cogact-tiny": TINY_COGACT,
 }

@@ -12,7 +12,8 @@ from typing import Any
 from lac_vla.checks import check_fields
 from lac_vla.errors import CheckpointError
 from lac_vla.models.prismatic.config import CameraConfig, PrismaticConfig
-from lac_vla.models.prismatic.presets import NO_STATS, OPENVLA_7B, TINY
+from lac_vla.models.prismatic.presets import MINI, NO_STATS, OPENVLA_7B, TINY
+from lac_vla.models.prismatic.towers import ConvTowerConfig
 
 HEADS = ("l1", "discrete", "diffusion")
 BOUNDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
@@ -156,4 +157,24 @@ OPENVLA_7B_OFT = OFTConfig(
 TINY_OFT = OFTConfig(TINY, 7, 3)
 """For tests."""
 
-PRESETS: dict[str, OFTConfig] = {"openvla-7b-oft": OPENVLA_7B_OFT, "oft-tiny": TINY_OFT}
+MINI_OFT = OFTConfig(replace(MINI, prompt_end_id=STOP_TOKEN), 7, 8)
+"""``mini`` with OFT's attention and head. What ends its prompts ends its sequences, too."""
+
+MINI_WIDOWX = OFTConfig(
+    replace(
+        MINI_OFT.vlm,
+        norm_stats=NO_STATS,
+        cameras=(CameraConfig("3rd_view_camera", 112, ConvTowerConfig((32, 64, 128, 192))),),
+        proprio_dim=None,
+    ),
+    7,
+    PLATFORMS["bridge"].chunk,
+)
+"""The same for SIMPLER's WidowX: one camera, no proprioception."""
+
+PRESETS: dict[str, OFTConfig] = {
+    "openvla-7b-oft": OPENVLA_7B_OFT,
+    "mini-oft": MINI_OFT,
+    "mini-widowx": MINI_WIDOWX,
+    "oft-tiny": TINY_OFT,
+}

@@ -6,13 +6,10 @@ pass of the VLM, and now and then no condition, for classifier-free guidance.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
 
-from lac_vla.errors import CheckpointError, InputError
+from lac_vla.errors import InputError
 from lac_vla.models import VLA
 from lac_vla.models.heads.diffusion import GRIPPER_THRESHOLD, SCHEDULE, DiffusionHead
 from lac_vla.models.heads.dit import initialise
@@ -35,30 +32,9 @@ class DiffusionLoss(TrunkLoss):
         super().__init__(vla, run.chunk)
         if not isinstance(vla.head, DiffusionHead):
             raise InputError(f"{vla.name} does not draw its actions by diffusion")
-        self.head = vla.head
+        self.head, self.head_modules = vla.head, (vla.head.model,)
         self.draws, self.dropout = run.draws, run.condition_dropout
         initialise(self.head.model.net)
-
-    def take_weights(self, folder: Path) -> list[nn.Parameter]:
-        """See :meth:`PretrainLoss.take_weights`; a loaded head goes on learning where the trunk is held fixed."""
-        own = {id(weight) for weight in self.head.model.parameters()}
-        return [weight for weight in super().take_weights(folder) if id(weight) not in own]
-
-    def _known(self, start: nn.Module) -> dict[str, torch.Tensor]:
-        """Take all; of a start with other inputs its first camera's tower for ours, and no camera or state beyond."""
-        cameras = getattr(getattr(start, "config", None), "cameras", None)
-        if not cameras:
-            raise CheckpointError("it has no camera's tower that could be ours: give another --start")
-        first, (own, *others) = cameras[0].name, [camera.name for camera in self.model.config.cameras]
-        weights, towers = {}, "vision_backbone.towers."
-        for name, value in start.state_dict().items():
-            camera, _, rest = name.removeprefix(towers).partition(".")
-            if not name.startswith(towers):
-                if self.model.proprio_projector is not None or not name.startswith("proprio_projector."):
-                    weights[name] = value
-            elif camera == first or camera in others:
-                weights[f"{towers}{own if camera == first else camera}.{rest}"] = value
-        return weights
 
     def append(self, batch: Batch, progress: float | None, generator: torch.Generator) -> torch.Tensor:
         """Append none."""
