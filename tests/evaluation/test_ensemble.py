@@ -18,6 +18,7 @@ from lac_vla.evaluation.ensemble import AdaptiveEnsemble
 from lac_vla.evaluation.runner import evaluate
 from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
+from lac_vla.results.records import read_episodes
 from lac_vla.sims.libero.benchmark import Libero
 
 EXECUTED: list[list[np.ndarray]] = []
@@ -73,7 +74,10 @@ def test_a_benchmark_demands_an_ensemble_of_models_whose_chunks_are_long_enough(
     evaluate(config)
     session, ensemble = CachedVLA(load_vla(config.model)).session(), AdaptiveEnsemble(chunks)
     expected = [ensemble(session.act(frame(step))) for step in range(5)]
-    for episode in filter(None, EXECUTED):
+    assert {record.ensemble for record in read_episodes(config.out / "episodes.jsonl")} == {chunks}
+    episodes = [episode for episode in EXECUTED if episode]
+    assert [len(episode) for episode in episodes] == [4, 5]
+    for episode in episodes:
         np.testing.assert_allclose(episode, expected[: len(episode)], rtol=1e-5, atol=1e-6)
 
 

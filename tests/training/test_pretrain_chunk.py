@@ -1,29 +1,35 @@
-"""The training of the bundled OpenVLA-OFT, on a tiny one: the rows that a session reads, starts from other heads."""
+"""The training of a small OpenVLA-OFT, on a tiny one: the rows that a session reads, starts from other heads."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.training.test_pretrain import config, dataset, diffusion, resumes_exactly, tiny  # noqa: F401
+from tests.training.test_pretrain import config, dataset, resumes_exactly, tiny  # noqa: F401
 from tests.training.worlds import captured_hidden
 from torch.nn.utils.rnn import pad_sequence
 
-from lac_vla import CachedVLA, Frame, load_vla, random_vla
-from lac_vla.bundled import MINI
+from lac_vla import CachedVLA, CheckpointError, Frame, load_vla, random_vla, save_vla
+from lac_vla.bundled import MINI, MINI_FLOW, MINI_VIT
 from lac_vla.dataset_keys import DatasetKeys
+from lac_vla.models.cogact.config import TINY_COGACT
 from lac_vla.models.heads.chunk import ChunkHead
 from lac_vla.models.oft.config import PRESETS as OFT_PRESETS
 from lac_vla.models.oft.config import OFTConfig
-from lac_vla.models.prismatic.presets import PRESETS
+from lac_vla.models.prismatic.presets import MINI as MINI_CONFIG
+from lac_vla.models.prismatic.presets import PRESETS, TINY
+from lac_vla.models.tokenizer import FileTokenizer, train_tokenizer
 from lac_vla.training.config import PretrainConfig
 from lac_vla.training.pretrain import Pretraining, pretrain
 from lac_vla.training.pretrain_losses.base import Batch, Targets
 from lac_vla.training.pretrain_losses.chunk import ChunkLoss
+from lac_vla.training.pretrain_losses.diffusion import DiffusionLoss
+from lac_vla.training.pretrain_losses.tokens import TokenLoss
 from lac_vla.training.recipes import RECIPES
 
 TEXTS = ("pick up the bowl", "place the cup on it, beside the bowl")
@@ -119,24 +125,69 @@ def test_what_is_loaded_is_held_fixed_at_first(chunk: PretrainConfig) -> None:
         assert all(name.startswith("action_head.") for name in moved)
 
 
-def test_a_model_with_one_camera_and_no_state_starts_from_any_head(
-    chunk: PretrainConfig,
-    diffusion: PretrainConfig,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+def saved(shape: Any, folder: Path) -> Path:
+    """A checkpoint of random weights."""
+    encode = FileTokenizer(train_tokenizer(list(TEXTS), 259))
+    save_vla(replace(random_vla(shape, seed=5), encode=encode), folder)
+    return folder
+
+
+SETTINGS = PretrainConfig(Path("-"), Path("-"), chunk=4)
+ABOVE = replace(TINY, cameras=(replace(TINY.cameras[0], name="above"),))
+TURNED = replace(TINY, cameras=TINY.cameras[::-1])
+WITH_STATE = replace(TINY, proprio_dim=8, norm_stats=MINI_CONFIG.norm_stats)
+TINY_CHUNKS, TINY_DRAWS = OFTConfig(TINY, 7, 3), replace(TINY_COGACT, vlm=TINY)
+
+
+@pytest.mark.parametrize(
+    ("make", "ours", "theirs", "new"),
+    [
+        (ChunkLoss, OFTConfig(ABOVE, 7, 3), TINY, {"action_head"}),
+        (ChunkLoss, OFTConfig(ABOVE, 7, 3), TINY_DRAWS, {"action_head"}),
+        (ChunkLoss, OFTConfig(ABOVE, 7, 3), replace(TINY_CHUNKS, head="diffusion"), set()),
+        (ChunkLoss, OFTConfig(TURNED, 7, 3), TINY_CHUNKS, set()),
+        (DiffusionLoss, TINY_DRAWS, TINY_CHUNKS, {"action_model"}),
+        (DiffusionLoss, replace(TINY_DRAWS, vlm=ABOVE), replace(TINY_DRAWS, vlm=WITH_STATE), set()),
+        (TokenLoss, TURNED, TINY_DRAWS, set()),
+        (TokenLoss, ABOVE, TURNED, set()),
+    ],
+)
+def test_a_trunk_starts_from_one_with_another_head_or_other_inputs(
+    make: Any, ours: Any, theirs: Any, new: set[str], tmp_path: Path
+) -> None:
+    """A camera's tower is that of its name; our first one's, if there is none, the start's first one's."""
+    loss = make(random_vla(ours, seed=1), SETTINGS)
+    before = {name: weight.clone() for name, weight in loss.model.state_dict().items()}
+    loss.take_weights(saved(theirs, tmp_path))
+    start = load_vla(tmp_path).module.state_dict()
+    first = next(iter(load_vla(tmp_path).grids))
+    for name, weight in loss.model.state_dict().items():
+        if name.partition(".")[0] in new:
+            assert torch.equal(weight, before[name]), name
+        else:
+            assert torch.equal(weight, start[name.replace("towers.above", f"towers.{first}")]), name
+
+
+@pytest.mark.parametrize(("start", "said"), [(MINI_VIT, "does not fit|another model"), (MINI_FLOW, "no camera's")])
+def test_a_start_with_another_tower_is_refused(start: Path, said: str) -> None:
+    loss = ChunkLoss(random_vla("mini-oft"), SETTINGS)
+    with pytest.raises(CheckpointError, match=said) as refused:
+        loss.take_weights(start)
+    assert f"{start}" in str(refused.value)
+    assert "give another --start" in str(refused.value)
+
+
+def test_a_model_with_one_camera_and_no_state_is_trained(
+    chunk: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm = PRESETS["mini"]
     one = OFTConfig(replace(vlm, cameras=(replace(vlm.cameras[0], name="above"),), proprio_dim=None), 7, 2)
     monkeypatch.setitem(OFT_PRESETS, "mini-widowx", one)
     keys = DatasetKeys(camera=("above=observation.images.agentview",))
-    for number, start in enumerate((RECIPES["mini-oft"].start, pretrain(diffusion), pretrain(chunk))):
-        settings = replace(chunk, model="mini-widowx", out=chunk.out.with_name(f"one-{number}"), start=start, keys=keys)
-        run = Pretraining(settings)
-        ours, theirs = run.loss.model.state_dict(), load_vla(start).module.state_dict()  # type: ignore[arg-type]
-        for name, weight in ours.items():
-            there = theirs.get(name.replace("towers.above", "towers.agentview"))
-            assert (there is None) == (name.startswith("action_head.") and number < 2), name
-            assert there is None or torch.equal(weight, there), name
-    vla = load_vla(pretrain(settings))
+    start = RECIPES["mini-oft"].start
+    vla = load_vla(
+        pretrain(replace(chunk, model="mini-widowx", out=chunk.out.with_name("one"), start=start, keys=keys))
+    )
     assert set(vla.config.vlm.norm_stats) == {"bridge_orig"}
     answer = CachedVLA(vla).session().act(Frame({"above": np.zeros((480, 640, 3), np.uint8)}, TEXTS[0]))
     assert answer.shape == (2, 7)

@@ -57,7 +57,10 @@ class AdaptiveEnsemble:
             InputError: If the chunk is too short, or not of the shape of the last one; it is not added then.
         """
         if chunk.ndim != 2 or len(chunk) < self.horizon:
-            raise InputError(f"an ensemble of {self.horizon} chunks needs that many actions in each, got {chunk.shape}")
+            raise InputError(
+                f"an ensemble of {self.horizon} chunks needs that many actions in each, got {chunk.shape}: "
+                "give --ensemble 1"
+            )
         if self._chunks and chunk.shape != self._chunks[-1].shape:
             raise InputError(f"a chunk of shape {chunk.shape} after {self._chunks[-1].shape}: call reset() before")
         self._chunks.append(np.asarray(chunk, dtype=np.float64))

@@ -108,6 +108,7 @@ class EpisodeLog:
             steps=steps,
             horizon=env.horizon,
             actions_per_call=self.actions_per_call,
+            ensemble=1 if self.ensemble is None else self.ensemble.horizon,
             metrics={name: values for name, values in self._metrics.items() if any(v is not None for v in values)},
             latency_ms=dict(self._latency),
             reuse=dict(self._reuse),

@@ -42,6 +42,7 @@ class EpisodeRecord:
         horizon: World steps allowed.
         stress: Name of the stress that disturbed the episode; empty for none.
         actions_per_call: Actions of the model's chunk that are executed per call, at least 1.
+        ensemble: Chunks of the model that every action is an average of, at least 1; 1 where it was not recorded.
         metrics: Name of a metric, see :mod:`lac_vla.results.metrics` → one value per call, or ``None``.
         latency_ms: Window or stage → milliseconds, one value per call.
         reuse: Camera → share of its tokens, over all layers, that was not computed, one value per call.
@@ -64,6 +65,7 @@ class EpisodeRecord:
     horizon: int
     stress: str = ""
     actions_per_call: int = 1
+    ensemble: int = 1
     metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     latency_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     reuse: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -168,6 +170,7 @@ _KINDS: Mapping[str, Callable[[object], bool]] = {
     ),
     **dict.fromkeys(("video", "failure"), lambda value: value is None or _is_text(value)),
     "actions_per_call": lambda value: _is_whole(value) and value != 0,
+    "ensemble": lambda value: _is_whole(value) and value != 0,
     **dict.fromkeys(("success", "adaptive"), lambda value: isinstance(value, bool)),
     "peak_memory_mb": lambda value: value is None or _is_amount(value),
     "outcome": lambda value: isinstance(value, dict),

@@ -22,11 +22,12 @@ class PretrainConfig:
         out: Folder of the run: ``state.pt`` (to resume), ``metrics.jsonl``, ``model/`` (for ``load_vla``).
         model: Which one: ``mini`` (action tokens), ``mini-vit`` (the same, but a vision transformer sees the
             first camera), ``mini-cogact`` (the same trunk, CogACT's head), ``mini-oft`` (OpenVLA-OFT's attention and
-            head; not bundled yet), ``mini-widowx`` (that, for SIMPLER's WidowX: one camera, no proprioception) or
-            ``mini-flow`` (a small SmolVLA).
+            head), ``mini-widowx`` (that, for SIMPLER's WidowX: one camera, no proprioception; neither is bundled
+            yet) or ``mini-flow`` (a small SmolVLA).
         start: Checkpoint whose weights the run starts from, as far as it has them; by default ``mini-flow``
             starts from the bundled ``mini-vit``, ``mini`` from random weights, all others from the bundled ``mini``.
-        start_lr: Learning rate of these weights, as a share of ``lr``.
+        start_lr: Learning rate of these weights, as a share of ``lr``; not of a diffusion or chunk head's, which always
+            learn at ``lr``.
         frozen_samples: Frames shown at first while these weights stay as they are: the new head alone is trained, or
             the new tower, which then imitates the old one.
         frozen_frames: How many frames that is, each shown several times: the trunk reads them once. Not of

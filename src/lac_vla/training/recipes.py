@@ -1,4 +1,4 @@
-"""The bundled models that ``lac pretrain`` trains: loss and start."""
+"""The small models that ``lac pretrain`` trains: loss and start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lac_vla.training.pretrain_losses.tower import TowerLoss
 
 @dataclass(frozen=True)
 class Recipe:
-    """Says how a bundled model is trained.
+    """Says how a small model is trained.
 
     Attributes:
         loss: Makes its loss of the model and the run.
@@ -36,4 +36,4 @@ RECIPES: dict[str, Recipe] = {
     "mini-widowx": Recipe(ChunkLoss, start=MINI, statistics="bridge_orig"),
     "mini-flow": Recipe(FlowLoss, start=MINI_VIT),
 }
-"""Name of a bundled model, which is also that of its preset → recipe."""
+"""Name of a small model, which is also that of its preset → recipe."""

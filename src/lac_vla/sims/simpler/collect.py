@@ -53,7 +53,7 @@ class CollectConfig:
     tasks: tuple[int, ...] = ()
     episodes: int = 150
     seed: int = 0
-    noise: tuple[float, float] = (0.0, 0.005)
+    noise: tuple[float, float] = (0.0, 0.008)
     width: int = 320
     assets: Path | None = None
 

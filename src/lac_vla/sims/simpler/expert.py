@@ -2,7 +2,8 @@
 
 It answers as a VLA trained on the robot's data does (:mod:`lac_vla.sims.simpler.actions`), so that its episodes go the
 way of a policy's, and may be recorded as demonstrations. It steers the controller's *target*, to which the controller
-adds every action, not the tool that lags behind it.
+adds every action, not the tool that lags behind it; but slows down where it arrives, so that the two are nearly the
+same there: who imitates it sees the tool alone. What noise has pushed aside goes back through a cone above the object.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ from lac_vla.sims.simpler.actions import Action, roll_pitch_yaw
 from lac_vla.sims.simpler.backend import Matrix, Scene
 
 OPEN, CLOSED = 1.0, 0.0
-MOVE, TURN = 0.03, 0.35
+MOVE, TURN = 0.025, 0.35
 """Longest move (m) and largest turn (rad) of one step."""
-ABOVE: Final = np.array([0.0, 0.0, 0.07])
-"""From the grasp to where the fingers come straight down from (m)."""
+GAIN = 0.6
+"""Share of what is left that a step covers, where that is less."""
+ABOVE: Final = 0.07
+"""Height (m) above the grasp at which the fingers are moved sideways."""
+SLOPE, TIP, UNTURNED = 2.5, 0.006, 0.06
+"""Of the cone: rise by run; run (m) that is near enough to come down; run (m) that a radian yet to turn counts."""
 RETREAT: Final = np.array([0.0, 0.0, 0.08])
 """From where the fingers let go to where they rise to (m)."""
 LOST: Final = 0.04
 """Distance (m) that an object may slip within the fingers before it counts as lost."""
 PATIENCE: Final = 9
-"""Steps after which the fingers close, or open, without having arrived: something is in the way."""
+"""Steps after which the fingers open without having arrived: something is in the way."""
+REACH: Final = 24
+"""Likewise, after which they close."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,7 @@ class WidowXExpert:
         while True:
             self.phase = Phase.REACH
             self._closing = self._choose_closing(self._look())
-            yield from self._go(lambda scene: self._grip(scene) + ABOVE, OPEN, within=0.012, turned=0.12)
-            yield from self._go(_always(self._grip(self._look())), OPEN, within=0.007, patience=PATIENCE)
+            yield from self._reach()
             self.phase = Phase.GRASP
             yield from self._stay(CLOSED, 4)
             self.phase = Phase.CARRY
@@ -104,16 +110,23 @@ class WidowXExpert:
         while True:
             yield self._towards(self._look(), top, OPEN)
 
+    def _reach(self) -> Iterator[Action]:
+        """Go to the grasp through the cone above it, until the tool is there and turned, or patience is at an end."""
+        for _ in range(REACH):
+            scene = self._look()
+            place, tool, turn = self._grip(scene), scene.tool[:3, 3], self._to_turn(scene)
+            if np.linalg.norm(place - tool) < 0.007 and turn < 0.12:
+                break
+            away = np.linalg.norm((place - tool)[:2]) + UNTURNED * max(0.0, turn - 0.12)
+            height = place[2] + float(np.clip(SLOPE * (away - TIP), 0.0, ABOVE))
+            # Too low within the cone, it rises before it is moved sideways.
+            sideways = float(np.clip(1.0 - (height - tool[2] - 0.02) / 0.03, 0.0, 1.0))
+            yield self._towards(scene, np.array([*(tool + sideways * (place - tool))[:2], height]), OPEN)
+
     def _go(
-        self,
-        goal: Callable[[Scene], Matrix],
-        opening: float,
-        *,
-        within: float,
-        turned: float = np.inf,
-        patience: int = 60,
+        self, goal: Callable[[Scene], Matrix], opening: float, *, within: float, patience: int = 60
     ) -> Generator[Action, None, bool]:
-        """Go to a place until the tool is there and turned for the grasp, or patience (steps) is at an end.
+        """Go to a place until the tool is there, or patience (steps) is at an end.
 
         Returns:
             False if the object was lost on the way.
@@ -123,8 +136,7 @@ class WidowXExpert:
             scene = self._look()
             if opening == CLOSED and np.linalg.norm(_offset(scene) - held) > LOST:
                 return False
-            turn = np.linalg.norm(_rotation_vector(self._turned() @ scene.tool[:3, :3].T))
-            if np.linalg.norm(goal(scene) - scene.tool[:3, 3]) < within and turn < turned:
+            if np.linalg.norm(goal(scene) - scene.tool[:3, 3]) < within:
                 break
             yield self._towards(scene, goal(scene), opening)
         return True
@@ -161,11 +173,15 @@ class WidowXExpert:
         down = np.array([0.0, 0.0, -1.0])
         return np.stack([down, self._closing, np.cross(down, self._closing)], axis=1)
 
+    def _to_turn(self, scene: Scene) -> float:
+        """Compute how far the tool is from the grasp's orientation, rad."""
+        return float(np.linalg.norm(_rotation_vector(self._turned() @ scene.tool[:3, :3].T)))
+
     def _towards(self, scene: Scene, goal: Matrix, opening: float) -> Action:
         """Move the controller's target towards a place and the grasp's orientation, in the axes of the robot's base."""
         axes = scene.base[:3, :3].T
-        move = axes @ _at_most(goal - scene.target[:3, 3], MOVE)
-        turn = axes @ _at_most(_rotation_vector(self._turned() @ scene.target[:3, :3].T), TURN)
+        move = axes @ _at_most(GAIN * (goal - scene.target[:3, 3]), MOVE)
+        turn = axes @ _at_most(GAIN * _rotation_vector(self._turned() @ scene.target[:3, :3].T), TURN)
         return np.array([*move, *roll_pitch_yaw(cv2.Rodrigues(turn)[0]), opening])
 
 

@@ -99,12 +99,15 @@ class PretrainLoss(nn.Module, ABC):
         self.layout = TokenLayout.of(vla.grids, n_prefix=1, n_suffix=0)
 
     def take_weights(self, folder: Path) -> list[nn.Parameter]:
-        """Copy a checkpoint's weights into the model, which has all of them and perhaps more; return those replaced.
+        """Copy a checkpoint's weights into the model, which may have more; return those replaced.
 
         Raises:
-            CheckpointError: If the checkpoint has a weight that the model has not, or of another shape.
+            CheckpointError: If one of those to be copied is none of the model's, or of another shape.
         """
-        weights = self._known(load_vla(folder).module)
+        try:
+            weights = self._known(load_vla(folder).module)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} cannot be started from: {error}: give another --start") from error
         try:
             unknown = self.model.load_state_dict(weights, strict=False).unexpected_keys
         except RuntimeError as error:

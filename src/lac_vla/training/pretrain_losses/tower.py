@@ -45,7 +45,7 @@ class TowerLoss(TokenLoss):
                 f"it has no tower of its own for camera '{self._camera}' to imitate: {error}"
             ) from error
         old = f"vision_backbone.{self._prefix}."
-        return {name: weight for name, weight in start.state_dict().items() if not name.startswith(old)}
+        return {name: weight for name, weight in super()._known(start).items() if not name.startswith(old)}
 
     def imitate(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the loss ``imitation``. The teacher is told how the frames were moved, the tower is not."""

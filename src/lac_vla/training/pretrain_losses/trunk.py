@@ -19,7 +19,7 @@ from lac_vla.models.images import make_pipeline
 from lac_vla.training.pretrain_losses.base import Batch, Keep, PretrainLoss, Targets
 from lac_vla.types import FloatArray, UInt8Image
 
-HEADS = ("action_model.", "action_head.")
+HEADS = ("action_model.", "action_head.", "noisy_action_projector.")
 """Of a checkpoint, the weights of heads: those that ours has not are left there."""
 
 
@@ -46,20 +46,24 @@ class TrunkLoss(PretrainLoss):
         return [weight for weight in super().take_weights(folder) if id(weight) not in own]
 
     def _known(self, start: nn.Module) -> dict[str, torch.Tensor]:
-        """Take what ours has: of a start with other inputs its first camera's tower, no camera or state beyond."""
+        """Leave out another head, and a state or cameras that ours has not.
+
+        If the start has no tower for our first camera, its first one's is taken.
+        """
         cameras = getattr(getattr(start, "config", None), "cameras", None)
         if not cameras:
-            raise CheckpointError("it has no camera's tower that could be ours: give another --start")
-        first, (own, *others) = cameras[0].name, [camera.name for camera in self.model.config.cameras]
-        weights, towers, ours = {}, "vision_backbone.towers.", self.model.state_dict()
+            raise CheckpointError("it has no camera's tower that could be ours")
+        theirs, ours = ([camera.name for camera in known] for known in (cameras, self.model.config.cameras))
+        renamed = {name: name for name in ours} | ({} if ours[0] in theirs else {theirs[0]: ours[0]})
+        weights, towers, own = {}, "vision_backbone.towers.", self.model.state_dict()
         absent = ("proprio_projector.",) if self.model.proprio_projector is None else ()
         for name, value in start.state_dict().items():
             camera, _, rest = name.removeprefix(towers).partition(".")
             if not name.startswith(towers):
-                if name in ours or not name.startswith((*HEADS, *absent)):
+                if name in own or not name.startswith((*HEADS, *absent)):
                     weights[name] = value
-            elif camera == first or camera in others:
-                weights[f"{towers}{own if camera == first else camera}.{rest}"] = value
+            elif camera in renamed:
+                weights[f"{towers}{renamed[camera]}.{rest}"] = value
         return weights
 
     def text_ids(self, instruction: str) -> Sequence[int]:
