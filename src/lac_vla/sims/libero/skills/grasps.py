@@ -11,9 +11,7 @@ EASY_REACH = 0.645
 """Distance (m) from shoulder to wrist beyond which the elbow nears its limit and the arm gets stuck."""
 
 
-def rim_grasp(
-    scene: LiberoScene, name: str, own: set[int], *, carried: FloatArray, side: FloatArray | None = None
-) -> tuple[FloatArray, float]:
+def rim_grasp(scene: LiberoScene, name: str, own: set[int], carried: FloatArray) -> tuple[FloatArray, float]:
     """Straddle the rim of a bowl, plate or mug at the free place that needs the least turning; −y before +y.
 
     The fingers open along the radius. A place is free if no other surface reaches higher than the
@@ -25,7 +23,6 @@ def rim_grasp(
         name: The object.
         own: Its geoms.
         carried: How far it will be carried, (3,) m.
-        side: The horizontal direction, (3,), in which the hand must stay off the object's centre; any by default.
 
     Returns:
         The fingertips' place, (3,) m, and the turn of the hand, rad.
@@ -49,7 +46,7 @@ def rim_grasp(
         spot = np.array([*(centre + out * radius), tip])
         cost += 10.0 * _blocked(scene, spot, out, own)
         cost += sum(10.0 * _hits(scene, place, out, own, BODY) / len(BODY) for place in (spot, spot + carried))
-        cost += 10.0 * (out @ handle > 0.6 or (side is not None and out @ side[:2] < 0.6))
+        cost += 10.0 * (out @ handle > 0.6)
         if cost < best[0] - 1e-9:
             best = (cost, spot, turn)
     return best[1:]
@@ -73,6 +70,22 @@ def _hits(
     """Count the samples above which there is something else."""
     across = np.array([-out[1], out[0]])
     return sum(scene.height(spot[:2] + out * r + across * w, own) > spot[2] + z for r, w, z in samples)
+
+
+def handle_grasp(scene: LiberoScene, name: str) -> tuple[FloatArray, FloatArray]:
+    """Take a mug by its handle.
+
+    Returns:
+        The handle's middle, (3,) m, and the unit vector (3,) from there to the mug, which is horizontal.
+    """
+    points = scene.points(name)
+    rim = points[points[:, 2] > points[:, 2].max() - 0.012]
+    centre = (rim.max(0) + rim.min(0))[:2] / 2.0
+    away = np.linalg.norm(points[:, :2] - centre, axis=1)
+    handle = points[away > away.max() - 0.02]
+    spot = (handle.max(0) + handle.min(0)) / 2.0
+    inwards = np.array([*(centre - spot[:2]), 0.0])
+    return spot, inwards / np.linalg.norm(inwards)
 
 
 def side_grasp(scene: LiberoScene, name: str) -> tuple[FloatArray, float]:

@@ -101,7 +101,7 @@ class Hand:
         self.released = self.scene.eef
         width = self.scene.opening
         for _ in range(8):
-            if self.scene.opening > min(width + 0.025, 0.07):
+            if self.scene.opening > max(min(width + 0.025, 0.07), width + 0.004):
                 break
             yield self.servo(self.released, OPEN)
 
@@ -111,6 +111,15 @@ class Hand:
         goal = self.released + np.array([0.0, 0.0, RETREAT + 0.04])
         while True:
             yield self.servo(goal, OPEN, turn=False)
+
+    def back_off(self, approach: FloatArray) -> Iterator[FloatArray]:
+        """Leave what was held against ``approach``, a unit vector (3,), before the hand rises."""
+        goal = self.released - 0.07 * approach
+        for _ in range(15):
+            if (goal - self.scene.eef) @ approach > -0.01:
+                break
+            yield self.servo(goal, OPEN)
+        self.released = self.scene.eef
 
     # ---- control
 
@@ -146,7 +155,8 @@ class Hand:
         before = float(np.clip(2.5 * (apart - 0.012), 0.0, back))
         too_deep = before - float(error @ approach) - 0.02
         sideways = float(np.clip(1.0 - too_deep / 0.04, 0.0, 1.0))
-        return self.servo(self.scene.eef + across * sideways + approach * (error @ approach - before), grip)
+        point: FloatArray = self.scene.eef + across * sideways + approach * (float(error @ approach) - before)
+        return self.servo(point, grip)
 
     def turn_error(self) -> float:
         """Angle (rad) between the gripper's orientation and the wanted one."""

@@ -87,7 +87,7 @@ class PullDrawer:
                     break
                 yield hand.servo(self.drawer.farthest(out) + 0.04 * out, CLOSE)
         yield from hand.release()
-        yield from _back_off(hand, approach)
+        yield from hand.back_off(approach)
 
 
 class PushDrawer:
@@ -110,7 +110,7 @@ class PushDrawer:
         side = np.cross(UP, out)
         hand.phase = Phase.REACH
         first, second = facing(approach, side), facing(approach, -side)
-        hand.rotation = first if np.trace(first @ HOME_ROTATION.T) > np.trace(second @ HOME_ROTATION.T) else second
+        hand.rotation = max(first, second, key=lambda rotation: float(np.trace(rotation @ hand.scene.eef_rotation.T)))
         for _ in range(120):
             goal = self.drawer.farthest(out) + 0.05 * out
             if hand.arrived(goal, 0.02, 0.25):
@@ -125,7 +125,7 @@ class PushDrawer:
             aside -= out * (aside @ out)
             yield hand.servo(hand.scene.eef - 0.04 * out + aside, CLOSE)
         yield from hand.release()
-        yield from _back_off(hand, -out)
+        yield from hand.back_off(-out)
 
 
 class TurnKnob:
@@ -178,8 +178,7 @@ class PushDoor:
     def __init__(self, hand: Hand, fixture: str) -> None:
         self.object = self.place = fixture
         self._hand = hand
-        self.door = Joint(hand, next(f"{fixture}_{name}" for name in ("microjoint",)))
-        self._own: set[int] = set()
+        self.door = Joint(hand, f"{fixture}_microjoint")
 
     def actions(self) -> Iterator[FloatArray]:
         """See :class:`Skill`."""
@@ -187,7 +186,7 @@ class PushDoor:
         hand.phase = Phase.REACH
         hand.rotation = HOME_ROTATION
         start = self._outside(0.07)
-        hover = hand.hover(hand.scene.eef, start, self._own, lowest=0.08, below=0.05)
+        hover = hand.hover(hand.scene.eef, start, set(), lowest=0.08, below=0.05)
         for _ in range(150):
             goal = self._outside(0.07)
             if hand.arrived(goal, 0.02, 0.25):
@@ -205,13 +204,3 @@ class PushDoor:
         turned = yaw(self.door.position)
         along, out = turned[:, 0], -turned[:, 1]
         return np.asarray(self.door.anchor + 0.2 * along + (distance + 0.03) * out + 0.02 * UP)
-
-
-def _back_off(hand: Hand, approach: FloatArray) -> Iterator[FloatArray]:
-    """Leave what was held the way the hand had come."""
-    goal = hand.released - 0.07 * approach
-    for _ in range(15):
-        if (goal - hand.scene.eef) @ approach > -0.01:
-            break
-        yield hand.servo(goal, OPEN)
-    hand.released = hand.scene.eef

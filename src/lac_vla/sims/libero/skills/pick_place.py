@@ -26,12 +26,23 @@ class PickPlace:
         object: Name of a movable object.
         place: Name of an object or of a region.
         shift: How far (m) from the place's centre to let go, (2,).
+        drop: How far (m) above a region to let go.
+        turn: Turn of the hand (rad) in which it lets go; as it has grasped by default.
     """
 
-    def __init__(self, hand: Hand, object: str, place: str, shift: FloatArray | None = None) -> None:
+    def __init__(
+        self,
+        hand: Hand,
+        object: str,
+        place: str,
+        shift: FloatArray | None = None,
+        *,
+        drop: float = 0.02,
+        turn: float | None = None,
+    ) -> None:
         self.object, self.place = object, place
         self._shift = np.zeros(2) if shift is None else shift
-        self._side: FloatArray | None = None
+        self._drop, self._turn = drop, turn
         self._hand, self._scene, self._world = hand, hand.scene, hand.world
         self._own = set(self._scene.geoms(object))
         site = self._world.domain.object_sites_dict.get(place)
@@ -66,7 +77,7 @@ class PickPlace:
             surface = scene.height(origin[:2], self._own)
             if -0.08 < surface - origin[2] < 0.04:
                 origin[2] = surface
-        return np.array([origin[0], origin[1], origin[2] + bottom + 0.02])
+        return np.array([origin[0], origin[1], origin[2] + bottom + self._drop])
 
     # ---- phases
 
@@ -74,7 +85,7 @@ class PickPlace:
         """Turn to the grasp; the fingertips' offset from the object's origin, (3,) m."""
         scene, origin = self._scene, self._scene.position(self.object)
         if any(word in self.object for word in ROUND):
-            spot, turn = rim_grasp(scene, self.object, self._own, carried=self.destination() - origin, side=self._side)
+            spot, turn = rim_grasp(scene, self.object, self._own, carried=self.destination() - origin)
         else:
             spot, turn = side_grasp(scene, self.object)
         release = spot - origin + self.destination()
@@ -111,6 +122,9 @@ class PickPlace:
         held = scene.position(self.object) - scene.eef
         below = float(scene.eef[2] - scene.points(self.object)[:, 2].min())
         hover = hand.hover(scene.eef, self.destination() - held, self._own, lowest=0.06, below=below + 0.03)
+        if self._turn is not None:
+            turned = [yaw(self._turn + half) @ HOME_ROTATION for half in (0.0, np.pi, -np.pi)]
+            hand.rotation = max(turned, key=lambda rotation: float(np.trace(rotation @ scene.eef_rotation.T)))
         near = 0.01 if self.place in scene.body_of or self._fixed else 0.02
         for _ in range(150):
             if np.linalg.norm(scene.position(self.object) - scene.eef - held) > 0.05 or scene.opening < 0.0015:
