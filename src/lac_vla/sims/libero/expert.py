@@ -76,7 +76,7 @@ class ScriptedExpert:
 
     @property
     def finished(self) -> bool:
-        """Whether all is done but the last retreat."""
+        """Tell whether all is done but the last retreat."""
         return self.step == len(self.plan) - 1 and self.phase is Phase.RETREAT
 
     def actions(self) -> Iterator[FloatArray]:
@@ -87,6 +87,8 @@ class ScriptedExpert:
         for step, (goal, skill) in enumerate(self.plan):
             self.step = step
             last = step == len(self.plan) - 1
+            if not last and self._holds(goal):
+                continue
             for _ in range(1 if last else TRIES):
                 yield from skill.actions()
                 for action in self._hand.retreat():
@@ -129,8 +131,8 @@ class ScriptedExpert:
         hand, (_, thing, place) = self._hand, goal
         if place.endswith("heating_region"):
             return Insert(hand, thing, place)
-        if "caddy" in place:  # narrow: a book goes in with its back to the robot, and falls the rest
-            return PickPlace(hand, thing, place, drop=0.045, turn=np.pi / 2)
+        if "caddy" in place:  # narrow: a book is turned, let go of at the opening, and falls into it
+            return PickPlace(hand, thing, place, drop=0.12, turn=np.pi / 2)
         return PickPlace(hand, thing, place, self._shift(goal, goals))
 
     def _shift(self, goal: Goal, goals: Sequence[Goal]) -> FloatArray:

@@ -1,1 +1,1 @@
-"""What the scripted expert of LIBERO can do with its hand, one module per kind of skill."""
+"""The skills of LIBERO's scripted expert, one module per kind."""

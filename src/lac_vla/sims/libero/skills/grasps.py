@@ -1,4 +1,4 @@
-"""Where to take an object, and how to turn the hand for it."""
+"""Choose where to take an object, and how to turn the hand for it."""
 
 from __future__ import annotations
 
@@ -110,6 +110,18 @@ def side_grasp(scene: LiberoScene, name: str) -> tuple[FloatArray, float]:
     height = top - low
     depth = min(0.035, height * 0.55) if height > 0.04 else height * 0.75
     return np.array([*(origin + centre)[:2], top - depth]), turn
+
+
+def top_grasp(scene: LiberoScene, name: str) -> tuple[FloatArray, float]:
+    """Take a pot by the knob of its lid, without a turn.
+
+    Returns:
+        The fingertips' place, (3,) m, and the turn of the hand, rad.
+    """
+    points = scene.points(name)
+    top = float(points[:, 2].max())
+    knob = points[points[:, 2] > top - 0.008]
+    return np.array([*((knob.max(0) + knob.min(0)) / 2.0)[:2], top - 0.01]), 0.0
 
 
 def lean(scene: LiberoScene, spot: FloatArray, release: FloatArray, turn: float) -> FloatArray:

@@ -163,7 +163,7 @@ class Hand:
         return float(np.linalg.norm(rotation_vector(self.rotation @ self.scene.eef_rotation.T)))
 
     def arrived(self, goal: FloatArray, tolerance: float = 0.008, turned: float = 0.12) -> bool:
-        """Whether the hand is at a point, within ``tolerance`` metres sideways and upwards, and turned to it."""
+        """Tell whether the hand is at a point, within ``tolerance`` metres sideways and upwards, and turned to it."""
         error = goal - self.scene.eef
         near = np.hypot(*error[:2]) < tolerance and abs(error[2]) < tolerance
         return bool(near) and self.turn_error() < turned

@@ -118,7 +118,7 @@ class PushDrawer:
             yield hand.cone(goal, approach, 0.15, CLOSE)
         hand.phase = Phase.CARRY
         for _ in range(80):
-            if self.drawer.position > 0.004:
+            if self.drawer.position > 0.001:
                 break
             handle = self.drawer.farthest(out)
             aside = handle - hand.scene.eef

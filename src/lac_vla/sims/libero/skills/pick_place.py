@@ -8,7 +8,7 @@ import numpy as np
 
 from lac_vla.sims.libero.env import CONTROL_HZ
 from lac_vla.sims.libero.scene import FloatArray
-from lac_vla.sims.libero.skills.grasps import lean, rim_grasp, side_grasp
+from lac_vla.sims.libero.skills.grasps import lean, rim_grasp, side_grasp, top_grasp
 from lac_vla.sims.libero.skills.hand import CLOSE, HOME_ROTATION, OPEN, Hand, yaw
 from lac_vla.sims.phase import Phase
 
@@ -16,6 +16,8 @@ LAG = 0.15
 """Seconds by which the hand is behind a point that moves."""
 ROUND = ("bowl", "plate", "mug")
 """Words in the names of what is taken by its rim."""
+KNOBBED = "moka_pot"
+"""Name of what is wider than the fingers open, and is taken by the knob on its top."""
 
 
 class PickPlace:
@@ -65,7 +67,8 @@ class PickPlace:
     def destination(self) -> FloatArray:
         """Compute the place of the object's origin at which the gripper opens, (3,) m."""
         scene = self._scene
-        bottom = float(scene.position(self.object)[2] - scene.points(self.object)[:, 2].min())
+        cloud = scene.points(self.object)
+        bottom = float(scene.position(self.object)[2] - cloud[:, 2].min())
         origin = scene.position(self.place)
         if self.place in scene.body_of:
             points = scene.points(self.place)
@@ -73,6 +76,8 @@ class PickPlace:
             top = float((inner if len(inner) else points)[:, 2].max())
             return np.array([origin[0], origin[1], top + bottom + 0.012])
         origin[:2] += self._shift
+        if self._turn is not None:  # a tight place: the object's middle goes there, wherever its origin is
+            origin[:2] += (scene.position(self.object) - (cloud.max(0) + cloud.min(0)) / 2.0)[:2]
         if self._fixed:
             surface = scene.height(origin[:2], self._own)
             if -0.08 < surface - origin[2] < 0.04:
@@ -86,6 +91,8 @@ class PickPlace:
         scene, origin = self._scene, self._scene.position(self.object)
         if any(word in self.object for word in ROUND):
             spot, turn = rim_grasp(scene, self.object, self._own, carried=self.destination() - origin)
+        elif self.object.startswith(KNOBBED):
+            spot, turn = top_grasp(scene, self.object)
         else:
             spot, turn = side_grasp(scene, self.object)
         release = spot - origin + self.destination()
