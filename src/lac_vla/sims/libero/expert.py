@@ -28,8 +28,12 @@ Goal = Sequence[str]
 """A relation of a BDDL file: its name, and what it is about."""
 ORDER = {"open": 0, "turnon": 1, "on": 2, "in": 2, "close": 3}
 """Relation → when it is seen to."""
-UNSOLVED: dict[tuple[str, int], str] = {}
+UNSOLVED: dict[tuple[str, int], str] = {
+    ("libero_10", 5): "a book that stands in the caddy's compartment is lower than its goal asks for",
+}
 """(Suite, task) that the expert does not solve often enough to demonstrate it → why."""
+UNCHANGED = ("libero_spatial", "libero_object")
+"""Suites whose demonstrations stay as they were: bundled models have learned from them, and results name them."""
 TRIES = 3
 """How often a skill whose goal does not hold afterwards is tried, before the next."""
 
@@ -45,10 +49,12 @@ class ScriptedExpert:
         env: An environment that has been reset.
 
     Raises:
-        InputError: If a part of the task's goal is none that it knows.
+        InputError: If it is one of :data:`UNSOLVED`, or a part of the task's goal is none that it knows.
     """
 
     def __init__(self, env: LiberoEnv) -> None:
+        if reason := UNSOLVED.get((env.suite, env.task)):
+            raise InputError(f"the scripted expert does not solve {env.suite} task {env.task}: {reason}")
         self._env = env
         self._hand = Hand(env)
         self.plan = list(self._make_plan(env.domain.parsed_problem["goal_state"]))
@@ -131,9 +137,8 @@ class ScriptedExpert:
         hand, (_, thing, place) = self._hand, goal
         if place.endswith("heating_region"):
             return Insert(hand, thing, place)
-        if "caddy" in place:  # narrow: a book is turned, let go of at the opening, and falls into it
-            return PickPlace(hand, thing, place, drop=0.12, turn=np.pi / 2)
-        return PickPlace(hand, thing, place, self._shift(goal, goals))
+        roomy = self._env.suite not in UNCHANGED
+        return PickPlace(hand, thing, place, self._shift(goal, goals), roomy=roomy)
 
     def _shift(self, goal: Goal, goals: Sequence[Goal]) -> FloatArray:
         """Choose where in a place to let go, from its centre, (2,) m: objects that share it lie side by side."""

@@ -11,7 +11,7 @@ EASY_REACH = 0.645
 """Distance (m) from shoulder to wrist beyond which the elbow nears its limit and the arm gets stuck."""
 
 
-def rim_grasp(scene: LiberoScene, name: str, own: set[int], carried: FloatArray) -> tuple[FloatArray, float]:
+def rim_grasp(scene: LiberoScene, name: str, own: set[int], carried: FloatArray | None) -> tuple[FloatArray, float]:
     """Straddle the rim of a bowl, plate or mug at the free place that needs the least turning; −y before +y.
 
     The fingers open along the radius. A place is free if no other surface reaches higher than the
@@ -22,7 +22,7 @@ def rim_grasp(scene: LiberoScene, name: str, own: set[int], carried: FloatArray)
         scene: The world.
         name: The object.
         own: Its geoms.
-        carried: How far it will be carried, (3,) m.
+        carried: How far it will be carried, (3,) m, if the hand's body is to have room here and there.
 
     Returns:
         The fingertips' place, (3,) m, and the turn of the hand, rad.
@@ -45,7 +45,8 @@ def rim_grasp(scene: LiberoScene, name: str, own: set[int], carried: FloatArray)
         cost = abs(turn) + 0.02 * (out[1] > 1e-6) + 0.01 * (turn > 1e-6)
         spot = np.array([*(centre + out * radius), tip])
         cost += 10.0 * _blocked(scene, spot, out, own)
-        cost += sum(10.0 * _hits(scene, place, out, own, BODY) / len(BODY) for place in (spot, spot + carried))
+        if carried is not None:
+            cost += sum(10.0 * _hits(scene, place, out, own, BODY) / len(BODY) for place in (spot, spot + carried))
         cost += 10.0 * (out @ handle > 0.6)
         if cost < best[0] - 1e-9:
             best = (cost, spot, turn)

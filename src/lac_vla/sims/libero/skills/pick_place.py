@@ -28,23 +28,12 @@ class PickPlace:
         object: Name of a movable object.
         place: Name of an object or of a region.
         shift: How far (m) from the place's centre to let go, (2,).
-        drop: How far (m) above a region to let go.
-        turn: Turn of the hand (rad) in which it lets go; as it has grasped by default.
+        roomy: Choose a grasp with room for the body of the hand at both ends of the way.
     """
 
-    def __init__(
-        self,
-        hand: Hand,
-        object: str,
-        place: str,
-        shift: FloatArray | None = None,
-        *,
-        drop: float = 0.02,
-        turn: float | None = None,
-    ) -> None:
+    def __init__(self, hand: Hand, object: str, place: str, shift: FloatArray, *, roomy: bool) -> None:
         self.object, self.place = object, place
-        self._shift = np.zeros(2) if shift is None else shift
-        self._drop, self._turn = drop, turn
+        self._shift, self._roomy = shift, roomy
         self._hand, self._scene, self._world = hand, hand.scene, hand.world
         self._own = set(self._scene.geoms(object))
         site = self._world.domain.object_sites_dict.get(place)
@@ -67,8 +56,7 @@ class PickPlace:
     def destination(self) -> FloatArray:
         """Compute the place of the object's origin at which the gripper opens, (3,) m."""
         scene = self._scene
-        cloud = scene.points(self.object)
-        bottom = float(scene.position(self.object)[2] - cloud[:, 2].min())
+        bottom = float(scene.position(self.object)[2] - scene.points(self.object)[:, 2].min())
         origin = scene.position(self.place)
         if self.place in scene.body_of:
             points = scene.points(self.place)
@@ -76,13 +64,11 @@ class PickPlace:
             top = float((inner if len(inner) else points)[:, 2].max())
             return np.array([origin[0], origin[1], top + bottom + 0.012])
         origin[:2] += self._shift
-        if self._turn is not None:  # a tight place: the object's middle goes there, wherever its origin is
-            origin[:2] += (scene.position(self.object) - (cloud.max(0) + cloud.min(0)) / 2.0)[:2]
         if self._fixed:
             surface = scene.height(origin[:2], self._own)
             if -0.08 < surface - origin[2] < 0.04:
                 origin[2] = surface
-        return np.array([origin[0], origin[1], origin[2] + bottom + self._drop])
+        return np.array([origin[0], origin[1], origin[2] + bottom + 0.02])
 
     # ---- phases
 
@@ -90,7 +76,8 @@ class PickPlace:
         """Turn to the grasp; the fingertips' offset from the object's origin, (3,) m."""
         scene, origin = self._scene, self._scene.position(self.object)
         if any(word in self.object for word in ROUND):
-            spot, turn = rim_grasp(scene, self.object, self._own, carried=self.destination() - origin)
+            carried = self.destination() - origin if self._roomy else None
+            spot, turn = rim_grasp(scene, self.object, self._own, carried)
         elif self.object.startswith(KNOBBED):
             spot, turn = top_grasp(scene, self.object)
         else:
@@ -129,9 +116,6 @@ class PickPlace:
         held = scene.position(self.object) - scene.eef
         below = float(scene.eef[2] - scene.points(self.object)[:, 2].min())
         hover = hand.hover(scene.eef, self.destination() - held, self._own, lowest=0.06, below=below + 0.03)
-        if self._turn is not None:
-            turned = [yaw(self._turn + half) @ HOME_ROTATION for half in (0.0, np.pi, -np.pi)]
-            hand.rotation = max(turned, key=lambda rotation: float(np.trace(rotation @ scene.eef_rotation.T)))
         near = 0.01 if self.place in scene.body_of or self._fixed else 0.02
         for _ in range(150):
             if np.linalg.norm(scene.position(self.object) - scene.eef - held) > 0.05 or scene.opening < 0.0015:

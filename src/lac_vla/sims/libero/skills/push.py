@@ -31,7 +31,7 @@ class Slide:
         scene, hand = self._scene, self._hand
         while np.hypot(*self._missing()[:2]) > 0.02:
             hand.phase = Phase.REACH
-            spot, turn = rim_grasp(scene, self.object, self._own, carried=self._missing())
+            spot, turn = rim_grasp(scene, self.object, self._own, self._missing())
             hand.rotation = yaw(turn) @ HOME_ROTATION
             offset = spot - scene.position(self.object)
             hover = hand.hover(scene.eef, spot, self._own, lowest=0.08, below=0.03)
