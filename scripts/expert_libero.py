@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lac_vla.sims.libero.benchmark import Libero
 from lac_vla.sims.libero.demonstration import demonstrate
 from lac_vla.sims.libero.env import LiberoEnv
+from lac_vla.sims.libero.expert import UNSOLVED
 from lac_vla.sims.libero.suites import HORIZONS, N_TASKS
 
 
@@ -38,8 +39,9 @@ def main(
     """
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     there = {(row["suite"], row["task"], row["init_state"], row["seed"]) for row in rows}
-    with tqdm(total=len(suites) * len(tasks) * len(states), unit="attempt") as bar:
-        for suite, task in ((suite, task) for suite in suites for task in tasks):
+    played = [(suite, task) for suite in suites for task in tasks if (suite, task) not in UNSOLVED]
+    with tqdm(total=len(played) * len(states), unit="attempt") as bar:
+        for suite, task in played:
             missing = [state for state in states if (suite, task, state, seed) not in there]
             bar.update(len(states) - len(missing))
             if not missing:
@@ -59,10 +61,9 @@ def main(
     for suite in suites:
         instructions = Libero(suite).instructions()
         for task in tasks:
-            played = attempts[suite, task]
-            steps = [row["steps"] for row in played if row["solved"]]
+            steps = [row["steps"] for row in attempts[suite, task] if row["solved"]]
             mean = f"{sum(steps) / len(steps):.0f}" if steps else ""
-            print(f"| {suite} {task} | {instructions[task]} | {len(steps)} of {len(played)} | {mean} |")
+            print(f"| {suite} {task} | {instructions[task]} | {len(steps)} of {len(attempts[suite, task])} | {mean} |")
 
 
 if __name__ == "__main__":
