@@ -133,12 +133,15 @@ class Hand:
         action[6] = grip
         return action
 
-    def funnel(self, goal: FloatArray, hover: Hover, grip: float) -> FloatArray:
-        """One step towards ``goal`` through the cone above it; a function of the present state alone."""
+    def funnel(self, goal: FloatArray, hover: Hover, grip: float, margin: float = 0.012) -> FloatArray:
+        """One step towards ``goal`` through the cone above it; a function of the present state alone.
+
+        Within ``margin`` metres of the cone's axis the hand goes all the way down.
+        """
         eef = self.scene.eef
         away = float(np.hypot(*(goal - eef)[:2]))
         apart = away + 0.06 * max(0.0, self.turn_error() - 0.08)
-        height = goal[2] + np.clip(2.5 * (apart - 0.012), 0.0, hover(away))
+        height = goal[2] + np.clip(2.5 * (apart - margin), 0.0, hover(away))
         too_low = height - eef[2] - 0.02
         sideways = float(np.clip(1.0 - too_low / 0.04, 0.0, 1.0))
         point = np.array([*(eef[:2] + (goal - eef)[:2] * sideways), height])

@@ -28,7 +28,8 @@ class PickPlace:
         object: Name of a movable object.
         place: Name of an object or of a region.
         shift: How far (m) from the place's centre to let go, (2,).
-        roomy: Choose a grasp with room for the body of the hand at both ends of the way.
+        roomy: Choose a grasp with room for the body of the hand at both ends of the way, and come down on it
+            more exactly, so that no finger ends on top of a wide can.
     """
 
     def __init__(self, hand: Hand, object: str, place: str, shift: FloatArray, *, roomy: bool) -> None:
@@ -95,7 +96,7 @@ class PickPlace:
             goal = scene.position(self.object) + offset
             if hand.arrived(goal):
                 return
-            yield hand.funnel(goal + self._lead(), hover, OPEN)
+            yield hand.funnel(goal + self._lead(), hover, OPEN, 0.005 if self._roomy else 0.012)
 
     def _grasp(self, offset: FloatArray) -> Iterator[FloatArray]:
         """Close until the fingers have stopped."""
