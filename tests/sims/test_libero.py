@@ -13,6 +13,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 
 from lac_vla.errors import InputError, LacError, MissingExtraError
 from lac_vla.sims.base import check_action
+from lac_vla.sims.libero import collect as collect_module
 from lac_vla.sims.libero import env as libero_env
 from lac_vla.sims.libero import modules
 from lac_vla.sims.libero.collect import (
@@ -27,13 +29,15 @@ from lac_vla.sims.libero.collect import (
     _known_failures,
     _record_failure,
     _stage,
+    collect,
     load_episode,
 )
 from lac_vla.sims.libero.demonstration import Demonstration, demonstrate
 from lac_vla.sims.libero.env import CONTROL_HZ, LiberoEnv, openvla_gripper
-from lac_vla.sims.libero.expert import ScriptedExpert
+from lac_vla.sims.libero.expert import UNSOLVED, ScriptedExpert
 from lac_vla.sims.libero.modules import RenderingLibraryError, choose_gl_backend, load_libero
 from lac_vla.sims.libero.renderer import Renderer
+from lac_vla.sims.libero.skills.hand import HOME_ROTATION, facing
 from lac_vla.sims.libero.suites import HORIZONS, NO_OP, SETTLE_STEPS
 from lac_vla.sims.phase import Phase
 from lac_vla.types import Frame
@@ -241,6 +245,51 @@ def test_a_collection_that_makes_no_sense_is_refused(tmp_path: Path, bad: dict[s
         CollectConfig(out=tmp_path, **bad)
 
 
+def test_several_suites_are_collected_each_in_its_folder_and_not_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[tuple[str, int, int]] = []
+
+    def play(config: CollectConfig, jobs: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], int, bool]]:
+        for task, init_state in jobs:
+            played.append((config.suite, task, init_state))
+            env: Any = SimpleNamespace(task=task, metadata=lambda: {})
+            _stage(config, env, init_state, _demonstration())
+            yield (task, init_state), 5, True
+
+    monkeypatch.setattr(collect_module, "_run", play)
+    config = CollectConfig(out=tmp_path, suites=("all",), init_states=(0, 1))
+    collect(config)
+    assert sorted(played) == [
+        (suite, task, 0) for suite in sorted(HORIZONS) for task in range(10) if (suite, task) not in UNSOLVED
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(HORIZONS)
+    done = len(played)
+    (tmp_path / "libero_goal" / "task03_init00_seed0.npz").unlink()
+    collect(config)
+    assert played[done:] == [("libero_goal", 3, 0)]
+
+
+def test_suites_and_tasks_that_nobody_plays_are_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="unknown suite 'libero_90'"):
+        CollectConfig(out=tmp_path, suites=("libero_goal", "libero_90"))
+    monkeypatch.setitem(UNSOLVED, ("libero_goal", 3), "the drawer sticks")
+    assert 3 not in CollectConfig(out=tmp_path, suite="libero_goal").task_ids
+    for several in ({"suite": "libero_goal"}, {"suites": ("all",)}):
+        with pytest.raises(InputError, match=r"libero_goal task 3 \(the drawer sticks\): leave it out"):
+            CollectConfig(out=tmp_path, tasks=(2, 3), **several)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hand_points_where_it_is_told_to() -> None:
+    np.testing.assert_array_equal(facing(np.array([0.0, 0.0, -2.0]), np.array([0.0, 3.0, 0.0])), HOME_ROTATION)
+    rotation = facing(np.array([0.3, -0.8, -0.6]), np.array([0.0, -0.6, 0.8]))
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(3), atol=1e-12)
+    assert np.linalg.det(rotation) == pytest.approx(1.0)
+
+
 # ---- with the simulator
 
 
@@ -295,6 +344,18 @@ def test_the_expert_solves_a_task_and_lets_go(env: LiberoEnv) -> None:
     assert demo.rows["state"][-1][6] > 0.03  # the fingers are open again
     assert np.abs(np.stack(demo.rows["action"])).max() <= 1.0
     assert np.abs(np.stack(demo.rows["executed"])).max() <= 1.0
+
+
+@sim
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", HORIZONS)
+@pytest.mark.parametrize("task", range(10))
+def test_every_task_that_is_said_to_be_demonstrated_can_be(suite: str, task: int) -> None:
+    if (suite, task) in UNSOLVED:
+        pytest.skip(f"said not to be: {UNSOLVED[suite, task]}")
+    with closing(LiberoEnv(suite, task, resolution=16)) as environment:
+        demos = (demonstrate(environment, state, images=False) for state in range(5))
+        assert any(demo.solved for demo in demos)
 
 
 @sim

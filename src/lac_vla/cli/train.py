@@ -48,6 +48,7 @@ def collect_simpler(config: Annotated[SimplerCollectConfig, FLAT]) -> None:
 def collect(config: Annotated[CollectConfig, FLAT], dataset: Path | None = None) -> None:
     """Demonstrations by a scripted expert with privileged state, packed as a LeRobot v3 dataset.
 
+    `--suites all` makes one dataset of LIBERO's four suites; the same command goes on where it was stopped.
     `lac collect --suite simpler-widowx --help` shows the options of SIMPLER's WidowX tasks.
 
     Args:

@@ -118,7 +118,7 @@ VERBS = {
         "demonstrations by a scripted expert in LIBERO or with SIMPLER's WidowX, as a LeRobot dataset",
         "lac collect --tasks 0 1 --init-states 0 5 --out outputs/collect",
         "train:make_collect",
-        ("suite", "tasks", "init_states", "dataset", "workers"),
+        ("suite", "suites", "tasks", "init_states", "dataset", "workers"),
     ),
     "serve": Verb(
         "run on a robot",

@@ -29,7 +29,7 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,8 +43,9 @@ from lac_vla.files import cut_unfinished, locked, parse_json, read_lines, readin
 from lac_vla.sims.libero.benchmark import Libero
 from lac_vla.sims.libero.demonstration import Demonstration, demonstrate
 from lac_vla.sims.libero.env import LiberoEnv
+from lac_vla.sims.libero.expert import UNSOLVED
 from lac_vla.sims.libero.renderer import Rendering
-from lac_vla.sims.libero.suites import TRIALS
+from lac_vla.sims.libero.suites import HORIZONS, TRIALS
 
 FORMAT = 1
 DTYPES = {"success": np.bool_, "phase": np.int8}
@@ -59,8 +60,9 @@ class CollectConfig:
 
     Attributes:
         out: Folder of the staging files; it is created.
-        suite: A LIBERO suite whose tasks the expert can solve: ``libero_spatial`` or ``libero_object``.
-        tasks: Task ids; none means all.
+        suite: A LIBERO suite.
+        suites: Several suites, or ``all``, instead of one: each gets a folder of its own below ``out``.
+        tasks: Task ids, of every suite; none means all that the expert can solve.
         init_states: First and one-past-last initial state. The default leaves 40..49 for evaluation.
         seed: Seed of the fixtures and of the noise.
         noise: Range of the noise's standard deviation, drawn per episode (see ``demonstrate``).
@@ -73,6 +75,7 @@ class CollectConfig:
 
     out: Path
     suite: str = "libero_spatial"
+    suites: tuple[str, ...] = ()
     tasks: tuple[int, ...] = ()
     init_states: tuple[int, int] = (0, 40)
     seed: int = 0
@@ -85,7 +88,11 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be collected."""
-        Libero(self.suite).task_ids(self.tasks)
+        for part in self.parts:
+            Libero(part.suite).task_ids(self.tasks)
+            if beyond := {task: UNSOLVED[part.suite, task] for task in self.tasks if (part.suite, task) in UNSOLVED}:
+                why = "; ".join(f"{task} ({reason})" for task, reason in beyond.items())
+                raise InputError(f"the scripted expert does not solve {part.suite} task {why}: leave it out")
         first, end = self.init_states
         if not 0 <= first < end <= TRIALS:
             raise InputError(f"init_states must be a range within 0..{TRIALS}, not {self.init_states}")
@@ -93,6 +100,21 @@ class CollectConfig:
             raise InputError(f"noise must be a range within 0..1, not {self.noise}")
         if self.workers < 1:
             raise InputError(f"workers must be at least 1, not {self.workers}")
+
+    @property
+    def parts(self) -> tuple[CollectConfig, ...]:
+        """One configuration per suite."""
+        if not self.suites:
+            return (self,)
+        suites = tuple(HORIZONS) if self.suites == ("all",) else tuple(dict.fromkeys(self.suites))
+        if unknown := [suite for suite in suites if suite not in HORIZONS]:
+            raise InputError(f"unknown suite {unknown[0]!r}; all, or some of {', '.join(HORIZONS)}")
+        return tuple(replace(self, suite=suite, suites=(), out=self.out / suite) for suite in suites)
+
+    @property
+    def task_ids(self) -> tuple[int, ...]:
+        """The tasks of the one suite."""
+        return tuple(task for task in Libero(self.suite).task_ids(self.tasks) if (self.suite, task) not in UNSOLVED)
 
 
 def collect(config: CollectConfig) -> None:
@@ -104,9 +126,10 @@ def collect(config: CollectConfig) -> None:
         InputError: If the folder cannot be written, or another process collects into it.
         LacError: If a worker fails for any other reason than an unsolved episode.
     """
-    busy = f"another process collects into {config.out}: give another --out"
-    with writing(config.out, "--out"), locked(config.out / ".lock", busy):
-        _collect(config)
+    for part in config.parts:
+        busy = f"another process collects into {part.out}: give another --out"
+        with writing(part.out, "--out"), locked(part.out / ".lock", busy):
+            _collect(part)
 
 
 def _collect(config: CollectConfig) -> None:
@@ -114,7 +137,7 @@ def _collect(config: CollectConfig) -> None:
     jobs = [
         (task, init_state)
         for init_state in range(*config.init_states)
-        for task in Libero(config.suite).task_ids(config.tasks)
+        for task in config.task_ids
         if not episode_path(config, task, init_state).exists() and (task, init_state) not in known
     ]
     solved = 0

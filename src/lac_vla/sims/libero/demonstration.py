@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from lac_vla.sims.libero.env import LiberoEnv
-from lac_vla.sims.libero.expert import RETREAT, ScriptedExpert
-from lac_vla.sims.phase import Phase
+from lac_vla.sims.libero.expert import ScriptedExpert
+from lac_vla.sims.libero.skills.hand import RETREAT
 from lac_vla.types import Frame
 
 STABLE_STEPS = 10
@@ -95,7 +95,7 @@ def demonstrate(
         }
         for name, value in row.items():
             demo.rows[name].append(value)
-        if expert.phase is Phase.RETREAT:
+        if expert.finished:
             if top == -np.inf:
                 top = expert.scene.eef[2] + RETREAT
             stable = stable + 1 if row["success"] else 0

@@ -1,0 +1,1 @@
+"""The skills of LIBERO's scripted expert, one module per kind."""
