@@ -1,4 +1,4 @@
-"""How far a policy's divergence lies below its baselines' over the same frames, at equal cost if there are two."""
+"""Compares a policy's divergence with its baselines' over the same frames, at equal cost if there are two."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class LACPolicy(CachePolicy):
 
     @property
     def reads_state(self) -> bool:
-        """Whether it decides by proprioception, too: at a fixed ratio nothing reads it."""
+        """Tell whether it decides by proprioception, too: at a fixed ratio nothing reads it."""
         return bool(self.config.proprio) and self.ratio is None
 
     def check_state(self, values: int | None) -> None:
