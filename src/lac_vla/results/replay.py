@@ -25,7 +25,7 @@ class Phases:
         contact: Mean share of active tokens around events.
         free: The same elsewhere.
         difference: Contact less free within an episode, mean over the episodes that have both.
-        interval: 95 % of that, bootstrap over episodes; ``None`` for fewer than :data:`FEWEST`.
+        interval: 95 % of that, bootstrap over episodes; ``None`` for too few, see :func:`interval`.
         p: Sign-flip test of the episodes' differences, two-sided.
         episodes: How many have both.
         divergence: Mean divergence around events, and elsewhere.
