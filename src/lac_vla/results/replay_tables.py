@@ -24,8 +24,8 @@ def replay_tables(found: Replay, notes: Sequence[str] = ()) -> list[TextTable]:
     meaning = [
         f"{found.frames} frames of {found.episodes} recorded episodes, every policy in a session of its own on its "
         "own cache; divergence of the answer from dense's, by the head's loss, in thousandths",
-        "deviation: of the effective ratio within an episode, calls that computed everything left out; ratios: aimed "
-        "at, recovery and maximum age come on top",
+        "deviation: of the effective ratio within an episode, calls that had to compute everything left out; ratios: "
+        "aimed at, recovery and maximum age come on top",
     ]
     if len(found.baselines) > 1:
         meaning.append(
