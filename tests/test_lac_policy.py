@@ -98,6 +98,9 @@ def test_proprioception_decides_about_the_ratio_alone(tmp_path: Path) -> None:
         policy.decide(replace(policy_input(), proprio=states[0, :2]))
     with pytest.raises(InputError, match=r"reads 3 values of proprioception, the model none.*without --proprio"):
         CachedVLA(random_vla("tiny"), policy)
+    policy.ratio = 0.5  # the predictor, which alone reads it, is left out
+    assert policy.decide(policy_input()).nominal_ratio == 0.5
+    assert policy.check_state(None) is None
 
 
 def test_paper_inputs_are_five_channels() -> None:

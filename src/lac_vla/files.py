@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -216,7 +217,7 @@ def made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(file: Path, message: str, inner: Sequence[str] = ()) -> Iterator[None]:
+def locked(file: Path, message: str, inner: Sequence[str] = (), *, seconds: float = 0.0) -> Iterator[None]:
     """Hold a lock file, which is left where it is; links to its folder lead to the same lock.
 
     The folder is made if need be, and taken away again if nothing was put there.
@@ -225,6 +226,7 @@ def locked(file: Path, message: str, inner: Sequence[str] = ()) -> Iterator[None
         file: The lock.
         message: What to say if another process holds it.
         inner: Names of locks beside it that are held within this one: they count as nothing, too.
+        seconds: How long to wait for that process; infinity for as long as it lives.
 
     Raises:
         InputError: With this message.
@@ -233,7 +235,7 @@ def locked(file: Path, message: str, inner: Sequence[str] = ()) -> Iterator[None
     with made(file.parent):
         lock = FileLock(file.parent.resolve() / file.name, thread_local=False)  # another thread may let go of it
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=-1 if math.isinf(seconds) else max(0.0, seconds), poll_interval=0.2)
         except Timeout:
             raise InputError(message) from None
         try:

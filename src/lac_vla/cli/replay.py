@@ -11,8 +11,9 @@ def replay(config: Annotated[ReplayConfig, FLAT]) -> None:
     """Whole sessions of several policies over the same recorded frames, each on its own cache, compared frame by frame.
 
     No simulator is needed: what a policy reuses, and how far its answers are from dense's, is told for every frame of
-    held-out demonstrations; against the baselines at equal cost, by bootstrap over the episodes; and around gripper
-    events against free motion, by a test. Whether the robot succeeds is another question: `lac eval`.
+    held-out demonstrations; against two baselines at equal cost, against one as it is, by bootstrap over the episodes;
+    and around gripper events against free motion, by a test, where actions are 7 values, the gripper last. Scene cuts
+    are not made. Whether the robot succeeds is another question: `lac eval`.
 
     Run it again to go on.
 

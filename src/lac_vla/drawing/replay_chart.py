@@ -38,7 +38,7 @@ def replay_chart(episode: EpisodeReplay, tokens: int, contact: int, adaptive: Co
     counts = {name: [tokens * share for share in calls.active] for name, calls in episode.methods.items()}
     thousandths = {name: [1e3 * value for value in calls.divergence] for name, calls in episode.methods.items()}
     aims = {name: episode.methods[name].nominal for name in episode.methods if name in adaptive}
-    low = math.floor(10 * min(min(values) for values in ratios.values())) / 10
+    low = min(0.9, math.floor(10 * min(min(values) for values in ratios.values())) / 10)  # all may be reused
     panels = [
         ("effective ratio; dashed: aimed at", ratios, Axis(low, 1.0, _ticks(low), share=True)),
         ("active visual tokens", counts, _from_zero(counts.values())),

@@ -43,7 +43,7 @@ class Adaptivity:
         spread = [
             float(np.std(ratios))
             for e in episodes
-            if (ratios := _effective(e.metrics.get("ratio_effective", ()), e.metrics.get("ratio_nominal", ())))
+            if (ratios := varied(e.metrics.get("ratio_effective", ()), e.metrics.get("ratio_nominal", ())))
         ]
         cameras: dict[str, list[float]] = {}
         for episode in episodes:
@@ -86,7 +86,7 @@ def shares_chosen(row: Mapping[str, float]) -> dict[float, float]:
         raise InputError(f"metrics.jsonl has a damaged row ({error}): delete its line") from error
 
 
-def _effective(effective: Sequence[float | None], nominal: Sequence[float | None]) -> list[float]:
+def varied(effective: Sequence[float | None], nominal: Sequence[float | None]) -> list[float]:
     """Leave out the calls that the policy was not asked in: they aim at no ratio, nor could an episode's first reuse.
 
     Of a policy that never aims at one, only what computed everything is known.

@@ -11,32 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lac_vla.errors import InputError
-from lac_vla.results.adaptivity import Adaptivity
+from lac_vla.results.adaptivity import Adaptivity, varied
 from lac_vla.results.replay_log import Calls, EpisodeReplay
+from lac_vla.results.replay_saved import MEASURED, RESAMPLES, Saved, interval, saved
 from lac_vla.results.stats import Interval, sign_flips
-
-RESAMPLES = 2000
-FEWEST = 3
-"""With fewer episodes a bootstrap over them says nothing."""
-
-Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A policy against the baselines.
-
-    Attributes:
-        divergence: Of the baseline; of several, interpolated at the policy's mean share of active tokens.
-        share: By how much, as a share, the policy's mean divergence is below that.
-        interval: 95 %, bootstrap over episodes; ``None`` for fewer than :data:`FEWEST`.
-        active: The policy's mean share of active tokens less the baseline's; 0 against several.
-    """
-
-    divergence: float
-    share: float
-    interval: Interval | None
-    active: float
 
 
 @dataclass(frozen=True)
@@ -47,7 +25,7 @@ class Phases:
         contact: Mean share of active tokens around events.
         free: The same elsewhere.
         difference: Contact less free within an episode, mean over the episodes that have both.
-        interval: 95 % of that, bootstrap over episodes; ``None`` for fewer than :data:`FEWEST`.
+        interval: 95 % of that, bootstrap over episodes; ``None`` for too few, see :func:`interval`.
         p: Sign-flip test of the episodes' differences, two-sided.
         episodes: How many have both.
         divergence: Mean divergence around events, and elsewhere.
@@ -137,7 +115,7 @@ class Replay:
         methods = {}
         for name in episodes[0].methods:
             own = [episode.methods[name] for episode in episodes]
-            active, divergence = (np.concatenate([getattr(calls, key) for calls in own]) for key in _MEASURED)
+            active, divergence = (np.concatenate([getattr(calls, key) for calls in own]) for key in MEASURED)
             methods[name] = MethodReplay(
                 ratio=float(1 - active.mean()),
                 tokens=float(tokens * active.mean()),
@@ -145,7 +123,7 @@ class Replay:
                 p50=float(np.quantile(divergence, 0.5)),
                 p95=float(np.quantile(divergence, 0.95)),
                 adaptivity=_adaptivity(own, adaptive=name in adaptive),
-                saved=None if name in baselines else _saved(episodes, name, baselines),
+                saved=None if name in baselines else saved(episodes, name, baselines),
                 phases=None if near is None else _phases(own, near),
             )
         share = None if near is None else float(np.concatenate(near).mean())
@@ -161,58 +139,18 @@ class Replay:
         return found
 
 
-_MEASURED = ("active", "divergence")
-
-
 def _adaptivity(own: Sequence[Calls], *, adaptive: bool) -> Adaptivity:
-    """Describe how a policy varies what it reuses, over its episodes."""
+    """Describe how a policy varies what it reuses, over its episodes; the first call of each is not in the log."""
     aimed = Counter(round(ratio, 6) for calls in own for ratio in calls.nominal if ratio is not None)
     cameras = {camera: np.concatenate([calls.reuse[camera] for calls in own]) for camera in own[0].reuse}
+    every = [varied([None, *(1 - share for share in calls.active)], [None, *calls.nominal]) for calls in own]
+    spread = [float(np.std(ratios)) for ratios in every if ratios]
     return Adaptivity(
         {ratio: count / aimed.total() for ratio, count in aimed.most_common()},
-        float(np.mean([np.std(calls.active) for calls in own])),
+        float(np.mean(spread)) if spread else None,
         {camera: float(reused.mean()) for camera, reused in cameras.items()},
         adaptive,
     )
-
-
-def _saved(episodes: Sequence[EpisodeReplay], name: str, baselines: Sequence[str]) -> Saved | None:
-    """Compare a policy with the baselines, over the same frames; episodes are drawn whole."""
-    if not baselines:
-        return None
-    sums = {
-        method: np.array([[sum(getattr(e.methods[method], key)) for key in _MEASURED] for e in episodes])
-        for method in (name, *baselines)
-    }  # (E, 2) of each
-    counts = np.array([len(episode.frames) for episode in episodes], dtype=np.float64)
-    whole = np.ones((1, len(episodes)))
-    (active, own), *others = (_means(sums[method], counts, whole)[0] for method in (name, *baselines))
-    if len(baselines) > 1 and not min(other[0] for other in others) <= active <= max(other[0] for other in others):
-        return None
-    fixed = _at(active, others)
-    if fixed <= 0:
-        return None
-    drawn = np.random.default_rng(0).multinomial(len(episodes), whole[0] / len(episodes), size=RESAMPLES)
-    means = [_means(sums[method], counts, drawn) for method in (name, *baselines)]
-    resampled = [_at(mean[0], [part[at] for part in means[1:]]) for at, mean in enumerate(means[0])]
-    shares = 1 - means[0][:, 1] / np.where(np.array(resampled) > 0, resampled, np.nan)
-    return Saved(
-        divergence=fixed,
-        share=float(1 - own / fixed),
-        interval=_interval(shares, len(episodes)),
-        active=0.0 if len(baselines) > 1 else float(active - others[0][0]),
-    )
-
-
-def _means(sums: Array, counts: Array, drawn: npt.NDArray[Any]) -> Array:
-    """Compute the means over the frames of drawn episodes: (E, 2), (E,), and how often each, (R, E) → (R, 2)."""
-    return np.asarray((drawn @ sums) / (drawn @ counts)[:, None])
-
-
-def _at(active: float, baselines: Sequence[Array]) -> float:
-    """Interpolate the baselines' divergence at a share of active tokens; one is taken as it is."""
-    shares, divergences = np.array(sorted(map(tuple, baselines))).T
-    return float(np.interp(active, shares, divergences))
 
 
 def _phases(own: Sequence[Calls], near: Sequence[npt.NDArray[np.bool_]]) -> Phases | None:
@@ -221,7 +159,7 @@ def _phases(own: Sequence[Calls], near: Sequence[npt.NDArray[np.bool_]]) -> Phas
     if not both:
         return None
     contact, free = (
-        [np.concatenate([np.array(getattr(calls, key))[at == where] for calls, at in both]) for key in _MEASURED]
+        [np.concatenate([np.array(getattr(calls, key))[at == where] for calls, at in both]) for key in MEASURED]
         for where in (True, False)
     )
     differences = np.array([np.array(c.active)[at].mean() - np.array(c.active)[~at].mean() for c, at in both])
@@ -230,15 +168,8 @@ def _phases(own: Sequence[Calls], near: Sequence[npt.NDArray[np.bool_]]) -> Phas
         contact=float(contact[0].mean()),
         free=float(free[0].mean()),
         difference=float(differences.mean()),
-        interval=_interval(differences[drawn].mean(axis=1), len(both)),
+        interval=interval(differences[drawn].mean(axis=1), len(both)),
         p=sign_flips(differences),
         episodes=len(both),
         divergence=(float(contact[1].mean()), float(free[1].mean())),
     )
-
-
-def _interval(resamples: Array, episodes: int) -> Interval | None:
-    if episodes < FEWEST or not np.isfinite(resamples).all():
-        return None
-    low, high = np.percentile(resamples, [2.5, 97.5])
-    return Interval(float(low), float(high))

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from lac_vla.results.format import NONE, p_value, percent, points
 from lac_vla.results.replay import MethodReplay, Phases, Replay
+from lac_vla.results.replay_saved import FEWEST
 from lac_vla.results.table import TextTable
 
 _HEADINGS = (
     *("policy", "effective ratio", "active tokens", "deviation", "divergence", "p50", "p95"),
     *("ratios chosen", "reuse by camera", "saved [95 %]"),
 )
+_BOOTSTRAP = f"95 %, bootstrap over episodes: too narrow with few of them, none with fewer than {FEWEST}"
 _PHASES = ("policy", "active, contact", "active, free", "difference [95 %]", "p", "divergence, contact / free")
 
 
@@ -22,17 +24,18 @@ def replay_tables(found: Replay, notes: Sequence[str] = ()) -> list[TextTable]:
     meaning = [
         f"{found.frames} frames of {found.episodes} recorded episodes, every policy in a session of its own on its "
         "own cache; divergence of the answer from dense's, by the head's loss, in thousandths",
-        "deviation: of the effective ratio within an episode; ratios: aimed at, recovery and maximum age come on top",
+        "deviation: of the effective ratio within an episode, calls that had to compute everything left out; ratios: "
+        "aimed at, recovery and maximum age come on top",
     ]
     if len(found.baselines) > 1:
         meaning.append(
             f"saved: divergence, against {against}, interpolated at the same active tokens; a straight line "
-            "between two lies above what they bend, so take near ones; 95 %, bootstrap over episodes"
+            f"between two lies above what they bend, so take near ones; {_BOOTSTRAP}"
         )
     elif found.baselines:
         meaning.append(
-            f"saved: divergence, against {against}, frame by frame the same; how many more tokens were active, in "
-            "points, stands below; 95 %, bootstrap over episodes"
+            f"saved: divergence, against {against}, over the same frames, at unequal cost: how many more tokens were "
+            f"active, in points, stands below; {_BOOTSTRAP}"
         )
     tables = [TextTable("Sessions over recorded episodes", _HEADINGS, tuple(rows), (*meaning, *notes))]
     phases = [(name, *_phase_cells(row.phases)) for name, row in found.methods.items() if row.phases is not None]
@@ -41,7 +44,7 @@ def replay_tables(found: Replay, notes: Sequence[str] = ()) -> list[TextTable]:
             f"contact: {percent(found.contact_share, 0)} of the frames, within {found.contact} of one at which the "
             "recorded gripper is told to open or close",
             "difference: active tokens in contact less those in free motion, in points, mean over the episodes; "
-            "95 %, bootstrap over episodes; p: sign-flip test, two-sided",
+            f"{_BOOTSTRAP}; p: sign-flip test, two-sided",
         )
         tables.append(TextTable("Around contact and in free motion", _PHASES, tuple(phases), told))
     return tables

@@ -107,16 +107,16 @@ def divide(config: TrainConfig, start: IntArray, stop: IntArray) -> tuple[IntArr
     return first, held_first
 
 
-def divide_episodes(config: Division, count: int) -> tuple[IntArray, IntArray]:
+def divide_episodes(config: Division, count: int, advice: str = "use at least 2") -> tuple[IntArray, IntArray]:
     """Number the episodes that are trained on, and those held out.
 
     Raises:
-        InputError: If there are too few.
+        InputError: If there are too few, with this advice.
     """
     chosen = np.random.default_rng(config.seed).permutation(count)
     held = max(1, round(config.held_out * count))
     if held >= count:
-        raise InputError(f"{count} episode(s) cannot be divided into training and validation: use at least 2")
+        raise InputError(f"{count} episode(s) cannot be divided into training and validation: {advice}")
     return np.sort(chosen[held:]), np.sort(chosen[:held])
 
 

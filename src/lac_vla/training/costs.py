@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -177,17 +178,17 @@ class KeptCosts:
     """
 
     def __init__(self, losses: LACLoss, folder: Path, name: str = "") -> None:
-        self._losses, self._store_folder = losses, folder
-        self.name = name or f"costs-{_key(losses)}"
-        self.folder = folder / self.name
+        self._losses = losses
         lengths = losses.store.stop - losses.store.start
         every = groups(losses.store, np.flatnonzero(lengths > EVERY * losses.store.stride))
+        self.name = name or f"costs-{_key(losses, every)}"
+        self.folder, self.lock = folder / self.name, folder / f"{self.name}.lock"
         self._groups = {self.folder / f"{number:04d}.npz": group for number, group in enumerate(every)}
 
     @property
     def whole(self) -> bool:
         """It is true once all is measured."""
-        return all(path.exists() for path in self._groups)
+        return {*self.folder.glob("*.npz")} == {*self._groups}  # more are of other groups
 
     def read(self) -> RatioCosts:
         """Read all of it.
@@ -201,19 +202,21 @@ class KeptCosts:
         """Measure what is not there yet, recovery and maximum age included, every candidate ratio tried.
 
         Args:
-            max_seconds: Stop, resumably, after this time; a group is measured in any case.
+            max_seconds: Stop, resumably, after this time; a group is measured in any case, unless another process is
+                at it all the while: that one is waited for.
 
         Returns:
             Whether all is there.
 
         Raises:
-            InputError: If all episodes are too short, the folder cannot be written, or another process is at it.
+            InputError: If all episodes are too short, or the folder cannot be written.
         """
-        store, begun, folder = self._losses.store, time.monotonic(), self._store_folder.resolve()
+        store, begun = self._losses.store, time.monotonic()
         if not self._groups:
             raise InputError(f"what ratios cost is measured every {EVERY} frames: no episode is longer")
-        busy = f"another process measures what ratios cost in {folder}: wait for it, or give another --store"
-        with writing(folder, "--store"), locked(folder.with_name(f"{folder.name}.lock"), busy):
+        with writing(self.folder, "--store"), ExitStack() as stack:
+            if not self._lock(stack, max_seconds):
+                return False
             left = {path: group for path, group in self._groups.items() if not path.exists()}
             total, rest = (
                 sum(int((store.stop - store.start)[group].sum()) for group in part.values())
@@ -226,10 +229,24 @@ class KeptCosts:
                     RatioCosts.joined([*_gone_through(self._losses, group, bar)]).save(path)
         return True
 
+    def _lock(self, stack: ExitStack, max_seconds: float) -> bool:
+        """Keep other processes off the folder; tell whether it is free by then."""
+        busy = f"another process measures what ratios cost in {self.folder}: waiting for it"
+        try:
+            stack.enter_context(locked(self.lock, busy))
+        except InputError:
+            tqdm.write(busy)
+            try:
+                stack.enter_context(locked(self.lock, busy, seconds=max_seconds))
+            except InputError:
+                return False
+        return True
 
-def _key(losses: LACLoss) -> str:
-    """Name all that what ratios cost depends on, beside the store."""
-    shape = json.dumps({**losses.config.to_json(), "every": EVERY}, sort_keys=True)
+
+def _key(losses: LACLoss, every: Sequence[IntArray]) -> str:
+    """Name all that what ratios cost depends on, beside the store: files are named by groups of episodes."""
+    together = [group.tolist() for group in every]
+    shape = json.dumps({**losses.config.to_json(), "every": EVERY, "groups": together}, sort_keys=True)
     named = [checksum(losses.policy.networks), checksum(losses.vla.module), shape]
     return hashlib.sha256("".join(named).encode()).hexdigest()[:16]
 

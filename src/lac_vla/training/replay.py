@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from lac_vla.datasets.lerobot import LeRobotDataset
 from lac_vla.engine.budget import frames_of_age
 from lac_vla.errors import InputError
 from lac_vla.factory import make_policies
-from lac_vla.files import locked, read_lines, write_object, write_whole, writing
+from lac_vla.files import locked, read_lines, read_object, write_object, write_whole, writing
 from lac_vla.models import load_vla
 from lac_vla.policies import CachePolicy, LACPolicy, paths_by_name
 from lac_vla.provenance import provenance
@@ -34,7 +35,8 @@ from lac_vla.types import FloatArray, IntArray
 
 FRAMES, FIGURES = "frames.jsonl", "replay.json"
 CHANGEABLE = ("baseline", "contact", "device", "out", "store")
-"""Settings that bear on no session."""
+"""Settings that bear on no session; of the device nothing but the dtype, which is bound by itself."""
+GRIPPER_LAST = "contact is not told: the recorded actions are not the 7 values, the gripper last, of the benchmarks"
 
 
 @dataclass(frozen=True)
@@ -66,31 +68,62 @@ def replay(config: ReplayConfig) -> Finished:
     settings = _settings(config, policies)
     held = f"another process replays into {config.out}: give another --out"
     with writing(config.out, "--out"), locked(config.out / LOCK, held, ("store.lock",)):
-        check_settings(config.out, settings, CHANGEABLE)
+        _check(config.out, settings)
         vla = load_vla(config.model, device=config.device, dtype="auto", unnorm_key=config.unnorm_key)
         vla.module.requires_grad_(False)
+        settings |= {"model_weights": checksum(vla.module), "dtype": str(vla.dtype)}
+        _check(config.out, settings)
         flow, side = check_policies(vla, policies)
         source = LeRobotDataset(config.dataset, {}, config.keys)
-        proprio = any(isinstance(policy, LACPolicy) and policy.config.proprio for policy in policies.values())
+        proprio = any(isinstance(policy, LACPolicy) and policy.reads_state for policy in policies.values())
         store, episodes = open_frames(config, vla, source, flow, side, proprio=proprio)
         numbers = [store.numbers[episode] for episode in episodes]
+        settings |= {"numbers": numbers, "recordings": _recordings(source, numbers)}
+        _check(config.out, settings)
         write_object(config.out / CONFIG, settings)
         found = _sessions(StoredModel(vla, store, exact=True), policies, episodes, source, config)
         figures = Replay.of(found, config.baselines, store.layout.n_visual, config.contact, adaptive)
         notes = training_notes(policies, config, source, numbers)
+        notes += [GRIPPER_LAST] if figures.contact_share is None else []
         content = {**figures.to_json(), "notes": notes, "settings": settings, "measured_with": provenance()}
         write_object(config.out / FIGURES, content)
     return Finished(figures, found, notes)
 
 
 def _settings(config: ReplayConfig, policies: Mapping[str, CachePolicy]) -> dict[str, Any]:
-    """Make plain data of what a run is bound to; only the names of folders are kept."""
+    """Make plain data of what a run is bound to, but for model and recordings; only the names of folders are kept."""
     content = asdict(config)
     content |= content.pop("keys")
     content |= {name: [*map(paths_by_name, content[name])] for name in ("policies", "baseline")}
     content |= {name: content[name] and Path(content[name]).name for name in ("model", "dataset", "out", "store")}
-    weights = {name: checksum(policy.networks) for name, policy in policies.items() if isinstance(policy, LACPolicy)}
-    return {**content, "weights": weights}
+    learned = {name: policy for name, policy in policies.items() if isinstance(policy, LACPolicy)}
+    weights = {name: checksum(policy.networks) for name, policy in learned.items()}
+    return {**content, "weights": weights, "shapes": {name: own.config.to_json() for name, own in learned.items()}}
+
+
+def _check(out: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder of anything but this run.
+
+    Raises:
+        InputError: If it holds another one, or something else.
+    """
+    path, advice = out / CONFIG, "give another --out"
+    if path.is_file() and (missing := sorted({*settings} - {*read_object(path, advice)})):
+        raise InputError(
+            f"{out} holds something else than a run of lac replay, or one that an earlier version began: its {CONFIG} "
+            f"says nothing of {missing}; {advice}"
+        )
+    check_settings(out, settings, CHANGEABLE, advice)
+
+
+def _recordings(source: LeRobotDataset, numbers: Sequence[int]) -> str:
+    """Name episodes by a checksum of what was recorded in them beside the pictures, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for episode in map(source.episode, numbers):
+        digest.update(json.dumps([episode.instruction, len(episode)]).encode())
+        digest.update(np.ascontiguousarray(episode.action).tobytes())
+        digest.update(np.ascontiguousarray(episode.state).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _sessions(
@@ -106,7 +139,7 @@ def _sessions(
     numbers = [store.numbers[episode] for episode in episodes]
     left = [group for group in groups(store, episodes) if any(store.numbers[e] not in found for e in group)]
     again = {store.numbers[episode] for group in left for episode in group}  # a group is gone through as a whole
-    found = {number: episode for number, episode in found.items() if number in numbers and number not in again}
+    found = {number: episode for number, episode in found.items() if number not in again}
     write_whole(log, "".join(json.dumps(episode.to_json()) + "\n" for episode in found.values()))
     events = _gripper([source.episode(number).action for number in numbers])
     total = int((store.stop - store.start)[episodes].sum())
@@ -163,8 +196,8 @@ def _gone_through(
 
 
 def _gripper(actions: Sequence[FloatArray]) -> list[list[int]] | None:
-    """List the frames of every episode at which the gripper is told otherwise; ``None`` if no actions were recorded."""
-    if min(action.shape[1] for action in actions) <= GRIPPER:
+    """List the frames of every episode at which the gripper is told otherwise; ``None`` if it is not known where."""
+    if {action.shape[1] for action in actions} != {GRIPPER + 1}:
         return None
     values = [action[:, GRIPPER] for action in actions]
     middle = (min(map(np.min, values)) + max(map(np.max, values))) / 2

@@ -32,11 +32,12 @@ class ReplayConfig:
         store: Stored embeddings of a run of ``lac train``, its folder ``store``; by default the held-out episodes' are
             computed into ``<out>/store``.
         episodes: How many episodes of the dataset there are to hold out of, evenly spread; 0 for all. Give that of the
-            training run; a ``--store`` knows its own.
+            training run; a ``--store`` knows its own, and a run is bound to the episodes it began with.
         held_out: Share of them that is gone through. With the ``--seed`` and ``--episodes`` of a training run, the
             episodes that it held out; 1 for all.
         seed: Of that division and of the sessions' chance, which is the same for all policies.
-        stride: Frames from one call of the model to the next: give the ``--actions-per-call`` of the evaluation.
+        stride: Frames from one call of the model to the next: give the ``--actions-per-call`` of the evaluation. That
+            of the ``--store``, if one is given.
         max_age: No slot is reused once it is this old, control steps.
         contact: Frames before and behind a gripper event that count as contact.
         unnorm_key: Statistics key of the checkpoint, if it has several.
@@ -69,6 +70,8 @@ class ReplayConfig:
         for name in self.baselines:
             if name not in map(method_name, self.policies):
                 raise InputError(f"the baseline {name} is none of --policies {' '.join(self.policies)}: add it there")
+            if self.baselines.count(name) > 1:
+                raise InputError(f"the baseline {name} is given twice: leave one out")
         if not 0 < self.held_out <= 1:
             raise InputError(f"held_out is {self.held_out}; give a share of the episodes, at most 1 for all")
         for name, least in (("episodes", 0), ("seed", 0), ("stride", 1), ("contact", 0)):

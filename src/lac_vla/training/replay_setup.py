@@ -19,6 +19,9 @@ from lac_vla.training.replay_config import ReplayConfig
 from lac_vla.training.store import FrameStore, spread
 from lac_vla.types import IntArray, PolicyInput, SkippedTokens, TokenLayout
 
+ALL = "give --held-out 1 for all of them, or a smaller share"
+UNKNOWN = "whether it was trained on these episodes is not known"
+
 
 def check_policies(vla: VLA, policies: Mapping[str, CachePolicy]) -> tuple[str, int]:
     """Refuse, before anything is computed, policies that cannot be replayed, or not beside each other.
@@ -73,7 +76,7 @@ def open_frames(
     stored = None if config.store is None else FrameStore.open(config.store)
     numbers = spread(len(source), config.episodes) if stored is None else list(stored.numbers)
     every = np.arange(len(numbers))
-    held = every if config.held_out == 1 else divide_episodes(config, len(numbers))[1]
+    held = every if config.held_out == 1 else divide_episodes(config, len(numbers), ALL)[1]
     wanted = [numbers[episode] for episode in held] if stored is None else numbers
     store = FrameStore.build(
         vla,
@@ -116,17 +119,22 @@ def training_notes(
 
 
 def _seen(about: Mapping[str, Any], config: ReplayConfig, source: LeRobotDataset, numbers: Sequence[int]) -> str:
-    """Say how many of these episodes a policy was trained on, by what is kept of its training; nothing for none."""
+    """Say how many of these episodes a policy was trained on, by what is kept of its training; nothing for none.
+
+    What it began with is not kept but for the name.
+    """
     training = about.get("training")
     if not isinstance(training, dict) or training.get("dataset") != Path(config.dataset).name:
-        return ""
+        return UNKNOWN
     try:
         chosen = spread(len(source), int(training["episodes"]))
         if sum(int(source.episodes[episode]["length"]) for episode in chosen) != about["frames"]:
-            return "trained on other recordings of this name: whether these were among them is not known"
+            return f"trained on other recordings of this name: {UNKNOWN}"
         division = replace(config, held_out=training["held_out"], seed=training["seed"])
         shown = {chosen[episode] for episode in divide_episodes(division, len(chosen))[0]}
     except (KeyError, TypeError, ValueError):
-        return ""
+        return UNKNOWN
     seen = len(shown & {*numbers})
-    return f"trained on {seen} of these {len(numbers)} episodes" if seen else ""
+    began = f"its --start may have been trained on {'more of ' if seen else ''}them" if training.get("start") else ""
+    known = f"trained on {seen} of these {len(numbers)} episodes" if seen or began else ""
+    return ", ".join(part for part in (known, began) if part)

@@ -186,9 +186,14 @@ class Training:
             Whether all is measured.
 
         Raises:
-            InputError: If it was known when the stage began, and is not there any more.
+            InputError: If it was known when the stage began, and is not there any more, or not noted.
         """
         (size, rank), kept = self.world, self.kept_costs
+        if not self._begins and not self.costs_name:
+            raise InputError(
+                f"{self.config.out} holds a run whose predictor's steps an earlier version began, without a note of "
+                "what they learned from: begin anew with another --out"
+            )
         if not self._begins and not kept.whole:
             raise InputError(
                 f"{kept.folder} is gone, from which the predictor has learned so far: give the --store that the run "
@@ -452,6 +457,7 @@ def _steps(run: Training, rank: int, max_seconds: float) -> Iterator[dict[str, A
         if stage == 4 and not run.measure_costs(max_seconds - (time.monotonic() - start)):
             if rank == 0:
                 tqdm.write(UNMEASURED_COSTS)
+                run.seconds = before + time.monotonic() - start
                 run.save()
             return
         recent.append(run.advance())

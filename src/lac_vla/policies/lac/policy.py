@@ -147,9 +147,14 @@ class LACPolicy(CachePolicy):
                 f"{(layers, heads, width)}: leave out deltas, or train it beside this model"
             )
 
+    @property
+    def reads_state(self) -> bool:
+        """Tell whether it decides by proprioception, too: at a fixed ratio nothing reads it."""
+        return bool(self.config.proprio) and self.ratio is None
+
     def check_state(self, values: int | None) -> None:
         """See :meth:`CachePolicy.check_state`."""
-        if self.config.proprio and values != self.config.proprio:
+        if self.reads_state and values != self.config.proprio:
             raise InputError(
                 f"this policy reads {self.config.proprio} values of proprioception, the model {values or 'none'}: "
                 "train one for this model (lac train), without --proprio if it takes none"
@@ -195,7 +200,7 @@ class LACPolicy(CachePolicy):
                     f"this policy reads optical flow ({self.config.flow}), the session estimates none: "
                     "leave CachedVLA's `flow` unset"
                 )
-            wanted, told = self.config.proprio, each.proprio
+            wanted, told = self.config.proprio if self.reads_state else 0, each.proprio
             if wanted and (told is None or told.shape != (wanted,)):
                 given = "none" if told is None else told.size
                 raise InputError(f"this policy reads {wanted} values of proprioception, the frame has {given}")
@@ -206,7 +211,7 @@ class LACPolicy(CachePolicy):
         from_policy_inputs(self.config, inputs, places)
         text = words([each.instruction for each in inputs]) if self.config.language else None
         rows = [each.proprio for each in inputs if each.proprio is not None]
-        states = torch.from_numpy(np.stack(rows)) if self.config.proprio else None
+        states = torch.from_numpy(np.stack(rows)) if self.reads_state else None
         return [
             self._decision(each, saliency, logits)
             for each, (saliency, logits) in zip(inputs, self._joint(canvas, text, states), strict=True)
