@@ -171,11 +171,9 @@ def load_vlas(config: EvalConfig) -> dict[str, CachedVLA]:
 def _make_ensemble(config: EvalConfig, model: VLA | None) -> AdaptiveEnsemble | None:
     """Make the ensemble that settings, benchmark or model ask for; ``None`` for one chunk. A server keeps its model."""
     demanded = config.benchmark.ensemble
-    if model is None:
-        chunks = config.ensemble or demanded or 1
-    else:  # a protocol made for long chunks does not mean a model whose chunks are shorter
-        fits = demanded is not None and demanded <= model.horizon
-        chunks = config.ensemble or (demanded if fits else None) or model.ensemble
+    if demanded is not None and model is not None and demanded > model.horizon:
+        demanded = None  # a protocol made for long chunks does not mean a model whose chunks are shorter
+    chunks = config.ensemble or demanded or (model.ensemble if model is not None else 1)
     executed = config.actions_per_call or 1
     if executed > 1 and chunks > 1:
         raise InputError(

@@ -13,7 +13,6 @@ from lac_vla.checks import check_fields
 from lac_vla.errors import CheckpointError
 from lac_vla.models.prismatic.config import CameraConfig, PrismaticConfig
 from lac_vla.models.prismatic.presets import MINI, NO_STATS, OPENVLA_7B, TINY
-from lac_vla.models.prismatic.towers import ConvTowerConfig
 
 HEADS = ("l1", "discrete", "diffusion")
 BOUNDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
@@ -164,7 +163,7 @@ MINI_WIDOWX = OFTConfig(
     replace(
         MINI_OFT.vlm,
         norm_stats=NO_STATS,
-        cameras=(CameraConfig("3rd_view_camera", 112, ConvTowerConfig((32, 64, 128, 192))),),
+        cameras=(replace(MINI.cameras[0], name="3rd_view_camera"),),
         proprio_dim=None,
     ),
     7,

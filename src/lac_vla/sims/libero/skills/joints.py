@@ -51,8 +51,8 @@ class Joint:
         return np.asarray(centres[int(np.argmax(centres @ direction))])
 
 
-class PullDrawer:
-    """Open a drawer: take its handle's bar from before it, and pull.
+class Drawer:
+    """The base of what is done to a drawer.
 
     Args:
         hand: The gripper.
@@ -63,6 +63,10 @@ class PullDrawer:
         self.object = self.place = region
         self._hand = hand
         self.drawer = Joint(hand, region.replace("_region", "_level"))
+
+
+class PullDrawer(Drawer):
+    """Open a drawer: take its handle's bar from before it, and pull."""
 
     def actions(self) -> Iterator[FloatArray]:
         """See :class:`Skill`."""
@@ -90,18 +94,8 @@ class PullDrawer:
         yield from hand.back_off(approach)
 
 
-class PushDrawer:
-    """Close a drawer: push its handle with a fist that points down at it.
-
-    Args:
-        hand: The gripper.
-        region: Name of the drawer's inside.
-    """
-
-    def __init__(self, hand: Hand, region: str) -> None:
-        self.object = self.place = region
-        self._hand = hand
-        self.drawer = Joint(hand, region.replace("_region", "_level"))
+class PushDrawer(Drawer):
+    """Close a drawer: push its handle with a fist that points down at it."""
 
     def actions(self) -> Iterator[FloatArray]:
         """See :class:`Skill`."""
